@@ -1,0 +1,15 @@
+"""PixArt-NB: read, run, look into, finetune and scale PixArt-Sigma on MindSpore, in notebooks."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+_PUBLIC = {"PixArtSigmaPipeline": "pixart_nb.core.sampling.pipeline"}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,19 @@
+"""The model, its training and its sampling, on MindSpore. Knows nothing of pictures on a screen (``viz`` does)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+_PUBLIC = {
+    "PixArtConfig": "pixart_nb.core.models.transformer",
+    "PixArt": "pixart_nb.core.models.transformer",
+    "load_transformer": "pixart_nb.core.checkpoints.load",
+    "training_losses": "pixart_nb.core.training.loss",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: published layouts, name tables, crash-safe files."""

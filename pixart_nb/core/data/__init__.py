@@ -1,0 +1,1 @@
+"""Captioned pictures: the drawn pixel-art scenes, their captions and the judge that reads them back."""

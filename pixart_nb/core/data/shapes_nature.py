@@ -1,0 +1,173 @@
+"""Hand-drawn 12x12 shapes of plants, animals and creatures; the letters are listed in ``sprite_shapes``."""
+
+NATURE = {
+    "mushroom": """
+        ....####....
+        ..##llmm##..
+        .#lWWlmmmd#.
+        .#lWWmmWWd#.
+        #llmmmmWWmd#
+        #lmmWWmmmmd#
+        #mmmWWmmmdd#
+        .##########.
+        ...#pppP#...
+        ...#pppP#...
+        ...#ppPP#...
+        ....####....""",
+    "cat": """
+        .#....#.....
+        #m#..#m#....
+        #mm##mm#....
+        #lmmmmd#..#.
+        #kmmkmd#.#m#
+        #lmppmd#.#m#
+        .#mWWm#..#d#
+        .#lmmmd##md#
+        #lmWWmmdmd#.
+        #lmWWmmddd#.
+        #lmmdmmdd#..
+        .#########..""",
+    "fish": """
+        ............
+        ....####....
+        ....#lmd#...
+        ..#######.##
+        .#llllmm##m#
+        #wWkllmmmmd#
+        #lkkmmmdmm#.
+        #mlmmmdmmmd#
+        .#mmmmmd##d#
+        ..##dd##..##
+        ....#d#.....
+        .....#......""",
+    "tree": """
+        .....##.....
+        ....#lm#....
+        ...#lmmd#...
+        ..#lmmmmd#..
+        ...#lmmd#...
+        ..#lwmmmd#..
+        .#lwmmmmmd#.
+        ..#llmmmd#..
+        .#lmmmdmmd#.
+        #llmmmmmmdd#
+        .####bB####.
+        ....#bB#....""",
+    "ghost": """
+        ....####....
+        ..##wllm##..
+        .#wwllmmmd#.
+        .#wllmmmmd#.
+        #wlkkmmkkmd#
+        #llkkmmkkmd#
+        #llmmmmmmmd#
+        #lmmmkkmmmd#
+        #lmmmmmmmmd#
+        #lmmmmmmmdd#
+        #lm##md##md#
+        .##..##..##.""",
+    "apple": """
+        .....##.##..
+        .....#b#gG#.
+        ..###bb#G#..
+        .#lll##mmm#.
+        #lwwlmmmmmd#
+        #lwlmmmmmmd#
+        #llmmmmmmmd#
+        #lmmmmmmmmd#
+        #lmmmmmmmdd#
+        .#mmmmmmdd#.
+        ..#dmmddd#..
+        ...######...""",
+    "flower": """
+        ....####....
+        .##.#wl#.##.
+        #lm##lm##md#
+        #llmyyyymmd#
+        .##lyYYyd##.
+        #llmyyyymmd#
+        #lm##md##md#
+        .##.#md#.##.
+        ....####.##.
+        .##.#gG##gG#
+        #gg##gG#gG#.
+        .###ggGG##..""",
+    "bird": """
+        ...####.....
+        ..#wllm#....
+        .#lWklmm#...
+        yylkkmmm#...
+        .#llmmmm##..
+        .#pplm#mm##.
+        .#pplm#mmmd#
+        .#ppmmm#mmd#
+        ..#ppmmm##d#
+        ...#######.#
+        ....y..y....
+        ...yy.yy....""",
+    "cactus": """
+        ....####....
+        ...#wlmd#...
+        ...#wlmd#.#.
+        .#.#lmmd##m#
+        #l##wlmd##d#
+        #l##wlmdmmd#
+        #lmmlmmddd#.
+        .#mmwlmd##..
+        ..##wlmd#...
+        ...#lmmd#...
+        ...#wlmd#...
+        ..########..""",
+    "star": """
+        .....##.....
+        ....#lm#....
+        ....#lm#....
+        #####lm#####
+        #wwlllmmmmd#
+        .#wllmmmmd#.
+        ..#llmmmd#..
+        ..#lmmmmd#..
+        .#lmmmmmmd#.
+        .#lmd##dmd#.
+        #md##..##dd#
+        ###......###""",
+    "snail": """
+        ............
+        .....#####..
+        k.k.#llmmm#.
+        k.k#lwlllmd#
+        ####lw##lmd#
+        #pp#l#mm#md#
+        #kp#lm#m#md#
+        #pp#mmm#mmd#
+        #pppp#mmmd#.
+        .#ppppp####.
+        .#pPPPPPPPP#
+        ..#########.""",
+    "dragon": """
+        ..#.#.......
+        .#y#y#..###.
+        #llmm#.#pdd#
+        #kmmm##pddd#
+        lllmm#pddd#.
+        #####m#dd#..
+        ...#lm#d#..#
+        ..#llmm##.#m
+        ..#ppmmm##m#
+        ..#ppmmmmm#.
+        ..#pmm#mm#..
+        ..########..""",
+    "butterfly": """
+        ...k....k...
+        .##.k..k.##.
+        #lm##kk##md#
+        #wlm#kk#mmd#
+        #lWlmkkmWmd#
+        #llWmkkWmmd#
+        .#lmmkkmmd#.
+        ..###kk###..
+        .#lm#kk#md#.
+        .#lWmkkmWd#.
+        .#mm#kk#dd#.
+        ..##.##.##..""",
+}

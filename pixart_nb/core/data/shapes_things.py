@@ -1,0 +1,225 @@
+"""Hand-drawn 12x12 shapes of made things; the letters are listed in ``sprite_shapes``."""
+
+THINGS = {
+    "sword": """
+        .........###
+        ........#ll#
+        .......#wlm#
+        ......#wlmd#
+        .##..#wlmd#.
+        .#y##wlmd#..
+        .#yywlmd#...
+        ..#yylm#....
+        ..#yyyy#....
+        .#bB#yyy#...
+        #bB#.####...
+        ###.........""",
+    "potion": """
+        ....#bb#....
+        ....#bB#....
+        ...######...
+        ....#cc#....
+        ....#cc#....
+        ...#cccc#...
+        ..#wmmmmm#..
+        .#wlmmlmmd#.
+        .#llmmmmmd#.
+        .#lmmlmmdd#.
+        ..#mmmmdd#..
+        ...######...""",
+    "heart": """
+        ............
+        ..###..###..
+        .#lll##mmm#.
+        #lwwlmmmmmd#
+        #lwlmmmmmmd#
+        #llmmmmmmmd#
+        #lmmmmmmmdd#
+        .#mmmmmmdd#.
+        ..#mmmmdd#..
+        ...#mmdd#...
+        ....#dd#....
+        .....##.....""",
+    "key": """
+        ....####....
+        ...#llmm#...
+        ..#lw##md#..
+        ..#l#..#d#..
+        ..#lm##md#..
+        ...#lmmd#...
+        ....#lm#....
+        ....#lm###..
+        ....#lmmd#..
+        ....#lm##...
+        ....#lmmmd#.
+        ....#######.""",
+    "house": """
+        .......####.
+        ....####sS#.
+        ...#lmmdsS#.
+        ..#lmmmmdS#.
+        .#lmmmmmmd#.
+        #lmmmmmmmmd#
+        ############
+        .#dmm####d#.
+        .#dccmkppd#.
+        .#dccmkpyd#.
+        .#dmmmkppd#.
+        .##########.""",
+    "car": """
+        ............
+        ............
+        ...#######..
+        ..#wcc#ccl#.
+        .#lccc#cccm#
+        #########mm#
+        #wlllllmmmm#
+        #ymmmmmmmmr#
+        #d####mm###d
+        .#kkkk##kkk#
+        .#kSSk##kSk#
+        ..####..###.""",
+    "gem": """
+        ............
+        ..########..
+        .#wwllmmmd#.
+        #wwllmmmmdd#
+        #dddddddddd#
+        #wldllmmdmd#
+        .#wldlmdmd#.
+        ..#wllmmd#..
+        ...#lmmd#...
+        ....#md#....
+        .....##.....
+        ............""",
+    "crown": """
+        ............
+        ##...##...##
+        #W#.#WW#.#W#
+        #l#.#WW#.#d#
+        #ll##lm##md#
+        #wll#lm#mmd#
+        #wllllmmmmd#
+        #lmrmccmrmd#
+        #lmrmccmrmd#
+        ############
+        #wllmmmmmdd#
+        ############""",
+    "shield": """
+        ############
+        #lllmssmmmm#
+        #lwlmssmmmd#
+        #lwlmssmmmd#
+        #ssssssssss#
+        #SSSSSSSSSS#
+        #llmmssmmdd#
+        #lmmmssmmdd#
+        .#mmmssmdd#.
+        ..#mmssdd#..
+        ...##ss##...
+        .....##.....""",
+    "cup": """
+        ............
+        .######.....
+        #bbbbBB#....
+        ########....
+        #wlmmmd####.
+        #wlmmmd#mmm#
+        #wlmmmd###m#
+        #llmmmd#.#d#
+        #llmmmd###d#
+        #lmmmdd#ddd#
+        #lmmddd####.
+        .######.....""",
+    "rocket": """
+        .....##.....
+        ....#lm#....
+        ...#wlmd#...
+        ...#wlmd#...
+        ..#wlccmd#..
+        ..#wlccmd#..
+        ..#wlmmmd#..
+        .##llmmmd##.
+        #m#llmmmd#d#
+        #d##lmmd##d#
+        ###.yrry.###
+        .....yy.....""",
+    "boat": """
+        .....##.....
+        ....#bl#....
+        ...#wbll#...
+        ...#wbllm#..
+        ..#wlbllm#..
+        ..#llb#llm#.
+        .#llmb##mmm#
+        ######b#####
+        #wllllmmmmm#
+        #lmmmmmmmmd#
+        .#dmmmmmdd#.
+        ..########..""",
+    "umbrella": """
+        .....##.....
+        ...##lm##...
+        ..#wllmmd#..
+        .#wllmmmmd#.
+        #wllmdmmdmd#
+        #llmmdmmdmd#
+        #l##mmmm##d#
+        ##..#bB#..##
+        .....bB.....
+        .....bB.bb..
+        .....bB.bB..
+        ......bbB...""",
+    "lantern": """
+        ....####....
+        ...#....#...
+        ..########..
+        .#wllmmmmd#.
+        ..########..
+        ..#lmyymd#..
+        ..#lmyymd#..
+        ..#lmWWmd#..
+        ..#lmyymd#..
+        .##########.
+        #wllmmmmmdd#
+        ############""",
+    "book": """
+        .##########.
+        #dwlllmmmmm#
+        #dll######m#
+        #dll#yyyy#m#
+        #dll#yyyY#m#
+        #dll######m#
+        #dllmmmmmmm#
+        #dllmmmmmmd#
+        #dlmmmmmmdd#
+        #d##########
+        #dWWWWWWWWp#
+        .###########""",
+    "guitar": """
+        ....#BB#....
+        ...y#bb#y...
+        ....#bb#....
+        ....#bb#....
+        ...##bb##...
+        ..#lmbbmd#..
+        ..#wlbbmd#..
+        ...#lkkd#...
+        ..#llkkmd#..
+        .#wllmmmmd#.
+        .#llmbbmdd#.
+        ..########..""",
+    "hat": """
+        ......###...
+        .....#lm##..
+        ....#llmd#..
+        ....#lmm#...
+        ...#wlmmd#..
+        ...#wlmmd#..
+        ..#wlmmmmd#.
+        ..#yyyyyyY#.
+        .##yyyyyyY##
+        #llmmmmmmmd#
+        #mmmmmmmddd#
+        .##########.""",
+}

@@ -1,0 +1,54 @@
+"""Writes drawn scenes as a folder of PNG files with a ``labels.json`` that names their captions and sizes."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .captions import long_caption, short_caption
+from .sprites import COLOURS, OBJECTS, SETTINGS, Scene, draw
+
+# (height, width) in image pixels, taken in turn: mostly square, with some wide, high and large ones.
+SIZES = ((128, 128),) * 3 + ((128, 192),) + ((128, 128),) * 3 + ((192, 128), (256, 256))
+
+
+def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> list[str]:
+    """``count`` names in chance order, every name as often as any other, give or take one."""
+    rounds = -(-count // len(names))
+    return [name for _ in range(rounds) for name in rng.permutation(names).tolist()][:count]
+
+
+def _label(folder: Path, number: int, scene: Scene, rng: np.random.Generator) -> dict[str, str | int | float]:
+    """Draw and save one scene; its entry of ``labels.json``."""
+    height, width = SIZES[number % len(SIZES)]
+    name = f"{number:03d}_{scene.colour}_{scene.object}_{scene.setting}.png"
+    Image.fromarray(draw(scene, rng, height, width)).save(folder / name, optimize=True)
+    return {
+        "path": name,
+        "prompt": short_caption(scene),
+        "sharegpt4v": long_caption(scene, rng),
+        "height": height,
+        "width": width,
+        "ratio": height / width,
+    }
+
+
+def write_dataset(folder: str | os.PathLike[str], count: int = 36, seed: int = 0) -> Path:
+    """Write ``count`` pictures and ``labels.json`` into a folder, made if need be; the path of the latter.
+
+    ``labels.json`` appears under its name only when it and all pictures are complete.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    names = zip(*(_balanced(part, count, rng) for part in (OBJECTS, COLOURS, SETTINGS)), strict=True)
+    labels = [_label(folder, number, Scene(*parts), rng) for number, parts in enumerate(names)]
+    path = folder / "labels.json"
+    unfinished = folder / f".labels.{os.getpid()}.json"
+    unfinished.write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+    return path

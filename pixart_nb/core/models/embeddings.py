@@ -1,0 +1,115 @@
+"""What enters the transformer: patches, positions, timestep, picture size and caption."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pixart_nb.core.backend import gelu_tanh, linear, ms
+from mindspore import mint, nn, ops
+
+from pixart_nb.core.models.layers import Linear, parameter
+
+FREQUENCIES = 256
+
+
+def sincos_positions(size: int, height: int, width: int, base_size: int, pe_interpolation: float) -> np.ndarray:
+    """Sine-cosine positions of a token grid, (height * width, size) float32.
+
+    A grid of any size spans the coordinates 0 .. base_size / pe_interpolation, so a larger picture interpolates. As
+    in the official code the first half of the channels belongs to the column, the second to the row.
+    """
+    rows = np.arange(height, dtype=np.float32) / (height / base_size) / pe_interpolation
+    columns = np.arange(width, dtype=np.float32) / (width / base_size) / pe_interpolation
+    column_grid, row_grid = np.meshgrid(columns, rows)
+    halves = [_sincos(size // 2, grid.reshape(-1)) for grid in (column_grid, row_grid)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def _sincos(size: int, position: np.ndarray) -> np.ndarray:
+    omega = 1.0 / 10000 ** (np.arange(size // 2, dtype=np.float64) / (size / 2.0))
+    angle = position.astype(np.float64)[:, None] * omega[None]
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def sincos_frequencies(value: ms.Tensor) -> ms.Tensor:
+    """Cosines, then sines of ``value`` at 128 frequencies: (N,) float -> (N, 256) float32."""
+    half = FREQUENCIES // 2
+    rates = ms.Tensor(np.exp(-math.log(10000) * np.arange(half, dtype=np.float32) / half).astype(np.float32))
+    angle = value.astype(ms.float32).reshape(-1, 1) * rates.reshape(1, half)
+    return mint.cat((ops.cos(angle), ops.sin(angle)), -1)
+
+
+class PatchEmbed(nn.Cell):
+    """Latents (N, C, H, W) -> tokens (N, (H/p)(W/p), D): a convolution of stride p, computed as a matrix product."""
+
+    def __init__(self, patch: int, channels: int, size: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = PatchProjection(patch, channels, size)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        n, c, height, width = x.shape
+        p = self.patch
+        x = x.reshape(n, c, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5)
+        return self.proj(x.reshape(n, (height // p) * (width // p), c * p * p))
+
+
+class PatchProjection(nn.Cell):
+    """The convolution's weight (D, C, p, p) and bias, applied to flattened patches (..., C p p)."""
+
+    def __init__(self, patch: int, channels: int, size: int):
+        super().__init__()
+        self.weight, self.bias = parameter((size, channels, patch, patch)), parameter((size,), name="bias")
+
+    def construct(self, patches: ms.Tensor) -> ms.Tensor:
+        return linear(patches, self.weight.reshape(self.weight.shape[0], -1), self.bias)
+
+
+class FrequencyMLP(nn.Cell):
+    """A number as sines and cosines, then Linear, SiLU, Linear (names ``mlp.0``, ``mlp.2``): (N,) -> (N, D)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.mlp = nn.CellList([Linear(FREQUENCIES, size), nn.SiLU(), Linear(size, size)])
+
+    def construct(self, value: ms.Tensor) -> ms.Tensor:
+        embedded = sincos_frequencies(value).astype(self.mlp[0].weight.dtype)
+        return self.mlp[2](ops.silu(self.mlp[0](embedded)))
+
+
+class SizeEmbedder(FrequencyMLP):
+    """Micro condition of alpha-1024: (N, k) numbers, each embedded alone -> (N, k D)."""
+
+    def construct(self, value: ms.Tensor) -> ms.Tensor:
+        n, count = value.shape
+        embedded = sincos_frequencies(value.reshape(-1)).astype(self.mlp[0].weight.dtype)
+        return self.mlp[2](ops.silu(self.mlp[0](embedded))).reshape(n, -1) if count else embedded
+
+
+class CaptionProjection(nn.Cell):
+    """Linear, GELU, Linear (names ``fc1``, ``fc2``): (N, T, caption_channels) -> (N, T, D)."""
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(channels, size), Linear(size, size)
+
+    def construct(self, caption: ms.Tensor) -> ms.Tensor:
+        return self.fc2(gelu_tanh(self.fc1(caption)))
+
+
+class CaptionEmbedder(nn.Cell):
+    """Projects captions; ``y_embedding`` (T, caption_channels) stands in for a caption that is dropped in training."""
+
+    def __init__(self, channels: int, size: int, max_length: int):
+        super().__init__()
+        self.y_proj = CaptionProjection(channels, size)
+        self.y_embedding = parameter((max_length, channels), name="y_embedding")
+
+    def construct(self, caption: ms.Tensor, drop: ms.Tensor | None = None) -> ms.Tensor:
+        """caption (N, T, C), drop (N,) bool or None -> (N, T, D)."""
+        if drop is not None:
+            null = self.y_embedding[: caption.shape[1]].reshape(1, caption.shape[1], -1).astype(caption.dtype)
+            caption = ops.select(drop.reshape(-1, 1, 1).broadcast_to(caption.shape), null.broadcast_to(caption.shape), caption)
+        return self.y_proj(caption)

@@ -1,0 +1,303 @@
+"""The PixArt diffusion transformer: alpha and sigma, single-size (``PixArt``) and multi-aspect (``PixArtMS``)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+
+import numpy as np
+
+from pixart_nb.core.backend import gelu_tanh, ms, repeat_rows
+from mindspore import mint, nn, ops
+
+from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
+from pixart_nb.core.models.embeddings import (
+    CaptionEmbedder,
+    FrequencyMLP,
+    PatchEmbed,
+    SizeEmbedder,
+    sincos_positions,
+)
+from pixart_nb.core.models.kv_compression import check_compression
+from pixart_nb.core.models.layers import LayerNorm, Linear, normal, parameter, xavier_uniform
+
+
+@dataclass(frozen=True)
+class PixArtConfig:
+    """What a PixArt transformer is made of; the defaults are PixArt-Sigma XL/2 at 512.
+
+    ``input_size`` is the latent side of the training resolution (image side / 8); ``pe_interpolation`` stretches the
+    positions to it (0.5 at 256, 1 at 512, 2 at 1024, 4 at 2048). ``kv_compress_config`` has ``sampling`` (conv, ave,
+    uniform, mean), ``scale_factor`` and ``kv_compress_layer`` (a list of layer numbers).
+    """
+
+    class_name: str = "PixArtMS"
+    hidden_size: int = 1152
+    num_heads: int = 16
+    depth: int = 28
+    patch_size: int = 2
+    in_channels: int = 4
+    mlp_ratio: float = 4.0
+    caption_channels: int = 4096
+    input_size: int = 64
+    pe_interpolation: float = 1.0
+    model_max_length: int = 300
+    pred_sigma: bool = True
+    micro_condition: bool = False
+    qk_norm: bool = False
+    kv_compress_config: dict | None = field(default=None, hash=False)
+
+    def __post_init__(self):
+        if self.class_name not in ("PixArt", "PixArtMS"):
+            raise ValueError(f"class_name is {self.class_name!r}; expected 'PixArt' or 'PixArtMS'")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}"
+            )
+        if self.micro_condition and self.hidden_size % 3:
+            raise ValueError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
+        check_compression(self.kv_operator, self.kv_ratio, self.kv_layers, self.depth)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> PixArtConfig:
+        """Configuration of a mapping; an unknown key is an error that lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"PixArtConfig does not know {unknown}; it knows {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """All fields as a mapping that JSON can hold."""
+        return asdict(self)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: noise, and with ``pred_sigma`` as many again for the variance."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+    @property
+    def kv_operator(self) -> str | None:
+        """Compression operator, None without compression."""
+        return (self.kv_compress_config or {}).get("sampling")
+
+    @property
+    def kv_ratio(self) -> int:
+        """Compression ratio R in each direction, 1 without compression."""
+        return (self.kv_compress_config or {}).get("scale_factor", 1)
+
+    @property
+    def kv_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers whose keys and values are compressed."""
+        return tuple((self.kv_compress_config or {}).get("kv_compress_layer", ()))
+
+    def layer_ratio(self, layer: int) -> int:
+        """Compression ratio of one layer."""
+        return self.kv_ratio if layer in self.kv_layers else 1
+
+
+class MLP(nn.Cell):
+    """Linear, GELU (tanh), Linear: (..., D) -> (..., D)."""
+
+    def __init__(self, size: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(size, hidden), Linear(hidden, size)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.fc2(gelu_tanh(self.fc1(x)))
+
+
+def modulate(x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
+    """x (B, N, D), shift and scale (B, 1, D) -> x (1 + scale) + shift."""
+    tokens = x.shape[1]
+    return x * repeat_rows(1 + scale, tokens) + repeat_rows(shift, tokens)
+
+
+def modulation_rows(table: ms.Tensor, t: ms.Tensor, count: int) -> list[ms.Tensor]:
+    """A block's own table (count, D) plus the timestep's (B, count or 1, D): ``count`` tensors (B, 1, D)."""
+    rows = table.reshape(1, count, -1) + t
+    return [rows[:, i : i + 1] for i in range(count)]
+
+
+class Block(nn.Cell):
+    """A PixArt block: adaLN-single self-attention, cross-attention to the caption, adaLN-single MLP."""
+
+    def __init__(self, config: PixArtConfig, layer: int):
+        super().__init__()
+        size = config.hidden_size
+        ratio = config.layer_ratio(layer)
+        self.attn = SelfAttention(size, config.num_heads, config.qk_norm, config.kv_operator, ratio)
+        self.cross_attn = CrossAttention(size, config.num_heads)
+        self.mlp = MLP(size, int(size * config.mlp_ratio))
+        self.pre_norm = LayerNorm(size, 1e-6, affine=False)
+        self.scale_shift_table = parameter((6, size), name="scale_shift_table")
+
+    def construct(self, x, k, v, mask, t0, height, width):
+        """x (B, N, D), caption keys and values, t0 (B, 6, D), token grid height x width -> (B, N, D)."""
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation_rows(self.scale_shift_table, t0, 6)
+        tokens = x.shape[1]
+        x = x + repeat_rows(gate, tokens) * self.attn(modulate(self.pre_norm(x), shift, scale), height, width)
+        x = x + self.cross_attn(x, k, v, mask)
+        return x + repeat_rows(gate_mlp, tokens) * self.mlp(modulate(self.pre_norm(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Cell):
+    """Modulated norm and the projection to patches: (B, N, D) -> (B, N, p p out_channels)."""
+
+    def __init__(self, size: int, out: int):
+        super().__init__()
+        self.pre_norm = LayerNorm(size, 1e-6, affine=False)
+        self.linear = Linear(size, out)
+        self.scale_shift_table = parameter((2, size), name="scale_shift_table")
+
+    def construct(self, x: ms.Tensor, t: ms.Tensor) -> ms.Tensor:
+        shift, scale = modulation_rows(self.scale_shift_table, t.reshape(t.shape[0], 1, -1), 2)
+        return self.linear(modulate(self.pre_norm(x), shift, scale))
+
+
+class PixArt(nn.Cell):
+    """The transformer: ``net(latents, timestep, caption, mask)`` predicts the noise (and its variance)."""
+
+    def __init__(self, config: PixArtConfig):
+        super().__init__()
+        self.config = config
+        size = config.hidden_size
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, size)
+        self.t_embedder = FrequencyMLP(size)
+        self.t_block = nn.CellList([nn.SiLU(), Linear(size, 6 * size)])  # adaLN-single's shared projection
+        self.y_embedder = CaptionEmbedder(config.caption_channels, size, config.model_max_length)
+        if config.micro_condition:
+            self.csize_embedder, self.ar_embedder = SizeEmbedder(size // 3), SizeEmbedder(size // 3)
+        self.blocks = nn.CellList([Block(config, layer) for layer in range(config.depth)])
+        self.final_layer = FinalLayer(size, config.patch_size**2 * config.out_channels)
+        self._positions: dict[tuple, ms.Tensor] = {}
+
+    @property
+    def dtype(self) -> ms.Type:
+        """Dtype of the weights."""
+        return self.final_layer.linear.weight.dtype
+
+    def construct(self, latents, timestep, caption, mask=None, size=None, drop=None):
+        """Predict the noise.
+
+        latents (N, C, H, W), timestep (N,), caption (N, T, caption_channels), mask (N, T) bool with True = token;
+        ``size`` (N, 3): image height, image width (pixels) and their ratio, for micro conditions, taken from the
+        latents unless given; ``drop`` (N,) bool replaces those captions by ``y_embedding``.
+        -> (N, out_channels, H, W).
+        """
+        self._check(latents, caption, mask)
+        if mask is not None:
+            caption, mask = trim_caption(caption, mask)
+        micro = self.micro_conditions(latents, size)
+        positions = self.positions(latents.shape[2], latents.shape[3])
+        return self.forward(latents, timestep, caption, mask, positions, micro, drop)
+
+    def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None):
+        """``construct`` on tensors alone, so that it can be compiled: nothing is checked, nothing is looked up."""
+        return self.denoise(latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro)
+
+    def caption_keys_values(self, caption, drop=None):
+        """Keys and values of every block's cross-attention, [(k, v)]; they serve all steps of a prompt."""
+        projected = self.y_embedder(caption.astype(self.dtype), drop)
+        return [block.cross_attn.keys_values(projected) for block in self.blocks]
+
+    def denoise(self, latents, timestep, keys_values, mask, positions, micro=None):
+        """One step with the caption already projected: -> (N, out_channels, H, W)."""
+        patch = self.config.patch_size
+        height, width = latents.shape[2] // patch, latents.shape[3] // patch
+        x = self.x_embedder(latents.astype(self.dtype)) + repeat_batch(positions, latents.shape[0])
+        t = self.t_embedder(timestep)
+        if micro is not None:
+            t = t + mint.cat((self.csize_embedder(micro[:, :2]), self.ar_embedder(micro[:, 2:])), 1)
+        t0 = self.t_block[1](ops.silu(t)).reshape(t.shape[0], 6, -1)
+        for block, (k, v) in zip(self.blocks, keys_values):
+            x = block(x, k, v, mask, t0, height, width)
+        return self.unpatchify(self.final_layer(x, t), height, width)
+
+    def unpatchify(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
+        """Tokens (N, height * width, p p C) -> (N, C, height p, width p)."""
+        p, c = self.config.patch_size, self.config.out_channels
+        x = x.reshape(x.shape[0], height, width, p, p, c).transpose(0, 5, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], c, height * p, width * p)
+
+    def positions(self, height: int, width: int) -> ms.Tensor:
+        """Positional embedding of latents height x width: (1, N, D), computed once per size."""
+        key = (height, width, self.dtype)
+        if key not in self._positions:
+            patch = self.config.patch_size
+            grid = sincos_positions(
+                self.config.hidden_size,
+                height // patch,
+                width // patch,
+                self.config.input_size // patch,
+                self.config.pe_interpolation,
+            )
+            self._positions[key] = ms.Tensor(grid[None]).astype(self.dtype)
+        return self._positions[key]
+
+    def micro_conditions(self, latents: ms.Tensor, size=None) -> ms.Tensor | None:
+        """(N, 3) height, width, height / width in pixels; None for a model without micro conditions."""
+        if not self.config.micro_condition:
+            return None
+        if size is None:
+            height, width = 8 * latents.shape[2], 8 * latents.shape[3]
+            size = np.tile(np.array([[height, width, height / width]], np.float32), (latents.shape[0], 1))
+        return ms.Tensor(size, ms.float32) if isinstance(size, np.ndarray) else size
+
+    def _check(self, latents, caption, mask) -> None:
+        config = self.config
+        if latents.ndim != 4 or latents.shape[1] != config.in_channels:
+            raise ValueError(f"latents have shape {latents.shape}; expected (N, {config.in_channels}, H, W)")
+        if latents.shape[2] % config.patch_size or latents.shape[3] % config.patch_size:
+            raise ValueError(
+                f"latents are {latents.shape[2]}x{latents.shape[3]}; both sides must be a multiple of {config.patch_size}"
+            )
+        if caption.ndim != 3 or caption.shape[-1] != config.caption_channels:
+            raise ValueError(f"caption has shape {caption.shape}; expected (N, T, {config.caption_channels})")
+        if caption.shape[0] != latents.shape[0]:
+            raise ValueError(f"{latents.shape[0]} latents but {caption.shape[0]} captions; their numbers must agree")
+        if mask is not None and tuple(mask.shape) != tuple(caption.shape[:2]):
+            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected that of the caption, {caption.shape[:2]}")
+
+    def initialise(self, rng: np.random.Generator, zero_cross_attention: bool = True) -> None:
+        """Draw fresh weights as the official code does.
+
+        Xavier uniform for linear layers, normal 0.02 for the embedders, zero for the final layer and, unless
+        ``zero_cross_attention`` is off, for the output of the cross-attention (small models learn to read the caption
+        much sooner without it).
+        """
+        size = self.config.hidden_size
+        for name, weight in self.parameters_and_names():
+            weight.set_data(ms.Tensor(_initial_value(rng, name, weight.shape, size, zero_cross_attention), weight.dtype))
+
+
+def _initial_value(rng, name: str, shape: tuple[int, ...], size: int, zero_cross_attention: bool) -> np.ndarray:
+    zero = name.startswith("final_layer.linear") or (zero_cross_attention and "cross_attn.proj" in name)
+    if name.endswith("scale_shift_table"):
+        return normal(rng, shape, size**-0.5)
+    if name.endswith("y_embedding"):
+        return normal(rng, shape, shape[1] ** -0.5)
+    if ".sr.weight" in name:
+        return np.full(shape, 1.0 / np.prod(shape[2:]), np.float32)
+    if "norm" in name:
+        return np.full(shape, name.endswith("weight"), np.float32)
+    if zero or name.endswith("bias"):
+        return np.zeros(shape, np.float32)
+    embedder = ("t_embedder", "t_block", "y_proj", "csize_embedder", "ar_embedder")
+    return normal(rng, shape) if any(part in name for part in embedder) else xavier_uniform(rng, shape)
+
+
+def repeat_batch(x: ms.Tensor, count: int) -> ms.Tensor:
+    """(1, N, D) -> (count, N, D), written out."""
+    return mint.tile(x, (count, 1, 1))
+
+
+def trim_caption(caption: ms.Tensor, mask) -> tuple[ms.Tensor, ms.Tensor | None]:
+    """Leave out the tokens that no row sees; the mask too where every row then sees all. Exact.
+
+    caption (N, T, C), mask (N, T) bool -> (N, L, C) and (N, L) or None, L the longest row's last token.
+    """
+    seen = mask.asnumpy().astype(bool) if isinstance(mask, ms.Tensor) else np.asarray(mask, bool)
+    check_mask(seen)
+    length = int(np.flatnonzero(seen.any(axis=0))[-1]) + 1
+    seen = seen[:, :length]
+    return caption[:, :length], None if seen.all() else ms.Tensor(seen)

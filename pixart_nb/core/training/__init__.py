@@ -1,0 +1,1 @@
+"""From pictures and captions to weights: losses, optimizers, the trainer."""

@@ -1,0 +1,1 @@
+"""Views: NumPy arrays in, matplotlib figures or HTML out. Knows nothing of MindSpore."""
