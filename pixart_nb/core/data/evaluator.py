@@ -31,9 +31,9 @@ SAMPLES = np.array([0.3, 0.43, 0.57, 0.7])
 
 # A picture shows a scene when its object explains at least this share of the covered cells' deviation from
 # the background, and border and object fit with at most these root mean square errors (0..255 per channel).
-LEAST_SCORE = 0.6
+LEAST_SCORE = 0.5
 MOST_SETTING_ERROR = 40.0
-MOST_OBJECT_ERROR = 55.0
+MOST_OBJECT_ERROR = 40.0
 
 # One stray border cell counts at most this much squared error per channel when the setting is chosen.
 STRAY = 80.0**2
