@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
 
 import numpy as np
 
@@ -57,6 +58,10 @@ class PixArtConfig:
             raise ValueError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
         check_compression(self.kv_operator, self.kv_ratio, self.kv_layers, self.depth)
 
+    def says(self, name: str) -> bool:
+        """Whether the field was given, rather than left at its default."""
+        return name in self._given
+
     @classmethod
     def from_dict(cls, values: dict) -> PixArtConfig:
         """Configuration of a mapping; an unknown key is an error that lists the known ones."""
@@ -93,6 +98,23 @@ class PixArtConfig:
     def layer_ratio(self, layer: int) -> int:
         """Compression ratio of one layer."""
         return self.kv_ratio if layer in self.kv_layers else 1
+
+
+def _remember_given(cls):
+    """Let a dataclass know which of its fields were given: a checkpoint may fill in the others."""
+    construct = cls.__init__
+    names = [f.name for f in fields(cls)]
+
+    @wraps(construct)
+    def __init__(self, *args, **values):
+        object.__setattr__(self, "_given", frozenset(names[: len(args)]) | frozenset(values))
+        construct(self, *args, **values)
+
+    cls.__init__ = __init__
+    return cls
+
+
+_remember_given(PixArtConfig)
 
 
 class MLP(nn.Cell):
