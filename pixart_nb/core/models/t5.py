@@ -1,0 +1,198 @@
+"""The T5 v1.1 encoder (gated GELU), with the parameter names of its published checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+from mindspore import mint, nn, ops
+
+from pixart_nb.core.backend import gelu_tanh, ms
+from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
+from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Fields of a published ``text_encoder/config.json``; the defaults are T5 v1.1 XXL's."""
+
+    vocab_size: int = 32128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10240
+    num_heads: int = 64
+    num_layers: int = 24
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    def __post_init__(self):
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(f"feed_forward_proj is {self.feed_forward_proj!r}; PixArt's text encoder has 'gated-gelu'")
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> T5Config:
+        """Configuration of a published mapping; keys that do not concern the encoder are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def relative_position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of every query-key distance, (length, length) int32 (Raffel et al. 2020, bidirectional).
+
+    Half of the buckets are for keys after the query. Small distances have one each, larger ones share them
+    logarithmically up to ``max_distance``.
+    """
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half = buckets // 2
+    exact = half // 2
+    away = np.abs(distance)
+    scaled = np.log(np.maximum(away, 1).astype(np.float32) / exact) / math.log(max_distance / exact) * (half - exact)
+    far = np.minimum(exact + scaled.astype(np.int64), half - 1)
+    return ((distance > 0) * half + np.where(away < exact, away, far)).astype(np.int32)
+
+
+class T5Attention(nn.Cell):
+    """Self-attention without scaling; the first layer holds the table of relative positions that all layers use."""
+
+    def __init__(self, config: T5Config, with_positions: bool):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.heads = config.num_heads
+        self.q, self.k, self.v = (Linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = Linear(inner, config.d_model, bias=False)
+        positions = Embedding(config.relative_attention_num_buckets, config.num_heads) if with_positions else None
+        self.relative_attention_bias = positions
+
+    def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
+        q, k, v = (split_heads(part(x), self.heads) for part in (self.q, self.k, self.v))
+        return self.o(merge_heads(attention(q, k, v, mask, scale=1.0, bias=bias)))
+
+
+class T5SelfAttention(nn.Cell):
+    """Norm, attention, residual."""
+
+    def __init__(self, config: T5Config, with_positions: bool):
+        super().__init__()
+        self.SelfAttention = T5Attention(config, with_positions)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
+        return x + self.SelfAttention(self.layer_norm(x), mask, bias)
+
+
+class GatedFeedForward(nn.Cell):
+    """``wo(gelu(wi_0 x) * wi_1 x)``; ``wo`` is computed in float32, since its input overflows half precision."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0, self.wi_1 = (Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        hidden = gelu_tanh(self.wi_0(x).astype(ms.float32)) * self.wi_1(x)
+        return self.wo(hidden.astype(self.wo.weight.dtype))
+
+
+class T5FeedForward(nn.Cell):
+    """Norm, gated feed-forward, residual."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.DenseReluDense = GatedFeedForward(config)
+        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x)).astype(x.dtype)
+
+
+class T5Block(nn.Cell):
+    """One layer of the encoder."""
+
+    def __init__(self, config: T5Config, with_positions: bool):
+        super().__init__()
+        self.layer = nn.CellList([T5SelfAttention(config, with_positions), T5FeedForward(config)])
+
+    def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
+        return self.layer[1](self.layer[0](x, mask, bias))
+
+
+class T5Stack(nn.Cell):
+    """The layers and the last norm."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.block = nn.CellList([T5Block(config, i == 0) for i in range(config.num_layers)])
+        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+
+class T5Encoder(nn.Cell):
+    """Token ids (N, T) and mask (N, T) -> embeddings (N, T, d_model)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = Embedding(config.vocab_size, config.d_model)
+        self.encoder = T5Stack(config)
+        self._buckets: dict[int, ms.Tensor] = {}
+
+    @property
+    def dtype(self) -> ms.Type:
+        """Dtype of the weights."""
+        return self.shared.weight.dtype
+
+    def construct(self, input_ids, mask) -> ms.Tensor:
+        """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token; every row needs a token."""
+        ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
+        seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
+        if ids.ndim != 2 or ids.shape != seen.shape:
+            raise ValueError(f"input_ids have shape {ids.shape} and mask {seen.shape}; expected the same (N, T)")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"token ids reach {ids.min()}..{ids.max()}, the text encoder knows 0..{self.config.vocab_size - 1}; "
+                "the tokenizer is another model's"
+            )
+        check_mask(seen)
+        return self.forward(ms.Tensor(ids.astype(np.int32)), ms.Tensor(seen), self.buckets(ids.shape[1]))
+
+    def forward(self, input_ids: ms.Tensor, mask: ms.Tensor, buckets: ms.Tensor) -> ms.Tensor:
+        """``construct`` on tensors alone, so that it can be compiled."""
+        x = self.shared(input_ids)
+        bias = self.position_bias(buckets)
+        for block in self.encoder.block:
+            x = block(x, mask, bias)
+        return self.encoder.final_layer_norm(x)
+
+    def buckets(self, length: int) -> ms.Tensor:
+        """Buckets of relative positions for ``length`` tokens, computed once."""
+        if length not in self._buckets:
+            config = self.config
+            table = relative_position_buckets(
+                length, config.relative_attention_num_buckets, config.relative_attention_max_distance
+            )
+            self._buckets[length] = ms.Tensor(table)
+        return self._buckets[length]
+
+    def position_bias(self, buckets: ms.Tensor) -> ms.Tensor:
+        """What relative positions add to the attention scores: (1, H, T, T) float32."""
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
+        return mint.permute(table, (2, 0, 1)).expand_dims(0).astype(ms.float32)
+
+    def initialise(self, rng: np.random.Generator) -> None:
+        """Draw fresh weights by T5's own scheme."""
+        config = self.config
+        inner = config.num_heads * config.d_kv
+        spread = {
+            "q": (config.d_model * config.d_kv) ** -0.5,
+            "o": inner**-0.5,
+            "wo": config.d_ff**-0.5,
+            "shared": 1.0,
+        }
+        for name, weight in self.parameters_and_names():
+            std = spread.get(name.split(".")[-2], config.d_model**-0.5)
+            norm = "layer_norm" in name
+            value = np.ones(weight.shape, np.float32) if norm else normal(rng, tuple(weight.shape), std)
+            weight.set_data(ms.Tensor(value))
