@@ -68,6 +68,14 @@ def dtype_from_name(name: str) -> ms.Type:
     return names[name]
 
 
+def compiled(function):
+    """A function of tensors, compiled as one graph on Ascend (**not run there**) and left as it is on the CPU.
+
+    On the CPU compiled training graphs were seen to stop for ever inside a kernel, and save little.
+    """
+    return ms.jit(function, jit_level="O1") if on_ascend() else function
+
+
 _matmul = ops.MatMul(transpose_b=True)
 
 
@@ -89,6 +97,11 @@ def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
     ``0.5 x (1 + tanh(u))`` is ``x sigmoid(2u)``, which the CPU computes several times faster than its own GELU.
     """
     return x * ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * (x * x)))
+
+
+def transpose(x: ms.Tensor, *axes: int) -> ms.Tensor:
+    """``x.transpose(axes)``, copied. Reshaping a transposed view can corrupt the heap on the CPU (MindSpore 2.8)."""
+    return x.transpose(*axes).contiguous()
 
 
 def repeat_rows(x: ms.Tensor, count: int) -> ms.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, transpose
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
 
@@ -79,13 +79,13 @@ def _append_mask(q: ms.Tensor, k: ms.Tensor, mask: ms.Tensor) -> tuple[ms.Tensor
 def split_heads(x: ms.Tensor, heads: int) -> ms.Tensor:
     """(B, N, D) -> (B, heads, N, D / heads)."""
     batch, tokens, size = x.shape
-    return x.reshape(batch, tokens, heads, size // heads).transpose(0, 2, 1, 3)
+    return transpose(x.reshape(batch, tokens, heads, size // heads), 0, 2, 1, 3)
 
 
 def merge_heads(x: ms.Tensor) -> ms.Tensor:
     """(B, heads, N, d) -> (B, N, heads d)."""
     batch, heads, tokens, size = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch, tokens, heads * size)
+    return transpose(x, 0, 2, 1, 3).reshape(batch, tokens, heads * size)
 
 
 class SelfAttention(nn.Cell):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from pixart_nb.core.backend import gelu_tanh, linear, ms
+from pixart_nb.core.backend import gelu_tanh, linear, ms, transpose
 from mindspore import mint, nn, ops
 
 from pixart_nb.core.models.layers import Linear, parameter
@@ -52,19 +52,19 @@ class PatchEmbed(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         n, c, height, width = x.shape
         p = self.patch
-        x = x.reshape(n, c, height // p, p, width // p, p).transpose(0, 2, 4, 1, 3, 5)
-        return self.proj(x.reshape(n, (height // p) * (width // p), c * p * p))
+        rows = transpose(x, 0, 2, 3, 1).reshape(n * (height // p), p, width // p, p * c)
+        return self.proj(transpose(rows, 0, 2, 1, 3).reshape(n, (height // p) * (width // p), p * p * c))
 
 
 class PatchProjection(nn.Cell):
-    """The convolution's weight (D, C, p, p) and bias, applied to flattened patches (..., C p p)."""
+    """The convolution's weight (D, C, p, p) and bias, applied to flattened patches (..., p p C)."""
 
     def __init__(self, patch: int, channels: int, size: int):
         super().__init__()
         self.weight, self.bias = parameter((size, channels, patch, patch)), parameter((size,), name="bias")
 
     def construct(self, patches: ms.Tensor) -> ms.Tensor:
-        return linear(patches, self.weight.reshape(self.weight.shape[0], -1), self.bias)
+        return linear(patches, transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1), self.bias)
 
 
 class FrequencyMLP(nn.Cell):

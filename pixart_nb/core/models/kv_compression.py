@@ -22,26 +22,31 @@ class DepthwiseReduction(nn.Cell):
         self.weight = parameter((size, 1, ratio, ratio), 1.0 / ratio**2)
         self.bias = parameter((size,), name="bias")
 
-    def construct(self, cells: ms.Tensor) -> ms.Tensor:
-        """cells (B, h, R, w, R, D) -> (B h w, D)."""
-        batch, height, ratio, width, _, size = cells.shape
-        tokens = batch * height * width
+    def construct(self, cells: list[ms.Tensor]) -> ms.Tensor:
+        """cells: R * R tensors (M, D), row by row within a cell -> (M, D)."""
+        tokens, size = cells[0].shape
+        ratio = self.weight.shape[-1]
         taps = self.weight.reshape(size, ratio * ratio)
         total = None
-        for i in range(ratio):
-            for j in range(ratio):
-                tap = ops.tile(taps[:, i * ratio + j].reshape(1, size), (tokens, 1))
-                part = cells[:, :, i, :, j, :].reshape(tokens, size) * tap
-                total = part if total is None else total + part
+        for place, cell in enumerate(cells):
+            part = cell * ops.tile(taps[:, place].reshape(1, size), (tokens, 1))
+            total = part if total is None else total + part
         return ops.bias_add(total, self.bias)
 
 
-def split_cells(x: ms.Tensor, height: int, width: int, ratio: int) -> ms.Tensor:
-    """(B, height * width, D) -> (B, h, R, w, R, D); rows and columns that fill no whole cell are left out."""
+def split_cells(x: ms.Tensor, height: int, width: int, ratio: int) -> list[ms.Tensor]:
+    """(B, height * width, D) -> R * R tensors (B h w, D): the tokens at each place of the R x R cells, row by row.
+
+    Rows and columns that fill no whole cell are left out.
+    """
     batch, _, size = x.shape
     rows, columns = height // ratio, width // ratio
     grid = x.reshape(batch, height, width, size)[:, : rows * ratio, : columns * ratio]
-    return grid.reshape(batch, rows, ratio, columns, ratio, size)
+    lines = grid.reshape(batch * rows, ratio, columns, ratio * size)
+    tokens = batch * rows * columns
+    return [
+        lines[:, i, :, j * size : (j + 1) * size].reshape(tokens, size) for i in range(ratio) for j in range(ratio)
+    ]
 
 
 def compress_tokens(
@@ -55,14 +60,13 @@ def compress_tokens(
 ) -> ms.Tensor:
     """Shrink the token grid: x (B, height * width, D) -> (B, (height // ratio) * (width // ratio), D)."""
     cells = split_cells(x, height, width, ratio)
-    batch, rows, _, columns, _, size = cells.shape
     if operator == "conv":
         out = norm(reduction(cells))
     elif operator == "mean":
-        out = cells.mean((2, 4))
+        out = sum(cells[1:], cells[0]) / len(cells)
     else:
-        out = cells[:, :, 0, :, 0, :]
-    return out.reshape(batch, rows * columns, size)
+        out = cells[0]
+    return out.reshape(x.shape[0], -1, x.shape[2])
 
 
 def check_compression(operator: str | None, ratio: int, layers: tuple[int, ...], depth: int) -> None:

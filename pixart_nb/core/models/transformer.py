@@ -7,7 +7,7 @@ from functools import wraps
 
 import numpy as np
 
-from pixart_nb.core.backend import gelu_tanh, ms, repeat_rows
+from pixart_nb.core.backend import gelu_tanh, ms, repeat_rows, transpose
 from mindspore import mint, nn, ops
 
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
@@ -238,8 +238,9 @@ class PixArt(nn.Cell):
     def unpatchify(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Tokens (N, height * width, p p C) -> (N, C, height p, width p)."""
         p, c = self.config.patch_size, self.config.out_channels
-        x = x.reshape(x.shape[0], height, width, p, p, c).transpose(0, 5, 1, 3, 2, 4)
-        return x.reshape(x.shape[0], c, height * p, width * p)
+        n = x.shape[0]
+        rows = transpose(x.reshape(n * height, width, p, p * c), 0, 2, 1, 3)
+        return transpose(rows.reshape(n, height * p, width * p, c), 0, 3, 1, 2)
 
     def positions(self, height: int, width: int) -> ms.Tensor:
         """Positional embedding of latents height x width: (1, N, D), computed once per size."""

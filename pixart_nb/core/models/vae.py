@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from mindspore import mint, nn, ops
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, transpose
 from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
 
@@ -82,10 +82,10 @@ class SpatialAttention(nn.Cell):
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         n, c, height, width = x.shape
-        tokens = self.group_norm(x).reshape(n, c, height * width).transpose(0, 2, 1)
+        tokens = transpose(self.group_norm(x).reshape(n, c, height * width), 0, 2, 1)
         q, k, v = (part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v))
         out = self.to_out[0](attention(q, k, v).reshape(n, height * width, c))
-        return x + out.transpose(0, 2, 1).reshape(n, c, height, width)
+        return x + transpose(out, 0, 2, 1).reshape(n, c, height, width)
 
 
 class Downsample(nn.Cell):
@@ -108,7 +108,8 @@ class Upsample(nn.Cell):
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         n, c, height, width = x.shape
-        doubled = ops.tile(x.reshape(n, c, height, 1, width, 1), (1, 1, 1, 2, 1, 2))
+        wide = ops.tile(x.reshape(n * c, height, width, 1), (1, 1, 1, 2))
+        doubled = ops.tile(wide.reshape(n * c, height, 1, 2 * width), (1, 1, 2, 1))
         return self.conv(doubled.reshape(n, c, 2 * height, 2 * width))
 
 

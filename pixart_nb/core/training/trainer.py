@@ -16,6 +16,7 @@ from mindspore import ops
 from mindspore.experimental.optim import AdamW
 from tqdm.auto import tqdm
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, load_tensors, save_tensors
 from pixart_nb.core.training.optim import EMA, clip_by_norm, global_norm, learning_rate
@@ -46,7 +47,7 @@ Batch = Callable[[int], tuple[np.ndarray, ...]]
 class Trainer:
     """Minimises ``loss(*tensors) -> (loss, {} or tuple of further numbers)`` over ``parameters``.
 
-    ``loss`` is compiled once with its gradient and the clipping; ``names`` name the further numbers in the log. Every
+    ``loss`` is compiled with its gradient where that helps; ``names`` name the further numbers in the log. Every
     ``save_every`` steps, at the end and on SIGINT or SIGTERM the whole state (weights, moments, EMA, step) goes into
     ``folder`` as one safetensors file; a trainer on the same folder resumes from the newest that is whole.
     """
@@ -68,13 +69,12 @@ class Trainer:
         gradient = ms.value_and_grad(loss, None, weights, has_aux=True)
         largest = self.options.max_grad_norm
 
-        @ms.jit(jit_level="O0")
         def gradients(*tensors):
             values, grads = gradient(*tensors)
             norm = global_norm(grads)
             return values, clip_by_norm(grads, norm, largest), norm
 
-        return gradients
+        return backend.compiled(gradients)
 
     # ---- running
 

@@ -1,0 +1,133 @@
+"""``pixart-nb``: draw pictures, judge a model, train the embedded one. Thin functions over ``commands``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixart_nb import commands
+from pixart_nb.config import load_config, override
+
+TINY = "data/tiny-sigma"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="PixArt-Sigma on MindSpore: draw pictures, judge a model, train the embedded one.",
+)
+
+
+class Dtype(StrEnum):
+    """Names of number formats."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Errors that a user can mend end the command with one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:  # ConfigError and CheckpointError are ValueErrors
+        typer.echo(f"pixart-nb: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def sample(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Configuration file; the options below replace its values.")
+    ] = Path("configs/inference/tiny.yaml"),
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw, in English. Give it again for more pictures.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder in the diffusers layout, or a hub id.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels, a multiple of 16.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, a multiple of 16.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver: more is slower and finer.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly the prompt pulls; 1 is off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same pictures.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Numbers the networks compute in.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the pictures.")] = None,
+) -> None:
+    """Draw pictures of prompts and write them as PNG files.
+
+    Example: pixart-nb sample --prompt "a red mushroom on grass" --output outputs/mushroom
+    """
+    with _one_line_errors():
+        settings = override(
+            load_config(config, "inference"),
+            prompts=prompt or None,
+            negative_prompt=negative_prompt,
+            model=model,
+            image_height=height,
+            image_width=width,
+            sampling_steps=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            dtype=dtype.value if dtype else None,
+            output_dir=str(output) if output else None,
+        )
+        for path in commands.sample(settings):
+            typer.echo(path)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder in the diffusers layout, or a hub id.")] = TINY,
+    count: Annotated[
+        int, typer.Option(min=1, help="Scenes to draw, all of which training never shows.")
+    ] = 240,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 20,
+    guidance: Annotated[float, typer.Option(min=1, help="How strongly the prompt pulls; 1 is off.")] = 4.5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 24,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
+    height: Annotated[int, typer.Option(min=16, help="Height in pixels, a multiple of 16.")] = 128,
+    width: Annotated[int, typer.Option(min=16, help="Width in pixels, a multiple of 16.")] = 128,
+    dtype: Annotated[Dtype, typer.Option(help="Numbers the networks compute in.")] = Dtype.fp32,
+    vae: Annotated[bool, typer.Option("--vae", help="Measure the autoencoder's reconstruction too.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for numbers and pictures.")] = Path(
+        "outputs/evaluation"
+    ),
+) -> None:
+    """Draw scenes that training never shows, and count how many show the asked object, colour and setting.
+
+    Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and pictures.png.
+    """
+    with _one_line_errors():
+        report = commands.evaluate(
+            model,
+            count,
+            vae,
+            dtype.value,
+            output,
+            steps=steps,
+            guidance=guidance,
+            batch_size=batch_size,
+            seed=seed,
+            height=height,
+            width=width,
+        )
+        typer.echo(commands.table(report))
+
+
+@app.command()
+def tiny(
+    folder: Annotated[Path, typer.Option(help="Where the trained pipeline is written.")] = Path(TINY),
+    work: Annotated[Path, typer.Option(help="Where an unfinished training is kept.")] = Path("outputs/tiny"),
+) -> None:
+    """Train the embedded model from nothing on drawn pixel art. If it was stopped, it goes on where it was."""
+    with _one_line_errors():
+        from pixart_nb.core.training.tiny import train_tiny
+
+        train_tiny(folder=folder, work=work)
+        typer.echo(folder)

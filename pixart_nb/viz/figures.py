@@ -1,0 +1,123 @@
+"""Pictures side by side and curves: NumPy in, a matplotlib ``Figure`` out. No global state of pyplot is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def image_grid(
+    images: Sequence[np.ndarray] | np.ndarray,
+    titles: Sequence[str] | None = None,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    cell: float = 1.8,
+) -> Figure:
+    """Pictures in rows and columns, each with its title.
+
+    Args:
+        images: pictures (H, W, 3) or (H, W), float in [0, 1] or uint8; their sizes may differ.
+        titles: one for each picture.
+        columns: pictures in a row; by default about as many as rows.
+        row_labels: one for each row, at its left.
+        cell: width of a picture in inches.
+
+    >>> image_grid(np.zeros((6, 8, 8, 3)), columns=3).axes[0].get_subplotspec().get_gridspec().ncols
+    3
+    """
+    pictures = [_as_picture(image) for image in images]
+    if not pictures:
+        raise ValueError("an image grid needs at least one picture, got none")
+    _require_as_many("titles", titles, len(pictures), "pictures")
+    columns = min(columns or int(np.ceil(np.sqrt(len(pictures)))), len(pictures))
+    rows = -(-len(pictures) // columns)
+    _require_as_many("row labels", row_labels, rows, "rows")
+    figure, axes = _empty_grid(rows, columns, cell, max(p.shape[0] / p.shape[1] for p in pictures), titles)
+    for number, (place, picture) in enumerate(zip(axes, pictures, strict=False)):
+        _show(place, picture, titles[number] if titles else "", cell)
+    for number, label in enumerate(row_labels or ()):
+        axes[number * columns].set_ylabel(label, fontsize=8)
+    return figure
+
+
+def film_strip(images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[str]) -> Figure:
+    """Pictures of one development in a single row, in order, with a label under each.
+
+    >>> strip = film_strip(np.zeros((3, 8, 8, 3)), ["start", "middle", "end"])
+    >>> [place.get_xlabel() for place in strip.axes]
+    ['start', 'middle', 'end']
+    """
+    figure = image_grid(images, columns=len(images) or None, cell=1.3)
+    _require_as_many("labels", labels, len(images), "pictures")
+    for place, label in zip(figure.axes, labels, strict=True):
+        place.set_xlabel(label, fontsize=8)
+    return figure
+
+
+def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithmic: bool = False) -> Figure:
+    """One line for each name: ``curves[name] = (steps, values)``, two sequences of one length.
+
+    >>> training_curves({"train": ([0, 10], [1.0, 0.5])}).axes[0].lines[0].get_ydata().tolist()
+    [1.0, 0.5]
+    """
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    place = figure.subplots()
+    for name, (steps, values) in curves.items():
+        _require_as_many(f"values of {name!r}", values, len(steps), "steps")
+        place.plot(np.asarray(steps), np.asarray(values, dtype=float), label=name)
+    place.set(xlabel="step", ylabel=ylabel, yscale="log" if logarithmic else "linear")
+    place.grid(alpha=0.3)
+    if curves:
+        place.legend()
+    return figure
+
+
+def _as_picture(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
+        raise ValueError(f"a picture must be (H, W, 3) or (H, W), got {image.shape}")
+    if image.dtype == np.uint8:
+        return image
+    if not np.isfinite(image).all():
+        raise ValueError("a picture must have finite values only, got nan or infinity")
+    return np.clip(image, 0, 1)
+
+
+def _require_as_many(what: str, given: Sequence | None, count: int, of_what: str) -> None:
+    if given is not None and len(given) != count:
+        raise ValueError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
+
+
+def _empty_grid(
+    rows: int, columns: int, cell: float, aspect: float, titles: Sequence[str] | None
+) -> tuple[Figure, list[Axes]]:
+    title_room = 0.3 if titles else 0.08
+    size = (columns * cell + 0.3, rows * (cell * aspect + title_room) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for place in axes:
+        place.set(xticks=[], yticks=[])
+        place.set_frame_on(False)
+    return figure, axes
+
+
+def _show(place: Axes, picture: np.ndarray, title: str, cell: float) -> None:
+    limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if picture.dtype == np.uint8 else 1}
+    place.imshow(picture, interpolation="nearest", **(limits if picture.ndim == 2 else {}))
+    place.set_title(_folded(title, int(cell * 15.5)), fontsize=8)
+
+
+def _folded(words: str, width: int) -> str:
+    """The words on lines of at most ``width`` letters, unless one word alone is longer."""
+    lines: list[str] = []
+    for word in words.split():
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += " " + word
+        else:
+            lines.append(word)
+    return "\n".join(lines)

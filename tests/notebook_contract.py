@@ -1,0 +1,171 @@
+"""The rules that every stored notebook keeps, as functions that name what breaks them; and how tests run one."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import nbformat
+import papermill
+
+MOST_LINES = 25
+MOST_BYTES = 250 * 1024
+WIDGET = "application/vnd.jupyter.widget-view+json"
+FIGURES = ("image/png", "image/svg+xml")
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The code cells in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def python_of(source: str) -> str:
+    """A cell's source without the lines that belong to IPython (``%magic``, ``!command``)."""
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+def parameters_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells tagged ``parameters``."""
+    return [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+
+
+def declared_parameters(notebook: nbformat.NotebookNode) -> list[str]:
+    """Names that the cell tagged ``parameters`` assigns, in order."""
+    cells = parameters_cells(notebook)
+    body = ast.parse(cells[0].source).body if cells else []
+    return [name.id for node in body for name in _targets(node) if isinstance(name, ast.Name)]
+
+
+def _targets(node: ast.stmt) -> list[ast.expr]:
+    if isinstance(node, ast.Assign):
+        return node.targets
+    return [node.target] if isinstance(node, ast.AnnAssign) else []
+
+
+def undeclared_keys(notebook: nbformat.NotebookNode, values: Iterable[str]) -> list[str]:
+    """Keys of a parameter file that the notebook does not declare; papermill itself only warns of them."""
+    return sorted(set(values) - set(declared_parameters(notebook)))
+
+
+def violations(notebook: nbformat.NotebookNode, size: int = 0) -> list[str]:
+    """Every rule that the notebook breaks, in words; ``size`` is that of its file in bytes."""
+    found = [
+        *_opening(notebook),
+        *_parameters(notebook),
+        *_cells(notebook),
+        *_stored(notebook),
+        *_ending(notebook),
+    ]
+    if size > MOST_BYTES:
+        found.append(f"the file has {size} bytes; at most {MOST_BYTES}")
+    return found + _prose(notebook)
+
+
+def _opening(notebook: nbformat.NotebookNode) -> Iterable[str]:
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
+        yield "the first cell is not a title in Markdown"
+    else:
+        for word in ("goal", "cost"):
+            if word not in first.source.lower():
+                yield f"the first cell does not name the {word}"
+
+
+def _parameters(notebook: nbformat.NotebookNode) -> Iterable[str]:
+    tagged = parameters_cells(notebook)
+    if len(tagged) != 1:
+        yield f"{len(tagged)} cells are tagged 'parameters'; expected one"
+        return
+    if code_cells(notebook)[0] is not tagged[0]:
+        yield "there is code before the parameters"
+    for node in ast.parse(tagged[0].source).body:
+        yield from _parameter(node, tagged[0].source.splitlines())
+
+
+def _parameter(node: ast.stmt, lines: list[str]) -> Iterable[str]:
+    shown, last = ast.unparse(node), lines[node.end_lineno - 1]
+    if len(_targets(node)) != 1 or not isinstance(_targets(node)[0], ast.Name):
+        yield f"the parameters cell does more than assign: {shown}"
+        return
+    comment = last.encode()[node.end_col_offset :].decode()
+    if not re.match(r"\s*# \S", comment):
+        yield f"a parameter has no comment on its last line: {shown}"
+    if "=" in comment or (isinstance(node, ast.AnnAssign) and "|" in ast.unparse(node.annotation)):
+        yield f"papermill cannot read this parameter: {last.strip()}"
+
+
+def _cells(notebook: nbformat.NotebookNode) -> Iterable[str]:
+    for number, cell in enumerate(code_cells(notebook)):
+        lines = len(cell.source.splitlines())
+        if lines > MOST_LINES:
+            yield f"code cell {number} has {lines} lines; at most {MOST_LINES}"
+        for node in ast.walk(ast.parse(python_of(cell.source))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield f"code cell {number} defines {node.name}; definitions belong in the package"
+
+
+def _stored(notebook: nbformat.NotebookNode) -> Iterable[str]:
+    if "widgets" in notebook.metadata:
+        yield "the notebook holds widget state"
+    for number, cell in enumerate(notebook.cells):
+        if not cell.get("id"):
+            yield f"cell {number} has no id"
+    for number, cell in enumerate(code_cells(notebook)):
+        if cell.outputs or cell.execution_count is not None:
+            yield f"code cell {number} is stored with outputs or an execution count"
+
+
+def _ending(notebook: nbformat.NotebookNode) -> Iterable[str]:
+    last = notebook.cells[-1] if notebook.cells else None
+    if last is None or last.cell_type != "code" or "version" not in last.source:
+        yield "the last cell does not show the versions of what ran"
+
+
+def _prose(notebook: nbformat.NotebookNode) -> list[str]:
+    prose, code = (
+        sum(len(re.findall(r"\w+", cell.source)) for cell in notebook.cells if cell.cell_type == kind)
+        for kind in ("markdown", "code")
+    )
+    return [f"{prose} words of prose for {code} of code; expected at least as many"] if prose < code else []
+
+
+def widgets_without_figure(executed: nbformat.NotebookNode) -> list[int]:
+    """Numbers of code cells that show a widget with no static figure in the same or a neighbouring code cell.
+
+    A progress bar is a widget too; what it was waiting for is the figure.
+    """
+    kinds = [
+        {kind for output in cell.outputs for kind in output.get("data", {})} for cell in code_cells(executed)
+    ]
+    near = [set().union(*kinds[max(k - 1, 0) : k + 2]) for k in range(len(kinds))]
+    return [k for k, shown in enumerate(kinds) if WIDGET in shown and not near[k].intersection(FIGURES)]
+
+
+def run_notebook(
+    path: Path, parameters: Mapping[str, Any], output: Path, folder: Path
+) -> nbformat.NotebookNode:
+    """Run a notebook whole by papermill in ``folder``, with this Python, and return it with its outputs.
+
+    Raises:
+        ValueError: a parameter is not declared by the notebook.
+        papermill.PapermillExecutionError: a cell failed.
+    """
+    unknown = undeclared_keys(nbformat.read(path, as_version=4), parameters)
+    if unknown:
+        raise ValueError(f"{path.name} does not declare {', '.join(unknown)}")
+    bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    with mock.patch.dict(os.environ, {"PATH": bin_first, "JUPYTER_PREFER_ENV_PATH": "1"}):
+        return papermill.execute_notebook(
+            str(path),
+            str(output),
+            dict(parameters),
+            kernel_name="python3",
+            cwd=str(folder),
+            progress_bar=False,
+        )

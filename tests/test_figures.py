@@ -1,0 +1,131 @@
+"""Figures show the numbers they are given."""
+
+import doctest
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pixart_nb.viz import figures
+from pixart_nb.viz.figures import film_strip, image_grid, training_curves
+
+
+def shown(place):
+    return np.asarray(place.images[0].get_array())
+
+
+def test_a_grid_shows_every_picture_in_order_with_its_title():
+    pictures = np.random.default_rng(0).random((5, 8, 12, 3))
+    figure = image_grid(pictures, [f"number {k}" for k in range(5)], columns=3)
+    filled = [place for place in figure.axes if place.images]
+    assert len(figure.axes) == 6
+    for k, place in enumerate(filled):
+        np.testing.assert_array_equal(shown(place), pictures[k])
+        assert place.get_title() == f"number {k}"
+    assert len(filled) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "expected"),
+    [(1, None, (1, 1)), (4, None, (2, 2)), (7, None, (3, 3)), (2, 5, (1, 2))],
+)
+def test_a_grid_has_as_many_rows_and_columns_as_it_needs(count, columns, expected):
+    layout = image_grid(np.zeros((count, 4, 4, 3)), columns=columns).axes[0].get_subplotspec().get_gridspec()
+    assert (layout.nrows, layout.ncols) == expected
+
+
+def test_bytes_stay_bytes_and_floats_are_clipped():
+    whole = np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3)
+    np.testing.assert_array_equal(shown(image_grid(whole).axes[0]), whole[0])
+    wild = np.array([-1.0, 0.25, 2.0]).reshape(1, 1, 1, 3)
+    np.testing.assert_array_equal(shown(image_grid(wild).axes[0]), [[[0.0, 0.25, 1.0]]])
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.float32, 1)])
+def test_a_grey_picture_is_scaled_to_the_whole_range_and_not_to_its_own(dtype, white):
+    place = image_grid([np.zeros((4, 4), dtype)]).axes[0]
+    assert place.images[0].get_clim() == (0, white)
+
+
+def test_pictures_of_several_sizes_share_a_grid():
+    figure = image_grid([np.zeros((4, 8, 3)), np.zeros((8, 4, 3))])
+    assert [shown(place).shape for place in figure.axes] == [(4, 8, 3), (8, 4, 3)]
+
+
+def test_rows_are_labelled_at_their_first_picture():
+    figure = image_grid(np.zeros((6, 4, 4, 3)), columns=3, row_labels=["few", "many"])
+    assert [place.get_ylabel() for place in figure.axes] == ["few", "", "", "many", "", ""]
+
+
+def test_long_titles_are_folded_between_words():
+    title = "a teal guitar in the snow on a winter day"
+    lines = image_grid(np.zeros((1, 4, 4, 3)), [title]).axes[0].get_title().splitlines()
+    assert " ".join(lines) == title
+    assert max(map(len, lines)) <= 27
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (np.zeros((0, 4, 4, 3)), {}, "at least one picture"),
+        (np.zeros((2, 4, 4, 4)), {}, r"must be \(H, W, 3\)"),
+        (np.full((1, 4, 4, 3), np.nan), {}, "finite"),
+        (np.zeros((2, 4, 4, 3)), {"titles": ["one"]}, "as many titles as pictures, got 1 for 2"),
+        (np.zeros((2, 4, 4, 3)), {"columns": 1, "row_labels": ["one"]}, "as many row labels as rows"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(images, options, message):
+    with pytest.raises(ValueError, match=message):
+        image_grid(images, **options)
+
+
+def test_a_film_strip_is_one_row_in_order():
+    frames = np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 6, 6, 3))
+    figure = film_strip(frames, ["t 999", "t 600", "t 300", "t 0"])
+    layout = figure.axes[0].get_subplotspec().get_gridspec()
+    assert (layout.nrows, layout.ncols) == (1, 4)
+    assert [shown(place)[0, 0, 0] for place in figure.axes] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert [place.get_xlabel() for place in figure.axes] == ["t 999", "t 600", "t 300", "t 0"]
+
+
+def test_a_film_strip_needs_a_label_for_each_picture():
+    with pytest.raises(ValueError, match="as many labels as pictures, got 1 for 2"):
+        film_strip(np.zeros((2, 4, 4, 3)), ["start"])
+
+
+def test_curves_hold_the_values_under_their_names():
+    figure = training_curves(
+        {"train": ([0, 5, 9], [3.0, 2.0, 1.0]), "held out": ([0, 9], [4.0, 2.5])}, "error", True
+    )
+    place = figure.axes[0]
+    assert [line.get_label() for line in place.lines] == ["train", "held out"]
+    np.testing.assert_array_equal(place.lines[0].get_xydata(), [[0, 3], [5, 2], [9, 1]])
+    np.testing.assert_array_equal(place.lines[1].get_xydata(), [[0, 4], [9, 2.5]])
+    assert (place.get_ylabel(), place.get_yscale(), place.get_xlabel()) == ("error", "log", "step")
+
+
+def test_curves_need_a_value_for_each_step():
+    with pytest.raises(ValueError, match="values of 'train'"):
+        training_curves({"train": ([0, 1], [1.0])})
+
+
+def test_a_figure_is_written_as_a_picture(tmp_path):
+    image_grid(np.zeros((1, 4, 4, 3))).savefig(tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_load_neither_mindspore_nor_pyplot():
+    check = (
+        "import sys, pixart_nb.viz.figures as f; print({'mindspore', 'matplotlib.pyplot'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip()
+        == "set()"
+    )
+
+
+def test_the_examples_in_the_docstrings_hold():
+    result = doctest.testmod(figures, extraglobs={"np": np})
+    assert result.attempted > 0
+    assert result.failed == 0
