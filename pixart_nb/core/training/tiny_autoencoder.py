@@ -61,13 +61,3 @@ def scaling_factor(net: AutoencoderKL, scenes: list[Scene], seed: int) -> float:
     chosen = [scenes[i] for i in rng.integers(0, len(scenes), 128)]
     means = [net.encode(ms.Tensor(to_signed(draw_scenes(chosen[i : i + 16], rng))))[0].mean for i in range(0, 128, 16)]
     return round(float(1 / np.concatenate([m.asnumpy() for m in means]).std()), 5)
-
-
-def reconstruction_psnr(net: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of pictures (N, H, W, 3) uint8 through the autoencoder."""
-    errors = []
-    for part in np.array_split(pictures, max(1, len(pictures) // 16)):
-        x = to_signed(part)
-        out = net.decode(net.encode(ms.Tensor(x))[0].mode())[0].asnumpy()
-        errors.append(((np.clip(out, -1, 1) - x) ** 2).mean((1, 2, 3)))
-    return float(10 * np.log10(4.0 / np.concatenate(errors).mean()))

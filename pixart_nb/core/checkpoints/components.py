@@ -1,0 +1,145 @@
+"""The parts of a published pipeline: where each lies in its folder, and how it is loaded and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints import key_maps
+from pixart_nb.core.checkpoints.load import cast, diffusers_config, load_into, load_transformer, read_tensors
+from pixart_nb.core.checkpoints.store import CheckpointError, read_json, save_tensors, write_json
+from pixart_nb.core.models.t5 import T5Config, T5Encoder
+from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig, modernise_names
+from pixart_nb.core.sampling.schedule import NoiseSchedule
+from pixart_nb.core.sampling.text import TextTokenizer
+
+#: T5 checkpoints hold the embedding table twice.
+_T5_DOUBLES = ("encoder.embed_tokens.weight",)
+
+
+def pipeline_folder(folder_or_hub_id: str | Path, wanted: Sequence[str]) -> Path:
+    """The local folder of a pipeline: as given, or fetched from the hub; the wanted components must be in it."""
+    folder = Path(folder_or_hub_id)
+    if not folder.is_dir():
+        folder = _from_hub(str(folder_or_hub_id), wanted)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no model_index.json, so it is no pipeline in the diffusers layout; it holds "
+            f"{sorted(part.name for part in folder.iterdir())[:10]}"
+        )
+    missing = [name for name in wanted if not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks the folders {missing}; give those components, or None where not needed")
+    return folder
+
+
+def _from_hub(hub_id: str, wanted: Sequence[str]) -> Path:
+    advice = f"Bring the folder of {hub_id!r} yourself (with model_index.json and {', '.join(wanted)}) and give its path."
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
+        raise CheckpointError(f"{hub_id} is no folder, nor an id of the form owner/name. {advice}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["model_index.json", *(f"{name}/*" for name in wanted)]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(f"{hub_id!r} could not be fetched from the hub ({type(error).__name__}). {advice}") from error
+
+
+def load_component(name: str, folder: Path, dtype: ms.Type):
+    """One component of a pipeline folder, in ``dtype`` where it is a network."""
+    return _LOADERS[name](folder / name, dtype)
+
+
+def _load_transformer(folder: Path, dtype: ms.Type) -> PixArt:
+    return load_transformer(folder, dtype=dtype)
+
+
+def _load_text_encoder(folder: Path, dtype: ms.Type) -> T5Encoder:
+    net = T5Encoder(T5Config.from_dict(read_json(folder / "config.json")))
+    tensors = {name: value for name, value in read_tensors(folder).items() if name not in _T5_DOUBLES}
+    load_into(net, tensors, folder)
+    return cast(net.set_train(False), dtype)
+
+
+def _load_vae(folder: Path, dtype: ms.Type) -> AutoencoderKL:
+    net = AutoencoderKL(VAEConfig.from_dict(read_json(folder / "config.json")))
+    load_into(net, modernise_names(read_tensors(folder)), folder)
+    return cast(net.set_train(False), dtype)
+
+
+def _load_scheduler(folder: Path, dtype: ms.Type) -> NoiseSchedule:
+    values = read_json(folder / "scheduler_config.json")
+    expected = {"beta_schedule": "linear", "prediction_type": "epsilon"}
+    other = {key: values.get(key) for key, value in expected.items() if values.get(key, value) != value}
+    if other:
+        raise CheckpointError(f"{folder}: scheduler has {other}; PixArt's has {expected}")
+    return NoiseSchedule(
+        values.get("beta_start", 1e-4), values.get("beta_end", 0.02), values.get("num_train_timesteps", 1000)
+    )
+
+
+_LOADERS = {
+    "transformer": _load_transformer,
+    "text_encoder": _load_text_encoder,
+    "vae": _load_vae,
+    "scheduler": _load_scheduler,
+    "tokenizer": lambda folder, dtype: TextTokenizer(folder),
+}
+
+# ---- writing
+
+
+def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
+    return {name: p.asnumpy().astype(dtype) for name, p in net.parameters_and_names()}
+
+
+def write_transformer(folder: Path, net: PixArt, dtype: type[np.floating] = np.float32) -> None:
+    """Write a transformer in the diffusers layout."""
+    tensors = key_maps.to_diffusers(_weights(net, dtype))
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    write_json(folder / "config.json", diffusers_config(net.config))
+
+
+def write_vae(folder: Path, net: AutoencoderKL, dtype: type[np.floating] = np.float32) -> None:
+    """Write an autoencoder in the diffusers layout."""
+    save_tensors(folder / "diffusion_pytorch_model.safetensors", _weights(net, dtype), {"format": "pt"})
+    config = asdict(net.config)
+    blocks = len(net.config.block_out_channels)
+    extra = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
+    write_json(folder / "config.json", {"_class_name": "AutoencoderKL", "act_fn": "silu", **config, **extra})
+
+
+def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = np.float32) -> None:
+    """Write a T5 encoder in the layout of transformers."""
+    save_tensors(folder / "model.safetensors", _weights(net, dtype), {"format": "pt"})
+    extra = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
+    extra |= {"dense_act_fn": "gelu_new", "is_gated_act": True, "eos_token_id": 1, "pad_token_id": 0}
+    write_json(folder / "config.json", {**extra, **asdict(net.config)})
+
+
+def write_index(folder: Path, schedule: NoiseSchedule) -> None:
+    """Write ``model_index.json`` and the scheduler's configuration of a sigma pipeline."""
+    parts = {
+        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "PixArtTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", {"_class_name": "PixArtSigmaPipeline", **parts})
+    scheduler = {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "num_train_timesteps": schedule.steps,
+    }
+    scheduler |= dict(beta_schedule="linear", prediction_type="epsilon", algorithm_type="dpmsolver++", solver_order=2)
+    scheduler |= dict(solver_type="midpoint", lower_order_final=True, timestep_spacing="linspace", steps_offset=0)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"final_sigmas_type": "zero"})
