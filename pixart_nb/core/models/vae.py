@@ -264,14 +264,29 @@ class AutoencoderKL(nn.Cell):
         return self.reconstruct(z), moments
 
     def initialise(self, rng: np.random.Generator) -> None:
-        """Draw fresh weights: scaled normals for convolutions and projections, ones and zeros for norms and biases."""
+        """Draw fresh weights so that the net starts as average pooling and nearest upsampling of random colours.
+
+        Residual branches end in zeros, downsampling is the mean of 2 x 2, the other convolutions of the main path see
+        one pixel. The blocks of a pixel-art picture are then sharp from the first step.
+        """
         for name, weight in self.parameters_and_names():
-            shape = tuple(weight.shape)
-            if len(shape) == 1:
-                value = np.full(shape, float("norm" in name and name.endswith("weight")), np.float32)
-            else:
-                value = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
-            weight.set_data(ms.Tensor(value))
+            weight.set_data(ms.Tensor(_initial_value(rng, name, tuple(weight.shape))))
+
+
+def _initial_value(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    value = np.zeros(shape, np.float32)
+    if len(shape) == 1:
+        return value + float("norm" in name and name.endswith("weight"))
+    if "conv2" in name or "to_out" in name:
+        return value
+    if "samplers" in name:
+        rows = slice(0, 2) if "downsamplers" in name else slice(1, 2)
+        value[:, :, rows, rows] = np.eye(shape[0], dtype=np.float32)[..., None, None] / (rows.stop - rows.start) ** 2
+        return value
+    if "conv1" in name or shape[2:] in ((), (1, 1)):
+        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+    value[:, :, 1, 1] = rng.standard_normal(shape[:2]) / np.sqrt(shape[1])
+    return value
 
 
 #: Names that Stable Diffusion's first autoencoders use in the attention of the middle block.

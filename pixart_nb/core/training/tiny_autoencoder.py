@@ -14,7 +14,8 @@ from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.training.tiny_data import autoencoder_batches, draw_scenes, generator, to_signed
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
-CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=8, sample_size=128)
+# One group: a group for each channel would take every channel's mean away, and with it the colours.
+CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=1, sample_size=128)
 OPTIONS = TrainerOptions(
     steps=1500,
     start_learning_rate=4e-3,

@@ -18,18 +18,18 @@ from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.training.tiny_data import Tokenize, caption_batches, generator
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
-PIECES = 512
+PIECES = 256
 EXTRA_IDS = 100
-CAPTION_TOKENS = 40
+CAPTION_TOKENS = 52
 CONFIG = T5Config(vocab_size=PIECES + EXTRA_IDS, d_model=128, d_kv=32, d_ff=256, num_heads=4, num_layers=2)
 OPTIONS = TrainerOptions(
-    steps=1200,
+    steps=400,
     start_learning_rate=2e-3,
     warmup_steps=50,
     schedule="cosine",
     betas=(0.9, 0.95),
     ema_rate=0.99,
-    save_every=300,
+    save_every=100,
     log_every=10,
 )
 BATCH = 64
