@@ -14,11 +14,11 @@ from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.training.tiny_data import autoencoder_batches, draw_scenes, generator, to_signed
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
-# One group: a group for each channel would take every channel's mean away, and with it the colours.
-CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=1, sample_size=128)
+# Four groups: a group for each channel would take every channel's mean away, and with it the colours.
+CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4, sample_size=128)
 OPTIONS = TrainerOptions(
-    steps=1500,
-    start_learning_rate=4e-3,
+    steps=1000,
+    start_learning_rate=2.5e-3,
     warmup_steps=50,
     schedule="cosine",
     betas=(0.9, 0.95),

@@ -1,0 +1,104 @@
+"""One attention function: the same numbers whole, in chunks, and through Ascend's operator."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_data import relative_error
+
+from pixart_nb.core import backend
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models.attention import attention, check_mask
+
+
+def arrays(queries=10, keys=7, head_size=72, heads=2, rows=3, seed=0):
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((rows, heads, n, head_size)).astype(np.float32) for n in (queries, keys, keys))
+    mask = rng.random((rows, keys)) < 0.6
+    mask[:, 0] = True
+    return q, k, v, mask
+
+
+def direct(q, k, v, mask=None, bias=0.0, scale=None):
+    """softmax(q k^T) v in float64."""
+    q, k, v = (part.astype(np.float64) for part in (q, k, v))
+    scores = q @ k.transpose(0, 1, 3, 2) * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
+    if mask is not None:
+        scores = np.where(mask[:, None, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def ours(q, k, v, mask=None, **options):
+    mask = None if mask is None else ms.Tensor(mask)
+    return attention(ms.Tensor(q), ms.Tensor(k), ms.Tensor(v), mask, **options).asnumpy()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunks_give_the_numbers_of_the_whole(chunk, masked):
+    q, k, v, mask = arrays()
+    mask = mask if masked else None
+    assert relative_error(ours(q, k, v, mask, chunk=chunk), direct(q, k, v, mask)) < 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    queries=st.integers(1, 20), keys=st.integers(1, 9), head_size=st.integers(1, 33), chunk=st.integers(1, 21),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_and_mask_equals_the_direct_formula(queries, keys, head_size, chunk, seed):
+    q, k, v, mask = arrays(queries, keys, head_size, seed=seed)
+    assert relative_error(ours(q, k, v, mask, chunk=chunk), direct(q, k, v, mask)) < 1e-5
+
+
+def test_bias_and_scale_are_those_of_the_text_encoder():
+    q, k, v, mask = arrays(queries=7)
+    bias = np.random.default_rng(1).standard_normal((1, 2, 7, 7)).astype(np.float32)
+    out = ours(q, k, v, mask, scale=1.0, bias=ms.Tensor(bias), chunk=2)
+    assert relative_error(out, direct(q, k, v, mask, bias, 1.0)) < 1e-5
+
+
+def test_the_chunk_follows_the_memory_budget(monkeypatch):
+    sizes = []
+    original = backend.ops.softmax
+    monkeypatch.setattr(backend.ops, "softmax", lambda x, axis: sizes.append(x.shape) or original(x, axis))
+    monkeypatch.setattr(backend, "ATTENTION_CHUNK_BYTES", 4 * 3 * 2 * 7 * 4)
+    q, k, v, _ = arrays()
+    ours(q, k, v)
+    assert [shape[2] for shape in sizes] == [4, 4, 2]
+
+
+def flash_stand_in(q, k, v, head_num, attn_mask=None, scalar_value=1.0, input_layout="", sparse_mode=0):
+    """The contract of Ascend's operator, in NumPy: half precision, head size of 16s, mask 1 = discard."""
+    assert q.dtype in (ms.float16, ms.bfloat16)
+    assert input_layout == "BNSD"
+    assert head_num == q.shape[1]
+    assert q.shape[-1] % 16 == 0
+    parts = [part.astype(ms.float32).asnumpy() for part in (q, k, v)]
+    keep = None
+    if attn_mask is not None:
+        assert attn_mask.dtype in (ms.uint8, ms.bool_)
+        assert attn_mask.shape == (q.shape[0], 1, q.shape[2], k.shape[2])
+        discard = attn_mask.asnumpy().astype(bool)
+        assert (discard == discard[:, :, :1]).all()
+        keep = ~discard[:, 0, 0]
+    out = direct(*parts, keep, scale=scalar_value)
+    return ms.Tensor(out.astype(np.float32)).astype(q.dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("head_size", [72, 64, 12])
+def test_the_fused_operator_is_called_by_its_contract(monkeypatch, masked, head_size):
+    monkeypatch.setattr(backend, "on_ascend", lambda: True)
+    monkeypatch.setattr(backend, "flash_attention_score", flash_stand_in)
+    q, k, v, mask = (part.astype(np.float16) if part.dtype == np.float32 else part for part in arrays(head_size=head_size))
+    mask = mask if masked else None
+    out = ours(q, k, v, mask)
+    assert out.shape == q.shape
+    assert relative_error(out, direct(q, k, v, mask)) < 2e-3
+
+
+def test_a_row_that_may_see_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"rows \[0, 2\].*at least one token"):
+        check_mask(np.array([[0, 0], [1, 0], [0, 0]], bool))
