@@ -1,0 +1,74 @@
+"""The text encoder gives the reference's embeddings."""
+
+import numpy as np
+import pytest
+from reference_data import FORWARD, diffusers, relative_error
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.components import load_component
+from pixart_nb.core.models.t5 import T5Config, T5Encoder, relative_position_buckets
+
+
+def encoder(name="sigma"):
+    return load_component("text_encoder", diffusers(name)[0], ms.float32)
+
+
+@pytest.mark.parametrize("name", ["sigma", "alpha"])
+def test_embeddings_equal_the_reference_at_every_position(name):
+    _, _, golden = diffusers(name)
+    ours = encoder(name)(golden["input_ids"], golden["prompt_mask"]).asnumpy()
+    assert relative_error(ours, golden["prompt_embeds"]) < FORWARD
+
+
+def test_tokens_after_the_longest_prompt_need_not_be_computed():
+    _, _, golden = diffusers("sigma")
+    ids, mask = golden["input_ids"][:1], golden["prompt_mask"][:1]
+    length = int(mask.sum())
+    net = encoder()
+    short = net(ids[:, :length], mask[:, :length]).asnumpy()
+    assert relative_error(short, net(ids, mask).asnumpy()[:, :length]) < 1e-6
+
+
+def test_position_buckets_grow_logarithmically_and_know_the_direction():
+    buckets = relative_position_buckets(300, 32, 128)
+    assert buckets[0, 0] == 0
+    assert buckets[0, :8].tolist() == [0, 17, 18, 19, 20, 21, 22, 23]
+    assert buckets[:8, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert buckets[0, 299] == 31
+    assert buckets[299, 0] == 15
+    assert (np.diff(buckets[0, 1:]) >= 0).all()
+
+
+def test_half_precision_weights_stay_close():
+    _, _, golden = diffusers("sigma")
+    net = load_component("text_encoder", diffusers("sigma")[0], ms.float16)
+    out = net(golden["input_ids"], golden["prompt_mask"])
+    assert relative_error(out.astype(ms.float32).asnumpy(), golden["prompt_embeds"]) < 1e-2
+
+
+def test_token_ids_of_another_tokenizer_are_refused():
+    with pytest.raises(ValueError, match=r"knows 0\.\.190"):
+        encoder()(np.array([[191]]), np.array([[1]]))
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="at least one token"):
+        encoder()(np.array([[1, 1]]), np.array([[0, 0]]))
+
+
+def test_another_feed_forward_is_refused():
+    with pytest.raises(ValueError, match="gated-gelu"):
+        T5Config(feed_forward_proj="relu")
+
+
+def test_the_defaults_are_those_of_xxl():
+    config = T5Config()
+    per_layer = 4 * 4096 * config.num_heads * config.d_kv + 3 * 4096 * config.d_ff
+    assert 4.7e9 < config.num_layers * per_layer + config.vocab_size * config.d_model < 4.8e9
+
+
+def test_a_fresh_encoder_gives_finite_embeddings_of_unit_size():
+    net = T5Encoder(T5Config(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2))
+    net.initialise(np.random.default_rng(0))
+    out = net(np.arange(12).reshape(2, 6), np.ones((2, 6))).asnumpy()
+    assert abs(np.sqrt((out**2).mean()) - 1) < 0.05

@@ -1,0 +1,75 @@
+"""The autoencoder gives the reference's moments and pictures."""
+
+import numpy as np
+import pytest
+from reference_data import FORWARD, diffusers, relative_error
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.components import load_component, write_vae
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig, modernise_names
+
+
+def autoencoder(name="sigma"):
+    return load_component("vae", diffusers(name)[0], ms.float32)
+
+
+@pytest.mark.parametrize("name", ["sigma", "alpha"])
+def test_moments_and_pictures_equal_the_reference(name):
+    _, _, golden = diffusers(name)
+    net = autoencoder(name)
+    distribution = net.encode(ms.Tensor(golden["vae_in"]))[0]
+    assert relative_error(distribution.mean.asnumpy(), golden["vae_mean"]) < FORWARD
+    assert relative_error(distribution.logvar.asnumpy(), golden["vae_logvar"]) < FORWARD
+    latents = ms.Tensor(golden["dpm++2m/trajectory"][-1]) / net.config.scaling_factor
+    assert relative_error(net.decode(latents)[0].asnumpy(), golden["decoded"]) < FORWARD
+
+
+def test_samples_of_the_latents_have_the_mean_and_spread_that_were_said():
+    distribution = autoencoder().encode(ms.Tensor(diffusers("sigma")[2]["vae_in"]))[0]
+    rng = np.random.default_rng(0)
+    draws = np.stack([distribution.sample(rng).asnumpy() for _ in range(400)])
+    spread = np.exp(0.5 * distribution.logvar.asnumpy())
+    assert np.abs(draws.mean(0) - distribution.mean.asnumpy()).max() < 5 * spread.max() / 20
+    assert relative_error(draws.std(0), spread) < 0.1
+    assert np.array_equal(distribution.mode().asnumpy(), distribution.mean.asnumpy())
+
+
+def test_a_fresh_autoencoder_keeps_the_blocks_of_a_picture():
+    net = AutoencoderKL(VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4))
+    net.initialise(np.random.default_rng(0))
+    cells = np.random.default_rng(1).uniform(-1, 1, (1, 3, 4, 6)).astype(np.float32)
+    picture = ms.Tensor(cells.repeat(8, 2).repeat(8, 3))
+    out = net.decode(net.encode(picture)[0].mode())[0].asnumpy()
+    assert out.shape == (1, 3, 32, 48)
+    inside = out.reshape(1, 3, 4, 8, 6, 8)
+    assert inside.std((3, 5)).max() < 1e-4
+    assert out.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((1, 3, 20, 16), "multiples of 8"), ((1, 1, 16, 16), r"\(N, 3, H, W\)")]
+)
+def test_pictures_that_cannot_be_encoded_say_why(shape, message):
+    with pytest.raises(ValueError, match=message):
+        autoencoder().encode(ms.Tensor(np.zeros(shape, np.float32)))
+
+
+def test_latents_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"\(N, 4, h, w\)"):
+        autoencoder().decode(ms.Tensor(np.zeros((1, 3, 4, 4), np.float32)))
+
+
+def test_names_of_older_autoencoders_are_understood():
+    weight = np.arange(4.0).reshape(2, 2, 1, 1)
+    out = modernise_names({"decoder.mid_block.attentions.0.proj_attn.weight": weight, "decoder.conv_in.weight": weight})
+    assert out["decoder.mid_block.attentions.0.to_out.0.weight"].shape == (2, 2)
+    assert out["decoder.conv_in.weight"].shape == (2, 2, 1, 1)
+
+
+def test_a_written_autoencoder_is_read_back_the_same(tmp_path):
+    net = autoencoder()
+    write_vae(tmp_path / "vae", net)
+    again = load_component("vae", tmp_path, ms.float32)
+    assert again.config == net.config
+    pairs = zip(net.get_parameters(), again.get_parameters(), strict=True)
+    assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in pairs)
