@@ -13,7 +13,9 @@ from pixart_nb.core.models.attention import attention, check_mask
 
 def arrays(queries=10, keys=7, head_size=72, heads=2, rows=3, seed=0):
     rng = np.random.default_rng(seed)
-    q, k, v = (rng.standard_normal((rows, heads, n, head_size)).astype(np.float32) for n in (queries, keys, keys))
+    q, k, v = (
+        rng.standard_normal((rows, heads, n, head_size)).astype(np.float32) for n in (queries, keys, keys)
+    )
     mask = rng.random((rows, keys)) < 0.6
     mask[:, 0] = True
     return q, k, v, mask
@@ -92,7 +94,9 @@ def flash_stand_in(q, k, v, head_num, attn_mask=None, scalar_value=1.0, input_la
 def test_the_fused_operator_is_called_by_its_contract(monkeypatch, masked, head_size):
     monkeypatch.setattr(backend, "on_ascend", lambda: True)
     monkeypatch.setattr(backend, "flash_attention_score", flash_stand_in)
-    q, k, v, mask = (part.astype(np.float16) if part.dtype == np.float32 else part for part in arrays(head_size=head_size))
+    q, k, v, mask = (
+        part.astype(np.float16) if part.dtype == np.float32 else part for part in arrays(head_size=head_size)
+    )
     mask = mask if masked else None
     out = ours(q, k, v, mask)
     assert out.shape == q.shape

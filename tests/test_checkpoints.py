@@ -60,7 +60,9 @@ class TorchPickler(pickle._Pickler):
 
 def tensor(key, kind, count, size, stride, offset=0):
     storage = Storage(key, kind, count)
-    return Call(Global("torch._utils", "_rebuild_tensor_v2"), storage, offset, size, stride, False, OrderedDict())
+    return Call(
+        Global("torch._utils", "_rebuild_tensor_v2"), storage, offset, size, stride, False, OrderedDict()
+    )
 
 
 def write_torch(path, content, storages, prefix="archive"):
@@ -106,7 +108,9 @@ def test_ema_weights_are_preferred_and_prefixes_removed(tmp_path):
     assert np.array_equal(read["w"], [1, 1])
 
 
-@pytest.mark.parametrize("module", [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("torch", "load")])
+@pytest.mark.parametrize(
+    "module", [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("torch", "load")]
+)
 def test_a_pickle_that_would_run_a_command_is_refused_and_did_not_run(tmp_path, module):
     proof = tmp_path / "ran"
     content = {"w": Call(Global(*module), f"touch {proof}")}
@@ -192,7 +196,9 @@ def test_what_the_configuration_leaves_open_is_read_from_the_checkpoint(case):
 def test_diffusers_names_round_trip_bit_for_bit():
     for case in OFFICIAL:
         path, _, _ = official(case)
-        tensors = {k: v for k, v in read_tensors(path).items() if k not in ("pos_embed", "y_embedder.y_embedding")}
+        tensors = {
+            k: v for k, v in read_tensors(path).items() if k not in ("pos_embed", "y_embedder.y_embedding")
+        }
         back = key_maps.to_official(key_maps.to_diffusers(tensors))
         assert set(back) == set(tensors)
         assert all(np.array_equal(back[name], tensors[name]) for name in tensors)
@@ -202,9 +208,16 @@ def test_names_map_without_weights():
     assert key_maps.diffusers_names("blocks.7.attn.qkv.bias") == tuple(
         f"transformer_blocks.7.attn1.to_{part}.bias" for part in "qkv"
     )
-    assert key_maps.official_name("transformer_blocks.7.attn2.to_v.weight") == ("blocks.7.cross_attn.kv_linear.weight", 1)
+    assert key_maps.official_name("transformer_blocks.7.attn2.to_v.weight") == (
+        "blocks.7.cross_attn.kv_linear.weight",
+        1,
+    )
     assert key_maps.official_name("nothing.weight") is None
-    net = PixArt(PixArtConfig(hidden_size=12, num_heads=2, depth=1, caption_channels=4, micro_condition=True, qk_norm=True))
+    net = PixArt(
+        PixArtConfig(
+            hidden_size=12, num_heads=2, depth=1, caption_channels=4, micro_condition=True, qk_norm=True
+        )
+    )
     for name, _ in net.parameters_and_names():
         if name not in key_maps.OFFICIAL_ONLY:
             for place, other in enumerate(key_maps.diffusers_names(name)):
@@ -244,9 +257,14 @@ def test_shards_are_joined_and_a_missing_one_is_named(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="full"), written_beside(path) as temporary:
-        temporary.write_text("half")
-        raise OSError("disk full")
+
+    def failing_write():
+        with written_beside(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        failing_write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -34,7 +34,12 @@ def call():
 
 
 def encoded(pipe) -> dict:
-    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    names = (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    )
     values = pipe.encode_prompt(CALL["prompts"], True, CALL["negative_prompt"], max_sequence_length=32)
     return dict(zip(names, values, strict=True))
 
@@ -44,7 +49,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt has 33 tokens")
 
 def test_embeddings_and_masks_equal_the_reference_also_where_padded(pipe):
     ours = encoded(pipe)
-    for name, golden in zip(ours, ("prompt_embeds", "prompt_mask", "negative_embeds", "negative_mask"), strict=True):
+    for name, golden in zip(
+        ours, ("prompt_embeds", "prompt_mask", "negative_embeds", "negative_mask"), strict=True
+    ):
         assert relative_error(ours[name].asnumpy(), GOLDEN[golden]) < FORWARD
 
 
@@ -91,8 +98,12 @@ def test_the_callback_sees_every_nth_step(pipe, call):
 
 def test_a_seed_gives_one_picture_alone_or_in_a_batch(pipe, call):
     call = {key: value for key, value in call.items() if key != "latents"} | {"num_inference_steps": 2}
-    both = pipe(**call, generator=[np.random.default_rng(1), np.random.default_rng(2)], output_type="latent")[0]
-    alone = pipe(**call | {"prompt": CALL["prompts"][1]}, generator=np.random.default_rng(2), output_type="latent")[0]
+    both = pipe(**call, generator=[np.random.default_rng(1), np.random.default_rng(2)], output_type="latent")[
+        0
+    ]
+    alone = pipe(
+        **call | {"prompt": CALL["prompts"][1]}, generator=np.random.default_rng(2), output_type="latent"
+    )[0]
     assert relative_error(both[1:], alone) < 1e-5
 
 

@@ -39,7 +39,9 @@ def trainer(folder, batches=batch, **options):
         return error, error * 2
 
     options = dict(steps=40, start_learning_rate=0.1, ema_rate=0.9, save_every=10, log_every=1) | options
-    return Trainer(loss, dict(net.parameters_and_names()), batches, TrainerOptions(**options), folder, names=("twice",))
+    return Trainer(
+        loss, dict(net.parameters_and_names()), batches, TrainerOptions(**options), folder, names=("twice",)
+    )
 
 
 def losses(folder):
@@ -71,7 +73,10 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path):
     run = trainer(tmp_path, keep=2)
     run.run()
-    assert [path.name for path in run.checkpoints()] == ["step-00000030.safetensors", "step-00000040.safetensors"]
+    assert [path.name for path in run.checkpoints()] == [
+        "step-00000030.safetensors",
+        "step-00000040.safetensors",
+    ]
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
@@ -111,7 +116,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     trainer(tmp_path).run(until=3)
     other = Linear(4, 2)
     with pytest.raises(CheckpointError, match="of another model"):
-        Trainer(lambda x: (x, x), dict(other.parameters_and_names()), batch, TrainerOptions(steps=5), tmp_path)
+        Trainer(
+            lambda x: (x, x), dict(other.parameters_and_names()), batch, TrainerOptions(steps=5), tmp_path
+        )
 
 
 def test_clipping_bounds_the_norm_and_keeps_the_direction():

@@ -61,7 +61,9 @@ def test_latents_of_another_width_are_refused():
 
 def test_names_of_older_autoencoders_are_understood():
     weight = np.arange(4.0).reshape(2, 2, 1, 1)
-    out = modernise_names({"decoder.mid_block.attentions.0.proj_attn.weight": weight, "decoder.conv_in.weight": weight})
+    out = modernise_names(
+        {"decoder.mid_block.attentions.0.proj_attn.weight": weight, "decoder.conv_in.weight": weight}
+    )
     assert out["decoder.mid_block.attentions.0.to_out.0.weight"].shape == (2, 2)
     assert out["decoder.conv_in.weight"].shape == (2, 2, 1, 1)
 

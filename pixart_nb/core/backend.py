@@ -11,8 +11,8 @@ import warnings
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: errors only
 
-import mindspore as ms  # noqa: E402
-from mindspore import ops  # noqa: E402
+import mindspore as ms
+from mindspore import ops
 
 #: Bytes that one chunk of attention scores may take on the CPU. It bounds memory and keeps the chunk near the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
@@ -68,14 +68,6 @@ def dtype_from_name(name: str) -> ms.Type:
     return names[name]
 
 
-def compiled(function):
-    """A function of tensors, compiled as one graph on Ascend (**not run there**) and left as it is on the CPU.
-
-    On the CPU compiled training graphs were seen to stop for ever inside a kernel, and save little.
-    """
-    return ms.jit(function, jit_level="O1") if on_ascend() else function
-
-
 _matmul = ops.MatMul(transpose_b=True)
 
 
@@ -105,11 +97,13 @@ def transpose(x: ms.Tensor, *axes: int) -> ms.Tensor:
 
 
 def repeat_rows(x: ms.Tensor, count: int) -> ms.Tensor:
-    """(B, 1, D) -> (B, count, D). Written out, since the CPU's broadcasting arithmetic is 20 times slower than a copy."""
+    """(B, 1, D) -> (B, count, D). Written out: broadcasting arithmetic is 20 times slower on the CPU."""
     return ops.tile(x, (1, count, 1))
 
 
-def flash_attention(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float) -> ms.Tensor:
+def flash_attention(
+    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float
+) -> ms.Tensor:
     """Fused attention of Ascend. **Not run on Ascend**; its contract is tested with a stand-in.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, True = token. Heads are zero-padded to a multiple of 16

@@ -34,12 +34,14 @@ def pipeline_folder(folder_or_hub_id: str | Path, wanted: Sequence[str]) -> Path
         )
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
-        raise CheckpointError(f"{folder} lacks the folders {missing}; give those components, or None where not needed")
+        raise CheckpointError(
+            f"{folder} lacks the folders {missing}; give those components, or None where not needed"
+        )
     return folder
 
 
 def _from_hub(hub_id: str, wanted: Sequence[str]) -> Path:
-    advice = f"Bring the folder of {hub_id!r} yourself (with model_index.json and {', '.join(wanted)}) and give its path."
+    advice = f"Bring its folder (model_index.json and {', '.join(wanted)}) and give the path."
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/")):
         raise CheckpointError(f"{hub_id} is no folder, nor an id of the form owner/name. {advice}")
     from huggingface_hub import snapshot_download
@@ -49,7 +51,9 @@ def _from_hub(hub_id: str, wanted: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(f"{hub_id!r} could not be fetched from the hub ({type(error).__name__}). {advice}") from error
+        raise CheckpointError(
+            f"{hub_id!r} could not be fetched from the hub ({type(error).__name__}). {advice}"
+        ) from error
 
 
 def load_component(name: str, folder: Path, dtype: ms.Type):
@@ -112,7 +116,10 @@ def write_vae(folder: Path, net: AutoencoderKL, dtype: type[np.floating] = np.fl
     save_tensors(folder / "diffusion_pytorch_model.safetensors", _weights(net, dtype), {"format": "pt"})
     config = asdict(net.config)
     blocks = len(net.config.block_out_channels)
-    extra = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
+    extra = {
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+    }
     write_json(folder / "config.json", {"_class_name": "AutoencoderKL", "act_fn": "silu", **config, **extra})
 
 
@@ -140,6 +147,10 @@ def write_index(folder: Path, schedule: NoiseSchedule) -> None:
         "beta_end": schedule.beta_end,
         "num_train_timesteps": schedule.steps,
     }
-    scheduler |= dict(beta_schedule="linear", prediction_type="epsilon", algorithm_type="dpmsolver++", solver_order=2)
-    scheduler |= dict(solver_type="midpoint", lower_order_final=True, timestep_spacing="linspace", steps_offset=0)
+    scheduler |= dict(
+        beta_schedule="linear", prediction_type="epsilon", algorithm_type="dpmsolver++", solver_order=2
+    )
+    scheduler |= dict(
+        solver_type="midpoint", lower_order_final=True, timestep_spacing="linspace", steps_offset=0
+    )
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"final_sigmas_type": "zero"})

@@ -28,14 +28,18 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a checkpoint file or a folder in the diffusers layout")
+        raise CheckpointError(
+            f"{path} does not exist; expected a checkpoint file or a folder in the diffusers layout"
+        )
     if path.suffix == ".safetensors":
         return load_tensors(path)
     if path.suffix in (".pth", ".pt", ".bin"):
         return state_dict(read_torch(path))
     if path.suffix == ".ckpt":
         return _read_mindspore(path)
-    raise CheckpointError(f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors")
+    raise CheckpointError(
+        f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors"
+    )
 
 
 def _read_folder(folder: Path) -> dict[str, np.ndarray]:
@@ -59,7 +63,9 @@ def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{index} names {outside or 'no files'}; expected file names inside {folder}")
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"{folder} lacks {missing}, which {index.name} names. Download the missing shards.")
+        raise CheckpointError(
+            f"{folder} lacks {missing}, which {index.name} names. Download the missing shards."
+        )
     return {key: value for name in shards for key, value in read_tensors(folder / name).items()}
 
 
@@ -71,7 +77,9 @@ def _read_mindspore(path: Path) -> dict[str, np.ndarray]:
     return {name: parameter.asnumpy() for name, parameter in content.items()}
 
 
-def load_into(net: nn.Cell, tensors: Mapping[str, np.ndarray], source: str | Path, optional: tuple[str, ...] = ()) -> None:
+def load_into(
+    net: nn.Cell, tensors: Mapping[str, np.ndarray], source: str | Path, optional: tuple[str, ...] = ()
+) -> None:
     """Load every parameter of ``net`` by exact name and shape, or raise and change nothing.
 
     Names in ``optional`` may be missing. What the net has no place for is an error too. Weights take the parameter's
@@ -110,7 +118,9 @@ def cast(net: nn.Cell, dtype: ms.Type) -> nn.Cell:
     return net
 
 
-def load_transformer(path: str | Path, config: PixArtConfig | None = None, dtype: ms.Type = ms.float32) -> PixArt:
+def load_transformer(
+    path: str | Path, config: PixArtConfig | None = None, dtype: ms.Type = ms.float32
+) -> PixArt:
     """The transformer of an official ``.pth``, a ``.ckpt``, a ``.safetensors`` or a diffusers transformer folder.
 
     What the checkpoint itself shows (width, depth, caption size, tokens, micro conditions, compressed layers) is read
@@ -137,17 +147,28 @@ def shown_by(tensors: Mapping[str, np.ndarray], source: str | Path = "checkpoint
         mlp = tensors["blocks.0.mlp.fc1.weight"].shape[0]
         outputs = tensors["final_layer.linear.weight"].shape[0]
     except KeyError as error:
-        raise CheckpointError(f"{source} is no PixArt transformer: it has no tensor {error.args[0]}") from error
+        raise CheckpointError(
+            f"{source} is no PixArt transformer: it has no tensor {error.args[0]}"
+        ) from error
     depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-    shown = dict(hidden_size=width, in_channels=channels, patch_size=patch, caption_channels=captions, depth=depth)
+    shown = dict(
+        hidden_size=width, in_channels=channels, patch_size=patch, caption_channels=captions, depth=depth
+    )
     shown |= dict(mlp_ratio=mlp / width, pred_sigma=outputs == 2 * channels * patch**2)
-    shown |= dict(micro_condition="csize_embedder.mlp.0.weight" in tensors, qk_norm="blocks.0.attn.q_norm.weight" in tensors)
+    shown |= dict(
+        micro_condition="csize_embedder.mlp.0.weight" in tensors,
+        qk_norm="blocks.0.attn.q_norm.weight" in tensors,
+    )
     if "y_embedder.y_embedding" in tensors:
         shown["model_max_length"] = tensors["y_embedder.y_embedding"].shape[0]
-    reduced = {int(name.split(".")[1]): t.shape[2] for name, t in tensors.items() if name.endswith("attn.sr.weight")}
+    reduced = {
+        int(name.split(".")[1]): t.shape[2] for name, t in tensors.items() if name.endswith("attn.sr.weight")
+    }
     if reduced:
         layers = sorted(reduced)
-        shown["kv_compress_config"] = dict(sampling="conv", scale_factor=reduced[layers[0]], kv_compress_layer=layers)
+        shown["kv_compress_config"] = dict(
+            sampling="conv", scale_factor=reduced[layers[0]], kv_compress_layer=layers
+        )
     return shown
 
 
@@ -167,23 +188,33 @@ def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixAr
 
 
 def _same_compression(said: Mapping | None, shown: Mapping) -> bool:
-    return said is not None and {**said, "kv_compress_layer": sorted(said["kv_compress_layer"])} == dict(shown)
+    return said is not None and {**said, "kv_compress_layer": sorted(said["kv_compress_layer"])} == dict(
+        shown
+    )
 
 
 def heads_of_width(width: int) -> int:
     """Number of heads of PixArt's own size, 72; a checkpoint does not show it, so another size must be said."""
     if width % 72:
-        raise CheckpointError(f"hidden_size {width} is no multiple of 72, so num_heads must be given in the configuration")
+        raise CheckpointError(
+            f"hidden_size {width} is no multiple of 72, so num_heads must be given in the configuration"
+        )
     return width // 72
 
 
 def config_from_diffusers(values: Mapping) -> PixArtConfig:
     """``PixArtConfig`` of a diffusers ``transformer/config.json``."""
     if values.get("_class_name") not in ("PixArtTransformer2DModel", "Transformer2DModel"):
-        raise CheckpointError(f"config.json is of {values.get('_class_name')!r}; expected PixArtTransformer2DModel")
+        raise CheckpointError(
+            f"config.json is of {values.get('_class_name')!r}; expected PixArtTransformer2DModel"
+        )
     size, patch = values.get("sample_size", 128), values.get("patch_size", 2)
     micro, scale = values.get("use_additional_conditions"), values.get("interpolation_scale")
-    own = {name: values[name] for name in ("class_name", "model_max_length", "qk_norm", "kv_compress_config") if name in values}
+    own = {
+        name: values[name]
+        for name in ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
+        if name in values
+    }
     return PixArtConfig(
         hidden_size=values["num_attention_heads"] * values["attention_head_dim"],
         num_heads=values["num_attention_heads"],

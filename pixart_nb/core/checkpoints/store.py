@@ -62,7 +62,9 @@ def read_json(path: str | Path) -> dict:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file whole."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with written_beside(path) as temporary:

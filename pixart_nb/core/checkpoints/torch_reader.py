@@ -74,7 +74,9 @@ class _Unpickler(pickle.Unpickler):
             kind, storage_type, name, _, count = key
             dtype = _STORAGES[storage_type.name]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{self.archive.path} has a storage that cannot be understood: {key!r}") from error
+            raise CheckpointError(
+                f"{self.archive.path} has a storage that cannot be understood: {key!r}"
+            ) from error
         if kind != "storage" or not isinstance(count, int):
             raise CheckpointError(f"{self.archive.path} has a storage that cannot be understood: {key!r}")
         return self.archive.storage(str(name), dtype, count)
@@ -88,7 +90,9 @@ class _Archive:
         self.zip = zipfile.ZipFile(path)
         pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
         if len(pickles) != 1:
-            raise CheckpointError(f"{path} is a zip archive without data.pkl; expected a file that torch.save wrote")
+            raise CheckpointError(
+                f"{path} is a zip archive without data.pkl; expected a file that torch.save wrote"
+            )
         self.pickle_name = pickles[0]
         self.prefix = self.pickle_name[: -len("data.pkl")]
         self.storages: dict[str, _Storage] = {}
@@ -102,7 +106,9 @@ class _Archive:
                 raise CheckpointError(f"{self.path} lacks the storage {member}")
             size = self.zip.getinfo(member).file_size
             if size != count * raw.itemsize or self.zip.getinfo(member).compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{self.path}: {member} has {size} bytes; expected {count * raw.itemsize}, stored")
+                raise CheckpointError(
+                    f"{self.path}: {member} has {size} bytes; expected {count * raw.itemsize}, stored"
+                )
             self.storages[name] = _Storage(np.frombuffer(self.zip.read(member), raw), bfloat16)
         return self.storages[name]
 
@@ -113,14 +119,22 @@ def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) 
     if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > 16:
         raise CheckpointError(f"a tensor of size {size!r} and stride {stride!r} has no storage that fits it")
     if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise CheckpointError(f"a tensor has offset {offset!r}, size {size!r}, stride {stride!r}; expected whole numbers")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
+        raise CheckpointError(
+            f"a tensor has offset {offset!r}, size {size!r}, stride {stride!r}; expected whole numbers"
+        )
+    last = (
+        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if all(size)
+        else offset - 1
+    )
     if last >= len(storage.values) or np.prod(size, dtype=object) > len(storage.values):
         raise CheckpointError(
-            f"a tensor of size {tuple(size)} at offset {offset} reaches outside its storage of {len(storage.values)} values"
+            f"a tensor of size {tuple(size)} at offset {offset} leaves its storage of {len(storage.values)}"
         )
     step = storage.values.itemsize
-    view = np.lib.stride_tricks.as_strided(storage.values[offset:], tuple(size), tuple(s * step for s in stride))
+    view = np.lib.stride_tricks.as_strided(
+        storage.values[offset:], tuple(size), tuple(s * step for s in stride)
+    )
     if not storage.bfloat16:
         return np.array(view)
     return (view.astype(np.uint32) << 16).view(np.float32)

@@ -94,7 +94,9 @@ class SelfAttention(nn.Cell):
     With ``ratio`` R > 1 keys and values live on a grid shrunk by R in each direction; queries keep theirs.
     """
 
-    def __init__(self, size: int, heads: int, qk_norm: bool = False, operator: str | None = None, ratio: int = 1):
+    def __init__(
+        self, size: int, heads: int, qk_norm: bool = False, operator: str | None = None, ratio: int = 1
+    ):
         super().__init__()
         self.heads, self.size, self.operator, self.ratio = heads, size, operator, ratio
         self.qkv, self.proj = Linear(size, 3 * size), Linear(size, size)
@@ -131,7 +133,11 @@ class CrossAttention(nn.Cell):
     def __init__(self, size: int, heads: int):
         super().__init__()
         self.heads, self.size = heads, size
-        self.q_linear, self.kv_linear, self.proj = Linear(size, size), Linear(size, 2 * size), Linear(size, size)
+        self.q_linear, self.kv_linear, self.proj = (
+            Linear(size, size),
+            Linear(size, 2 * size),
+            Linear(size, size),
+        )
 
     def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """Projected caption (B, T, D) -> keys and values (B, H, T, d). They do not depend on the timestep."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
-from pixart_nb.core.backend import gelu_tanh, linear, ms, transpose
 from mindspore import mint, nn, ops
 
+from pixart_nb.core.backend import gelu_tanh, linear, ms, transpose
 from pixart_nb.core.models.layers import Linear, parameter
 
 FREQUENCIES = 256
 
 
-def sincos_positions(size: int, height: int, width: int, base_size: int, pe_interpolation: float) -> np.ndarray:
+def sincos_positions(
+    size: int, height: int, width: int, base_size: int, pe_interpolation: float
+) -> np.ndarray:
     """Sine-cosine positions of a token grid, (height * width, size) float32.
 
     A grid of any size spans the coordinates 0 .. base_size / pe_interpolation, so a larger picture interpolates. As
@@ -64,7 +65,9 @@ class PatchProjection(nn.Cell):
         self.weight, self.bias = parameter((size, channels, patch, patch)), parameter((size,), name="bias")
 
     def construct(self, patches: ms.Tensor) -> ms.Tensor:
-        return linear(patches, transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1), self.bias)
+        return linear(
+            patches, transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1), self.bias
+        )
 
 
 class FrequencyMLP(nn.Cell):
@@ -111,5 +114,7 @@ class CaptionEmbedder(nn.Cell):
         """caption (N, T, C), drop (N,) bool or None -> (N, T, D)."""
         if drop is not None:
             null = self.y_embedding[: caption.shape[1]].reshape(1, caption.shape[1], -1).astype(caption.dtype)
-            caption = ops.select(drop.reshape(-1, 1, 1).broadcast_to(caption.shape), null.broadcast_to(caption.shape), caption)
+            caption = ops.select(
+                drop.reshape(-1, 1, 1).broadcast_to(caption.shape), null.broadcast_to(caption.shape), caption
+            )
         return self.y_proj(caption)

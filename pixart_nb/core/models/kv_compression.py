@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-from pixart_nb.core.backend import ms
 from mindspore import nn, ops
 
+from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import LayerNorm, parameter
 
 #: ``conv``: learned depthwise convolution, then LayerNorm (the paper's). ``ave`` and ``uniform``: the upper left token
@@ -45,7 +44,9 @@ def split_cells(x: ms.Tensor, height: int, width: int, ratio: int) -> list[ms.Te
     lines = grid.reshape(batch * rows, ratio, columns, ratio * size)
     tokens = batch * rows * columns
     return [
-        lines[:, i, :, j * size : (j + 1) * size].reshape(tokens, size) for i in range(ratio) for j in range(ratio)
+        lines[:, i, :, j * size : (j + 1) * size].reshape(tokens, size)
+        for i in range(ratio)
+        for j in range(ratio)
     ]
 
 
@@ -72,7 +73,9 @@ def compress_tokens(
 def check_compression(operator: str | None, ratio: int, layers: tuple[int, ...], depth: int) -> None:
     """Refuse an operator that is not known, a ratio below 1, and layers that the model does not have."""
     if layers and ratio > 1 and operator not in OPERATORS:
-        raise ValueError(f"KV compression operator {operator!r} is not known; expected one of {', '.join(OPERATORS)}")
+        raise ValueError(
+            f"KV compression operator {operator!r} is not known; expected one of {', '.join(OPERATORS)}"
+        )
     if int(ratio) != ratio or ratio < 1:
         raise ValueError(f"KV compression scale_factor is {ratio}; expected a whole number of at least 1")
     outside = [layer for layer in layers if not 0 <= layer < depth]

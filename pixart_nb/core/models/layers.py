@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
-from pixart_nb.core.backend import linear, ms
 from mindspore import nn, ops
 from mindspore.common.initializer import initializer
+
+from pixart_nb.core.backend import linear, ms
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:
@@ -37,7 +37,10 @@ class LayerNorm(nn.Cell):
         if affine:
             self.weight, self.bias = parameter((size,), "ones"), parameter((size,), name="bias")
         else:
-            self.weight, self.bias = ms.Tensor(np.ones(size, np.float32)), ms.Tensor(np.zeros(size, np.float32))
+            self.weight, self.bias = (
+                ms.Tensor(np.ones(size, np.float32)),
+                ms.Tensor(np.zeros(size, np.float32)),
+            )
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         dtype = x.dtype
@@ -73,7 +76,9 @@ class Embedding(nn.Cell):
 class Conv2d(nn.Cell):
     """2-D convolution with torch's conventions: bias, symmetric ``padding``, weight (out, in, k, k)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ):
         super().__init__()
         self.weight = parameter((out_channels, in_channels, kernel_size, kernel_size))
         self.bias = parameter((out_channels,), name="bias")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
-from mindspore import mint, nn, ops
+from mindspore import mint, nn
 
 from pixart_nb.core.backend import gelu_tanh, ms
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
@@ -31,7 +31,9 @@ class T5Config:
 
     def __post_init__(self):
         if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(f"feed_forward_proj is {self.feed_forward_proj!r}; PixArt's text encoder has 'gated-gelu'")
+            raise ValueError(
+                f"feed_forward_proj is {self.feed_forward_proj!r}; PixArt's text encoder has 'gated-gelu'"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping) -> T5Config:
@@ -50,7 +52,11 @@ def relative_position_buckets(length: int, buckets: int, max_distance: int) -> n
     half = buckets // 2
     exact = half // 2
     away = np.abs(distance)
-    scaled = np.log(np.maximum(away, 1).astype(np.float32) / exact) / math.log(max_distance / exact) * (half - exact)
+    scaled = (
+        np.log(np.maximum(away, 1).astype(np.float32) / exact)
+        / math.log(max_distance / exact)
+        * (half - exact)
+    )
     far = np.minimum(exact + scaled.astype(np.int64), half - 1)
     return ((distance > 0) * half + np.where(away < exact, away, far)).astype(np.int32)
 
@@ -64,7 +70,9 @@ class T5Attention(nn.Cell):
         self.heads = config.num_heads
         self.q, self.k, self.v = (Linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = Linear(inner, config.d_model, bias=False)
-        positions = Embedding(config.relative_attention_num_buckets, config.num_heads) if with_positions else None
+        positions = (
+            Embedding(config.relative_attention_num_buckets, config.num_heads) if with_positions else None
+        )
         self.relative_attention_bias = positions
 
     def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
@@ -149,7 +157,9 @@ class T5Encoder(nn.Cell):
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
         seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
         if ids.ndim != 2 or ids.shape != seen.shape:
-            raise ValueError(f"input_ids have shape {ids.shape} and mask {seen.shape}; expected the same (N, T)")
+            raise ValueError(
+                f"input_ids have shape {ids.shape} and mask {seen.shape}; expected the same (N, T)"
+            )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise ValueError(
                 f"token ids reach {ids.min()}..{ids.max()}, the text encoder knows 0..{self.config.vocab_size - 1}; "

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 
 import numpy as np
-
-from pixart_nb.core.backend import gelu_tanh, ms, repeat_rows, transpose
 from mindspore import mint, nn, ops
 
+from pixart_nb.core.backend import gelu_tanh, ms, repeat_rows, transpose
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
 from pixart_nb.core.models.embeddings import (
     CaptionEmbedder,
@@ -215,7 +214,9 @@ class PixArt(nn.Cell):
 
     def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None):
         """``construct`` on tensors alone, so that it can be compiled: nothing is checked, nothing is looked up."""
-        return self.denoise(latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro)
+        return self.denoise(
+            latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro
+        )
 
     def caption_keys_values(self, caption, drop=None):
         """Keys and values of every block's cross-attention, [(k, v)]; they serve all steps of a prompt."""
@@ -231,7 +232,7 @@ class PixArt(nn.Cell):
         if micro is not None:
             t = t + mint.cat((self.csize_embedder(micro[:, :2]), self.ar_embedder(micro[:, 2:])), 1)
         t0 = self.t_block[1](ops.silu(t)).reshape(t.shape[0], 6, -1)
-        for block, (k, v) in zip(self.blocks, keys_values):
+        for block, (k, v) in zip(self.blocks, keys_values):  # noqa: B905 - a compiled graph knows no strict
             x = block(x, k, v, mask, t0, height, width)
         return self.unpatchify(self.final_layer(x, t), height, width)
 
@@ -267,19 +268,23 @@ class PixArt(nn.Cell):
         return ms.Tensor(size, ms.float32) if isinstance(size, np.ndarray) else size
 
     def _check(self, latents, caption, mask) -> None:
-        config = self.config
+        config, p = self.config, self.config.patch_size
         if latents.ndim != 4 or latents.shape[1] != config.in_channels:
             raise ValueError(f"latents have shape {latents.shape}; expected (N, {config.in_channels}, H, W)")
         if latents.shape[2] % config.patch_size or latents.shape[3] % config.patch_size:
             raise ValueError(
-                f"latents are {latents.shape[2]}x{latents.shape[3]}; both sides must be a multiple of {config.patch_size}"
+                f"latents are {latents.shape[2]}x{latents.shape[3]}; both sides must be a multiple of {p}"
             )
         if caption.ndim != 3 or caption.shape[-1] != config.caption_channels:
             raise ValueError(f"caption has shape {caption.shape}; expected (N, T, {config.caption_channels})")
         if caption.shape[0] != latents.shape[0]:
-            raise ValueError(f"{latents.shape[0]} latents but {caption.shape[0]} captions; their numbers must agree")
+            raise ValueError(
+                f"{latents.shape[0]} latents but {caption.shape[0]} captions; their numbers must agree"
+            )
         if mask is not None and tuple(mask.shape) != tuple(caption.shape[:2]):
-            raise ValueError(f"mask has shape {tuple(mask.shape)}; expected that of the caption, {caption.shape[:2]}")
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; expected that of the caption, {caption.shape[:2]}"
+            )
 
     def initialise(self, rng: np.random.Generator, zero_cross_attention: bool = True) -> None:
         """Draw fresh weights as the official code does.
@@ -290,10 +295,14 @@ class PixArt(nn.Cell):
         """
         size = self.config.hidden_size
         for name, weight in self.parameters_and_names():
-            weight.set_data(ms.Tensor(_initial_value(rng, name, weight.shape, size, zero_cross_attention), weight.dtype))
+            weight.set_data(
+                ms.Tensor(_initial_value(rng, name, weight.shape, size, zero_cross_attention), weight.dtype)
+            )
 
 
-def _initial_value(rng, name: str, shape: tuple[int, ...], size: int, zero_cross_attention: bool) -> np.ndarray:
+def _initial_value(
+    rng, name: str, shape: tuple[int, ...], size: int, zero_cross_attention: bool
+) -> np.ndarray:
     zero = name.startswith("final_layer.linear") or (zero_cross_attention and "cross_attn.proj" in name)
     if name.endswith("scale_shift_table"):
         return normal(rng, shape, size**-0.5)

@@ -83,7 +83,9 @@ class SpatialAttention(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         n, c, height, width = x.shape
         tokens = transpose(self.group_norm(x).reshape(n, c, height * width), 0, 2, 1)
-        q, k, v = (part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (
+            part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v)
+        )
         out = self.to_out[0](attention(q, k, v).reshape(n, height * width, c))
         return x + transpose(out, 0, 2, 1).reshape(n, c, height, width)
 
@@ -133,7 +135,9 @@ class DownBlock(nn.Cell):
 
     def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
         super().__init__()
-        self.resnets = nn.CellList([ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)])
+        self.resnets = nn.CellList(
+            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
+        )
         self.downsamplers = nn.CellList([] if last else [Downsample(out)])
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
@@ -149,7 +153,9 @@ class UpBlock(nn.Cell):
 
     def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
         super().__init__()
-        self.resnets = nn.CellList([ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)])
+        self.resnets = nn.CellList(
+            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
+        )
         self.upsamplers = nn.CellList([] if last else [Upsample(out)])
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
@@ -243,17 +249,21 @@ class AutoencoderKL(nn.Cell):
     def encode(self, x: ms.Tensor) -> tuple[DiagonalGaussian]:
         """Pictures (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of the factor."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"pictures have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)")
+            raise ValueError(
+                f"pictures have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)"
+            )
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise ValueError(
-                f"pictures are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}. Crop or resize."
+                f"pictures are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}; crop it."
             )
         return (DiagonalGaussian(self.moments(x.astype(self.dtype))),)
 
     def decode(self, z: ms.Tensor) -> tuple[ms.Tensor]:
         """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(pictures,)``, (N, 3, 8h, 8w)."""
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)")
+            raise ValueError(
+                f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)"
+            )
         return (self.reconstruct(z.astype(self.dtype)),)
 
     def construct(self, x: ms.Tensor, noise: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
@@ -281,7 +291,9 @@ def _initial_value(rng: np.random.Generator, name: str, shape: tuple[int, ...]) 
         return value
     if "samplers" in name:
         rows = slice(0, 2) if "downsamplers" in name else slice(1, 2)
-        value[:, :, rows, rows] = np.eye(shape[0], dtype=np.float32)[..., None, None] / (rows.stop - rows.start) ** 2
+        value[:, :, rows, rows] = (
+            np.eye(shape[0], dtype=np.float32)[..., None, None] / (rows.stop - rows.start) ** 2
+        )
         return value
     if "conv1" in name or shape[2:] in ((), (1, 1)):
         return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)

@@ -78,7 +78,11 @@ class PixArtSigmaPipeline:
         missing or incomplete and for a hub that cannot be reached.
         """
         given = dict(
-            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
         )
         wanted = [name for name, part in given.items() if part is _LOAD]
         folder = pipeline_folder(folder_or_hub_id, wanted) if wanted else None
@@ -107,7 +111,7 @@ class PixArtSigmaPipeline:
         if do_classifier_free_guidance:
             negatives = _per_prompt(negative_prompt, len(prompts))
             out.append(self._embed(negatives, num_images_per_prompt, clean_caption, length))
-        (embeds, mask), (negative, negative_mask) = (out + [(None, None)])[:2]
+        (embeds, mask), (negative, negative_mask) = [*out, (None, None)][:2]
         masks = [part if part is None else ms.Tensor(part.astype(np.int64)) for part in (mask, negative_mask)]
         return embeds, masks[0], negative, masks[1]
 
@@ -169,7 +173,9 @@ class PixArtSigmaPipeline:
             length = max_sequence_length or self.max_sequence_length
             if prompt_embeds is None:
                 texts = [prompts, negatives] if guided else [prompts]
-                parts = [self._embed(t, num_images_per_prompt, clean_caption, length, trim=True) for t in texts]
+                parts = [
+                    self._embed(t, num_images_per_prompt, clean_caption, length, trim=True) for t in texts
+                ]
                 condition = Conditioning(*(part for pair in [*parts, (None, None)][:2] for part in pair))
             else:
                 condition = _given_conditioning(given, guided)
@@ -200,7 +206,9 @@ class PixArtSigmaPipeline:
         if latents is not None:
             latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
             if latents.shape != shape:
-                raise ValueError(f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels")
+                raise ValueError(
+                    f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels"
+                )
             return latents
         if generator is None or isinstance(generator, np.random.Generator):
             return (generator or np.random.default_rng()).standard_normal(shape, dtype=np.float32)
@@ -216,7 +224,9 @@ class PixArtSigmaPipeline:
                 "negative_prompt_attention_mask"
             )
         channels = self.transformer.config.caption_channels
-        pairs = [("prompt", embeds, mask)] + ([("negative_prompt", negative, negative_mask)] if guided else [])
+        pairs = [("prompt", embeds, mask)] + (
+            [("negative_prompt", negative, negative_mask)] if guided else []
+        )
         for name, values, seen in pairs:
             expected = (embeds.shape[0], values.shape[1] if values.ndim == 3 else "T", channels)
             if values.ndim != 3 or tuple(values.shape) != expected:
@@ -230,7 +240,9 @@ class PixArtSigmaPipeline:
         """``predict(latents, timestep)``: the noise, guided; everything that all steps share is computed here."""
         net = self.transformer
         guided = condition.negative_embeds is not None
-        caption, mask = _both(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
+        caption, mask = (
+            _both(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
+        )
         caption, mask = trim_caption(caption, mask)
         keys_values = net.caption_keys_values(caption)
         positions = net.positions(height // 8, width // 8)
@@ -332,7 +344,9 @@ def _as_list(prompt: str | Sequence[str] | None) -> list[str]:
 def _per_prompt(negative: str | Sequence[str], count: int) -> list[str]:
     negatives = [negative] * count if isinstance(negative, str) else list(negative)
     if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each")
+        raise ValueError(
+            f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each"
+        )
     return negatives
 
 
@@ -354,6 +368,8 @@ def _both(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:
     parts = (condition.negative_embeds, condition.prompt_embeds)
     masks = (condition.negative_mask, condition.prompt_attention_mask)
     length = max(mask.shape[1] for mask in masks)
-    padded = [np.pad(p.astype(ms.float32).asnumpy(), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts]
+    padded = [
+        np.pad(p.astype(ms.float32).asnumpy(), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts
+    ]
     mask = np.concatenate([np.pad(m, ((0, 0), (0, length - m.shape[1]))) for m in masks])
     return ms.Tensor(np.concatenate(padded)), mask

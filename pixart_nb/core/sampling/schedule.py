@@ -23,7 +23,9 @@ class NoiseSchedule:
 
     def __post_init__(self):
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(f"betas go from {self.beta_start} to {self.beta_end}; expected 0 < start <= end < 1")
+            raise ValueError(
+                f"betas go from {self.beta_start} to {self.beta_end}; expected 0 < start <= end < 1"
+            )
 
     @cached_property
     def betas(self) -> np.ndarray:

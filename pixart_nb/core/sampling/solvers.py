@@ -58,7 +58,9 @@ def dpm_solver_2m(
             ratio = (here - previous_lambda) / (there - here)
             estimate = denoised + np.float32(0.5 / ratio) * (denoised - previous)
         shrink = np.exp(-(there - here))
-        latents = np.float32(next_noise / noise) * latents - np.float32(next_signal * (shrink - 1.0)) * estimate
+        latents = (
+            np.float32(next_noise / noise) * latents - np.float32(next_signal * (shrink - 1.0)) * estimate
+        )
         previous, previous_lambda = denoised, here
         yield Step(index, float(timestep), latents, denoised)
 

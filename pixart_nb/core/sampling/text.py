@@ -15,12 +15,15 @@ import numpy as np
 from pixart_nb.core.checkpoints.store import CheckpointError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # only its tokenizers are used; it need not find torch
+os.environ.setdefault(
+    "TRANSFORMERS_VERBOSITY", "error"
+)  # only its tokenizers are used; it need not find torch
 
 _TOP_DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _DOMAIN = rf"[a-z0-9.\-]+[.](?:{_TOP_DOMAINS})[\w/-]*\b/?(?!@)"
 _CJK = "\u31c0-\u31ef\u31f0-\u31ff\u3200-\u32ff\u3300-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff"
-_DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
+_DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
+_DASHES += "\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
 
 #: Before mojibake is mended: addresses, characters of other scripts, numbers and file names that say nothing.
 FIRST_RULES = [
@@ -42,7 +45,12 @@ FIRST_RULES = [
     (re.compile(r"[\S]+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"), ""),
     (re.compile(r"[\"']{2,}"), '"'),
     (re.compile(r"[.]{2,}"), " "),
-    (re.compile("[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~)(\\][}{|\\\\/*]+"), " "),
+    (
+        re.compile(
+            "[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~)(\\][}{|\\\\/*]+"
+        ),
+        " ",
+    ),
     (re.compile(r"\s+\.\s+"), " "),
 ]
 #: After: leftovers of web pages, and the white space that all this leaves.
@@ -76,7 +84,12 @@ def clean_caption(text: str) -> str:
         text = _JOINED.sub(" ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     text = _apply(LAST_RULES, text).strip()
-    for pattern, replacement in ((r"^[\"'](.+)[\"']$", r"\1"), (r"^['_,\-:;]", ""), (r"['_,\-:\-+]$", ""), (r"^\.\S+$", "")):
+    for pattern, replacement in (
+        (r"^[\"'](.+)[\"']$", r"\1"),
+        (r"^['_,\-:;]", ""),
+        (r"['_,\-:\-+]$", ""),
+        (r"^\.\S+$", ""),
+    ):
         text = re.sub(pattern, replacement, text)
     return text.strip()
 
@@ -98,7 +111,9 @@ class TextTokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-            raise CheckpointError(f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it")
+            raise CheckpointError(
+                f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it"
+            )
         from transformers import T5Tokenizer  # slow to import, so only when a tokenizer is wanted
 
         try:
@@ -131,7 +146,9 @@ class TextTokenizer:
                 f"prompt has {len(ids)} tokens, the model reads {max_length}; cut off: {cut!r}", stacklevel=4
             )
         if self.tokenizer.unk_token_id in ids:
-            warnings.warn(f"prompt {prompt!r}: the tokenizer does not know {self.unknown(prompt)}", stacklevel=4)
+            warnings.warn(
+                f"prompt {prompt!r}: the tokenizer does not know {self.unknown(prompt)}", stacklevel=4
+            )
 
     def unknown(self, prompt: str) -> list[str]:
         """Characters of a prompt that the tokenizer maps to <unk>."""

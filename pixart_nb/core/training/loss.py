@@ -35,7 +35,9 @@ def coefficients(timestep: np.ndarray, schedule: NoiseSchedule = LINEAR) -> np.n
     return np.stack(columns, 1)[t].astype(np.float32)
 
 
-def training_losses(model, x_start, timestep, noise, schedule: NoiseSchedule = LINEAR) -> dict[str, ms.Tensor]:
+def training_losses(
+    model, x_start, timestep, noise, schedule: NoiseSchedule = LINEAR
+) -> dict[str, ms.Tensor]:
     """Loss terms of a noise prediction with learned variance (Nichol and Dhariwal 2021; official ``IDDPM``).
 
     ``model(x_t, timestep)`` maps (N, C, H, W) and (N,) to (N, 2 C, H, W). x_start and noise (N, C, H, W), timestep
@@ -87,7 +89,9 @@ def _column(table: ms.Tensor, index: int) -> ms.Tensor:
 def _normal_kl(mean_a, log_variance_a, mean_b, log_variance_b):
     """KL divergence between two diagonal normals, element by element, in nats."""
     ratio = ops.exp(log_variance_a - log_variance_b)
-    return 0.5 * (log_variance_b - log_variance_a - 1.0 + ratio + (mean_a - mean_b) ** 2 * ops.exp(-log_variance_b))
+    return 0.5 * (
+        log_variance_b - log_variance_a - 1.0 + ratio + (mean_a - mean_b) ** 2 * ops.exp(-log_variance_b)
+    )
 
 
 def _normal_cdf(x):

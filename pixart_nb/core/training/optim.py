@@ -49,7 +49,9 @@ class EMA:
             raise ValueError(f"EMA rate is {rate}; expected 0 <= rate < 1")
         self.rate, self.updates = rate, 0
         self.parameters = list(parameters)
-        self.averages = [np.array(p.asnumpy(), np.float32) for p in self.parameters]  # copies: asnumpy aliases
+        self.averages = [
+            np.array(p.asnumpy(), np.float32) for p in self.parameters
+        ]  # copies: asnumpy aliases
 
     def update(self) -> None:
         """Take the parameters as they are now into the average."""

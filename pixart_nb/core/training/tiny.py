@@ -44,7 +44,7 @@ OPTIONS = TrainerOptions(
     log_every=10,
 )
 BATCH = 32
-PICTURES = 12 * 2160
+PICTURES = 8 * 2160
 CAPTION_DROP = 0.1
 
 
@@ -65,11 +65,20 @@ def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
 
 
 def train_transformer(
-    scenes: list[Scene], vae: AutoencoderKL, tokenizer: TextTokenizer, encoder: T5Encoder, work: Path, seed: int = 0
+    scenes: list[Scene],
+    vae: AutoencoderKL,
+    tokenizer: TextTokenizer,
+    encoder: T5Encoder,
+    work: Path,
+    seed: int = 0,
 ) -> PixArt:
     """Train (or finish, or just load) the transformer in ``work``; returns it with its EMA weights."""
     means, numbers = cached_latents(
-        lambda pictures: vae.encode(ms.Tensor(pictures))[0].mean.asnumpy(), scenes, work / "latents", PICTURES, seed
+        lambda pictures: vae.encode(ms.Tensor(pictures))[0].mean.asnumpy(),
+        scenes,
+        work / "latents",
+        PICTURES,
+        seed,
     )
     net = PixArt(CONFIG)
     net.initialise(generator(seed, 5), zero_cross_attention=False)
@@ -114,7 +123,9 @@ def _loss(net: PixArt):
     return loss
 
 
-def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt) -> None:
+def write_pipeline(
+    folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt
+) -> None:
     """Write the four parts (float16 weights), the tokenizer, the scheduler and the training curves."""
     components.write_vae(folder / "vae", vae, np.float16)
     components.write_text_encoder(folder / "text_encoder", encoder, np.float16)

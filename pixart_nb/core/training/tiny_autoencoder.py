@@ -25,13 +25,14 @@ OPTIONS = TrainerOptions(
     ema_rate=0.99,
     save_every=100,
     log_every=10,
+    compile=False,
 )
 BATCH, CROP = 8, 64
 KL_WEIGHT = 1e-4
 
 
 def train_autoencoder(scenes: list[Scene], work: Path, seed: int = 0) -> AutoencoderKL:
-    """Train (or finish, or just load) the autoencoder in ``work``; returns it with its EMA weights and scaling factor."""
+    """Train (or finish, or just load) the autoencoder in ``work``: EMA weights, measured scaling factor."""
     net = AutoencoderKL(CONFIG)
     net.initialise(generator(seed, 1))
     parameters = dict(net.parameters_and_names())
@@ -60,5 +61,8 @@ def scaling_factor(net: AutoencoderKL, scenes: list[Scene], seed: int) -> float:
     """1 / standard deviation of the latents, so that the diffusion works on unit variance."""
     rng = generator(seed, 2)
     chosen = [scenes[i] for i in rng.integers(0, len(scenes), 128)]
-    means = [net.encode(ms.Tensor(to_signed(draw_scenes(chosen[i : i + 16], rng))))[0].mean for i in range(0, 128, 16)]
+    means = [
+        net.encode(ms.Tensor(to_signed(draw_scenes(chosen[i : i + 16], rng))))[0].mean
+        for i in range(0, 128, 16)
+    ]
     return round(float(1 / np.concatenate([m.asnumpy() for m in means]).std()), 5)

@@ -1,4 +1,4 @@
-"""Batches for the embedded model. Each is a function of the step alone, so that a resumed run sees what it would have."""
+"""Batches for the embedded model, each a function of the step alone: a resumed run sees what it would have seen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def to_signed(pictures: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1.0
 
 
-def draw_scenes(scenes: Sequence[Scene], rng: np.random.Generator, height: int = 128, width: int = 128) -> np.ndarray:
+def draw_scenes(
+    scenes: Sequence[Scene], rng: np.random.Generator, height: int = 128, width: int = 128
+) -> np.ndarray:
     """Pictures of scenes: (N, height, width, 3) uint8."""
     return np.stack([draw(scene, rng, height, width) for scene in scenes])
 
@@ -98,7 +100,7 @@ def _encode_shard(encode, scenes: Sequence[Scene], shard: int, seed: int) -> dic
 
 
 def middle_timesteps(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Timesteps drawn around the middle, where a small model learns shapes: 1000 sigmoid(1.1 n - 0.45), (size,) int64."""
+    """Timesteps around the middle, where shapes are learned: 1000 sigmoid(1.1 n - 0.45), (size,) int64."""
     draw_ = 1.1 * rng.standard_normal(size) - 0.45
     return np.minimum((1000 / (1 + np.exp(-draw_))).astype(np.int64), 999)
 

@@ -31,6 +31,7 @@ OPTIONS = TrainerOptions(
     ema_rate=0.99,
     save_every=100,
     log_every=10,
+    compile=False,
 )
 BATCH = 64
 
@@ -63,8 +64,16 @@ def train_tokenizer(scenes: list[Scene], folder: Path, seed: int = 0) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    write_json(folder / "tokenizer_config.json", settings | {"extra_ids": EXTRA_IDS, "model_max_length": 300, "legacy": True})
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        settings | {"extra_ids": EXTRA_IDS, "model_max_length": 300, "legacy": True},
+    )
     with written_beside(folder / "spiece.model") as temporary:
         temporary.write_bytes(model.getvalue())
     return folder

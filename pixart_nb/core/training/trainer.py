@@ -16,7 +16,6 @@ from mindspore import ops
 from mindspore.experimental.optim import AdamW
 from tqdm.auto import tqdm
 
-from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, load_tensors, save_tensors
 from pixart_nb.core.training.optim import EMA, clip_by_norm, global_norm, learning_rate
@@ -24,7 +23,10 @@ from pixart_nb.core.training.optim import EMA, clip_by_norm, global_norm, learni
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """How to train. Steps count from 0; ``save_every`` and ``log_every`` count steps."""
+    """How to train. Steps count from 0; ``save_every`` and ``log_every`` count steps.
+
+    ``compile``: the step as one graph. Off for convolutions on the CPU, whose graphs were seen never to end.
+    """
 
     steps: int
     start_learning_rate: float = 2e-5
@@ -37,7 +39,7 @@ class TrainerOptions:
     save_every: int = 500
     log_every: int = 20
     keep: int = 2
-    seed: int = 0
+    compile: bool = True
 
 
 #: ``batch(step)`` -> NumPy arrays. A function of the step alone: that is what makes a resumed run the same run.
@@ -52,7 +54,15 @@ class Trainer:
     ``folder`` as one safetensors file; a trainer on the same folder resumes from the newest that is whole.
     """
 
-    def __init__(self, loss, parameters: dict[str, ms.Parameter], batch: Batch, options: TrainerOptions, folder, names=()):
+    def __init__(
+        self,
+        loss,
+        parameters: dict[str, ms.Parameter],
+        batch: Batch,
+        options: TrainerOptions,
+        folder,
+        names=(),
+    ):
         self.parameters, self.batch, self.options = parameters, batch, options
         self.folder, self.names = Path(folder), tuple(names)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -74,14 +84,17 @@ class Trainer:
             norm = global_norm(grads)
             return values, clip_by_norm(grads, norm, largest), norm
 
-        return backend.compiled(gradients)
+        return ms.jit(gradients, jit_level="O0") if self.options.compile else gradients
 
     # ---- running
 
     def run(self, until: int | None = None) -> None:
         """Train up to step ``until`` (all of them unless told), from wherever the folder stands."""
         last = min(until or self.options.steps, self.options.steps)
-        with _on_signal(self._request_stop), tqdm(total=last, initial=self.step, desc=self.folder.name) as bar:
+        with (
+            _on_signal(self._request_stop),
+            tqdm(total=last, initial=self.step, desc=self.folder.name) as bar,
+        ):
             while self.step < last and not self._stop:
                 row = self._one_step()
                 bar.set_postfix({key: f"{row[key]:.4g}" for key in ("loss", "grad_norm")}, refresh=False)
@@ -102,7 +115,12 @@ class Trainer:
         tensors = [ms.Tensor(array) for array in self.batch(self.step)]
         values, gradients, norm = self._gradients(*tensors)
         numbers = [float(value.asnumpy()) for value in values]
-        row = {"step": self.step + 1, "loss": numbers[0], "grad_norm": float(norm.asnumpy()), "learning_rate": rate}
+        row = {
+            "step": self.step + 1,
+            "loss": numbers[0],
+            "grad_norm": float(norm.asnumpy()),
+            "learning_rate": rate,
+        }
         row |= dict(zip(self.names, numbers[1:], strict=True))
         self._refuse_nan(row)
         ops.assign(self.optimizer.lrs[0], ms.Tensor(rate, ms.float32))
@@ -114,7 +132,7 @@ class Trainer:
     def _refuse_nan(self, row: dict[str, float]) -> None:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise FloatingPointError(
-                f"step {self.step}: loss {row['loss']}, gradient norm {row['grad_norm']}. The weights were not updated; "
+                f"step {self.step}: loss {row['loss']}, gradient norm {row['grad_norm']}. Weights were not updated; "
                 f"the last good checkpoint is in {self.folder}. Lower the learning rate or look at batch {self.step}."
             )
 
@@ -149,7 +167,9 @@ class Trainer:
     def save(self) -> Path:
         """Write the state whole, then remove all but the newest ``keep``."""
         path = self.folder / f"step-{self.step:08d}.safetensors"
-        save_tensors(path, self.state(), {"step": str(self.step), "options": json.dumps(asdict(self.options))})
+        save_tensors(
+            path, self.state(), {"step": str(self.step), "options": json.dumps(asdict(self.options))}
+        )
         for old in self.checkpoints()[: -self.options.keep]:
             old.unlink()
         return path
@@ -168,11 +188,13 @@ class Trainer:
     def _restore(self, tensors: dict[str, np.ndarray], step: int, path: Path) -> None:
         missing = [name for name in self.parameters if f"model/{name}" not in tensors]
         if missing:
-            raise CheckpointError(f"{path} is of another model: it lacks {missing[:3]} ({len(missing)} in all)")
+            raise CheckpointError(
+                f"{path} is of another model: it lacks {missing[:3]} ({len(missing)} in all)"
+            )
         for index, (name, parameter) in enumerate(self.parameters.items()):
             if tensors[f"model/{name}"].shape != tuple(parameter.shape):
                 raise CheckpointError(
-                    f"{path}: {name} has shape {tensors[f'model/{name}'].shape}, the model's is {tuple(parameter.shape)}"
+                    f"{path}: {name} is {tensors[f'model/{name}'].shape}, the model's is {tuple(parameter.shape)}"
                 )
             parameter.set_data(ms.Tensor(tensors[f"model/{name}"]))
             self.ema.averages[index] = np.array(tensors[f"ema/{name}"])
