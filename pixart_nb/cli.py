@@ -79,6 +79,7 @@ def sample(
         )
         for path in commands.sample(settings):
             typer.echo(path)
+        typer.echo(f"{commands.seconds_of_this_process():.1f} s from the cold start of this command")
 
 
 @app.command()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from pixart_nb.config import InferenceConfig
@@ -25,8 +27,14 @@ def sample(config: InferenceConfig) -> list[Path]:
     paths = [folder / f"{number:03d}_{_file_name(words)}.png" for number, words in enumerate(config.prompts)]
     for path, image in zip(paths, images, strict=True):
         write_picture(path, image)
-    write_json(folder / "sample.json", config.model_dump() | {"files": [path.name for path in paths]})
+    numbers = {"files": [path.name for path in paths], "seconds_from_cold_start": seconds_of_this_process()}
+    write_json(folder / "sample.json", config.model_dump() | numbers)
     return paths
+
+
+def seconds_of_this_process() -> float:
+    """Seconds since the operating system started this process: imports and loading included."""
+    return round(time.time() - psutil.Process().create_time(), 2)
 
 
 def load_pipeline(model: str, dtype: str) -> Any:

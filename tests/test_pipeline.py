@@ -185,7 +185,7 @@ def test_a_folder_without_a_component_names_it(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_says_which_folder_to_bring(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"'PixArt-alpha/none'.*Bring the folder"):
+    with pytest.raises(CheckpointError, match=r"'PixArt-alpha/none'.*Bring its folder"):
         PixArtSigmaPipeline.from_pretrained("PixArt-alpha/none")
 
 

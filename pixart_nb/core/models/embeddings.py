@@ -86,9 +86,9 @@ class SizeEmbedder(FrequencyMLP):
     """Micro condition of alpha-1024: (N, k) numbers, each embedded alone -> (N, k D)."""
 
     def construct(self, value: ms.Tensor) -> ms.Tensor:
-        n, count = value.shape
+        n = value.shape[0]
         embedded = sincos_frequencies(value.reshape(-1)).astype(self.mlp[0].weight.dtype)
-        return self.mlp[2](ops.silu(self.mlp[0](embedded))).reshape(n, -1) if count else embedded
+        return self.mlp[2](ops.silu(self.mlp[0](embedded))).reshape(n, -1)
 
 
 class CaptionProjection(nn.Cell):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
@@ -81,8 +80,3 @@ def check_compression(operator: str | None, ratio: int, layers: tuple[int, ...],
     outside = [layer for layer in layers if not 0 <= layer < depth]
     if outside:
         raise ValueError(f"kv_compress_layer names layers {outside}; this model has layers 0 to {depth - 1}")
-
-
-def average_kernel(size: int, ratio: int) -> np.ndarray:
-    """The kernel compression starts from, (size, 1, ratio, ratio) float32: each weight 1/R^2."""
-    return np.full((size, 1, ratio, ratio), 1.0 / ratio**2, np.float32)

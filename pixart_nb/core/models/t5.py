@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from mindspore import mint, nn
 
-from pixart_nb.core.backend import gelu_tanh, ms
+from pixart_nb.core.backend import gelu_tanh, linear, ms
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
 
@@ -89,7 +89,8 @@ class T5SelfAttention(nn.Cell):
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), mask, bias)
+        normed = self.layer_norm(x).astype(self.SelfAttention.q.weight.dtype)
+        return x + self.SelfAttention(normed, mask, bias).astype(x.dtype)
 
 
 class GatedFeedForward(nn.Cell):
@@ -101,8 +102,8 @@ class GatedFeedForward(nn.Cell):
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        hidden = gelu_tanh(self.wi_0(x).astype(ms.float32)) * self.wi_1(x)
-        return self.wo(hidden.astype(self.wo.weight.dtype))
+        hidden = gelu_tanh(self.wi_0(x).astype(ms.float32)) * self.wi_1(x).astype(ms.float32)
+        return linear(hidden, self.wo.weight.astype(ms.float32))
 
 
 class T5FeedForward(nn.Cell):
@@ -114,7 +115,8 @@ class T5FeedForward(nn.Cell):
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x)).astype(x.dtype)
+        normed = self.layer_norm(x).astype(self.DenseReluDense.wi_0.weight.dtype)
+        return x + self.DenseReluDense(normed).astype(x.dtype)
 
 
 class T5Block(nn.Cell):
@@ -154,6 +156,11 @@ class T5Encoder(nn.Cell):
 
     def construct(self, input_ids, mask) -> ms.Tensor:
         """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token; every row needs a token."""
+        ids, seen = self._checked(input_ids, mask)
+        return self.forward(ms.Tensor(ids), ms.Tensor(seen), self.buckets(ids.shape[1]))
+
+    def _checked(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 and mask bool, or why they cannot be. Apart from ``construct``, which a compiler parses."""
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
         seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
         if ids.ndim != 2 or ids.shape != seen.shape:
@@ -166,15 +173,18 @@ class T5Encoder(nn.Cell):
                 "the tokenizer is another model's"
             )
         check_mask(seen)
-        return self.forward(ms.Tensor(ids.astype(np.int32)), ms.Tensor(seen), self.buckets(ids.shape[1]))
+        return ids.astype(np.int32), seen
 
     def forward(self, input_ids: ms.Tensor, mask: ms.Tensor, buckets: ms.Tensor) -> ms.Tensor:
-        """``construct`` on tensors alone, so that it can be compiled."""
-        x = self.shared(input_ids)
+        """``construct`` on tensors alone, so that it can be compiled.
+
+        The sum over layers is kept in float32, whatever the weights: in XXL it leaves the range of half precision.
+        """
+        x = self.shared(input_ids).astype(ms.float32)
         bias = self.position_bias(buckets)
         for block in self.encoder.block:
             x = block(x, mask, bias)
-        return self.encoder.final_layer_norm(x)
+        return self.encoder.final_layer_norm(x).astype(self.shared.weight.dtype)
 
     def buckets(self, length: int) -> ms.Tensor:
         """Buckets of relative positions for ``length`` tokens, computed once."""

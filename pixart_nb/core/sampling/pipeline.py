@@ -11,28 +11,22 @@ from PIL import Image
 
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.components import load_component, pipeline_folder
-from pixart_nb.core.models.attention import check_mask
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, trim_caption
 from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.conditioning import (
+    Conditioning,
+    as_list,
+    both_rows,
+    check_embeddings,
+    given_conditioning,
+    per_prompt,
+)
 from pixart_nb.core.sampling.schedule import NoiseSchedule
 from pixart_nb.core.sampling.solvers import Step, dpm_solver_2m, linspace_timesteps
 from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 
 _LOAD = object()
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the text encoder made of the prompts: embeddings (N, T, C) and masks (N, T) bool, True = token.
-
-    The negative ones are None without guidance.
-    """
-
-    prompt_embeds: ms.Tensor
-    prompt_attention_mask: np.ndarray
-    negative_embeds: ms.Tensor | None
-    negative_mask: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -105,11 +99,11 @@ class PixArtSigmaPipeline:
         -> prompt_embeds (N, max_sequence_length, C), prompt_attention_mask (N, max_sequence_length) int64, and the
         same two of the negative prompts (None without guidance). N is prompts times ``num_images_per_prompt``.
         """
-        prompts = _as_list(prompt)
+        prompts = as_list(prompt)
         length = max_sequence_length or self.max_sequence_length
         out = [self._embed(prompts, num_images_per_prompt, clean_caption, length)]
         if do_classifier_free_guidance:
-            negatives = _per_prompt(negative_prompt, len(prompts))
+            negatives = per_prompt(negative_prompt, len(prompts))
             out.append(self._embed(negatives, num_images_per_prompt, clean_caption, length))
         (embeds, mask), (negative, negative_mask) = [*out, (None, None)][:2]
         masks = [part if part is None else ms.Tensor(part.astype(np.int64)) for part in (mask, negative_mask)]
@@ -160,12 +154,12 @@ class PixArtSigmaPipeline:
         guided = guidance_scale > 1.0
         given = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
         if prompt_embeds is None:
-            prompts = _as_list(prompt)
-            negatives = _per_prompt(negative_prompt, len(prompts)) if guided else None
+            prompts = as_list(prompt)
+            negatives = per_prompt(negative_prompt, len(prompts)) if guided else None
         elif prompt is not None:
             raise ValueError("both prompt and prompt_embeds were given; give one of them")
         else:
-            self._check_embeddings(given, guided)
+            check_embeddings(given, guided, self.transformer.config.caption_channels)
         rows = len(prompts) * num_images_per_prompt if prompt_embeds is None else prompt_embeds.shape[0]
         start = self.initial_latents(rows, height, width, generator, latents)
 
@@ -178,7 +172,7 @@ class PixArtSigmaPipeline:
                 ]
                 condition = Conditioning(*(part for pair in [*parts, (None, None)][:2] for part in pair))
             else:
-                condition = _given_conditioning(given, guided)
+                condition = given_conditioning(given, guided)
             yield condition
             predict = self._predictor(condition, guidance_scale, height, width)
             yield from dpm_solver_2m(predict, start, timesteps, self.scheduler)
@@ -216,32 +210,12 @@ class PixArtSigmaPipeline:
             raise ValueError(f"{len(generator)} generators for {rows} pictures; give one, or one for each")
         return np.stack([rng.standard_normal(shape[1:], dtype=np.float32) for rng in generator])
 
-    def _check_embeddings(self, given, guided: bool) -> None:
-        embeds, mask, negative, negative_mask = given
-        if mask is None or (guided and (negative is None or negative_mask is None)):
-            raise ValueError(
-                "prompt_embeds needs prompt_attention_mask and, with guidance above 1, negative_prompt_embeds and "
-                "negative_prompt_attention_mask"
-            )
-        channels = self.transformer.config.caption_channels
-        pairs = [("prompt", embeds, mask)] + (
-            [("negative_prompt", negative, negative_mask)] if guided else []
-        )
-        for name, values, seen in pairs:
-            expected = (embeds.shape[0], values.shape[1] if values.ndim == 3 else "T", channels)
-            if values.ndim != 3 or tuple(values.shape) != expected:
-                raise ValueError(f"{name}_embeds have shape {tuple(values.shape)}; expected {expected}")
-            if tuple(seen.shape) != tuple(values.shape[:2]):
-                raise ValueError(
-                    f"{name}_attention_mask has shape {tuple(seen.shape)}; expected {tuple(values.shape[:2])}"
-                )
-
     def _predictor(self, condition: Conditioning, guidance_scale: float, height: int, width: int):
         """``predict(latents, timestep)``: the noise, guided; everything that all steps share is computed here."""
         net = self.transformer
         guided = condition.negative_embeds is not None
         caption, mask = (
-            _both(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
+            both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
         )
         caption, mask = trim_caption(caption, mask)
         keys_values = net.caption_keys_values(caption)
@@ -332,44 +306,3 @@ class PixArtSigmaPipeline:
         if output_type == "np":
             return pictures
         return [Image.fromarray(picture) for picture in (pictures * 255).round().astype(np.uint8)]
-
-
-def _as_list(prompt: str | Sequence[str] | None) -> list[str]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"prompt is {prompt!r}; expected a text or a list of at least one text")
-    return prompts
-
-
-def _per_prompt(negative: str | Sequence[str], count: int) -> list[str]:
-    negatives = [negative] * count if isinstance(negative, str) else list(negative)
-    if len(negatives) != count:
-        raise ValueError(
-            f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each"
-        )
-    return negatives
-
-
-def _mask_array(mask) -> np.ndarray:
-    array = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
-    check_mask(array)
-    return array
-
-
-def _given_conditioning(given, guided: bool) -> Conditioning:
-    embeds, mask, negative, negative_mask = given
-    if not guided:
-        return Conditioning(embeds, _mask_array(mask), None, None)
-    return Conditioning(embeds, _mask_array(mask), negative, _mask_array(negative_mask))
-
-
-def _both(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:
-    """Negative rows, then prompt rows, padded to one length: embeddings (2N, T, C) and mask (2N, T)."""
-    parts = (condition.negative_embeds, condition.prompt_embeds)
-    masks = (condition.negative_mask, condition.prompt_attention_mask)
-    length = max(mask.shape[1] for mask in masks)
-    padded = [
-        np.pad(p.astype(ms.float32).asnumpy(), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts
-    ]
-    mask = np.concatenate([np.pad(m, ((0, 0), (0, length - m.shape[1]))) for m in masks])
-    return ms.Tensor(np.concatenate(padded)), mask

@@ -83,7 +83,7 @@ def clean_caption(text: str) -> str:
     if len(_JOINED.findall(text)) > 3:
         text = _JOINED.sub(" ", text)
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    text = _apply(LAST_RULES, text).strip()
+    text = _apply(LAST_RULES, text)  # not stripped, as in the reference: a quote after a space stays
     for pattern, replacement in (
         (r"^[\"'](.+)[\"']$", r"\1"),
         (r"^['_,\-:;]", ""),
@@ -105,6 +105,22 @@ def prepare_prompt(text: str, clean: bool) -> str:
     return clean_caption(clean_caption(text)) if clean else text.lower().strip()
 
 
+def _load_tokenizer(folder: Path):
+    # Slow to import, so only when a tokenizer is wanted.
+    from sentencepiece import SentencePieceProcessor
+    from transformers import T5Tokenizer
+
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            # transformers takes an empty model for an empty vocabulary and goes on; sentencepiece refuses it.
+            SentencePieceProcessor().LoadFromSerializedProto((folder / "spiece.model").read_bytes())
+        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception on damaged files
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}. Copy the folder again."
+        ) from error
+
+
 class TextTokenizer:
     """A T5 tokenizer of a folder in the published layout (``spiece.model`` or ``tokenizer.json``)."""
 
@@ -114,12 +130,7 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it"
             )
-        from transformers import T5Tokenizer  # slow to import, so only when a tokenizer is wanted
-
-        try:
-            self.tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (ValueError, OSError, RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{folder}: its tokenizer cannot be read: {error}") from error
+        self.tokenizer = _load_tokenizer(folder)
 
     def tokenize(self, prompts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (N, max_length) int32 and mask (N, max_length) bool, True = token.

@@ -6,7 +6,6 @@ import io
 import string
 from pathlib import Path
 
-import numpy as np
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
@@ -127,8 +126,3 @@ def _loss(reader: CaptionReader):
         return attribute_loss + word_loss, attribute_loss, word_loss
 
     return loss
-
-
-def attribute_accuracy(reader_logits: list[np.ndarray], attributes: np.ndarray) -> list[float]:
-    """Share of captions whose object, colour and setting are read rightly."""
-    return [float((part.argmax(-1) == attributes[:, i]).mean()) for i, part in enumerate(reader_logits)]
