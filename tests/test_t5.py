@@ -72,3 +72,47 @@ def test_a_fresh_encoder_gives_finite_embeddings_of_unit_size():
     net.initialise(np.random.default_rng(0))
     out = net(np.arange(12).reshape(2, 6), np.ones((2, 6))).asnumpy()
     assert abs(np.sqrt((out**2).mean()) - 1) < 0.05
+
+
+def test_half_precision_weights_do_not_overflow_where_float32_does_not():
+    golden = diffusers("sigma")[2]
+    outputs = []
+    for dtype in (ms.float32, ms.float16):
+        net = load_component("text_encoder", diffusers("sigma")[0], dtype)
+        feed_forward = net.encoder.block[0].layer[1].DenseReluDense
+        for weight, factor in ((feed_forward.wi_1.weight, 300), (feed_forward.wo.weight, 3000)):
+            weight.set_data(ms.Tensor(weight.asnumpy().astype(np.float32) * factor).astype(dtype))
+        outputs.append(net(golden["input_ids"], golden["prompt_mask"]).astype(ms.float32).asnumpy())
+    assert np.isfinite(outputs[1]).all()
+    assert relative_error(outputs[1], outputs[0]) < 1e-2
+
+
+def test_compiled_it_gives_the_same_embeddings():
+    golden = diffusers("sigma")[2]
+    net = encoder()
+    ids, mask = ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(golden["prompt_mask"].astype(bool))
+    buckets = net.buckets(ids.shape[1])
+
+    def forward(ids, mask):
+        return net.forward(ids, mask, buckets)
+
+    assert relative_error(ms.jit(forward)(ids, mask).asnumpy(), golden["prompt_embeds"]) < FORWARD
+
+
+def test_the_gradient_predicts_the_change_of_the_output():
+    golden = diffusers("sigma")[2]
+    net = encoder()
+    ids, mask = ms.Tensor(golden["input_ids"].astype(np.int32)), ms.Tensor(golden["prompt_mask"].astype(bool))
+    buckets, goal = net.buckets(ids.shape[1]), ms.Tensor(golden["negative_embeds"])
+
+    def loss(ids, mask):
+        return (net.forward(ids, mask, buckets) * goal).mean()
+
+    weight = net.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    slope = ms.grad(loss, None, weight)(ids, mask).asnumpy().astype(np.float64)
+    before, direction = weight.asnumpy().copy(), slope / np.linalg.norm(slope)
+    values = []
+    for step in (0.05, -0.05):
+        weight.set_data(ms.Tensor((before + step * direction).astype(np.float32)))
+        values.append(float(loss(ids, mask)))
+    assert (values[0] - values[1]) / 0.1 == pytest.approx(np.linalg.norm(slope), rel=0.02)

@@ -1,5 +1,7 @@
 """Prompts become the reference's tokens."""
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,6 +64,10 @@ def test_any_text_gives_a_row_that_ends_in_the_end_token(text, length):
         ("a_very_long_file_name", "a very long file name"),
         ("汉字 red", "red"),
         ("192.168.0.1 a key", "a key"),
+        ("a cat : + http://example.com/a free shipping", "a cat"),
+        ("a hat ' free download", "a hat"),
+        ("j2d1a2a and 640x480 a key", "and a key"),
+        ("640x480 _ “q” ' http://example.com/x 640x480", '"q"'),
     ],
 )
 def test_captions_are_cleaned_as_the_reference_does(given_, expected):
@@ -88,3 +94,33 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         TextTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed"])
+@pytest.mark.parametrize(("name", "file"), [("sigma", "spiece.model"), ("alpha", "tokenizer.json")])
+def test_a_damaged_vocabulary_is_refused_and_never_gives_other_tokens(tmp_path, name, file, damage):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(diffusers(name)[0] / "tokenizer", folder)
+    content = (folder / file).read_bytes()
+    changed = {
+        "empty": b"",
+        "cut": content[: len(content) // 2],
+        "changed": content[:9] + bytes(50) + content[59:],
+    }
+    (folder / file).write_bytes(changed[damage])
+    with pytest.raises(CheckpointError, match=r"cannot be read.*Copy the folder again"):
+        TextTokenizer(folder)
+
+
+def test_a_prompt_that_is_too_long_shows_what_was_cut(tokenizer):
+    with pytest.warns(UserWarning, match=r"prompt has \d+ tokens, the model reads 8; cut off: '.*grass'"):
+        ids, mask = tokenizer.tokenize(["a red mushroom on grass"], 8)
+    assert mask.all()
+    assert ids[0, -1] == tokenizer.tokenizer.eos_token_id
+
+
+def test_pieces_joined_are_the_prompt(tokenizer):
+    ids, mask = tokenizer.tokenize(["a red mushroom on grass"], 40)
+    pieces = tokenizer.pieces(ids[0][mask[0]])
+    assert pieces[-1] == "</s>"
+    assert "".join(pieces[:-1]).replace("\u2581", " ").strip() == "a red mushroom on grass"

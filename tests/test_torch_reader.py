@@ -42,7 +42,7 @@ def test_every_kind_of_storage_keeps_its_dtype_and_values(tmp_path, name, dtype)
     assert np.array_equal(read, values)
 
 
-def test_every_finite_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
+def test_every_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
     bits = np.arange(2**16, dtype=np.uint16)
     content = {"w": tensor("0", "BFloat16Storage", 2**16, (2**16,), (1,))}
     read = read_torch(write_torch(tmp_path / "a.pth", content, {"0": bits}))["w"]
@@ -54,7 +54,11 @@ def test_every_finite_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
 def test_parameters_and_nested_containers_are_rebuilt(tmp_path):
     weight = tensor("0", "FloatStorage", 2, (2,), (1,))
     parameter = Call(Global("torch._utils", "_rebuild_parameter"), weight, True, OrderedDict())
-    content = {"optimizer": [{"lr": 0.1, "betas": (0.9, 0.999)}], "state_dict": {"w": parameter}, "none": None}
+    content = {
+        "optimizer": [{"lr": 0.1, "betas": (0.9, 0.999)}],
+        "state_dict": {"w": parameter},
+        "none": None,
+    }
     read = read_torch(write_torch(tmp_path / "a.pth", content, {"0": np.array([1, 2], np.float32)}))
     assert read["optimizer"] == [{"lr": 0.1, "betas": (0.9, 0.999)}]
     assert read["none"] is None

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from reference_data import FORWARD, diffusers, relative_error
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import load_component, write_vae
-from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig, modernise_names
+from pixart_nb.core.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig, modernise_names
 
 
 def autoencoder(name="sigma"):
@@ -75,3 +76,40 @@ def test_a_written_autoencoder_is_read_back_the_same(tmp_path):
     assert again.config == net.config
     pairs = zip(net.get_parameters(), again.get_parameters(), strict=True)
     assert all(np.array_equal(a.asnumpy(), b.asnumpy()) for a, b in pairs)
+
+
+def test_the_gradient_predicts_the_change_of_the_loss():
+    net = autoencoder()
+    picture = ms.Tensor(diffusers("sigma")[2]["vae_in"][:, :, :16, :24])
+    noise = ms.Tensor(np.ones((1, 4, 2, 3), np.float32))
+
+    def loss(picture, noise):
+        out, moments = net(picture, noise)
+        return ((out - picture) ** 2).mean() + 1e-3 * (moments**2).mean()
+
+    parameters = dict(net.parameters_and_names())
+    for name in ("encoder.conv_in.weight", "decoder.up_blocks.1.upsamplers.0.conv.weight"):
+        weight = parameters[name]
+        slope = ms.grad(loss, None, weight)(picture, noise).asnumpy().astype(np.float64)
+        before, direction = weight.asnumpy().copy(), slope / np.linalg.norm(slope)
+        values = []
+        for step in (0.01, -0.01):
+            weight.set_data(ms.Tensor((before + step * direction).astype(np.float32)))
+            values.append(float(loss(picture, noise)))
+        weight.set_data(ms.Tensor(before))
+        assert (values[0] - values[1]) / 0.02 == pytest.approx(np.linalg.norm(slope), rel=0.02)
+
+
+def test_attention_in_chunks_gives_the_same_picture(monkeypatch):
+    net = autoencoder()
+    latents = ms.Tensor(diffusers("sigma")[2]["dpm++2m/trajectory"][-1][:1])
+    whole = net.decode(latents)[0].asnumpy()
+    monkeypatch.setattr(backend, "ATTENTION_CHUNK_BYTES", 4 * 384 * 50)  # 50 of the 16 * 24 queries at a time
+    assert relative_error(net.decode(latents)[0].asnumpy(), whole) < 1e-6
+
+
+def test_log_variance_is_clipped():
+    moments = np.zeros((1, 8, 1, 2), np.float32)
+    moments[:, 4:, 0] = [-100, 100]
+    logvar = DiagonalGaussian(ms.Tensor(moments)).logvar.asnumpy()
+    assert np.array_equal(logvar[0, :, 0], [[-30, 20]] * 4)

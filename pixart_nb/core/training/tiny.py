@@ -19,7 +19,7 @@ from pixart_nb.core.sampling.schedule import LINEAR
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training import loss as diffusion
 from pixart_nb.core.training.tiny_autoencoder import train_autoencoder
-from pixart_nb.core.training.tiny_data import cached_latents, diffusion_batches, generator
+from pixart_nb.core.training.tiny_data import cached_latents, caption_pool, diffusion_batches, generator
 from pixart_nb.core.training.tiny_text import CAPTION_TOKENS, train_text_encoder, train_tokenizer
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
@@ -46,6 +46,9 @@ OPTIONS = TrainerOptions(
 BATCH = 32
 PICTURES = 8 * 2160
 CAPTION_DROP = 0.1
+#: Captions are padded to one of these, so that few graphs are compiled and little padding is computed.
+CAPTION_LENGTHS = (14, 24, CAPTION_TOKENS)
+CAPTIONS_PER_PICTURE = 2
 
 
 def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
@@ -85,8 +88,11 @@ def train_transformer(
     # y_embedding is the empty caption's embedding, as in the official code; it is set, not trained
     parameters = {name: p for name, p in net.parameters_and_names() if name != "y_embedder.y_embedding"}
     latents = means * np.float32(vae.config.scaling_factor)
-    embed = caption_embedder(tokenizer, encoder)
-    batches = diffusion_batches(latents, numbers, scenes, embed, BATCH, CAPTION_DROP, seed)
+    pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_PICTURE, seed)
+    empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
+    batches = diffusion_batches(
+        latents, pool, lambda ids, mask: encoder(ids, mask).asnumpy(), empty, BATCH, CAPTION_DROP, seed
+    )
     trainer = Trainer(_loss(net), parameters, batches, OPTIONS, work / "transformer", names=("mse", "vb"))
     trainer.run()
     load_averages(net, trainer.checkpoints()[-1])
@@ -99,16 +105,6 @@ def load_averages(net: PixArt, checkpoint: Path) -> None:
     for name, parameter in net.parameters_and_names():
         if f"ema/{name}" in averages:
             parameter.set_data(ms.Tensor(averages[f"ema/{name}"]))
-
-
-def caption_embedder(tokenizer: TextTokenizer, encoder: T5Encoder):
-    """``embed(captions) -> (N, T, C), (N, T)``; the text encoder is not trained further."""
-
-    def embed(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, mask = tokenizer.tokenize(captions, CAPTION_TOKENS)
-        return encoder(ids, mask).asnumpy(), mask
-
-    return embed
 
 
 def _loss(net: PixArt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,29 +106,66 @@ def middle_timesteps(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.minimum((1000 / (1 + np.exp(-draw_))).astype(np.int64), 999)
 
 
+@dataclass(frozen=True)
+class CaptionPool:
+    """Captions of cached pictures, sorted into few lengths, so that a batch carries little padding.
+
+    ``ids`` and ``mask`` are (M, longest), ``picture`` (M,) the number of each caption's picture, ``length`` (M,) the
+    tokens that it is padded to.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+    picture: np.ndarray
+    length: np.ndarray
+
+    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Numbers of ``size`` captions of one length; lengths come up as often as they occur."""
+        length = self.length[rng.integers(0, len(self.length))]
+        return rng.choice(np.flatnonzero(self.length == length), size)
+
+
+def caption_pool(
+    scenes: Sequence[Scene],
+    numbers: np.ndarray,
+    tokenize: Tokenize,
+    lengths: Sequence[int],
+    copies: int,
+    seed: int,
+) -> CaptionPool:
+    """``copies`` captions of every cached picture, each padded to the first of ``lengths`` that holds it."""
+    rng = generator(seed, 6)
+    picture = np.tile(np.arange(len(numbers)), copies)
+    ids, mask = tokenize([caption(scenes[numbers[i]], rng) for i in picture], lengths[-1])
+    padded = np.array(lengths)[np.searchsorted(lengths, mask.sum(1))]
+    return CaptionPool(ids, mask, picture, padded)
+
+
 def diffusion_batches(
     latents: np.ndarray,
-    numbers: np.ndarray,
-    scenes: Sequence[Scene],
-    embed: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
+    pool: CaptionPool,
+    embed: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    empty: tuple[np.ndarray, np.ndarray],
     size: int,
     caption_drop: float,
     seed: int,
 ):
     """Batches for the loss: latents, noise, loss coefficients, timesteps, caption embeddings and mask.
 
-    ``embed`` encodes captions to (N, T, C) and (N, T) bool. A dropped caption becomes the empty one, as at sampling.
+    ``embed`` encodes token ids and mask (N, T) to (N, T, C). A dropped caption becomes ``empty``, the ids and mask of
+    the empty caption, as at sampling.
     """
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng = generator(seed, step)
-        chosen = rng.integers(0, len(latents), size)
-        captions = [caption(scenes[numbers[i]], rng) for i in chosen]
-        dropped = rng.random(size) < caption_drop
-        captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        chosen = pool.draw(rng, size)
+        length = pool.length[chosen[0]]
+        dropped = (rng.random(size) < caption_drop)[:, None]
+        ids = np.where(dropped, empty[0][:, :length], pool.ids[chosen, :length])
+        mask = np.where(dropped, empty[1][:, :length], pool.mask[chosen, :length])
         timesteps = middle_timesteps(rng, size)
         noise = rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32)
-        embeddings, mask = embed(captions)
-        return latents[chosen], noise, coefficients(timesteps), timesteps.astype(np.float32), embeddings, mask
+        start = latents[pool.picture[chosen]]
+        return start, noise, coefficients(timesteps), timesteps.astype(np.float32), embed(ids, mask), mask
 
     return batch
