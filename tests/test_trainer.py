@@ -70,6 +70,18 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path):
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_steps_that_are_done_again_stand_once_in_the_log(tmp_path):
+    run = trainer(tmp_path)
+    run.run(until=20)
+    for _ in range(5):  # five steps more, then the process is gone without having saved
+        run._log(run._one_step())
+    assert len(losses(tmp_path)) == 25
+    trainer(tmp_path).run()
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path):
     run = trainer(tmp_path, keep=2)
     run.run()

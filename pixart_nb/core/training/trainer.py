@@ -17,7 +17,13 @@ from mindspore.experimental.optim import AdamW
 from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, load_tensors, save_tensors
+from pixart_nb.core.checkpoints.store import (
+    CheckpointError,
+    load_metadata,
+    load_tensors,
+    save_tensors,
+    write_text,
+)
 from pixart_nb.core.training.optim import EMA, clip_by_norm, global_norm, learning_rate
 
 
@@ -148,6 +154,16 @@ class Trainer:
                 writer.writeheader()
             writer.writerow(row)
 
+    def _trim_log(self) -> None:
+        """Drop the rows of steps that will be done again."""
+        path = self.folder / "curve.csv"
+        if not path.exists():
+            return
+        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [row for row in rows if row.endswith("\n")]  # a killed process may have left half a row
+        kept = [row for row in whole if int(row.split(",", 1)[0]) <= self.step]
+        write_text(path, "".join([header, *kept]))
+
     # ---- state
 
     def checkpoints(self) -> list[Path]:
@@ -183,7 +199,8 @@ class Trainer:
                 tqdm.write(f"skipped: {error}")
                 continue
             self._restore(tensors, step, path)
-            return
+            break
+        self._trim_log()
 
     def _restore(self, tensors: dict[str, np.ndarray], step: int, path: Path) -> None:
         missing = [name for name in self.parameters if f"model/{name}" not in tensors]
