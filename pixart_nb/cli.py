@@ -11,16 +11,27 @@ from typing import Annotated
 import typer
 
 from pixart_nb import commands
-from pixart_nb.config import load_config, override
+from pixart_nb.config import METHODS, load_config, override
 
 TINY = "data/tiny-sigma"
 
 app = typer.Typer(
     no_args_is_help=True,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --image_height too
     add_completion=False,
     pretty_exceptions_show_locals=False,
     help="PixArt-Sigma on MindSpore: draw pictures, judge a model, train the embedded one.",
 )
+
+
+Method = StrEnum("Method", {name: name for name in METHODS})
+
+
+class Switch(StrEnum):
+    """On or off, said as mindone's options say it."""
+
+    true = "true"
+    false = "false"
 
 
 class Dtype(StrEnum):
@@ -46,40 +57,80 @@ def sample(
     config: Annotated[
         Path, typer.Option("--config", "-c", help="Configuration file; the options below replace its values.")
     ] = Path("configs/inference/tiny.yaml"),
+    like: Annotated[
+        Path | None,
+        typer.Option(help="A picture of this command: draw it again, with the options below changed."),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw, in English. Give it again for more pictures.")
     ] = None,
+    prompt_path: Annotated[Path | None, typer.Option(help="Text file with a prompt on each line.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder in the diffusers layout, or a hub id.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels, a multiple of 16.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels, a multiple of 16.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the solver: more is slower and finer.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly the prompt pulls; 1 is off.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A transformer to use in the model: .pth, .ckpt, .safetensors or a folder."),
+    ] = None,
+    image_height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    image_width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    sampling_method: Annotated[Method | None, typer.Option(help="The solver.")] = None,
+    sampling_steps: Annotated[int | None, typer.Option(help="Steps: more is slower and finer.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="How strongly the prompt pulls; 1 is off.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed draws the same pictures.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures drawn at once.")] = None,
+    imagegrid: Annotated[
+        bool | None, typer.Option("--imagegrid/--no-imagegrid", help="One file for the pictures of a prompt.")
+    ] = None,
+    nrows: Annotated[int | None, typer.Option(help="A prompt has rows x columns pictures.")] = None,
+    ncols: Annotated[int | None, typer.Option(help="Columns of the grid.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Numbers the networks compute in.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the pictures.")] = None,
+    use_parallel: Annotated[
+        Switch | None,
+        typer.Option(case_sensitive=False, help="Under msrun: divide the prompts among the workers."),
+    ] = None,
+    output_path: Annotated[
+        Path | None, typer.Option("--output-path", "-o", help="Folder for the pictures.")
+    ] = None,
 ) -> None:
-    """Draw pictures of prompts and write them as PNG files.
+    """Draw pictures of prompts and write them as PNG files, each of which carries what repeats it.
 
-    Example: pixart-nb sample --prompt "a red mushroom on grass" --output outputs/mushroom
+    Example: pixart-nb sample --prompt "a red mushroom on grass" --output-path outputs/mushroom
     """
+    from pixart_nb import sample as command
+
+    given = {
+        "prompt": prompt or None,
+        "prompt_path": prompt_path and str(prompt_path),
+        "negative_prompt": negative_prompt,
+        "model": model,
+        "checkpoint": checkpoint and str(checkpoint),
+        "image_height": image_height,
+        "image_width": image_width,
+        "sampling_method": sampling_method and sampling_method.value,
+        "sampling_steps": sampling_steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "batch_size": batch_size,
+        "imagegrid": imagegrid,
+        "nrows": nrows,
+        "ncols": ncols,
+        "dtype": dtype and dtype.value,
+        "use_parallel": use_parallel and use_parallel is Switch.true,
+        "output_path": output_path and str(output_path),
+    }
+    if prompt and not prompt_path:
+        given["prompt_path"] = ""
+    elif prompt_path and not prompt:
+        given["prompt"] = []
     with _one_line_errors():
-        settings = override(
-            load_config(config, "inference"),
-            prompts=prompt or None,
-            negative_prompt=negative_prompt,
-            model=model,
-            image_height=height,
-            image_width=width,
-            sampling_steps=steps,
-            guidance_scale=guidance,
-            seed=seed,
-            dtype=dtype.value if dtype else None,
-            output_dir=str(output) if output else None,
+        settings = (
+            command.like(like, **given) if like else override(load_config(config, "inference"), **given)
         )
-        for path in commands.sample(settings):
+        for path in command.sample(settings):
             typer.echo(path)
-        typer.echo(f"{commands.seconds_of_this_process():.1f} s from the cold start of this command")
+        typer.echo(f"{command.seconds_of_this_process():.1f} s from the cold start of this command")
 
 
 @app.command()

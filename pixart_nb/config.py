@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-ImageSide = Annotated[int, Field(gt=0, multiple_of=16)]
+from pixart_nb.core.sampling.schedulers import SAMPLING_METHODS
+
 Text = Annotated[str, Field(min_length=1)]
+#: Names of the solvers that ``sampling_method`` takes.
+METHODS = tuple(SAMPLING_METHODS)
 
 
 class ConfigError(ValueError):
@@ -20,21 +23,68 @@ class ConfigError(ValueError):
 
 
 class InferenceConfig(BaseModel):
-    """What to draw and how: the keys of ``configs/inference/*.yaml``, named as in mindone's example."""
+    """What to draw and how: the keys of ``configs/inference/*.yaml``, named as in mindone's example.
+
+    The weights come from ``model``, or part by part from ``checkpoint`` and the three roots; a part that is given
+    replaces that of ``model``. An empty text, an empty list or a zero means: not given.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    model: Text = Field(description="folder in the diffusers layout, or the id of a model on a hub")
-    image_height: ImageSide = Field(description="image pixels, a multiple of 16")
-    image_width: ImageSide = Field(description="image pixels, a multiple of 16")
-    prompts: list[Text] = Field(min_length=1, description="one picture for each")
-    sampling_method: Literal["dpm++"] = Field("dpm++", description="the solver: DPM-Solver++ (2M)")
+    model: str = Field("", description="folder in the diffusers layout, or the id of a model on a hub")
+    checkpoint: str = Field("", description="the transformer alone: .pth, .ckpt, .safetensors or a folder")
+    vae_root: str = Field("", description="folder of the autoencoder")
+    text_encoder_root: str = Field("", description="folder of the T5 encoder")
+    tokenizer_root: str = Field("", description="folder of the tokenizer")
+    sample_size: int = Field(0, ge=0, description="latent cells a side that a checkpoint was trained at")
+    t5_max_length: Literal[120, 300] = Field(
+        300, description="tokens of a prompt: 120 in alpha, 300 in sigma"
+    )
+    sd_scale_factor: float = Field(
+        0.0, ge=0, description="scaling factor of the latents, if not the VAE's own"
+    )
+    kv_compress: bool = Field(False, description="whether the checkpoint compresses keys and values")
+    kv_compress_sampling: Literal["conv", "ave", "uniform", "mean"] = Field("conv", description="operator")
+    kv_compress_scale_factor: int = Field(1, ge=1, description="shrinking in each direction")
+    kv_compress_layer: list[int] = Field([], description="layers that compress, counted from 0")
+    image_height: int = Field(gt=0, description="image pixels")
+    image_width: int = Field(gt=0, description="image pixels")
+    use_resolution_binning: bool = Field(True, description="draw at the nearest published size, cut to yours")
+    prompt: list[Text] = Field(
+        [], description="what to draw, one entry for each picture or group of pictures"
+    )
+    prompt_path: str = Field("", description="text file with a prompt on each line, in place of prompt")
+    negative_prompt: str = Field("", description="what to steer away from")
+    sampling_method: Literal[METHODS] = Field("dpm++", description="the solver")
     sampling_steps: int = Field(20, ge=1, description="steps of the solver for a picture")
     guidance_scale: float = Field(4.5, ge=1, allow_inf_nan=False, description="1 switches guidance off")
-    negative_prompt: str = Field("", description="what to steer away from")
     seed: int = Field(0, ge=0, description="the same seed draws the same pictures")
+    first_picture: int = Field(0, ge=0, description="number of the first picture's random stream of the seed")
     dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="what the networks compute in")
-    output_dir: Text = Field("outputs/sample", description="where pictures and numbers are written")
+    batch_size: int = Field(8, ge=1, description="pictures drawn at once")
+    imagegrid: bool = Field(False, description="one file for the pictures of a prompt, in a grid")
+    nrows: int = Field(1, ge=1, description="rows of that grid")
+    ncols: int = Field(1, ge=1, description="columns of that grid; a prompt has rows x columns pictures")
+    use_parallel: bool = Field(False, description="under msrun: the prompts are divided among the workers")
+    output_path: Text = Field("outputs/sample", description="where pictures and numbers are written")
+
+    @model_validator(mode="after")
+    def _enough_to_draw(self) -> InferenceConfig:
+        if bool(self.prompt) == bool(self.prompt_path):
+            raise ValueError("expected either prompt, a list of at least one text, or prompt_path")
+        roots = ("checkpoint", "vae_root", "text_encoder_root", "tokenizer_root")
+        missing = [name for name in roots if not getattr(self, name)]
+        if not self.model and missing:
+            raise ValueError(f"expected model, or all of {', '.join(roots)}; not given: {', '.join(missing)}")
+        if self.kv_compress and not self.kv_compress_layer:
+            raise ValueError("kv_compress is on, so expected at least one layer in kv_compress_layer")
+        unit = 1 if self.use_resolution_binning else 16
+        if self.image_height % unit or self.image_width % unit:
+            raise ValueError(
+                f"image_height and image_width are {self.image_height} and {self.image_width}; expected multiples of "
+                "16, or use_resolution_binning with a model that has published sizes"
+            )
+        return self
 
 
 KINDS: dict[str, type[BaseModel]] = {"inference": InferenceConfig}
@@ -65,7 +115,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def check_config(values: Mapping[str, Any], kind: str = "inference", source: str = "parameters") -> Any:
     """Validate values given as a mapping; ``source`` says in an error where they came from.
 
-    >>> check_config({"model": "m", "image_height": 64, "image_width": 64, "prompts": ["a"]}).sampling_steps
+    >>> check_config({"model": "m", "image_height": 64, "image_width": 64, "prompt": ["a"]}).sampling_steps
     20
     """
     if kind not in KINDS:
@@ -95,6 +145,8 @@ def project_folder(start: str | os.PathLike[str] = ".") -> Path:
 
 def _problem(error: dict[str, Any], known: list[str]) -> str:
     key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # of the configuration as a whole
+        return str(error["ctx"]["error"])
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}; {_nearest(key, known)}"
     if error["type"] == "missing":

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pixart_nb import commands
+from pixart_nb import commands, sample
 from pixart_nb.cli import app
+from pixart_nb.core import backend
 from pixart_nb.core.data.captions import short_caption
 from pixart_nb.core.data.sprites import all_scenes, draw, split_scenes
 from pixart_nb.core.sampling.evaluation import agreement, evaluate_model, held_out_scenes, psnr, reconstruct
@@ -31,13 +32,15 @@ class Painter:
         for step in range(call["num_inference_steps"] if callback else 0):
             callback(step, 0, None)
         scenes = [self.always or SCENES[prompt] for prompt in prompts]
-        return (np.stack([draw(scene, generator, height, width) for scene in scenes]) / 255.0,)
+        drawn = [draw(scene, rng, height, width) for scene, rng in zip(scenes, generator, strict=True)]
+        return (np.stack(drawn) / 255.0,)
 
 
 @pytest.fixture
 def painter(monkeypatch):
     painter = Painter()
     monkeypatch.setattr(commands, "load_pipeline", lambda model, dtype: painter)
+    monkeypatch.setattr(sample, "load_pipeline", lambda config: painter)
     return painter
 
 
@@ -76,8 +79,8 @@ def test_help_loads_no_mindspore():
     ("words", "message"),
     [
         (["sample", "-c", "none.yaml"], "none.yaml: cannot be read"),
-        (["sample", "-c", CONFIG, "--height", "100"], "command line: image_height: given 100 (int)"),
-        (["sample", "-c", CONFIG, "--prompt", ""], "prompts.0: given '' (str)"),
+        (["sample", "-c", CONFIG, "--image_height", "0"], "command line: image_height: given 0 (int)"),
+        (["sample", "-c", CONFIG, "--prompt", ""], "prompt.0: given '' (str)"),
         (["sample", "-c", CONFIG, "--model", "/no/such/model"], "/no/such/model"),
         (["evaluate", "--count", "241"], "count must be between 1 and 240, got 241"),
     ],
@@ -93,7 +96,7 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, words, message):
 
 
 def test_an_error_of_another_kind_is_not_hidden(run, monkeypatch):
-    monkeypatch.setattr(commands, "load_pipeline", lambda model, dtype: 1 / 0)
+    monkeypatch.setattr(sample, "load_pipeline", lambda config: 1 / 0)
     assert isinstance(run("sample", "-c", CONFIG).exception, ZeroDivisionError)
 
 
@@ -101,15 +104,19 @@ def test_sample_draws_the_prompts_of_the_configuration(run, painter, tmp_path):
     result = run("sample", "-c", CONFIG, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "sample.json").read_text())
-    assert result.stdout.split() == [str(tmp_path / name) for name in written["files"]]
+    *paths, time = result.stdout.splitlines()
+    assert paths == [str(tmp_path / name) for name in written["files"]]
+    assert time.endswith(" s from the cold start of this command")
+    assert float(time.split()[0]) == pytest.approx(written["seconds_from_cold_start"], abs=1)
     assert written["files"][0] == "000_a-red-mushroom-in-a-forest.png"
     pictures = np.stack([np.asarray(Image.open(tmp_path / name)) for name in written["files"]])
-    assert agreement(pictures, written["prompts"])["all"] == 1.0
+    assert agreement(pictures, written["prompt"])["all"] == 1.0
 
 
 def test_sample_options_replace_the_values_of_the_configuration(run, painter, tmp_path):
-    words = ["--prompt", "a blue cup at night", "--height", 64, "--width", 96, "--steps", 3, "--guidance", 2]
-    result = run("sample", "-c", CONFIG, *words, "--negative-prompt", "blur", "--seed", 5, "-o", tmp_path)
+    words = ["--prompt", "a blue cup at night", "--image_height", 64, "--image-width", 96]
+    words += ["--sampling_steps", 3, "--guidance_scale", 2, "--negative_prompt", "blur", "--seed", 5]
+    result = run("sample", "-c", CONFIG, *words, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     call = painter.calls[0]
     assert (call["prompts"], call["height"], call["width"]) == (["a blue cup at night"], 64, 96)
@@ -118,13 +125,79 @@ def test_sample_options_replace_the_values_of_the_configuration(run, painter, tm
     assert json.loads((tmp_path / "sample.json").read_text())["seed"] == 5
 
 
-def test_the_same_seed_writes_the_same_pictures(run, painter, tmp_path):
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(
-            "sample", "-c", CONFIG, "--prompt", "a blue cup at night", "--seed", seed, "-o", tmp_path / folder
-        )
-    first, again, other = ((tmp_path / k / "000_a-blue-cup-at-night.png").read_bytes() for k in "abc")
-    assert first == again != other
+def test_a_picture_depends_on_its_seed_and_not_on_the_batch(run, painter, tmp_path):
+    words = ["sample", "-c", CONFIG, "--prompt", "a blue cup at night", "--prompt", "a red cup at night"]
+    for folder, seed, batch in (("a", 1, 1), ("b", 1, 8), ("c", 2, 8)):
+        assert run(*words, "--seed", seed, "--batch_size", batch, "-o", tmp_path / folder).exit_code == 0
+    assert [len(call["prompts"]) for call in painter.calls] == [1, 1, 2, 2]
+    first, again, other = (
+        np.asarray(Image.open(tmp_path / folder / "001_a-red-cup-at-night.png")) for folder in "abc"
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_picture_is_repeated_from_itself(run, painter, tmp_path):
+    words = ["--ncols", 2, "--batch_size", 3, "--seed", 4, "-o", tmp_path / "first"]
+    assert run("sample", "-c", CONFIG, *words).exit_code == 0
+    picture = tmp_path / "first" / "003_a-blue-fish-in-the-snow_01.png"
+    assert run("sample", "--like", picture, "-o", tmp_path / "again").exit_code == 0
+    assert np.array_equal(
+        Image.open(tmp_path / "again" / "000_a-blue-fish-in-the-snow.png"), Image.open(picture)
+    )
+    changed = run("sample", "--like", picture, "--sampling_steps", 7, "-o", tmp_path / "changed")
+    assert changed.exit_code == 0
+    assert painter.calls[-1]["num_inference_steps"] == 7
+
+
+def test_a_picture_of_another_program_cannot_be_repeated(run, painter, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    result = run("sample", "--like", tmp_path / "other.png")
+    assert result.exit_code == 2
+    assert "other.png" in result.stderr
+
+
+def test_a_grid_holds_all_the_pictures_of_a_prompt(run, painter, tmp_path):
+    words = ["--prompt", "a red cup at night", "--imagegrid", "--nrows", 2, "--ncols", 3, "--batch_size", 4]
+    assert run("sample", "-c", CONFIG, *words, "-o", tmp_path).exit_code == 0
+    path = tmp_path / "000_a-red-cup-at-night.png"
+    assert Image.open(path).size == (3 * 128, 2 * 128)
+    assert json.loads((tmp_path / "sample.json").read_text())["files"] == [path.name]
+    assert run("sample", "--like", path, "-o", tmp_path / "again").exit_code == 0
+    assert np.array_equal(Image.open(tmp_path / "again" / path.name), Image.open(path))
+
+
+def test_prompts_are_read_from_a_file(run, painter, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cup at night\n\n  a blue cup at night \n")
+    assert (
+        run("sample", "-c", CONFIG, "--prompt_path", tmp_path / "prompts.txt", "-o", tmp_path).exit_code == 0
+    )
+    assert painter.calls[0]["prompts"] == ["a red cup at night", "a blue cup at night"]
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, message in (("empty.txt", "holds no prompt"), ("none.txt", "cannot be read")):
+        result = run("sample", "-c", CONFIG, "--prompt_path", tmp_path / name)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_workers_share_the_prompts_and_draw_what_one_would(run, painter, tmp_path, monkeypatch):
+    assert run("sample", "-c", CONFIG, "-o", tmp_path / "one").exit_code == 0
+    files = json.loads((tmp_path / "one" / "sample.json").read_text())["files"]
+    for rank in range(3):
+        monkeypatch.setattr(backend, "join_workers", lambda rank=rank: (rank, 3))
+        result = run("sample", "-c", CONFIG, "--use_parallel", "True", "-o", tmp_path / "three")
+        assert result.stdout.split()[: len(files[rank::3])] == [
+            str(tmp_path / "three" / f) for f in files[rank::3]
+        ]
+    assert json.loads((tmp_path / "three" / "sample.json").read_text())["files"] == files
+    for name in files:
+        assert np.array_equal(Image.open(tmp_path / "one" / name), Image.open(tmp_path / "three" / name))
+
+
+def test_parallel_sampling_outside_of_msrun_says_so(run, painter):
+    result = run("sample", "-c", CONFIG, "--use_parallel", "True")
+    assert result.exit_code == 2
+    assert "msrun did not start this process" in result.stderr
 
 
 def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
@@ -175,7 +248,7 @@ def test_psnr_is_that_of_the_mean_square_error():
 
 def test_a_contact_sheet_keeps_the_order_of_its_pictures():
     pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 2, 3, 3), np.uint8)
-    sheet = commands.contact_sheet(pictures, columns=3)
+    sheet = sample.contact_sheet(pictures, columns=3)
     assert sheet.shape == (4, 9, 3)
     assert sheet[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
 

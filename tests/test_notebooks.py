@@ -161,7 +161,7 @@ def test_a_parameter_file_with_an_undeclared_key_fails(tmp_path):
 @pytest.mark.notebook
 def test_quickstart_runs_whole_and_writes_what_it_says(project, tmp_path):
     config = load_config(project / "configs" / "smoke" / "00_quickstart.yaml")
-    values = check_config(config.model_dump() | {"output_dir": str(tmp_path / "out")}).model_dump()
+    values = check_config(config.model_dump() | {"output_path": str(tmp_path / "out")}).model_dump()
     notebook = project / "notebooks" / "00_quickstart.ipynb"
     executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
     assert widgets_without_figure(executed) == []

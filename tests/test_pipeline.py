@@ -1,11 +1,13 @@
 """The pipeline gives the reference pipeline's numbers, and says what is wrong with what it is given."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 from reference_data import FORWARD, TRAJECTORY, diffusers, relative_error
 
-from pixart_nb import PixArtSigmaPipeline
+from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline, T5EncoderModel
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.sampling.pipeline import Conditioning
@@ -130,9 +132,96 @@ def test_a_component_that_is_none_is_not_loaded(call):
         encoder(**call)
 
 
+@pytest.fixture
+def of_256(pipe, monkeypatch):
+    """The pipeline, as if its model had been trained at 256 pixels."""
+    monkeypatch.setattr(pipe.transformer, "config", replace(pipe.transformer.config, input_size=32))
+    return pipe
+
+
+def test_a_published_size_is_drawn_and_cut_to_the_one_that_was_asked_for(of_256, call):
+    call |= {"latents": None, "num_inference_steps": 1, "height": 200, "width": 300, "output_type": "np"}
+    shapes = []
+    images = of_256(**call, callback=lambda step, timestep, latents: shapes.append(latents.shape))[0]
+    assert images.shape == (2, 200, 300, 3)
+    assert shapes == [(2, 4, 208 // 8, 304 // 8)]
+    with pytest.raises(ValueError, match="multiples of 16"):
+        of_256(**call, use_resolution_binning=False)
+
+
+def test_latents_are_given_back_at_the_size_that_was_drawn(of_256, call):
+    call |= {"latents": None, "num_inference_steps": 1, "height": 200, "width": 300}
+    assert of_256(**call, output_type="latent")[0].shape == (2, 4, 26, 38)
+
+
+def test_the_answer_is_a_tuple_and_has_names(pipe, call):
+    call |= {"num_inference_steps": 1, "output_type": "latent"}
+    for return_dict in (False, True):
+        out = pipe(**call, return_dict=return_dict)
+        assert isinstance(out, tuple)
+        (images,) = out
+        assert images is out.images
+
+
+def test_given_embeddings_are_repeated_for_several_images(pipe, call):
+    rows = {"prompt": None, "latents": None, "num_images_per_prompt": 2, "num_inference_steps": 1}
+    rngs = [np.random.default_rng(seed) for seed in range(4)]
+    ours = pipe(**call | rows | encoded(pipe), generator=rngs, output_type="latent")[0]
+    rngs = [np.random.default_rng(seed) for seed in range(4)]
+    theirs = pipe(**call | rows | {"prompt": CALL["prompts"]}, generator=rngs, output_type="latent")[0]
+    assert relative_error(ours, theirs) < 1e-5
+    embeds, mask, _, _ = pipe.encode_prompt(None, num_images_per_prompt=3, **encoded(pipe))
+    assert embeds.shape[0] == mask.shape[0] == 6
+
+
+def test_the_low_memory_walk_through_of_alpha_gives_the_same_picture(tmp_path):
+    folder, alpha = (
+        diffusers("alpha")[0],
+        dict(num_inference_steps=2, height=64, width=64, use_resolution_binning=False),
+    )
+    text_encoder = T5EncoderModel.from_pretrained(
+        folder, subfolder="text_encoder", load_in_8bit=True, device_map="auto"
+    )
+    pipe = PixArtAlphaPipeline.from_pretrained(folder, text_encoder=text_encoder, transformer=None)
+    prompt_embeds, prompt_attention_mask, negative_embeds, negative_mask = pipe.encode_prompt("cute cat")
+    assert prompt_embeds.shape[1] == 120
+    del text_encoder, pipe
+    pipe = PixArtAlphaPipeline.from_pretrained(folder, text_encoder=None, mindspore_dtype=ms.float16)
+    latents = pipe(
+        negative_prompt=None,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_embeds,
+        prompt_attention_mask=prompt_attention_mask,
+        negative_prompt_attention_mask=negative_mask,
+        num_images_per_prompt=1,
+        output_type="latent",
+        generator=np.random.default_rng(0),
+        **alpha,
+    ).images
+    del pipe.transformer
+    image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    image = pipe.image_processor.postprocess(image, output_type="pil")[0]
+    image.save(tmp_path / "cat.png")
+    whole = PixArtAlphaPipeline.from_pretrained(folder)(
+        "cute cat", generator=np.random.default_rng(0), **alpha
+    )
+    difference = np.asarray(whole[0][0], float) - np.asarray(Image.open(tmp_path / "cat.png"), float)
+    assert np.abs(difference).mean() < 3  # eight bits and half precision
+
+
+def test_the_call_of_mindones_documentation_runs(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, mindspore_dtype=ms.float16)
+    image = pipe("cute cat")[0][0]
+    image.save(tmp_path / "cat.png")
+    assert Image.open(tmp_path / "cat.png").size == (128, 128)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"negative_prompt_embeds": ms.Tensor(np.zeros((2, 3, 24), np.float32))}, "without prompt_embeds"),
+        ({"prompt_attention_mask": np.ones((2, 3))}, "without prompt_embeds"),
         ({"prompt": []}, "at least one text"),
         ({"prompt": None}, "at least one text"),
         ({"height": 120}, r"multiples of 16, for example 128x192"),

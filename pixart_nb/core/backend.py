@@ -68,6 +68,21 @@ def dtype_from_name(name: str) -> ms.Type:
     return names[name]
 
 
+def join_workers() -> tuple[int, int]:
+    """Join the other workers that ``msrun`` started; the rank of this one and their number.
+
+    Raises ``ValueError`` outside of ``msrun``. In the process that only coordinates the workers it does not return.
+    """
+    if "MS_ROLE" not in os.environ:
+        raise ValueError(
+            "use_parallel is on, but msrun did not start this process; start it with msrun, or alone"
+        )
+    from mindspore import communication
+
+    communication.init()
+    return communication.get_rank(), communication.get_group_size()
+
+
 _matmul = ops.MatMul(transpose_b=True)
 
 

@@ -10,16 +10,21 @@ import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
-from pixart_nb.core.checkpoints.load import cast, diffusers_config, load_into, load_transformer, read_tensors
+from pixart_nb.core.checkpoints.load import (
+    diffusers_config,
+    load_into,
+    load_transformer,
+    read_tensors,
+    unfilled,
+)
 from pixart_nb.core.checkpoints.store import CheckpointError, read_json, save_tensors, write_json
-from pixart_nb.core.models.t5 import T5Config, T5Encoder
+from pixart_nb.core.checkpoints.text_encoder import load_t5
+from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig, modernise_names
-from pixart_nb.core.sampling.schedule import NoiseSchedule
+from pixart_nb.core.sampling.scheduler import Scheduler
+from pixart_nb.core.sampling.schedulers import scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
-
-#: T5 checkpoints hold the embedding table twice.
-_T5_DOUBLES = ("encoder.embed_tokens.weight",)
 
 
 def pipeline_folder(folder_or_hub_id: str | Path, wanted: Sequence[str]) -> Path:
@@ -58,40 +63,32 @@ def _from_hub(hub_id: str, wanted: Sequence[str]) -> Path:
 
 def load_component(name: str, folder: Path, dtype: ms.Type):
     """One component of a pipeline folder, in ``dtype`` where it is a network."""
-    return _LOADERS[name](folder / name, dtype)
+    return LOADERS[name](folder / name, dtype)
 
 
 def _load_transformer(folder: Path, dtype: ms.Type) -> PixArt:
     return load_transformer(folder, dtype=dtype)
 
 
-def _load_text_encoder(folder: Path, dtype: ms.Type) -> T5Encoder:
-    net = T5Encoder(T5Config.from_dict(read_json(folder / "config.json")))
-    tensors = {name: value for name, value in read_tensors(folder).items() if name not in _T5_DOUBLES}
-    load_into(net, tensors, folder)
-    return cast(net.set_train(False), dtype)
-
-
 def _load_vae(folder: Path, dtype: ms.Type) -> AutoencoderKL:
-    net = AutoencoderKL(VAEConfig.from_dict(read_json(folder / "config.json")))
+    config = VAEConfig.from_dict(read_json(folder / "config.json"))
+    net = unfilled(lambda: AutoencoderKL(config), dtype)
     load_into(net, modernise_names(read_tensors(folder)), folder)
-    return cast(net.set_train(False), dtype)
+    return net.set_train(False)
 
 
-def _load_scheduler(folder: Path, dtype: ms.Type) -> NoiseSchedule:
+def _load_scheduler(folder: Path, dtype: ms.Type) -> Scheduler:
     values = read_json(folder / "scheduler_config.json")
-    expected = {"beta_schedule": "linear", "prediction_type": "epsilon"}
-    other = {key: values.get(key) for key, value in expected.items() if values.get(key, value) != value}
-    if other:
-        raise CheckpointError(f"{folder}: scheduler has {other}; PixArt's has {expected}")
-    return NoiseSchedule(
-        values.get("beta_start", 1e-4), values.get("beta_end", 0.02), values.get("num_train_timesteps", 1000)
-    )
+    try:
+        return scheduler_from_config(values)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'scheduler_config.json'}: {error}") from error
 
 
-_LOADERS = {
+#: Component -> function of its own folder and the dtype.
+LOADERS = {
     "transformer": _load_transformer,
-    "text_encoder": _load_text_encoder,
+    "text_encoder": load_t5,
     "vae": _load_vae,
     "scheduler": _load_scheduler,
     "tokenizer": lambda folder, dtype: TextTokenizer(folder),
@@ -131,26 +128,14 @@ def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = 
     write_json(folder / "config.json", {**extra, **asdict(net.config)})
 
 
-def write_index(folder: Path, schedule: NoiseSchedule) -> None:
+def write_index(folder: Path, scheduler: Scheduler) -> None:
     """Write ``model_index.json`` and the scheduler's configuration of a sigma pipeline."""
     parts = {
-        "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "T5EncoderModel"],
         "tokenizer": ["transformers", "T5Tokenizer"],
         "transformer": ["diffusers", "PixArtTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     write_json(folder / "model_index.json", {"_class_name": "PixArtSigmaPipeline", **parts})
-    scheduler = {
-        "_class_name": "DPMSolverMultistepScheduler",
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "num_train_timesteps": schedule.steps,
-    }
-    scheduler |= dict(
-        beta_schedule="linear", prediction_type="epsilon", algorithm_type="dpmsolver++", solver_order=2
-    )
-    scheduler |= dict(
-        solver_type="midpoint", lower_order_final=True, timestep_spacing="linspace", steps_offset=0
-    )
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler | {"final_sigmas_type": "zero"})
+    write_json(folder / "scheduler" / "scheduler_config.json", dict(scheduler.config))

@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from mindspore import nn
+from mindspore.nn.utils import no_init_parameters
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.store import CheckpointError, load_tensors, read_json
 from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict
+from pixart_nb.core.models.quantized import Int8Linear
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
 _PREFER = ("diffusion_pytorch_model", "model")
 
 
-def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint file (``.pth``, ``.bin``, ``.ckpt``, ``.safetensors``) or of a component's folder.
+Keep = Callable[[str], bool]
 
-    A folder is read as diffusers publishes it: one safetensors or ``.bin`` file, or shards with their index.
+
+def read_tensors(path: str | Path, keep: Keep = lambda name: True) -> dict[str, np.ndarray]:
+    """Tensors of a checkpoint file (``.pth``, ``.bin``, ``.ckpt``, ``.safetensors``) or of a component's folder.
+
+    Those whose names ``keep`` accepts: all unless told. A folder is read as diffusers publishes it: one safetensors or
+    ``.bin`` file, or shards with their index.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, keep)
     if not path.is_file():
         raise CheckpointError(
             f"{path} does not exist; expected a checkpoint file or a folder in the diffusers layout"
         )
     if path.suffix == ".safetensors":
-        return load_tensors(path)
+        return load_tensors(path, keep)
     if path.suffix in (".pth", ".pt", ".bin"):
-        return state_dict(read_torch(path))
+        return {name: value for name, value in state_dict(read_torch(path)).items() if keep(name)}
     if path.suffix == ".ckpt":
-        return _read_mindspore(path)
+        return {name: value for name, value in _read_mindspore(path).items() if keep(name)}
     raise CheckpointError(
         f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors"
     )
 
 
-def _read_folder(folder: Path) -> dict[str, np.ndarray]:
+def _read_folder(folder: Path, keep: Keep) -> dict[str, np.ndarray]:
     for ending in ("safetensors", "bin"):
         for index in sorted(folder.glob(f"*.{ending}.index.json")):
-            return _read_shards(folder, index)
+            return _read_shards(folder, index, keep)
         for stem in _PREFER:
             for name in (f"{stem}.{ending}", f"pytorch_{stem}.{ending}"):
                 if (folder / name).is_file():
-                    return read_tensors(folder / name)
+                    return read_tensors(folder / name, keep)
     raise CheckpointError(
         f"{folder} holds no weights: expected diffusion_pytorch_model.safetensors, model.safetensors, their .bin "
         f"forms or an index of shards; it holds {sorted(p.name for p in folder.iterdir())[:10]}"
     )
 
 
-def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+def _read_shards(folder: Path, index: Path, keep: Keep) -> dict[str, np.ndarray]:
+    places = read_json(index).get("weight_map", {})
+    shards = sorted(set(places.values()))
     outside = [name for name in shards if Path(name).name != name]
     if not shards or outside:
         raise CheckpointError(f"{index} names {outside or 'no files'}; expected file names inside {folder}")
@@ -66,7 +73,8 @@ def _read_shards(folder: Path, index: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{folder} lacks {missing}, which {index.name} names. Download the missing shards."
         )
-    return {key: value for name in shards for key, value in read_tensors(folder / name).items()}
+    wanted = sorted({shard for name, shard in places.items() if keep(name)})
+    return {key: value for name in wanted for key, value in read_tensors(folder / name, keep).items()}
 
 
 def _read_mindspore(path: Path) -> dict[str, np.ndarray]:
@@ -77,15 +85,35 @@ def _read_mindspore(path: Path) -> dict[str, np.ndarray]:
     return {name: parameter.asnumpy() for name, parameter in content.items()}
 
 
-def load_into(
-    net: nn.Cell, tensors: Mapping[str, np.ndarray], source: str | Path, optional: tuple[str, ...] = ()
-) -> None:
-    """Load every parameter of ``net`` by exact name and shape, or raise and change nothing.
+def unfilled(build: Callable[[], nn.Cell], dtype: ms.Type) -> nn.Cell:
+    """A network whose parameters have their dtype but no memory yet, to be loaded: no second set of weights."""
+    with no_init_parameters():
+        net = build()
+    for parameter in net.get_parameters():
+        if parameter.has_init:
+            parameter.set_dtype(backend.supported_dtype(dtype))
+    return net
 
-    Names in ``optional`` may be missing. What the net has no place for is an error too. Weights take the parameter's
-    dtype.
+
+def load_into(
+    net: nn.Cell,
+    tensors: Mapping[str, np.ndarray],
+    source: str | Path,
+    optional: tuple[str, ...] = (),
+    part: str = "",
+) -> None:
+    """Load every parameter of ``net`` whose name begins with ``part`` by exact name and shape.
+
+    On a misfit it raises and changes nothing. Names in ``optional`` may be missing. What the net has no place for is
+    an error too. Weights take the parameter's dtype; those of ``Int8Linear`` are quantized.
     """
-    parameters = dict(net.parameters_and_names())
+    quantized = {
+        f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, Int8Linear)
+    }
+    scales = {name.removesuffix("weight") + "scale" for name in quantized}
+    parameters = {
+        name: p for name, p in net.parameters_and_names() if name.startswith(part) and name not in scales
+    }
     missing = sorted(set(parameters) - set(tensors) - set(optional))
     unexpected = sorted(set(tensors) - set(parameters))
     wrong = [
@@ -96,8 +124,12 @@ def load_into(
     if missing or unexpected or wrong:
         raise CheckpointError(_misfit(source, missing, unexpected, wrong))
     for name, parameter in parameters.items():
-        if name in tensors:
+        if name in quantized:
+            quantized[name].take(tensors[name])
+        elif name in tensors:
             parameter.set_data(ms.Tensor(np.asarray(tensors[name])).astype(parameter.dtype))
+        elif parameter.has_init:
+            parameter.init_data()
 
 
 def _misfit(source, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
@@ -107,15 +139,6 @@ def _misfit(source, missing: list[str], unexpected: list[str], wrong: list[str])
         if names
     ]
     return f"{source} does not fit the model: {'; '.join(parts)}. Check that the configuration is this checkpoint's."
-
-
-def cast(net: nn.Cell, dtype: ms.Type) -> nn.Cell:
-    """Give every floating parameter of ``net`` the dtype (float32 where the device cannot compute in it)."""
-    dtype = backend.supported_dtype(dtype)
-    for parameter in net.get_parameters():
-        if parameter.dtype != dtype and parameter.dtype in (ms.float32, ms.float16, ms.bfloat16):
-            parameter.set_dtype(dtype)
-    return net
 
 
 def load_transformer(
@@ -133,10 +156,10 @@ def load_transformer(
     for name in key_maps.RECOMPUTED:
         tensors.pop(name, None)
     base = config_from_diffusers(read_json(folder_config)) if folder_config and config is None else config
-    net = PixArt(reconcile(base or PixArtConfig(), shown_by(tensors, path), path))
+    complete = reconcile(base or PixArtConfig(), shown_by(tensors, path), path)
+    net = unfilled(lambda: PixArt(complete), dtype)
     load_into(net, tensors, path, optional=key_maps.OFFICIAL_ONLY)
-    net.set_train(False)
-    return cast(net, dtype)
+    return net.set_train(False)
 
 
 def shown_by(tensors: Mapping[str, np.ndarray], source: str | Path = "checkpoint") -> dict:

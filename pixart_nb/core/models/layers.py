@@ -24,8 +24,18 @@ class Linear(nn.Cell):
         self.weight = parameter((out_features, in_features))
         self.bias = parameter((out_features,), name="bias") if bias else None
 
+    @property
+    def dtype(self) -> ms.Type:
+        """Dtype of the input."""
+        return self.weight.dtype
+
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return linear(x, self.weight, self.bias)
+
+    def in_float32(self, x: ms.Tensor) -> ms.Tensor:
+        """The same computed in float32, whatever the weights: for inputs that overflow half precision."""
+        bias = self.bias if self.bias is None else self.bias.astype(ms.float32)
+        return linear(x.astype(ms.float32), self.weight.astype(ms.float32), bias)
 
 
 class LayerNorm(nn.Cell):
@@ -89,14 +99,19 @@ class Conv2d(nn.Cell):
 
 
 class GroupNorm(nn.Cell):
-    """Group normalisation of (N, C, H, W) with per-channel weight and bias."""
+    """Group normalisation of (N, C, H, W) with per-channel weight and bias.
+
+    ``shared`` replaces each picture's own statistics, for tiles of one picture (see ``tiling``).
+    """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-6):
         super().__init__()
         self.weight, self.bias = parameter((channels,), "ones"), parameter((channels,), name="bias")
-        self.groups, self.eps = groups, eps
+        self.groups, self.eps, self.shared = groups, eps, None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
+        if self.shared is not None:
+            return self.shared.normalise(self, x)
         return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 

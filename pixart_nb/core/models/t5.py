@@ -9,9 +9,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 from mindspore import mint, nn
 
-from pixart_nb.core.backend import gelu_tanh, linear, ms
+from pixart_nb.core.backend import gelu_tanh, ms
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
+from pixart_nb.core.models.quantized import Int8Linear
+
+LinearClass = type[Linear] | type[Int8Linear]
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,12 @@ def relative_position_buckets(length: int, buckets: int, max_distance: int) -> n
 class T5Attention(nn.Cell):
     """Self-attention without scaling; the first layer holds the table of relative positions that all layers use."""
 
-    def __init__(self, config: T5Config, with_positions: bool):
+    def __init__(self, config: T5Config, with_positions: bool, linear: LinearClass):
         super().__init__()
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
-        self.q, self.k, self.v = (Linear(config.d_model, inner, bias=False) for _ in range(3))
-        self.o = Linear(inner, config.d_model, bias=False)
+        self.q, self.k, self.v = (linear(config.d_model, inner, bias=False) for _ in range(3))
+        self.o = linear(inner, config.d_model, bias=False)
         positions = (
             Embedding(config.relative_attention_num_buckets, config.num_heads) if with_positions else None
         )
@@ -83,48 +86,50 @@ class T5Attention(nn.Cell):
 class T5SelfAttention(nn.Cell):
     """Norm, attention, residual."""
 
-    def __init__(self, config: T5Config, with_positions: bool):
+    def __init__(self, config: T5Config, with_positions: bool, linear: LinearClass):
         super().__init__()
-        self.SelfAttention = T5Attention(config, with_positions)
+        self.SelfAttention = T5Attention(config, with_positions, linear)
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
-        normed = self.layer_norm(x).astype(self.SelfAttention.q.weight.dtype)
+        normed = self.layer_norm(x).astype(self.SelfAttention.q.dtype)
         return x + self.SelfAttention(normed, mask, bias).astype(x.dtype)
 
 
 class GatedFeedForward(nn.Cell):
     """``wo(gelu(wi_0 x) * wi_1 x)``; ``wo`` is computed in float32, since its input overflows half precision."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config, linear: LinearClass):
         super().__init__()
-        self.wi_0, self.wi_1 = (Linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
-        self.wo = Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0, self.wi_1 = (linear(config.d_model, config.d_ff, bias=False) for _ in range(2))
+        self.wo = linear(config.d_ff, config.d_model, bias=False)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         hidden = gelu_tanh(self.wi_0(x).astype(ms.float32)) * self.wi_1(x).astype(ms.float32)
-        return linear(hidden, self.wo.weight.astype(ms.float32))
+        return self.wo.in_float32(hidden)
 
 
 class T5FeedForward(nn.Cell):
     """Norm, gated feed-forward, residual."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config, linear: LinearClass):
         super().__init__()
-        self.DenseReluDense = GatedFeedForward(config)
+        self.DenseReluDense = GatedFeedForward(config, linear)
         self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        normed = self.layer_norm(x).astype(self.DenseReluDense.wi_0.weight.dtype)
+        normed = self.layer_norm(x).astype(self.DenseReluDense.wi_0.dtype)
         return x + self.DenseReluDense(normed).astype(x.dtype)
 
 
 class T5Block(nn.Cell):
     """One layer of the encoder."""
 
-    def __init__(self, config: T5Config, with_positions: bool):
+    def __init__(self, config: T5Config, with_positions: bool, linear: LinearClass = Linear):
         super().__init__()
-        self.layer = nn.CellList([T5SelfAttention(config, with_positions), T5FeedForward(config)])
+        self.layer = nn.CellList(
+            [T5SelfAttention(config, with_positions, linear), T5FeedForward(config, linear)]
+        )
 
     def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
         return self.layer[1](self.layer[0](x, mask, bias))
@@ -133,20 +138,23 @@ class T5Block(nn.Cell):
 class T5Stack(nn.Cell):
     """The layers and the last norm."""
 
-    def __init__(self, config: T5Config):
+    def __init__(self, config: T5Config, linear: LinearClass):
         super().__init__()
-        self.block = nn.CellList([T5Block(config, i == 0) for i in range(config.num_layers)])
+        self.block = nn.CellList([T5Block(config, i == 0, linear) for i in range(config.num_layers)])
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
 
 class T5Encoder(nn.Cell):
-    """Token ids (N, T) and mask (N, T) -> embeddings (N, T, d_model)."""
+    """Token ids (N, T) and mask (N, T) -> embeddings (N, T, d_model).
 
-    def __init__(self, config: T5Config):
+    ``linear`` is the class of the projections in its layers: ``Linear``, or ``Int8Linear`` for weights in eight bits.
+    """
+
+    def __init__(self, config: T5Config, linear: LinearClass = Linear):
         super().__init__()
         self.config = config
         self.shared = Embedding(config.vocab_size, config.d_model)
-        self.encoder = T5Stack(config)
+        self.encoder = T5Stack(config, linear)
         self._buckets: dict[int, ms.Tensor] = {}
 
     @property
@@ -156,10 +164,10 @@ class T5Encoder(nn.Cell):
 
     def construct(self, input_ids, mask) -> ms.Tensor:
         """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token; every row needs a token."""
-        ids, seen = self._checked(input_ids, mask)
+        ids, seen = self.checked(input_ids, mask)
         return self.forward(ms.Tensor(ids), ms.Tensor(seen), self.buckets(ids.shape[1]))
 
-    def _checked(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
+    def checked(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 and mask bool, or why they cannot be. Apart from ``construct``, which a compiler parses."""
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
         seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)

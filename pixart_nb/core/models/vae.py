@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from mindspore import mint, nn, ops
 
-from pixart_nb.core.backend import ms, transpose
-from pixart_nb.core.models.attention import attention
-from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models.layers import Conv2d, GroupNorm
+from pixart_nb.core.models.tiling import map_tiles
+from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Fields of diffusers' ``vae/config.json``; the defaults are SDXL's."""
-
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    sample_size: int = 1024
-    scaling_factor: float = 0.13025
-    shift_factor: float | None = None
-    mid_block_add_attention: bool = True
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
-    force_upcast: bool = True
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> VAEConfig:
-        """Configuration of a published mapping; keys that do not concern the numbers are ignored."""
-        known = {f.name for f in fields(cls)}
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
-        return cls(**given)
+#: Latent cells a side up to which the coarse stage, with its attention, is computed whole even when tiling.
+COARSE_TILE = 128
 
 
 class DiagonalGaussian:
@@ -56,164 +34,14 @@ class DiagonalGaussian:
         return self.mean
 
 
-class ResnetBlock(nn.Cell):
-    """Norm, SiLU, convolution, twice, added to the input: (N, in, H, W) -> (N, out, H, W)."""
+@dataclass(frozen=True)
+class Stage:
+    """A part of the autoencoder that can be computed in tiles; ``cell`` holds its norms."""
 
-    def __init__(self, channels: int, out: int, groups: int):
-        super().__init__()
-        self.norm1, self.conv1 = GroupNorm(groups, channels), Conv2d(channels, out, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(groups, out), Conv2d(out, out, 3, padding=1)
-        self.conv_shortcut = Conv2d(channels, out, 1) if channels != out else None
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        hidden = self.conv1(ops.silu(self.norm1(x)))
-        hidden = self.conv2(ops.silu(self.norm2(hidden)))
-        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class SpatialAttention(nn.Cell):
-    """Self-attention over positions with one head: (N, C, H, W) -> the same shape."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        self.group_norm = GroupNorm(groups, channels)
-        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.CellList([Linear(channels, channels)])
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        n, c, height, width = x.shape
-        tokens = transpose(self.group_norm(x).reshape(n, c, height * width), 0, 2, 1)
-        q, k, v = (
-            part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v)
-        )
-        out = self.to_out[0](attention(q, k, v).reshape(n, height * width, c))
-        return x + transpose(out, 0, 2, 1).reshape(n, c, height, width)
-
-
-class Downsample(nn.Cell):
-    """Convolution of stride 2 after padding right and below by one: (N, C, H, W) -> (N, C, H/2, W/2)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2)
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        return self.conv(ops.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Cell):
-    """Every pixel doubled in each direction, then a convolution: (N, C, H, W) -> (N, C, 2H, 2W)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        n, c, height, width = x.shape
-        wide = ops.tile(x.reshape(n * c, height, width, 1), (1, 1, 1, 2))
-        doubled = ops.tile(wide.reshape(n * c, height, 1, 2 * width), (1, 1, 2, 1))
-        return self.conv(doubled.reshape(n, c, 2 * height, 2 * width))
-
-
-class MidBlock(nn.Cell):
-    """Resnet, attention, resnet at the lowest resolution."""
-
-    def __init__(self, channels: int, groups: int, with_attention: bool):
-        super().__init__()
-        self.resnets = nn.CellList([ResnetBlock(channels, channels, groups) for _ in range(2)])
-        self.attentions = nn.CellList([SpatialAttention(channels, groups)] if with_attention else [])
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        x = self.resnets[0](x)
-        for layer in self.attentions:
-            x = layer(x)
-        return self.resnets[1](x)
-
-
-class DownBlock(nn.Cell):
-    """Resnets, and a downsampling unless it is the last block."""
-
-    def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        self.resnets = nn.CellList(
-            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
-        )
-        self.downsamplers = nn.CellList([] if last else [Downsample(out)])
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        for layer in self.resnets:
-            x = layer(x)
-        for layer in self.downsamplers:
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Cell):
-    """Resnets, and an upsampling unless it is the last block."""
-
-    def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        self.resnets = nn.CellList(
-            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
-        )
-        self.upsamplers = nn.CellList([] if last else [Upsample(out)])
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        for layer in self.resnets:
-            x = layer(x)
-        for layer in self.upsamplers:
-            x = layer(x)
-        return x
-
-
-class Encoder(nn.Cell):
-    """Pictures (N, 3, H, W) in -1..1 -> (N, 2 latent_channels, H/8, W/8)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        before = (widths[0], *widths[:-1])
-        self.down_blocks = nn.CellList(
-            [
-                DownBlock(a, b, config.layers_per_block, groups, i == len(widths) - 1)
-                for i, (a, b) in enumerate(zip(before, widths, strict=True))
-            ]
-        )
-        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
-        self.conv_norm_out = GroupNorm(groups, widths[-1])
-        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(self.mid_block(x))))
-
-
-class Decoder(nn.Cell):
-    """Latents (N, latent_channels, h, w) -> pictures (N, 3, 8h, 8w), about -1..1."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
-        before = (widths[0], *widths[:-1])
-        self.up_blocks = nn.CellList(
-            [
-                UpBlock(a, b, config.layers_per_block + 1, groups, i == len(widths) - 1)
-                for i, (a, b) in enumerate(zip(before, widths, strict=True))
-            ]
-        )
-        self.conv_norm_out = GroupNorm(groups, widths[-1])
-        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
-
-    def construct(self, z: ms.Tensor) -> ms.Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+    function: Callable[[ms.Tensor], ms.Tensor]
+    cell: nn.Cell
+    grow: int = 1
+    shrink: int = 1
 
 
 class AutoencoderKL(nn.Cell):
@@ -226,6 +54,37 @@ class AutoencoderKL(nn.Cell):
         latents = config.latent_channels
         self.quant_conv = Conv2d(2 * latents, 2 * latents, 1) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_size, self.tile_overlap_factor = min(config.sample_size, 512), 0.25
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one picture after another: memory of one, the same numbers."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Encode and decode a batch at once again."""
+        self.use_slicing = False
+
+    def enable_tiling(
+        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25
+    ) -> None:
+        """Encode and decode what is larger than a tile (``tile_sample_min_size`` image pixels a side) in tiles.
+
+        Neighbours overlap by ``tile_overlap_factor`` of a tile and are blended there; all use the same statistics in
+        their norms. Memory is that of a few tiles and of the picture. The numbers come close to the whole's, but are
+        not equal: the statistics are measured on a sample of the tiles.
+        """
+        size = tile_sample_min_size or self.tile_sample_min_size
+        if size < 2 * self.factor or size % self.factor or not 0 <= tile_overlap_factor < 1:
+            raise ValueError(
+                f"tiles of {size} pixels with overlap {tile_overlap_factor}; expected a multiple of {self.factor} "
+                "and an overlap from 0 to below 1"
+            )
+        self.use_tiling, self.tile_sample_min_size, self.tile_overlap_factor = True, size, tile_overlap_factor
+
+    def disable_tiling(self) -> None:
+        """Encode and decode pictures of every size whole again."""
+        self.use_tiling = False
 
     @property
     def factor(self) -> int:
@@ -239,12 +98,18 @@ class AutoencoderKL(nn.Cell):
 
     def moments(self, x: ms.Tensor) -> ms.Tensor:
         """Mean and log-variance stacked: (N, 3, H, W) -> (N, 2 C, H/8, W/8). A tensor function, to be compiled."""
-        out = self.encoder(x)
-        return out if self.quant_conv is None else self.quant_conv(out)
+        return self._encode_coarse(self.encoder.fine(x))
 
     def reconstruct(self, z: ms.Tensor) -> ms.Tensor:
         """Latents (N, C, h, w) -> pictures (N, 3, 8h, 8w). A tensor function, to be compiled."""
-        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        return self.decoder.fine(self._decode_coarse(z))
+
+    def _encode_coarse(self, x: ms.Tensor) -> ms.Tensor:
+        out = self.encoder.coarse(x)
+        return out if self.quant_conv is None else self.quant_conv(out)
+
+    def _decode_coarse(self, z: ms.Tensor) -> ms.Tensor:
+        return self.decoder.coarse(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def encode(self, x: ms.Tensor) -> tuple[DiagonalGaussian]:
         """Pictures (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of the factor."""
@@ -256,15 +121,45 @@ class AutoencoderKL(nn.Cell):
             raise ValueError(
                 f"pictures are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}; crop it."
             )
-        return (DiagonalGaussian(self.moments(x.astype(self.dtype))),)
+        fine = Stage(self.encoder.fine, self.encoder, shrink=self.factor)
+        return (DiagonalGaussian(self._in_parts(x, fine, Stage(self._encode_coarse, self.encoder))),)
 
-    def decode(self, z: ms.Tensor) -> tuple[ms.Tensor]:
-        """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(pictures,)``, (N, 3, 8h, 8w)."""
+    def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False) -> tuple[ms.Tensor]:
+        """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(pictures,)``, (N, 3, 8h, 8w).
+
+        ``return_dict`` is there for calls written for diffusers; the answer is a tuple either way.
+        """
+        z = z if isinstance(z, ms.Tensor) else ms.Tensor(z)
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise ValueError(
                 f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)"
             )
-        return (self.reconstruct(z.astype(self.dtype)),)
+        fine = Stage(self.decoder.fine, self.decoder, grow=self.factor)
+        return (self._in_parts(z, Stage(self._decode_coarse, self.decoder), fine),)
+
+    def _in_parts(self, x: ms.Tensor, *stages: Stage) -> ms.Tensor:
+        """One stage after the other, by slices and tiles as they are enabled."""
+        if (self.use_slicing or self.use_tiling) and x.shape[0] > 1:
+            return mint.cat([self._in_parts(row, *stages) for row in mint.split(x, 1)])
+        x = x.astype(self.dtype)
+        for stage in stages:
+            fine = stage.grow * stage.shrink > 1
+            tile = self.tile_sample_min_size // self.factor if fine else COARSE_TILE
+            whole = not self.use_tiling or max(x.shape[2:]) // stage.shrink <= tile
+            x = stage.function(x) if whole else self._tiled(stage, x, tile)
+        return x
+
+    def _tiled(self, stage: Stage, x: ms.Tensor, tile: int) -> ms.Tensor:
+        norms = [cell for _, cell in stage.cell.cells_and_names() if isinstance(cell, GroupNorm)]
+        overlap = int(tile * self.tile_overlap_factor)
+        pixels = x.astype(ms.float32).asnumpy()
+
+        def function(piece: ms.Tensor) -> ms.Tensor:
+            return stage.function(piece.astype(self.dtype))
+
+        return ms.Tensor(map_tiles(function, norms, pixels, tile, overlap, stage.grow, stage.shrink)).astype(
+            self.dtype
+        )
 
     def construct(self, x: ms.Tensor, noise: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """One training pass: pictures and unit noise of the latents' shape -> reconstruction and moments."""

@@ -9,6 +9,8 @@ import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import check_mask
+from pixart_nb.core.models.t5 import T5Encoder
+from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,40 @@ def as_list(prompt: str | Sequence[str] | None) -> list[str]:
     return prompts
 
 
-def per_prompt(negative: str | Sequence[str], count: int) -> list[str]:
-    """A negative prompt for each of ``count`` prompts."""
-    negatives = [negative] * count if isinstance(negative, str) else list(negative)
+def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
+    """A negative prompt for each of ``count`` prompts; None is the empty one."""
+    negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(negatives) != count:
         raise ValueError(
             f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each"
         )
     return negatives
+
+
+def embed(
+    tokenizer: TextTokenizer | None,
+    text_encoder: T5Encoder | None,
+    prompts: Sequence[str],
+    clean: bool,
+    length: int,
+    trim: bool = False,
+) -> tuple[ms.Tensor, np.ndarray]:
+    """Embeddings (N, T, C) and mask (N, T) of prompts; with ``trim`` T is the longest prompt's, else ``length``."""
+    if tokenizer is None or text_encoder is None:
+        raise ValueError(
+            "this pipeline has no text encoder or no tokenizer; give prompt_embeds and prompt_attention_mask, and the "
+            "same two for the negative prompt"
+        )
+    ids, mask = tokenizer.tokenize([prepare_prompt(text, clean) for text in prompts], length)
+    if trim:
+        longest = int(mask.sum(1).max())
+        ids, mask = ids[:, :longest], mask[:, :longest]
+    return text_encoder(ids, mask), mask
+
+
+def repeat_rows(embeds: ms.Tensor, mask: np.ndarray, copies: int) -> tuple[ms.Tensor, np.ndarray]:
+    """Every row ``copies`` times, the copies of a prompt side by side."""
+    return (embeds.repeat_interleave(copies, 0), mask.repeat(copies, 0)) if copies > 1 else (embeds, mask)
 
 
 def _mask_array(mask) -> np.ndarray:
@@ -67,12 +95,12 @@ def _mask_array(mask) -> np.ndarray:
     return array
 
 
-def given_conditioning(given: tuple, guided: bool) -> Conditioning:
-    """The conditioning of embeddings that the caller gave."""
+def given_conditioning(given: tuple, guided: bool, copies: int = 1) -> Conditioning:
+    """The conditioning of embeddings that the caller gave, each row ``copies`` times."""
     embeds, mask, negative, negative_mask = given
-    if not guided:
-        return Conditioning(embeds, _mask_array(mask), None, None)
-    return Conditioning(embeds, _mask_array(mask), negative, _mask_array(negative_mask))
+    positive = repeat_rows(embeds, _mask_array(mask), copies)
+    unwanted = repeat_rows(negative, _mask_array(negative_mask), copies) if guided else (None, None)
+    return Conditioning(*positive, *unwanted)
 
 
 def both_rows(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:

@@ -14,11 +14,8 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.data.captions import short_caption
 from pixart_nb.core.data.evaluator import SpriteEvaluator
 from pixart_nb.core.data.sprites import Scene, all_scenes, draw, split_scenes
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Pictures of floats in [0, 1] as uint8 in 0..255, the nearest value."""
-    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
+from pixart_nb.core.sampling.images import to_uint8
+from pixart_nb.core.sampling.randomness import picture_generators
 
 
 def held_out_scenes(count: int) -> list[Scene]:
@@ -70,7 +67,7 @@ def evaluate_model(
         pipe: a ``PixArtSigmaPipeline``, or anything that is called as one.
         scenes: what to draw; ``held_out_scenes`` gives those that training never shows.
         steps, guidance: as ``num_inference_steps`` and ``guidance_scale`` of the pipeline.
-        batch_size: pictures drawn at once. The pictures depend on it: one random stream serves a batch after another.
+        batch_size: pictures drawn at once. Each has a random stream of its own, so they do not depend on it.
         height, width: image pixels.
 
     Returns:
@@ -95,12 +92,12 @@ def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: d
         raise ValueError(
             f"need a batch size of at least 1 and a prompt, got {batch_size} and {len(prompts)} prompts"
         )
-    rng = np.random.default_rng(seed)
     drawn = []
     with tqdm(total=len(prompts), desc="draw", unit="picture") as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            images = pipe(batch, generator=rng, use_resolution_binning=False, output_type="np", **call)[0]
+            rngs = picture_generators(seed, range(first, first + len(batch)))
+            images = pipe(batch, generator=rngs, use_resolution_binning=False, output_type="np", **call)[0]
             drawn.append(to_uint8(images))
             bar.update(len(batch))
     return np.concatenate(drawn)

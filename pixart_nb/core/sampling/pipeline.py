@@ -3,43 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.components import load_component, pipeline_folder
 from pixart_nb.core.models.t5 import T5Encoder
-from pixart_nb.core.models.transformer import PixArt, trim_caption
+from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.aspect_ratio import bins_for, closest_bin, resize_and_crop
 from pixart_nb.core.sampling.conditioning import (
     Conditioning,
     as_list,
-    both_rows,
     check_embeddings,
+    embed,
     given_conditioning,
     per_prompt,
+    repeat_rows,
 )
-from pixart_nb.core.sampling.schedule import NoiseSchedule
-from pixart_nb.core.sampling.solvers import Step, dpm_solver_2m, linspace_timesteps
-from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
+from pixart_nb.core.sampling.guidance import guided_prediction
+from pixart_nb.core.sampling.images import (
+    ImageProcessor,
+    PipelineOutput,
+    check_output_type,
+    finished,
+    to_pictures,
+)
+from pixart_nb.core.sampling.scheduler import Scheduler, check_eta
+from pixart_nb.core.sampling.schedulers import as_scheduler
+from pixart_nb.core.sampling.step import Generators, Plan, Step, check_generators, draw_noise
+from pixart_nb.core.sampling.text import TextTokenizer
 
 _LOAD = object()
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """``images``: a list of PIL images, or an array (N, H, W, 3) in [0, 1], or latents."""
-
-    images: list[Image.Image] | np.ndarray
 
 
 class PixArtSigmaPipeline:
     """PixArt-Sigma. ``from_pretrained(folder)``, then ``pipe("a red mushroom on grass")[0][0]`` is a PIL image."""
 
     max_sequence_length = 300
+    image_processor = ImageProcessor()
 
     def __init__(
         self,
@@ -47,10 +50,19 @@ class PixArtSigmaPipeline:
         text_encoder: T5Encoder | None,
         vae: AutoencoderKL | None,
         transformer: PixArt | None,
-        scheduler: NoiseSchedule,
+        scheduler: Scheduler | str | None,
     ):
         self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
-        self.transformer, self.scheduler = transformer, scheduler
+        self.transformer, self._scheduler = transformer, as_scheduler(scheduler)
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """How steps are taken. Set it to a scheduler, or to a short name, which keeps the noise schedule."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: Scheduler | str | None) -> None:
+        self._scheduler = as_scheduler(value, self._scheduler)
 
     @classmethod
     def from_pretrained(
@@ -62,7 +74,7 @@ class PixArtSigmaPipeline:
         text_encoder: T5Encoder | None = _LOAD,
         tokenizer: TextTokenizer | None = _LOAD,
         vae: AutoencoderKL | None = _LOAD,
-        scheduler: NoiseSchedule | None = _LOAD,
+        scheduler: Scheduler | str | None = _LOAD,
     ) -> PixArtSigmaPipeline:
         """Load a pipeline in the layout in which diffusers publishes it.
 
@@ -87,41 +99,53 @@ class PixArtSigmaPipeline:
 
     def encode_prompt(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None,
         do_classifier_free_guidance: bool = True,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         num_images_per_prompt: int = 1,
+        prompt_embeds: ms.Tensor | None = None,
+        negative_prompt_embeds: ms.Tensor | None = None,
+        prompt_attention_mask: ms.Tensor | None = None,
+        negative_prompt_attention_mask: ms.Tensor | None = None,
         clean_caption: bool = False,
         max_sequence_length: int | None = None,
     ) -> tuple[ms.Tensor, ms.Tensor, ms.Tensor | None, ms.Tensor | None]:
         """Embeddings and masks as the reference gives them.
 
         -> prompt_embeds (N, max_sequence_length, C), prompt_attention_mask (N, max_sequence_length) int64, and the
-        same two of the negative prompts (None without guidance). N is prompts times ``num_images_per_prompt``.
+        same two of the negative prompts (None without guidance). N is prompts times ``num_images_per_prompt``. What is
+        given is not encoded, only repeated.
         """
-        prompts = as_list(prompt)
+        given = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
         length = max_sequence_length or self.max_sequence_length
-        out = [self._embed(prompts, num_images_per_prompt, clean_caption, length)]
-        if do_classifier_free_guidance:
-            negatives = per_prompt(negative_prompt, len(prompts))
-            out.append(self._embed(negatives, num_images_per_prompt, clean_caption, length))
-        (embeds, mask), (negative, negative_mask) = [*out, (None, None)][:2]
-        masks = [part if part is None else ms.Tensor(part.astype(np.int64)) for part in (mask, negative_mask)]
-        return embeds, masks[0], negative, masks[1]
+        if prompt_embeds is None:
+            prompts = self._checked_prompts(prompt, given)
+            negatives = per_prompt(negative_prompt, len(prompts)) if do_classifier_free_guidance else None
+            out = self._encoded(prompts, negatives, num_images_per_prompt, clean_caption, length, trim=False)
+        else:
+            check_embeddings(given, do_classifier_free_guidance, prompt_embeds.shape[-1])
+            out = given_conditioning(given, do_classifier_free_guidance, num_images_per_prompt)
+        masks = (out.prompt_attention_mask, out.negative_mask)
+        mask, negative_mask = (part if part is None else ms.Tensor(part.astype(np.int64)) for part in masks)
+        return out.prompt_embeds, mask, out.negative_embeds, negative_mask
 
-    def _embed(self, prompts, copies: int, clean: bool, length: int, trim: bool = False):
-        """Embeddings (N, T, C) and mask (N, T); with ``trim`` T is the longest prompt's, else ``length``."""
-        if self.tokenizer is None or self.text_encoder is None:
+    @staticmethod
+    def _checked_prompts(prompt: str | Sequence[str] | None, given: tuple) -> list[str]:
+        """The prompts, of which no embeddings may be given beside them."""
+        if any(part is not None for part in given):
             raise ValueError(
-                "this pipeline has no text encoder or no tokenizer; give prompt_embeds and prompt_attention_mask, "
-                "and the same two for the negative prompt"
+                "embeddings or masks were given without prompt_embeds; give a prompt, or all of prompt_embeds and "
+                "prompt_attention_mask and, for guidance, the two of the negative prompt"
             )
-        ids, mask = self.tokenizer.tokenize([prepare_prompt(text, clean) for text in prompts], length)
-        if trim:
-            longest = int(mask.sum(1).max())
-            ids, mask = ids[:, :longest], mask[:, :longest]
-        embeds = self.text_encoder(ids, mask)
-        return (embeds.repeat_interleave(copies, 0), mask.repeat(copies, 0)) if copies > 1 else (embeds, mask)
+        return as_list(prompt)
+
+    def _encoded(self, prompts, negatives, copies: int, clean: bool, length: int, trim: bool) -> Conditioning:
+        pairs = [
+            repeat_rows(*embed(self.tokenizer, self.text_encoder, texts, clean, length, trim), copies)
+            for texts in (prompts, negatives)
+            if texts is not None
+        ]
+        return Conditioning(*pairs[0], *(pairs[1] if len(pairs) > 1 else (None, None)))
 
     # ---- sampling
 
@@ -129,13 +153,16 @@ class PixArtSigmaPipeline:
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int = 20,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 4.5,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
-        generator: np.random.Generator | Sequence[np.random.Generator] | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
         latents: np.ndarray | ms.Tensor | None = None,
         prompt_embeds: ms.Tensor | None = None,
         prompt_attention_mask: ms.Tensor | None = None,
@@ -147,37 +174,45 @@ class PixArtSigmaPipeline:
         """The generator underneath: yields the ``Conditioning``, then a ``Step`` per timestep.
 
         Parameters as those of ``__call__``; height and width are drawn as they are, in image pixels. What is wrong
-        with them is said at once, before anything is computed.
+        with them is said at once, before anything is computed. The generators draw the first noise now, and the noise
+        of the steps, if the scheduler adds any, as they are taken.
         """
         height, width = self.check_size(height, width)
-        timesteps = linspace_timesteps(num_inference_steps, self.scheduler.steps)
+        plan, scheduler = self.plan(num_inference_steps, timesteps, sigmas, eta), self.scheduler
         guided = guidance_scale > 1.0
         given = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; expected at least 1")
         if prompt_embeds is None:
-            prompts = as_list(prompt)
+            prompts = self._checked_prompts(prompt, given)
             negatives = per_prompt(negative_prompt, len(prompts)) if guided else None
         elif prompt is not None:
             raise ValueError("both prompt and prompt_embeds were given; give one of them")
         else:
             check_embeddings(given, guided, self.transformer.config.caption_channels)
-        rows = len(prompts) * num_images_per_prompt if prompt_embeds is None else prompt_embeds.shape[0]
+        rows = (len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]) * num_images_per_prompt
         start = self.initial_latents(rows, height, width, generator, latents)
 
         def steps() -> Iterator[Conditioning | Step]:
             length = max_sequence_length or self.max_sequence_length
             if prompt_embeds is None:
-                texts = [prompts, negatives] if guided else [prompts]
-                parts = [
-                    self._embed(t, num_images_per_prompt, clean_caption, length, trim=True) for t in texts
-                ]
-                condition = Conditioning(*(part for pair in [*parts, (None, None)][:2] for part in pair))
+                condition = self._encoded(
+                    prompts, negatives, num_images_per_prompt, clean_caption, length, trim=True
+                )
             else:
-                condition = given_conditioning(given, guided)
+                condition = given_conditioning(given, guided, num_images_per_prompt)
             yield condition
-            predict = self._predictor(condition, guidance_scale, height, width)
-            yield from dpm_solver_2m(predict, start, timesteps, self.scheduler)
+            predict = guided_prediction(self.transformer, condition, guidance_scale, height, width)
+            yield from scheduler.steps(predict, start, plan, generator, eta)
 
         return steps()
+
+    def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> Plan:
+        """The scheduler's plan of a run (see ``Scheduler.plan``); its length is the number of steps."""
+        if self.scheduler is None:
+            raise ValueError("this pipeline has no scheduler; set pipe.scheduler, for example to 'dpm++'")
+        check_eta(eta)
+        return self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the model's own where None; both must be multiples of 16 (VAE x patch)."""
@@ -194,8 +229,19 @@ class PixArtSigmaPipeline:
             )
         return height, width
 
+    def binned_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The published size with the nearest ratio of height to width, where the model's own size has a table.
+
+        A model of another size, such as a small one, draws at the size that is asked for.
+        """
+        bins = self.transformer and bins_for(8 * self.transformer.config.input_size)
+        if not bins or height is None or width is None or height < 1 or width < 1:
+            return self.check_size(height, width)
+        return closest_bin(height, width, bins)
+
     def initial_latents(self, rows, height, width, generator=None, latents=None) -> np.ndarray:
         """Unit noise (rows, C, height / 8, width / 8) float32, from one generator or one for each row, or as given."""
+        check_generators(generator, rows)
         shape = (rows, self.transformer.config.in_channels, height // 8, width // 8)
         if latents is not None:
             latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
@@ -204,54 +250,30 @@ class PixArtSigmaPipeline:
                     f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels"
                 )
             return latents
-        if generator is None or isinstance(generator, np.random.Generator):
-            return (generator or np.random.default_rng()).standard_normal(shape, dtype=np.float32)
-        if len(generator) != rows:
-            raise ValueError(f"{len(generator)} generators for {rows} pictures; give one, or one for each")
-        return np.stack([rng.standard_normal(shape[1:], dtype=np.float32) for rng in generator])
-
-    def _predictor(self, condition: Conditioning, guidance_scale: float, height: int, width: int):
-        """``predict(latents, timestep)``: the noise, guided; everything that all steps share is computed here."""
-        net = self.transformer
-        guided = condition.negative_embeds is not None
-        caption, mask = (
-            both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
-        )
-        caption, mask = trim_caption(caption, mask)
-        keys_values = net.caption_keys_values(caption)
-        positions = net.positions(height // 8, width // 8)
-        rows, channels = caption.shape[0], net.config.in_channels
-
-        def predict(latents: np.ndarray, timestep: float) -> np.ndarray:
-            x = ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
-            t = ms.Tensor(np.full(rows, timestep, np.float32))
-            out = net.denoise(x, t, keys_values, mask, positions, net.micro_conditions(x))
-            noise = out[:, :channels].astype(ms.float32).asnumpy()
-            if not guided:
-                return noise
-            unconditional, conditional = np.split(noise, 2)
-            return unconditional + np.float32(guidance_scale) * (conditional - unconditional)
-
-        return predict
+        return draw_noise(shape, generator)
 
     def decode_latents(self, latents: np.ndarray | ms.Tensor) -> np.ndarray:
         """Latents (N, C, h, w) -> pictures (N, 8h, 8w, 3) float32 in [0, 1]."""
+        return finished(self._decoded(latents), "np")
+
+    def _decoded(self, latents: np.ndarray | ms.Tensor) -> np.ndarray:
         if self.vae is None:
             raise ValueError("this pipeline has no VAE; ask for output_type='latent'")
-        latents = latents if isinstance(latents, ms.Tensor) else ms.Tensor(latents)
-        pictures = self.vae.decode(latents / self.vae.config.scaling_factor)[0].astype(ms.float32).asnumpy()
-        return np.ascontiguousarray(np.clip(pictures / 2 + 0.5, 0, 1).transpose(0, 2, 3, 1))
+        return to_pictures(self.vae.decode(latents / self.vae.config.scaling_factor)[0])
 
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         num_inference_steps: int = 20,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float = 4.5,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
-        generator: np.random.Generator | Sequence[np.random.Generator] | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
         latents: np.ndarray | ms.Tensor | None = None,
         prompt_embeds: ms.Tensor | None = None,
         prompt_attention_mask: ms.Tensor | None = None,
@@ -264,25 +286,31 @@ class PixArtSigmaPipeline:
         clean_caption: bool = True,
         use_resolution_binning: bool = True,
         max_sequence_length: int | None = None,
-    ) -> tuple | PipelineOutput:
-        """Draw pictures of the prompts: ``(images,)``, or with ``return_dict`` an object with ``.images``.
+    ) -> PipelineOutput:
+        """Draw pictures of the prompts: the tuple ``(images,)``, which is also an object with ``.images``.
 
         Conditional and unconditional rows go through one forward pass. ``output_type`` is "pil", "np" ((N, H, W, 3)
         in [0, 1]) or "latent"; ``callback(step, timestep, latents)`` is called every ``callback_steps`` steps.
-        ``use_resolution_binning`` applies to the sizes that have published tables (see ``aspect_ratio``).
+        With ``use_resolution_binning`` and a model of a published size, the picture is drawn at the published size of
+        the nearest ratio, then scaled and cut to the one that was asked for (not for latents). timesteps or sigmas
+        replace ``num_inference_steps`` (see ``Scheduler.plan``); ``eta`` is DDIM's share of noise. Given latents
+        are unit noise, whatever the scheduler. ``return_dict`` is there for calls written for diffusers.
         """
-        if output_type not in ("pil", "np", "latent"):
-            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
+        check_output_type(output_type)
         if callback_steps < 1:
             raise ValueError(f"callback_steps is {callback_steps}; expected at least 1")
+        drawn = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
         steps = self.sample(
             prompt,
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
+            sigmas=sigmas,
             guidance_scale=guidance_scale,
             num_images_per_prompt=num_images_per_prompt,
-            height=height,
-            width=width,
+            height=drawn[0],
+            width=drawn[1],
+            eta=eta,
             generator=generator,
             latents=latents,
             prompt_embeds=prompt_embeds,
@@ -296,13 +324,13 @@ class PixArtSigmaPipeline:
         for step in steps:
             if callback is not None and step.index % callback_steps == 0:
                 callback(step.index, step.timestep, step.latents)
-        images = self._output(step.latents, output_type)
-        return PipelineOutput(images) if return_dict else (images,)
-
-    def _output(self, latents: np.ndarray, output_type: str):
         if output_type == "latent":
-            return latents
-        pictures = self.decode_latents(latents)
-        if output_type == "np":
-            return pictures
-        return [Image.fromarray(picture) for picture in (pictures * 255).round().astype(np.uint8)]
+            return PipelineOutput(step.latents)
+        pictures = resize_and_crop(self._decoded(step.latents), height or drawn[0], width or drawn[1])
+        return PipelineOutput(finished(pictures, output_type))
+
+
+class PixArtAlphaPipeline(PixArtSigmaPipeline):
+    """PixArt-alpha: the same calls, over prompts of 120 tokens."""
+
+    max_sequence_length = 120

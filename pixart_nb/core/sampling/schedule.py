@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,9 +23,14 @@ class NoiseSchedule:
     steps: int = TIMESTEPS
 
     def __post_init__(self):
-        if not 0 < self.beta_start <= self.beta_end < 1:
+        if not isinstance(self.steps, int) or self.steps < 2:
             raise ValueError(
-                f"betas go from {self.beta_start} to {self.beta_end}; expected 0 < start <= end < 1"
+                f"num_train_timesteps is {self.steps!r}; expected an integer of at least 2, in PixArt 1000"
+            )
+        betas = (self.beta_start, self.beta_end)
+        if not all(isinstance(beta, (int, float)) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
+            raise ValueError(
+                f"betas go from {betas[0]!r} to {betas[1]!r}; expected numbers, 0 < start <= end < 1"
             )
 
     @cached_property
@@ -50,7 +56,8 @@ class NoiseSchedule:
     @cached_property
     def posterior_log_variance(self) -> np.ndarray:
         """Its logarithm, the first value replaced by the second, which is finite."""
-        return np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
+        finite = self.posterior_variance[1:] if len(self.betas) > 1 else self.betas
+        return np.log(np.append(finite[0], finite)[: len(self.betas)])
 
     @cached_property
     def posterior_mean_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +71,40 @@ class NoiseSchedule:
     def sigmas(self) -> np.ndarray:
         """Noise over signal, ``sqrt((1 - a) / a)``."""
         return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
+        """Noise over signal at timesteps (N,); between two of the table's, linear in the ratio, as in diffusers."""
+        return np.interp(timesteps, np.arange(self.steps), self.sigmas)
+
+    def continuous_sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
+        """The same, linear in the logarithm of the signal (DPM-Solver; official ``NoiseScheduleVP``)."""
+        log_signal = np.interp(timesteps, np.arange(self.steps), 0.5 * np.log(self.alphas_cumprod))
+        return np.sqrt(np.expm1(-2.0 * log_signal))
+
+    def timestep_of(self, sigmas: np.ndarray) -> np.ndarray:
+        """Fractional timesteps (N,) of noise-to-signal ratios (N,), linear in their logarithm, kept in the table."""
+        return np.interp(np.log(sigmas), np.log(self.sigmas), np.arange(self.steps))
+
+    def respaced(self, timesteps: Sequence[int]) -> RespacedSchedule:
+        """The diffusion that visits only these timesteps, in any order."""
+        kept = tuple(sorted(int(timestep) for timestep in timesteps))
+        return RespacedSchedule(self.beta_start, self.beta_end, self.steps, kept)
+
+
+@dataclass(frozen=True)
+class RespacedSchedule(NoiseSchedule):
+    """A diffusion that skips timesteps (Nichol and Dhariwal 2021, section 4; official ``SpacedDiffusion``).
+
+    Its tables are (len(timesteps),); row k is about timestep ``timesteps[k]``.
+    """
+
+    timesteps: tuple[int, ...] = ()
+
+    @cached_property
+    def betas(self) -> np.ndarray:
+        """Variance added between one kept timestep and the next."""
+        kept = NoiseSchedule(self.beta_start, self.beta_end, self.steps).alphas_cumprod[list(self.timesteps)]
+        return 1.0 - kept / np.append(1.0, kept[:-1])
 
 
 LINEAR = NoiseSchedule()

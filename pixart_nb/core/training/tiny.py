@@ -15,7 +15,7 @@ from pixart_nb.core.data.sprites import Scene, split_scenes
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
-from pixart_nb.core.sampling.schedule import LINEAR
+from pixart_nb.core.sampling.schedulers import DPMSolverMultistepScheduler
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training import loss as diffusion
 from pixart_nb.core.training.tiny_autoencoder import train_autoencoder
@@ -130,7 +130,7 @@ def write_pipeline(
         _copy(work / "tokenizer" / name, folder / "tokenizer" / name)
     for part in ("vae", "text_encoder", "transformer"):
         _copy(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
-    components.write_index(folder, LINEAR)
+    components.write_index(folder, DPMSolverMultistepScheduler())
     tqdm.write(f"wrote {folder}")
 
 

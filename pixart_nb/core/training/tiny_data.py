@@ -101,9 +101,13 @@ def _encode_shard(encode, scenes: Sequence[Scene], shard: int, seed: int) -> dic
 
 
 def middle_timesteps(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Timesteps around the middle, where shapes are learned: 1000 sigmoid(1.1 n - 0.45), (size,) int64."""
-    draw_ = 1.1 * rng.standard_normal(size) - 0.45
-    return np.minimum((1000 / (1 + np.exp(-draw_))).astype(np.int64), 999)
+    """Timesteps (size,) int64, most of them where shapes are decided: 1000 sigmoid(1.1 n + 0.4).
+
+    One in seven is uniform, so that the ends, where sampling starts and stops, are seen too.
+    """
+    middle = 1000 / (1 + np.exp(-1.1 * rng.standard_normal(size) - 0.4))
+    anywhere = rng.random(size) * 1000
+    return np.where(rng.random(size) < 1 / 7, anywhere, middle).astype(np.int64).clip(0, 999)
 
 
 @dataclass(frozen=True)

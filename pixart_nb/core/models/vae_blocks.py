@@ -1,0 +1,213 @@
+"""The layers of AutoencoderKL, with the parameter names of published checkpoints, and its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from mindspore import nn, ops
+
+from pixart_nb.core.backend import ms, transpose
+from pixart_nb.core.models.attention import attention
+from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Fields of diffusers' ``vae/config.json``; the defaults are SDXL's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 1024
+    scaling_factor: float = 0.13025
+    shift_factor: float | None = None
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    force_upcast: bool = True
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> VAEConfig:
+        """Configuration of a published mapping; keys that do not concern the numbers are ignored."""
+        known = {f.name for f in fields(cls)}
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
+        return cls(**given)
+
+
+class ResnetBlock(nn.Cell):
+    """Norm, SiLU, convolution, twice, added to the input: (N, in, H, W) -> (N, out, H, W)."""
+
+    def __init__(self, channels: int, out: int, groups: int):
+        super().__init__()
+        self.norm1, self.conv1 = GroupNorm(groups, channels), Conv2d(channels, out, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(groups, out), Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = Conv2d(channels, out, 1) if channels != out else None
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        hidden = self.conv1(ops.silu(self.norm1(x)))
+        hidden = self.conv2(ops.silu(self.norm2(hidden)))
+        return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class SpatialAttention(nn.Cell):
+    """Self-attention over positions with one head: (N, C, H, W) -> the same shape."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.group_norm = GroupNorm(groups, channels)
+        self.to_q, self.to_k, self.to_v = (Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.CellList([Linear(channels, channels)])
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        n, c, height, width = x.shape
+        tokens = transpose(self.group_norm(x).reshape(n, c, height * width), 0, 2, 1)
+        q, k, v = (
+            part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v)
+        )
+        out = self.to_out[0](attention(q, k, v).reshape(n, height * width, c))
+        return x + transpose(out, 0, 2, 1).reshape(n, c, height, width)
+
+
+class Downsample(nn.Cell):
+    """Convolution of stride 2 after padding right and below by one: (N, C, H, W) -> (N, C, H/2, W/2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, stride=2)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.conv(ops.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Cell):
+    """Every pixel doubled in each direction, then a convolution: (N, C, H, W) -> (N, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, 3, padding=1)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        n, c, height, width = x.shape
+        wide = ops.tile(x.reshape(n * c, height, width, 1), (1, 1, 1, 2))
+        doubled = ops.tile(wide.reshape(n * c, height, 1, 2 * width), (1, 1, 2, 1))
+        return self.conv(doubled.reshape(n, c, 2 * height, 2 * width))
+
+
+class MidBlock(nn.Cell):
+    """Resnet, attention, resnet at the lowest resolution."""
+
+    def __init__(self, channels: int, groups: int, with_attention: bool):
+        super().__init__()
+        self.resnets = nn.CellList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = nn.CellList([SpatialAttention(channels, groups)] if with_attention else [])
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        x = self.resnets[0](x)
+        for layer in self.attentions:
+            x = layer(x)
+        return self.resnets[1](x)
+
+
+class DownBlock(nn.Cell):
+    """Resnets, and a downsampling unless it is the last block."""
+
+    def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.CellList(
+            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
+        )
+        self.downsamplers = nn.CellList([] if last else [Downsample(out)])
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        for layer in self.resnets:
+            x = layer(x)
+        for layer in self.downsamplers:
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Cell):
+    """Resnets, and an upsampling unless it is the last block."""
+
+    def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
+        super().__init__()
+        self.resnets = nn.CellList(
+            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
+        )
+        self.upsamplers = nn.CellList([] if last else [Upsample(out)])
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        for layer in self.resnets:
+            x = layer(x)
+        for layer in self.upsamplers:
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Cell):
+    """Pictures (N, 3, H, W) in -1..1 -> (N, 2 latent_channels, H/8, W/8)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
+        before = (widths[0], *widths[:-1])
+        self.down_blocks = nn.CellList(
+            [
+                DownBlock(a, b, config.layers_per_block, groups, i == len(widths) - 1)
+                for i, (a, b) in enumerate(zip(before, widths, strict=True))
+            ]
+        )
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = GroupNorm(groups, widths[-1])
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def fine(self, x: ms.Tensor) -> ms.Tensor:
+        """From pictures to the lowest resolution: what sees a neighbourhood only, norms apart."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return x
+
+    def coarse(self, x: ms.Tensor) -> ms.Tensor:
+        """At the lowest resolution, where every cell attends to every other."""
+        return self.conv_out(ops.silu(self.conv_norm_out(self.mid_block(x))))
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.coarse(self.fine(x))
+
+
+class Decoder(nn.Cell):
+    """Latents (N, latent_channels, h, w) -> pictures (N, 3, 8h, 8w), about -1..1."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
+        before = (widths[0], *widths[:-1])
+        self.up_blocks = nn.CellList(
+            [
+                UpBlock(a, b, config.layers_per_block + 1, groups, i == len(widths) - 1)
+                for i, (a, b) in enumerate(zip(before, widths, strict=True))
+            ]
+        )
+        self.conv_norm_out = GroupNorm(groups, widths[-1])
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def coarse(self, z: ms.Tensor) -> ms.Tensor:
+        """At the resolution of the latents, where every cell attends to every other."""
+        return self.mid_block(self.conv_in(z))
+
+    def fine(self, x: ms.Tensor) -> ms.Tensor:
+        """Up to pictures: what sees a neighbourhood only, norms apart."""
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+
+    def construct(self, z: ms.Tensor) -> ms.Tensor:
+        return self.fine(self.coarse(z))

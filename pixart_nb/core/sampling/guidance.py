@@ -1,0 +1,42 @@
+"""The model as the samplers see it: classifier-free guidance over one forward pass of both halves of the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models.transformer import PixArt, trim_caption
+from pixart_nb.core.sampling.conditioning import Conditioning, both_rows
+from pixart_nb.core.sampling.step import Predict, Prediction
+
+
+def guided_prediction(
+    net: PixArt, condition: Conditioning, guidance_scale: float, height: int, width: int
+) -> Predict:
+    """``predict(latents, timestep)``: the noise, guided, and the raw variance of the conditional rows.
+
+    Pictures have height x width pixels. Everything that all steps share is computed here, once. Guidance (Ho and
+    Salimans 2022) goes from the unconditional prediction towards the conditional one, ``guidance_scale`` times as far.
+    """
+    guided = condition.negative_embeds is not None
+    caption, mask = (
+        both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
+    )
+    caption, mask = trim_caption(caption, mask)
+    keys_values = net.caption_keys_values(caption)
+    positions = net.positions(height // 8, width // 8)
+    rows, channels = caption.shape[0], net.config.in_channels
+
+    def predict(latents: np.ndarray, timestep: float) -> Prediction:
+        x = ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
+        t = ms.Tensor(np.full(rows, timestep, np.float32))
+        out = net.denoise(x, t, keys_values, mask, positions, net.micro_conditions(x))
+        out = out.astype(ms.float32).asnumpy()
+        noise = out[:, :channels]
+        variance = out[-len(latents) :, channels:] if out.shape[1] > channels else None
+        if guided:
+            unconditional, conditional = np.split(noise, 2)
+            noise = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+        return Prediction(noise, variance)
+
+    return predict

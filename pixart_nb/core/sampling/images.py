@@ -1,0 +1,57 @@
+"""From what the autoencoder decodes to pictures, and what a call of the pipeline returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from pixart_nb.core.backend import ms
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+class PipelineOutput(NamedTuple):
+    """What a call returns: the tuple ``(images,)``, whose one field also has a name.
+
+    ``images`` is a list of PIL images, an array (N, H, W, 3) in [0, 1], or latents (N, C, h, w).
+    """
+
+    images: list[Image.Image] | np.ndarray
+
+
+def to_pictures(decoded: ms.Tensor | np.ndarray) -> np.ndarray:
+    """Decoded (N, 3, H, W), about -1..1 -> pictures (N, H, W, 3) float32, about 0..1, not yet clipped."""
+    values = decoded.astype(ms.float32).asnumpy() if isinstance(decoded, ms.Tensor) else np.asarray(decoded)
+    return np.ascontiguousarray((values / 2 + 0.5).transpose(0, 2, 3, 1))
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """Pictures of floats in [0, 1] as uint8 in 0..255, the nearest value."""
+    return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)
+
+
+class ImageProcessor:
+    """The last step of calls that decode by themselves, as diffusers names it."""
+
+    @staticmethod
+    def postprocess(decoded: ms.Tensor | np.ndarray, output_type: str = "pil"):
+        """Decoded (N, 3, H, W) -> a list of PIL images, or an array (N, H, W, 3) in [0, 1]; ``latent`` as it came."""
+        check_output_type(output_type)
+        if output_type == "latent":
+            return decoded
+        return finished(to_pictures(decoded), output_type)
+
+
+def finished(pictures: np.ndarray, output_type: str) -> list[Image.Image] | np.ndarray:
+    """Pictures (N, H, W, 3) of floats, clipped to [0, 1], as ``np`` or ``pil``."""
+    if output_type == "np":
+        return np.clip(pictures, 0, 1)
+    return [Image.fromarray(picture) for picture in to_uint8(pictures)]
+
+
+def check_output_type(output_type: str) -> None:
+    """Refuse an ``output_type`` that is not known."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
