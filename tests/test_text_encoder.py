@@ -51,7 +51,7 @@ def test_a_streamed_encoder_can_be_used_again_and_in_half_precision():
     assert np.array_equal(first.asnumpy(), load_t5(FOLDER, ms.float16)(IDS, MASK).asnumpy())
 
 
-def test_a_streamed_encoder_holds_two_layers_however_many_there_are(tmp_path):
+def test_a_streamed_encoder_holds_one_layer_however_many_there_are(tmp_path):
     sizes = []
     for layers in (3, 7):
         net = T5Encoder(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=layers))

@@ -17,6 +17,7 @@ from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
 #: The parts of T5; its files hold the embedding table twice, and the copy's name begins with none of these.
 TABLE, LAST_NORM = "shared.", "encoder.final_layer_norm."
+POSITIONS = "SelfAttention.relative_attention_bias.weight"
 
 
 class T5EncoderModel:
@@ -53,25 +54,29 @@ def load_t5(folder: Path, dtype: ms.Type, load_in_8bit: bool = False) -> T5Encod
     """The encoder of a folder in the published layout, read part by part: no second copy of all the weights."""
     config = T5Config.from_dict(read_json(folder / "config.json"))
     net = unfilled(lambda: T5Encoder(config, Int8Linear if load_in_8bit else Linear), dtype)
-    for prefix in (TABLE, *(layer_prefix(i) for i in range(config.num_layers)), LAST_NORM):
+    for prefix in (TABLE, LAST_NORM):
         _fill(net, folder, prefix, prefix)
+    for layer in range(config.num_layers):
+        _fill_layer(net, folder, layer, layer)
     return net.set_train(False)
 
 
-def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors begin with."""
-    return f"encoder.block.{layer}."
+def _fill_layer(net: T5Encoder, folder: Path, layer: int, place: int) -> None:
+    """Load a layer of the files into the layer at ``place``, attention and feed-forward one after the other."""
+    for half in (0, 1):
+        source, target = (f"encoder.block.{number}.layer.{half}." for number in (layer, place))
+        _fill(net, folder, source, target, () if layer == 0 else (f"{target}{POSITIONS}",))
 
 
-def _fill(net: T5Encoder, folder: Path, source: str, target: str) -> None:
+def _fill(net: T5Encoder, folder: Path, source: str, target: str, optional: tuple[str, ...] = ()) -> None:
     """Load the tensors whose names begin with ``source`` into the parameters whose names begin with ``target``."""
     tensors = read_tensors(folder, keep=lambda name: name.startswith(source))
     named = {target + name.removeprefix(source): value for name, value in tensors.items()}
-    load_into(net, named, folder, part=target)
+    load_into(net, named, folder, optional=optional, part=target)
 
 
 class StreamedT5Encoder:
-    """A T5 encoder that keeps no layers: each is read from its file, computed and replaced by the next.
+    """A T5 encoder that keeps one layer: each is read from its file, computed and replaced by the next.
 
     It is called as ``T5Encoder`` is, and its numbers are the same.
     """
@@ -79,23 +84,19 @@ class StreamedT5Encoder:
     def __init__(self, folder: Path, dtype: ms.Type):
         self.folder, self.dtype = Path(folder), dtype
         self.config = T5Config.from_dict(read_json(self.folder / "config.json"))
-        # two layers: the first, which holds the positions, and one that serves as all the others
-        small = replace(self.config, num_layers=min(2, self.config.num_layers))
-        self.net = unfilled(lambda: T5Encoder(small), dtype)
+        self.net = unfilled(lambda: T5Encoder(replace(self.config, num_layers=1)), dtype)
         _fill(self.net, self.folder, LAST_NORM, LAST_NORM)
         self.net.set_train(False)
 
     def __call__(self, input_ids, mask) -> ms.Tensor:
         """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token -> (N, T, d_model)."""
         ids, seen = self.net.checked(input_ids, mask)
-        x, bias = self._embedded(ids), None
-        seen = ms.Tensor(seen)
+        x, bias, seen = self._embedded(ids), None, ms.Tensor(seen)
         for layer in tqdm(range(self.config.num_layers), desc="T5 layers", leave=False):
-            place = min(layer, 1)
-            _fill(self.net, self.folder, layer_prefix(layer), layer_prefix(place))
-            if bias is None:
+            _fill_layer(self.net, self.folder, layer, 0)
+            if bias is None:  # the first layer's table serves all
                 bias = self.net.position_bias(self.net.buckets(ids.shape[1]))
-            x = self.net.encoder.block[place](x, seen, bias)
+            x = self.net.encoder.block[0](x, seen, bias)
         return self.net.encoder.final_layer_norm(x).astype(self.dtype)
 
     def _embedded(self, ids: np.ndarray) -> ms.Tensor:

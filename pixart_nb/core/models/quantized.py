@@ -7,13 +7,20 @@ from mindspore import nn
 
 from pixart_nb.core.backend import linear, ms
 
+#: Rows that are widened to float32 at a time while a weight is quantized.
+ROWS = 256
+
 
 def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(out, in) floats -> int8 of the same shape and the scale of each row, (out,) float32: symmetric, nearest."""
-    wide = np.asarray(weight, np.float32)
-    scale = np.abs(wide).max(1) / 127.0
-    scale = np.where(scale > 0, scale, 1).astype(np.float32)
-    return np.rint(wide / scale[:, None]).astype(np.int8), scale
+    values, scale = np.empty(weight.shape, np.int8), np.ones(len(weight), np.float32)
+    for start in range(0, len(weight), ROWS):
+        rows = slice(start, start + ROWS)
+        wide = np.asarray(weight[rows], np.float32)
+        largest = np.abs(wide).max(1)
+        scale[rows] = np.where(largest > 0, largest / 127.0, 1)
+        values[rows] = np.rint(wide / scale[rows, None])
+    return values, scale
 
 
 class Int8Linear(nn.Cell):
