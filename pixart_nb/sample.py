@@ -84,7 +84,10 @@ def load_pipeline(config: InferenceConfig) -> Any:
 
     dtype = dtype_from_name(config.dtype)
     kind = PixArtAlphaPipeline if config.t5_max_length == 120 else PixArtSigmaPipeline
-    pipe = kind.from_pretrained(config.model or None, mindspore_dtype=dtype, **_parts(config, dtype))
+    parts = _parts(config, dtype)
+    if not config.model:
+        parts["scheduler"] = config.sampling_method  # over the published noise schedule
+    pipe = kind.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
     pipe.scheduler = config.sampling_method
     if config.sd_scale_factor:
         pipe.vae.config = replace(pipe.vae.config, scaling_factor=config.sd_scale_factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -155,8 +155,10 @@ def load_transformer(
         tensors = key_maps.to_official(tensors)
     for name in key_maps.RECOMPUTED:
         tensors.pop(name, None)
-    base = config_from_diffusers(read_json(folder_config)) if folder_config and config is None else config
-    complete = reconcile(base or PixArtConfig(), shown_by(tensors, path), path)
+    base = config or PixArtConfig()
+    if folder_config:
+        base = merge(config_from_diffusers(read_json(folder_config)), base, folder_config)
+    complete = reconcile(base, shown_by(tensors, path), path)
     net = unfilled(lambda: PixArt(complete), dtype)
     load_into(net, tensors, path, optional=key_maps.OFFICIAL_ONLY)
     return net.set_train(False)
@@ -193,6 +195,18 @@ def shown_by(tensors: Mapping[str, np.ndarray], source: str | Path = "checkpoint
             sampling="conv", scale_factor=reduced[layers[0]], kv_compress_layer=layers
         )
     return shown
+
+
+def merge(written: PixArtConfig, given: PixArtConfig, source: str | Path) -> PixArtConfig:
+    """The configuration of a folder, completed by the one that the caller gives; what both say must be the same."""
+    said = {f.name: getattr(given, f.name) for f in fields(PixArtConfig) if given.says(f.name)}
+    for name, value in said.items():
+        if written.says(name) and getattr(written, name) != value:
+            raise CheckpointError(
+                f"{source} says {name} = {getattr(written, name)}, the configuration given says {value}"
+            )
+    kept = {f.name: getattr(written, f.name) for f in fields(PixArtConfig) if written.says(f.name)}
+    return PixArtConfig(**kept | said)
 
 
 def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixArtConfig:

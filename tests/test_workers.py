@@ -1,0 +1,43 @@
+"""Sampling by several processes that msrun starts."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROMPTS = ["a red mushroom on grass", "a blue fish in the snow", "a green tree at night"]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.skipif(not shutil.which("msrun"), reason="runs once MindSpore's msrun is on the PATH")
+def test_two_workers_draw_what_one_would(project, tmp_path):
+    script = Path(sys.executable).with_name("pixart-nb")
+    words = [script, "sample", "-c", "configs/inference/tiny.yaml", "--sampling_steps", 2]
+    for prompt in PROMPTS:
+        words += ["--prompt", prompt]
+    environment = os.environ | {"PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}"}
+    start = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--join=True"]
+    start += ["--cluster_time_out=60", f"--log_dir={tmp_path / 'log'}"]
+    for before, after, folder in (([], [], "one"), (start, ["--use_parallel", "True"], "two")):
+        command = [str(word) for word in (*before, *words, *after, "-o", tmp_path / folder)]
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    files = json.loads((tmp_path / "two" / "sample.json").read_text())["files"]
+    assert len(files) == 3
+    for name in files:
+        one, two = (np.asarray(Image.open(tmp_path / folder / name), int) for folder in ("one", "two"))
+        assert np.abs(one - two).max() <= 1  # batches of another size round differently
