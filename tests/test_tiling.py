@@ -81,8 +81,12 @@ def test_a_sample_of_the_tiles_leaves_no_seams(trained, monkeypatch):
     trained.enable_tiling(128)
     difference = pixels(trained.decode(latents)).astype(int) - whole
     trained.disable_tiling()
-    steps = np.abs(np.diff(difference, axis=2)).mean((0, 1, 3))  # a seam would be a column that stands out
-    assert steps.max() < 4
+    steps = np.abs(np.diff(difference, axis=2)).mean((0, 1, 3))
+    edges = [8 * edge for part, _ in tiling.axis_tiles(48, 16, 4) for edge in (part.start, part.stop)]
+    seams = [edge - 1 for edge in edges if 0 < edge < 384]
+    assert len(seams) >= 4
+    # the drawing's own edges lie on such columns too: a seam would stand out among them
+    assert np.median(steps[seams]) < np.percentile(steps[7::8], 75)
 
 
 def test_what_is_smaller_than_a_tile_is_not_cut(trained):
