@@ -32,10 +32,11 @@ class DepthwiseReduction(nn.Cell):
         return ops.bias_add(total, self.bias)
 
 
-def split_cells(x: ms.Tensor, height: int, width: int, ratio: int) -> list[ms.Tensor]:
-    """(B, height * width, D) -> R * R tensors (B h w, D): the tokens at each place of the R x R cells, row by row.
+def split_cells(x: ms.Tensor, height: int, width: int, ratio: int, places: int) -> list[ms.Tensor]:
+    """(B, height * width, D) -> tensors (B h w, D): the tokens at the first ``places`` places of the R x R cells.
 
-    Rows and columns that fill no whole cell are left out.
+    Places are counted row by row. Rows and columns that fill no whole cell are left out. Only what is used is made:
+    reshaping a view that nothing then computes with can corrupt the heap on the CPU (MindSpore 2.8).
     """
     batch, _, size = x.shape
     rows, columns = height // ratio, width // ratio
@@ -43,9 +44,8 @@ def split_cells(x: ms.Tensor, height: int, width: int, ratio: int) -> list[ms.Te
     lines = grid.reshape(batch * rows, ratio, columns, ratio * size)
     tokens = batch * rows * columns
     return [
-        lines[:, i, :, j * size : (j + 1) * size].reshape(tokens, size)
-        for i in range(ratio)
-        for j in range(ratio)
+        lines[:, place // ratio, :, place % ratio * size : (place % ratio + 1) * size].reshape(tokens, size)
+        for place in range(places)
     ]
 
 
@@ -59,7 +59,8 @@ def compress_tokens(
     norm: LayerNorm | None = None,
 ) -> ms.Tensor:
     """Shrink the token grid: x (B, height * width, D) -> (B, (height // ratio) * (width // ratio), D)."""
-    cells = split_cells(x, height, width, ratio)
+    upper_left = operator in ("ave", "uniform")
+    cells = split_cells(x, height, width, ratio, 1 if upper_left else ratio**2)
     if operator == "conv":
         out = norm(reduction(cells))
     elif operator == "mean":
