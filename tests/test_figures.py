@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pixart_nb.viz import figures
-from pixart_nb.viz.figures import film_strip, image_grid, training_curves
+from pixart_nb.viz.figures import comparison_grid, film_strip, image_grid, training_curves
 
 
 def shown(place):
@@ -92,6 +92,53 @@ def test_a_film_strip_is_one_row_in_order():
 def test_a_film_strip_needs_a_label_for_each_picture():
     with pytest.raises(ValueError, match="as many labels as pictures, got 1 for 2"):
         film_strip(np.zeros((2, 4, 4, 3)), ["start"])
+
+
+def test_a_comparison_has_a_row_for_each_value_of_one_choice_and_a_column_for_each_of_the_other():
+    pictures = np.random.default_rng(0).random((2, 3, 8, 12, 3))
+    figure = comparison_grid({"euler": pictures[0], "ddim": list(pictures[1])}, ["few", "more", "many"])
+    layout = figure.axes[0].get_subplotspec().get_gridspec()
+    assert (layout.nrows, layout.ncols) == (2, 3)
+    for place, picture in zip(figure.axes, pictures.reshape(6, 8, 12, 3), strict=True):
+        np.testing.assert_array_equal(shown(place), picture)
+    assert [place.get_title() for place in figure.axes] == ["few", "more", "many", "", "", ""]
+    assert [place.get_ylabel() for place in figure.axes] == ["euler", "", "", "ddim", "", ""]
+
+
+def test_a_comparison_shows_pictures_of_different_sizes_to_one_scale():
+    wide, tall = np.zeros((4, 8, 3)), np.zeros((8, 4, 3), np.uint8)
+    places = comparison_grid({"a cup": [wide, tall]}, ["wide", "tall"]).axes
+    assert [shown(place).shape for place in places] == [(8, 8, 3), (8, 8, 3)]
+    assert shown(places[0])[:, 0, 0].tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
+    assert shown(places[1])[0, :, 0].tolist() == [255, 255, 0, 0, 0, 0, 255, 255]
+
+
+def test_titles_of_many_lines_have_room_above():
+    title = " ".join(["a teal guitar in the snow"] * 4)
+    figure = image_grid(np.zeros((2, 4, 4, 3)), [title, ""], columns=2)
+    figure.draw_without_rendering()
+    top = figure.axes[0].title.get_window_extent().y1
+    assert figure.axes[0].get_title().count("\n") >= 3
+    assert top <= figure.bbox.y1
+
+
+def test_a_comparison_of_one_column_keeps_its_rows():
+    figure = comparison_grid({"a": np.zeros((1, 4, 4, 3)), "b": np.zeros((1, 4, 4, 3))}, ["only"])
+    layout = figure.axes[0].get_subplotspec().get_gridspec()
+    assert (layout.nrows, layout.ncols) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ({}, ["few"], "at least one picture"),
+        ({"euler": []}, [], "at least one picture"),
+        ({"euler": np.zeros((2, 4, 4, 3))}, ["few"], "pictures in row 'euler' as columns, got 2 for 1"),
+    ],
+)
+def test_a_comparison_without_a_picture_for_each_place_is_refused(rows, columns, message):
+    with pytest.raises(ValueError, match=message):
+        comparison_grid(rows, columns)
 
 
 def test_curves_hold_the_values_under_their_names():

@@ -37,11 +37,34 @@ def image_grid(
     columns = min(columns or int(np.ceil(np.sqrt(len(pictures)))), len(pictures))
     rows = -(-len(pictures) // columns)
     _require_as_many("row labels", row_labels, rows, "rows")
+    titles = [_folded(title, int(cell * 15.5)) for title in titles or [""] * len(pictures)]
     figure, axes = _empty_grid(rows, columns, cell, max(p.shape[0] / p.shape[1] for p in pictures), titles)
-    for number, (place, picture) in enumerate(zip(axes, pictures, strict=False)):
-        _show(place, picture, titles[number] if titles else "", cell)
+    for place, picture, title in zip(axes, pictures, titles, strict=False):
+        _show(place, picture, title)
     for number, label in enumerate(row_labels or ()):
         axes[number * columns].set_ylabel(label, fontsize=8)
+    return figure
+
+
+def comparison_grid(
+    rows: Mapping[str, Sequence[np.ndarray] | np.ndarray], columns: Sequence[str], cell: float = 1.8
+) -> Figure:
+    """Pictures by two choices: a row, with its label, for each value of one, a column for each value of the other.
+
+    Pictures of different sizes are shown to one scale. Pictures as for ``image_grid``.
+
+    >>> grid = comparison_grid({"euler": np.zeros((2, 8, 8, 3)), "ddim": np.ones((2, 8, 8, 3))}, ["4 steps", "8 steps"])
+    >>> [place.get_ylabel() for place in grid.axes], [place.get_title() for place in grid.axes]
+    (['euler', '', 'ddim', ''], ['4 steps', '8 steps', '', ''])
+    """
+    for label, pictures in rows.items():
+        _require_as_many(f"pictures in row {label!r}", pictures, len(columns), "columns")
+    pictures = [_as_picture(picture) for row in rows.values() for picture in row]
+    figure = image_grid(
+        _on_equal_ground(pictures), columns=len(columns) or None, row_labels=list(rows), cell=cell
+    )
+    for place, label in zip(figure.axes, columns, strict=False):
+        place.set_title(_folded(label, int(cell * 15.5)), fontsize=8)
     return figure
 
 
@@ -88,15 +111,29 @@ def _as_picture(image: np.ndarray) -> np.ndarray:
     return np.clip(image, 0, 1)
 
 
+def _on_equal_ground(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each picture in the middle of white, all of the height of the highest and the width of the widest."""
+    height, width = (max((picture.shape[side] for picture in pictures), default=0) for side in (0, 1))
+    grounds = []
+    for picture in pictures:
+        white = 255 if picture.dtype == np.uint8 else 1
+        ground = np.full((height, width, *picture.shape[2:]), white, picture.dtype)
+        top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+        ground[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+        grounds.append(ground)
+    return grounds
+
+
 def _require_as_many(what: str, given: Sequence | None, count: int, of_what: str) -> None:
     if given is not None and len(given) != count:
         raise ValueError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
 
 
 def _empty_grid(
-    rows: int, columns: int, cell: float, aspect: float, titles: Sequence[str] | None
+    rows: int, columns: int, cell: float, aspect: float, titles: Sequence[str]
 ) -> tuple[Figure, list[Axes]]:
-    title_room = 0.3 if titles else 0.08
+    lines = max(title.count("\n") + 1 if title else 0 for title in titles)
+    title_room = 0.16 + 0.14 * lines if lines else 0.08
     size = (columns * cell + 0.3, rows * (cell * aspect + title_room) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).ravel())
@@ -106,10 +143,10 @@ def _empty_grid(
     return figure, axes
 
 
-def _show(place: Axes, picture: np.ndarray, title: str, cell: float) -> None:
+def _show(place: Axes, picture: np.ndarray, title: str) -> None:
     limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if picture.dtype == np.uint8 else 1}
     place.imshow(picture, interpolation="nearest", **(limits if picture.ndim == 2 else {}))
-    place.set_title(_folded(title, int(cell * 15.5)), fontsize=8)
+    place.set_title(title, fontsize=8)
 
 
 def _folded(words: str, width: int) -> str:

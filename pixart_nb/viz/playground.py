@@ -1,0 +1,167 @@
+"""The playground: a widget that draws with a pipeline, shows the picture while it appears, and remembers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_nb.viz.playground_pictures import save_entry
+from pixart_nb.viz.playground_run import Entry, Parameters, Session, State
+from pixart_nb.viz.playground_view import View, make_controls
+
+
+class Playground:
+    """A widget around a ``Session``; show it as the last line of a cell.
+
+    The buttons draw in a task of the kernel's own event loop, one step at a time, so the kernel stays free for
+    other cells between two steps, and Cancel works. ``await playground.sample()`` presses Sample by code.
+
+    Args:
+        pipe: a pipeline with ``sample(...)``, ``decode_latents`` and ``scheduler``.
+        sizes: (height, width) in image pixels to choose from.
+        schedulers: short names to choose from.
+        folder: where Save writes.
+        others: what else the parameters in a saved picture should hold, such as ``{"model": "..."}``.
+        start: parameters to begin with, by name (see ``Parameters``); size and scheduler are the first unless given.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        schedulers: Sequence[str] = ("dpm++",),
+        folder: str | Path = "outputs/playground",
+        others: Mapping[str, Any] | None = None,
+        **start: Any,
+    ):
+        if not sizes or not schedulers:
+            raise ValueError(f"need a size and a scheduler to choose from, got {sizes} and {schedulers}")
+        given = dict(zip(("height", "width"), sizes[0], strict=True)) | {"scheduler": schedulers[0]}
+        self.controls = make_controls(Parameters(**{"prompt": ""} | given | start), sizes, schedulers)
+        self.view = View(self.controls)
+        self.session = Session(pipe, self._render)
+        self.folder, self._others = Path(folder), dict(others or {})
+        self._loop, self._task, self._rendered = _running_loop(), None, None
+        for button, act in (
+            (self.view.sample, self._start),
+            (self.view.cancel, self.cancel),
+            (self.view.save, self.save),
+            (self.view.next_seed, self._next_seed),
+            (self.view.random_seed, self._random_seed),
+        ):
+            button.on_click(self._clicked(act))
+        self._render()
+
+    # ---- what it is set to, and what it does
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameters as the controls are set; assign to set the controls."""
+        values = {name: control.value for name, control in self.controls.items()}
+        height, width = values.pop("size")
+        return Parameters(height=height, width=width, **values)
+
+    @parameters.setter
+    def parameters(self, value: Parameters) -> None:
+        for name, control in self.controls.items():
+            control.value = (value.height, value.width) if name == "size" else getattr(value, name)
+        if self.parameters != value:
+            raise ValueError(f"the controls reach {self.parameters} only; asked for {value}")
+
+    @property
+    def history(self) -> list[Entry]:
+        """What was drawn, oldest first."""
+        return self.session.history
+
+    async def sample(self) -> Entry | None:
+        """Draw with the parameters as they are set; None if the run was cancelled. Errors are shown, and raised."""
+        self.view.say("")
+        try:
+            entry = await self.session.sample(self.parameters)
+        except Exception as error:
+            self.view.say(_in_words(error), wrong=True)
+            raise
+        if entry is None:
+            progress = self.session.progress
+            self.view.say(f"Cancelled after step {progress.done} of {progress.total}.")
+        return entry
+
+    def cancel(self) -> None:
+        """End the run after the step that it is at."""
+        self.session.cancel()
+
+    def save(self) -> list[Path]:
+        """Write the pictures that are shown, each with its parameters; none if there is no finished one."""
+        entry = self.session.entry
+        try:
+            if entry is None:
+                raise ValueError("there is no finished picture to save; sample one, or choose one below")
+            paths = save_entry(entry, self.folder, self._others)
+        except (OSError, ValueError) as error:
+            self.view.say(_in_words(error), wrong=True)
+            return []
+        self.view.say(f"Saved {', '.join(str(path) for path in paths)}")
+        return paths
+
+    def restore(self, entry: Entry) -> None:
+        """Set the controls to an entry's parameters, and show its pictures unless a run is under way."""
+        self.parameters = entry.parameters
+        self.session.show(entry)
+
+    def _repr_mimebundle_(self, **options: Any):
+        return self.view.widget._repr_mimebundle_(**options)
+
+    # ---- clicks
+
+    def _clicked(self, act: Callable[[], Any]) -> Callable[[Any], None]:
+        """A callback that acts on the kernel's own loop: JupyterLab may deliver clicks on another thread."""
+
+        def callback(_: Any) -> None:
+            here = _running_loop()
+            self._loop = self._loop or here
+            if self._loop is here:
+                act()
+            else:
+                self._loop.call_soon_threadsafe(act)
+
+        return callback
+
+    def _start(self) -> None:
+        if self.session.state is State.IDLE:
+            self._task = asyncio.ensure_future(self.sample())
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # shown already
+
+    def _next_seed(self) -> None:
+        self.controls["seed"].value += 1
+
+    def _random_seed(self) -> None:
+        self.controls["seed"].value = int(np.random.default_rng().integers(2**31))
+
+    # ---- what is shown
+
+    def _render(self) -> None:
+        session = self.session
+        self.view.show_progress(session.state, session.progress)
+        self.view.show_history(session.history, lambda entry: self._clicked(partial(self.restore, entry)))
+        self.view.show_entry(session.entry)
+        if session.pictures is not self._rendered:
+            self._rendered = session.pictures
+            self.view.show_pictures(session.pictures)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _in_words(error: Exception) -> str:
+    """An error as one line; what the user can mend is a ValueError and speaks for itself."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

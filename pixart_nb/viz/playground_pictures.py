@@ -1,0 +1,88 @@
+"""Pictures of the playground: side by side in one, as PNG bytes for a widget, as files, and the history as a figure."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pixart_nb.core.sampling.picture_files import read_parameters, write_picture
+from pixart_nb.viz.figures import image_grid
+from pixart_nb.viz.playground_run import Entry
+
+
+def tiles(pictures: np.ndarray) -> np.ndarray:
+    """Pictures (N, H, W, 3) uint8 in rows, about as many as columns, with clear gaps: (h, w, 4) uint8.
+
+    >>> tiles(np.zeros((3, 64, 64, 3), np.uint8)).shape
+    (130, 130, 4)
+    """
+    count, height, width, _ = pictures.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    gap = 0 if count == 1 else max(height, width) // 32
+    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        sheet[top : top + height, left : left + width, :3] = picture
+        sheet[top : top + height, left : left + width, 3] = 255
+    return sheet
+
+
+def png_bytes(pixels: np.ndarray, most: int | None = None) -> bytes:
+    """A PNG of pixels (H, W, 3 or 4) uint8, shrunk until no side has more than ``most`` of them."""
+    image = Image.fromarray(pixels)
+    if most is not None:
+        image.thumbnail((most, most))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write each picture of an entry as a PNG that carries what repeats it, with ``others`` (the model, say).
+
+    A file that is there already keeps its name if it holds the same picture; another one is never replaced.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", entry.parameters.prompt.lower()).strip("-")[:60] or "picture"
+    paths = []
+    for number, pixels in enumerate(entry.pictures):
+        parameters = dict(others or {}) | entry.parameters.configuration(number)
+        paths.append(_free_place(Path(folder), f"{words}_seed-{entry.parameters.seed}_{number}", parameters))
+        write_picture(paths[-1], pixels, parameters)
+    return paths
+
+
+def _free_place(folder: Path, stem: str, parameters: Mapping[str, Any]) -> Path:
+    """The first of ``stem.png``, ``stem-2.png``, ... that is free, or holds the same parameters."""
+    path, number = folder / f"{stem}.png", 1
+    while path.exists() and not _holds(path, parameters):
+        number += 1
+        path = folder / f"{stem}-{number}.png"
+    return path
+
+
+def _holds(path: Path, parameters: Mapping[str, Any]) -> bool:
+    try:
+        return read_parameters(path) == parameters
+    except ValueError:
+        return False
+
+
+def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:
+    """The history as a figure: the pictures of each entry in one, with its parameters above."""
+    if not history:
+        raise ValueError("the history is empty; sample something first")
+    sheets = [_on_white(tiles(entry.pictures)) for entry in history]
+    titles = [f"{entry.number}: {entry.parameters.summary}" for entry in history]
+    return image_grid(sheets, titles, columns=columns, cell=2.6)
+
+
+def _on_white(sheet: np.ndarray) -> np.ndarray:
+    return np.where(sheet[..., 3:] > 0, sheet[..., :3], np.uint8(255))

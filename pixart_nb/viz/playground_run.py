@@ -1,0 +1,243 @@
+"""The playground without its widgets: what to draw, a run that can be cancelled between two steps, and the history."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from pixart_nb.core.sampling.randomness import picture_generators
+
+#: A preview is due once the steps since the last one took this many times as long as it did.
+PREVIEW_PAUSE = 4
+#: Latents with more cells a side than this are thinned for a preview.
+PREVIEW_CELLS = 32
+#: Turns of the event loop between two steps: a message takes a few from the socket to the widget's callback.
+TURNS = 8
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that decides how a set of pictures of one prompt looks; sizes in image pixels."""
+
+    prompt: str
+    height: int
+    width: int
+    negative_prompt: str = ""
+    steps: int = 20
+    guidance: float = 4.5
+    scheduler: str = "dpm++"
+    seed: int = 0
+    count: int = 1
+
+    def check(self) -> None:
+        """Refuse what no pipeline would notice; the rest is the pipeline's to refuse."""
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty; write what to draw, for example 'a red mushroom on grass'")
+        if self.count < 1:
+            raise ValueError(f"the number of pictures is {self.count}; expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"the seed is {self.seed}; expected 0 or more")
+
+    def call(self) -> dict[str, Any]:
+        """Arguments of ``pipe.sample``. Picture k of a seed is the same however many are drawn beside it."""
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "num_images_per_prompt": self.count,
+            "height": self.height,
+            "width": self.width,
+            "generator": picture_generators(self.seed, range(self.count)),
+        }
+
+    def configuration(self, number: int = 0) -> dict[str, Any]:
+        """What repeats picture ``number``, under the keys of the configuration files."""
+        return {
+            "prompt": [self.prompt],
+            "negative_prompt": self.negative_prompt,
+            "image_height": self.height,
+            "image_width": self.width,
+            "use_resolution_binning": False,
+            "sampling_method": self.scheduler,
+            "sampling_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "seed": self.seed,
+            "first_picture": number,
+        }
+
+    @property
+    def summary(self) -> str:
+        """All of it in one line for people.
+
+        >>> Parameters("a red cup", 64, 96, seed=3, count=2).summary
+        'a red cup · 96 x 64 · dpm++, 20 steps · guidance 4.5 · seed 3, 2 pictures'
+        """
+        without = f" · without {self.negative_prompt}" if self.negative_prompt else ""
+        pictures = f", {self.count} pictures" if self.count > 1 else ""
+        return (
+            f"{self.prompt}{without} · {self.width} x {self.height} · {self.scheduler}, {self.steps} steps · "
+            f"guidance {self.guidance:g} · seed {self.seed}{pictures}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Finished pictures (N, H, W, 3) uint8, their parameters, their number in the history, and how long they took."""
+
+    number: int
+    parameters: Parameters
+    pictures: np.ndarray
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Steps done, of how many, and the seconds that are left (None before the first step is done)."""
+
+    done: int
+    total: int
+    seconds_left: float | None = None
+
+
+class State(StrEnum):
+    """What a session is doing."""
+
+    IDLE = "idle"
+    SAMPLING = "sampling"
+    CANCELLING = "cancelling"
+
+
+class Session:
+    """Draws with a pipeline, one run at a time, and remembers what it drew.
+
+    ``on_change()`` is called whenever an attribute has changed. ``pictures`` (N, H, W, 3) uint8 are those to look at
+    now: a preview, or those of ``entry``, which is None during a run and after one that was cancelled.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        on_change: Callable[[], None] = lambda: None,
+        history_limit: int = 24,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.pipe, self._on_change, self._limit, self._clock = pipe, on_change, history_limit, clock
+        self.state, self.progress = State.IDLE, Progress(0, 1)
+        self.pictures: np.ndarray | None = None
+        self.entry: Entry | None = None
+        self.history: list[Entry] = []
+        self._count = 0
+
+    async def sample(self, parameters: Parameters) -> Entry | None:
+        """Draw, giving way to other tasks between two steps; the new entry, or None if ``cancel`` came first.
+
+        Raises:
+            RuntimeError: a run is under way.
+            ValueError: the parameters do not fit each other or the pipeline.
+        """
+        if self.state is not State.IDLE:
+            raise RuntimeError("a run is under way; wait for it, or cancel it")
+        parameters.check()
+        self._set(state=State.SAMPLING, progress=Progress(0, parameters.steps), entry=None)
+        started = self._clock()
+        done: dict[str, Any] = {}
+        try:
+            pictures = await self._run(parameters)
+            if pictures is not None:
+                done = self._remembered(parameters, pictures, self._clock() - started)
+        finally:
+            self._set(state=State.IDLE, **done)
+        return self.entry
+
+    def cancel(self) -> None:
+        """Ask the run, if there is one, to end after the step that it is at."""
+        if self.state is State.SAMPLING:
+            self._set(state=State.CANCELLING)
+
+    def show(self, entry: Entry) -> None:
+        """Look at an earlier entry again; during a run, nothing happens."""
+        if self.state is State.IDLE:
+            self._set(entry=entry, pictures=entry.pictures)
+
+    async def _run(self, parameters: Parameters) -> np.ndarray | None:
+        """The pictures (N, H, W, 3) uint8, or None if the run was cancelled."""
+        with closing(begun(self.pipe, parameters)) as steps:
+            async with aclosing(giving_way(steps)) as records:
+                latents = await self._follow(records, parameters.steps)
+        pictures: list[np.ndarray] = []
+        for row in latents if latents is not None else ():
+            await give_way()
+            if self.state is State.CANCELLING:
+                return None
+            pictures.append(self._decode(row[None])[0])
+        return np.stack(pictures) if pictures else None
+
+    async def _follow(self, records: AsyncIterator[Any], total: int) -> np.ndarray | None:
+        """Consume the conditioning and the steps, with progress and previews; the last latents."""
+        await anext(records)
+        started = preview_ended = self._clock()
+        cost, latents = 0.0, None
+        async for step in records:
+            latents, done, now = step.latents, step.index + 1, self._clock()
+            left = (now - started) / done * max(total - done, 0)
+            self._set(progress=Progress(done, max(total, done), left))
+            if self.state is State.CANCELLING:
+                return None
+            if done < total and now - preview_ended >= PREVIEW_PAUSE * cost:
+                self._set(pictures=self._decode(thinned(step.denoised)))
+                preview_ended = self._clock()
+                cost = preview_ended - now
+        return latents
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        pictures = self.pipe.decode_latents(np.ascontiguousarray(latents))
+        return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)
+
+    def _remembered(self, parameters: Parameters, pictures: np.ndarray, seconds: float) -> dict[str, Any]:
+        """What changes when pictures are finished."""
+        self._count += 1
+        entry = Entry(self._count, parameters, pictures, seconds)
+        return {"history": [*self.history, entry][-self._limit :], "entry": entry, "pictures": pictures}
+
+    def _set(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
+        self._on_change()
+
+
+def begun(pipe: Any, parameters: Parameters) -> Iterator[Any]:
+    """The generator ``pipe.sample`` with the chosen scheduler; the pipeline keeps its own."""
+    own = pipe.scheduler
+    pipe.scheduler = parameters.scheduler
+    try:
+        return pipe.sample(**parameters.call())
+    finally:
+        pipe.scheduler = own
+
+
+async def give_way() -> None:
+    """Let the event loop handle what has come in since."""
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
+
+
+async def giving_way(records: Iterator[Any]) -> AsyncIterator[Any]:
+    """The records of a generator that computes, with time for other tasks before each and after the last."""
+    await give_way()
+    for record in records:
+        await give_way()
+        yield record
+
+
+def thinned(latents: np.ndarray) -> np.ndarray:
+    """Latents (N, C, h, w) with at most ``PREVIEW_CELLS`` cells a side, by leaving cells out."""
+    every = -(-max(latents.shape[2:]) // PREVIEW_CELLS)
+    return latents[:, :, ::every, ::every]

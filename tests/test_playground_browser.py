@@ -1,0 +1,336 @@
+"""The playground as a user meets it: in JupyterLab, in a browser."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from pixart_nb.config import check_config
+from pixart_nb.core.sampling.picture_files import read_parameters
+
+CHROMIUM = shutil.which("chromium")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="runs once playwright is installed: pip install -e '.[browser]'"
+)
+pytestmark = [
+    pytest.mark.notebook,
+    pytest.mark.skipif(not CHROMIUM, reason="runs once there is a chromium: apt-get install chromium"),
+]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+MODEL = os.environ.get("PLAYGROUND_MODEL", "data/tiny-sigma")
+SCREENSHOTS = Path(__file__).resolve().parents[1] / "outputs" / "playground_browser"
+README_PICTURE = os.environ.get("PLAYGROUND_PICTURE", "")
+#: Milliseconds that a slow machine may take for anything.
+SLOW = 90_000
+CELLS = (
+    """
+import os
+os.chdir({project!r})
+model, folder = {model!r}, {folder!r}
+""",
+    """
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.viz.playground import Playground
+
+pipe = PixArtSigmaPipeline.from_pretrained(model)
+Playground(
+    pipe,
+    sizes=[(128, 128), (128, 192), (192, 128), (120, 100)],
+    schedulers=["dpm++", "ddim", "euler", "unipc"],
+    folder=folder,
+    others={{"model": model}},
+    steps=16,
+)
+""",
+    "6 * 7",
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A JupyterLab of its own: the folder it serves, and the address with a token."""
+    folder = tmp_path_factory.mktemp("lab")
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}'
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    options = {
+        "ServerApp.ip": "127.0.0.1",
+        "ServerApp.port": port,
+        "ServerApp.port_retries": 0,
+        "IdentityProvider.token": token,
+        "ServerApp.root_dir": folder,
+        "LabApp.user_settings_dir": folder / "settings",
+        "LabApp.workspaces_dir": folder / "workspaces",
+    }
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            command + [f"--{name}={value}" for name, value in options.items()], stdout=log, stderr=log
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{port}/api?token={token}", process, folder / "server.log")
+            yield folder, f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def wait_for(address, process, log):
+    for _ in range(600):
+        if process.poll() is not None:
+            break
+        try:
+            return urllib.request.urlopen(address, timeout=5).close()
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"JupyterLab does not answer:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(server, browser, project):
+    """A page with the playground, the kernel idle; an error in the browser's console fails the test."""
+    folder, address = server
+    values = {"project": str(project), "model": MODEL, "folder": str(folder / "saved")}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    cells = [new_code_cell(cell.strip().format(**values)) for cell in CELLS]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "play.ipynb")
+    page, complaints = browser.new_page(viewport={"width": 1400, "height": 1040}), []
+    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(address.format("play.ipynb"))
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=SLOW)
+    page.wait_for_selector(".jp-Spinner", state="detached", timeout=SLOW)
+    run_cell(page, 0)
+    run_cell(page, 1)
+    error = page.locator("[data-mime-type='application/vnd.jupyter.error']")
+    page.locator(".pixart-playground").or_(error).first.wait_for(timeout=SLOW)
+    assert not error.count(), error.inner_text()
+    yield page
+    page.close()
+    assert complaints == []  # none is excluded
+
+
+def run_cell(page, number):
+    """Press Shift and Enter in a cell, again if it was lost, as happens when JupyterLab has only just opened."""
+    cell = page.locator(".jp-Cell").nth(number)
+    for _ in range(5):
+        cell.locator(".cm-content").click()
+        page.keyboard.press("Shift+Enter")
+        try:
+            return sync_api.expect(cell.locator(".jp-InputPrompt").first).not_to_have_text(
+                "[ ]:", timeout=3000
+            )
+        except AssertionError:
+            continue
+    raise AssertionError(f"cell {number} does not run")
+
+
+class User:
+    """What a person does with the playground on a page, and what they see."""
+
+    def __init__(self, page):
+        self.page, self.widget = page, page.locator(".pixart-playground")
+
+    def press(self, name):
+        self.widget.get_by_role("button", name=name).click()
+
+    def write(self, name, text):
+        self.widget.get_by_label(name, exact=True).fill(text)
+
+    def choose(self, name, option):
+        self.widget.get_by_label(name, exact=True).select_option(option)
+
+    def slide(self, name, value):
+        """Type into the number beside a slider."""
+        row = self.widget.locator(".widget-slider", has_text=name)
+        number = row.locator(".widget-readout")
+        number.click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.type(str(value))
+        self.page.keyboard.press("Enter")
+
+    def reads(self, text):
+        self.widget.get_by_text(text).first.wait_for(timeout=SLOW)
+
+    def sees_cards(self, count):
+        sync_api.expect(self.widget.locator(".pixart-card")).to_have_count(count, timeout=SLOW)
+
+    def picture(self):
+        """What the large picture shows, as the text of a PNG."""
+        return self.page.evaluate(
+            """async () => {
+                const image = document.querySelector('.pixart-frame img')
+                await image.decode().catch(() => {})  // the next one may be coming
+                const canvas = document.createElement('canvas')
+                Object.assign(canvas, {width: image.naturalWidth, height: image.naturalHeight})
+                canvas.getContext('2d').drawImage(image, 0, 0)
+                return canvas.toDataURL()
+            }"""
+        )
+
+    def sees_another_picture(self, than):
+        end = time.monotonic() + SLOW / 1000
+        while (now := self.picture()) == than:
+            assert time.monotonic() < end, "the picture did not change"
+            time.sleep(0.05)
+        return now
+
+    def sees_everything(self):
+        """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
+        cut = self.widget.evaluate(
+            """widget => [widget, ...widget.querySelectorAll('.widget-box')]
+                .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.className + ": " + box.textContent)"""
+        )
+        assert cut == []
+        boxes = [
+            part.bounding_box()
+            for part in self.widget.locator("textarea, select, input, .widget-readout, button").all()
+            if part.is_visible()
+        ]
+        for number, box in enumerate(boxes):
+            for other in boxes[:number]:
+                apart = (
+                    box["x"] + box["width"] <= other["x"] + 1 or other["x"] + other["width"] <= box["x"] + 1,
+                    box["y"] + box["height"] <= other["y"] + 1
+                    or other["y"] + other["height"] <= box["y"] + 1,
+                )
+                assert any(apart), (box, other)
+
+    def photograph(self, name):
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+@pytest.fixture
+def user(page):
+    return User(page)
+
+
+def test_a_prompt_becomes_a_picture_that_can_be_saved_and_come_back_to(user, server):
+    empty = user.picture()
+    user.photograph("1_empty")
+    user.write("Prompt", "a red mushroom on grass")
+    user.slide("Steps", 30)
+    user.press("Sample")
+    preview = user.sees_another_picture(empty)
+    user.reads("step ")
+    user.photograph("2_sampling")
+    user.sees_cards(1)
+    first = user.sees_another_picture(preview)
+    user.reads("a red mushroom on grass · 128 x 128 · dpm++, 30 steps · guidance 4.5 · seed 0")
+    user.press("Save")
+    user.reads("Saved ")
+    parameters = read_parameters(server[0] / "saved" / "a-red-mushroom-on-grass_seed-0_0.png")
+    assert check_config(parameters).prompt == ["a red mushroom on grass"]
+    user.press("Next")
+    user.slide("Steps", 16)
+    user.choose("Size", "192 x 128, wide")
+    user.slide("Pictures", 4)
+    user.press("Sample")
+    user.sees_cards(2)
+    user.sees_everything()
+    user.photograph("3_four_wide_pictures")
+    user.press("1: seed 0")
+    user.reads("dpm++, 30 steps · guidance 4.5 · seed 0")
+    assert user.picture() == first
+    assert user.widget.get_by_label("Size", exact=True).input_value() == "128 x 128, square"
+    user.photograph("4_history")
+
+
+def test_a_run_can_be_cancelled_and_the_kernel_is_free_meanwhile(user):
+    user.write("Prompt", "a blue fish in the snow")
+    user.slide("Steps", 50)
+    user.slide("Pictures", 8)
+    user.press("Sample")
+    user.reads("step ")
+    run_cell(user.page, 2)
+    user.page.locator(".jp-OutputArea-output", has_text="42").wait_for(timeout=SLOW)
+    assert user.widget.get_by_role("button", name="Cancel").is_enabled(), (
+        "the cell waited for the end of the run"
+    )
+    user.press("Cancel")
+    user.reads("Cancelled after step ")
+    user.photograph("5_cancelled")
+    user.sees_cards(0)
+    assert user.widget.get_by_role("button", name="Sample").is_enabled()
+    user.slide("Steps", 2)
+    user.press("Sample")
+    user.sees_cards(1)
+
+
+def test_what_is_wrong_is_said_in_the_widget(user):
+    user.press("Sample")
+    user.reads("the prompt is empty; write what to draw")
+    user.write("Prompt", "a cup")
+    user.choose("Size", "100 x 120, tall")
+    user.press("Sample")
+    user.reads("height and width are 120x100; both must be positive multiples of 16")
+    user.photograph("6_error")
+    assert not user.page.get_by_text("Traceback").count()
+
+
+def test_it_is_legible_in_a_narrow_window_and_in_the_dark_theme(user):
+    user.page.set_viewport_size({"width": 900, "height": 1500})
+    user.page.get_by_role("menuitem", name="Settings").click()
+    user.page.get_by_text("Theme", exact=True).hover()
+    user.page.get_by_text("JupyterLab Dark", exact=True).click()
+    user.write("Prompt", "a purple potion at night")
+    user.slide("Steps", 4)
+    user.press("Sample")
+    user.sees_cards(1)
+    user.photograph("7_narrow_and_dark")
+    user.sees_everything()
+    assert user.widget.locator(".pixart-frame").bounding_box()["width"] > 400
+
+
+@pytest.mark.skipif(not README_PICTURE, reason="runs when PLAYGROUND_PICTURE names the file to write")
+def test_a_picture_for_the_readme(user):
+    user.page.set_viewport_size({"width": 1180, "height": 900})
+    user.page.keyboard.press("Control+B")  # without the list of files
+    prompts = (
+        "a green dragon on a beach",
+        "a purple potion at night",
+        "a blue fish in the snow",
+        "an orange rocket on grass",
+        "a yellow ghost in the desert",
+        "a red mushroom in a forest",
+    )
+    for number, prompt in enumerate(prompts, 1):
+        user.write("Prompt", prompt)
+        user.press("Sample")
+        user.sees_cards(number)
+    user.reads("red mushroom in a forest · 128 x 128")
+    user.widget.scroll_into_view_if_needed()
+    user.page.screenshot(path=README_PICTURE)
