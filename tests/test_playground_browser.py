@@ -211,7 +211,8 @@ class User:
         """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
         cut = self.widget.evaluate(
             """widget => [widget, ...widget.querySelectorAll('.widget-box')]
-                .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.className + ": " + box.textContent)"""
+                .filter(box => box.scrollWidth > box.clientWidth + 1)
+                .map(box => box.className + ": " + box.textContent)"""
         )
         assert cut == []
         boxes = [
