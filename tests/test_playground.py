@@ -249,7 +249,7 @@ import json, sys, time
 sys.path[:0] = {path}
 from playground_pipe import Pipe
 from pixart_nb.viz.playground import Playground
-def compute(end=0.05, stamps=[]):
+def compute(end=0.15, stamps=[]):
     stamps.append(time.time())
     while time.time() < stamps[-1] + end:
         pass
@@ -289,9 +289,9 @@ def test_in_a_kernel_cancel_waits_for_one_step_and_no_more(in_subshell, by_cell)
             client.execute("await playground.sample()")
         else:
             pressed_in_kernel(client, sample, subshell)
-        time.sleep(0.8)
+        time.sleep(1.5)
         at = pressed_in_kernel(client, cancel, subshell)
-        time.sleep(0.8)
+        time.sleep(1.5)
         code = "print(json.dumps([playground.session.state, playground.view.message.value, stamps]))"
         state, said, stamps = printed(client, code)
     finally:

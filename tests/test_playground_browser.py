@@ -1,5 +1,7 @@
 """The playground as a user meets it: in JupyterLab, in a browser."""
 
+import base64
+import io
 import os
 import secrets
 import shutil
@@ -11,8 +13,10 @@ import urllib.request
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.picture_files import read_parameters
@@ -188,8 +192,8 @@ class User:
         sync_api.expect(self.widget.locator(".pixart-card")).to_have_count(count, timeout=SLOW)
 
     def picture(self):
-        """What the large picture shows, as the text of a PNG."""
-        return self.page.evaluate(
+        """What the large picture shows, (H, W, 3) uint8."""
+        address = self.page.evaluate(
             """async () => {
                 const image = document.querySelector('.pixart-frame img')
                 await image.decode().catch(() => {})  // the next one may be coming
@@ -199,13 +203,15 @@ class User:
                 return canvas.toDataURL()
             }"""
         )
+        png = base64.b64decode(address.split(",", 1)[1])
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
-    def sees_another_picture(self, than):
+    def sees_picture(self, right):
+        """Wait until the large picture is right."""
         end = time.monotonic() + SLOW / 1000
-        while (now := self.picture()) == than:
-            assert time.monotonic() < end, "the picture did not change"
+        while not right(self.picture()):
+            assert time.monotonic() < end, "the picture did not change as it should"
             time.sleep(0.05)
-        return now
 
     def sees_everything(self):
         """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
@@ -240,32 +246,32 @@ def user(page):
 
 
 def test_a_prompt_becomes_a_picture_that_can_be_saved_and_come_back_to(user, server):
-    empty = user.picture()
     user.photograph("1_empty")
     user.write("Prompt", "a red mushroom on grass")
     user.slide("Steps", 30)
     user.press("Sample")
-    preview = user.sees_another_picture(empty)
+    user.sees_picture(lambda pixels: pixels.shape == (128, 128, 3) and pixels.std() > 10)  # a preview
     user.reads("step ")
     user.photograph("2_sampling")
     user.sees_cards(1)
-    first = user.sees_another_picture(preview)
     user.reads("a red mushroom on grass · 128 x 128 · dpm++, 30 steps · guidance 4.5 · seed 0")
     user.press("Save")
     user.reads("Saved ")
-    parameters = read_parameters(server[0] / "saved" / "a-red-mushroom-on-grass_seed-0_0.png")
-    assert check_config(parameters).prompt == ["a red mushroom on grass"]
+    saved = server[0] / "saved" / "a-red-mushroom-on-grass_seed-0_0.png"
+    assert check_config(read_parameters(saved)).prompt == ["a red mushroom on grass"]
+    user.sees_picture(lambda pixels: np.array_equal(pixels, Image.open(saved)))
     user.press("Next")
     user.slide("Steps", 16)
     user.choose("Size", "192 x 128, wide")
     user.slide("Pictures", 4)
     user.press("Sample")
     user.sees_cards(2)
+    user.sees_picture(lambda pixels: pixels.shape == (262, 390, 3))  # two by two, with gaps
     user.sees_everything()
     user.photograph("3_four_wide_pictures")
     user.press("1: seed 0")
     user.reads("dpm++, 30 steps · guidance 4.5 · seed 0")
-    assert user.picture() == first
+    user.sees_picture(lambda pixels: np.array_equal(pixels, Image.open(saved)))
     assert user.widget.get_by_label("Size", exact=True).input_value() == "128 x 128, square"
     user.photograph("4_history")
 

@@ -146,12 +146,12 @@ class Playground:
 
     def _render(self) -> None:
         session = self.session
-        self.view.show_progress(session.state, session.progress)
-        self.view.show_history(session.history, lambda entry: self._clicked(partial(self.restore, entry)))
-        self.view.show_entry(session.entry)
         if session.pictures is not self._rendered:
             self._rendered = session.pictures
             self.view.show_pictures(session.pictures)
+        self.view.show_progress(session.state, session.progress)
+        self.view.show_history(session.history, lambda entry: self._clicked(partial(self.restore, entry)))
+        self.view.show_entry(session.entry)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
