@@ -1,4 +1,4 @@
-"""``pixart-nb``: draw pictures, judge a model, train the embedded one. Thin functions over ``commands``."""
+"""``pixart-nb``: draw pictures, convert checkpoints, judge a model, train the embedded one. Thin functions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},  # --image_height too
     add_completion=False,
     pretty_exceptions_show_locals=False,
-    help="PixArt-Sigma on MindSpore: draw pictures, judge a model, train the embedded one.",
+    help="PixArt-Sigma on MindSpore: draw pictures, convert checkpoints, judge a model, train the embedded one.",
 )
 
 
@@ -32,6 +32,9 @@ class Switch(StrEnum):
 
     true = "true"
     false = "false"
+
+
+StoredDtype = StrEnum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")})
 
 
 class Dtype(StrEnum):
@@ -131,6 +134,68 @@ def sample(
         for path in command.sample(settings):
             typer.echo(path)
         typer.echo(f"{command.seconds_of_this_process():.1f} s from the cold start of this command")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Option(
+            help="Checkpoint: .pth, .bin, .ckpt, .safetensors, or a folder in the diffusers layout."
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Option(help="What to write, by its ending: .safetensors, .ckpt, .pth; without one, a folder."),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON with what the tensors do not show: a diffusers config.json, or our fields."),
+    ] = None,
+    sample_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Latent side of the training size: 32, 64, 128, 256 for 256 to 2048 pixels."
+        ),
+    ] = None,
+    dtype: Annotated[StoredDtype, typer.Option(help="Kind of numbers that is written.")] = StoredDtype.keep,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Load both, compare one forward pass; exit code 1 if they differ."),
+    ] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print what became of every tensor.")] = False,
+) -> None:
+    """Convert a PixArt transformer, alpha or sigma, between layouts, without PyTorch, and audit every tensor.
+
+    Files get the official names, which mindone uses too; a folder gets
+    diffusers' names and a config.json. The audit is printed in short and
+    written beside the target, as TARGET.audit.json.
+
+    Only the transformer is written. For a whole pipeline, copy the folder of a
+    published one, empty its transformer folder and convert into that:
+    --target my-pipeline/transformer
+
+    Example: pixart-nb convert --source PixArt-Sigma-XL-2-1024-MS.pth
+    --target my-pipeline/transformer --sample_size 128
+    """
+    with _one_line_errors():
+        from pixart_nb.core.checkpoints import convert as conversion
+        from pixart_nb.core.checkpoints.configuration import read_config
+        from pixart_nb.core.checkpoints.plan import plan_conversion
+
+        said = read_config(config) if config else None
+        plan = plan_conversion(source, target, said, sample_size, dtype.value)
+        typer.echo(f"{plan.audit}\n{plan.audit.table()}" if table else plan.audit)
+        conversion.convert(plan)
+        typer.echo("\n".join(map(str, plan.files)))
+        if verify:
+            error = conversion.verify(plan)
+            typer.echo(f"relative error of one forward pass: {error:.1e}")
+            if not error <= conversion.TOLERANCE:
+                typer.echo(
+                    f"pixart-nb: expected at most {conversion.TOLERANCE}; do not use the target", err=True
+                )
+                raise typer.Exit(1)
 
 
 @app.command()

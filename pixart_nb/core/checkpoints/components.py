@@ -10,13 +10,9 @@ import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
-from pixart_nb.core.checkpoints.load import (
-    diffusers_config,
-    load_into,
-    load_transformer,
-    read_tensors,
-    unfilled,
-)
+from pixart_nb.core.checkpoints.configuration import diffusers_config
+from pixart_nb.core.checkpoints.files import read_tensors
+from pixart_nb.core.checkpoints.load import load_into, load_transformer, unfilled
 from pixart_nb.core.checkpoints.store import CheckpointError, read_json, save_tensors, write_json
 from pixart_nb.core.checkpoints.text_encoder import load_t5
 from pixart_nb.core.models.t5 import T5Encoder

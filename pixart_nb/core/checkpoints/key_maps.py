@@ -55,6 +55,11 @@ TABLES = {
 RECOMPUTED = ("pos_embed",)
 #: In the official layout only; diffusers encodes an empty prompt instead.
 OFFICIAL_ONLY = ("y_embedder.y_embedding",)
+#: Names in diffusers folders that diffusers itself no longer reads, and what they are called here.
+FORMER = {
+    "caption_projection.y_embedding": "y_embedder.y_embedding",  # in the published folders of alpha
+    "pos_embed.pos_embed": "pos_embed",
+}
 
 _BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 _TO_DIFFUSERS = {rule.official: rule.diffusers for rule in RULES}
@@ -79,6 +84,8 @@ def diffusers_names(official: str) -> tuple[str, ...] | None:
 
 def official_name(diffusers: str) -> tuple[str, int] | None:
     """Official name of a diffusers tensor and its place in the stack; None if it has none."""
+    if diffusers in FORMER:
+        return FORMER[diffusers], 0
     general, number = _general(diffusers)
     for official, other in TABLES.items():
         if other == general:
@@ -93,21 +100,34 @@ def is_diffusers(names: Iterable[str]) -> bool:
     return any(name.startswith(("transformer_blocks.", "adaln_single.")) for name in names)
 
 
-def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors under official names; names that belong to no known tensor are kept, to be reported by the caller."""
-    stacks: dict[str, dict[int, np.ndarray]] = {}
-    rest = {}
-    for name, tensor in tensors.items():
+def origins(names: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Official name -> the diffusers names whose tensors are stacked to it; and names that belong to no such stack.
+
+    A stack of which a part is missing is no stack: its parts are among the latter.
+    """
+    stacks: dict[str, dict[int, str]] = {}
+    rest = []
+    for name in names:
         found = official_name(name)
         if found is None:
-            rest[name] = tensor
+            rest.append(name)
         else:
-            stacks.setdefault(found[0], {})[found[1]] = tensor
-    return {name: _stack(parts) for name, parts in stacks.items()} | rest
+            stacks.setdefault(found[0], {})[found[1]] = name
+    whole = {}
+    for official, parts in stacks.items():
+        if len(parts) == len(diffusers_names(official) or [official]):
+            whole[official] = tuple(parts[place] for place in sorted(parts))
+        else:
+            rest += parts.values()
+    return whole, rest
 
 
-def _stack(parts: Mapping[int, np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 and 0 in parts else np.concatenate([parts[i] for i in sorted(parts)])
+def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Tensors under official names; names that belong to no known tensor are kept, to be reported by the caller."""
+    whole, rest = origins(tensors)
+    stacks = {name: [tensors[part] for part in parts] for name, parts in whole.items()}
+    joined = {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in stacks.items()}
+    return joined | {name: tensors[name] for name in rest}
 
 
 def to_diffusers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

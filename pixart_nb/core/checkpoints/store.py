@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,44 @@ class CheckpointError(ValueError):
 @contextmanager
 def written_beside(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_together(path) as (temporary,):
         yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
+
+
+@contextmanager
+def written_together(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
+    """Yield a temporary path beside each of ``paths``, to be written whole.
+
+    On success all of them are put in place, once all are on the disk. On any error all are removed, and the folders
+    that were made for them.
+    """
+    targets = [Path(path) for path in paths]
+    temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in targets)
+    made: list[Path] = []
+    try:
+        for path in targets:
+            made += _make_folders(path.parent)
+        yield temporaries
+        for temporary in temporaries:
+            _sync(temporary)
+        for temporary, path in zip(temporaries, targets, strict=True):
+            os.replace(temporary, path)
+        for folder in {path.parent for path in targets}:
+            _sync(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            with suppress(OSError):
+                temporary.unlink()
+        for folder in reversed(made):
+            with suppress(OSError):  # it holds what was written
+                folder.rmdir()
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; the ones that were not there before, the outer first."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
 
 
 def _sync(path: Path) -> None:
@@ -57,9 +85,12 @@ def read_json(path: str | Path) -> dict:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected a JSON file there")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # damaged, not UTF-8, or nested without end
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected an object, {{...}}")
+    return content
 
 
 def save_tensors(
@@ -73,18 +104,19 @@ def save_tensors(
 
 def load_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
     """Tensors of a safetensors file whose names ``keep`` accepts; a damaged file is a ``CheckpointError``."""
-    with _opened(path) as content:
+    with opened(path) as content:
         return {name: content.get_tensor(name) for name in content.keys() if keep(name)}  # noqa: SIM118
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """The text metadata of a safetensors file."""
-    with _opened(path) as content:
+    with opened(path) as content:
         return dict(content.metadata() or {})
 
 
 @contextmanager
-def _opened(path: str | Path):
+def opened(path: str | Path):
+    """A safetensors file, its header checked by the library; a damaged one is a ``CheckpointError``."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected a safetensors file there")

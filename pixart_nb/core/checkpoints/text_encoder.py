@@ -9,7 +9,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms, supported_dtype
-from pixart_nb.core.checkpoints.load import load_into, read_tensors, unfilled
+from pixart_nb.core.checkpoints.files import read_tensors
+from pixart_nb.core.checkpoints.load import load_into, unfilled
 from pixart_nb.core.checkpoints.store import read_json
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.quantized import Int8Linear

@@ -1,7 +1,8 @@
 """Reads ``.pth`` and ``.bin`` files without PyTorch, and without running anything that is in them.
 
-A torch file is a zip archive with a pickle (``data.pkl``) and one raw member per storage. The unpickler here knows
-tensors, storages and plain containers; every other name is refused before it is looked up. Storages are mapped, not
+Since version 1.6 a torch file is a zip archive: a pickle (``data.pkl``) and one raw member for each storage. Before, it
+was a row of pickles (a magic number, the version of the format, facts about the machine, the object, the names of
+the storages) and then, for each name, the count of its numbers (8 bytes) and the numbers. Storages are mapped, not
 read: memory is taken by what is used.
 """
 
@@ -11,186 +12,177 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.checkpoints.stored import DTYPES, Stored, map_file, mapping_of, release
+from pixart_nb.core.checkpoints.torch_unpickler import Archive, Storage, TensorUnpickler
 
-_BFLOAT16 = "bfloat16"
-_STORAGES = {
-    "FloatStorage": np.float32,
-    "DoubleStorage": np.float64,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": _BFLOAT16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
-_WRAPPERS = ("state_dict_ema", "state_dict", "model")
+#: Where training scripts put the weights, the wanted first; they may stand inside one another.
+_WRAPPERS = (
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema",
+    "state_dict",
+    "model_state_dict",
+    "model",
+)
+_MOST_WRAPPERS = 4
 _PREFIX = "module."
-#: How files begin that torch wrote before 1.6: a pickled magic number.
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_MAGIC = 0x1950A86A20F9469CFC6C
+#: How files begin that torch wrote before 1.6: the magic number, pickled.
+_LEGACY_START = pickle.dumps(_MAGIC, 2)
+_LEGACY_VERSION = 1001
 _LOCAL_HEADER = 30
+#: Bytes of a member that are compared with its checksum before their memory is given back.
+_CHECKED_TOGETHER = 64 * 2**20
 #: What the zip and pickle modules raise on bytes that are not what they should be.
 _DAMAGE = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    zlib.error,
-    struct.error,
+    *(zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, RuntimeError, zlib.error, struct.error),
+    *(TypeError, ValueError, AttributeError, LookupError, OverflowError, MemoryError),
 )
-_DAMAGE += (TypeError, ValueError, AttributeError, LookupError, OverflowError, MemoryError)
 
 
-class _Storage(NamedTuple):
-    """A storage of the archive: raw values of one dtype (bfloat16 as uint16)."""
-
-    values: np.ndarray
-    bfloat16: bool
-
-
-class _StorageType(NamedTuple):
-    name: str
-
-
-class _Unpickler(pickle._Unpickler):
-    """Rebuilds tensors and plain containers; refuses every other global by name.
-
-    This is Python's own unpickler in Python. The one in C allocates as many memo entries as the file says: a hundred
-    bytes could ask it for all memory.
-    """
-
-    dispatch: ClassVar[dict] = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, file, archive: _Archive):
-        super().__init__(file, encoding="utf-8")
-        self.archive = archive
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
-        if module == "torch" and name in _STORAGES:
-            return _StorageType(name)
-        raise CheckpointError(
-            f"{self.archive.path} asks for {module}.{name}, which is no tensor; it was refused and nothing was run. "
-            "Load it where you trust it and save its state_dict as safetensors."
-        )
-
-    def load_build(self) -> None:
-        """Attributes of an object: torch leaves ``_metadata`` on its OrderedDict, which is dropped; no other may."""
-        self.stack.pop()
-        if not isinstance(self.stack[-1], OrderedDict):
-            kind = type(self.stack[-1]).__name__
-            raise CheckpointError(f"{self.archive.path} sets attributes of a {kind}; it was refused")
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    def persistent_load(self, key: Any) -> _Storage:
-        try:
-            kind, storage_type, name, _, count = key
-            dtype = _STORAGES[storage_type.name]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self.archive.path} has a storage that cannot be understood: {key!r}"
-            ) from error
-        if kind != "storage" or not isinstance(count, int):
-            raise CheckpointError(f"{self.archive.path} has a storage that cannot be understood: {key!r}")
-        return self.archive.storage(str(name), dtype, count)
-
-
-class _Archive:
+class _Zip:
     """The zip archive of a torch file; each storage is mapped once and shared by the tensors that view it."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.zip = zipfile.ZipFile(path)
-        self.bytes = np.memmap(path, np.uint8, "r")
-        pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+    def __init__(self, path: Path, content: np.ndarray):
+        self.path, self.bytes, self.size = path, content, content.size
+        with zipfile.ZipFile(path) as archive:
+            self.members = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in self.members if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(
                 f"{path} is a zip archive without data.pkl; expected a file that torch.save wrote"
             )
         self.pickle_name = pickles[0]
         self.prefix = self.pickle_name[: -len("data.pkl")]
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
 
-    def storage(self, name: str, dtype: Any, count: int) -> _Storage:
+    def load(self, as_tensor: Callable[[Stored], Any]) -> Any:
+        order = self.members.get(f"{self.prefix}byteorder")
+        if order and self.member(order.filename).tobytes() != b"little":
+            raise CheckpointError(f"{self.path} was not written on a little-endian machine; that is not read")
+        program = BytesIO(self.member(self.pickle_name).tobytes())
+        return TensorUnpickler(program, self, as_tensor).load()
+
+    def storage(self, name: str, dtype: str, count: int) -> Storage:
         if name not in self.storages:
-            bfloat16 = dtype == _BFLOAT16
-            raw = np.dtype(np.uint16 if bfloat16 else dtype)
             member = f"{self.prefix}data/{name}"
-            if member not in self.zip.NameToInfo:
+            if member not in self.members:
                 raise CheckpointError(f"{self.path} lacks the storage {member}")
-            size = self.zip.getinfo(member).file_size
-            if size != count * raw.itemsize or self.zip.getinfo(member).compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(
-                    f"{self.path}: {member} has {size} bytes; expected {count * raw.itemsize}, stored"
-                )
-            self.storages[name] = _Storage(self.mapped(member).view(raw), bfloat16)
+            expected = count * DTYPES[dtype].itemsize
+            if self.members[member].file_size != expected:
+                found = self.members[member].file_size
+                raise CheckpointError(f"{self.path}: {member} has {found} bytes; expected {expected}")
+            self.storages[name] = Storage(self.member(member).view(DTYPES[dtype]), dtype)
+        if self.storages[name].dtype != dtype:
+            raise CheckpointError(
+                f"{self.path} reads storage {name} as {self.storages[name].dtype} and as {dtype}"
+            )
         return self.storages[name]
 
-    def mapped(self, member: str) -> np.ndarray:
+    def member(self, name: str) -> np.ndarray:
         """The bytes of a stored member, compared with its checksum and not copied."""
-        info = self.zip.getinfo(member)
+        info = self.members[name]
+        if info.compress_type != zipfile.ZIP_STORED or info.header_offset < 0:
+            raise CheckpointError(
+                f"{self.path}: {name} is compressed; expected it stored, as torch.save does"
+            )
         names, extra = struct.unpack_from("<HH", self.bytes, info.header_offset + _LOCAL_HEADER - 4)
         start = info.header_offset + _LOCAL_HEADER + names + extra
         values = self.bytes[start : start + info.file_size]
-        if len(values) != info.file_size or zlib.crc32(values) != info.CRC:
+        if len(values) != info.file_size or _checksum(values) != info.CRC:
             raise CheckpointError(
-                f"{self.path} is damaged: {member} does not match its checksum. Copy it again."
+                f"{self.path} is damaged: {name} does not match its checksum. Copy it again."
             )
         return values
 
 
-def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
-    """The tensor that views a storage from ``offset`` with ``size`` and ``stride``; bfloat16 as float32, copied."""
-    numbers = [offset, *size, *stride]
-    if not isinstance(storage, _Storage) or len(size) != len(stride) or len(size) > 16:
-        raise CheckpointError(f"a tensor of size {size!r} and stride {stride!r} has no storage that fits it")
-    if not all(isinstance(n, int) and n >= 0 for n in numbers):
-        raise CheckpointError(
-            f"a tensor has offset {offset!r}, size {size!r}, stride {stride!r}; expected whole numbers"
-        )
-    last = (
-        offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if all(size)
-        else offset - 1
-    )
-    if last >= len(storage.values) or np.prod(size, dtype=object) > len(storage.values):
-        raise CheckpointError(
-            f"a tensor of size {tuple(size)} at offset {offset} leaves its storage of {len(storage.values)}"
-        )
-    step = storage.values.itemsize
-    view = np.lib.stride_tricks.as_strided(
-        storage.values[offset:], tuple(size), tuple(s * step for s in stride)
-    )
-    if not storage.bfloat16:
-        return view if view.flags.c_contiguous and view.flags.aligned else view.copy()
-    return (view.astype(np.uint32) << 16).view(np.float32)
+def _checksum(values: np.ndarray) -> int:
+    total = 0
+    for start in range(0, values.size, _CHECKED_TOGETHER):
+        total = zlib.crc32(values[start : start + _CHECKED_TOGETHER], total)
+        release(values)
+    return total
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return data
+class _Legacy:
+    """A torch file of before version 1.6. Its object is unpickled twice: the storages are found after the first."""
+
+    def __init__(self, path: Path, content: np.ndarray):
+        self.path, self.bytes, self.size = path, content, content.size
+        self.file = mapping_of(content)
+        self.storages: dict[str, Storage] = {}
+
+    def load(self, as_tensor: Callable[[Stored], Any]) -> Any:
+        self.file.seek(0)
+        if self._unpickled(self) != _MAGIC or self._unpickled(self) != _LEGACY_VERSION:
+            raise CheckpointError(f"{self.path} is of an unknown version of torch's format of before 1.6")
+        machine = self._unpickled(self)
+        if not isinstance(machine, Mapping) or machine.get("little_endian") is not True:
+            raise CheckpointError(f"{self.path} was not written on a little-endian machine; that is not read")
+        start = self.file.tell()
+        survey = _Survey(self)
+        self._unpickled(survey, lambda tensor: None)
+        self._find_storages(survey.wanted, self._unpickled(survey))
+        self.file.seek(start)
+        return self._unpickled(self, as_tensor)
+
+    def _unpickled(self, archive: Archive, as_tensor: Callable[[Stored], Any] = np.asarray) -> Any:
+        return TensorUnpickler(self.file, archive, as_tensor).load()
+
+    def _find_storages(self, wanted: Mapping[str, tuple[str, int]], names: Any) -> None:
+        """Map the storages, which lie one after the other in the order of their names."""
+        if not isinstance(names, list) or {str(name) for name in names if isinstance(name, str | int)} != set(
+            wanted
+        ):
+            raise CheckpointError(f"{self.path} is damaged: its list of storages is not that of its tensors")
+        place = self.file.tell()
+        for name in map(str, names):
+            dtype, count = wanted[name]
+            (found,) = struct.unpack_from("<q", self.bytes, place)
+            stop = place + 8 + count * DTYPES[dtype].itemsize
+            if found != count or stop > self.size:
+                raise CheckpointError(
+                    f"{self.path} ({self.size} bytes) is truncated or damaged: storage {name} has not {count} numbers"
+                )
+            self.storages[name] = Storage(self.bytes[place + 8 : stop].view(DTYPES[dtype]), dtype)
+            place = stop
+
+    def storage(self, name: str, dtype: str, count: int) -> Storage:
+        if name not in self.storages or self.storages[name].dtype != dtype:
+            raise CheckpointError(f"{self.path} lacks the storage {name} of {dtype}")
+        return self.storages[name]
 
 
-def read_torch(path: str | Path) -> Any:
-    """What ``torch.save`` wrote, tensors as NumPy arrays (bfloat16 becomes float32).
+class _Survey:
+    """Takes down which storages a pickle asks for; the beginning of the file stands in for them."""
+
+    def __init__(self, archive: _Legacy):
+        self.path, self.size, self.bytes = archive.path, archive.size, archive.bytes
+        self.wanted: dict[str, tuple[str, int]] = {}
+
+    def storage(self, name: str, dtype: str, count: int) -> Storage:
+        if count * DTYPES[dtype].itemsize > self.size:
+            raise CheckpointError(
+                f"{self.path} ({self.size} bytes) is truncated: a storage has {count} numbers"
+            )
+        self.wanted[name] = (dtype, count)
+        return Storage(self.bytes[: count * DTYPES[dtype].itemsize].view(DTYPES[dtype]), dtype)
+
+
+def read_torch(path: str | Path, as_tensor: Callable[[Stored], Any] = np.asarray) -> Any:
+    """What ``torch.save`` wrote, in the zip format or the one before it, tensors as NumPy arrays (bfloat16 as float32).
 
     Arrays are read-only views of the mapped file where they can be; copy one to change it. The file must stay as it is
-    while they are used.
+    while they are used. ``as_tensor`` makes something else of the ``Stored`` tensors.
 
     Raises ``CheckpointError`` for a file that is missing, truncated, of another kind, or that holds anything but
     tensors and plain containers.
@@ -198,37 +190,51 @@ def read_torch(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected a checkpoint there")
-    with path.open("rb") as file:
-        legacy = file.read(len(_LEGACY_MAGIC)) == _LEGACY_MAGIC
-    if legacy:
-        raise CheckpointError(
-            f"{path} is in torch's format of before version 1.6, which is not read; expected its zip format. "
-            "Load it with torch and save it again, or look for a safetensors file of the same weights."
-        )
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is truncated, or no checkpoint in torch's zip format. "
-            "Download or copy it again."
-        )
     try:
-        archive = _Archive(path)
-        with archive.zip, archive.zip.open(archive.pickle_name) as file:
-            return _Unpickler(file, archive).load()
+        return _opened(path).load(as_tensor)
     except CheckpointError:
         raise
     except _DAMAGE as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def state_dict(content: Any, source: str | Path = "checkpoint") -> dict[str, np.ndarray]:
+def _opened(path: Path) -> _Zip | _Legacy:
+    content = map_file(path)
+    if content[: len(_LEGACY_START)].tobytes() == _LEGACY_START:
+        return _Legacy(path, content)
+    if zipfile.is_zipfile(path):
+        return _Zip(path, content)
+    raise CheckpointError(
+        f"{path} ({content.size} bytes) is truncated or no checkpoint that torch.save wrote. Download or copy it again."
+    )
+
+
+def state_dict(content: Any, source: str | Path = "checkpoint") -> dict[str, Any]:
     """The tensors by name, wherever training scripts put them: EMA weights first, without ``module.`` prefixes."""
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    return find_weights(content, source)[0]
+
+
+def find_weights(content: Any, source: str | Path = "checkpoint") -> tuple[dict[str, Any], str, list[str]]:
+    """The tensors by name, where they stood (``state_dict_ema``, or nothing), and where there were others."""
+    places, others = [], []
+    for _ in range(_MOST_WRAPPERS):
+        found = [name for name in _WRAPPERS if isinstance(content, Mapping) and _is_full(content.get(name))]
+        if not found:
             break
+        content = content[found[0]]
+        places.append(found[0])
+        others += found[1:]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source} holds a {type(content).__name__}; expected tensors by name")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
+    tensors = {
+        str(name).removeprefix(_PREFIX): value
+        for name, value in content.items()
+        if isinstance(value, np.ndarray | Stored)
+    }
     if not tensors:
         raise CheckpointError(f"{source} holds no tensors; its keys are {list(content)[:5]}")
-    return {name.removeprefix(_PREFIX): value for name, value in tensors.items()}
+    return tensors, ".".join(places), others
+
+
+def _is_full(content: Any) -> bool:
+    return isinstance(content, Mapping) and len(content) > 0

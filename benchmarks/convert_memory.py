@@ -1,0 +1,155 @@
+"""Memory and time of converting a checkpoint of PixArt-Sigma XL/2's size: 0.6 billion random weights, 1.2 GB in fp16.
+
+    python benchmarks/convert_memory.py
+
+The file is made in the official layout, then converted around: .pth -> diffusers folder -> .ckpt -> .pth, and once to
+another dtype. Every conversion runs in a process of its own. Three numbers are read from Linux: the largest resident
+size; how far it lies above what the process held before it opened the file; and the largest part of it that is the
+process's own (anonymous), which leaves out pages of the mapped source that the system can drop at any time. Each is
+given in sizes of the source. The target's numbers are compared with the source's, bit for bit, after each conversion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+#: (source, target, dtype) of each conversion.
+ROUTE = [
+    ("official.pth", "diffusers", "keep"),
+    ("diffusers", "back.ckpt", "keep"),
+    ("back.ckpt", "back.pth", "keep"),
+    ("official.pth", "bf16.safetensors", "bf16"),
+]
+SAMPLE_SIZE = 128
+
+
+def write_source(path: Path, depth: int) -> None:
+    """An official checkpoint of XL/2's shapes, ``depth`` blocks, random fp16. A pool of numbers serves all tensors."""
+    from pixart_nb.core import PixArtConfig
+    from pixart_nb.core.checkpoints.files import WRITERS
+    from pixart_nb.core.checkpoints.load import shapes_of
+    from pixart_nb.core.checkpoints.stored import Stored
+
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(PixArtConfig(depth=depth))
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    pool = (rng.standard_normal(2 * max(sizes.values()), np.float32) * 0.02).astype(np.float16)
+    starts = {name: int(rng.integers(pool.size - size)) for name, size in sizes.items()}
+    tensors = {
+        name: Stored.of(pool[starts[name] : starts[name] + sizes[name]].reshape(shape), name)
+        for name, shape in shapes.items()
+    }
+    WRITERS[path.suffix](path, tensors)
+
+
+def measure(source: Path, target: Path, dtype: str) -> None:
+    """Convert and print the numbers as JSON. For a process of its own."""
+    from pixart_nb.core.checkpoints.convert import convert
+    from pixart_nb.core.checkpoints.plan import plan_conversion
+
+    before, watch = memory("VmHWM"), Watch()
+    started = time.perf_counter()
+    with watch:
+        convert(plan_conversion(source, target, sample_size=SAMPLE_SIZE, dtype=dtype))
+    seconds = time.perf_counter() - started
+    print(json.dumps({"peak": memory("VmHWM"), "before": before, "own": watch.peak, "seconds": seconds}))
+
+
+class Watch:
+    """The largest anonymous resident size while a block of code runs, looked at every few milliseconds."""
+
+    def __init__(self):
+        self.peak, self.done = memory("RssAnon"), threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        while not self.done.wait(0.003):
+            self.peak = max(self.peak, memory("RssAnon"))
+
+    def __enter__(self) -> Watch:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+def memory(name: str) -> float:
+    """A line of /proc/self/status in GB. (ru_maxrss would count the process that started this one, too.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024 / 1e9
+
+
+def same_numbers(source: Path, target: Path, dtype: str) -> bool:
+    """Whether the target holds the source's numbers, rounded if another dtype was asked for, under official names."""
+    from pixart_nb.core.checkpoints.files import open_checkpoint
+    from pixart_nb.core.checkpoints.layouts import official_view
+    from pixart_nb.core.checkpoints.plan import DTYPES
+
+    first, second = (official_view(open_checkpoint(path)).tensors for path in (source, target))
+    return set(second) <= set(first) and all(
+        _bits(first[name].read_as(DTYPES[dtype] or first[name].dtype)) == _bits(second[name])
+        for name in second
+    )
+
+
+def _bits(tensor) -> bytes:
+    return b"".join(chunk.tobytes() for chunk in tensor.chunks())
+
+
+def report(size: float, found: Mapping[str, float]) -> str:
+    """One line: peak, growth and own memory in sizes of the source."""
+    parts = {"peak": found["peak"], "grown by": found["peak"] - found["before"], "own": found["own"]}
+    sizes = [f"{name} {value:.2f} GB = {value / size:.2f} x" for name, value in parts.items()]
+    return "   ".join([*sizes, f"{found['seconds']:.1f} s"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depth", type=int, default=28, help="blocks; XL/2 has 28")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write, about five times the file; a temporary one"
+    )
+    parser.add_argument("--measure", nargs=3, metavar=("SOURCE", "TARGET", "DTYPE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        return measure(Path(options.measure[0]), Path(options.measure[1]), options.measure[2])
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        write_source(folder / ROUTE[0][0], options.depth)
+        for source, target, dtype in ROUTE:
+            size = sum(
+                file.stat().st_size for file in [folder / source, *(folder / source).glob("*.safetensors")]
+            )
+            command = [
+                sys.executable,
+                __file__,
+                "--measure",
+                str(folder / source),
+                str(folder / target),
+                dtype,
+            ]
+            out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            same = (
+                "the same bits" if same_numbers(folder / source, folder / target, dtype) else "DIFFERENT BITS"
+            )
+            print(
+                f"{source} ({size / 1e9:.2f} GB) -> {target} ({dtype}): {same}\n  {report(size / 1e9, out)}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What a transformer is made of: read from its tensors, from a diffusers ``config.json``, or given; put together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from pixart_nb.core.checkpoints.store import CheckpointError, read_json
+from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.models.embeddings import sincos_positions
+from pixart_nb.core.models.transformer import PixArtConfig
+
+#: Caption tokens of the published checkpoints.
+FAMILIES = {120: "alpha", 300: "sigma"}
+#: What to do about the contradictions that people meet.
+_HINTS = {
+    "model_max_length": "Alpha's checkpoints have 120 caption tokens, sigma's 300: take a configuration of the same.",
+    "micro_condition": "Of the published models only alpha-1024 has micro conditions (csize_embedder, ar_embedder).",
+    "kv_compress_config": "Which layers are compressed, and how much, is what the weights were trained for.",
+}
+_BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
+
+
+def shown_by(tensors: Mapping[str, Stored], source: str | Path = "checkpoint") -> dict:
+    """Configuration values that the tensors (official names; only shapes are looked at) themselves show."""
+    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, source)
+    mlp = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, source)[0]
+    outputs = _shape(tensors, "final_layer.linear.weight", 2, source)[0]
+    shown = {
+        "hidden_size": width,
+        "in_channels": channels,
+        "patch_size": patch,
+        "caption_channels": _shape(tensors, "y_embedder.y_proj.fc1.weight", 2, source)[1],
+        "depth": _depth(tensors, width, source),
+        "mlp_ratio": mlp / width,
+        "pred_sigma": outputs == 2 * channels * patch**2,
+        "micro_condition": "csize_embedder.mlp.0.weight" in tensors,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+    }
+    if "y_embedder.y_embedding" in tensors:
+        shown["model_max_length"] = _shape(tensors, "y_embedder.y_embedding", 2, source)[0]
+    compressed = [(_BLOCK.match(name), name) for name in tensors if name.endswith(".attn.sr.weight")]
+    ratios = {int(block[1]): _shape(tensors, name, 4, source)[2] for block, name in compressed if block}
+    if ratios:
+        layers = sorted(ratios)
+        shown["kv_compress_config"] = {
+            "sampling": "conv",
+            "scale_factor": ratios[layers[0]],
+            "kv_compress_layer": layers,
+        }
+    return shown
+
+
+def _shape(tensors: Mapping[str, Stored], name: str, axes: int, source: str | Path) -> tuple[int, ...]:
+    if name not in tensors:
+        raise CheckpointError(f"{source} is no PixArt transformer: it has no tensor {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes or not all(shape):
+        raise CheckpointError(f"{source}: {name} has shape {shape}; expected {axes} axes, none of them empty")
+    return shape
+
+
+def _depth(tensors: Mapping[str, Stored], width: int, source: str | Path) -> int:
+    """Number of blocks, which must be numbered without gaps; each has a projection of the model's width."""
+    blocks = {int(found[1]) for found in map(_BLOCK.match, tensors) if found}
+    lost = sorted(set(range(max(blocks) + 1)) - blocks)
+    if lost:
+        raise CheckpointError(
+            f"{source} has blocks up to {max(blocks)}, but not {lost[:8]}; it is incomplete"
+        )
+    for block in blocks:
+        name = f"blocks.{block}.attn.qkv.weight"
+        if name in tensors and tuple(tensors[name].shape) != (3 * width, width):
+            raise CheckpointError(
+                f"{source}: {name} has shape {tuple(tensors[name].shape)}; expected {(3 * width, width)}"
+            )
+    return len(blocks)
+
+
+def positions_of(sample_size: int, family: str) -> dict:
+    """What the published models of a latent side (image side / 8) have: class, side, stretching of the positions.
+
+    Positions are stretched by size / 64; alpha's 256 model, unlike sigma's, has those of 512.
+    """
+    if sample_size < 1:
+        raise CheckpointError(f"sample_size is {sample_size}; expected the latent side: 32, 64, 128 or 256")
+    stretch = sample_size / 64
+    return {
+        "class_name": "PixArt" if sample_size == 32 else "PixArtMS",
+        "input_size": sample_size,
+        "pe_interpolation": max(stretch, 1.0) if family == "alpha" else stretch,
+    }
+
+
+def positions_shown(pos_embed: Stored, patch: int) -> dict:
+    """``input_size`` and ``pe_interpolation`` as a stored ``pos_embed`` (1, N, D) shows them, where it does."""
+    _, tokens, width = pos_embed.shape if len(pos_embed.shape) == 3 else (0, 0, 0)
+    side = math.isqrt(tokens)
+    if not tokens or side**2 != tokens or width % 4:
+        return {}
+    row = np.asarray(replace(pos_embed, parts=(pos_embed.parts[0][0, :side],)))
+    shown = {"input_size": side * patch}
+    for stretch in (0.5, 1.0, 2.0, 4.0, 8.0):
+        if np.allclose(row, sincos_positions(width, 1, side, side, stretch), atol=2e-2):
+            shown["pe_interpolation"] = stretch
+    return shown
+
+
+def read_config(path: str | Path) -> PixArtConfig:
+    """A configuration from JSON: ``PixArtConfig``'s fields, a diffusers ``config.json``, or an audit of ``convert``."""
+    values = read_json(path)
+    if "_class_name" in values:
+        return config_from_diffusers(values, path)
+    try:
+        return PixArtConfig.from_dict(values["config"] if isinstance(values.get("config"), dict) else values)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def merge(written: PixArtConfig, given: PixArtConfig, source: str | Path) -> PixArtConfig:
+    """The configuration of a folder, completed by the one that the caller gives; what both say must be the same."""
+    said = {f.name: getattr(given, f.name) for f in fields(PixArtConfig) if given.says(f.name)}
+    for name, value in said.items():
+        if written.says(name) and getattr(written, name) != value:
+            raise CheckpointError(
+                f"{source} says {name} = {getattr(written, name)}, the configuration given says {value}"
+            )
+    kept = {f.name: getattr(written, f.name) for f in fields(PixArtConfig) if written.says(f.name)}
+    return PixArtConfig(**kept | said)
+
+
+def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixArtConfig:
+    """The configuration completed by what a checkpoint shows; a value said and shown differently is an error."""
+    changes = {}
+    for name, value in shown.items():
+        said = getattr(config, name)
+        if said == value or (name == "kv_compress_config" and _same_compression(said, value)):
+            continue
+        if config.says(name):
+            contradiction = f"{source} shows {name} = {value}, but the configuration says {said}."
+            raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
+        changes[name] = value
+    if "hidden_size" in changes and not config.says("num_heads"):
+        changes["num_heads"] = heads_of_width(changes["hidden_size"])
+    return replace(config, **changes)
+
+
+def _same_compression(said: Mapping | None, shown: Mapping) -> bool:
+    return said is not None and {**said, "kv_compress_layer": sorted(said["kv_compress_layer"])} == dict(
+        shown
+    )
+
+
+def heads_of_width(width: int) -> int:
+    """Number of heads of PixArt's own size, 72; a checkpoint does not show it, so another size must be said."""
+    if width % 72:
+        raise CheckpointError(
+            f"hidden_size {width} is no multiple of 72, so num_heads must be given in the configuration"
+        )
+    return width // 72
+
+
+def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -> PixArtConfig:
+    """``PixArtConfig`` of a diffusers ``transformer/config.json``."""
+    if values.get("_class_name") not in ("PixArtTransformer2DModel", "Transformer2DModel"):
+        raise CheckpointError(
+            f"{source} is of {values.get('_class_name')!r}; expected PixArtTransformer2DModel"
+        )
+    try:
+        return _from_diffusers(values)
+    except KeyError as error:
+        raise CheckpointError(f"{source} has no {error.args[0]}; expected a PixArt transformer's") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{source} is no PixArt transformer's: {error}") from error
+
+
+def _from_diffusers(values: Mapping) -> PixArtConfig:
+    size, channels = values.get("sample_size", 128), values.get("in_channels", 4)
+    micro, scale = values.get("use_additional_conditions"), values.get("interpolation_scale")
+    own = {
+        name: values[name]
+        for name in ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
+        if values.get(name) is not None
+    }
+    return PixArtConfig(
+        hidden_size=values["num_attention_heads"] * values["attention_head_dim"],
+        num_heads=values["num_attention_heads"],
+        depth=values["num_layers"],
+        patch_size=values.get("patch_size", 2),
+        in_channels=channels,
+        caption_channels=values.get("caption_channels", 4096),
+        input_size=size,
+        pe_interpolation=float(scale if scale is not None else max(size // 64, 1)),
+        pred_sigma=values.get("out_channels", 8) == 2 * channels,
+        micro_condition=size == 128 if micro is None else micro,
+        **own,
+    )
+
+
+def diffusers_config(config: PixArtConfig) -> dict:
+    """The ``transformer/config.json`` of a configuration; what diffusers has no field for is added under our names."""
+    return {
+        "_class_name": "PixArtTransformer2DModel",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "cross_attention_dim": config.hidden_size,
+        "num_layers": config.depth,
+        "patch_size": config.patch_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "caption_channels": config.caption_channels,
+        "sample_size": config.input_size,
+        "interpolation_scale": config.pe_interpolation,
+        "use_additional_conditions": config.micro_condition,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "class_name": config.class_name,
+        "model_max_length": config.model_max_length,
+        "qk_norm": config.qk_norm,
+        "kv_compress_config": config.kv_compress_config,
+    }

@@ -1,0 +1,211 @@
+"""An unpickler that knows tensors and plain containers. Nothing that a file names is looked up, nothing is run.
+
+It is Python's own unpickler in Python. The one in C allocates as many memo entries as the file says: a hundred bytes
+could ask it for all memory.
+"""
+
+from __future__ import annotations
+
+import pickle
+import reprlib
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.checkpoints.stored import DTYPES, Stored
+
+#: torch's storage classes and the kind of their numbers.
+STORAGES = {
+    "FloatStorage": "F32",
+    "DoubleStorage": "F64",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+#: Tensors may share storages; together they may view this many times the bytes of the file.
+MOST_VIEWS = 16
+_MOST_AXES = 16
+#: Instructions that make objects, sets or buffers by other ways than the one below; no tensor needs them.
+_FORBIDDEN = (
+    *(pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+)
+
+
+class Storage(NamedTuple):
+    """A storage: its raw values, flat, and the kind of number they are."""
+
+    values: np.ndarray
+    dtype: str
+
+
+class StorageType(NamedTuple):
+    """What a file's ``torch.FloatStorage`` becomes here: its name."""
+
+    name: str
+
+
+class Archive(Protocol):
+    """Where an unpickler finds the storages."""
+
+    path: Path
+    size: int
+
+    def storage(self, name: str, dtype: str, count: int) -> Storage:
+        """The storage of this name, of ``count`` numbers."""
+
+
+class TensorUnpickler(pickle._Unpickler):
+    """Rebuilds tensors and plain containers; refuses everything else by name.
+
+    ``file`` has ``read`` and ``readline``; ``as_tensor`` makes of every ``Stored`` what stands in the result.
+    """
+
+    dispatch: ClassVar[dict] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _FORBIDDEN
+    }
+
+    def __init__(self, file: Any, archive: Archive, as_tensor: Callable[[Stored], Any]):
+        super().__init__(file, encoding="utf-8")
+        self.archive, self.as_tensor = archive, as_tensor
+        self.budget = MOST_VIEWS * archive.size
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return self.ordered_dict
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor")):
+            return self.rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return _rebuild_parameter
+        if module == "torch" and name in STORAGES:
+            return StorageType(name)
+        raise CheckpointError(
+            f"{self.archive.path} asks for {module}.{name}, which is no tensor; it was refused and nothing was run. "
+            "Load it where you trust it and save its state_dict as safetensors."
+        )
+
+    def persistent_load(self, key: Any) -> Storage:
+        """The storage of torch's id: ("storage", type, name, device, count), in old files with a part of it."""
+        try:
+            kind, storage_type, name, _, count, *view = key
+            dtype = STORAGES[storage_type.name]
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise self._unknown_storage(key) from error
+        if kind != "storage" or not isinstance(name, str | int) or not _is_count(count):
+            raise self._unknown_storage(key)
+        storage = self.archive.storage(str(name), dtype, count)
+        return self._part(storage, view[0], key) if view and view[0] is not None else storage
+
+    def _part(self, storage: Storage, view: Any, key: Any) -> Storage:
+        """Part of a storage, as files of torch 0.4 and before have it: (name, offset, count)."""
+        if not isinstance(view, tuple) or len(view) != 3 or not all(_is_count(n) for n in view[1:]):
+            raise self._unknown_storage(key)
+        start, stop = view[1], view[1] + view[2]
+        if stop > len(storage.values):
+            raise self._unknown_storage(key)
+        return storage._replace(values=storage.values[start:stop])
+
+    def _unknown_storage(self, key: Any) -> CheckpointError:
+        shown = reprlib.repr(key)  # bounded: a small pickle can make an object whose whole repr never ends
+        return CheckpointError(f"{self.archive.path} has a storage that cannot be understood: {shown}")
+
+    def rebuild_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
+        """The tensor that views a storage from ``offset`` with ``size`` and ``stride``."""
+        self._check_view(storage, offset, size, stride)
+        dtype = DTYPES[storage.dtype]
+        self.budget -= int(np.prod(size, dtype=object)) * dtype.itemsize
+        if self.budget < 0:
+            raise CheckpointError(
+                f"{self.archive.path}: its tensors would take over {MOST_VIEWS} times the file's size; it was refused"
+            )
+        values = storage.values[offset:] if all(size) else storage.values[:0]
+        strides = tuple(s * dtype.itemsize for s in stride) if all(size) else (0,) * len(size)
+        array = np.ndarray(size, dtype, values, strides=strides)
+        return self.as_tensor(Stored(storage.dtype, (array,)))
+
+    def _check_view(self, storage: Any, offset: Any, size: Any, stride: Any) -> None:
+        fits = (
+            isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= _MOST_AXES
+        )
+        if not isinstance(storage, Storage) or not fits:
+            shown = reprlib.repr((size, stride))
+            raise CheckpointError(f"{self.archive.path}: no storage fits a tensor of size and stride {shown}")
+        if not all(_is_count(n) for n in (offset, *size, *stride)):
+            shown = reprlib.repr((offset, size, stride))
+            raise CheckpointError(
+                f"{self.archive.path}: a tensor has offset, size and stride {shown}; expected whole numbers"
+            )
+        last = (
+            offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else offset - 1
+        )
+        if last >= len(storage.values) or np.prod(size, dtype=object) > len(storage.values):
+            raise CheckpointError(
+                f"{self.archive.path}: a tensor of size {size} at offset {offset} leaves its storage of "
+                f"{len(storage.values)}"
+            )
+
+    # ---- instructions that Python's unpickler carries out more freely
+
+    def load_build(self) -> None:
+        """Attributes of an object: torch leaves ``_metadata`` on its OrderedDict, which is dropped; no other may."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], OrderedDict):
+            kind = type(self.stack[-1]).__name__
+            raise CheckpointError(f"{self.archive.path} sets attributes of a {kind}; it was refused")
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({self._key(items[i]): items[i + 1] for i in range(0, len(items), 2)})
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._mapping()[self._key(key)] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        target = self._mapping()
+        for i in range(0, len(items), 2):
+            target[self._key(items[i])] = items[i + 1]
+
+    def ordered_dict(self, pairs: Any = ()) -> OrderedDict:
+        """``OrderedDict`` of pairs, which torch writes empty."""
+        return OrderedDict((self._key(key), value) for key, value in pairs)
+
+    def _key(self, key: Any) -> Any:
+        """A key as it is, if it is a text or a number: the hash of nested tuples can take for ever."""
+        if not isinstance(key, str | bytes | int | float | None) or (
+            isinstance(key, int) and key.bit_length() > 64
+        ):
+            kind = type(key).__name__
+            raise CheckpointError(
+                f"{self.archive.path}: a dictionary has a key of type {kind}; expected texts"
+            )
+        return key
+
+    def _mapping(self) -> dict:
+        if not isinstance(self.stack[-1], dict):
+            raise CheckpointError(f"{self.archive.path} sets items of a {type(self.stack[-1]).__name__}")
+        return self.stack[-1]
+
+    dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 <= number < 2**63
