@@ -105,12 +105,15 @@ class SelfAttention(nn.Cell):
         learned = operator == "conv" and ratio > 1
         self.sr = DepthwiseReduction(size, ratio) if learned else None
         self.norm = LayerNorm(size) if learned else None
+        self.probe = None  # set while the layer is traced or changed (core.tracing), never in a graph
 
     def construct(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """x (B, height * width, D) -> the same shape; height and width count tokens."""
         q, k, v = self.project(x, height, width)
-        out = attention(split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads))
-        return self.proj(merge_heads(out))
+        q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+        if self.probe is not None:
+            return self.proj(merge_heads(self.probe.attend(q, k, v, None)))
+        return self.proj(merge_heads(attention(q, k, v)))
 
     def project(self, x: ms.Tensor, height: int, width: int) -> tuple[ms.Tensor, ms.Tensor, ms.Tensor]:
         """Queries (B, N, D) and the, possibly compressed, keys and values (B, M, D)."""
@@ -122,6 +125,8 @@ class SelfAttention(nn.Cell):
 
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Keys or values (B, N, D) on the shrunk grid: (B, M, D)."""
+        if self.probe is not None:
+            return self.probe.compress(self, x, height, width)
         if self.ratio == 1:
             return x
         return compress_tokens(x, height, width, self.ratio, self.operator, self.sr, self.norm)
@@ -138,6 +143,7 @@ class CrossAttention(nn.Cell):
             Linear(size, 2 * size),
             Linear(size, size),
         )
+        self.probe = None  # as in SelfAttention
 
     def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """Projected caption (B, T, D) -> keys and values (B, H, T, d). They do not depend on the timestep."""
@@ -146,5 +152,7 @@ class CrossAttention(nn.Cell):
 
     def construct(self, x: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
         """x (B, N, D), k and v of ``keys_values``, mask (B, T) bool or None -> (B, N, D)."""
-        out = attention(split_heads(self.q_linear(x), self.heads), k, v, mask)
-        return self.proj(merge_heads(out))
+        q = split_heads(self.q_linear(x), self.heads)
+        if self.probe is not None:
+            return self.proj(merge_heads(self.probe.attend(q, k, v, mask)))
+        return self.proj(merge_heads(attention(q, k, v, mask)))

@@ -17,13 +17,15 @@ from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 class Conditioning:
     """What the text encoder made of the prompts: embeddings (N, T, C) and masks (N, T) bool, True = token.
 
-    The negative ones are None without guidance.
+    The negative ones are None without guidance. ``texts`` are the prompts as they were tokenized, one for each row,
+    None where embeddings were given.
     """
 
     prompt_embeds: ms.Tensor
     prompt_attention_mask: np.ndarray
     negative_embeds: ms.Tensor | None
     negative_mask: np.ndarray | None
+    texts: tuple[str, ...] | None = None
 
 
 def check_embeddings(given: tuple, guided: bool, channels: int) -> None:

@@ -33,7 +33,7 @@ from pixart_nb.core.sampling.images import (
 from pixart_nb.core.sampling.scheduler import Scheduler, check_eta
 from pixart_nb.core.sampling.schedulers import as_scheduler
 from pixart_nb.core.sampling.step import Generators, Plan, Step, check_generators, draw_noise
-from pixart_nb.core.sampling.text import TextTokenizer
+from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 
 _LOAD = object()
 
@@ -145,7 +145,8 @@ class PixArtSigmaPipeline:
             for texts in (prompts, negatives)
             if texts is not None
         ]
-        return Conditioning(*pairs[0], *(pairs[1] if len(pairs) > 1 else (None, None)))
+        texts = tuple(prepare_prompt(text, clean) for text in prompts for _ in range(copies))
+        return Conditioning(*pairs[0], *(pairs[1] if len(pairs) > 1 else (None, None)), texts)
 
     # ---- sampling
 
@@ -192,15 +193,19 @@ class PixArtSigmaPipeline:
             check_embeddings(given, guided, self.transformer.config.caption_channels)
         rows = (len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]) * num_images_per_prompt
         start = self.initial_latents(rows, height, width, generator, latents)
+        length = max_sequence_length or self.max_sequence_length
+        if self.transformer.observer is not None:
+            self.transformer.observer.expect(plan.timesteps, rows, guided, height // 8, width // 8, length)
 
         def steps() -> Iterator[Conditioning | Step]:
-            length = max_sequence_length or self.max_sequence_length
             if prompt_embeds is None:
                 condition = self._encoded(
                     prompts, negatives, num_images_per_prompt, clean_caption, length, trim=True
                 )
             else:
                 condition = given_conditioning(given, guided, num_images_per_prompt)
+            if self.transformer.observer is not None:
+                self.transformer.observer.begin(condition)
             yield condition
             predict = guided_prediction(self.transformer, condition, guidance_scale, height, width)
             yield from scheduler.steps(predict, start, plan, generator, eta)
