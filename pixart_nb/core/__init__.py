@@ -9,6 +9,8 @@ _PUBLIC = {
     "PixArt": "pixart_nb.core.models.transformer",
     "load_transformer": "pixart_nb.core.checkpoints.load",
     "training_losses": "pixart_nb.core.training.loss",
+    "trace": "pixart_nb.core.tracing.recorder",
+    "Trace": "pixart_nb.core.tracing.record",
 }
 __all__ = list(_PUBLIC)
 

@@ -1,0 +1,1 @@
+"""Look inside: tracing of attention, and interventions on it."""
