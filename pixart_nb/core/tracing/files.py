@@ -24,8 +24,13 @@ def save_trace(trace: Trace, path: str | Path) -> None:
     places: dict[int, str] = {}
     entries = []
     for (name, step), kept in trace.kept.items():
-        entry = {"name": name, "step": step, "scale": kept.scale, "ratio": kept.ratio}
-        entry |= {"operator": kept.operator, "text": kept.text}
+        entry = {
+            "name": name,
+            "step": step,
+            "scale": kept.scale,
+            "ratio": kept.ratio,
+            "operator": kept.operator,
+        }
         for part in PARTS:
             array = getattr(kept, part)
             if array is None:
@@ -43,8 +48,12 @@ def save_trace(trace: Trace, path: str | Path) -> None:
         "model": trace.model,
         "timesteps": list(trace.timestep_of.items()),
         "texts": [[[text.prompt, text.pieces] for text in row] for row in trace.texts],
+        "text_of": list(trace.text_of.items()),
+        "changes": trace.changes,
         "entries": entries,
     }
+    if trace.pictures is not None:
+        tensors["pictures"] = trace.pictures
     metadata = {"format": FORMAT, "trace": json.dumps(content), "crc32": str(_checksum(tensors))}
     save_tensors(path, tensors, metadata)
 
@@ -79,8 +88,12 @@ def _rebuild(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> Trace:
     for entry in content["entries"]:
         arrays = [tensors[entry[part]] if part in entry else None for part in PARTS]
         trace.kept[entry["name"], int(entry["step"])] = Kept(
-            *arrays, float(entry["scale"]), int(entry["ratio"]), entry["operator"], int(entry["text"])
+            *arrays, float(entry["scale"]), int(entry["ratio"]), entry["operator"]
         )
+    trace.text_of = {int(step): int(number) for step, number in content["text_of"]}
+    trace.changes = list(content["changes"])
+    if "pictures" in tensors:
+        trace.pictures = tensors["pictures"]
     return trace
 
 

@@ -17,7 +17,7 @@ class Kept:
     """What a trace keeps of one layer at one step.
 
     queries (R, H, N, d) and keys (R, H, M, d) float16, mask (R, M) bool (True = token) or None, scale of the scores;
-    ``ratio`` and ``operator`` of the compression that made the keys; ``text`` is the number of the run's prompts.
+    ``ratio`` and ``operator`` of the compression that made the keys.
     """
 
     queries: np.ndarray
@@ -26,7 +26,6 @@ class Kept:
     scale: float
     ratio: int = 1
     operator: str | None = None
-    text: int = 0
 
 
 def softmax_rows(queries: np.ndarray, keys: np.ndarray, scale: float, mask=None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,8 @@ import numpy as np
 
 from pixart_nb.core.tracing import maps
 from pixart_nb.core.tracing.maps import Kept
+from pixart_nb.core.tracing.selection import Layers, Numbers, as_list, chosen, is_cross
 from pixart_nb.core.tracing.words import Text, Word, find_word
-
-Numbers = int | Sequence[int] | None
-Layers = int | str | Sequence[int | str] | None
 
 
 class Trace:
@@ -37,9 +35,13 @@ class Trace:
         self.labels, self.model = list(labels), model or {}
         #: Timestep of each kept step, by the step's number.
         self.timestep_of: dict[int, float] = {}
-        #: Prompts of the kept rows; more than one entry where a prompt was swapped during the run.
+        #: Prompts of the kept rows; a second entry where they were swapped during the run, and which entry a step has.
         self.texts: list[list[Text]] = []
+        self.text_of: dict[int, int] = {}
+        #: What interventions did to the run, in words.
+        self.changes: list[str] = []
         self.kept: dict[tuple[str, int], Kept] = {}
+        self._pictures: np.ndarray | None = None
 
     def __repr__(self) -> str:
         return (
@@ -67,14 +69,31 @@ class Trace:
 
     @property
     def prompts(self) -> list[str]:
-        """Prompt of each kept picture, as it was tokenized."""
-        return [text.prompt for text in self.texts[0]] if self.texts else []
+        """Prompt of each kept row, as it was tokenized; empty where embeddings were given."""
+        return [self.text(row).prompt for row in range(len(self.labels))]
+
+    @property
+    def pictures(self) -> np.ndarray | None:
+        """The pictures of the kept rows, (rows, H, W, 3) uint8, if they were set; they are saved with the trace."""
+        return self._pictures
+
+    @pictures.setter
+    def pictures(self, value: Any) -> None:
+        array = np.stack([np.asarray(picture) for picture in value])
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[::3] != (len(self.labels), 3):
+            raise ValueError(
+                f"expected {len(self.labels)} pictures of (H, W, 3) uint8, or PIL images of them; "
+                f"got {array.shape} {array.dtype}"
+            )
+        self._pictures = array
 
     def text(self, row: int = 0, step: int | None = None) -> Text:
-        """The prompt of a picture (at a step, where it was swapped)."""
+        """The prompt of a row, at a step (the first: None), with its tokens and words."""
         self._check_row(row)
-        number = 0 if step is None else self._entry(self._names(None, None)[0], step).text
-        return self.texts[number][row]
+        if step is not None and step not in self.timestep_of:
+            raise ValueError(f"the trace has no step {step!r}; it has {self.steps}")
+        number = next(iter(self.text_of.values()), 0) if step is None else self.text_of[step]
+        return self.texts[number][row] if self.texts else Text()
 
     def tokens(self, row: int = 0) -> list[str]:
         """The pieces of a picture's prompt."""
@@ -91,7 +110,7 @@ class Trace:
     def key_grid(self, name: str, step: int | None = None) -> tuple[int, int]:
         """(height, width) of the keys of a layer: ``grid`` shrunk by its ratio; (1, tokens) for cross-attention."""
         kept = self._entry(name, self.steps[0] if step is None and self.steps else step)
-        if name.endswith("cross_attn"):
+        if is_cross(name):
             return 1, kept.keys.shape[2]
         return self.grid[0] // kept.ratio, self.grid[1] // kept.ratio
 
@@ -107,9 +126,9 @@ class Trace:
 
         ``queries``: numbers, a (h, w) bool mask, or None for all (which makes an N x M array: for small pictures).
         """
-        kept, chosen = self._entry(name, step), self._queries(queries)
+        kept, places = self._entry(name, step), self._queries(queries)
         self._check_row(row)
-        parts = [part for _, part in maps.stream(kept, row, self._heads(heads), chosen)]
+        parts = [part for _, part in maps.stream(kept, row, self._heads(heads), places)]
         return np.concatenate(parts, 1)
 
     def mean_map(
@@ -147,24 +166,40 @@ class Trace:
         The pieces of a word are summed, as are its occurrences; several words in a row are given as one text, and an
         int is the word of that number in ``words``. Raises ValueError that lists the words there are.
         """
-        return self._word_maps(lambda text: [find_word(text, word)], layers, heads, steps, row)[0]
+        return self._token_sums(self._word_groups(word, steps, row), layers, heads, row)[0]
 
     def word_maps(
         self, layers: Layers = None, heads: Numbers = None, steps: Numbers = None, row: int = 0
     ) -> np.ndarray:
         """``word_map`` of every word of ``words(row)``: (words, h, w) float32; over the words it sums to one."""
-        return self._word_maps(lambda text: [w.tokens for w in text.words], layers, heads, steps, row)
+        texts = {step: self.text(row, step) for step in self._steps(steps)}
+        if len(set(texts.values())) > 1:
+            raise ValueError(
+                f"the prompt changes during these steps; choose steps of one prompt: {self.text_of}"
+            )
+        groups = {step: [word.tokens for word in text.words] for step, text in texts.items()}
+        return self._token_sums(groups, layers, heads, row)
 
-    def _word_maps(self, groups_of, layers, heads, steps, row) -> np.ndarray:
-        names, chosen, numbers = self._names(layers, "cross"), self._heads(heads), self._steps(steps)
-        self._check_row(row)
-        total, count = 0.0, 0
-        for name in names:
-            for step in numbers:
-                kept = self._entry(name, step)
-                groups = groups_of(self.texts[kept.text][row])
-                total = total + maps.token_maps(kept, row, chosen, groups).sum(0, dtype=np.float64)
-                count += len(chosen)
+    def _word_groups(self, word: str | int, steps: Numbers, row: int) -> dict[int, list[tuple[int, ...]]]:
+        """Tokens of a word at each step. Steps whose prompt has no such word are left out if all were asked for."""
+        found: dict[int, list[tuple[int, ...]]] = {}
+        problem: ValueError | None = None
+        for step in self._steps(steps):
+            try:
+                found[step] = [find_word(self.text(row, step), word)]
+            except ValueError as error:
+                problem = error
+        if problem is not None and (steps is not None or not found):
+            raise problem
+        return found
+
+    def _token_sums(self, groups: dict[int, list[tuple[int, ...]]], layers: Layers, heads: Numbers, row: int):
+        """Maps of groups of tokens at some steps, mean over layers, heads and steps: (groups, h, w) float32."""
+        places, total, count = self._heads(heads), 0.0, 0
+        for name in self._names(layers, "cross"):
+            for step, tokens in groups.items():
+                found = maps.token_maps(self._entry(name, step), row, places, tokens)
+                total, count = total + found.sum(0, dtype=np.float64), count + len(places)
         return (total / count).reshape(-1, *self.grid).astype(np.float32)
 
     # ---- numbers for each layer, step and head
@@ -202,10 +237,13 @@ class Trace:
         return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
     def _over(self, names, steps, heads, queries, row, measure) -> np.ndarray:
-        chosen, numbers, places = self._heads(heads), self._steps(steps), self._queries(queries)
         self._check_row(row)
+        chosen_heads, places = self._heads(heads), self._queries(queries)
         return np.array(
-            [[measure(self._entry(name, step), row, chosen, places) for step in numbers] for name in names]
+            [
+                [measure(self._entry(name, step), row, chosen_heads, places) for step in self._steps(steps)]
+                for name in names
+            ]
         )
 
     # ---- selections, checked
@@ -218,25 +256,25 @@ class Trace:
         return self.kept[name, step]
 
     def _names(self, layers: Layers, kind: str | None) -> list[str]:
-        own = [n for n in self.names if kind is None or n.endswith(".cross_attn") == (kind == "cross")]
+        own = [n for n in self.names if kind is None or is_cross(n) == (kind == "cross")]
         if not own:
             raise ValueError(f"the trace has no {kind}-attention; it has {', '.join(self.names)}")
         if layers is None:
             return own
-        chosen = []
-        for layer in [layers] if isinstance(layers, (int, str, np.integer)) else layers:
+        names = []
+        for layer in as_list(layers):
             found = [n for n in own if n == layer or n.split(".")[1] == str(layer)]
             if not found:
                 raise ValueError(f"the trace has no layer {layer!r}; it has {', '.join(own)}")
-            chosen += found
-        return chosen
+            names += found
+        return names
 
     def _steps(self, steps: Numbers) -> list[int]:
-        return _chosen("step", steps, self.steps)
+        return chosen("step", steps, self.steps)
 
     def _heads(self, heads: Numbers) -> np.ndarray:
         """Places of the heads among those that are kept."""
-        return np.array([self.heads.index(head) for head in _chosen("head", heads, self.heads)])
+        return np.array([self.heads.index(head) for head in chosen("head", heads, self.heads)])
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < len(self.labels):
@@ -278,12 +316,3 @@ class Trace:
         from pixart_nb.core.tracing.files import load_trace
 
         return load_trace(path, model)
-
-
-def _chosen(what: str, wanted: Numbers, there: Iterable[int]) -> list[int]:
-    there = list(there)
-    numbers = there if wanted is None else [wanted] if isinstance(wanted, (int, np.integer)) else list(wanted)
-    missing = [number for number in numbers if number not in there]
-    if missing or not numbers:
-        raise ValueError(f"the trace has no {what} {missing or '(none was given)'}; it has {there}")
-    return [int(number) for number in numbers]

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +16,23 @@ import psutil
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.tracing.maps import Kept
-from pixart_nb.core.tracing.record import Layers, Numbers, Trace
-from pixart_nb.core.tracing.seam import KINDS, Call, Observer, Part, Run, attached, parts_of
+from pixart_nb.core.tracing.record import Trace
+from pixart_nb.core.tracing.seam import Call, Observer, Part, Run, attached, parts_of
+from pixart_nb.core.tracing.selection import (
+    Layers,
+    Numbers,
+    as_list,
+    check_steps,
+    head_numbers,
+    is_cross,
+    layer_names,
+    step_numbers,
+)
 from pixart_nb.core.tracing.words import Text
 
 ROWS = ("conditional", "unconditional", "all")
-#: Share of the memory that is free when a trace begins, which it may take unless told.
-MEMORY_SHARE = 0.5
+#: Share of the free memory (or of the free disk) that a trace may take unless told.
+FREE_SHARE = 0.5
 
 
 class TraceTooLargeError(ValueError):
@@ -35,6 +50,7 @@ def trace(
     steps: Numbers = None,
     rows: str = "conditional",
     memory_limit: int | None = None,
+    folder: str | Path | None = None,
     announce: Callable[[str], None] | None = print,
 ) -> Iterator[Trace]:
     """Keep queries and keys of one sampling run (or of calls of a transformer) for maps on demand.
@@ -47,7 +63,8 @@ def trace(
         heads: numbers; None is all.
         kinds: of ``self`` and ``cross``.
         rows: of a guided batch, ``conditional`` (the rows that follow the prompt), ``unconditional`` or ``all``.
-        memory_limit: bytes that the trace may take; half of the free memory unless told.
+        memory_limit: bytes that the trace may take; half of what is free unless told.
+        folder: keep the arrays in unnamed files there instead of in memory; they go with the trace.
         announce: is given one line that says, before the run, how much memory the trace will take. None: silent.
 
     Raises:
@@ -55,32 +72,31 @@ def trace(
             second run in the same block. TraceTooLargeError, before the run: more memory than the limit.
     """
     net, _ = parts_of(model)
-    recorder = Recorder(net, layers, timesteps, heads, kinds, steps, rows, memory_limit, announce)
+    record = Trace(layer_names(len(net.blocks), layers, kinds), head_numbers(net.config.num_heads, heads))
+    record.model = model_mark(net)
+    recorder = Recorder(record, timesteps, steps, rows, memory_limit, folder, announce)
     with attached(model, recorder):
-        yield recorder.trace
+        yield record
     recorder.check_complete()
 
 
 class Recorder(Part):
-    """Fills a trace."""
+    """Fills a trace. Comes last, so that it keeps what is really computed."""
 
-    watches = True
+    order = 2
 
-    def __init__(self, net, layers, timesteps, heads, kinds, steps, rows, memory_limit, announce):
+    def __init__(self, record: Trace, timesteps, steps, rows: str, limit: int | None, folder, announce):
         if timesteps is not None and steps is not None:
             raise ValueError("both timesteps and steps were given; give one of them")
         if rows not in ROWS:
             raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
-        self.trace = Trace(chosen_names(net, layers, kinds), chosen_heads(net, heads))
-        self.trace.model = model_mark(net)
-        self.timesteps = None if timesteps is None else [float(t) for t in np.atleast_1d(timesteps)]
-        self.steps = None if steps is None else [int(s) for s in np.atleast_1d(steps)]
-        self.which, self.limit, self.announce = rows, memory_limit, announce
+        self.trace, self.which, self.limit, self.announce = record, rows, limit, announce
+        self.timesteps = None if timesteps is None else [float(t) for t in as_list(timesteps)]
+        self.steps = step_numbers(steps)
+        self.folder = None if folder is None else Path(folder)
         self.run: Run | None = None
         self.places: list[int] = []  # rows of the batch that are kept
-        self.shared: dict[
-            str, tuple[Any, np.ndarray]
-        ] = {}  # cross-attention's keys do not change from step to step
+        self.shared: dict[str, tuple[Any, np.ndarray]] = {}  # a caption's keys are the same at every step
 
     # ---- before the run
 
@@ -89,72 +105,67 @@ class Recorder(Part):
             raise ValueError(
                 "this trace already holds a run; open another `with trace(...)` for the next one"
             )
-        self._check_steps(run.timesteps)
+        planned = [float(t) for t in run.timesteps]
+        check_steps(self.steps, planned)
+        if missing := [t for t in self.timesteps or () if t not in planned]:
+            raise ValueError(f"the run does not visit timesteps {missing}; it visits {planned}")
         self._open(run, observer)
-        kept = [n for n, t in enumerate(run.timesteps) if self._wants(n, t)]
-        self._admit(len(kept), observer, run)
-
-    def _check_steps(self, planned: np.ndarray) -> None:
-        values = [float(t) for t in planned]
-        if missing := [s for s in self.steps or () if not 0 <= s < len(values)]:
-            raise ValueError(f"the run has no steps {missing}; it has 0 to {len(values) - 1}")
-        if missing := [t for t in self.timesteps or () if t not in values]:
-            raise ValueError(f"the run does not visit timesteps {missing}; it visits {values}")
+        count = sum(self._wants(step, timestep) for step, timestep in enumerate(planned))
+        self._admit(count, run, observer)
 
     def _open(self, run: Run, observer: Observer) -> None:
-        self.run = run
-        inverse = [row for row in range(run.batch) if row not in run.conditional]
-        self.places = {"conditional": list(run.conditional), "unconditional": inverse}.get(
-            self.which, list(range(run.batch))
-        )
+        self.run, every = run, range(run.batch)
+        rows = {
+            "conditional": run.conditional,
+            "unconditional": [row for row in every if row not in run.conditional],
+        }
+        self.places = list(rows.get(self.which, every))
         if not self.places:
             raise ValueError(
-                "rows='unconditional', but the run has no guidance, so no such rows; use 'conditional'"
+                "rows is 'unconditional', but a run without guidance has none; use 'conditional'"
             )
-        trace = self.trace
-        trace.grid = run.grid
-        trace.labels = [
-            f"{'conditional' if p in run.conditional else 'unconditional'} {p % run.rows}"
-            for p in self.places
+        names = ["conditional" if place in run.conditional else "unconditional" for place in self.places]
+        self.trace.labels = [
+            f"{name} {place % run.rows}" for name, place in zip(names, self.places, strict=True)
         ]
-        trace.texts = [self._texts(run.texts, run)]
+        self.trace.grid = run.grid
+        self.trace.changes = [part.description for part in observer.parts if part.description]
 
-    def _texts(self, texts: Sequence[Text], run: Run) -> list[Text]:
-        every = [Text()] * (run.batch - run.rows) + list(texts or [Text()] * run.rows)
-        return [every[place] for place in self.places]
-
-    def _admit(self, count: int, observer: Observer, run: Run) -> None:
+    def _admit(self, count: int, run: Run, observer: Observer) -> None:
         """Say how much memory ``count`` steps take, and refuse them if it is too much."""
-        size = self.bytes_of(count, observer, run)
-        limit = int(psutil.virtual_memory().available * MEMORY_SHARE) if self.limit is None else self.limit
-        t = self.trace
+        size, t = self._bytes_of(count, run, observer), self.trace
+        if self.limit is None:
+            self.limit = int(self._free() * FREE_SHARE)
         said = (
             f"{len(t.names)} layers x {count} steps x {len(self.places)} of {run.batch} rows, {len(t.heads)} heads, "
-            f"{t.grid[0]}x{t.grid[1]} tokens: {megabytes(size)}"
+            f"{t.grid[0]}x{t.grid[1]} tokens"
         )
-        if size > limit:
+        if size > self.limit:
             raise TraceTooLargeError(
-                f"this trace would take {megabytes(size)} ({said}), more than the limit of {megabytes(limit)}; "
-                "keep fewer layers, timesteps or heads, or raise memory_limit"
+                f"this trace would take {megabytes(size)} ({said}); the limit is {megabytes(self.limit)}. Keep fewer "
+                "layers, steps or heads, raise memory_limit, or give a folder to keep it in"
             )
-        if self.announce is not None:
-            self.announce(f"trace of {said} (limit {megabytes(limit)})")
+        if self.announce is not None and not t.kept:
+            self.announce(f"trace: {megabytes(size)} ({said}); the limit is {megabytes(self.limit)}")
 
-    def bytes_of(self, count: int, observer: Observer, run: Run) -> int:
-        """Bytes of queries and keys of ``count`` steps."""
-        tokens, total = run.grid[0] * run.grid[1], 0
+    def _free(self) -> int:
+        if self.folder is None:
+            return psutil.virtual_memory().available
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.folder).free
+
+    def _bytes_of(self, count: int, run: Run, observer: Observer) -> int:
+        """Bytes of queries and keys of ``count`` steps; of a prompt the most tokens that it may have."""
+        height, width = run.grid
+        vectors = 0
         for name in self.trace.names:
-            if name.endswith(KINDS["cross"]):
-                total += count * tokens + run.length
-            else:
-                ratio = observer.compression(name).ratio
-                total += count * (tokens + (run.grid[0] // ratio) * (run.grid[1] // ratio))
+            ratio = observer.compression(name, run).ratio
+            keys = run.length if is_cross(name) else count * (height // ratio) * (width // ratio)
+            vectors += count * height * width + keys
         config = observer.net.config
-        return 2 * len(self.places) * len(self.trace.heads) * (config.hidden_size // config.num_heads) * total
-
-    def begin(self, run: Run) -> None:
-        if run is self.run:
-            self.trace.texts = [self._texts(run.texts, run)]
+        return (
+            2 * vectors * len(self.places) * len(self.trace.heads) * (config.hidden_size // config.num_heads)
+        )
 
     # ---- during the run
 
@@ -162,122 +173,90 @@ class Recorder(Part):
         if run is not self.run:
             if self.trace.kept:
                 raise ValueError(
-                    "this trace already holds a run of another shape; open another `with trace(...)` for the next one"
+                    "this trace already holds a run; open another `with trace(...)` for the next one"
                 )
             self._open(run, observer)
-        if run.timesteps is None and self._wants(run.index, run.timestep):
-            size = self.trace.nbytes + self.bytes_of(1, observer, run)
-            self._admit(len(self.trace.steps) + 1, observer, run) if not self.trace.kept else None
-            if self.limit is not None and size > self.limit:
-                raise TraceTooLargeError(
-                    f"the trace would take {megabytes(size)}, limit {megabytes(self.limit)}"
-                )
+        if run.timesteps is None and self._wants(
+            run.index, run.timestep
+        ):  # nobody told how many steps there are
+            self._admit(len(self.trace.steps) + 1, run, observer)
 
     def _wants(self, step: int, timestep: float) -> bool:
         if self.steps is not None:
             return step in self.steps
-        return self.timesteps is None or float(timestep) in self.timesteps
+        return self.timesteps is None or timestep in self.timesteps
 
     def before(self, call: Call) -> None:
         run = call.run
-        if call.name not in self.trace.names or not self._wants(run.index, run.timestep):
+        if not self._wants(run.index, run.timestep):
             return
         self.trace.timestep_of[run.index] = run.timestep
-        mask = None if call.mask is None else call.mask.asnumpy().astype(bool)[self.places]
-        self.trace.kept[call.name, run.index] = Kept(
-            self._half(call.q, call.name),
-            self._keys(call),
-            mask,
-            float(call.scale),
-            call.compression.ratio,
-            call.compression.operator,
-            self._text(call),
-        )
+        if is_cross(call.name):
+            self._keep_texts(call)
+        if call.name in self.trace.names:
+            mask = None if call.mask is None else call.mask.asnumpy().astype(bool)[self.places]
+            made = (call.compression.ratio, call.compression.operator)
+            kept = Kept(self._half(call.q, call.name), self._keys(call), mask, float(call.scale), *made)
+            self.trace.kept[call.name, run.index] = kept
+
+    def _keep_texts(self, call: Call) -> None:
+        """Which prompts are in force at this step: an intervention may have swapped them."""
+        texts = [call.texts[place] or Text() for place in self.places]
+        if texts not in self.trace.texts:
+            self.trace.texts.append(texts)
+        self.trace.text_of[call.run.index] = self.trace.texts.index(texts)
 
     def _keys(self, call: Call) -> np.ndarray:
-        if not call.is_cross:
+        if not is_cross(call.name):
             return self._half(call.k, call.name)
-        known = self.shared.get(call.name)
-        if known is None or known[0] is not call.k:
-            known = self.shared[call.name] = (call.k, self._half(call.k, call.name))
-        return known[1]
+        if call.name not in self.shared or self.shared[call.name][0] is not call.k:
+            self.shared[call.name] = call.k, self._half(call.k, call.name)
+        return self.shared[call.name][1]
 
     def _half(self, x: ms.Tensor, name: str) -> np.ndarray:
         """Kept rows and heads of (B, H, N, d) as float16."""
         array = (x if x.dtype in (ms.float32, ms.float16) else x.astype(ms.float32)).asnumpy()
-        heads = slice(None) if len(self.trace.heads) == array.shape[1] else self.trace.heads
-        half = np.stack([array[place][heads].astype(np.float16) for place in self.places])
-        if not np.isfinite(half).all():
-            raise ValueError(
-                f"{name}: queries or keys leave the range of half precision, so cannot be traced"
-            )
+        heads = self.trace.heads
+        half = self._array((len(self.places), len(heads), *array.shape[2:]))
+        with np.errstate(over="ignore"):
+            for row, place in enumerate(self.places):
+                for number, head in enumerate(heads):
+                    half[row, number] = array[place, head]
+                    if not np.isfinite(half[row, number]).all():
+                        raise ValueError(
+                            f"{name}, head {head}: queries or keys leave the range of half precision, which a trace "
+                            "keeps; leave this layer out"
+                        )
         return half
 
-    def _text(self, call: Call) -> int:
-        """Number of the prompts in force, which an intervention may have swapped."""
-        texts = [call.texts[place] or Text() for place in self.places]
-        if texts not in self.trace.texts:
-            self.trace.texts.append(texts)
-        return self.trace.texts.index(texts)
+    def _array(self, shape: tuple[int, ...]) -> np.ndarray:
+        if self.folder is None:
+            return np.empty(shape, np.float16)
+        with tempfile.TemporaryFile(
+            dir=self.folder
+        ) as file:  # it has no name, and lives as long as its mapping
+            return np.memmap(file, np.float16, "w+", shape=shape)
 
     # ---- after it
 
     def check_complete(self) -> None:
-        """Refuse a trace whose steps never came; called where the block ended without an error."""
+        """After a block that ended without an error: say that nothing was kept, or which steps never came."""
         if self.run is None:
-            return
-        there = self.trace.timestep_of
-        missing = [s for s in self.steps or () if s not in there]
-        missing += [t for t in self.timesteps or () if t not in there.values()]
-        if missing:
-            raise ValueError(f"the run never came to {missing}; kept are steps {there}")
-
-
-def chosen_names(net: Any, layers: Layers, kinds: Sequence[str]) -> list[str]:
-    """Names of the layers to keep, in the model's order."""
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"kinds has {unknown}; expected of {', '.join(KINDS)}")
-    every = [f"blocks.{n}.{KINDS[k]}" for n in range(len(net.blocks)) for k in KINDS]
-    if layers is None:
-        wanted = {f"blocks.{n}.{KINDS[k]}" for n in range(len(net.blocks)) for k in kinds}
-    else:
-        given = [layers] if isinstance(layers, (int, str, np.integer)) else list(layers)
-        wanted = {n for layer in given for n in _named(layer, kinds)}
-    missing = sorted(wanted - set(every))
-    if missing or not wanted:
-        raise ValueError(
-            f"the model has no layers {missing or '(none was given)'}; it has "
-            f"blocks.0 to blocks.{len(net.blocks) - 1}, each with attn and cross_attn"
-        )
-    return [name for name in every if name in wanted]
-
-
-def _named(layer: int | str, kinds: Sequence[str]) -> list[str]:
-    if isinstance(layer, str) and not layer.isdigit():
-        return [layer]
-    return [f"blocks.{layer}.{KINDS[kind]}" for kind in kinds]
-
-
-def chosen_heads(net: Any, heads: Numbers) -> list[int]:
-    """Numbers of the heads to keep, rising."""
-    count = net.config.num_heads
-    if heads is None:
-        return list(range(count))
-    wanted = sorted({int(head) for head in np.atleast_1d(heads)})
-    if not wanted or wanted[0] < 0 or wanted[-1] >= count:
-        raise ValueError(f"heads is {heads!r}; the model has heads 0 to {count - 1}")
-    return wanted
+            warnings.warn("nothing was traced: the model did not run in this block", stacklevel=4)
+        elif self.run.timesteps is None:
+            there = self.trace.timestep_of
+            missing = [s for s in self.steps or () if s not in there]
+            missing += [t for t in self.timesteps or () if t not in there.values()]
+            if missing:
+                raise ValueError(f"the run never came to {missing}; it had {there} (step: timestep)")
 
 
 def model_mark(net: Any) -> dict[str, Any]:
-    """What tells one model from another: its configuration, and a sum over weights that every training changes."""
-    from hashlib import sha256
-
+    """What tells one model from another: its configuration, and a digest of a sample of every weight."""
     digest = sha256()
     for name, weight in net.parameters_and_names():
-        if name.endswith("scale_shift_table") or name == "final_layer.linear.weight":
-            digest.update(weight.astype(ms.float32).asnumpy().tobytes())
+        values = weight.reshape(-1)[:: max(1, weight.size // 64)].astype(ms.float32).asnumpy()
+        digest.update(name.encode() + values.tobytes())
     return {"config": net.config.to_dict(), "weights": digest.hexdigest()}
 
 

@@ -17,9 +17,8 @@ from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
 from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.tracing.selection import KINDS, is_cross
 from pixart_nb.core.tracing.words import Text, text_of
-
-KINDS = {"self": "attn", "cross": "cross_attn"}
 
 
 @dataclass
@@ -27,8 +26,8 @@ class Run:
     """One run of the model: what is known before it starts, and the step that it is at.
 
     ``timesteps`` are the planned ones, None when the model is called by itself. The batch has ``rows`` pictures; with
-    guidance the unconditional rows come before them. ``grid`` is (height, width) in tokens; ``texts`` has one Text for
-    each picture, empty where only embeddings are known.
+    guidance the unconditional rows come before them. ``grid`` is (height, width) in tokens, ``length`` the most tokens
+    that a prompt may have. ``texts`` has the prompt of each picture, ``later`` those that will take their place.
     """
 
     timesteps: np.ndarray | None
@@ -37,6 +36,7 @@ class Run:
     grid: tuple[int, int]
     length: int
     texts: list[Text] = field(default_factory=list)
+    later: list[Text] = field(default_factory=list)
     index: int = -1
     timestep: float = float("nan")
 
@@ -85,17 +85,14 @@ class Call:
     compression: Compression
     texts: list[Text | None]
 
-    @property
-    def is_cross(self) -> bool:
-        """Whether the keys are caption tokens."""
-        return self.name.endswith(KINDS["cross"])
-
 
 class Part:
     """Something that watches or changes attention. Every method may be left as it is."""
 
-    #: Watchers come after what changes things: they see what is really computed.
-    watches = False
+    #: Parts have their say in this order: prompts are swapped, then attention is changed, then it is watched.
+    order = 1
+    #: What it does, for whoever looks at a trace later; empty for what changes nothing.
+    description = ""
 
     def expect(self, run: Run, observer: Observer) -> None:
         """A run is about to start; the place to refuse it."""
@@ -148,7 +145,7 @@ class Observer:
             for name, layer in self.layers.items():
                 layer.probe = Probe(self, name, layer)
         self.tokenizer = self.tokenizer or tokenizer
-        self.parts = sorted([*self.parts, part], key=lambda p: p.watches)
+        self.parts = sorted([*self.parts, part], key=lambda p: p.order)
 
     def remove(self, part: Part) -> None:
         """Detach a part; with the last one the model is as it was."""
@@ -182,7 +179,7 @@ class Observer:
         """The model is called with timestep (B,) on height x width tokens."""
         values = timestep.astype(ms.float32).asnumpy()
         if not self._continues(len(values), (height, width)):
-            self.run = Run(None, len(values), False, (height, width), 0)
+            self.run = Run(None, len(values), False, (height, width), self.net.config.model_max_length)
         self.run.index += 1
         self.run.timestep = float(values[0])
         for part in self.parts:
@@ -196,10 +193,10 @@ class Observer:
 
     # ---- what the probes report
 
-    def compression(self, name: str) -> Compression:
-        """What compresses a layer at this step."""
+    def compression(self, name: str, run: Run) -> Compression:
+        """What compresses a layer at this step of a run: the part that came last decides."""
         for part in reversed(self.parts):
-            if (found := part.compression(name, self.run)) is not None:
+            if (found := part.compression(name, run)) is not None:
                 return found
         return own_compression(self.layers[name])
 
@@ -207,14 +204,15 @@ class Observer:
         """Keys or values (B, N, D) on the grid that this run gives them."""
         for part in self.parts:
             part.uncompressed(name, x)
-        return self.compression(name)(x, height, width)
+        return self.compression(name, self.run)(x, height, width)
 
     def attend(self, name: str, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None):
         """The attention of a layer, with every part's say: (B, H, N, d)."""
-        run, cross = self.run, name.endswith(KINDS["cross"])
-        texts = [None] * (run.batch - run.rows) + (run.texts or [Text()] * run.rows)
-        kept = Compression(None, 1) if cross else self.compression(name)
-        call = Call(name, run, q, k, v, mask, q.shape[-1] ** -0.5, kept, texts)
+        run = self.run
+        texts = run.texts or [text_of(None, None, k.shape[2] if is_cross(name) else 0)] * run.rows
+        kept = Compression(None, 1) if is_cross(name) else self.compression(name, run)
+        every = [None] * (run.batch - run.rows) + list(texts)
+        call = Call(name, run, q, k, v, mask, q.shape[-1] ** -0.5, kept, every)
         for part in self.parts:
             part.before(call)
         out = attention(call.q, call.k, call.v, call.mask, call.scale)
@@ -233,8 +231,8 @@ def own_compression(layer: Any) -> Compression:
 def attention_layers(net: PixArt) -> Iterator[tuple[str, Any]]:
     """Every attention layer by its stable name: ``blocks.14.attn``, ``blocks.14.cross_attn``."""
     for number, block in enumerate(net.blocks):
-        yield f"blocks.{number}.attn", block.attn
-        yield f"blocks.{number}.cross_attn", block.cross_attn
+        for part in KINDS.values():
+            yield f"blocks.{number}.{part}", getattr(block, part)
 
 
 def parts_of(model: Any) -> tuple[PixArt, Any]:
