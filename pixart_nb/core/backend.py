@@ -83,39 +83,6 @@ def join_workers() -> tuple[int, int]:
     return communication.get_rank(), communication.get_group_size()
 
 
-_matmul = ops.MatMul(transpose_b=True)
-
-
-def linear(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor | None = None) -> ms.Tensor:
-    """``x @ weight.T + bias``. x (..., in), weight (out, in), bias (out,) -> (..., out).
-
-    A matrix product and ``bias_add``: on the CPU three times as fast as ``ops.dense``, whose bias is broadcast.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    out = _matmul(rows, weight)
-    if bias is not None:
-        out = ops.bias_add(out, bias)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
-
-
-def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
-    """GELU with the tanh approximation, any shape.
-
-    ``0.5 x (1 + tanh(u))`` is ``x sigmoid(2u)``, which the CPU computes several times faster than its own GELU.
-    """
-    return x * ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * (x * x)))
-
-
-def transpose(x: ms.Tensor, *axes: int) -> ms.Tensor:
-    """``x.transpose(axes)``, copied. Reshaping a transposed view can corrupt the heap on the CPU (MindSpore 2.8)."""
-    return x.transpose(*axes).contiguous()
-
-
-def repeat_rows(x: ms.Tensor, count: int) -> ms.Tensor:
-    """(B, 1, D) -> (B, count, D). Written out: broadcasting arithmetic is 20 times slower on the CPU."""
-    return ops.tile(x, (1, count, 1))
-
-
 def flash_attention(
     q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float
 ) -> ms.Tensor:

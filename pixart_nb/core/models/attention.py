@@ -6,9 +6,10 @@ import numpy as np
 from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms, transpose
+from pixart_nb.core.backend import ms
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
+from pixart_nb.core.operators import attend, transpose
 
 #: Added to the score of a token that must not be seen. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9
@@ -60,9 +61,9 @@ def attention(
 
 
 def _attend(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, bias: ms.Tensor | None) -> ms.Tensor:
-    scores = _scores(q, k).astype(ms.float32)
-    if bias is not None:
-        scores = scores + bias
+    if bias is None:
+        return attend(q, k, v)
+    scores = _scores(q, k).astype(ms.float32) + bias
     return _weighted(ops.softmax(scores, -1).astype(v.dtype), v)
 
 

@@ -7,8 +7,9 @@ import math
 import numpy as np
 from mindspore import mint, nn, ops
 
-from pixart_nb.core.backend import gelu_tanh, linear, ms, transpose
+from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Linear, parameter
+from pixart_nb.core.operators import gelu_tanh, linear, transpose
 
 FREQUENCIES = 256
 

@@ -8,7 +8,8 @@ import numpy as np
 from mindspore import nn, ops
 from mindspore.common.initializer import initializer
 
-from pixart_nb.core.backend import linear, ms
+from pixart_nb.core.backend import ms
+from pixart_nb.core.operators import linear, repeat_rows, standardise
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:
@@ -43,19 +44,20 @@ class LayerNorm(nn.Cell):
 
     def __init__(self, size: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
-        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
-        if affine:
-            self.weight, self.bias = parameter((size,), "ones"), parameter((size,), name="bias")
-        else:
-            self.weight, self.bias = (
-                ms.Tensor(np.ones(size, np.float32)),
-                ms.Tensor(np.zeros(size, np.float32)),
-            )
+        self.standardise = standardise(eps)
+        self.weight = parameter((size,), "ones") if affine else None
+        self.bias = parameter((size,), name="bias") if affine else None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        dtype = x.dtype
-        weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
-        return self.norm(x.astype(ms.float32), weight, bias)[0].astype(dtype)
+        rows = self.standardise(x.astype(ms.float32).reshape(-1, x.shape[-1]))
+        if self.weight is not None:
+            rows = rows * self._written_out(self.weight, rows) + self._written_out(self.bias, rows)
+        return rows.reshape(x.shape).astype(x.dtype)
+
+    @staticmethod
+    def _written_out(vector: ms.Tensor, rows: ms.Tensor) -> ms.Tensor:
+        count, size = rows.shape
+        return repeat_rows(vector.astype(ms.float32).reshape(1, 1, size), count).reshape(count, size)
 
 
 class RMSNorm(nn.Cell):

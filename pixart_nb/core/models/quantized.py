@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.core.backend import linear, ms
+from pixart_nb.core.backend import ms
+from pixart_nb.core.operators import linear
 
 #: Rows that are widened to float32 at a time while a weight is quantized.
 ROWS = 256

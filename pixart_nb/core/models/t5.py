@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from mindspore import mint, nn
 
-from pixart_nb.core.backend import gelu_tanh, ms
+from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
 from pixart_nb.core.models.quantized import Int8Linear
+from pixart_nb.core.operators import gelu_tanh
 
 LinearClass = type[Linear] | type[Int8Linear]
 

@@ -8,7 +8,7 @@ from functools import wraps
 import numpy as np
 from mindspore import mint, nn, ops
 
-from pixart_nb.core.backend import gelu_tanh, ms, repeat_rows, transpose
+from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
 from pixart_nb.core.models.embeddings import (
     CaptionEmbedder,
@@ -19,6 +19,7 @@ from pixart_nb.core.models.embeddings import (
 )
 from pixart_nb.core.models.kv_compression import check_compression
 from pixart_nb.core.models.layers import LayerNorm, Linear, normal, parameter, xavier_uniform
+from pixart_nb.core.operators import gelu_tanh, repeat_rows, transpose
 
 
 @dataclass(frozen=True)

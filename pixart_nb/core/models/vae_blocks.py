@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 
 from mindspore import nn, ops
 
-from pixart_nb.core.backend import ms, transpose
+from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
+from pixart_nb.core.operators import transpose
 
 
 @dataclass(frozen=True)
