@@ -11,6 +11,12 @@ _PUBLIC = {
     "training_losses": "pixart_nb.core.training.loss",
     "trace": "pixart_nb.core.tracing.recorder",
     "Trace": "pixart_nb.core.tracing.record",
+    "TraceTooLargeError": "pixart_nb.core.tracing.recorder",
+    "heads_off": "pixart_nb.core.tracing.interventions",
+    "scale_word": "pixart_nb.core.tracing.interventions",
+    "replace_compression": "pixart_nb.core.tracing.interventions",
+    "swap_prompt": "pixart_nb.core.tracing.interventions",
+    "compression_loss": "pixart_nb.core.tracing.compression",
 }
 __all__ = list(_PUBLIC)
 
