@@ -15,7 +15,7 @@ _PUBLIC = {
     "heads_off": "pixart_nb.core.tracing.interventions",
     "scale_word": "pixart_nb.core.tracing.interventions",
     "replace_compression": "pixart_nb.core.tracing.interventions",
-    "swap_prompt": "pixart_nb.core.tracing.interventions",
+    "swap_prompt": "pixart_nb.core.tracing.prompt_swap",
     "compression_loss": "pixart_nb.core.tracing.compression",
 }
 __all__ = list(_PUBLIC)

@@ -5,7 +5,7 @@ Nothing is installed until a part (a trace, an intervention) is attached, and no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +115,19 @@ class Part:
     def after(self, call: Call, out: ms.Tensor) -> ms.Tensor:
         """Its output (B, H, N, d)."""
         return out
+
+
+class Remembered:
+    """Tensors made of a caption's keys and values, which are the same at every step: made once for each layer."""
+
+    def __init__(self):
+        self.made: dict[str, tuple[tuple, Any]] = {}
+
+    def __call__(self, name: str, sources: tuple, make: Callable[[], Any]) -> Any:
+        known = self.made.get(name)
+        if known is None or any(a is not b for a, b in zip(known[0], sources, strict=True)):
+            known = self.made[name] = (sources, make())
+        return known[1]
 
 
 class Probe:
