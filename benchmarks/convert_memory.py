@@ -54,8 +54,7 @@ def write_source(path: Path, depth: int) -> None:
 
 def measure(source: Path, target: Path, dtype: str) -> None:
     """Convert and print the numbers as JSON. For a process of its own."""
-    from pixart_nb.core.checkpoints.convert import convert
-    from pixart_nb.core.checkpoints.plan import plan_conversion
+    from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 
     before, watch = memory("VmHWM"), Watch()
     started = time.perf_counter()
@@ -93,9 +92,9 @@ def memory(name: str) -> float:
 
 def same_numbers(source: Path, target: Path, dtype: str) -> bool:
     """Whether the target holds the source's numbers, rounded if another dtype was asked for, under official names."""
+    from pixart_nb.core.checkpoints.convert import DTYPES
     from pixart_nb.core.checkpoints.files import open_checkpoint
     from pixart_nb.core.checkpoints.layouts import official_view
-    from pixart_nb.core.checkpoints.plan import DTYPES
 
     first, second = (official_view(open_checkpoint(path)).tensors for path in (source, target))
     return set(second) <= set(first) and all(

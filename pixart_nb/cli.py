@@ -163,37 +163,35 @@ def convert(
         bool,
         typer.Option("--verify", help="Load both, compare one forward pass; exit code 1 if they differ."),
     ] = False,
-    table: Annotated[bool, typer.Option("--table", help="Print what became of every tensor.")] = False,
 ) -> None:
     """Convert a PixArt transformer, alpha or sigma, between layouts, without PyTorch, and audit every tensor.
 
     Files get the official names, which mindone uses too; a folder gets
-    diffusers' names and a config.json. The audit is printed in short and
-    written beside the target, as TARGET.audit.json.
+    diffusers' names and a config.json. The audit is printed, and written
+    beside the target as TARGET.audit.json.
 
     Only the transformer is written. For a whole pipeline, copy the folder of a
     published one, empty its transformer folder and convert into that:
     --target my-pipeline/transformer
 
     Example: pixart-nb convert --source PixArt-Sigma-XL-2-1024-MS.pth
-    --target my-pipeline/transformer --sample_size 128
+    --target PixArt-Sigma-XL-2-1024-MS.ckpt --verify
     """
     with _one_line_errors():
         from pixart_nb.core.checkpoints import convert as conversion
         from pixart_nb.core.checkpoints.configuration import read_config
-        from pixart_nb.core.checkpoints.plan import plan_conversion
 
         said = read_config(config) if config else None
-        plan = plan_conversion(source, target, said, sample_size, dtype.value)
-        typer.echo(f"{plan.audit}\n{plan.audit.table()}" if table else plan.audit)
+        plan = conversion.plan_conversion(source, target, said, sample_size, dtype.value)
+        typer.echo(f"{plan.audit.table()}\n\n{plan.audit}")
         conversion.convert(plan)
         typer.echo("\n".join(map(str, plan.files)))
         if verify:
-            error = conversion.verify(plan)
-            typer.echo(f"relative error of one forward pass: {error:.1e}")
-            if not error <= conversion.TOLERANCE:
+            error, allowed = conversion.verify(plan), conversion.tolerance(plan)
+            typer.echo(f"relative error of one forward pass: {error:.1e}, at most {allowed:.0e} allowed")
+            if not error <= allowed:
                 typer.echo(
-                    f"pixart-nb: expected at most {conversion.TOLERANCE}; do not use the target", err=True
+                    f"pixart-nb: {target} does not compute what {source} does; do not use it", err=True
                 )
                 raise typer.Exit(1)
 

@@ -10,9 +10,8 @@ from reference_data import official
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import mindspore_file, store
 from pixart_nb.core.checkpoints import stored as stored_tensors
-from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors
+from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors, write_safetensors
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
-from pixart_nb.core.checkpoints.safetensors_file import write_safetensors
 from pixart_nb.core.checkpoints.store import CheckpointError, load_tensors
 from pixart_nb.core.checkpoints.stored import Stored, narrowed, stacked, widened
 from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from pixart_nb.core.checkpoints.configuration import Description
+from pixart_nb.core.checkpoints.layouts import Transformer
 
 Shape = tuple[int, ...]
 
 #: What can become of a tensor, in the order of the summary, and what that means.
 OUTCOMES = {
     "mapped": "written under the names of the target",
-    "recomputed": "not weights but computed from the picture's size; left out",
-    "left out": "the target's layout has no place for it",
-    "started": "not in the source; starts at a value that changes nothing, or as an average",
-    "unexpected": "belongs to no part of this transformer; left out",
+    "recomputed": "not weights: made for every picture's size; not written",
     "missing": "needed, but not in the source",
+    "unexpected": "belongs to no part of this transformer; not written",
+    "started": "not in the source; written with the values with which training starts",
+    "absent": "not in the source, and sampling does not need it",
     "misfit": "in the source, of another shape than needed",
 }
+_ALWAYS_COUNTED = ("mapped", "recomputed", "missing", "unexpected")
+_EMBEDDING = "y_embedder.y_embedding"
 _NUMBER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 
 
@@ -68,7 +73,8 @@ class Audit:
     @property
     def counts(self) -> dict[str, int]:
         """Tensors by outcome; those of the source, or of the target where the source has none."""
-        return {name: sum(max(len(e.source), 1) for e in self.of(name)) for name in OUTCOMES if self.of(name)}
+        found = {name: sum(max(len(e.source), 1) for e in self.of(name)) for name in OUTCOMES}
+        return {name: count for name, count in found.items() if count or name in _ALWAYS_COUNTED}
 
     @property
     def complete(self) -> bool:
@@ -88,8 +94,10 @@ class Audit:
         return aligned(self.rows(folded))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
-        return {**asdict(self), "counts": self.counts, "complete": self.complete}
+        """Everything, as JSON holds it: facts, counts, sentences, and the tensors by outcome."""
+        facts = {name: value for name, value in asdict(self).items() if name != "entries"}
+        tensors = {name: [asdict(entry) for entry in self.of(name)] for name in self.counts}
+        return {**facts, "counts": self.counts, "complete": self.complete, "tensors": tensors}
 
     def __str__(self) -> str:
         kind = f"PixArt-{self.family}" if self.family else "a PixArt transformer"
@@ -99,8 +107,10 @@ class Audit:
             f"{kind}: {', '.join(f'{name} {value}' for name, value in self.config.items())}",
         ]
         for outcome, count in self.counts.items():
-            names = "" if outcome == "mapped" else f": {_few(self.of(outcome))}"
+            names = "" if outcome == "mapped" or not count else f": {_few(self.of(outcome))}"
             lines.append(f"{count:6d} {outcome} - {OUTCOMES[outcome]}{names}")
+        if self.dtypes[0] != self.dtypes[1]:
+            lines.append(f"- The numbers are not the same ones: {self.dtypes[0]} became {self.dtypes[1]}.")
         return "\n".join([*lines, *(f"- {sentence}" for sentence in self.sentences)])
 
 
@@ -158,3 +168,116 @@ def _side(names: tuple[str, ...]) -> str:
 def _shapes(shapes: tuple[Shape, ...]) -> str:
     texts = ["x".join(map(str, shape)) or "scalar" for shape in shapes]
     return texts[0] + (f" x{len(texts)}" if len(texts) > 1 else "") if texts else ""
+
+
+# ---- sentences: what people stumble over, one each, for the checkpoint at hand
+
+
+def sentences_on(
+    view: Transformer, found: Description, layout: str, ending: str, started: Collection[str]
+) -> list[str]:
+    """The sentences of a conversion to ``layout`` (``official``, ``diffusers``) in a file of this ending."""
+    return [
+        *view.notes,
+        *found.notes,
+        _on_tokens(view, found),
+        _on_embedding(view, layout),
+        _on_positions(view),
+        *_on_size(found),
+        _on_micro_conditions(found),
+        *_on_heads(found),
+        *_on_compression(found, layout, ending, started),
+    ]
+
+
+def _on_tokens(view: Transformer, found: Description) -> str:
+    if _EMBEDDING not in view.tensors:
+        known = f"this is taken to be PixArt-{found.family}" if found.family else "its kind is not known"
+        return f"Caption tokens: no y_embedding shows whether alpha's 120 or sigma's 300; {known}."
+    count = view.tensors[_EMBEDDING].shape[0]
+    if count not in (120, 300):
+        return (
+            f"Caption tokens: {count}, neither alpha's 120 nor sigma's 300; say model_max_length {count} wherever "
+            "this is loaded."
+        )
+    other = ("An alpha", 120) if count == 300 else ("A sigma", 300)
+    return (
+        f"Caption tokens: {count}, so this is PixArt-{found.family}. {other[0]} configuration, which says {other[1]}, "
+        "does not fit it."
+    )
+
+
+def _on_embedding(view: Transformer, layout: str) -> str:
+    if _EMBEDDING not in view.tensors:
+        return (
+            "y_embedding (the caption that training drops to, and the empty prompt of alpha's own scripts) is not in "
+            "the source, as in the published folders of sigma. Sampling here and in diffusers encodes an empty prompt "
+            "instead. For training, or for the official code, convert the official checkpoint."
+        )
+    if layout == "official":
+        return "y_embedding (the learned empty caption) is kept."
+    return (
+        "y_embedding (the learned empty caption) is kept as caption_projection.y_embedding, as in the published "
+        "folders of alpha; diffusers does not use it and says so when it loads."
+    )
+
+
+def _on_positions(view: Transformer) -> str:
+    if view.recomputed:
+        return "pos_embed is recomputed for every picture's size; it is not written, and nothing is lost."
+    return "pos_embed is not in the source, as in many checkpoints; it is recomputed, and nothing is lost."
+
+
+def _on_size(found: Description) -> Iterable[str]:
+    if not found.knows("input_size"):
+        yield (
+            "The training size is not known: this layout does not store it. Say it wherever this is loaded "
+            "(sample_size, the picture's side / 8): at another one the positions are wrong and pictures are poor."
+        )
+
+
+def _on_micro_conditions(found: Description) -> str:
+    if found.config.micro_condition:
+        return "Micro conditions (csize_embedder, ar_embedder) are there: of the published models, in alpha-1024 alone."
+    return (
+        "Micro conditions (csize_embedder, ar_embedder) are not there: of the published models, alpha-1024 alone has "
+        "them. A configuration with micro_condition or use_additional_conditions on does not fit."
+    )
+
+
+def _on_heads(found: Description) -> Iterable[str]:
+    if "num_heads" in found.assumed:
+        yield (
+            "The number of heads is not known: no tensor shows it, and the width is no multiple of 72. This layout "
+            "does not store it; say num_heads wherever this is loaded."
+        )
+
+
+def _on_compression(found: Description, layout: str, ending: str, started: Collection[str]) -> Iterable[str]:
+    layers, ratio = list(found.config.kv_layers), found.config.kv_ratio
+    if not layers or ratio == 1:
+        yield (
+            "KV compression: no layer has weights for it (attn.sr), as in every published checkpoint. With "
+            "kv_compress_config in --config they are made, starting as averages."
+        )
+        return
+    if found.config.kv_operator != "conv":
+        yield f"KV compression: {found.config.kv_operator!r} in layers {layers}, ratio {ratio}, which has no weights."
+        return
+    if any(name.endswith("sr.weight") for name in started):
+        yield (
+            f"KV compression: weights of layers {layers} were absent; they start as averages (1/{ratio * ratio} each, "
+            "bias 0, a norm of 1 and 0). Finetune before you judge pictures."
+        )
+    elif started:
+        lacking = ", ".join(sorted({name.split("attn.")[1] for name in started}))
+        yield (
+            f"KV compression: layers {layers} came without {lacking}, as mindone saves them; these are 0 (biases) "
+            "and 1 (norm), which changes nothing."
+        )
+    else:
+        yield f"KV compression: layers {layers} shrink by {ratio}, with their trained weights."
+    if layout == "diffusers":
+        yield "diffusers itself knows no KV compression: the target loads in this kit, not there."
+    elif ending == ".ckpt":
+        yield "mindone's model has no place for sr.bias and for the weights of attn.norm: there they would be ignored."

@@ -11,9 +11,17 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
-from pixart_nb.core.checkpoints.files import read_tensors
+from pixart_nb.core.checkpoints.files import WEIGHTS, read_tensors, write_safetensors
+from pixart_nb.core.checkpoints.layouts import target_tensors
 from pixart_nb.core.checkpoints.load import load_into, load_transformer, unfilled
-from pixart_nb.core.checkpoints.store import CheckpointError, read_json, save_tensors, write_json
+from pixart_nb.core.checkpoints.store import (
+    CheckpointError,
+    read_json,
+    save_tensors,
+    write_json,
+    written_beside,
+)
+from pixart_nb.core.checkpoints.stored import Stored
 from pixart_nb.core.checkpoints.text_encoder import load_t5
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
@@ -98,9 +106,11 @@ def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
 
 
 def write_transformer(folder: Path, net: PixArt, dtype: type[np.floating] = np.float32) -> None:
-    """Write a transformer in the diffusers layout."""
-    tensors = key_maps.to_diffusers(_weights(net, dtype))
-    save_tensors(folder / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+    """Write a transformer in the diffusers layout, without the learned empty caption, which sampling does not use."""
+    weights = {name: value for name, value in _weights(net, dtype).items() if name not in key_maps.OPTIONAL}
+    tensors = target_tensors({name: Stored.of(value, name) for name, value in weights.items()}, "diffusers")
+    with written_beside(folder / WEIGHTS) as temporary:
+        write_safetensors(temporary, tensors)
     write_json(folder / "config.json", diffusers_config(net.config))
 
 

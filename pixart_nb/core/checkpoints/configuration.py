@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.core.checkpoints.layouts import Transformer
 from pixart_nb.core.checkpoints.store import CheckpointError, read_json
 from pixart_nb.core.checkpoints.stored import Stored
 from pixart_nb.core.models.embeddings import sincos_positions
@@ -24,6 +25,107 @@ _HINTS = {
     "kv_compress_config": "Which layers are compressed, and how much, is what the weights were trained for.",
 }
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
+#: Names of the published files, and the latent side (picture side / 8) that they were trained at.
+_PUBLISHED = re.compile(r"PixArt-(Sigma-)?XL-2-(?:SAM-)?(256x256|512x512|512-MS|1024-MS|2K-MS)")
+_SIDES = {"256x256": 32, "512x512": 64, "512-MS": 64, "1024-MS": 128, "2K-MS": 256}
+#: Channels of a head in every published model.
+_HEAD = 72
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a transformer.
+
+    ``config`` says (``config.says``) what is known, but for ``assumed``, fields that had to have some value.
+    ``family``: ``alpha``, ``sigma``, or empty if not known. ``notes``: sentences on where the values come from.
+    """
+
+    config: PixArtConfig
+    family: str
+    assumed: frozenset[str]
+    notes: list[str]
+
+    def knows(self, name: str) -> bool:
+        """Whether the value of a field is known, rather than a default."""
+        return self.config.says(name) and name not in self.assumed
+
+
+def describe(
+    view: Transformer,
+    source: str | Path,
+    given: PixArtConfig | None = None,
+    sample_size: int | None = None,
+    any_heads: bool = False,
+) -> Description:
+    """Put together what is known of a checkpoint: ``given`` and ``sample_size``, the config.json with it, its tensors.
+
+    What the tensors show must not contradict what is said. Sizes that nobody says are taken from ``pos_embed``, or
+    from the published name of the file. ``any_heads`` allows for a number of heads that is not known.
+
+    Raises ``CheckpointError`` for a contradiction, and for tensors that are no PixArt transformer's.
+    """
+    source, shown = Path(source), shown_by(view.tensors, source)
+    said, notes = _said(source, given)
+    family = _family(shown, said, source)
+    if sample_size is not None:
+        positions = positions_of(sample_size, family)
+        positions = {n: v for n, v in positions.items() if n != "class_name" or not said.says(n)}
+        said = merge(PixArtConfig(**positions), said, "sample_size")
+    size, note = _size_shown(view, source, family)
+    found = {name: value for name, value in size.items() if not said.says(name)}
+    if family and "model_max_length" not in shown and not said.says("model_max_length"):
+        found["model_max_length"] = next(count for count, name in FAMILIES.items() if name == family)
+    assumed = frozenset()
+    if any_heads and shown["hidden_size"] % _HEAD and not said.says("num_heads"):
+        found["num_heads"], assumed = 1, frozenset({"num_heads"})
+    config = reconcile(PixArtConfig(**_said_by(said) | found), shown, source)
+    return Description(config, family, assumed, notes + [note] * ("input_size" in found))
+
+
+def _said(source: Path, given: PixArtConfig | None) -> tuple[PixArtConfig, list[str]]:
+    """The configuration as files and the caller say it. A folder's own must agree with the one given."""
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    if source.is_dir() and (given is None or path.is_file()):
+        return merge(config_from_diffusers(read_json(path), path), given or PixArtConfig(), path), []
+    if given is not None or not path.is_file():
+        return given or PixArtConfig(), []
+    try:
+        return read_config(path), [f"The configuration is that of {path}."]
+    except CheckpointError as error:
+        return PixArtConfig(), [f"The configuration beside the file was not used: {error}."]
+
+
+def _family(shown: Mapping, said: PixArtConfig, source: Path) -> str:
+    """``alpha`` or ``sigma``, or empty: by caption tokens, micro conditions, published name or the pipeline around."""
+    tokens = shown.get("model_max_length") or (said.says("model_max_length") and said.model_max_length)
+    if tokens in FAMILIES:
+        return FAMILIES[tokens]
+    if shown["micro_condition"]:
+        return "alpha"
+    index = source.parent / "model_index.json"
+    kind = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    name = _PUBLISHED.match(source.name)
+    if name and not tokens:
+        return "sigma" if name[1] else "alpha"
+    return {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}.get(kind, "")
+
+
+def _size_shown(view: Transformer, source: Path, family: str) -> tuple[dict, str]:
+    """The training size, if ``pos_embed`` or the published name of the file tells it, and a sentence on that."""
+    for stored in view.recomputed.values():
+        shown = positions_shown(stored, view.tensors["x_embedder.proj.weight"].shape[-1])
+        if "pe_interpolation" in shown:
+            return (
+                shown,
+                f"The training size, latents of {shown['input_size']}, is the one that pos_embed shows.",
+            )
+    name = _PUBLISHED.match(source.name)
+    if name:
+        side = _SIDES[name[2]]
+        return positions_of(
+            side, family
+        ), f"The training size, latents of {side}, is taken from the file's name."
+    return {}, ""
 
 
 def shown_by(tensors: Mapping[str, Stored], source: str | Path = "checkpoint") -> dict:
@@ -124,30 +226,32 @@ def read_config(path: str | Path) -> PixArtConfig:
 
 def merge(written: PixArtConfig, given: PixArtConfig, source: str | Path) -> PixArtConfig:
     """The configuration of a folder, completed by the one that the caller gives; what both say must be the same."""
-    said = {f.name: getattr(given, f.name) for f in fields(PixArtConfig) if given.says(f.name)}
-    for name, value in said.items():
+    for name, value in _said_by(given).items():
         if written.says(name) and getattr(written, name) != value:
             raise CheckpointError(
                 f"{source} says {name} = {getattr(written, name)}, the configuration given says {value}"
             )
-    kept = {f.name: getattr(written, f.name) for f in fields(PixArtConfig) if written.says(f.name)}
-    return PixArtConfig(**kept | said)
+    return PixArtConfig(**_said_by(written) | _said_by(given))
 
 
 def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixArtConfig:
     """The configuration completed by what a checkpoint shows; a value said and shown differently is an error."""
-    changes = {}
+    values = _said_by(config)
     for name, value in shown.items():
         said = getattr(config, name)
-        if said == value or (name == "kv_compress_config" and _same_compression(said, value)):
-            continue
-        if config.says(name):
+        same = said == value or (name == "kv_compress_config" and _same_compression(said, value))
+        if not same and config.says(name):
             contradiction = f"{source} shows {name} = {value}, but the configuration says {said}."
             raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
-        changes[name] = value
-    if "hidden_size" in changes and not config.says("num_heads"):
-        changes["num_heads"] = heads_of_width(changes["hidden_size"])
-    return replace(config, **changes)
+        values[name] = said if same else value
+    if not config.says("num_heads") and not config.says("hidden_size"):
+        values["num_heads"] = heads_of_width(shown["hidden_size"])
+    return PixArtConfig(**values)
+
+
+def _said_by(config: PixArtConfig) -> dict:
+    """The fields that a configuration says."""
+    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.says(f.name)}
 
 
 def _same_compression(said: Mapping | None, shown: Mapping) -> bool:
@@ -157,12 +261,13 @@ def _same_compression(said: Mapping | None, shown: Mapping) -> bool:
 
 
 def heads_of_width(width: int) -> int:
-    """Number of heads of PixArt's own size, 72; a checkpoint does not show it, so another size must be said."""
-    if width % 72:
+    """Number of heads of the published models' size, 72; tensors do not show it, so another size must be said."""
+    if width % _HEAD:
         raise CheckpointError(
-            f"hidden_size {width} is no multiple of 72, so num_heads must be given in the configuration"
+            f"the number of heads cannot be told: hidden_size {width} is no multiple of {_HEAD}. Give num_heads in the "
+            "configuration (--config of `pixart-nb convert`), or a config.json beside the checkpoint"
         )
-    return width // 72
+    return width // _HEAD
 
 
 def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -> PixArtConfig:

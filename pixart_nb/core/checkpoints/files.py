@@ -6,6 +6,8 @@ diffusers publishes it: one file, or shards with their index.
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
-from pixart_nb.core.checkpoints.safetensors_file import open_safetensors, write_safetensors
-from pixart_nb.core.checkpoints.store import CheckpointError, read_json
-from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.checkpoints.store import CheckpointError, opened, read_json
+from pixart_nb.core.checkpoints.stored import DTYPES, Stored, check_count, map_file
 from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch
 from pixart_nb.core.checkpoints.torch_writer import write_torch
 
@@ -24,14 +25,9 @@ Keep = Callable[[str], bool]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin")
 ENDINGS = (*TORCH_ENDINGS, ".ckpt", ".safetensors")
-#: What a checkpoint is written with, by its ending.
-WRITERS: Mapping[str, Callable[[Path, Mapping[str, Stored]], None]] = {
-    ".safetensors": write_safetensors,
-    ".ckpt": write_mindspore,
-    ".pth": write_torch,
-    ".pt": write_torch,
-}
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_LENGTH = struct.Struct("<Q")  # of the header of a safetensors file
+_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,8 @@ def open_checkpoint(path: str | Path, keep: Keep = everything) -> Opened:
         raise CheckpointError(
             f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors"
         )
-    opened = _OPENERS[path.suffix](path)
-    return replace(opened, tensors={name: t for name, t in opened.tensors.items() if keep(name)})
+    whole = _OPENERS[path.suffix](path)
+    return replace(whole, tensors={name: t for name, t in whole.tensors.items() if keep(name)})
 
 
 def read_tensors(path: str | Path, keep: Keep = everything) -> dict[str, np.ndarray]:
@@ -90,10 +86,56 @@ def _open_ckpt(path: Path) -> Opened:
     return Opened(path, tensors, notes if others else [])
 
 
+def open_safetensors(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file, mapped. A damaged file is a ``CheckpointError``."""
+    path = Path(path)
+    with opened(path) as content:
+        names = content.offset_keys()  # the library checks that they lie in this order, without gaps
+        check_count(path, len(names))
+        parts = [(name, content.get_slice(name)) for name in names]
+        described = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in parts]
+    data = map_file(path)
+    place = _LENGTH.size + _LENGTH.unpack_from(data)[0]
+    tensors = {}
+    for name, kind, shape in described:
+        if kind not in DTYPES:
+            raise CheckpointError(f"{path}: {name} is of kind {kind}; expected one of {', '.join(DTYPES)}")
+        stop = place + int(np.prod(shape, dtype=object)) * DTYPES[kind].itemsize
+        tensors[name] = Stored(kind, (data[place:stop].view(DTYPES[kind]).reshape(shape),), name=name)
+        place = stop
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write a safetensors file tensor by tensor, those of wide numbers first, so that every one is aligned."""
+    order = sorted(tensors, key=lambda name: -DTYPES[tensors[name].dtype].itemsize)
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in order:
+        tensor = tensors[name]
+        places = [place, place + tensor.nbytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": places}
+        place += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(_LENGTH.pack(len(text)) + text)
+        for name in order:
+            for chunk in tensors[name].chunks():
+                file.write(chunk.view(np.uint8))
+
+
 _OPENERS: Mapping[str, Callable[[Path], Opened]] = {
     ".safetensors": lambda path: Opened(path, open_safetensors(path)),
     ".ckpt": _open_ckpt,
     **dict.fromkeys(TORCH_ENDINGS, _open_torch),
+}
+#: What a checkpoint is written with, by its ending.
+WRITERS: Mapping[str, Callable[[Path, Mapping[str, Stored]], None]] = {
+    ".safetensors": write_safetensors,
+    ".ckpt": write_mindspore,
+    ".pth": write_torch,
+    ".pt": write_torch,
 }
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,16 @@ RULES = _rules(
 )
 #: Single tensors.
 TABLES = {
+    "y_embedder.y_embedding": "caption_projection.y_embedding",  # as in the published folders of alpha
     "final_layer.scale_shift_table": "scale_shift_table",
     "blocks.{i}.scale_shift_table": "transformer_blocks.{i}.scale_shift_table",
 }
 #: In official checkpoints but not weights: recomputed for every size.
 RECOMPUTED = ("pos_embed",)
-#: In the official layout only; diffusers encodes an empty prompt instead.
-OFFICIAL_ONLY = ("y_embedder.y_embedding",)
-#: Names in diffusers folders that diffusers itself no longer reads, and what they are called here.
-FORMER = {
-    "caption_projection.y_embedding": "y_embedder.y_embedding",  # in the published folders of alpha
-    "pos_embed.pos_embed": "pos_embed",
-}
+#: May be missing: the learned empty caption. Diffusers encodes an empty prompt instead, and so does this kit.
+OPTIONAL = ("y_embedder.y_embedding",)
+#: Names in diffusers folders that diffusers itself no longer writes, and what they are called here.
+FORMER = {"pos_embed.pos_embed": "pos_embed"}
 
 _BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 _TO_DIFFUSERS = {rule.official: rule.diffusers for rule in RULES}
@@ -120,24 +116,3 @@ def origins(names: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], list[str]
         else:
             rest += parts.values()
     return whole, rest
-
-
-def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors under official names; names that belong to no known tensor are kept, to be reported by the caller."""
-    whole, rest = origins(tensors)
-    stacks = {name: [tensors[part] for part in parts] for name, parts in whole.items()}
-    joined = {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in stacks.items()}
-    return joined | {name: tensors[name] for name in rest}
-
-
-def to_diffusers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors under diffusers' names; what exists in the official layout only is left out."""
-    out = {}
-    for name, tensor in tensors.items():
-        if name in RECOMPUTED + OFFICIAL_ONLY:
-            continue
-        names = diffusers_names(name)
-        if names is None:
-            raise ValueError(f"{name} is not a tensor of a PixArt transformer in the official layout")
-        out |= dict(zip(names, np.split(tensor, len(names)), strict=True))
-    return out

@@ -95,7 +95,7 @@ def _official(names: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], list[st
     """Official names that stand for themselves, and names that are no official ones."""
     known, rest = {}, []
     for name in names:
-        own = name in key_maps.RECOMPUTED + key_maps.OFFICIAL_ONLY or key_maps.diffusers_names(name)
+        own = name in key_maps.RECOMPUTED or key_maps.diffusers_names(name)
         if own:
             known[name] = (name,)
         else:
@@ -129,7 +129,7 @@ def started_compression(
 
 
 def target_tensors(tensors: Mapping[str, Stored], layout: str) -> dict[str, Stored]:
-    """Official tensors under the names of a layout; the diffusers layout has no place for ``OFFICIAL_ONLY``."""
+    """Official tensors under the names of a layout, ``official`` or ``diffusers``."""
     if layout == "official":
         return dict(tensors)
     out = {}

@@ -12,10 +12,10 @@ from mindspore.nn.utils import no_init_parameters
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
-from pixart_nb.core.checkpoints.configuration import config_from_diffusers, merge, reconcile, shown_by
+from pixart_nb.core.checkpoints.configuration import describe
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
-from pixart_nb.core.checkpoints.store import CheckpointError, read_json
+from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.checkpoints.stored import Stored
 from pixart_nb.core.models.quantized import Int8Linear
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -92,24 +92,19 @@ def load_transformer(
     from it where ``config`` is silent; a contradiction is a ``CheckpointError``. It is loaded tensor by tensor.
     """
     view = official_view(open_checkpoint(path))
-    base = config or PixArtConfig()
-    folder_config = Path(path) / "config.json"
-    if Path(path).is_dir():
-        base = merge(config_from_diffusers(read_json(folder_config), folder_config), base, folder_config)
-    return transformer_of(view.complete | view.rest, base, path, dtype)
+    return transformer_of(view.complete | view.rest, describe(view, path, config).config, path, dtype)
 
 
 def transformer_of(
     tensors: Mapping[str, np.ndarray | Stored], config: PixArtConfig, source: str | Path, dtype: ms.Type
 ) -> PixArt:
     """The transformer of tensors under official names, all of which must have their place in it."""
-    complete = reconcile(config, shown_by(tensors, source), source)
-    unlearned = [n for n in complete.kv_layers if f"blocks.{n}.attn.sr.weight" not in tensors]
-    if complete.kv_operator == "conv" and complete.kv_ratio > 1 and unlearned:
+    unlearned = [n for n in config.kv_layers if f"blocks.{n}.attn.sr.weight" not in tensors]
+    if config.kv_operator == "conv" and config.kv_ratio > 1 and unlearned:
         raise CheckpointError(
             f"{source} holds no weights for the compressed layers {unlearned}. `pixart-nb convert` with this "
             "configuration as --config writes a checkpoint in which they start as averages."
         )
-    net = unfilled(lambda: PixArt(complete), dtype)
-    load_into(net, tensors, source, optional=key_maps.OFFICIAL_ONLY)
+    net = unfilled(lambda: PixArt(config), dtype)
+    load_into(net, tensors, source, optional=key_maps.OPTIONAL)
     return net.set_train(False)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored, map_file, release
+from pixart_nb.core.checkpoints.stored import DTYPES, Stored, check_count, map_file, release
 
 #: MindSpore's names of the kinds of numbers.
 NAMES = {
@@ -112,7 +112,8 @@ def open_mindspore(path: str | Path) -> tuple[dict[str, Stored], list[str]]:
     path = Path(path)
     data = _without_checksum(path, map_file(path))
     reader, pieces, others = _Reader(path, data), {}, []
-    for _, start, stop in reader.fields(0, len(data), {1: _BYTES}):
+    for count, (_, start, stop) in enumerate(reader.fields(0, len(data), {1: _BYTES}), 1):
+        check_count(path, count)
         tag, kind, dims, content = reader.value(start, stop)
         if kind not in NAMES:
             others.append(tag)

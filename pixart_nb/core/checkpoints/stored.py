@@ -29,6 +29,8 @@ DTYPES = {
     "BOOL": np.dtype("?"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+#: More tensors than any checkpoint has; each takes memory, however small it is in its file.
+MOST_TENSORS = 100_000
 #: Elements that are looked at together: bounds the memory of reading, casting and writing.
 CHUNK = 4 * 2**20
 
@@ -179,6 +181,12 @@ def cast(raw: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 # ---- mapped files
+
+
+def check_count(path: str | Path, count: int) -> None:
+    """Refuse a file of so many tensors that their bookkeeping would take the memory."""
+    if count > MOST_TENSORS:
+        raise CheckpointError(f"{path} holds more than {MOST_TENSORS} tensors, as no checkpoint does")
 
 
 def map_file(path: str | Path) -> np.ndarray:

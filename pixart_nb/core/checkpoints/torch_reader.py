@@ -13,15 +13,14 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored, map_file, mapping_of, release
-from pixart_nb.core.checkpoints.torch_unpickler import Archive, Storage, TensorUnpickler
+from pixart_nb.core.checkpoints.stored import DTYPES, Stored, map_file, release
+from pixart_nb.core.checkpoints.torch_unpickler import Archive, Program, Storage, TensorUnpickler
 
 #: Where training scripts put the weights, the wanted first; they may stand inside one another.
 _WRAPPERS = (
@@ -69,7 +68,7 @@ class _Zip:
         order = self.members.get(f"{self.prefix}byteorder")
         if order and self.member(order.filename).tobytes() != b"little":
             raise CheckpointError(f"{self.path} was not written on a little-endian machine; that is not read")
-        program = BytesIO(self.member(self.pickle_name).tobytes())
+        program = Program(self.path, self.member(self.pickle_name))
         return TensorUnpickler(program, self, as_tensor).load()
 
     def storage(self, name: str, dtype: str, count: int) -> Storage:
@@ -118,25 +117,28 @@ class _Legacy:
 
     def __init__(self, path: Path, content: np.ndarray):
         self.path, self.bytes, self.size = path, content, content.size
-        self.file = mapping_of(content)
+        self.place = 0
         self.storages: dict[str, Storage] = {}
 
     def load(self, as_tensor: Callable[[Stored], Any]) -> Any:
-        self.file.seek(0)
         if self._unpickled(self) != _MAGIC or self._unpickled(self) != _LEGACY_VERSION:
             raise CheckpointError(f"{self.path} is of an unknown version of torch's format of before 1.6")
         machine = self._unpickled(self)
         if not isinstance(machine, Mapping) or machine.get("little_endian") is not True:
             raise CheckpointError(f"{self.path} was not written on a little-endian machine; that is not read")
-        start = self.file.tell()
+        start = self.place
         survey = _Survey(self)
         self._unpickled(survey, lambda tensor: None)
         self._find_storages(survey.wanted, self._unpickled(survey))
-        self.file.seek(start)
+        self.place = start
         return self._unpickled(self, as_tensor)
 
     def _unpickled(self, archive: Archive, as_tensor: Callable[[Stored], Any] = np.asarray) -> Any:
-        return TensorUnpickler(self.file, archive, as_tensor).load()
+        """What the pickle at ``place`` holds; ``place`` moves to its end."""
+        program = Program(self.path, self.bytes, self.place)
+        found = TensorUnpickler(program, archive, as_tensor).load()
+        self.place = program.place
+        return found
 
     def _find_storages(self, wanted: Mapping[str, tuple[str, int]], names: Any) -> None:
         """Map the storages, which lie one after the other in the order of their names."""
@@ -144,7 +146,7 @@ class _Legacy:
             wanted
         ):
             raise CheckpointError(f"{self.path} is damaged: its list of storages is not that of its tensors")
-        place = self.file.tell()
+        place = self.place
         for name in map(str, names):
             dtype, count = wanted[name]
             (found,) = struct.unpack_from("<q", self.bytes, place)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 
 from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored
+from pixart_nb.core.checkpoints.stored import DTYPES, Stored, check_count
 
 #: torch's storage classes and the kind of their numbers.
 STORAGES = {
@@ -31,9 +31,15 @@ STORAGES = {
     "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }
-#: Tensors may share storages; together they may view this many times the bytes of the file.
+#: Tensors may share storages; together they may view this many times the bytes of the file, or of the least size.
 MOST_VIEWS = 16
+LEAST_SIZE = 2**20
 _MOST_AXES = 16
+#: Bytes of a pickle, of a line in it, and arguments of a call: several times what any checkpoint has. Each byte can
+#: make an object, and each call can look at all its arguments, so these bound memory and time.
+MOST_PROGRAM = 4 * 2**20
+_MOST_LINE = 4096
+_MOST_ARGUMENTS = 16
 #: Instructions that make objects, sets or buffers by other ways than the one below; no tensor needs them.
 _FORBIDDEN = (
     *(pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
@@ -55,6 +61,32 @@ class StorageType(NamedTuple):
     name: str
 
 
+class Program:
+    """The instructions of a pickle, read from the bytes of a file as the unpickler asks for them."""
+
+    def __init__(self, path: Path, content: np.ndarray, start: int = 0):
+        self.path, self.bytes = path, memoryview(content)
+        self.place, self.most = start, start + MOST_PROGRAM
+
+    def read(self, size: int) -> bytes:
+        stop = self.place + size
+        if stop > self.most:
+            raise CheckpointError(
+                f"{self.path}: its pickle is longer than {MOST_PROGRAM} bytes; it was refused"
+            )
+        if stop > len(self.bytes):
+            raise EOFError("the pickle ends too early")
+        found = bytes(self.bytes[self.place : stop])
+        self.place = stop
+        return found
+
+    def readline(self) -> bytes:
+        end = bytes(self.bytes[self.place : self.place + _MOST_LINE]).find(b"\n")
+        if end < 0:
+            raise CheckpointError(f"{self.path}: a line of its pickle does not end; it was refused")
+        return self.read(end + 1)
+
+
 class Archive(Protocol):
     """Where an unpickler finds the storages."""
 
@@ -68,17 +100,19 @@ class Archive(Protocol):
 class TensorUnpickler(pickle._Unpickler):
     """Rebuilds tensors and plain containers; refuses everything else by name.
 
-    ``file`` has ``read`` and ``readline``; ``as_tensor`` makes of every ``Stored`` what stands in the result.
+    ``as_tensor`` makes of every ``Stored`` what stands in the result.
     """
 
     dispatch: ClassVar[dict] = {
         code: load for code, load in pickle._Unpickler.dispatch.items() if bytes([code]) not in _FORBIDDEN
     }
 
-    def __init__(self, file: Any, archive: Archive, as_tensor: Callable[[Stored], Any]):
-        super().__init__(file, encoding="utf-8")
+    def __init__(self, program: Program, archive: Archive, as_tensor: Callable[[Stored], Any]):
+        super().__init__(program, encoding="utf-8")
         self.archive, self.as_tensor = archive, as_tensor
-        self.budget = MOST_VIEWS * archive.size
+        self.bytes_left = MOST_VIEWS * max(archive.size, LEAST_SIZE)
+        self.pairs_left = MOST_PROGRAM
+        self.tensors = 0
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -97,7 +131,7 @@ class TensorUnpickler(pickle._Unpickler):
     def persistent_load(self, key: Any) -> Storage:
         """The storage of torch's id: ("storage", type, name, device, count), in old files with a part of it."""
         try:
-            kind, storage_type, name, _, count, *view = key
+            kind, storage_type, name, _, count, *view = key if len(key) <= _MOST_ARGUMENTS else ()
             dtype = STORAGES[storage_type.name]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise self._unknown_storage(key) from error
@@ -121,10 +155,12 @@ class TensorUnpickler(pickle._Unpickler):
 
     def rebuild_tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
         """The tensor that views a storage from ``offset`` with ``size`` and ``stride``."""
+        self.tensors += 1
+        check_count(self.archive.path, self.tensors)
         self._check_view(storage, offset, size, stride)
         dtype = DTYPES[storage.dtype]
-        self.budget -= int(np.prod(size, dtype=object)) * dtype.itemsize
-        if self.budget < 0:
+        self.bytes_left -= int(np.prod(size, dtype=object)) * dtype.itemsize
+        if self.bytes_left < 0:
             raise CheckpointError(
                 f"{self.archive.path}: its tensors would take over {MOST_VIEWS} times the file's size; it was refused"
             )
@@ -148,13 +184,19 @@ class TensorUnpickler(pickle._Unpickler):
         last = (
             offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else offset - 1
         )
-        if last >= len(storage.values) or np.prod(size, dtype=object) > len(storage.values):
+        if last >= len(storage.values):
             raise CheckpointError(
                 f"{self.archive.path}: a tensor of size {size} at offset {offset} leaves its storage of "
                 f"{len(storage.values)}"
             )
 
     # ---- instructions that Python's unpickler carries out more freely
+
+    def load_reduce(self) -> None:
+        """A call: of one of the functions above, the only ones that there are, with few arguments."""
+        if not isinstance(self.stack[-1], tuple) or len(self.stack[-1]) > _MOST_ARGUMENTS:
+            raise CheckpointError(f"{self.archive.path} makes a call with unknown arguments; it was refused")
+        super().load_reduce()
 
     def load_build(self) -> None:
         """Attributes of an object: torch leaves ``_metadata`` on its OrderedDict, which is dropped; no other may."""
@@ -178,7 +220,10 @@ class TensorUnpickler(pickle._Unpickler):
             target[self._key(items[i])] = items[i + 1]
 
     def ordered_dict(self, pairs: Any = ()) -> OrderedDict:
-        """``OrderedDict`` of pairs, which torch writes empty."""
+        """``OrderedDict`` of pairs, as Python 2 pickled it; later ones write it empty and set its items."""
+        self.pairs_left -= len(pairs)
+        if self.pairs_left < 0:
+            raise CheckpointError(f"{self.archive.path} repeats its dictionaries without end; it was refused")
         return OrderedDict((self._key(key), value) for key, value in pairs)
 
     def _key(self, key: Any) -> Any:
@@ -197,6 +242,7 @@ class TensorUnpickler(pickle._Unpickler):
             raise CheckpointError(f"{self.archive.path} sets items of a {type(self.stack[-1]).__name__}")
         return self.stack[-1]
 
+    dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.DICT[0]] = load_dict
     dispatch[pickle.SETITEM[0]] = load_setitem
