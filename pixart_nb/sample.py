@@ -111,19 +111,12 @@ def _parts(config: InferenceConfig, dtype: Any) -> dict[str, Any]:
 
 
 def architecture_of(config: InferenceConfig) -> dict[str, Any]:
-    """What the configuration says of the transformer; the checkpoint itself shows the rest.
+    """What the configuration says of the transformer; the checkpoint itself shows the rest."""
+    from pixart_nb.core.checkpoints.configuration import FAMILIES, positions_of
 
-    Positions are stretched by size / 64; alpha's 256 model, unlike sigma's, has those of 512.
-    """
     said: dict[str, Any] = {"model_max_length": config.t5_max_length}
-    if size := config.sample_size:
-        alpha = config.t5_max_length == 120
-        stretch = max(size / 64, 1.0) if alpha else size / 64
-        said |= {
-            "input_size": size,
-            "pe_interpolation": stretch,
-            "class_name": "PixArt" if size == 32 else "PixArtMS",
-        }
+    if config.sample_size:
+        said |= positions_of(config.sample_size, FAMILIES.get(config.t5_max_length, ""))
     if config.kv_compress:
         said["kv_compress_config"] = {
             "sampling": config.kv_compress_sampling,

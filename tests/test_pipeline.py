@@ -9,6 +9,7 @@ from reference_data import FORWARD, TRAJECTORY, diffusers, relative_error
 
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline, T5EncoderModel
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.sampling.pipeline import Conditioning
 
@@ -216,6 +217,27 @@ def test_the_call_of_mindones_documentation_runs(tmp_path):
     assert Image.open(tmp_path / "cat.png").size == (128, 128)
 
 
+def test_the_layout_of_mindones_example_gives_the_same_picture(pipe, call, tmp_path):
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).symlink_to(FOLDER / name)
+    checkpoint = tmp_path / "models" / "PixArt-Sigma.ckpt"
+    convert(plan_conversion(FOLDER, checkpoint))
+    expected = pipe(**call, output_type="np")[0]
+    ours = PixArtSigmaPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(ours(**call, output_type="np")[0], expected)
+    for name in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / name).rename(tmp_path / "models" / name)
+    (tmp_path / "models" / "other.ckpt").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"several checkpoints \(PixArt-Sigma.ckpt, other.ckpt\); give the path"
+    ):
+        PixArtSigmaPipeline.from_pretrained(tmp_path / "models")
+    ours = PixArtSigmaPipeline.from_pretrained(checkpoint)
+    assert np.array_equal(ours(**call, output_type="np")[0], expected)
+    encoder = PixArtSigmaPipeline.from_pretrained(tmp_path / "models", transformer=None, vae=None)
+    assert encoder.encode_prompt("cute cat")[0].shape[1] == 300
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -264,6 +286,17 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"1")
     with pytest.raises(CheckpointError, match=r"model_index.json.*weights.bin"):
         PixArtSigmaPipeline.from_pretrained(tmp_path)
+
+
+def test_a_published_folder_that_lost_its_index_is_told_what_is_missing(tmp_path):
+    for name in ("vae", "text_encoder", "tokenizer", "transformer", "scheduler"):
+        (tmp_path / name).symlink_to(FOLDER / name)
+    with pytest.raises(
+        CheckpointError, match=r"no model_index.json.*lacks \['transformer'\] for mindone's layout"
+    ):
+        PixArtSigmaPipeline.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"none.ckpt does not exist"):
+        PixArtSigmaPipeline.from_pretrained(tmp_path / "none.ckpt")
 
 
 def test_a_folder_without_a_component_names_it(tmp_path):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
-from pixart_nb.core.checkpoints.files import WEIGHTS, read_tensors, write_safetensors
+from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, read_tensors, write_safetensors
 from pixart_nb.core.checkpoints.layouts import target_tensors
 from pixart_nb.core.checkpoints.load import load_into, load_transformer, unfilled
 from pixart_nb.core.checkpoints.store import (
@@ -31,22 +32,60 @@ from pixart_nb.core.sampling.schedulers import scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
 
 
-def pipeline_folder(folder_or_hub_id: str | Path, wanted: Sequence[str]) -> Path:
-    """The local folder of a pipeline: as given, or fetched from the hub; the wanted components must be in it."""
-    folder = Path(folder_or_hub_id)
-    if not folder.is_dir():
-        folder = _from_hub(str(folder_or_hub_id), wanted)
+def load_components(source: str | Path, wanted: Sequence[str], dtype: ms.Type) -> dict[str, Any]:
+    """Components of a pipeline by name, networks in ``dtype``; see ``component_places`` for what ``source`` may be."""
+    places = component_places(source, wanted)
+    return {name: LOADERS[name](place, dtype) for name, place in places.items()}
+
+
+def component_places(source: str | Path, wanted: Sequence[str]) -> dict[str, Path]:
+    """Where the wanted components of a pipeline lie.
+
+    ``source``: a folder in the layout that diffusers publishes, or in that of mindone's example (a checkpoint beside
+    the folders vae, text_encoder and tokenizer, or in a folder ``models`` with or beside them); the checkpoint in such
+    a folder, if there are several; or a hub id. Mindone's layout has no scheduler: none is wanted from it.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in ENDINGS:
+        return _places_of_mindone(path.parent, wanted, path)
+    folder = path if path.is_dir() else _from_hub(str(source), wanted)
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no model_index.json, so it is no pipeline in the diffusers layout; it holds "
-            f"{sorted(part.name for part in folder.iterdir())[:10]}"
-        )
+        return _places_of_mindone(folder, wanted)
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(
             f"{folder} lacks the folders {missing}; give those components, or None where not needed"
         )
-    return folder
+    return {name: folder / name for name in wanted}
+
+
+def _places_of_mindone(
+    folder: Path, wanted: Sequence[str], checkpoint: Path | None = None
+) -> dict[str, Path]:
+    roots = (folder, folder / "models")
+    found = [checkpoint] if checkpoint else [p for root in roots for p in _checkpoints(root)]
+    if "transformer" in wanted and len(found) > 1:
+        raise CheckpointError(
+            f"{folder} holds several checkpoints ({', '.join(p.name for p in found[:6])}); give the path of the one "
+            "to load"
+        )
+    folders = [name for name in wanted if name != "transformer"]
+    places = {name: root / name for root in reversed(roots) for name in folders if (root / name).is_dir()}
+    if found:
+        places["transformer"] = found[0]
+    missing = [name for name in wanted if name not in (*places, "scheduler")]
+    if missing:
+        held = sorted(part.name for part in folder.iterdir())[:10] if folder.is_dir() else "nothing"
+        raise CheckpointError(
+            f"{folder} has no model_index.json, so it is no pipeline in the diffusers layout; and it lacks {missing} "
+            "for mindone's layout, which is a checkpoint and the folders vae, text_encoder and tokenizer. It holds "
+            f"{held}. Give those components, or None where not needed."
+        )
+    return {name: places[name] for name in wanted if name in places}
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix in ENDINGS and path.is_file())
 
 
 def _from_hub(hub_id: str, wanted: Sequence[str]) -> Path:

@@ -83,14 +83,19 @@ def describe(
 
 
 def _said(source: Path, given: PixArtConfig | None) -> tuple[PixArtConfig, list[str]]:
-    """The configuration as files and the caller say it. A folder's own must agree with the one given."""
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    if source.is_dir() and (given is None or path.is_file()):
-        return merge(config_from_diffusers(read_json(path), path), given or PixArtConfig(), path), []
-    if given is not None or not path.is_file():
+    """The configuration as the caller says it, or the files: a folder's own, else the audit or config.json beside.
+
+    A folder's own must agree with the one that is given; what lies beside a file is only read if none is given.
+    """
+    own = source / "config.json"
+    if source.is_dir() and (given is None or own.is_file()):
+        return merge(config_from_diffusers(read_json(own), own), given or PixArtConfig(), own), []
+    beside = (source.with_name(f"{source.name}.audit.json"), source.with_name("config.json"))
+    path = next((path for path in beside if path.is_file()), None)
+    if given is not None or path is None:
         return given or PixArtConfig(), []
     try:
-        return read_config(path), [f"The configuration is that of {path}."]
+        return read_config(path), [f"What the tensors do not show is taken from {path}."]
     except CheckpointError as error:
         return PixArtConfig(), [f"The configuration beside the file was not used: {error}."]
 

@@ -40,11 +40,11 @@ class T5EncoderModel:
         after it: memory of one layer, at the price of reading the files for every prompt. ``device_map`` is there for
         calls written for transformers; there is one device.
         """
-        from pixart_nb.core.checkpoints.components import pipeline_folder
+        from pixart_nb.core.checkpoints.components import component_places
 
         folder = Path(folder_or_hub_id)
         if subfolder:
-            folder = pipeline_folder(folder_or_hub_id, [subfolder]) / subfolder
+            folder = component_places(folder_or_hub_id, [subfolder])[subfolder]
         if load_in_8bit and stream:
             raise ValueError("load_in_8bit and stream are both on; expected at most one of them")
         dtype = supported_dtype(mindspore_dtype or ms.float32)

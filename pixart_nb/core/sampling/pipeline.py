@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.core.backend import ms, supported_dtype
-from pixart_nb.core.checkpoints.components import load_component, pipeline_folder
+from pixart_nb.core.checkpoints.components import load_components
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -76,7 +76,8 @@ class PixArtSigmaPipeline:
         vae: AutoencoderKL | None = _LOAD,
         scheduler: Scheduler | str | None = _LOAD,
     ) -> PixArtSigmaPipeline:
-        """Load a pipeline in the layout in which diffusers publishes it.
+        """Load a pipeline in the layout in which diffusers publishes it, or in that of mindone's example: a folder with
+        a checkpoint and the folders vae, text_encoder and tokenizer (of several checkpoints, give one's own path).
 
         A component that is given is used as it is; None leaves it out (a pipeline without a text encoder takes
         embeddings, one without a transformer only encodes, one without a VAE gives latents). Weights are cast to
@@ -91,9 +92,10 @@ class PixArtSigmaPipeline:
             scheduler=scheduler,
         )
         wanted = [name for name, part in given.items() if part is _LOAD]
-        folder = pipeline_folder(folder_or_hub_id, wanted) if wanted else None
-        dtype = supported_dtype(mindspore_dtype)
-        return cls(**given | {name: load_component(name, folder, dtype) for name in wanted})
+        loaded = load_components(folder_or_hub_id, wanted, supported_dtype(mindspore_dtype)) if wanted else {}
+        if "scheduler" in wanted:
+            loaded.setdefault("scheduler", "dpm++")  # mindone's layout has none
+        return cls(**given | loaded)
 
     # ---- text
 
