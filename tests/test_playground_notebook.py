@@ -1,6 +1,7 @@
 """The notebook of the playground runs whole, and its files and numbers are what it says."""
 
 import json
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from pixart_nb.config import InferenceConfig, check_config, read_yaml
 from pixart_nb.core.sampling.picture_files import read_parameters
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "inference"
 FIGURES = ["guidance.png", "history.png", "negative_prompt.png", "schedulers.png", "sizes.png"]
 
 
@@ -19,9 +21,9 @@ def notebook(project):
     return project / "notebooks" / "02_sampling.ipynb"
 
 
-def test_it_takes_the_configuration_of_the_embedded_model(project, notebook):
-    values = read_yaml(project / "configs" / "inference" / "tiny.yaml")
-    assert undeclared_keys(nbformat.read(notebook, as_version=4), values) == []
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_it_takes_the_configuration_of_every_checkpoint(notebook, path):
+    assert undeclared_keys(nbformat.read(notebook, as_version=4), read_yaml(path)) == []
 
 
 @pytest.mark.notebook
