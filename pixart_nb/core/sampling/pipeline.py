@@ -12,6 +12,7 @@ from pixart_nb.core.checkpoints.components import load_components
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.adapters import LoraLoaderMixin
 from pixart_nb.core.sampling.aspect_ratio import bins_for, closest_bin, resize_and_crop
 from pixart_nb.core.sampling.conditioning import (
     Conditioning,
@@ -38,7 +39,7 @@ from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 _LOAD = object()
 
 
-class PixArtSigmaPipeline:
+class PixArtSigmaPipeline(LoraLoaderMixin):
     """PixArt-Sigma. ``from_pretrained(folder)``, then ``pipe("a red mushroom on grass")[0][0]`` is a PIL image."""
 
     max_sequence_length = 300
