@@ -11,19 +11,29 @@ import numpy as np
 
 from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, load_tensors, save_tensors
 from pixart_nb.core.tracing.maps import Kept
+from pixart_nb.core.tracing.packed import Packed
 from pixart_nb.core.tracing.record import Trace
 from pixart_nb.core.tracing.words import Text
 
 FORMAT = "pixart-nb trace 1"
-PARTS = ("queries", "keys", "mask")
+#: Of a Packed.
+PARTS = ("values", "scale", "offset")
 
 
 def save_trace(trace: Trace, path: str | Path) -> None:
     """Write a trace; keys that steps share are written once."""
     tensors: dict[str, np.ndarray] = {}
     places: dict[int, str] = {}
+
+    def put(packed: Packed, place: str) -> str:
+        if id(packed) not in places:
+            places[id(packed)] = place
+            tensors.update({f"{place}/{part}": getattr(packed, part) for part in PARTS})
+        return places[id(packed)]
+
     entries = []
     for (name, step), kept in trace.kept.items():
+        place = f"{name}/{step}"
         entry = {
             "name": name,
             "step": step,
@@ -31,31 +41,28 @@ def save_trace(trace: Trace, path: str | Path) -> None:
             "ratio": kept.ratio,
             "operator": kept.operator,
         }
-        for part in PARTS:
-            array = getattr(kept, part)
-            if array is None:
-                continue
-            if part == "mask" or id(array) not in places:
-                places[id(array)] = f"{name}/{step}/{part}"
-                tensors[f"{name}/{step}/{part}"] = array
-            entry[part] = places[id(array)]
+        entry |= {"queries": put(kept.queries, f"{place}/queries"), "keys": put(kept.keys, f"{place}/keys")}
+        tensors |= {f"{place}/{n}": a for n in ("mask", "bias") if (a := getattr(kept, n)) is not None}
         entries.append(entry)
-    content = {
+    if trace.pictures is not None:
+        tensors["pictures"] = trace.pictures
+    content = json.dumps(_content(trace) | {"entries": entries})
+    metadata = {"format": FORMAT, "trace": content, "crc32": str(_checksum(content, tensors))}
+    save_tensors(path, tensors, metadata)
+
+
+def _content(trace: Trace) -> dict[str, Any]:
+    return {
         "names": trace.names,
         "heads": trace.heads,
         "grid": trace.grid,
         "labels": trace.labels,
         "model": trace.model,
         "timesteps": list(trace.timestep_of.items()),
-        "texts": [[[text.prompt, text.pieces] for text in row] for row in trace.texts],
+        "texts": [[[text.prompt, text.pieces] for text in rows] for rows in trace.texts],
         "text_of": list(trace.text_of.items()),
         "changes": trace.changes,
-        "entries": entries,
     }
-    if trace.pictures is not None:
-        tensors["pictures"] = trace.pictures
-    metadata = {"format": FORMAT, "trace": json.dumps(content), "crc32": str(_checksum(tensors))}
-    save_tensors(path, tensors, metadata)
 
 
 def load_trace(path: str | Path, model: Any = None) -> Trace:
@@ -63,42 +70,39 @@ def load_trace(path: str | Path, model: Any = None) -> Trace:
     metadata = load_metadata(path)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no trace: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    tensors = load_tensors(path)
-    if metadata.get("crc32") != str(_checksum(tensors)):
+    tensors, content = load_tensors(path), metadata.get("trace", "")
+    if metadata.get("crc32") != str(_checksum(content, tensors)):
         raise CheckpointError(
             f"{path} is damaged: its checksum is not that of what it holds. Trace the run again."
         )
-    try:
-        trace = _rebuild(json.loads(metadata["trace"]), tensors)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {type(error).__name__}: {error}. Trace the run again."
-        ) from error
+    trace = _rebuilt(json.loads(content), tensors)
     if model is not None:
         check_model(trace, model)
     return trace
 
 
-def _rebuild(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> Trace:
+def _rebuilt(content: dict[str, Any], tensors: dict[str, np.ndarray]) -> Trace:
     trace = Trace(
         content["names"], content["heads"], tuple(content["grid"]), content["labels"], content["model"]
     )
-    trace.timestep_of = {int(step): float(timestep) for step, timestep in content["timesteps"]}
-    trace.texts = [[Text(prompt, tuple(pieces)) for prompt, pieces in row] for row in content["texts"]]
+    trace.timestep_of, trace.text_of = dict(content["timesteps"]), dict(content["text_of"])
+    trace.texts = [[Text(prompt, tuple(pieces)) for prompt, pieces in rows] for rows in content["texts"]]
+    trace.changes = content["changes"]
+    packed: dict[str, Packed] = {}
     for entry in content["entries"]:
-        arrays = [tensors[entry[part]] if part in entry else None for part in PARTS]
-        trace.kept[entry["name"], int(entry["step"])] = Kept(
-            *arrays, float(entry["scale"]), int(entry["ratio"]), entry["operator"]
-        )
-    trace.text_of = {int(step): int(number) for step, number in content["text_of"]}
-    trace.changes = list(content["changes"])
+        for place in (entry["queries"], entry["keys"]):
+            packed.setdefault(place, Packed(*(tensors[f"{place}/{part}"] for part in PARTS)))
+        key = entry["name"], entry["step"]
+        mask, bias = (tensors.get(f"{key[0]}/{key[1]}/{part}") for part in ("mask", "bias"))
+        made = entry["scale"], entry["ratio"], entry["operator"]
+        trace.kept[key] = Kept(packed[entry["queries"]], packed[entry["keys"]], mask, bias, *made)
     if "pictures" in tensors:
         trace.pictures = tensors["pictures"]
     return trace
 
 
-def _checksum(tensors: dict[str, np.ndarray]) -> int:
-    value = 0
+def _checksum(content: str, tensors: dict[str, np.ndarray]) -> int:
+    value = zlib.crc32(content.encode())
     for name in sorted(tensors):
         value = zlib.crc32(
             np.ascontiguousarray(tensors[name]).view(np.uint8).data, zlib.crc32(name.encode(), value)
@@ -112,7 +116,7 @@ def check_model(trace: Trace, model: Any) -> None:
     from pixart_nb.core.tracing.seam import parts_of
 
     own = model_mark(parts_of(model)[0])
-    said, is_ = trace.model.get("config", {}), own["config"]
+    said, is_ = (json.loads(json.dumps(part["config"])) for part in (trace.model, own))
     different = {key: (said.get(key), is_[key]) for key in is_ if said.get(key) != is_[key]}
     if different:
         listed = ", ".join(

@@ -135,7 +135,7 @@ class ScaleWord(_Change):
         self.description = f"attention to {word!r} times {factor}" + (
             "" if renormalise else ", not renormalised"
         )
-        self.keys, self.values = Remembered(), Remembered()
+        self.values = Remembered()
 
     def begin(self, run: Run) -> None:
         """Refuse a word that no prompt has."""
@@ -153,17 +153,9 @@ class ScaleWord(_Change):
         if not self.touches(call.name, call.run):
             return
         if self.renormalise:
-            scores = math.log(self.factor) if self.factor else NOTHING
-            call.k = self.keys(call.name, (call.k,), lambda: self._with_column(call, scores))
-            ones = mint.ones((*call.q.shape[:3], 1), dtype=call.q.dtype)
-            call.q = mint.cat((call.q, ones / call.scale), -1)  # so that the column counts whole
+            call.add_bias(self._marks(call) * (math.log(self.factor) if self.factor else NOTHING))
         else:
             call.v = self.values(call.name, (call.v,), lambda: self._scaled(call))
-
-    def _with_column(self, call: Call, scores: float) -> ms.Tensor:
-        """Keys with one more component: what is added to the scores of the word's tokens, else 0."""
-        column = ms.Tensor((self._marks(call) * scores)[..., None].astype(np.float32)).astype(call.k.dtype)
-        return mint.cat((call.k, column), -1)
 
     def _scaled(self, call: Call) -> ms.Tensor:
         factors = 1 + self._marks(call) * (self.factor - 1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import entr
 
+from pixart_nb.core.tracing.packed import Packed
+
 #: Bytes that one chunk of attention rows may take.
 CHUNK_BYTES = 64 * 2**20
 
@@ -16,23 +18,25 @@ CHUNK_BYTES = 64 * 2**20
 class Kept:
     """What a trace keeps of one layer at one step.
 
-    queries (R, H, N, d) and keys (R, H, M, d) float16, mask (R, M) bool (True = token) or None, scale of the scores;
-    ``ratio`` and ``operator`` of the compression that made the keys.
+    queries (R, H, N, d), keys (R, H, M, d), mask (R, M) bool (True = token) or None, what is added to the scores of the
+    keys, (R, H, M) float32 or None, scale of the scores; ``ratio`` and ``operator`` of the compression that made
+    the keys.
     """
 
-    queries: np.ndarray
-    keys: np.ndarray
-    mask: np.ndarray | None
-    scale: float
+    queries: Packed
+    keys: Packed
+    mask: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    scale: float = 1.0
     ratio: int = 1
     operator: str | None = None
 
 
-def softmax_rows(queries: np.ndarray, keys: np.ndarray, scale: float, mask=None) -> np.ndarray:
-    """``softmax(scale q k^T)`` over the keys that mask (M,) allows: (H, Q, d), (H, M, d) -> (H, Q, M) float32."""
-    scores = (queries.astype(np.float32) * np.float32(scale)) @ keys.astype(np.float32).swapaxes(-1, -2)
-    if mask is not None:
-        scores[..., ~mask] = -np.inf
+def softmax_rows(queries: np.ndarray, keys: np.ndarray, scale: float, bias=None) -> np.ndarray:
+    """``softmax(scale q k^T + bias)``: (H, Q, d), (H, M, d), bias (H or 1, M) -> (H, Q, M) float32."""
+    scores = (queries * np.float32(scale)) @ keys.swapaxes(-1, -2)
+    if bias is not None:
+        scores += bias[:, None]
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(-1, keepdims=True)
@@ -43,17 +47,25 @@ def stream(
     kept: Kept, row: int, heads: np.ndarray, queries: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """The rows of ``queries`` (Q,) in chunks: (slice of Q, attention (heads, chunk, M) float32)."""
-    q, keys = kept.queries[row], kept.keys[row][heads].astype(np.float32)
-    mask = None if kept.mask is None else kept.mask[row]
+    keys, bias = kept.keys.unpacked(row, heads), _bias(kept, row, heads)
     size = max(1, CHUNK_BYTES // (4 * len(heads) * keys.shape[1]))
     for start in range(0, len(queries), size):
         part = slice(start, start + size)
-        yield part, softmax_rows(q[heads][:, queries[part]], keys, kept.scale, mask)
+        yield part, softmax_rows(kept.queries.unpacked(row, heads, queries[part]), keys, kept.scale, bias)
+
+
+def _bias(kept: Kept, row: int, heads: np.ndarray) -> np.ndarray | None:
+    """Mask and bias together: (heads or 1, M) float32, None without either."""
+    bias = None if kept.bias is None else kept.bias[row][heads]
+    if kept.mask is None:
+        return bias
+    masked = np.where(kept.mask[row], np.float32(0), np.float32(-np.inf))[None]
+    return masked if bias is None else masked + bias
 
 
 def query_mean(kept: Kept, row: int, heads: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Mean over queries: (heads, M) float64."""
-    total = np.zeros((len(heads), kept.keys.shape[2]))
+    total = np.zeros((len(heads), kept.keys.count))
     for _, attention in stream(kept, row, heads, queries):
         total += attention.sum(1, dtype=np.float64)
     return total / len(queries)
@@ -88,7 +100,7 @@ def key_positions(grid: tuple[int, int], ratio: int, operator: str | None) -> np
 
 def token_maps(kept: Kept, row: int, heads: np.ndarray, groups: list[tuple[int, ...]]) -> np.ndarray:
     """Attention of every query to groups of keys, each summed: (heads, groups, N) float32."""
-    count = kept.queries.shape[2]
+    count = kept.queries.count
     out = np.empty((len(heads), len(groups), count), np.float32)
     for part, attention in stream(kept, row, heads, np.arange(count)):
         for number, group in enumerate(groups):

@@ -64,8 +64,9 @@ class Trace:
     @property
     def nbytes(self) -> int:
         """Bytes that queries and keys take; keys that steps share count once."""
-        arrays = {id(a): a.nbytes for kept in self.kept.values() for a in (kept.queries, kept.keys)}
-        return sum(arrays.values())
+        return sum(
+            {id(a): a.nbytes for kept in self.kept.values() for a in (kept.queries, kept.keys)}.values()
+        )
 
     @property
     def prompts(self) -> list[str]:
@@ -111,7 +112,7 @@ class Trace:
         """(height, width) of the keys of a layer: ``grid`` shrunk by its ratio; (1, tokens) for cross-attention."""
         kept = self._entry(name, self.steps[0] if step is None and self.steps else step)
         if is_cross(name):
-            return 1, kept.keys.shape[2]
+            return 1, kept.keys.count
         return self.grid[0] // kept.ratio, self.grid[1] // kept.ratio
 
     def compression(self, name: str, step: int | None = None) -> tuple[str | None, int]:

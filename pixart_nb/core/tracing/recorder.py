@@ -1,9 +1,8 @@
-"""``with trace(model) as t:`` keeps the queries and keys of a run, in half precision, and changes nothing."""
+"""``with trace(model) as t:`` keeps the queries and keys of a run, in 16 bits each, and changes nothing."""
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,13 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.tracing.maps import Kept
+from pixart_nb.core.tracing.packed import Packed, pack, packed_bytes
 from pixart_nb.core.tracing.record import Trace
-from pixart_nb.core.tracing.seam import Call, Observer, Part, Run, attached, parts_of
+from pixart_nb.core.tracing.seam import Call, Observer, Part, Remembered, Run, attached, parts_of
 from pixart_nb.core.tracing.selection import (
     Layers,
     Numbers,
@@ -96,7 +95,7 @@ class Recorder(Part):
         self.folder = None if folder is None else Path(folder)
         self.run: Run | None = None
         self.places: list[int] = []  # rows of the batch that are kept
-        self.shared: dict[str, tuple[Any, np.ndarray]] = {}  # a caption's keys are the same at every step
+        self.shared = Remembered()  # a caption's keys are the same at every step
 
     # ---- before the run
 
@@ -132,8 +131,9 @@ class Recorder(Part):
         self.trace.changes = [part.description for part in observer.parts if part.description]
 
     def _admit(self, count: int, run: Run, observer: Observer) -> None:
-        """Say how much memory ``count`` steps take, and refuse them if it is too much."""
-        size, t = self._bytes_of(count, run, observer), self.trace
+        """Say how much memory the trace takes with ``count`` more steps, and refuse them if it is too much."""
+        t = self.trace
+        size, count = t.nbytes + self._bytes_of(count, run, observer), len(t.steps) + count
         if self.limit is None:
             self.limit = int(self._free() * FREE_SHARE)
         said = (
@@ -142,11 +142,11 @@ class Recorder(Part):
         )
         if size > self.limit:
             raise TraceTooLargeError(
-                f"this trace would take {megabytes(size)} ({said}); the limit is {megabytes(self.limit)}. Keep fewer "
+                f"this trace would take {said_bytes(size)} ({said}); the limit is {said_bytes(self.limit)}. Keep fewer "
                 "layers, steps or heads, raise memory_limit, or give a folder to keep it in"
             )
         if self.announce is not None and not t.kept:
-            self.announce(f"trace: {megabytes(size)} ({said}); the limit is {megabytes(self.limit)}")
+            self.announce(f"trace: {said_bytes(size)} ({said}); the limit is {said_bytes(self.limit)}")
 
     def _free(self) -> int:
         if self.folder is None:
@@ -156,16 +156,14 @@ class Recorder(Part):
 
     def _bytes_of(self, count: int, run: Run, observer: Observer) -> int:
         """Bytes of queries and keys of ``count`` steps; of a prompt the most tokens that it may have."""
-        height, width = run.grid
-        vectors = 0
+        vectors = sets = 0
         for name in self.trace.names:
             ratio = observer.compression(name, run).ratio
-            keys = run.length if is_cross(name) else count * (height // ratio) * (width // ratio)
-            vectors += count * height * width + keys
-        config = observer.net.config
-        return (
-            2 * vectors * len(self.places) * len(self.trace.heads) * (config.hidden_size // config.num_heads)
-        )
+            keys = run.length if is_cross(name) else count * (run.grid[0] // ratio) * (run.grid[1] // ratio)
+            vectors += count * run.grid[0] * run.grid[1] + keys
+            sets += count + (1 if is_cross(name) else count)
+        copies, config = len(self.places) * len(self.trace.heads), observer.net.config
+        return packed_bytes(vectors * copies, config.hidden_size // config.num_heads, sets * copies)
 
     # ---- during the run
 
@@ -176,10 +174,8 @@ class Recorder(Part):
                     "this trace already holds a run; open another `with trace(...)` for the next one"
                 )
             self._open(run, observer)
-        if run.timesteps is None and self._wants(
-            run.index, run.timestep
-        ):  # nobody told how many steps there are
-            self._admit(len(self.trace.steps) + 1, run, observer)
+        if run.timesteps is None and self._wants(run.index, run.timestep):  # nobody said how many steps come
+            self._admit(1, run, observer)
 
     def _wants(self, step: int, timestep: float) -> bool:
         if self.steps is not None:
@@ -195,9 +191,11 @@ class Recorder(Part):
             self._keep_texts(call)
         if call.name in self.trace.names:
             mask = None if call.mask is None else call.mask.asnumpy().astype(bool)[self.places]
+            bias = None if call.bias is None else call.bias[self.places][:, self.trace.heads]
             made = (call.compression.ratio, call.compression.operator)
-            kept = Kept(self._half(call.q, call.name), self._keys(call), mask, float(call.scale), *made)
-            self.trace.kept[call.name, run.index] = kept
+            self.trace.kept[call.name, run.index] = Kept(
+                self._packed(call.q, call.name), self._keys(call), mask, bias, float(call.scale), *made
+            )
 
     def _keep_texts(self, call: Call) -> None:
         """Which prompts are in force at this step: an intervention may have swapped them."""
@@ -206,36 +204,18 @@ class Recorder(Part):
             self.trace.texts.append(texts)
         self.trace.text_of[call.run.index] = self.trace.texts.index(texts)
 
-    def _keys(self, call: Call) -> np.ndarray:
+    def _keys(self, call: Call) -> Packed:
         if not is_cross(call.name):
-            return self._half(call.k, call.name)
-        if call.name not in self.shared or self.shared[call.name][0] is not call.k:
-            self.shared[call.name] = call.k, self._half(call.k, call.name)
-        return self.shared[call.name][1]
+            return self._packed(call.k, call.name)
+        return self.shared(call.name, (call.k,), lambda: self._packed(call.k, call.name))
 
-    def _half(self, x: ms.Tensor, name: str) -> np.ndarray:
-        """Kept rows and heads of (B, H, N, d) as float16."""
+    def _packed(self, x: ms.Tensor, name: str) -> Packed:
+        """Kept rows and heads of (B, H, N, d)."""
         array = (x if x.dtype in (ms.float32, ms.float16) else x.astype(ms.float32)).asnumpy()
-        heads = self.trace.heads
-        half = self._array((len(self.places), len(heads), *array.shape[2:]))
-        with np.errstate(over="ignore"):
-            for row, place in enumerate(self.places):
-                for number, head in enumerate(heads):
-                    half[row, number] = array[place, head]
-                    if not np.isfinite(half[row, number]).all():
-                        raise ValueError(
-                            f"{name}, head {head}: queries or keys leave the range of half precision, which a trace "
-                            "keeps; leave this layer out"
-                        )
-        return half
-
-    def _array(self, shape: tuple[int, ...]) -> np.ndarray:
-        if self.folder is None:
-            return np.empty(shape, np.float16)
-        with tempfile.TemporaryFile(
-            dir=self.folder
-        ) as file:  # it has no name, and lives as long as its mapping
-            return np.memmap(file, np.float16, "w+", shape=shape)
+        try:
+            return pack(array, self.places, self.trace.heads, self.folder)
+        except ValueError as error:
+            raise ValueError(f"{name} at step {self.run.index}: {error}; leave this layer out") from None
 
     # ---- after it
 
@@ -260,6 +240,7 @@ def model_mark(net: Any) -> dict[str, Any]:
     return {"config": net.config.to_dict(), "weights": digest.hexdigest()}
 
 
-def megabytes(size: int) -> str:
+def said_bytes(size: int) -> str:
     """A size for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= f or u == "kB")
+    return f"{size / factor:.{2 if unit == 'GB' else 1}f} {unit}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from mindspore import mint
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import SelfAttention, attention
@@ -71,8 +72,8 @@ class Compression:
 class Call:
     """One attention, about to be computed. Parts may replace the tensors.
 
-    q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, scale of the scores. ``texts`` has the prompt of each batch
-    row (cross-attention), None for unconditional rows.
+    q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, scale of the scores, and what is added to the scores of each
+    key, (B, H, M) float32 or None. ``texts`` has the prompt of each batch row, None for unconditional rows.
     """
 
     name: str
@@ -84,6 +85,19 @@ class Call:
     scale: float
     compression: Compression
     texts: list[Text | None]
+    bias: np.ndarray | None = None
+
+    def add_bias(self, bias: np.ndarray) -> None:
+        """Add (B, H, M) to the scores of the keys."""
+        self.bias = bias.astype(np.float32) if self.bias is None else self.bias + bias.astype(np.float32)
+
+    def compute(self) -> ms.Tensor:
+        """The attention: (B, H, N, d). A bias goes in as one more component of the keys, which meets a one."""
+        q, k = self.q, self.k
+        if self.bias is not None:
+            k = mint.cat((k, ms.Tensor(self.bias[..., None]).astype(k.dtype)), -1)
+            q = mint.cat((q, mint.ones((*q.shape[:3], 1), dtype=q.dtype) / self.scale), -1)
+        return attention(q, k, self.v, self.mask, self.scale)
 
 
 class Part:
@@ -228,7 +242,7 @@ class Observer:
         call = Call(name, run, q, k, v, mask, q.shape[-1] ** -0.5, kept, every)
         for part in self.parts:
             part.before(call)
-        out = attention(call.q, call.k, call.v, call.mask, call.scale)
+        out = call.compute()
         for part in self.parts:
             out = part.after(call, out)
         return out
