@@ -30,13 +30,13 @@ def image_grid(
     >>> image_grid(np.zeros((6, 8, 8, 3)), columns=3).axes[0].get_subplotspec().get_gridspec().ncols
     3
     """
-    pictures = [_as_picture(image) for image in images]
+    pictures = [as_picture(image) for image in images]
     if not pictures:
         raise ValueError("an image grid needs at least one picture, got none")
-    _require_as_many("titles", titles, len(pictures), "pictures")
+    require_as_many("titles", titles, len(pictures), "pictures")
     columns = min(columns or int(np.ceil(np.sqrt(len(pictures)))), len(pictures))
     rows = -(-len(pictures) // columns)
-    _require_as_many("row labels", row_labels, rows, "rows")
+    require_as_many("row labels", row_labels, rows, "rows")
     titles = [_folded(title, int(cell * 15.5)) for title in titles or [""] * len(pictures)]
     figure, axes = _empty_grid(rows, columns, cell, max(p.shape[0] / p.shape[1] for p in pictures), titles)
     for place, picture, title in zip(axes, pictures, titles, strict=False):
@@ -58,8 +58,8 @@ def comparison_grid(
     (['euler', '', 'ddim', ''], ['4 steps', '8 steps', '', ''])
     """
     for label, pictures in rows.items():
-        _require_as_many(f"pictures in row {label!r}", pictures, len(columns), "columns")
-    pictures = [_as_picture(picture) for row in rows.values() for picture in row]
+        require_as_many(f"pictures in row {label!r}", pictures, len(columns), "columns")
+    pictures = [as_picture(picture) for row in rows.values() for picture in row]
     figure = image_grid(
         _on_equal_ground(pictures), columns=len(columns) or None, row_labels=list(rows), cell=cell
     )
@@ -76,7 +76,7 @@ def film_strip(images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[str])
     ['start', 'middle', 'end']
     """
     figure = image_grid(images, columns=len(images) or None, cell=1.3)
-    _require_as_many("labels", labels, len(images), "pictures")
+    require_as_many("labels", labels, len(images), "pictures")
     for place, label in zip(figure.axes, labels, strict=True):
         place.set_xlabel(label, fontsize=8)
     return figure
@@ -91,7 +91,7 @@ def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithm
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     place = figure.subplots()
     for name, (steps, values) in curves.items():
-        _require_as_many(f"values of {name!r}", values, len(steps), "steps")
+        require_as_many(f"values of {name!r}", values, len(steps), "steps")
         place.plot(np.asarray(steps), np.asarray(values, dtype=float), label=name)
     place.set(xlabel="step", ylabel=ylabel, yscale="log" if logarithmic else "linear")
     place.grid(alpha=0.3)
@@ -100,7 +100,8 @@ def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithm
     return figure
 
 
-def _as_picture(image: np.ndarray) -> np.ndarray:
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) or (H, W), uint8 or float clipped to [0, 1]; ValueError for anything else."""
     image = np.asarray(image)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
         raise ValueError(f"a picture must be (H, W, 3) or (H, W), got {image.shape}")
@@ -124,7 +125,8 @@ def _on_equal_ground(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     return grounds
 
 
-def _require_as_many(what: str, given: Sequence | None, count: int, of_what: str) -> None:
+def require_as_many(what: str, given: Sequence | None, count: int, of_what: str) -> None:
+    """Refuse a sequence that does not have ``count`` members; None is fine."""
     if given is not None and len(given) != count:
         raise ValueError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
 

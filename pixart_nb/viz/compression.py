@@ -1,0 +1,291 @@
+"""Token compression made visible: kernels, cells, what is lost, what is saved. NumPy in, a ``Figure`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import cm
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from pixart_nb.viz.figures import require_as_many
+from pixart_nb.viz.overlay import as_float, overlay
+from pixart_nb.viz.style import (
+    COLOURS,
+    DIFFERENCE,
+    HEAT,
+    MARK,
+    SMALL,
+    TEXT,
+    WIDTH,
+    axes_grid,
+    colour_bar,
+    for_curves,
+    for_picture,
+    legend,
+    line_style,
+    new_figure,
+)
+
+#: Operators that take the upper left token of a cell instead of all of them.
+PICKS = ("ave", "uniform")
+#: Panels of ``cost_curves``: key of a record, name of the axis.
+COSTS = {
+    "keys": "keys of a layer",
+    "multiply_adds": "multiply-adds of a step",
+    "bytes": "keys and values, bytes",
+    "seconds": "measured, s",
+}
+
+
+def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
+    """Learned kernels (C, R, R) of each layer against the average 1/R^2 that they started from.
+
+    Weights are multiplied by R^2, so that 1 is the average. Above: the mean over channels; below: all channels' weights.
+
+    >>> figure = learned_kernels({"layer 14": np.full((8, 2, 2), 0.25)})
+    >>> figure.axes[0].images[0].get_array().tolist()
+    [[1.0, 1.0], [1.0, 1.0]]
+    """
+    if not kernels:
+        raise ValueError("there is no kernel to show; only layers compressed by 'conv' have one")
+    scaled = {name: np.asarray(weights) * weights.shape[-1] ** 2 for name, weights in kernels.items()}
+    means = [weights.mean(0) for weights in scaled.values()]
+    most = max(float(np.abs(mean - 1).max()) for mean in means) or 1e-6
+    cell = min(2.0, (WIDTH - 1) / len(kernels))
+    figure = new_figure(max(3.2, len(kernels) * cell + 1), cell + 2.1)
+    axes = axes_grid(figure, 2, len(kernels))
+    for column, (name, mean) in enumerate(zip(scaled, means, strict=True)):
+        place = for_picture(axes[0, column])
+        image = place.imshow(mean, cmap=DIFFERENCE, vmin=1 - most, vmax=1 + most)
+        place.set_title(name, fontsize=TEXT)
+        _write_values(place, mean, most)
+    colour_bar(figure, image, axes[0], "mean weight x R²")
+    everything = np.concatenate([weights.ravel() for weights in scaled.values()])
+    edges = np.histogram_bin_edges(np.append(everything, [0.99, 1.01]), 41)
+    for column, weights in enumerate(scaled.values()):
+        place = for_curves(axes[1, column], "weight x R²", "weights" if column == 0 else "")
+        place.hist(weights.ravel(), edges, color=COLOURS[0])
+        place.axvline(1, color=COLOURS[1], linestyle="--", linewidth=1.2, label="average")
+        place.set_yscale("log")
+    legend(axes[1, 0], loc="upper left")
+    return figure
+
+
+def _write_values(place: Axes, values: np.ndarray, most: float) -> None:
+    """Each value of a small kernel in its square."""
+    if values.size > 16:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        dark = abs(value - 1) > 0.6 * most
+        place.text(
+            column,
+            row,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color="white" if dark else "black",
+        )
+
+
+def cells_of_keys(picture: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv") -> Figure:
+    """Which pixels each compressed key stands for, and the picture with as much detail as there are keys.
+
+    Left: cells of R x R tokens; operators that pick one token of a cell have it marked; tokens in no cell are hatched.
+    Right: the mean colour of what makes each key.
+
+    >>> figure = cells_of_keys(np.zeros((32, 40, 3)), (4, 5), 2)
+    >>> figure.axes[1].images[0].get_array().shape
+    (2, 2, 3)
+    """
+    _check_ratio(grid, ratio)
+    pixels = as_float(picture)
+    aspect, cell = pixels.shape[0] / pixels.shape[1], 3.4
+    figure = new_figure(2 * cell + 0.2, cell * aspect + 0.5)
+    left, right = (for_picture(place) for place in axes_grid(figure, 1, 2)[0])
+    rows, columns = grid[0] // ratio, grid[1] // ratio
+    token = (pixels.shape[0] / grid[0], pixels.shape[1] / grid[1])
+    scale = token[0] / token[1]
+    left.imshow(pixels, extent=(0, grid[1], grid[0], 0), aspect=scale, interpolation="nearest")
+    _draw_cells(left, rows, columns, ratio, operator)
+    _hatch_rest(left, grid, rows * ratio, columns * ratio)
+    size = f"{ratio * token[1]:g} x {ratio * token[0]:g}"
+    left.set_title(f"{grid[0] * grid[1]:,} tokens, {rows * columns:,} keys of {size} pixels", fontsize=TEXT)
+    kept = mean_colours(pixels, grid, ratio, operator)
+    right.imshow(kept, extent=(0, columns * ratio, rows * ratio, 0), aspect=scale, interpolation="nearest")
+    right.set(xlim=(0, grid[1]), ylim=(grid[0], 0))
+    right.set_title("upper left tokens" if operator in PICKS else "means of cells", fontsize=TEXT)
+    return figure
+
+
+def mean_colours(
+    picture: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv"
+) -> np.ndarray:
+    """Mean colour of the tokens that make each key: (H, W, 3) -> (h // R, w // R, 3) float."""
+    pixels = as_float(picture)
+    rows, columns = (np.linspace(0, side, tokens + 1).astype(int) for side, tokens in zip(pixels.shape, grid))  # noqa: B905
+    tokens = np.add.reduceat(np.add.reduceat(pixels, rows[:-1], 0), columns[:-1], 1)
+    tokens /= (np.diff(rows)[:, None] * np.diff(columns))[..., None]
+    height, width = grid[0] // ratio, grid[1] // ratio
+    cells = tokens[: height * ratio, : width * ratio].reshape(height, ratio, width, ratio, 3)
+    return cells[:, 0, :, 0] if operator in PICKS else cells.mean((1, 3))
+
+
+def _check_ratio(grid: tuple[int, int], ratio: int) -> None:
+    if not 1 <= ratio <= min(grid):
+        raise ValueError(f"ratio {ratio} makes no cell of {grid[0]}x{grid[1]} tokens; give 1 to {min(grid)}")
+
+
+def _draw_cells(place: Axes, rows: int, columns: int, ratio: int, operator: str) -> None:
+    width = 1.2 if max(rows, columns) <= 32 else 0.4
+    style = {"color": "white", "linewidth": width}
+    place.hlines(np.arange(rows + 1) * ratio, 0, columns * ratio, **style)
+    place.vlines(np.arange(columns + 1) * ratio, 0, rows * ratio, **style)
+    if operator in PICKS and rows * columns <= 1024:
+        for row, column in np.ndindex(rows, columns):
+            corner = (column * ratio, row * ratio)
+            place.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=1.5))
+
+
+def _hatch_rest(place: Axes, grid: tuple[int, int], rows: int, columns: int) -> None:
+    rests = (((0, rows), grid[1], grid[0] - rows), ((columns, 0), grid[1] - columns, rows))
+    for corner, width, height in rests:
+        if width and height:
+            place.add_patch(Rectangle(corner, width, height, facecolor="0.5", alpha=0.7, hatch="//"))
+
+
+def similarity_by_layer(
+    values: Mapping[str, np.ndarray], layers: Sequence[str | int], ylabel: str = "cosine similarity"
+) -> Figure:
+    """Numbers (layers, steps) of several choices: a line of means over steps for each, from least to most shaded.
+
+    >>> figure = similarity_by_layer({"keys, ratio 2": np.array([[0.9, 0.8], [0.7, 0.5]])}, [0, 1])
+    >>> figure.axes[0].lines[0].get_ydata().round(2).tolist()
+    [0.85, 0.6]
+    """
+    figure = new_figure(WIDTH * 0.8, 3.0)
+    place = for_curves(axes_grid(figure, 1, 1)[0, 0], "layer", f"{ylabel}, mean and range over steps")
+    for number, (label, numbers) in enumerate(values.items()):
+        require_as_many(f"layers of {label!r}", numbers, len(layers), "names")
+        style = line_style(number)
+        places = np.arange(len(layers))
+        place.plot(places, numbers.mean(1), label=label, **style)
+        place.fill_between(
+            places, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0
+        )
+    every = -(-len(layers) // 14)
+    place.set_xticks(range(0, len(layers), every), list(layers)[::every])
+    legend(place, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def lost_maps(picture: np.ndarray, similarities: Mapping[str, np.ndarray], columns: int = 6) -> Figure:
+    """Where compression loses most: 1 - similarity (h, w) of each layer over the picture, one scale.
+
+    >>> figure = lost_maps(np.zeros((8, 8, 3)), {"layer 0": np.full((4, 4), 0.75)})
+    >>> figure.axes[-1].get_ylabel()
+    '1 - cosine similarity'
+    """
+    lost = {name: 1 - np.nan_to_num(values, nan=0.0) for name, values in similarities.items()}
+    columns = min(columns, len(lost))
+    rows, cell = -(-len(lost) // columns), min(2.0, (WIDTH - 0.9) / columns)
+    aspect = picture.shape[0] / picture.shape[1]
+    figure = new_figure(columns * cell + 0.9, rows * ((cell - 0.1) * aspect + 0.3))
+    axes = [for_picture(place) for place in axes_grid(figure, rows, columns).ravel()]
+    highest = max(float(values.max()) for values in lost.values())
+    for place, (name, values) in zip(axes, lost.items(), strict=False):
+        place.imshow(overlay(picture, values, (0, highest)), interpolation="nearest")
+        place.set_title(name, fontsize=TEXT)
+    colour_bar(figure, cm.ScalarMappable(Normalize(0, highest), HEAT), axes, "1 - cosine similarity")
+    return figure
+
+
+def error_by_timestep(
+    errors: Mapping[str, Sequence[float]], timesteps: Sequence[float], ylabel: str, logarithmic: bool = True
+) -> Figure:
+    """One line for each choice over the timesteps of a run; sampling runs to the right.
+
+    >>> error_by_timestep({"conv 2": [0.1, 0.2]}, [999, 500], "relative error").axes[0].lines[0].get_ydata().tolist()
+    [0.1, 0.2]
+    """
+    figure = new_figure(WIDTH * 0.85, 3.2)
+    place = for_curves(axes_grid(figure, 1, 1)[0, 0], "timestep (sampling runs to the right)", ylabel)
+    for number, (label, values) in enumerate(errors.items()):
+        require_as_many(f"values of {label!r}", values, len(timesteps), "timesteps")
+        place.plot(list(timesteps), np.asarray(values, float), label=label, **line_style(number))
+    place.set_yscale("log" if logarithmic else "linear")
+    place.invert_xaxis()
+    legend(place, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def beside_the_paper(
+    ours: Mapping[str, float], paper: Mapping[str, float], ours_label: str, paper_label: str = "paper: FID"
+) -> Figure:
+    """This kit's number and the paper's of each choice, as bars; what the paper did not measure has none.
+
+    >>> figure = beside_the_paper({"deep": 0.1, "shallow": 0.3}, {"deep": 8.5, "shallow": 9.3}, "error")
+    >>> [[bar.get_width() for bar in place.patches] for place in figure.axes]
+    [[0.1, 0.3], [8.5, 9.3]]
+    """
+    names = list(ours)
+    figure = new_figure(WIDTH * 0.85, 0.34 * len(names) + 0.9)
+    panels = axes_grid(figure, 1, 2, sharey=True)[0]
+    for place, values, label, colour in zip(
+        panels, (ours, paper), (ours_label, paper_label), COLOURS, strict=False
+    ):
+        known = [name for name in names if name in values]
+        bars = place.barh([names.index(name) for name in known], [values[name] for name in known], color=colour)
+        place.bar_label(bars, [f"{values[name]:.4g}" for name in known], fontsize=SMALL, padding=2)
+        place.margins(x=0.18)
+        place.set_xlabel(label)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Cost against picture size, a line for each choice: keys, multiply-adds, memory and, where measured, time.
+
+    Records have ``size`` (a square picture's side in pixels), ``keys``, ``multiply_adds``, ``bytes`` and ``seconds``
+    (None where it was not measured).
+
+    >>> record = {"size": 256, "keys": 256, "multiply_adds": 2e9, "bytes": 6e5, "seconds": None}
+    >>> figure = cost_curves({"no compression": [record, record | {"size": 512, "keys": 1024}]})
+    >>> [place.get_ylabel() for place in figure.axes]
+    ['keys of a layer', 'multiply-adds of a step', 'keys and values, bytes']
+    """
+    shown = [
+        key
+        for key in COSTS
+        if any(record.get(key) is not None for records in costs.values() for record in records)
+    ]
+    sizes = sorted({record["size"] for records in costs.values() for record in records})
+    figure = new_figure(WIDTH, 2.6 * -(-len(shown) // 2) + 0.2 * len(costs))
+    axes = axes_grid(figure, -(-len(shown) // 2), 2).ravel()
+    for place, key in zip(axes, shown, strict=False):
+        for number, (label, records) in enumerate(costs.items()):
+            known = [record for record in records if record.get(key) is not None]
+            values = [[record[name] for record in known] for name in ("size", key)]
+            place.plot(*values, label=label, **line_style(number))
+        for_curves(place, "side of the picture, pixels", COSTS[key]).set(xscale="log", yscale="log")
+        place.set_xticks(sizes, sizes)
+        place.minorticks_off()
+    for place in axes[len(shown) :]:
+        place.set_axis_off()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(3, len(labels)),
+        fontsize=SMALL,
+        frameon=False,
+        handlelength=3,
+    )
+    return figure

@@ -1,0 +1,96 @@
+"""Maps of tokens or of R x R cells laid over a picture, as pixels. What figures and widgets show alike."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pixart_nb.viz.figures import as_picture
+from pixart_nb.viz.style import HEAT, heat_colours
+
+#: How much of a pixel is heat, where it is least and where it is most, and how bright the grey picture below it is.
+COVER, DIMMED = (0.3, 0.75), 0.8
+
+
+def overlay(
+    picture: np.ndarray,
+    heat: np.ndarray,
+    limits: tuple[float, float] | None = None,
+    threshold: float | None = None,
+    ratio: int = 1,
+    grid: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Heat (kh, kw) over the grey picture (H, W, 3): (H, W, 3) float in [0, 1]; nothing is smoothed.
+
+    Args:
+        picture: float in [0, 1] or uint8.
+        heat: a number for each cell of ``ratio`` x ``ratio`` tokens.
+        limits: the numbers that get the darkest and the brightest colour; 0 and the largest unless told.
+        threshold: a share of ``limits``, 0 to 1. Cells from it on keep their colours and get heat; the rest stays grey.
+        ratio, grid: tokens of a cell's side, and (height, width) of the picture in tokens, where cells do not fill it.
+
+    >>> overlay(np.ones((4, 4, 3)), np.array([[0.0, 1.0]]), threshold=0.5).shape
+    (4, 4, 3)
+    """
+    pixels = as_float(picture)
+    lowest, highest = limits or (0.0, float(np.max(heat)))
+    places = cell_of_pixels(pixels.shape[:2], heat.shape, ratio, grid)
+    inside = (places[0] >= 0)[:, None] & (places[1] >= 0)
+    values = np.asarray(heat, float)[np.maximum(places[0], 0)[:, None], np.maximum(places[1], 0)]
+    grey = DIMMED * np.repeat(pixels.mean(2, keepdims=True), 3, 2)
+    hot, below = inside, grey
+    if threshold is not None:
+        hot = inside & (values >= lowest + threshold * (highest - lowest))
+        below = pixels
+    share = np.clip((values - lowest) / ((highest - lowest) or 1), 0, 1)
+    cover = (COVER[0] + (COVER[1] - COVER[0]) * share)[..., None]
+    coloured = (1 - cover) * below + cover * heat_colours(share, 0, 1, HEAT)
+    return np.where(hot[..., None], coloured, grey)
+
+
+def as_float(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) or (H, W) as (H, W, 3) float in [0, 1]."""
+    pixels = as_picture(picture)
+    pixels = pixels / 255.0 if pixels.dtype == np.uint8 else pixels.astype(float)
+    return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+
+
+def cell_of_pixels(
+    size: tuple[int, int], cells: tuple[int, int], ratio: int = 1, grid: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the cell of each pixel row (H,), and column of each pixel column (W,); -1 where there is no cell.
+
+    >>> [numbers.tolist() for numbers in cell_of_pixels((4, 5), (2, 2), 2, (4, 5))]
+    [[0, 0, 1, 1], [0, 0, 1, 1, -1]]
+    """
+    grid = check_cells(cells, ratio, grid)
+    found = []
+    for pixels, count, tokens in zip(size, cells, grid, strict=True):
+        cell = np.arange(pixels) * tokens // pixels // ratio
+        found.append(np.where(cell < count, cell, -1))
+    return found[0], found[1]
+
+
+def check_cells(cells: tuple[int, int], ratio: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid of tokens; ValueError where it does not hold these cells."""
+    grid = grid or (cells[0] * ratio, cells[1] * ratio)
+    if (grid[0] // ratio, grid[1] // ratio) != tuple(cells):
+        raise ValueError(
+            f"a map of {cells[0]}x{cells[1]} cells does not belong to {grid[0]}x{grid[1]} tokens at ratio {ratio}, "
+            f"which make {grid[0] // ratio}x{grid[1] // ratio}"
+        )
+    return grid
+
+
+def spread_cells(weights: np.ndarray, ratio: int, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """Attention to cells (..., kh, kw) as attention to tokens (..., h, w): a cell's share divided by its tokens.
+
+    Tokens in no cell get 0, so sums stay what they are.
+
+    >>> spread_cells(np.array([[0.4, 0.6]]), 2, (2, 5))[0].round(2).tolist()
+    [0.1, 0.1, 0.15, 0.15, 0.0]
+    """
+    height, width = check_cells(weights.shape[-2:], ratio, grid)
+    out = np.zeros((*weights.shape[:-2], height, width), np.result_type(weights, np.float32))
+    rows, columns = (side * ratio for side in weights.shape[-2:])
+    out[..., :rows, :columns] = weights.repeat(ratio, -2).repeat(ratio, -1) / ratio**2
+    return out
