@@ -18,6 +18,7 @@ from .sprites import (
     JITTER,
     OBJECTS,
     SETTINGS,
+    UNSEEN_OBJECTS,
     Placement,
     Scene,
     enlarge,
@@ -114,10 +115,10 @@ def _border(grid_height: int, grid_width: int) -> np.ndarray:
     return border
 
 
-@lru_cache(maxsize=1)
-def _templates() -> tuple[list[tuple[str, bool]], np.ndarray, np.ndarray]:
+@lru_cache(maxsize=8)
+def _templates(objects: tuple[str, ...]) -> tuple[list[tuple[str, bool]], np.ndarray, np.ndarray]:
     """Shapes with their sides, their masks (S, 144) and their colours (S, colours, 144 * 3), float32."""
-    shapes = [(name, side) for name in OBJECTS for side in ((False, True) if name in MIRRORED else (False,))]
+    shapes = [(name, side) for name in objects for side in ((False, True) if name in MIRRORED else (False,))]
     masks = np.array([sprite_mask(*shape).ravel() for shape in shapes], dtype=np.float32)
     colours = np.array([[sprite_colours(n, colour, m).ravel() for colour in COLOURS] for n, m in shapes])
     return shapes, masks, colours
@@ -130,9 +131,9 @@ def _windows(cells: np.ndarray) -> np.ndarray:
     return views.reshape(*views.shape[:3], -1)
 
 
-def _object_errors(cells: np.ndarray) -> np.ndarray:
+def _object_errors(cells: np.ndarray, objects: tuple[str, ...]) -> np.ndarray:
     """Squared error over its mask of every candidate: (N, gh, gw, 3) to (N, rows, columns, S, colours)."""
-    _, masks, colours = _templates()
+    _, masks, colours = _templates(objects)
     energy = _windows(np.square(cells).sum(axis=-1)) @ masks.T
     products = _windows(cells) @ colours.reshape(-1, colours.shape[-1]).T
     products = products.reshape(*energy.shape, len(COLOURS))
@@ -147,7 +148,16 @@ def _whole_mask(place: Placement, name: str, grid_height: int, grid_width: int) 
 
 
 class SpriteEvaluator:
-    """Tells which scene a picture of any size of at least 16x16 image pixels shows."""
+    """Tells which scene a picture of any size of at least 16x16 image pixels shows.
+
+    ``objects`` are those among which it chooses: the ones the embedded model knows, unless told.
+    """
+
+    def __init__(self, objects: Sequence[str] = OBJECTS):
+        unknown = [name for name in objects if name not in OBJECTS + UNSEEN_OBJECTS]
+        if unknown or not objects:
+            raise ValueError(f"objects are {list(objects)}; expected some of {OBJECTS + UNSEEN_OBJECTS}")
+        self.objects = tuple(objects)
 
     def evaluate(self, picture: np.ndarray) -> Verdict:
         """Read one picture, (H, W, 3) uint8."""
@@ -159,7 +169,9 @@ class SpriteEvaluator:
             _require_picture(picture)
         verdicts: list[Verdict | None] = [None] * len(pictures)
         for places in _batches_of_one_size(pictures):
-            for place, verdict in zip(places, _judge(np.stack([pictures[k] for k in places])), strict=True):
+            for place, verdict in zip(
+                places, _judge(np.stack([pictures[k] for k in places]), self.objects), strict=True
+            ):
                 verdicts[place] = verdict
         return [verdict for verdict in verdicts if verdict is not None]
 
@@ -192,28 +204,33 @@ def _batches_of_one_size(pictures: Pictures) -> Iterator[list[int]]:
         yield from (places[first : first + BATCH] for first in range(0, len(places), BATCH))
 
 
-def _judge(pictures: np.ndarray) -> list[Verdict]:
-    """Verdicts of (N, H, W, 3) uint8 pictures."""
+def _judge(pictures: np.ndarray, objects: tuple[str, ...]) -> list[Verdict]:
+    """Verdicts of (N, H, W, 3) uint8 pictures, over these objects."""
     cells = cell_means(pictures)
     errors = _background_errors(cells)
     outside = np.minimum(errors[..., _border(*cells.shape[1:3])], STRAY).mean(axis=-1)
     settings = outside.argmin(axis=1)
     ground = errors[np.arange(len(cells)), settings]
-    covered = (_windows(ground) @ _templates()[1].T)[..., None]
-    misfits = _object_errors(cells)
+    covered = (_windows(ground) @ _templates(objects)[1].T)[..., None]
+    misfits = _object_errors(cells, objects)
     setting_errors = np.sqrt(outside.min(axis=1))
     size = pictures.shape[1:3]
     return [
-        _verdict(size, SETTINGS[setting], float(error), *candidates)
+        _verdict(size, SETTINGS[setting], float(error), *candidates, objects)
         for setting, error, *candidates in zip(settings, setting_errors, covered, misfits, strict=True)
     ]
 
 
 def _verdict(
-    size: tuple[int, int], setting: str, setting_error: float, covered: np.ndarray, misfits: np.ndarray
+    size: tuple[int, int],
+    setting: str,
+    setting_error: float,
+    covered: np.ndarray,
+    misfits: np.ndarray,
+    objects: tuple[str, ...],
 ) -> Verdict:
     """Pick the best candidate, from errors of (rows, columns, S, 1) and (rows, columns, S, colours)."""
-    shapes, masks, _ = _templates()
+    shapes, masks, _ = _templates(objects)
     gains = covered - misfits
     row, column, shape, colour = np.unravel_index(gains.argmax(), gains.shape)
     name, mirrored = shapes[shape]

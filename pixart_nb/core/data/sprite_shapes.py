@@ -8,6 +8,7 @@ import numpy as np
 
 from .shapes_nature import NATURE
 from .shapes_things import THINGS
+from .shapes_unseen import UNSEEN
 
 SHAPE_SIZE = 12
 
@@ -48,3 +49,4 @@ def _indices(drawing: str) -> np.ndarray:
 
 
 SHAPES: dict[str, np.ndarray] = {name: _indices(text) for name, text in sorted((NATURE | THINGS).items())}
+UNSEEN_SHAPES: dict[str, np.ndarray] = {name: _indices(text) for name, text in sorted(UNSEEN.items())}

@@ -11,7 +11,15 @@ from itertools import combinations, product
 import numpy as np
 
 from .sprite_settings import BACKGROUNDS
-from .sprite_shapes import LETTERS, MIRRORED, RAMP_LETTERS, SECONDARY, SHAPE_SIZE, SHAPES
+from .sprite_shapes import (
+    LETTERS,
+    MIRRORED,
+    RAMP_LETTERS,
+    SECONDARY,
+    SHAPE_SIZE,
+    SHAPES,
+    UNSEEN_SHAPES,
+)
 
 GRID = 16
 JITTER = 1
@@ -32,6 +40,9 @@ RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 
 OBJECTS: tuple[str, ...] = tuple(SHAPES)
+#: Objects that can be drawn but are in no training set of the embedded model.
+UNSEEN_OBJECTS: tuple[str, ...] = tuple(UNSEEN_SHAPES)
+_ALL_SHAPES = SHAPES | UNSEEN_SHAPES
 COLOURS: tuple[str, ...] = tuple(RAMPS)
 SETTINGS: tuple[str, ...] = tuple(BACKGROUNDS)
 
@@ -45,7 +56,7 @@ class Scene:
     setting: str
 
     def __post_init__(self) -> None:
-        _require_name("object", self.object, OBJECTS)
+        _require_name("object", self.object, OBJECTS + UNSEEN_OBJECTS)
         _require_name("colour", self.colour, COLOURS)
         _require_name("setting", self.setting, SETTINGS)
 
@@ -77,21 +88,22 @@ def _sprite(name: str, colour: str, mirrored: bool) -> np.ndarray:
     """(12, 12, 3) float32 colours in 0..255, black where the shape is empty."""
     by_letter = dict(zip(RAMP_LETTERS, RAMPS[colour], strict=True)) | SECONDARY | {".": (0, 0, 0)}
     palette = np.array([by_letter[letter] for letter in LETTERS], dtype=np.float32)
-    return palette[SHAPES[name][:, ::-1] if mirrored else SHAPES[name]]
+    shape = _ALL_SHAPES[name]
+    return palette[shape[:, ::-1] if mirrored else shape]
 
 
 def _per_sprite(make: Callable[[str, str, bool], np.ndarray]) -> dict[tuple[str, str, bool], np.ndarray]:
     return {
         (name, colour, mirrored): make(name, colour, mirrored)
-        for name, colour in product(OBJECTS, COLOURS)
+        for name, colour in product(_ALL_SHAPES, COLOURS)
         for mirrored in ((False, True) if name in MIRRORED else (False,))
     }
 
 
 _SPRITES = _per_sprite(_sprite)
 _MASKS = {
-    (name, side): (SHAPES[name][:, ::-1] if side else SHAPES[name]) > 0
-    for name in OBJECTS
+    (name, side): (shape[:, ::-1] if side else shape) > 0
+    for name, shape in _ALL_SHAPES.items()
     for side in (False, True)
 }
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.captions import short_caption
 from pixart_nb.core.data.evaluator import SpriteEvaluator
-from pixart_nb.core.data.sprites import Scene, all_scenes, draw, split_scenes
+from pixart_nb.core.data.sprites import OBJECTS, Scene, all_scenes, draw, split_scenes
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
 
@@ -65,7 +65,8 @@ def evaluate_model(
 
     Args:
         pipe: a ``PixArtSigmaPipeline``, or anything that is called as one.
-        scenes: what to draw; ``held_out_scenes`` gives those that training never shows.
+        scenes: what to draw; ``held_out_scenes`` gives those that training never shows. Unseen objects among them
+            are candidates too when the pictures are read.
         steps, guidance: as ``num_inference_steps`` and ``guidance_scale`` of the pipeline.
         batch_size: pictures drawn at once. Each has a random stream of its own, so they do not depend on it.
         height, width: image pixels.
@@ -78,10 +79,11 @@ def evaluate_model(
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
     pictures = _draw_all(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, call)
     seconds = (time.perf_counter() - started) / len(scenes)
+    evaluator = SpriteEvaluator(OBJECTS + tuple(sorted({scene.object for scene in scenes} - set(OBJECTS))))
     return {
         "count": len(scenes),
-        "accuracy": SpriteEvaluator().accuracy(pictures, scenes),
-        "object_accuracy": _object_accuracy(pictures, scenes),
+        "accuracy": evaluator.accuracy(pictures, scenes),
+        "object_accuracy": _object_accuracy(evaluator, pictures, scenes),
         "seconds_per_picture": seconds,
         "pictures": pictures,
     }
@@ -103,9 +105,11 @@ def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: d
     return np.concatenate(drawn)
 
 
-def _object_accuracy(pictures: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+def _object_accuracy(
+    evaluator: SpriteEvaluator, pictures: np.ndarray, scenes: Sequence[Scene]
+) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
-    for verdict, scene in zip(SpriteEvaluator().evaluate_many(pictures), scenes, strict=True):
+    for verdict, scene in zip(evaluator.evaluate_many(pictures), scenes, strict=True):
         right.setdefault(scene.object, []).append(verdict.object == scene.object)
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
 
