@@ -1,4 +1,4 @@
-"""Objects outside the embedded model's training set: drawn and judged as the others, and kept out of everything else."""
+"""Objects outside the embedded model's training set: drawn and judged as the others, and kept out of all training."""
 
 from itertools import product
 
