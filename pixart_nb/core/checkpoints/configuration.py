@@ -107,7 +107,7 @@ def _family(shown: Mapping, said: PixArtConfig, source: Path) -> str:
         return FAMILIES[tokens]
     if shown["micro_condition"]:
         return "alpha"
-    index = source.parent / "model_index.json"
+    index = (source if source.is_dir() else source.parent).parent / "model_index.json"
     kind = str(read_json(index).get("_class_name")) if index.is_file() else ""
     name = _PUBLISHED.match(source.name)
     if name and not tokens:
