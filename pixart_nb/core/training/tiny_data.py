@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.checkpoints.store import load_tensors, save_tensors
 from pixart_nb.core.data.captions import caption
+from pixart_nb.core.data.pictures import to_signed
 from pixart_nb.core.data.sprites import COLOURS, OBJECTS, SETTINGS, Scene, draw
 from pixart_nb.core.training.loss import coefficients
 
@@ -20,11 +21,6 @@ SHARD = 2048
 def generator(*key: int) -> np.random.Generator:
     """A generator of its own for a key such as (seed, step)."""
     return np.random.default_rng(key)
-
-
-def to_signed(pictures: np.ndarray) -> np.ndarray:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in -1..1."""
-    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1.0
 
 
 def draw_scenes(
