@@ -307,7 +307,10 @@ def test_traces_may_be_nested_and_leave_one_by_one(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 7}, r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\]; it has blocks.0 to blocks.2"),
+        (
+            {"layers": 7},
+            r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\] to choose; there are blocks.0 to blocks.2",
+        ),
         ({"layers": "blocks.0.mlp"}, r"blocks.0.mlp.*each with attn and cross_attn"),
         ({"layers": ()}, "none was given"),
         ({"heads": [0, 9]}, r"heads is \[0, 9\]; the model has heads 0 to \d"),

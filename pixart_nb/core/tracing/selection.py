@@ -27,14 +27,15 @@ def layer_names(depth: int, layers: Layers = None, kinds: Sequence[str] = tuple(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds is {kinds}; expected one or several of {', '.join(KINDS)}")
-    every = [f"blocks.{number}.{part}" for number in range(depth) for part in KINDS.values()]
+    parts = [part for kind, part in KINDS.items() if kind in kinds]
+    every = [f"blocks.{number}.{part}" for number in range(depth) for part in parts]
     given = range(depth) if layers is None else as_list(layers)
     wanted = {name for layer in given for name in _named(layer, kinds)}
     missing = sorted(wanted - set(every))
     if missing or not wanted:
         raise ValueError(
-            f"the model has no layers {missing or '(none was given)'}; it has blocks.0 to blocks.{depth - 1}, "
-            "each with attn and cross_attn"
+            f"there are no layers {missing or '(none was given)'} to choose; there are blocks.0 to blocks.{depth - 1}, "
+            f"each with {' and '.join(parts)}"
         )
     return [name for name in every if name in wanted]
 
