@@ -2,30 +2,31 @@
 
     python tests/damaged_checkpoints.py FOLDER COUNT
 
-Every file must give a ``CheckpointError`` or tensors that can be read whole. Anything else ends the process: another
-error with its traceback, a crash with its signal, and what takes over ``PATIENCE`` seconds as a hang.
+Every file must give a ``CheckpointError`` that names it, or tensors that can be read whole. Anything else ends the
+process: another error with its traceback, a crash with its signal, and what takes over ``PATIENCE`` seconds as a hang.
 """
 
 import json
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from reference_data import official
-from torch_files import tensor, write_legacy
+from torch_files import tensor, write_legacy, write_pickle
 
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.checkpoints.configuration import shown_by
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
 from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.torch_unpickler import MOST_VIEWS
+from pixart_nb.core.checkpoints.torch_unpickler import LEAST_SIZE, MOST_VIEWS
 
 PATIENCE = 20
-KINDS = ("zip", "legacy", "safetensors", "ckpt", "index")
+KINDS = ("zip", "pickle", "legacy", "safetensors", "ckpt", "index")
 LOADED_EVERY = 8
 
 
@@ -85,18 +86,25 @@ def outcome(path: Path, load: bool) -> str:
     """``refused``, ``misfit`` (opened, but no whole transformer) or ``loaded``."""
     try:
         opened = open_checkpoint(path)
-    except CheckpointError:
-        return "refused"
+    except CheckpointError as error:
+        return named(error, path, "refused")
     read = sum(np.asarray(tensor).nbytes for tensor in opened.tensors.values())
-    assert read <= 2 * MOST_VIEWS * max(size_of(path), 4096)
+    assert read <= 2 * MOST_VIEWS * max(size_of(path), LEAST_SIZE)
     try:
         view = official_view(opened)
         shown_by(view.complete, path)
         if load:
-            load_transformer(path, PixArtConfig(num_heads=2)) if path.is_file() else None
-    except CheckpointError:
-        return "misfit"
+            load_transformer(path, PixArtConfig(num_heads=2))
+    except CheckpointError as error:
+        return named(error, path, "misfit")
     return "loaded"
+
+
+def named(error: CheckpointError, path: Path, outcome: str) -> str:
+    """The outcome, if the error names the file."""
+    if path.name not in str(error):
+        raise AssertionError(f"{path} is not named") from error
+    return outcome
 
 
 def size_of(path: Path) -> int:
@@ -113,17 +121,23 @@ def main(folder: Path, count: int) -> None:
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(Hang()))
     rng, whole = np.random.default_rng(0), whole_files(folder)
     sound = {kind: path.read_bytes() for kind, path in whole.items()}
+    with zipfile.ZipFile(whole["zip"]) as archive:  # of these the pickle is damaged, but not its checksum
+        members = {name: archive.read(name) for name in archive.namelist()}
+    storages = {name.rsplit("/", 1)[1]: values for name, values in members.items() if "/data/" in name}
+    program = next(values for name, values in members.items() if name.endswith("/data.pkl"))
     found = {kind: Counter() for kind in KINDS}
     slowest, before = 0.0, peak()
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        path = whole["index"] if kind == "index" else folder / f"damaged{whole[kind].suffix}"
-        path.write_bytes(damaged(sound[kind], rng))
+        if kind == "pickle":
+            path = write_pickle(folder / "damaged.bin", damaged(program, rng), storages)
+        else:
+            path = whole["index"] if kind == "index" else folder / f"damaged{whole[kind].suffix}"
+            path.write_bytes(damaged(sound[kind], rng))
         started = time.perf_counter()
         signal.alarm(PATIENCE)
-        found[kind][
-            outcome(folder if kind == "index" else path, number // len(KINDS) % LOADED_EVERY == 0)
-        ] += 1
+        load = number // len(KINDS) % LOADED_EVERY == 0
+        found[kind][outcome(folder if kind == "index" else path, load)] += 1
         signal.alarm(0)
         slowest = max(slowest, time.perf_counter() - started)
     print(json.dumps({"found": found, "slowest": slowest, "grown_megabytes": peak() - before}))

@@ -1,7 +1,12 @@
 """MindSpore's files and tensors as they lie in files: every bit is kept, and what is wrong is named."""
 
+import json
 import pickletools
+import subprocess
+import sys
 import zipfile
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,3 +172,20 @@ def test_a_dtype_that_a_format_lacks_is_named(tmp_path):
         write_pth(tmp_path / "a.pth", {"w": Stored.of(np.ones(3, np.uint16))})
     with pytest.raises(CheckpointError, match="dtype complex64"):
         Stored.of(np.ones(3, np.complex64), "w")
+
+
+def test_two_thousand_damaged_files_are_refused_by_name_or_loaded(tmp_path):
+    """In a process of its own, so that a crash, a hang or memory would show."""
+    script = Path(__file__).with_name("damaged_checkpoints.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "2000"], capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    told = json.loads(run.stdout)
+    found = {kind: Counter(outcomes) for kind, outcomes in told["found"].items()}
+    assert sum(outcomes.total() for outcomes in found.values()) == 2000
+    assert set(found) == {"zip", "pickle", "legacy", "safetensors", "ckpt", "index"}
+    assert all(outcomes["refused"] > 100 for outcomes in found.values()), found
+    assert sum(outcomes["loaded"] for outcomes in found.values()) > 100, found
+    assert told["slowest"] < 20
+    assert told["grown_megabytes"] < 100

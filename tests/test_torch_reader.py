@@ -19,6 +19,7 @@ from torch_files import (
     write_torch,
 )
 
+from pixart_nb.core.checkpoints import torch_unpickler
 from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch, state_dict
 
@@ -195,6 +196,83 @@ def test_small_files_that_ask_for_endless_work_are_refused_at_once(tmp_path):
         path = write_pickle(tmp_path / "a.pth", pickle.PROTO + b"\x02" + program + pickle.STOP)
         with pytest.raises(CheckpointError, match=message):
             read_torch(path)
+
+
+def reduced(function: bytes, arguments: bytes) -> bytes:
+    return pickle.GLOBAL + function + arguments + pickle.REDUCE
+
+
+def test_calls_that_would_repeat_long_work_are_refused(tmp_path, monkeypatch):
+    """A few bytes each could go through a list or a tuple of a million things, a million times."""
+    monkeypatch.setattr(torch_unpickler, "MOST_PROGRAM", 50_000)
+    many = pickle.MARK + pickle.NONE * 1000 + pickle.TUPLE
+    pairs = pickle.MARK + (pickle.NONE + pickle.NONE + pickle.TUPLE2) * 1000 + pickle.LIST
+    dictionary = b"collections\nOrderedDict\n"
+    repeated = pairs + pickle.TUPLE1 + pickle.BINPUT + b"\0"
+    repeated += (pickle.GLOBAL + dictionary + pickle.BINGET + b"\0" + pickle.REDUCE + pickle.POP) * 1000
+    view = b"torch._utils\n_rebuild_parameter\n"
+    programs = {
+        "a call with unknown arguments": reduced(view, many),
+        "repeats its dictionaries": repeated,
+        "longer than 50000 bytes": pickle.NONE * 100_000,
+        "a line of its pickle does not end": pickle.GLOBAL + b"m" * 10_000,
+        "cannot be understood": many + pickle.BINPERSID,
+    }
+    for message, program in programs.items():
+        path = write_pickle(tmp_path / "a.pth", pickle.PROTO + b"\x02" + program + pickle.STOP)
+        with pytest.raises(CheckpointError, match=message):
+            read_torch(path)
+
+
+@pytest.mark.parametrize("ending", ["zip", "legacy"])
+def test_a_pickle_that_makes_objects_in_other_ways_makes_none(tmp_path, ending):
+    """INST, OBJ, NEWOBJ, STACK_GLOBAL, BUILD, extension codes: none of them reaches a class or a function."""
+    proof = tmp_path / "ran"
+    command = pickle.SHORT_BINUNICODE + bytes([len(f"touch {proof}")]) + f"touch {proof}".encode()
+    system = (
+        pickle.SHORT_BINUNICODE + b"\x02os" + pickle.SHORT_BINUNICODE + b"\x06system" + pickle.STACK_GLOBAL
+    )
+    known = pickle.GLOBAL + b"collections\nOrderedDict\n"
+    attributes = pickle.EMPTY_DICT + pickle.SHORT_BINUNICODE + b"\x09__class__" + command + pickle.SETITEM
+    programs = [
+        pickle.MARK + command + pickle.INST + b"os\nsystem\n",
+        pickle.MARK + pickle.GLOBAL + b"os\nsystem\n" + command + pickle.OBJ,
+        pickle.MARK + known + command + pickle.OBJ,
+        pickle.GLOBAL + b"builtins\nobject\n" + pickle.EMPTY_TUPLE + pickle.NEWOBJ,
+        known + pickle.EMPTY_TUPLE + pickle.NEWOBJ,
+        known + pickle.EMPTY_TUPLE + pickle.EMPTY_DICT + pickle.NEWOBJ_EX,
+        system + command + pickle.TUPLE1 + pickle.REDUCE,
+        command + command + pickle.TUPLE1 + pickle.REDUCE,
+        pickle.EMPTY_LIST + attributes + pickle.BUILD,
+        pickle.EXT1 + b"\x01" + command + pickle.TUPLE1 + pickle.REDUCE,
+        pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2.__func__\n",
+        pickle.GLOBAL + b"collections\nOrderedDict.fromkeys\n",
+        pickle.PERSID + b"os.system\n",
+    ]
+    for program in programs:
+        whole = pickle.PROTO + b"\x04" + program + pickle.STOP
+        path = tmp_path / "a.pth"
+        if ending == "zip":
+            write_pickle(path, whole)
+        else:
+            path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + whole)
+        with pytest.raises(CheckpointError, match=r"a\.pth"):
+            read_torch(path)
+        assert not proof.exists()
+
+
+def test_dictionaries_as_python_2_pickled_them_are_read(tmp_path):
+    pair = pickle.MARK + pickle.SHORT_BINUNICODE + b"\x01w" + pickle.BININT1 + b"\x07" + pickle.TUPLE
+    pairs = pickle.MARK + pair + pickle.LIST + pickle.TUPLE1
+    program = pickle.PROTO + b"\x02" + reduced(b"collections\nOrderedDict\n", pairs) + pickle.STOP
+    assert read_torch(write_pickle(tmp_path / "a.pth", program)) == {"w": 7}
+
+
+def test_a_tensor_that_repeats_its_storage_is_read_as_torch_expands_it(tmp_path):
+    row = tensor("0", "FloatStorage", 4, (3, 4), (0, 1))
+    values = np.arange(4, dtype=np.float32)
+    read = read_torch(write_torch(tmp_path / "a.pth", {"w": row}, {"0": values}))["w"]
+    assert np.array_equal(read, np.tile(values, (3, 1)))
 
 
 def test_views_may_share_a_storage_but_not_multiply_the_file(tmp_path):
