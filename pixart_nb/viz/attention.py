@@ -159,7 +159,10 @@ def full_against_compressed(
     _check_patch(query, grid)
     figure, axes = _picture_grid(1, 3, picture, cell=2.6)
     highest = float(max(full.max(), spread.max()))
-    panels = ((full, 1, f"full: {full.size} keys"), (compressed, ratio, f"compressed: {compressed.size} keys"))
+    panels = (
+        (full, 1, f"full: {full.size} keys"),
+        (compressed, ratio, f"compressed: {compressed.size} keys"),
+    )
     for place, (heat, side, title) in zip(axes, panels, strict=False):
         shares = heat / side**2
         _show_tokens(place, overlay(picture, shares, (0, highest), None, side, grid), grid, title)
@@ -240,7 +243,9 @@ def attention_statistics(
     left.set_yticks(range(0, len(layers), every), list(layers)[::every])
     colour_bar(figure, image, left, label)
     _by_timestep(right, values.mean(2), layers, timesteps, most)
-    for_curves(right, "timestep (sampling runs to the right)", label).set_title("mean over heads", fontsize=TEXT)
+    for_curves(right, "timestep (sampling runs to the right)", label).set_title(
+        "mean over heads", fontsize=TEXT
+    )
     return figure
 
 
@@ -287,7 +292,9 @@ def _show_pixels(place: Axes, pixels: np.ndarray, title: str) -> None:
 
 def _show_tokens(place: Axes, pixels: np.ndarray, grid: tuple[int, int], title: str) -> None:
     """Pixels on axes that count tokens."""
-    place.imshow(pixels, interpolation="nearest", extent=(0, grid[1], grid[0], 0), aspect=_aspect(pixels, grid))
+    place.imshow(
+        pixels, interpolation="nearest", extent=(0, grid[1], grid[0], 0), aspect=_aspect(pixels, grid)
+    )
     place.set_title(title, fontsize=TEXT)
 
 

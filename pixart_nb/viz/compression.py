@@ -38,14 +38,14 @@ COSTS = {
     "keys": "keys of a layer",
     "multiply_adds": "multiply-adds of a step",
     "bytes": "keys and values, bytes",
-    "seconds": "measured, s",
+    "seconds": "attention of a layer, measured, s",
 }
 
 
 def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     """Learned kernels (C, R, R) of each layer against the average 1/R^2 that they started from.
 
-    Weights are multiplied by R^2, so that 1 is the average. Above: the mean over channels; below: all channels' weights.
+    Weights are multiplied by R^2: 1 is the average. Above: the mean over channels; below: the weights of all channels.
 
     >>> figure = learned_kernels({"layer 14": np.full((8, 2, 2), 0.25)})
     >>> figure.axes[0].images[0].get_array().tolist()
@@ -70,9 +70,9 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     for column, weights in enumerate(scaled.values()):
         place = for_curves(axes[1, column], "weight x R²", "weights" if column == 0 else "")
         place.hist(weights.ravel(), edges, color=COLOURS[0])
-        place.axvline(1, color=COLOURS[1], linestyle="--", linewidth=1.2, label="average")
+        place.axvline(1, color=COLOURS[1], linestyle="--", linewidth=1.2)
         place.set_yscale("log")
-    legend(axes[1, 0], loc="upper left")
+        place.set_title("dashed: the average", fontsize=SMALL)
     return figure
 
 
@@ -114,7 +114,7 @@ def cells_of_keys(picture: np.ndarray, grid: tuple[int, int], ratio: int, operat
     left.imshow(pixels, extent=(0, grid[1], grid[0], 0), aspect=scale, interpolation="nearest")
     _draw_cells(left, rows, columns, ratio, operator)
     _hatch_rest(left, grid, rows * ratio, columns * ratio)
-    size = f"{ratio * token[1]:g} x {ratio * token[0]:g}"
+    size = f"{ratio * token[1]:.3g} x {ratio * token[0]:.3g}"
     left.set_title(f"{grid[0] * grid[1]:,} tokens, {rows * columns:,} keys of {size} pixels", fontsize=TEXT)
     kept = mean_colours(pixels, grid, ratio, operator)
     right.imshow(kept, extent=(0, columns * ratio, rows * ratio, 0), aspect=scale, interpolation="nearest")
@@ -240,7 +240,9 @@ def beside_the_paper(
         panels, (ours, paper), (ours_label, paper_label), COLOURS, strict=False
     ):
         known = [name for name in names if name in values]
-        bars = place.barh([names.index(name) for name in known], [values[name] for name in known], color=colour)
+        bars = place.barh(
+            [names.index(name) for name in known], [values[name] for name in known], color=colour
+        )
         place.bar_label(bars, [f"{values[name]:.4g}" for name in known], fontsize=SMALL, padding=2)
         place.margins(x=0.18)
         place.set_xlabel(label)

@@ -8,6 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pixart_nb.viz.style import (
+    HEAT,
+    SMALL,
+    TEXT,
+    axes_grid,
+    colour_bar,
+    for_curves,
+    for_picture,
+    legend,
+    line_style,
+    new_figure,
+)
+
 Curve = tuple[Sequence[float], Sequence[float]]
 
 
@@ -42,7 +55,7 @@ def image_grid(
     for place, picture, title in zip(axes, pictures, titles, strict=False):
         _show(place, picture, title)
     for number, label in enumerate(row_labels or ()):
-        axes[number * columns].set_ylabel(label, fontsize=8)
+        axes[number * columns].set_ylabel(label, fontsize=SMALL)
     return figure
 
 
@@ -64,7 +77,7 @@ def comparison_grid(
         _on_equal_ground(pictures), columns=len(columns) or None, row_labels=list(rows), cell=cell
     )
     for place, label in zip(figure.axes, columns, strict=False):
-        place.set_title(_folded(label, int(cell * 15.5)), fontsize=8)
+        place.set_title(_folded(label, int(cell * 15.5)), fontsize=SMALL)
     return figure
 
 
@@ -78,8 +91,56 @@ def film_strip(images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[str])
     figure = image_grid(images, columns=len(images) or None, cell=1.3)
     require_as_many("labels", labels, len(images), "pictures")
     for place, label in zip(figure.axes, labels, strict=True):
-        place.set_xlabel(label, fontsize=8)
+        place.set_xlabel(label, fontsize=SMALL)
     return figure
+
+
+def picture_differences(
+    rows: Mapping[str, tuple[np.ndarray, np.ndarray]], columns: tuple[str, str] = ("before", "after")
+) -> Figure:
+    """Two pictures of one size and where they differ, a row for each pair: prompts, seeds, checkpoints, interventions.
+
+    The difference is the mean over the colours of |second - first|, on one scale for all rows.
+
+    >>> figure = picture_differences({"head 3 off": (np.zeros((8, 8, 3)), np.ones((8, 8, 3)))})
+    >>> [place.get_title() for place in figure.axes[:3]], float(figure.axes[2].images[0].get_array().max())
+    (['before', 'after', 'difference, rms 1.000'], 1.0)
+    """
+    if not rows:
+        raise ValueError("there is no pair of pictures to compare")
+    pairs = [tuple(as_share(picture) for picture in pair) for pair in rows.values()]
+    for label, (first, second) in zip(rows, pairs, strict=True):
+        if first.shape != second.shape:
+            raise ValueError(
+                f"the pictures of {label!r} are {first.shape} and {second.shape}; sizes must agree"
+            )
+    apart = [np.abs(second - first).reshape(*first.shape[:2], -1).mean(2) for first, second in pairs]
+    most = max(float(difference.max()) for difference in apart) or 1.0
+    aspect = pairs[0][0].shape[0] / pairs[0][0].shape[1]
+    figure = new_figure(3 * 2.1 + 0.9, len(rows) * (2.0 * aspect + 0.25) + 0.1)
+    axes = axes_grid(figure, len(rows), 3)
+    for row, (place, pair, difference) in enumerate(zip(axes, pairs, apart, strict=True)):
+        _show_pair(place, pair, ("", "") if row else columns, list(rows)[row] if len(rows) > 1 else "")
+        image = for_picture(place[2]).imshow(
+            difference, cmap=HEAT, vmin=0, vmax=most, interpolation="nearest"
+        )
+        distance = float(np.sqrt(np.square(pair[1] - pair[0]).mean()))
+        place[2].set_title(f"difference, rms {distance:.3f}", fontsize=TEXT)
+    colour_bar(figure, image, axes[:, 2].tolist(), "|difference| of colours, 0..1")
+    return figure
+
+
+def as_share(picture: np.ndarray) -> np.ndarray:
+    """A picture as float in [0, 1]."""
+    picture = as_picture(picture)
+    return picture / 255.0 if picture.dtype == np.uint8 else picture.astype(float)
+
+
+def _show_pair(places: Sequence[Axes], pair: Sequence[np.ndarray], titles: Sequence[str], label: str) -> None:
+    for place, picture, title in zip(places, pair, titles, strict=False):
+        for_picture(place).imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        place.set_title(title, fontsize=TEXT)
+    places[0].set_ylabel(label, fontsize=SMALL)
 
 
 def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithmic: bool = False) -> Figure:
@@ -88,15 +149,15 @@ def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithm
     >>> training_curves({"train": ([0, 10], [1.0, 0.5])}).axes[0].lines[0].get_ydata().tolist()
     [1.0, 0.5]
     """
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    place = figure.subplots()
-    for name, (steps, values) in curves.items():
+    figure = new_figure(7, 3.5)
+    place = for_curves(axes_grid(figure, 1, 1)[0, 0], "step", ylabel)
+    for number, (name, (steps, values)) in enumerate(curves.items()):
         require_as_many(f"values of {name!r}", values, len(steps), "steps")
-        place.plot(np.asarray(steps), np.asarray(values, dtype=float), label=name)
-    place.set(xlabel="step", ylabel=ylabel, yscale="log" if logarithmic else "linear")
-    place.grid(alpha=0.3)
+        style = line_style(number) | {"marker": None}
+        place.plot(np.asarray(steps), np.asarray(values, dtype=float), label=name, **style)
+    place.set_yscale("log" if logarithmic else "linear")
     if curves:
-        place.legend()
+        legend(place)
     return figure
 
 
@@ -148,7 +209,7 @@ def _empty_grid(
 def _show(place: Axes, picture: np.ndarray, title: str) -> None:
     limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if picture.dtype == np.uint8 else 1}
     place.imshow(picture, interpolation="nearest", **(limits if picture.ndim == 2 else {}))
-    place.set_title(title, fontsize=8)
+    place.set_title(title, fontsize=SMALL)
 
 
 def _folded(words: str, width: int) -> str:

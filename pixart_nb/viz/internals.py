@@ -56,17 +56,19 @@ def position_interpolation(
     beyond = [channel for channel in channels if not 0 <= channel < small.shape[2]]
     if beyond:
         raise ValueError(f"there are no channels {beyond}; the embedding has {small.shape[2]}")
-    figure = new_figure(WIDTH, 3.7)
-    left, right = figure.subfigures(1, 2, width_ratios=[2.4, 1])
+    figure = new_figure(WIDTH, 3.2)
+    left, right = figure.subfigures(1, 2, width_ratios=[2.3, 1])
     axes = axes_grid(left, 2, len(channels) + 1)
     for row, (grid, label) in enumerate(zip((small, large), labels, strict=True)):
         for column, channel in enumerate(channels):
             place = for_picture(axes[row, column])
-            image = place.imshow(grid[..., channel], cmap=DIFFERENCE, vmin=-1, vmax=1, interpolation="nearest")
+            image = place.imshow(
+                grid[..., channel], cmap=DIFFERENCE, vmin=-1, vmax=1, interpolation="nearest"
+            )
             place.set_title(f"channel {channel}" if row == 0 else "", fontsize=TEXT)
         axes[row, 0].set_ylabel(f"{label}: {grid.shape[0]} x {grid.shape[1]}", fontsize=TEXT)
         alike = _show_similarity(for_picture(axes[row, -1]), grid)
-        axes[row, -1].set_title("similarity to the middle" if row == 0 else "", fontsize=TEXT)
+        axes[row, -1].set_title("like the middle" if row == 0 else "", fontsize=TEXT)
     colour_bar(left, image, axes[:, :-1].ravel().tolist(), "value")
     colour_bar(left, alike, axes[:, -1].tolist(), "cosine")
     _along_the_middle(right, small, large, labels, channels[0])
@@ -87,7 +89,7 @@ def _along_the_middle(figure, small, large, labels, channel: int) -> None:
         line = grid[grid.shape[0] // 2, :, channel]
         colour = COLOURS[1] if style == "o" else COLOURS[0]
         place.plot(np.arange(len(line)) / len(line), line, style, color=colour, markersize=3.5, label=label)
-    for_curves(place, "place in the picture, 0 = left, 1 = right", f"channel {channel}, middle row")
+    for_curves(place, "share of the width", f"channel {channel}, middle row")
     legend(place, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 

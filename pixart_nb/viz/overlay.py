@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixart_nb.viz.figures import as_picture
+from pixart_nb.viz.figures import as_share
 from pixart_nb.viz.style import HEAT, heat_colours
 
 #: How much of a pixel is heat, where it is least and where it is most, and how bright the grey picture below it is.
@@ -49,8 +49,7 @@ def overlay(
 
 def as_float(picture: np.ndarray) -> np.ndarray:
     """A picture (H, W, 3) or (H, W) as (H, W, 3) float in [0, 1]."""
-    pixels = as_picture(picture)
-    pixels = pixels / 255.0 if pixels.dtype == np.uint8 else pixels.astype(float)
+    pixels = as_share(picture)
     return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
 
 

@@ -9,7 +9,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pixart_nb.viz.figures import as_picture, require_as_many
-from pixart_nb.viz.style import SMALL, TEXT, WIDTH, axes_grid, for_curves, for_picture, legend, line_style, new_figure
+from pixart_nb.viz.style import (
+    SMALL,
+    TEXT,
+    WIDTH,
+    axes_grid,
+    for_curves,
+    for_picture,
+    legend,
+    line_style,
+    new_figure,
+)
 
 
 def trajectory_numbers(
@@ -41,7 +51,10 @@ def trajectory_numbers(
     }
     if guidance is not None:
         require_as_many("guidance directions", guidance, len(denoised), "predicted pictures")
-        numbers |= {"guidance": _size(guidance), "turn": np.append(np.nan, _cosine(guidance[1:], guidance[:-1]))}
+        numbers |= {
+            "guidance": _size(guidance),
+            "turn": np.append(np.nan, _cosine(guidance[1:], guidance[:-1])),
+        }
     return numbers
 
 
@@ -57,7 +70,10 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 PANELS = (
     ("size, rms", {"latents": "latents", "denoised": "predicted picture"}),
-    ("distance, rms", {"step": "moved by this step", "change": "prediction changed", "distance": "prediction to the end"}),
+    (
+        "distance, rms",
+        {"step": "moved by this step", "change": "prediction changed", "distance": "prediction to the end"},
+    ),
     ("guidance", {"guidance": "size, rms", "turn": "cosine with the step before"}),
 )
 

@@ -1,0 +1,146 @@
+"""What a step of the transformer costs: keys, multiply-adds, bytes. Counted from the shapes; time is measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models.attention import attention, split_heads
+from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
+from pixart_nb.core.models.layers import LayerNorm
+from pixart_nb.core.models.transformer import PixArtConfig
+
+#: Queries whose attention is timed; the time of all is that times their number.
+TIMED_QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one forward pass over the blocks, for one picture.
+
+    ``tokens`` of the picture; ``keys`` of a compressed layer (or of any, without compression); ``multiply_adds`` of all
+    blocks and ``attention_multiply_adds`` of their self-attention (scores and weighted sums) alone; ``bytes`` of
+    all self-attentions' keys and values; ``map_bytes`` that the largest attention map would take if it were kept.
+    """
+
+    tokens: int
+    keys: int
+    multiply_adds: int
+    attention_multiply_adds: int
+    bytes: int
+    map_bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """All fields."""
+        return asdict(self)
+
+
+def step_cost(
+    config: PixArtConfig, height: int, width: int, caption_tokens: int = 300, bytes_per_number: int = 2
+) -> Cost:
+    """Cost of one pass over ``config.depth`` blocks for a picture of height x width image pixels.
+
+    Matrix products and the compression are counted, norms and activations are not. Guidance doubles everything.
+    """
+    unit, size = 8 * config.patch_size, config.hidden_size
+    if height < unit or width < unit or height % unit or width % unit:
+        raise ValueError(f"height and width are {height}x{width}; both must be positive multiples of {unit}")
+    grid = (height // unit, width // unit)
+    tokens = grid[0] * grid[1]
+    keys = [_keys(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
+    attention_products = sum(2 * tokens * count * size for count in keys)
+    linear = config.depth * _linear_products(config, tokens, caption_tokens)
+    shrinking = sum(
+        _compression_products(config, grid, config.layer_ratio(layer)) for layer in range(config.depth)
+    )
+    return Cost(
+        tokens=tokens,
+        keys=min(keys),
+        multiply_adds=attention_products + linear + shrinking,
+        attention_multiply_adds=attention_products,
+        bytes=2 * sum(keys) * size * bytes_per_number,
+        map_bytes=max(keys) * tokens * config.num_heads * bytes_per_number,
+    )
+
+
+def _keys(grid: tuple[int, int], ratio: int) -> int:
+    if ratio > min(grid):
+        raise ValueError(
+            f"compression ratio {ratio} leaves no key of {grid[0]}x{grid[1]} tokens; it may be 1 to {min(grid)}"
+        )
+    return (grid[0] // ratio) * (grid[1] // ratio)
+
+
+def _linear_products(config: PixArtConfig, tokens: int, caption_tokens: int) -> int:
+    """Projections, cross-attention and MLP of one block. The caption's own projection is once a prompt, not a step."""
+    size = config.hidden_size
+    self_attention = 4 * tokens * size**2
+    cross_attention = 2 * tokens * size**2 + 2 * tokens * caption_tokens * size
+    mlp = 2 * tokens * size * int(size * config.mlp_ratio)
+    return self_attention + cross_attention + mlp
+
+
+def _compression_products(config: PixArtConfig, grid: tuple[int, int], ratio: int) -> int:
+    """Keys and values through a depthwise convolution; picking and averaging multiply nothing."""
+    if ratio == 1 or config.kv_operator != "conv":
+        return 0
+    return 2 * _keys(grid, ratio) * ratio**2 * config.hidden_size
+
+
+def with_compression(
+    config: PixArtConfig, layers: Any, ratio: int, operator: str | None = "conv"
+) -> PixArtConfig:
+    """The configuration with these layers compressed; none for ratio 1."""
+    values = config.to_dict()
+    values["kv_compress_config"] = (
+        {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(layers)}
+        if ratio > 1 and len(layers)
+        else None
+    )
+    return PixArtConfig(**values)
+
+
+def measure_self_attention(
+    height: int,
+    width: int,
+    ratio: int = 1,
+    operator: str = "conv",
+    hidden_size: int = 1152,
+    heads: int = 16,
+    repeats: int = 3,
+    seed: int = 0,
+) -> float:
+    """Seconds that one layer takes to compress keys and values of height x width *tokens* and to attend to them.
+
+    On random numbers, float32, the best of ``repeats``. The attention of at most ``TIMED_QUERIES`` queries is timed and
+    multiplied up to all of them, to which it is proportional; projections, which compression does not change, are
+    left out.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = height * width
+    x = ms.Tensor(rng.standard_normal((1, tokens, hidden_size), dtype=np.float32))
+    count = min(tokens, TIMED_QUERIES)
+    queries = split_heads(x[:, :count], heads)
+    reduction = DepthwiseReduction(hidden_size, ratio) if operator == "conv" else None
+    norm = LayerNorm(hidden_size) if operator == "conv" else None
+
+    def small() -> ms.Tensor:
+        return x if ratio == 1 else compress_tokens(x, height, width, ratio, operator, reduction, norm)
+
+    shrinking = 0.0 if ratio == 1 else 2 * _best(small, repeats)
+    keys = split_heads(small(), heads)
+    return shrinking + _best(lambda: attention(queries, keys, keys), repeats) * tokens / count
+
+
+def _best(work: Any, repeats: int) -> float:
+    work().asnumpy()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work().asnumpy()
+        times.append(time.perf_counter() - started)
+    return min(times)
