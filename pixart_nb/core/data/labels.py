@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -14,23 +14,15 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pixart_nb.core.data.pictures import DataError, PictureError, load_picture, picture_size
+from pixart_nb.core.data.errors import DataError, ProblemsError, shortened
+from pixart_nb.core.data.pictures import PictureError, load_picture, picture_size
 
 #: Characters of the longest caption that is read; the text encoder reads some hundred words of it.
 MOST_CHARACTERS = 20_000
-#: Problems that an error names; the others are counted.
-SHOWN = 20
 
 
-class LabelError(DataError):
-    """Labels that cannot be trained on. ``problems`` has a sentence for each; the message counts them."""
-
-    def __init__(self, source: str | os.PathLike[str], problems: Sequence[str], shown: int = SHOWN):
-        self.problems = list(problems)
-        more = len(self.problems) - shown
-        count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
-        lines = [f"{source}: {count}", *self.problems[:shown]]
-        super().__init__("\n  ".join(lines + ([f"and {more} more"] if more > 0 else [])))
+class LabelError(ProblemsError):
+    """Labels that cannot be trained on."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ def load_labels(
     folder = Path(image_dir)
     if not folder.is_dir():
         raise LabelError(json_path, [f"the folder of its pictures, image_dir {folder}, does not exist"])
-    checks = _each(_Check(folder, decode), entries, f"checking {Path(json_path).name}")
+    checks = each_on_threads(_Check(folder, decode), entries, f"checking {Path(json_path).name}")
     labels, problems, elsewhere = [], [], 0
     seen: dict[Path, int] = {}
     for number, (label, found, same_size) in enumerate(checks):
@@ -136,12 +128,6 @@ def inside(folder: Path, path: object) -> Path:
             f"path {shortened(path)} leaves the folder of pictures {folder}; expected one within it"
         )
     return place
-
-
-def shortened(value: object, most: int = 80) -> str:
-    """A value as an error may show it, on one line."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return f"{text if len(text) <= most else text[:most] + '...'} ({type(value).__name__})"
 
 
 def _read_entries(path: Path) -> list[object]:
@@ -201,7 +187,7 @@ def _positive(value: object) -> bool:
     return number and value > 0 and math.isfinite(value)
 
 
-def _each(function, items: Sequence, description: str) -> Iterator:
+def each_on_threads(function: Callable, items: Sequence, description: str) -> Iterator:
     """``function`` of every item, in order, on several threads (reading files waits); a bar if it takes long."""
     with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2)) as pool:
         # a window at a time: `map` on everything would hold all results and not stop at an error

@@ -8,6 +8,8 @@ import struct
 import numpy as np
 from PIL import Image
 
+from pixart_nb.core.data.errors import DataError
+
 #: What Pillow may read a picture as. Others are refused: some of them start programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 #: Endings of such files.
@@ -26,10 +28,6 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, what is wrong with it and what to do."""
 
 
 class PictureError(DataError):
