@@ -7,6 +7,10 @@ another dtype. Every conversion runs in a process of its own. Three numbers are 
 size; how far it lies above what the process held before it opened the file; and the largest part of it that is the
 process's own (anonymous), which leaves out pages of the mapped source that the system can drop at any time. Each is
 given in sizes of the source. The target's numbers are compared with the source's, bit for bit, after each conversion.
+The command fails if a peak is above 1.3 sizes of the source, or a bit differs.
+
+Measured on two busy CPU cores: peaks of 0.34 to 0.40 sizes (0.42 to 0.49 GB, of which Python and
+MindSpore are 0.40), 5 to 13 s for each conversion that keeps the bits, 21 to 38 s to another dtype.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ ROUTE = [
     ("official.pth", "bf16.safetensors", "bf16"),
 ]
 SAMPLE_SIZE = 128
+#: Largest peak that is allowed, in sizes of the source.
+LIMIT = 1.3
 
 
 def write_source(path: Path, depth: int) -> None:
@@ -114,7 +120,21 @@ def report(size: float, found: Mapping[str, float]) -> str:
     return "   ".join([*sizes, f"{found['seconds']:.1f} s"])
 
 
-def main() -> None:
+def measured(source: Path, target: Path, dtype: str) -> bool:
+    """Run and report one conversion; whether it kept the numbers and the limit."""
+    size = sum(file.stat().st_size for file in (source, *source.glob("*.safetensors"))) / 1e9
+    command = [sys.executable, __file__, "--measure", str(source), str(target), dtype]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    same = same_numbers(source, target, dtype)
+    kept = "the same bits" if same else "DIFFERENT BITS"
+    print(
+        f"{source.name} ({size:.2f} GB) -> {target.name} ({dtype}): {kept}\n  {report(size, found)}",
+        flush=True,
+    )
+    return same and found["peak"] <= LIMIT * size
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -125,30 +145,13 @@ def main() -> None:
     parser.add_argument("--measure", nargs=3, metavar=("SOURCE", "TARGET", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        return measure(Path(options.measure[0]), Path(options.measure[1]), options.measure[2])
+        measure(Path(options.measure[0]), Path(options.measure[1]), options.measure[2])
+        return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         write_source(folder / ROUTE[0][0], options.depth)
-        for source, target, dtype in ROUTE:
-            size = sum(
-                file.stat().st_size for file in [folder / source, *(folder / source).glob("*.safetensors")]
-            )
-            command = [
-                sys.executable,
-                __file__,
-                "--measure",
-                str(folder / source),
-                str(folder / target),
-                dtype,
-            ]
-            out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            same = (
-                "the same bits" if same_numbers(folder / source, folder / target, dtype) else "DIFFERENT BITS"
-            )
-            print(
-                f"{source} ({size / 1e9:.2f} GB) -> {target} ({dtype}): {same}\n  {report(size / 1e9, out)}"
-            )
+        return 0 if all(measured(folder / a, folder / b, dtype) for a, b, dtype in ROUTE) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
