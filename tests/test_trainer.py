@@ -1,52 +1,17 @@
 """Training goes on from where it stopped, to the same numbers."""
 
-import csv
 import os
 import signal
 
 import numpy as np
 import pytest
-from mindspore import nn
+from line_training import TRUE, batch, losses, trainer
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.models.layers import Linear
-from pixart_nb.core.training.optim import EMA, clip_by_norm, global_norm, learning_rate
+from pixart_nb.core.training.divergence import DivergenceError
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
-
-
-class Line(nn.Cell):
-    """y = w x + b, to be found from data."""
-
-    def __init__(self):
-        super().__init__()
-        self.map = Linear(3, 2)
-
-
-TRUE = np.random.default_rng(9).standard_normal((2, 3)).astype(np.float32)
-
-
-def batch(step):
-    x = np.random.default_rng((1, step)).standard_normal((16, 3)).astype(np.float32)
-    return x, x @ TRUE.T + 0.5
-
-
-def trainer(folder, batches=batch, **options):
-    net = Line()
-
-    def loss(x, y):
-        error = ((net.map(x) - y) ** 2).mean()
-        return error, error * 2
-
-    options = dict(steps=40, start_learning_rate=0.1, ema_rate=0.9, save_every=10, log_every=1) | options
-    return Trainer(
-        loss, dict(net.parameters_and_names()), batches, TrainerOptions(**options), folder, names=("twice",)
-    )
-
-
-def losses(folder):
-    with (folder / "curve.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
 
 
 def test_training_finds_the_line(tmp_path):
@@ -74,7 +39,7 @@ def test_steps_that_are_done_again_stand_once_in_the_log(tmp_path):
     run = trainer(tmp_path)
     run.run(until=20)
     for _ in range(5):  # five steps more, then the process is gone without having saved
-        run._log(run._one_step())
+        run.log.write(run._one_step())
     assert len(losses(tmp_path)) == 25
     trainer(tmp_path).run()
     whole = trainer(tmp_path / "whole")
@@ -118,7 +83,9 @@ def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
         return x, y * (np.nan if step == 12 else 1)
 
     run = trainer(tmp_path, poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 12: loss nan.*not updated"):
+    with pytest.raises(
+        DivergenceError, match=r"step 12, batch 12: loss nan.*input 1 .*rows \[0, 1.*step-00000010"
+    ):
         run.run()
     assert np.isfinite(run.parameters["map.weight"].asnumpy()).all()
     assert trainer(tmp_path).step == 10
@@ -133,34 +100,119 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         )
 
 
-def test_clipping_bounds_the_norm_and_keeps_the_direction():
-    gradients = [ms.Tensor(np.array([3.0, 0.0], np.float32)), ms.Tensor(np.array([[4.0]], np.float32))]
-    norm = global_norm(gradients)
-    assert float(norm.asnumpy()) == pytest.approx(5.0)
-    clipped = clip_by_norm(gradients, norm, 1.0)
-    assert float(global_norm(clipped).asnumpy()) == pytest.approx(1.0, abs=1e-5)
-    assert clipped[0].asnumpy() == pytest.approx([0.6, 0.0], abs=1e-5)
-    untouched = clip_by_norm(gradients, norm, 10.0)
-    assert np.array_equal(untouched[1].asnumpy(), [[4.0]])
+def test_steps_are_yielded_one_by_one_and_saved_when_nobody_asks_for_more(tmp_path):
+    run = trainer(tmp_path, pictures=16, steps=30)
+    for row in run.steps():
+        assert list(row)[:5] == ["step", "loss", "grad_norm", "learning_rate", "twice"]
+        assert row["twice"] == pytest.approx(2 * row["loss"], rel=1e-5)
+        assert row["images_per_second"] > 0
+        if row["step"] == 7:
+            assert 0 < row["seconds_left"] == pytest.approx(23 * 16 / row["images_per_second"])
+            break
+    assert trainer(tmp_path, steps=30).step == 7
 
 
-def test_the_average_follows_the_weights_and_owns_its_memory():
-    weight = ms.Parameter(ms.Tensor(np.zeros(2, np.float32)))
-    ema = EMA([weight], rate=0.5)
-    weight.set_data(ms.Tensor(np.ones(2, np.float32)))
-    assert np.array_equal(ema.averages[0], [0, 0])
-    for _ in range(3):
-        ema.update()
-    first, second, third = 2 / 11, 3 / 12, 4 / 13  # the rate rises with the number of updates
-    assert np.allclose(ema.averages[0], 1 - first * second * third, atol=1e-6)
+def test_a_batch_in_parts_is_the_whole_batch(tmp_path):
+    def parts(number):
+        return tuple(np.split(part, 2)[number % 2] for part in batch(number // 2))
+
+    whole, halves = trainer(tmp_path / "whole"), trainer(tmp_path / "halves", parts, accumulate=2)
+    whole.run()
+    halves.run()
+    assert np.allclose(losses(tmp_path / "halves"), losses(tmp_path / "whole"), rtol=1e-4)
+    for name, parameter in whole.parameters.items():
+        assert np.allclose(halves.parameters[name].asnumpy(), parameter.asnumpy(), atol=1e-5)
 
 
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    rates = [learning_rate(step, 1.0, 10, 110, "cosine") for step in range(110)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[10] == 1.0
-    assert rates[60] == pytest.approx(0.5)
-    assert rates[-1] < 1e-3
-    assert learning_rate(99, 1.0, 0, 100, "constant") == 1.0
-    with pytest.raises(ValueError, match="'constant' or 'cosine'"):
-        learning_rate(5, 1.0, 0, 10, "linear")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_precision_is_updated_through_copies_that_keep_small_steps(tmp_path, compiled):
+    run = trainer(
+        tmp_path,
+        dtype=ms.float16,
+        loss_scale=1024.0,
+        compile=compiled,
+        start_learning_rate=1e-5,
+        steps=20,
+        weight_decay=0.0,
+    )
+    before = run.masters["map.bias"].asnumpy().copy()
+    run.run()
+    assert run.parameters["map.bias"].dtype == ms.float16
+    moved = np.abs(run.masters["map.bias"].asnumpy() - before)
+    assert (moved > 1e-4).all()  # twenty steps of 1e-5, each too small for half precision at 0.5
+    assert np.array_equal(
+        run.parameters["map.bias"].asnumpy(), run.masters["map.bias"].asnumpy().astype(np.float16)
+    )
+    assert run.state()["model/map.bias"].dtype == np.float32
+
+
+def test_an_overflow_costs_a_step_and_halves_the_loss_scale(tmp_path):
+    def loud(step):
+        x, y = batch(step)
+        return x, y * np.float32(1000 if step == 5 else 1)
+
+    options = dict(
+        dtype=ms.float16, loss_scale=2048.0, dynamic_loss_scale=True, loss_scale_window=4, compile=False
+    )
+    run = trainer(tmp_path / "whole", loud, **options)
+    before = None
+    for row in run.steps(until=9):
+        if row["step"] == 5:
+            assert row["loss_scale"] == 4096  # it has doubled after four updates
+            before = run.masters["map.weight"].asnumpy().copy()
+        if row["step"] == 6:
+            assert not np.isfinite(row["grad_norm"])
+            assert np.array_equal(run.masters["map.weight"].asnumpy(), before)
+            assert (run.scale.value, run.scale.good, run.optimizer.updates) == (2048.0, 0, 5)
+    again = trainer(tmp_path / "whole", loud, **options)
+    assert (again.scale.value, again.scale.good, again.optimizer.updates) == (2048.0, 3, 8)
+    again.run()
+    straight = trainer(tmp_path / "straight", loud, **options)
+    straight.run()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "straight")
+
+
+def test_a_layer_that_overflows_is_named(tmp_path):
+    run = trainer(tmp_path, compile=False, more={"describe": "batch {} of the test".format})
+    run.run(until=5)
+    huge = np.full((2, 3), 3e38, np.float32)
+    ms.ops.assign(run.parameters["map.weight"], ms.Tensor(huge))
+    with pytest.raises(DivergenceError, match=r"batch 5 of the test.*layer map \(Linear\), in rows"):
+        run.run()
+    assert np.array_equal(run.parameters["map.weight"].asnumpy(), huge)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "came"])
+def test_either_optimizer_resumes_bit_for_bit(tmp_path, optimizer):
+    came = {"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)} if optimizer == "came" else {}
+    options = dict(optimizer=optimizer, start_learning_rate=0.01, compile=False, **came)
+    whole = trainer(tmp_path / "whole", **options)
+    whole.run()
+    trainer(tmp_path / "parts", **options).run(until=17)
+    parts = trainer(tmp_path / "parts", **options)
+    parts.run()
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert all(np.array_equal(parts.state()[name], value) for name, value in whole.state().items())
+    other = {"adamw": "came", "came": "adamw"}[optimizer]
+    swapped = (
+        {"betas": (0.9, 0.99)} if other == "adamw" else {"betas": (0.9, 0.99, 0.999), "eps": (1e-30, 1e-16)}
+    )
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        trainer(tmp_path / "parts", **options | {"optimizer": other, "eps": 1e-8} | swapped)
+
+
+def test_a_run_without_an_average_keeps_none(tmp_path):
+    run = trainer(tmp_path, ema_rate=None)
+    run.run(until=3)
+    assert not [name for name in run.state() if name.startswith("ema/")]
+    assert trainer(tmp_path, ema_rate=None).step == 3
+
+
+def test_another_configuration_is_refused_with_what_differs(tmp_path):
+    told = {"seed": 0, "json_path": "a.json", "sizes": (1, 2)}
+    trainer(tmp_path, more={"identity": told}).run(until=3)
+    assert trainer(tmp_path, more={"identity": told}).step == 3
+    with pytest.raises(
+        CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Take"
+    ):
+        trainer(tmp_path, more={"identity": told | {"seed": 1, "batch_size": 8}})
