@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from mindspore import ops
@@ -54,36 +55,96 @@ def axis_tiles(length: int, tile: int, overlap: int, factor: int = 1) -> list[tu
     return list(zip(parts, cut, strict=True))
 
 
-def map_tiles(
-    function: Callable[[ms.Tensor], ms.Tensor],
-    norms: Sequence[GroupNorm],
-    x: np.ndarray,
-    tile: int,
-    overlap: int,
-    grow: int = 1,
-    shrink: int = 1,
-) -> np.ndarray:
-    """``function`` of one picture x (1, C, H, W) by overlapping tiles: (1, C', H grow / shrink, W grow / shrink).
+@dataclass(frozen=True)
+class TileRow:
+    """Finished rows of a result that is made tile by tile.
+
+    ``number`` of the row of tiles, of ``count``; ``rows`` of the result that are finished; their ``values``
+    (1, C', rows, W'); ``carry`` (1, C', n, W'), what the tiles so far have put into the rows after these.
+    """
+
+    number: int
+    count: int
+    rows: slice
+    values: np.ndarray
+    carry: np.ndarray
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """A function of a picture, computed by overlapping tiles.
 
     ``function`` maps (N, C, h, w) to (N, C', h grow / shrink, w grow / shrink); ``norms`` are the group norms in it.
     ``tile`` and ``overlap`` count the cells of the coarser of the two sides, so that tiles lie on whole cells of both.
     """
-    height, width = (side // shrink for side in x.shape[2:])
-    down, across = axis_tiles(height, tile, overlap, grow), axis_tiles(width, tile, overlap, grow)
-    places = [(r, c, np.outer(v, w)) for r, v in down for c, w in across]
-    cut = [np.ascontiguousarray(x[:, :, _times(r, shrink), _times(c, shrink)]) for r, c, _ in places]
-    count = max(1, SAMPLE_CELLS // (cut[0][0, 0].size * grow**2))
-    sample = np.linspace(0, len(cut) - 1, min(count, len(cut))).round().astype(int)
-    out = None
-    cores = list(itertools.product(axis_cores([r for r, _ in down]), axis_cores([c for c, _ in across])))
-    with shared_statistics(norms, [cores[i] for i in sample]):
-        function(ms.Tensor(np.concatenate([cut[i] for i in sample])))
-        for piece, (rows, columns, weight) in zip(cut, places, strict=True):
-            result = function(ms.Tensor(piece)).astype(ms.float32).asnumpy()
+
+    function: Callable[[ms.Tensor], ms.Tensor]
+    norms: Sequence[GroupNorm]
+    tile: int
+    overlap: int
+    grow: int = 1
+    shrink: int = 1
+
+    def _axes(self, x: np.ndarray) -> list[list[tuple[slice, np.ndarray]]]:
+        return [axis_tiles(side // self.shrink, self.tile, self.overlap, self.grow) for side in x.shape[2:]]
+
+    def _cut(self, x: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        return np.ascontiguousarray(x[:, :, _times(rows, self.shrink), _times(columns, self.shrink)])
+
+    def measure(self, x: np.ndarray) -> list[np.ndarray | None]:
+        """Statistics for the tiles of x (1, C, H, W): of each norm mean and variance, (2, channels); None if unused."""
+        down, across = self._axes(x)
+        places = list(itertools.product([r for r, _ in down], [c for c, _ in across]))
+        cores = list(itertools.product(axis_cores([r for r, _ in down]), axis_cores([c for c, _ in across])))
+        cells = np.prod([part.stop - part.start for part in places[0]]) * self.grow**2
+        count = min(max(1, SAMPLE_CELLS // int(cells)), len(places))
+        sample = np.linspace(0, len(places) - 1, count).round().astype(int)
+        with shared_statistics(self.norms, [cores[i] for i in sample]):
+            self.function(ms.Tensor(np.concatenate([self._cut(x, *places[i]) for i in sample])))
+            return [norm.shared.values() for norm in self.norms]
+
+    def rows(
+        self, x: np.ndarray, statistics: Sequence[np.ndarray | None], after: int = -1, carry=None
+    ) -> Iterator[TileRow]:
+        """The result for x (1, C, H, W), one row of tiles after another, with the statistics of ``measure``.
+
+        To go on after a row of tiles, give its number and its ``carry``: the rest is the same, bit for bit.
+        """
+        down, across = self._axes(x)
+        with shared_statistics(self.norms, (), statistics):
+            for number, (rows, weight) in enumerate(down):
+                if number <= after:
+                    continue
+                strip = self._strip(x, rows, weight, across, carry)
+                end = down[number + 1][0].start if number + 1 < len(down) else rows.stop
+                finished = (end - rows.start) * self.grow
+                carry = strip[:, :, finished:].copy()
+                done = _times(slice(rows.start, end), self.grow)
+                yield TileRow(number, len(down), done, strip[:, :, :finished], carry)
+
+    def _strip(self, x, rows: slice, weight: np.ndarray, across, carry) -> np.ndarray:
+        """The sum of a row of tiles, each by its weight, and of the ``carry`` from the row above."""
+        strip = None
+        for columns, weight_across in across:
+            piece = ms.Tensor(self._cut(x, rows, columns))
+            result = self.function(piece).astype(ms.float32).asnumpy()
+            if strip is None:
+                width = across[-1][0].stop * self.grow
+                strip = np.zeros((1, result.shape[1], result.shape[2], width), np.float32)
+                if carry is not None:
+                    strip[:, :, : carry.shape[2]] = carry
+            strip[..., _times(columns, self.grow)] += result * np.outer(weight, weight_across)
+        return strip
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The whole result for x (1, C, H, W): (1, C', H grow / shrink, W grow / shrink) float32."""
+        out = None
+        for row in self.rows(x, self.measure(x)):
             if out is None:
-                out = np.zeros((1, result.shape[1], height * grow, width * grow), np.float32)
-            out[:, :, _times(rows, grow), _times(columns, grow)] += result * weight
-    return out
+                height = x.shape[2] // self.shrink * self.grow
+                out = np.empty((1, row.values.shape[1], height, row.values.shape[3]), np.float32)
+            out[:, :, row.rows] = row.values
+        return out
 
 
 def _times(part: slice, factor: int) -> slice:
@@ -104,13 +165,15 @@ def axis_cores(parts: Sequence[slice]) -> list[tuple[float, float]]:
 
 
 @contextmanager
-def shared_statistics(norms: Sequence[GroupNorm], cores: Sequence[tuple]) -> Iterator[None]:
-    """Within it, every norm measures mean and variance on the first batch that it sees and uses them from then on.
+def shared_statistics(
+    norms: Sequence[GroupNorm], cores: Sequence[tuple], known: Sequence[np.ndarray | None] = ()
+) -> Iterator[None]:
+    """Within it, every norm uses one mean and variance: those ``known``, or of the first batch that it sees.
 
     ``cores`` are, for every picture of that batch, the shares of its rows and columns that count.
     """
-    for norm in norms:
-        norm.shared = SharedStatistics(cores)
+    for norm, values in itertools.zip_longest(norms, known):
+        norm.shared = SharedStatistics(cores, values)
     try:
         yield
     finally:
@@ -119,11 +182,15 @@ def shared_statistics(norms: Sequence[GroupNorm], cores: Sequence[tuple]) -> Ite
 
 
 class SharedStatistics:
-    """Mean and variance of every group over a whole batch, measured once."""
+    """Mean and variance of every group over a whole batch, measured once, or given as (2, channels)."""
 
-    def __init__(self, cores: Sequence[tuple]):
+    def __init__(self, cores: Sequence[tuple], known: np.ndarray | None = None):
         self.cores = cores
-        self.mean = self.variance = None
+        self.mean, self.variance = (None, None) if known is None else map(ms.Tensor, known)
+
+    def values(self) -> np.ndarray | None:
+        """Mean and variance of every channel, (2, C) float32; None if nothing was normalised."""
+        return None if self.mean is None else np.stack([self.mean.asnumpy(), self.variance.asnumpy()])
 
     def normalise(self, norm: GroupNorm, x: ms.Tensor) -> ms.Tensor:
         """Group normalisation of x (N, C, H, W) by the shared statistics."""

@@ -10,7 +10,7 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
-from pixart_nb.core.models.tiling import map_tiles
+from pixart_nb.core.models.tiling import TileMap
 from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 
 #: Latent cells a side up to which the coarse stage, with its attention, is computed whole even when tiling.
@@ -143,23 +143,29 @@ class AutoencoderKL(nn.Cell):
             return mint.cat([self._in_parts(row, *stages) for row in mint.split(x, 1)])
         x = x.astype(self.dtype)
         for stage in stages:
-            fine = stage.grow * stage.shrink > 1
-            tile = self.tile_sample_min_size // self.factor if fine else COARSE_TILE
-            whole = not self.use_tiling or max(x.shape[2:]) // stage.shrink <= tile
-            x = stage.function(x) if whole else self._tiled(stage, x, tile)
+            tiles = self._tiles(stage)
+            whole = not self.use_tiling or max(x.shape[2:]) // stage.shrink <= tiles.tile
+            x = stage.function(x) if whole else ms.Tensor(tiles(_array(x))).astype(self.dtype)
         return x
 
-    def _tiled(self, stage: Stage, x: ms.Tensor, tile: int) -> ms.Tensor:
+    def _tiles(self, stage: Stage) -> TileMap:
+        fine = stage.grow * stage.shrink > 1
+        tile = self.tile_sample_min_size // self.factor if fine else COARSE_TILE
         norms = [cell for _, cell in stage.cell.cells_and_names() if isinstance(cell, GroupNorm)]
         overlap = int(tile * self.tile_overlap_factor)
-        pixels = x.astype(ms.float32).asnumpy()
 
         def function(piece: ms.Tensor) -> ms.Tensor:
             return stage.function(piece.astype(self.dtype))
 
-        return ms.Tensor(map_tiles(function, norms, pixels, tile, overlap, stage.grow, stage.shrink)).astype(
-            self.dtype
-        )
+        return TileMap(function, norms, tile, overlap, stage.grow, stage.shrink)
+
+    def decode_coarse(self, z: np.ndarray) -> np.ndarray:
+        """The first part of ``decode``, at the resolution of the latents: z (1, C, h, w) -> (1, C', h, w) float32."""
+        return _array(self._in_parts(ms.Tensor(z), Stage(self._decode_coarse, self.decoder)))
+
+    def decode_fine(self) -> TileMap:
+        """The second part of ``decode``, of what ``decode_coarse`` gives, to be taken row of tiles by row of tiles."""
+        return self._tiles(Stage(self.decoder.fine, self.decoder, grow=self.factor))
 
     def construct(self, x: ms.Tensor, noise: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """One training pass: pictures and unit noise of the latents' shape -> reconstruction and moments."""
@@ -194,6 +200,10 @@ def _initial_value(rng: np.random.Generator, name: str, shape: tuple[int, ...]) 
         return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     value[:, :, 1, 1] = rng.standard_normal(shape[:2]) / np.sqrt(shape[1])
     return value
+
+
+def _array(x: ms.Tensor) -> np.ndarray:
+    return x.astype(ms.float32).asnumpy()
 
 
 #: Names that Stable Diffusion's first autoencoders use in the attention of the middle block.
