@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pixart_nb.core.sampling.schedulers import SAMPLING_METHODS
+from pixart_nb.train_config import TrainConfig
 
 Text = Annotated[str, Field(min_length=1)]
 #: Names of the solvers that ``sampling_method`` takes.
@@ -87,7 +88,7 @@ class InferenceConfig(BaseModel):
         return self
 
 
-KINDS: dict[str, type[BaseModel]] = {"inference": InferenceConfig}
+KINDS: dict[str, type[BaseModel]] = {"inference": InferenceConfig, "train": TrainConfig}
 
 
 def load_config(path: str | os.PathLike[str], kind: str = "inference") -> Any:
