@@ -334,7 +334,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_an_older_target_whole(sources, 
 def test_a_disk_without_room_is_named_before_anything_is_written(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with pytest.raises(
-        CheckpointError, match=r"needs 0\.00 GB and .* has 0\.00 GB free; choose another place"
+        CheckpointError, match=r"needs 0\.2 MB and .* has 0\.0 MB free; choose another place"
     ):
         converted(sources / "official.pth", tmp_path / "new" / "a.ckpt")
     assert list(tmp_path.iterdir()) == []

@@ -93,6 +93,11 @@ class Audit:
         """The table as aligned text."""
         return aligned(self.rows(folded))
 
+    def links(self) -> list[tuple[tuple[str, ...], tuple[str, ...], str]]:
+        """(modules of the source, modules of the target, way) of all entries, blocks folded, each once."""
+        found = ((_modules(entry.source), _modules(entry.target), entry.way) for entry in self.entries)
+        return list(dict.fromkeys(found))
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it: facts, counts, sentences, and the tensors by outcome."""
         facts = {name: value for name, value in asdict(self).items() if name != "entries"}
@@ -132,6 +137,10 @@ def _few(entries: Iterable[Entry]) -> str:
 
 def _general(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(_NUMBER.sub("{i}", name) for name in names)
+
+
+def _modules(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(re.sub(r"\.(weight|bias)$", "", name) for name in _general(names))
 
 
 def _folded(entry: Entry) -> tuple:

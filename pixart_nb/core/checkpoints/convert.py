@@ -200,7 +200,7 @@ def convert(plan: Plan) -> Audit:
             write_json(paths[-1], audit.to_dict())
     except OSError as error:
         raise CheckpointError(
-            f"{plan.target} could not be written ({error.strerror or error}); it needs {needed / 1e9:.2f} GB. Nothing "
+            f"{plan.target} could not be written ({error.strerror or error}); it needs {needed / 1e6:,.1f} MB. Nothing "
             "half-written was left. Free space or choose another place."
         ) from error
     return audit
@@ -221,7 +221,7 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise CheckpointError(
-            f"{target} needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; choose another place"
+            f"{target} needs {needed / 1e6:,.1f} MB and {place} has {free / 1e6:,.1f} MB free; choose another place"
         )
 
 
