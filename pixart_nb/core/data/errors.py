@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
-from safetensors import SafetensorError
+from collections.abc import Sequence
 
 #: Problems that an error names; the others are counted.
 SHOWN = 20
@@ -36,16 +33,3 @@ def shortened(value: object, most: int = 80) -> str:
     """A value as an error may show it, on one line."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return f"{text if len(text) <= most else text[:most] + '...'} ({type(value).__name__})"
-
-
-@contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A disk that is full, or a place that may not be written, becomes a ``DataError`` that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"{path} could not be written ({reason}). Nothing half-written was left, and what was whole before stays: "
-            "free space or choose another place, and give the same command again."
-        ) from error

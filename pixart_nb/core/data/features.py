@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, save_tensors
 from pixart_nb.core.data.buckets import BucketSampler, Size
-from pixart_nb.core.data.errors import DataError, writing
+from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.pictures import fit, load_picture, to_signed
 from pixart_nb.core.data.reader import Chooser
+from pixart_nb.core.data.writing import remove_temporaries, writing
 
 #: Pictures of one shard: an interruption loses the work of one, and the memory holds one.
 SHARD = 64
@@ -170,6 +171,7 @@ class FeatureCache:
         are no longer there are removed. Raises ``PictureError`` for a picture that cannot be read and ``DataError``
         for a full disk and for features that are not finite.
         """
+        remove_temporaries(self.folder)
         todo = self.unusable()
         done = sum(len(self._rows(number)) for _, number in self.shards()) - sum(
             len(self._rows(number)) for _, number in todo

@@ -75,17 +75,7 @@ def load_labels(
     folder = Path(image_dir)
     if not folder.is_dir():
         raise LabelError(json_path, [f"the folder of its pictures, image_dir {folder}, does not exist"])
-    checks = each_on_threads(_Check(folder, decode), entries, f"checking {Path(json_path).name}")
-    labels, problems, elsewhere = [], [], 0
-    seen: dict[Path, int] = {}
-    for number, (label, found, same_size) in enumerate(checks):
-        problems += [f"entry {number}: {problem}" for problem in found]
-        if label is None:
-            continue
-        if (first := seen.setdefault(label.file, number)) != number:
-            problems.append(f"entry {number}: path {label.path!r} is that of entry {first} too")
-        labels.append(label)
-        elsewhere += not same_size
+    labels, problems, elsewhere = check_entries(entries, folder, decode, f"checking {Path(json_path).name}")
     if problems:
         raise LabelError(json_path, problems)
     if elsewhere:
@@ -95,6 +85,33 @@ def load_labels(
             stacklevel=2,
         )
     return labels
+
+
+def check_entries(
+    entries: Sequence[object],
+    folder: Path,
+    decode: bool,
+    description: str,
+    places: Sequence[str] | None = None,
+) -> tuple[list[Label], list[str], int]:
+    """Labels of those entries that are sound, the problems of the others, and how many say another size.
+
+    ``places`` names each entry in its problems; ``entry 0``, ``entry 1`` and so on unless told.
+    """
+    labels, problems, elsewhere = [], [], 0
+    names = places or [f"entry {number}" for number in range(len(entries))]
+    seen: dict[Path, str] = {}
+    checks = each_on_threads(_Check(folder, decode), entries, description)
+    for name, (label, found, same_size) in zip(names, checks, strict=True):
+        problems += [f"{name}: {problem}" for problem in found]
+        if label is None:
+            continue
+        if (first := seen.setdefault(label.file, name)) != name:
+            problems.append(f"{name}: path {label.path!r} is that of {first} too")
+            continue
+        labels.append(label)
+        elsewhere += not same_size
+    return labels, problems, elsewhere
 
 
 def caption_problem(key: str, value: object) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -28,6 +31,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+#: Format -> ending, where the two have different names.
+_ENDING = {"JPEG": ".jpg", "MPO": ".jpg"}
+Taken = TypeVar("Taken")
 
 
 class PictureError(DataError):
@@ -50,6 +56,19 @@ def load_picture(path: str | os.PathLike[str]) -> np.ndarray:
     gives its first frame. Raises ``PictureError`` as ``picture_size`` does, and for a file that is cut or damaged.
     """
     return _read(path, lambda image: np.asarray(_upright(image)))
+
+
+def check_picture(content: bytes, name: str) -> tuple[str, int, int]:
+    """Ending of the file format, height and width of the picture that ``content`` holds, decoded whole.
+
+    Raises ``PictureError``, which calls it by ``name``, as ``load_picture`` does.
+    """
+
+    def check(image: Image.Image) -> tuple[str, int, int]:
+        height, width = _upright(image).size[::-1]
+        return _ENDING.get(image.format, f".{image.format.lower()}"), height, width
+
+    return _read(io.BytesIO(content), check, name)
 
 
 def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -77,9 +96,12 @@ def to_signed(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1.0
 
 
-def _read(path: str | os.PathLike[str], take):
+def _read(
+    source: str | os.PathLike[str] | io.BytesIO, take: Callable[[Image.Image], Taken], name: str = ""
+) -> Taken:
+    path = name or source
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise PictureError(_too_large(path, f"{image.height}x{image.width} pixels"))
             return take(image)
