@@ -25,8 +25,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 #: (source, target, dtype) of each conversion.
 ROUTE = [
     ("official.pth", "diffusers", "keep"),
@@ -37,25 +35,6 @@ ROUTE = [
 SAMPLE_SIZE = 128
 #: Largest peak that is allowed, in sizes of the source.
 LIMIT = 1.3
-
-
-def write_source(path: Path, depth: int) -> None:
-    """An official checkpoint of XL/2's shapes, ``depth`` blocks, random fp16. A pool of numbers serves all tensors."""
-    from pixart_nb.core import PixArtConfig
-    from pixart_nb.core.checkpoints.files import WRITERS
-    from pixart_nb.core.checkpoints.load import shapes_of
-    from pixart_nb.core.checkpoints.stored import Stored
-
-    rng = np.random.default_rng(0)
-    shapes = shapes_of(PixArtConfig(depth=depth))
-    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-    pool = (rng.standard_normal(2 * max(sizes.values()), np.float32) * 0.02).astype(np.float16)
-    starts = {name: int(rng.integers(pool.size - size)) for name, size in sizes.items()}
-    tensors = {
-        name: Stored.of(pool[starts[name] : starts[name] + sizes[name]].reshape(shape), name)
-        for name, shape in shapes.items()
-    }
-    WRITERS[path.suffix](path, tensors)
 
 
 def measure(source: Path, target: Path, dtype: str) -> None:
@@ -147,9 +126,12 @@ def main() -> int:
     if options.measure:
         measure(Path(options.measure[0]), Path(options.measure[1]), options.measure[2])
         return 0
+    from pixart_nb.core import PixArtConfig
+    from pixart_nb.core.checkpoints.convert import write_random
+
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        write_source(folder / ROUTE[0][0], options.depth)
+        write_random(folder / ROUTE[0][0], PixArtConfig(depth=options.depth))
         return 0 if all(measured(folder / a, folder / b, dtype) for a, b, dtype in ROUTE) else 1
 
 

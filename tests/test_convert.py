@@ -1,7 +1,6 @@
 """Conversion between every two layouts keeps every bit, is verified, and leaves nothing half-written."""
 
 import json
-import math
 import resource
 import shutil
 import tracemalloc
@@ -19,12 +18,17 @@ from pixart_nb.cli import app
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import convert as conversion
-from pixart_nb.core.checkpoints.convert import convert, plan_conversion, tolerance, verify
+from pixart_nb.core.checkpoints.convert import (
+    convert,
+    outputs,
+    plan_conversion,
+    tolerance,
+    verify,
+    write_random,
+)
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
-from pixart_nb.core.checkpoints.load import shapes_of
 from pixart_nb.core.checkpoints.store import CheckpointError, read_json, save_tensors, write_json
-from pixart_nb.core.checkpoints.stored import Stored
 
 CASE = "sigma-ms-kvconv4-qknorm"  # has every kind of tensor but micro conditions
 SOURCES = [
@@ -333,9 +337,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_an_older_target_whole(sources, 
 
 def test_a_disk_without_room_is_named_before_anything_is_written(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(
-        CheckpointError, match=r"needs 0\.2 MB and .* has 0\.0 MB free; choose another place"
-    ):
+    with pytest.raises(CheckpointError, match=r"needs 0\.2 MB and .* has 0\.0 MB free; choose another place"):
         converted(sources / "official.pth", tmp_path / "new" / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
 
@@ -396,16 +398,27 @@ def test_a_source_that_is_no_checkpoint_is_one_line(project, monkeypatch, words,
     assert not (project / "a.ckpt").exists()
 
 
+def test_a_random_checkpoint_is_one_that_converts_and_computes(tmp_path):
+    config = PixArtConfig(
+        hidden_size=72, depth=2, num_heads=1, caption_channels=16, input_size=128, pe_interpolation=2.0
+    )
+    write_random(tmp_path / "a.pth", config, seed=3)
+    plan = converted(tmp_path / "a.pth", tmp_path / "folder")
+    assert (plan.audit.dtypes, plan.audit.family) == (("F16", "F16"), "sigma")
+    assert (plan.config.input_size, plan.config.pe_interpolation) == (128, 2.0)
+    expected, found = outputs(plan)
+    assert np.array_equal(expected, found)
+    assert expected.std() > 0
+    write_random(tmp_path / "b.pth", config, seed=4)
+    assert bits(tmp_path / "a.pth") != bits(tmp_path / "b.pth")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_conversion_copies_a_part_of_the_weights_at_a_time(tmp_path, target):
     """In small what benchmarks/convert_memory.py shows at full size."""
-    config = PixArtConfig(hidden_size=576, num_heads=8, depth=6, caption_channels=64, model_max_length=10)
-    pool = np.random.default_rng(0).standard_normal(2**22).astype(np.float16)
-    shapes = shapes_of(config).items()
-    tensors = {name: Stored.of(pool[: math.prod(shape)].reshape(shape), name) for name, shape in shapes}
-    WRITERS[".pth"](tmp_path / "a.pth", tensors)
+    write_random(tmp_path / "a.pth", PixArtConfig(hidden_size=576, num_heads=8, depth=6, caption_channels=64))
     tracemalloc.start()
-    converted(tmp_path / "a.pth", tmp_path / target, sample_size=64)
+    converted(tmp_path / "a.pth", tmp_path / target)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (tmp_path / "a.pth").stat().st_size > 65e6

@@ -8,6 +8,7 @@ alone; then it is done.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from pixart_nb.core.checkpoints.configuration import describe, diffusers_config
 from pixart_nb.core.checkpoints.files import WEIGHTS, WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import Transformer, official_view, started_compression, target_tensors
 from pixart_nb.core.checkpoints.load import load_transformer, shapes_of, transformer_of
-from pixart_nb.core.checkpoints.store import CheckpointError, write_json, written_together
+from pixart_nb.core.checkpoints.store import CheckpointError, write_json, written_beside, written_together
 from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.checkpoints.torch_writer import write_torch
+from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
 #: What ``dtype`` may be, and the kind of number that is written.
@@ -231,15 +234,17 @@ def _check_space(target: Path, needed: int) -> None:
 def verify(plan: Plan, seed: int = 0) -> float:
     """Relative error of one forward pass: the target as it is read back, against the source with its own numbers.
 
-    Random latents, timestep and caption, in float32. Unless another dtype was asked for the weights should be the same
-    bits, so this should be 0.
+    Unless another dtype was asked for the weights should be the same bits, so this should be 0.
     """
-    first = transformer_of(plan.official, plan.config, plan.source, ms.float32)
-    expected = _forward(first, seed)
-    del first  # one network at a time
-    found = _forward(load_transformer(plan.target, plan.config), seed)
+    expected, found = outputs(plan, seed)
     distance = np.linalg.norm(found - expected)
     return float(distance / np.linalg.norm(expected)) if distance else 0.0
+
+
+def outputs(plan: Plan, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """What source and target predict for random latents, timestep and caption, in float32: (1, 2C, H, W) each."""
+    expected = _forward(transformer_of(plan.official, plan.config, plan.source, ms.float32), seed)
+    return expected, _forward(load_transformer(plan.target, plan.config), seed)  # one network at a time
 
 
 def tolerance(plan: Plan) -> float:
@@ -257,3 +262,26 @@ def _forward(net: PixArt, seed: int) -> np.ndarray:
     caption = rng.standard_normal((1, _CAPTION, config.caption_channels)).astype(np.float32)
     timestep = np.array([500.0], np.float32)
     return net(*(ms.Tensor(part) for part in (latents, timestep, caption))).asnumpy().astype(np.float64)
+
+
+# ---- something to try it with
+
+
+def write_random(path: str | Path, config: PixArtConfig, seed: int = 0, dtype: str = "fp16") -> None:
+    """Write a ``.pth`` in the official layout, with ``pos_embed``, of random weights (normal, 0.02).
+
+    One pool of random numbers serves all tensors, so that a file of full size takes little memory.
+    """
+    rng, shapes = np.random.default_rng(seed), shapes_of(config)
+    pool = (rng.standard_normal(2 * max(map(math.prod, shapes.values())), np.float32) * 0.02).astype(
+        np.float16
+    )
+    tensors = {}
+    for name, shape in shapes.items():
+        start = int(rng.integers(pool.size - math.prod(shape)))
+        tensors[name] = Stored.of(pool[start : start + math.prod(shape)].reshape(shape), name)
+    side = config.input_size // config.patch_size
+    positions = sincos_positions(config.hidden_size, side, side, side, config.pe_interpolation)[None]
+    tensors["pos_embed"] = Stored.of(positions, "pos_embed")
+    with written_beside(path) as temporary:
+        write_torch(temporary, {name: t.read_as(DTYPES[dtype] or t.dtype) for name, t in tensors.items()})
