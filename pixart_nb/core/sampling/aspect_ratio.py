@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 #: Height and width, from the widest to the square, in units of a sixteenth of the base size.
@@ -49,6 +51,30 @@ def bins_for(base_size: int) -> Bins | None:
 def closest_bin(height: int, width: int, bins: Bins) -> tuple[int, int]:
     """Height and width of the bin whose ratio is nearest to ``height / width``; of two as near, the smaller ratio."""
     return bins[min(bins, key=lambda ratio: abs(ratio - height / width))]
+
+
+def checked_size(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, those of a model (its ``PixArtConfig``) where None, if they are multiples of 16."""
+    unit = 8 * config.patch_size
+    height, width = (side if side is not None else 8 * config.input_size for side in (height, width))
+    if height < unit or width < unit or height % unit or width % unit:
+        nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))
+        raise ValueError(
+            f"height and width are {height}x{width}; both must be positive multiples of {unit}, "
+            f"for example {nearest[0]}x{nearest[1]}"
+        )
+    return height, width
+
+
+def binned_size(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    """The published size with the nearest ratio of height to width, where the model's own size has a table.
+
+    A model of another size, such as a small one, draws at the size that is asked for.
+    """
+    bins = bins_for(8 * config.input_size)
+    if not bins or height is None or width is None or height < 1 or width < 1:
+        return checked_size(config, height, width)
+    return closest_bin(height, width, bins)
 
 
 def resize_and_crop(pictures: np.ndarray, height: int, width: int) -> np.ndarray:

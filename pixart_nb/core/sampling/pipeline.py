@@ -13,7 +13,7 @@ from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.adapters import LoraLoaderMixin
-from pixart_nb.core.sampling.aspect_ratio import bins_for, closest_bin, resize_and_crop
+from pixart_nb.core.sampling.aspect_ratio import binned_size, checked_size, resize_and_crop
 from pixart_nb.core.sampling.conditioning import (
     Conditioning,
     as_list,
@@ -33,7 +33,7 @@ from pixart_nb.core.sampling.images import (
 )
 from pixart_nb.core.sampling.scheduler import Scheduler, check_eta
 from pixart_nb.core.sampling.schedulers import as_scheduler
-from pixart_nb.core.sampling.step import Generators, Plan, Step, check_generators, draw_noise
+from pixart_nb.core.sampling.step import Generators, Plan, Predict, Step, check_generators, draw_noise
 from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 
 _LOAD = object()
@@ -174,12 +174,14 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         negative_prompt_attention_mask: ms.Tensor | None = None,
         clean_caption: bool = True,
         max_sequence_length: int | None = None,
+        around_model: Callable[[Predict], Predict] | None = None,
     ) -> Iterator[Conditioning | Step]:
         """The generator underneath: yields the ``Conditioning``, then a ``Step`` per timestep.
 
         Parameters as those of ``__call__``; height and width are drawn as they are, in image pixels. What is wrong
         with them is said at once, before anything is computed. The generators draw the first noise now, and the noise
-        of the steps, if the scheduler adds any, as they are taken.
+        of the steps, if the scheduler adds any, as they are taken. ``around_model`` is given what the scheduler calls
+        and returns what it shall call instead.
         """
         height, width = self.check_size(height, width)
         plan, scheduler = self.plan(num_inference_steps, timesteps, sigmas, eta), self.scheduler
@@ -211,6 +213,8 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
                 self.transformer.observer.begin(condition)
             yield condition
             predict = guided_prediction(self.transformer, condition, guidance_scale, height, width)
+            if around_model is not None:
+                predict = around_model(predict)
             yield from scheduler.steps(predict, start, plan, generator, eta)
 
         return steps()
@@ -226,26 +230,16 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         """Height and width in pixels, the model's own where None; both must be multiples of 16 (VAE x patch)."""
         if self.transformer is None:
             raise ValueError("this pipeline has no transformer, so it cannot sample; it can encode prompts")
-        config = self.transformer.config
-        unit = 8 * config.patch_size
-        height, width = (side if side is not None else 8 * config.input_size for side in (height, width))
-        if height < unit or width < unit or height % unit or width % unit:
-            nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))
-            raise ValueError(
-                f"height and width are {height}x{width}; both must be positive multiples of {unit}, "
-                f"for example {nearest[0]}x{nearest[1]}"
-            )
-        return height, width
+        return checked_size(self.transformer.config, height, width)
 
     def binned_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The published size with the nearest ratio of height to width, where the model's own size has a table.
 
         A model of another size, such as a small one, draws at the size that is asked for.
         """
-        bins = self.transformer and bins_for(8 * self.transformer.config.input_size)
-        if not bins or height is None or width is None or height < 1 or width < 1:
+        if self.transformer is None:
             return self.check_size(height, width)
-        return closest_bin(height, width, bins)
+        return binned_size(self.transformer.config, height, width)
 
     def initial_latents(self, rows, height, width, generator=None, latents=None) -> np.ndarray:
         """Unit noise (rows, C, height / 8, width / 8) float32, from one generator or one for each row, or as given."""
