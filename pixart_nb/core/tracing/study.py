@@ -21,8 +21,7 @@ class Outcome:
 
     ``errors`` (S,): ||predicted - reference|| / ||reference|| of the guided noise at the reference run's latents, over
     all pictures. ``pictures`` (N, H, W, 3) float: what is drawn from the same noise with compression all along;
-    ``picture_error`` is their root mean square distance from the reference's. ``loss``: keys and outputs by layer.
-    ``seconds`` of the drawing.
+    ``picture_error`` is their root mean square distance from the reference's. ``seconds`` of the drawing.
     """
 
     layers: tuple[int, ...]
@@ -31,7 +30,6 @@ class Outcome:
     errors: np.ndarray
     pictures: np.ndarray
     picture_error: float
-    loss: CompressionLoss | None
     cost: Cost
     seconds: float
 
@@ -82,20 +80,24 @@ class CompressionStudy:
             self._outcomes[key] = self._measured(*key)
         return self._outcomes[key]
 
+    def loss(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionLoss:
+        """What compression would lose of keys and outputs in each of these layers, along the reference run."""
+        with compression_loss(self.pipe, list(layers), ratio, operator) as loss:
+            predictions(self.pipe, self.reference)
+        return loss
+
     def _measured(self, layers: tuple[int, ...], ratio: int, operator: str) -> Outcome:
         cost = self._cost(with_compression(self.pipe.transformer.config, layers, ratio, operator))
         if not layers or ratio == 1:
             nothing = np.zeros(len(self.timesteps))
-            return Outcome(layers, ratio, operator, nothing, self.pictures, 0.0, None, cost, self.seconds)
-        with compression_loss(self.pipe, layers, ratio, operator) as loss:
-            predictions(self.pipe, self.reference)
+            return Outcome(layers, ratio, operator, nothing, self.pictures, 0.0, cost, self.seconds)
         with replace_compression(self.pipe, layers, ratio, operator):
             predicted = predictions(self.pipe, self.reference)
             run, seconds = self._timed()
         pictures = self.pipe.decode_latents(run.latents[-1])
         distance = float(np.sqrt(np.square(pictures - self.pictures).mean()))
         errors = relative_errors(predicted, self.predicted)
-        return Outcome(layers, ratio, operator, errors, pictures, distance, loss, cost, seconds)
+        return Outcome(layers, ratio, operator, errors, pictures, distance, cost, seconds)
 
     def _timed(self) -> tuple[Trajectory, float]:
         started = time.perf_counter()

@@ -1,0 +1,248 @@
+"""The attention explorer: click a patch or choose a word, and see the map. What it computes is in ``explorers``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+from matplotlib.figure import Figure
+
+from pixart_nb.viz.clickable import ClickablePicture
+from pixart_nb.viz.explorers import (
+    Choice,
+    check_choice,
+    enlarged,
+    figure_of,
+    in_words,
+    layers_of,
+    map_of,
+    map_pixels,
+    overview_of,
+    overview_pixels,
+)
+from pixart_nb.viz.html_export import export_attention
+from pixart_nb.viz.overlay import as_float
+from pixart_nb.viz.playground_pictures import png_bytes
+from pixart_nb.viz.widget_parts import (
+    MEAN,
+    heat_scale,
+    lay_out,
+    mean_slider,
+    say,
+    set_slider,
+    side_by_side,
+    text_line,
+)
+
+
+class AttentionExplorer:
+    """Where one run looked. Show it as the last line of a cell.
+
+    Click a patch of the picture, and see where it looks; choose a word, and see which patches attend to it. Layer, head
+    and step are sliders; below, the same map for all layers and heads, where a click chooses both.
+
+    Args:
+        trace: of a run (``pixart_nb.core.trace``), with self-attention, cross-attention, or both.
+        picture: (H, W, 3), what the run drew.
+        by_step: pictures (S, H, W, 3) to show under the map of each of ``trace.steps``, the predicted ones, say.
+        row: the picture of the trace.
+        choice: what to begin with; the first word, or the middle patch, unless told.
+    """
+
+    def __init__(
+        self,
+        trace: Any,
+        picture: np.ndarray,
+        by_step: Sequence[np.ndarray] | None = None,
+        row: int = 0,
+        choice: Choice | None = None,
+    ):
+        if by_step is not None and len(by_step) != len(trace.steps):
+            raise ValueError(f"by_step has {len(by_step)} pictures, the trace keeps {len(trace.steps)} steps")
+        self.trace, self.row, self.picture = trace, row, as_float(picture)
+        self._by_step = None if by_step is None else dict(zip(trace.steps, by_step, strict=True))
+        self._quiet, self.seconds = False, 0.0
+        self._make_controls()
+        self.widget = self._laid_out()
+        for control in (self.layer, self.head, self.step, self.threshold):
+            control.observe(self._changed, "value")
+        self.words.observe(self._word_chosen, "value")
+        self.view.observe(self._patch_chosen, "cell")
+        self.overview.observe(self._overview_chosen, "cell")
+        self.choice = choice or self._first()
+
+    # ---- what is chosen
+
+    @property
+    def choice(self) -> Choice:
+        """What is shown; assign to show something else."""
+        numbers = [None if s.value == MEAN else s.value for s in (self.layer, self.head, self.step)]
+        patch = tuple(self.view.cell) if self.words.value is None and self.view.cell else None
+        return Choice(self.words.value, patch, *numbers, self.threshold.value)
+
+    @choice.setter
+    def choice(self, value: Choice) -> None:
+        check_choice(self.trace, value)
+        with self._without_drawing():
+            self._offer_layers(value.kind)
+            for slider, number in (
+                (self.layer, value.layer),
+                (self.head, value.head),
+                (self.step, value.step),
+            ):
+                set_slider(slider, MEAN if number is None else number)
+            self.threshold.value = value.threshold
+            self.words.value, self.view.cell = value.word, value.patch or ()
+        self._draw()
+
+    def _first(self) -> Choice:
+        if layers_of(self.trace, "cross"):
+            words = self.trace.word_tokens(self.row)
+            return Choice(word=next((k for k, word in enumerate(words) if not word.is_special), 0))
+        return Choice(patch=(self.trace.grid[0] // 2, self.trace.grid[1] // 2))
+
+    @contextmanager
+    def _without_drawing(self):
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    # ---- controls
+
+    def _make_controls(self) -> None:
+        grid, words = self.trace.grid, self.trace.words(self.row)
+        self.view = ClickablePicture(
+            rows=grid[0], columns=grid[1], width=400, label="picture; choose a patch with the arrow keys"
+        )
+        self.overview = ClickablePicture(label="map of every layer and head", width=400)
+        cross = bool(layers_of(self.trace, "cross"))
+        options = [(word, number) for number, word in enumerate(words)] if cross else []
+        self.words = widgets.ToggleButtons(options=options, value=None, tooltips=_hints(options))
+        self.layer = mean_slider("Layer", [], "Which layer; the mean is over all that the trace keeps")
+        self.head = mean_slider("Head", self.trace.heads, "Which head")
+        said = [
+            (f"{step}: t {t:.0f}", step)
+            for step, t in zip(self.trace.steps, self.trace.timesteps, strict=True)
+        ]
+        self.step = mean_slider("Step", said, "Which step of sampling, and its timestep")
+        self.threshold = widgets.FloatSlider(
+            min=0,
+            max=1,
+            step=0.05,
+            description="Threshold",
+            tooltip="Leave cells below this share of the most grey",
+        )
+        lay_out(self.threshold)
+        self.scale, self.message, self.note = widgets.HTML(), text_line(), text_line()
+
+    def _laid_out(self) -> widgets.Widget:
+        hint = widgets.HTML("<b>Click a patch</b> to see where it looks, or <b>choose a word</b>:")
+        left = widgets.VBox([hint, self.words, self.view, self.scale, self.message])
+        left.layout = widgets.Layout(width="430px", flex="none")
+        sliders = widgets.VBox([self.layer, self.head, self.step, self.threshold])
+        right = widgets.VBox([sliders, self.note, self.overview])
+        right.layout = widgets.Layout(width="430px", flex="none")
+        return side_by_side([left, right])
+
+    def _offer_layers(self, kind: str) -> None:
+        """Only layers of which the trace keeps this kind."""
+        layers, chosen = layers_of(self.trace, kind), self.layer.value
+        options = [("mean", MEAN), *((str(layer), layer) for layer in layers)]
+        if tuple(self.layer.options) != tuple(options):
+            with self._without_drawing():
+                self.layer.options = options
+                self.layer.value = chosen if chosen in layers else MEAN
+
+    # ---- events
+
+    def _changed(self, _: Any) -> None:
+        self._draw()
+
+    def _word_chosen(self, change: Mapping[str, Any]) -> None:
+        if self._quiet or change["new"] is None:
+            return
+        with self._without_drawing():
+            self.view.cell = ()
+        self._draw()
+
+    def _patch_chosen(self, change: Mapping[str, Any]) -> None:
+        if self._quiet or not change["new"]:
+            return
+        if not layers_of(self.trace, "self"):
+            with self._without_drawing():
+                self.view.cell = ()
+            return say(self.message, "this trace keeps no self-attention; choose a word", wrong=True)
+        with self._without_drawing():
+            self.words.value = None
+        self._draw()
+
+    def _overview_chosen(self, change: Mapping[str, Any]) -> None:
+        if self._quiet or not change["new"]:
+            return
+        row, column = change["new"]
+        with self._without_drawing():
+            self.layer.value = layers_of(self.trace, self.choice.kind)[row]
+            self.head.value = self.trace.heads[column]
+        self._draw()
+
+    # ---- drawing
+
+    def _draw(self) -> None:
+        if self._quiet:
+            return
+        started = time.perf_counter()
+        self._offer_layers(self.choice.kind)
+        choice = self.choice
+        shown = map_of(self.trace, choice, self.row)
+        self.view.png = png_bytes(enlarged(map_pixels(self._picture(choice.step), shown, choice.threshold)))
+        self.scale.value = heat_scale(float(shown.heat.max()))
+        say(self.message, in_words(self.trace, choice, shown, self.row))
+        self.seconds = time.perf_counter() - started
+        self._draw_overview(choice)
+
+    def _picture(self, step: int | None) -> np.ndarray:
+        if self._by_step is None or step is None:
+            return self.picture
+        return as_float(self._by_step[step])
+
+    def _draw_overview(self, choice: Choice) -> None:
+        maps = overview_of(self.trace, choice, self.row)
+        self.overview.layout.display = "none" if maps is None else ""
+        if maps is None:
+            return say(self.note, "All layers and heads at once are too many here; use the sliders.")
+        layers, heads = layers_of(self.trace, choice.kind), self.trace.heads
+        with self._without_drawing():
+            self.overview.cell = ()
+            self.overview.rows, self.overview.columns = maps.shape[:2]
+            self.overview.png = png_bytes(overview_pixels(maps, self._picture(choice.step)))
+            if choice.layer is not None and choice.head is not None:
+                self.overview.cell = (layers.index(choice.layer), heads.index(choice.head))
+        say(
+            self.note,
+            f"All layers ({layers[0]} above, {layers[-1]} below) and heads ({heads[0]} to {heads[-1]}), each on its "
+            "own scale; click one to enlarge it:",
+        )
+
+    # ---- without a widget
+
+    def figure(self) -> Figure:
+        """What is shown, as a figure."""
+        return figure_of(self.trace, self._picture(self.choice.step), self.choice, self.row)
+
+    def export(self, path: str | Path) -> Path:
+        """Write one HTML file that opens without Python and without a network, beginning with what is shown."""
+        return export_attention(path, self.trace, self._picture(self.choice.step), self.choice, self.row)
+
+    def _repr_mimebundle_(self, **options: Any):
+        return self.widget._repr_mimebundle_(**options)
+
+
+def _hints(options: Sequence[tuple[str, int]]) -> list[str]:
+    return [f"Which patches attend to “{word}”" for word, _ in options]

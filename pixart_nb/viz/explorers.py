@@ -1,0 +1,222 @@
+"""What the explorers show, without widgets: a choice of word or patch, layer, head and step, and its map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pixart_nb.viz.attention import patch_attention, word_heat_maps
+from pixart_nb.viz.overlay import as_float, overlay, spread_cells
+
+#: Scores that the overview of all layers and heads may compute at once; above it is left out.
+OVERVIEW_SCORES = 5_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to look at: a word, by its number in ``trace.words()``, or a patch (row, column).
+
+    ``layer`` is a number, ``head`` a head's number, ``step`` a step's number; None is the mean over all that the
+    trace keeps. ``threshold``: a share of the map's largest value, below which the picture stays grey; 0 for none.
+    """
+
+    word: int | None = None
+    patch: tuple[int, int] | None = None
+    layer: int | None = None
+    head: int | None = None
+    step: int | None = None
+    threshold: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        """``cross`` for a word, ``self`` for a patch."""
+        return "cross" if self.word is not None else "self"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A map and what it belongs to: heat (kh, kw), shares of attention; cells of ``ratio`` x ``ratio`` tokens."""
+
+    heat: np.ndarray
+    ratio: int
+    grid: tuple[int, int]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The map with a cell's share divided among its tokens, (h, w)."""
+        return spread_cells(self.heat, self.ratio, self.grid)
+
+
+def layers_of(trace: Any, kind: str) -> list[int]:
+    """Numbers of the layers whose attention of a kind the trace keeps."""
+    return [
+        int(name.split(".")[1])
+        for name in trace.names
+        if (name.split(".")[2] == "cross_attn") == (kind == "cross")
+    ]
+
+
+def map_of(trace: Any, choice: Choice, row: int = 0) -> Shown:
+    """The map of a choice: how much every patch attends to the word, or how much the patch attends to every key.
+
+    Several layers, heads or steps are averaged; layers whose keys lie on different grids, token by token.
+    """
+    check_choice(trace, choice)
+    if choice.word is not None:
+        heat = trace.word_map(_word(trace, choice, row), choice.layer, choice.head, choice.step, row)
+        return Shown(heat, 1, trace.grid)
+    found = [
+        Shown(heats.mean(0), trace.compression(name, step)[1], trace.grid)
+        for name, step, heats in _patch_rows(trace, choice, row)
+    ]
+    if len({shown.heat.shape for shown in found}) == 1:
+        return Shown(np.mean([shown.heat for shown in found], axis=0), found[0].ratio, trace.grid)
+    return Shown(np.mean([shown.tokens for shown in found], axis=0), 1, trace.grid)
+
+
+def _word(trace: Any, choice: Choice, row: int) -> int | str:
+    """The word by its number; by its text where the prompt was swapped, as numbers then differ from step to step."""
+    return choice.word if len(trace.texts) < 2 else trace.words(row)[choice.word]
+
+
+def _patch_rows(trace: Any, choice: Choice, row: int):
+    """(name, step, (heads, kh, kw)) of the chosen patch for each chosen layer and step."""
+    query = choice.patch[0] * trace.grid[1] + choice.patch[1]
+    layers = layers_of(trace, "self") if choice.layer is None else [choice.layer]
+    for layer in layers:
+        name = f"blocks.{layer}.attn"
+        for step in trace.steps if choice.step is None else [choice.step]:
+            rows = trace.rows(name, step, [query], choice.head, row)[:, 0]
+            yield name, step, rows.reshape(len(rows), *trace.key_grid(name, step))
+
+
+def check_choice(trace: Any, choice: Choice) -> None:
+    """Refuse a choice that the trace does not have, with what it has."""
+    if (choice.word is None) == (choice.patch is None):
+        raise ValueError("choose a word or a patch, one of the two")
+    if not (layers := layers_of(trace, choice.kind)):
+        raise ValueError(f"the trace keeps no {choice.kind}-attention; it has {', '.join(trace.names)}")
+    if choice.layer is not None and choice.layer not in layers:
+        raise ValueError(
+            f"the trace keeps no {choice.kind}-attention of layer {choice.layer}; it has layers {layers}"
+        )
+    patch, grid = choice.patch, trace.grid
+    if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
+        raise ValueError(
+            f"there is no patch {patch}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
+        )
+
+
+def overview_of(trace: Any, choice: Choice, row: int = 0) -> np.ndarray | None:
+    """The choice's map for every layer and head, (layers, heads, h, w) token by token; None if that is too much."""
+    layers = layers_of(trace, choice.kind)
+    steps = len(trace.steps) if choice.step is None else 1
+    queries = trace.grid[0] * trace.grid[1] if choice.word is not None else 1
+    keys = len(trace.words(row)) if choice.word is not None else trace.grid[0] * trace.grid[1]
+    if len(layers) * len(trace.heads) * steps * queries * keys > OVERVIEW_SCORES:
+        return None
+    return np.stack([_every_head(trace, choice, layer, row) for layer in layers])
+
+
+def _every_head(trace: Any, choice: Choice, layer: int, row: int) -> np.ndarray:
+    if choice.word is not None:
+        word = _word(trace, choice, row)
+        return np.stack([trace.word_map(word, layer, head, choice.step, row) for head in trace.heads])
+    whole = Choice(patch=choice.patch, layer=layer, step=choice.step)
+    return np.mean(
+        [
+            spread_cells(heats, trace.compression(name, step)[1], trace.grid)
+            for name, step, heats in _patch_rows(trace, whole, row)
+        ],
+        axis=0,
+    )
+
+
+def in_words(trace: Any, choice: Choice, shown: Shown, row: int = 0) -> str:
+    """What the map shows, with its numbers, as a sentence."""
+    parts = {"layer": choice.layer, "head": choice.head, "step": choice.step}
+    where = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+    means = [f"{name}s" for name, value in parts.items() if value is None]
+    where = "; ".join(part for part in (where, f"mean over {', '.join(means)}" if means else "") if part)
+    top = np.unravel_index(int(shown.heat.argmax()), shown.heat.shape)
+    most = f"most at ({top[0]}, {top[1]}): {shown.heat.max():.3f}"
+    if choice.word is not None:
+        word = trace.words(row)[choice.word]
+        return f"“{word}” gets {shown.heat.mean():.3f} of a patch's attention on average, {most}. {where}."
+    rows, columns = shown.heat.shape
+    return f"Patch {choice.patch} over {rows} x {columns} keys, {most}. {where}."
+
+
+def figure_of(trace: Any, picture: np.ndarray, choice: Choice, row: int = 0) -> Figure:
+    """The choice as a figure: what the attention explorer shows, for a run without hands.
+
+    A word's map over the picture; a patch's view, for each head where all heads are asked for and one layer and step.
+    """
+    shown = map_of(trace, choice, row)
+    if choice.word is not None:
+        word = trace.words(row)[choice.word]
+        return word_heat_maps(picture, {word: shown.heat}, choice.threshold or None)
+    title = f"layer {'mean' if choice.layer is None else choice.layer}"
+    if None in (choice.layer, choice.step) or choice.head is not None:
+        return patch_attention(picture, shown.heat[None], choice.patch, [title], shown.ratio, shown.grid)
+    ((_, _, heads),) = _patch_rows(trace, choice, row)
+    titles = [f"{title}, head {head}" for head in trace.heads]
+    return patch_attention(picture, heads, choice.patch, titles, shown.ratio, shown.grid)
+
+
+# ---- pixels for widgets
+
+
+def as_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Float in [0, 1] -> uint8."""
+    return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+
+
+def map_pixels(picture: np.ndarray, shown: Shown, threshold: float = 0.0) -> np.ndarray:
+    """A map over the picture, (H, W, 3) uint8."""
+    return as_bytes(overlay(picture, shown.heat, None, threshold or None, shown.ratio, shown.grid))
+
+
+def overview_pixels(maps: np.ndarray, picture: np.ndarray, most: int = 96) -> np.ndarray:
+    """Maps (layers, heads, h, w) over small copies of the picture, in rows and columns: uint8, each on its own scale.
+
+    >>> overview_pixels(np.ones((2, 3, 4, 4)), np.zeros((8, 8, 3))).shape
+    (18, 27, 3)
+    """
+    every = -(-max(picture.shape[:2]) // most)
+    small = as_float(picture)[::every, ::every]
+    rows = [[_with_gap(as_bytes(overlay(small, heat))) for heat in layer] for layer in maps]
+    return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
+
+
+def _with_gap(pixels: np.ndarray) -> np.ndarray:
+    """White at the right and at the bottom, an eighth of a picture at most."""
+    gap = max(1, min(pixels.shape[:2]) // 16)
+    return np.pad(pixels, ((0, gap), (0, gap), (0, 0)), constant_values=255)
+
+
+def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
+    """Pixels repeated a whole number of times until the larger side has at least ``least`` of them."""
+    times = max(1, -(-least // max(pixels.shape[:2])))
+    return pixels.repeat(times, 0).repeat(times, 1)
+
+
+def with_cells(picture: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256) -> np.ndarray:
+    """The picture, enlarged, with white lines around the cells of R x R tokens: uint8. Ratio 1 draws none."""
+    pixels = enlarged(as_bytes(as_float(picture)), least)
+    if ratio == 1 or max(grid) // ratio > 64:
+        return pixels
+    for axis, (side, tokens) in enumerate(zip(pixels.shape[:2], grid, strict=True)):
+        lines = np.minimum(np.arange(tokens // ratio + 1) * ratio * side // tokens, side - 1)
+        pixels[(slice(None),) * axis + (lines,)] = 255
+    return pixels
+
+
+def stacked(rows: Sequence[Sequence[np.ndarray]], gap: int = 6) -> np.ndarray:
+    """Pictures of one size in rows and columns with white gaps: uint8."""
+    padded = [[np.pad(p, ((0, gap), (0, gap), (0, 0)), constant_values=255) for p in row] for row in rows]
+    return np.concatenate([np.concatenate(row, 1) for row in padded], 0)[:-gap, :-gap]

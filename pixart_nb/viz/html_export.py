@@ -1,0 +1,177 @@
+"""What an explorer shows as one HTML file: opens without Python and without a network, and can still be clicked."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+
+from pixart_nb.core.checkpoints.store import write_text
+from pixart_nb.viz.clickable import STATIC
+from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
+from pixart_nb.viz.overlay import COVER, DIMMED, as_float
+from pixart_nb.viz.playground_pictures import png_bytes
+from pixart_nb.viz.style import HEAT
+
+#: Bytes of maps that a file may hold before text encoding.
+MOST_BYTES = 24_000_000
+
+
+def export_attention(
+    path: str | Path,
+    trace: Any,
+    picture: np.ndarray,
+    choice: Choice,
+    row: int = 0,
+    most_bytes: int = MOST_BYTES,
+) -> Path:
+    """Write the attention explorer as a page that begins with ``choice``; returns the path.
+
+    The page holds the maps of all words and all patches for every layer, head and step, in 8 bits. Where that is more
+    than ``most_bytes``, only the chosen step (the middle one for the mean) and, if need be, no patch but the chosen
+    one. ValueError, before anything is written, if that is still too much.
+    """
+    check_choice(trace, choice)
+    steps, patches = _what_fits(trace, choice, row, most_bytes)
+    colours = (colormaps[HEAT](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    data = {
+        "title": trace.text(row).prompt or "attention",
+        "picture": picture_address(as_bytes(as_float(picture))),
+        "grid": list(trace.grid),
+        "words": trace.words(row) if layers_of(trace, "cross") else [],
+        "heads": list(trace.heads),
+        "steps": [[step, trace.timestep_of[step]] for step in steps],
+        "cross": _word_maps(trace, steps, row),
+        "self": _patch_maps(trace, steps, patches, row),
+        "patches": patches,
+        "colours": _text(colours),
+        "blend": {"cover": list(COVER), "dimmed": DIMMED},
+        "start": _start(choice, steps),
+    }
+    return _write(path, "attention.html", data)
+
+
+def _start(choice: Choice, steps: Sequence[int]) -> dict[str, Any]:
+    step = choice.step if choice.step in steps or len(steps) > 1 else steps[0]
+    patch = None if choice.patch is None else list(choice.patch)
+    return {
+        "word": choice.word,
+        "patch": patch,
+        "layer": choice.layer,
+        "head": choice.head,
+        "step": step,
+        "threshold": choice.threshold,
+    }
+
+
+def _what_fits(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[int], list[int]]:
+    """Steps and patches whose maps fit."""
+    tokens = trace.grid[0] * trace.grid[1]
+    chosen = [choice.patch[0] * trace.grid[1] + choice.patch[1]] if choice.patch is not None else []
+    step = choice.step if choice.step is not None else trace.steps[len(trace.steps) // 2]
+    sizes = []
+    for steps in (trace.steps, [step]):
+        for patches in (list(range(tokens)), chosen):
+            words = len(trace.words(row)) * tokens * len(layers_of(trace, "cross"))
+            keys = sum(np.prod(trace.key_grid(f"blocks.{n}.attn", step)) for n in layers_of(trace, "self"))
+            sizes.append(int(len(steps) * len(trace.heads) * (words + len(patches) * keys)))
+            if sizes[-1] <= most:
+                return list(steps), patches
+    raise ValueError(
+        f"the maps of one step would take {sizes[-1] / 1e6:.0f} MB, more than {most / 1e6:.0f}; trace fewer layers or "
+        "heads, or raise most_bytes"
+    )
+
+
+def _word_maps(trace: Any, steps: Sequence[int], row: int) -> list[dict[str, Any]]:
+    """For each layer the maps (steps, heads, words, h, w) in 8 bits."""
+    found = []
+    for layer in layers_of(trace, "cross"):
+        maps = np.stack([[trace.word_maps(layer, head, step, row) for head in trace.heads] for step in steps])
+        found.append({"layer": layer, "ratio": 1, "cells": list(trace.grid)} | quantised(maps))
+    return found
+
+
+def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: int) -> list[dict[str, Any]]:
+    """For each layer the attention (steps, heads, patches, kh, kw) in 8 bits."""
+    found = []
+    for layer in layers_of(trace, "self") if patches else []:
+        name = f"blocks.{layer}.attn"
+        cells = {step: trace.key_grid(name, step) for step in steps}
+        if len(set(cells.values())) > 1:
+            raise ValueError(f"{name} has keys on different grids, {cells}; export steps with one grid")
+        rows = np.stack([trace.rows(name, step, patches, None, row) for step in steps])
+        maps = rows.reshape(*rows.shape[:3], *cells[steps[0]])
+        ratio = trace.compression(name, steps[0])[1]
+        found.append({"layer": layer, "ratio": ratio, "cells": list(cells[steps[0]])} | quantised(maps))
+    return found
+
+
+def quantised(maps: np.ndarray) -> dict[str, Any]:
+    """Maps (steps, heads, n, kh, kw) in 8 bits, each with its own largest value, as text.
+
+    >>> sorted(quantised(np.ones((1, 1, 1, 2, 2))))
+    ['count', 'most', 'values']
+    """
+    flat = maps.reshape(*maps.shape[:3], -1).astype(np.float32)
+    most = flat.max(-1)
+    values = np.round(255 * flat / np.where(most == 0, 1, most)[..., None]).astype(np.uint8)
+    return {"count": maps.shape[2], "most": _text(most), "values": _text(values)}
+
+
+def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], start: int = 0) -> Path:
+    """Write what a compression explorer tried as a page: pictures, errors and costs to choose from."""
+    if not outcomes:
+        raise ValueError("nothing was tried yet; there is no outcome to write")
+    run, config = study.reference, study.pipe.transformer.config
+    unit = 8 * config.patch_size
+    grid = (run.height // unit, run.width // unit)
+    data = {
+        "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
+        "timesteps": [float(t) for t in study.timesteps],
+        "full": {
+            "pictures": [picture_address(as_bytes(p)) for p in study.pictures],
+            "cost": study.cost.to_dict(),
+        },
+        "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
+        "start": start,
+    }
+    return _write(path, "compression.html", data)
+
+
+def _outcome(outcome: Any, study: Any, grid: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "name": f"{outcome.operator} {outcome.ratio}, layers {', '.join(map(str, outcome.layers)) or 'none'}",
+        "cells": [picture_address(with_cells(p, grid, outcome.ratio)) for p in study.pictures],
+        "pictures": [picture_address(as_bytes(p)) for p in outcome.pictures],
+        "errors": [float(error) for error in outcome.errors],
+        "pictureError": outcome.picture_error,
+        "cost": outcome.cost.to_dict(),
+    }
+
+
+def picture_address(pixels: np.ndarray) -> str:
+    """Pixels (H, W, 3) uint8 as an address that holds them."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode()
+
+
+def _text(array: np.ndarray) -> str:
+    """An array's bytes, lowest first, as base64."""
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return base64.b64encode(little.tobytes()).decode()
+
+
+def _write(path: str | Path, template: str, data: Mapping[str, Any]) -> Path:
+    """The page, with its data as JSON that cannot end the element it stands in."""
+    path = Path(path)
+    page = (STATIC / template).read_text(encoding="utf-8")
+    page = page.replace("{{title}}", escape(str(data["title"])))
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    write_text(path, page.replace("{{data}}", content))
+    return path

@@ -1,0 +1,9 @@
+"""Explorers: widgets that look into a run. Each is thin: what they show comes from functions that work without them."""
+
+from __future__ import annotations
+
+from pixart_nb.viz.attention_explorer import AttentionExplorer
+from pixart_nb.viz.compression_explorer import CompressionExplorer
+from pixart_nb.viz.explorers import Choice
+
+__all__ = ["AttentionExplorer", "Choice", "CompressionExplorer"]
