@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +9,9 @@ from typing import Annotated
 import typer
 
 from pixart_nb import commands
+from pixart_nb.commands import one_line_errors
 from pixart_nb.config import METHODS, load_config, override
+from pixart_nb.dataset_commands import dataset
 
 TINY = "data/tiny-sigma"
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="PixArt-Sigma on MindSpore: draw pictures, convert checkpoints, judge a model, train the embedded one.",
 )
 
+app.add_typer(dataset, name="dataset")
 
 Method = StrEnum("Method", {name: name for name in METHODS})
 
@@ -43,16 +44,6 @@ class Dtype(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Errors that a user can mend end the command with one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:  # ConfigError and CheckpointError are ValueErrors
-        typer.echo(f"pixart-nb: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -127,7 +118,7 @@ def sample(
         given["prompt_path"] = ""
     elif prompt_path and not prompt:
         given["prompt"] = []
-    with _one_line_errors():
+    with one_line_errors():
         settings = (
             command.like(like, **given) if like else override(load_config(config, "inference"), **given)
         )
@@ -177,7 +168,7 @@ def convert(
     Example: pixart-nb convert --source PixArt-Sigma-XL-2-1024-MS.pth
     --target PixArt-Sigma-XL-2-1024-MS.ckpt --verify
     """
-    with _one_line_errors():
+    with one_line_errors():
         from pixart_nb.core.checkpoints import convert as conversion
         from pixart_nb.core.checkpoints.configuration import read_config
 
@@ -218,7 +209,7 @@ def evaluate(
 
     Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and pictures.png.
     """
-    with _one_line_errors():
+    with one_line_errors():
         report = commands.evaluate(
             model,
             count,
@@ -241,7 +232,7 @@ def tiny(
     work: Annotated[Path, typer.Option(help="Where an unfinished training is kept.")] = Path("outputs/tiny"),
 ) -> None:
     """Train the embedded model from nothing on drawn pixel art. If it was stopped, it goes on where it was."""
-    with _one_line_errors():
+    with one_line_errors():
         from pixart_nb.core.training.tiny import train_tiny
 
         train_tiny(folder=folder, work=work)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from pixart_nb.core.checkpoints.store import write_json
+from pixart_nb.core.data.errors import ProblemsError
 from pixart_nb.core.sampling.picture_files import write_picture
 from pixart_nb.sample import contact_sheet
 
 SHEET_COLUMNS = 16
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Errors that a user can mend end the command with one line (a list, with one for each item) and exit code 2."""
+    try:
+        yield
+    except ProblemsError as error:
+        typer.echo(f"pixart-nb: {error}", err=True)
+        raise typer.Exit(2) from None
+    except (ValueError, FileNotFoundError) as error:  # the project's own errors are ValueErrors
+        typer.echo(f"pixart-nb: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
 
 
 def load_pipeline(model: str, dtype: str) -> Any:
