@@ -13,7 +13,7 @@ from reference_data import OFFICIAL, official
 
 from pixart_nb.core.checkpoints.convert import plan_conversion
 from pixart_nb.viz import checkpoints
-from pixart_nb.viz.checkpoints import tree_rows, two_trees
+from pixart_nb.viz.checkpoints import parity, tree_rows, two_trees
 
 LINKS = [
     (("a.x",), ("left.deep.one",), "renamed"),
@@ -96,3 +96,16 @@ def test_examples_and_no_mindspore():
     check = "import sys, pixart_nb.viz.checkpoints; print('mindspore' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert run.stdout.strip() == "False"
+
+
+def test_equal_predictions_say_so_and_others_show_where_they_differ():
+    values = np.random.default_rng(0).standard_normal((1, 4, 6, 8))
+    other = values.copy()
+    other[0, 2, 1, 5] += 0.5
+    same, apart = parity(values, values), parity(values, other)
+    assert same.axes[2].get_title() == "difference: none, bit for bit"
+    shown = np.asarray(apart.axes[2].images[0].get_array())
+    assert np.flatnonzero(shown).tolist() == [1 * 8 + 5]
+    assert shown.max() == pytest.approx(0.5 / np.abs(values).max())
+    with pytest.raises(ValueError, match="expected two of one shape"):
+        parity(values, values[:, :2])

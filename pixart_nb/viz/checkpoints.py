@@ -1,17 +1,29 @@
-"""Pictures of checkpoints: the module trees of two layouts, and which module of one becomes which of the other."""
+"""Pictures of checkpoints: the module trees of two layouts with what becomes what, and two predictions compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
-from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH
+from pixart_nb.viz.style import (
+    AMOUNT,
+    COLOURS,
+    DIFFERENCE,
+    SMALL,
+    TEXT,
+    WIDTH,
+    axes_grid,
+    colour_bar,
+    for_picture,
+    new_figure,
+)
 
 #: (modules of the left, modules of the right, way); either side may be empty.
 Link = tuple[Sequence[str], Sequence[str], str]
@@ -131,3 +143,30 @@ def _legend(place: Axes, titles: tuple[str, str], colours: dict[str, str]) -> No
     if lines:
         where = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.1 / place.get_ylim()[0])}
         place.legend(handles=lines, ncols=len(lines), frameon=False, fontsize=TEXT, **where)
+
+
+def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("source", "target")) -> Figure:
+    """Two predictions (1, C, H, W) and how far apart they are: the first channel, and the difference of all.
+
+    The first two pictures share their colours. The third is the largest difference of any channel, in units of the
+    largest value; where everything is equal it says so.
+    """
+    if expected.shape != found.shape:
+        raise ValueError(
+            f"the predictions have shapes {expected.shape} and {found.shape}; expected two of one shape"
+        )
+    figure = new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])
+    places = [for_picture(place) for place in axes_grid(figure, 1, 3)[0]]
+    largest = np.abs(expected).max() or 1.0
+    reach = np.abs(expected[0, 0]).max() or 1.0
+    for place, values, label in zip(places, (expected, found), labels, strict=False):
+        image = place.imshow(values[0, 0], cmap=DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
+        place.set_title(label)
+    colour_bar(figure, image, places[:2], "prediction, first channel")
+    difference = np.abs(found - expected)[0].max(0) / largest
+    image = places[2].imshow(
+        difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or 1.0, interpolation="nearest"
+    )
+    places[2].set_title("difference" if difference.any() else "difference: none, bit for bit")
+    colour_bar(figure, image, places[2], "largest of all channels, relative")
+    return figure
