@@ -210,7 +210,9 @@ def _lora_of(tensors: Mapping[str, np.ndarray], alphas: _Alphas, source: str) ->
         match = _KEY.fullmatch(_plain(key))
         if match:
             part = next(name for name in _PARTS if match[name])
-            found.setdefault(match[1], {})[part] = tensor
+            if part in found.setdefault(match[1], {}):
+                raise CheckpointError(f"{source} holds the {part} of {match[1]} twice, under two names")
+            found[match[1]][part] = tensor
         else:
             strange.append(key)
     if strange or not found:
@@ -260,7 +262,7 @@ def _module(name: str, parts: Mapping[str, np.ndarray], scale: float, source: st
     magnitude = parts.get("magnitude")
     if magnitude is not None:
         rows = parts["up"].shape[0]
-        if magnitude.size != rows or (magnitude.shape[0] != rows and magnitude.ndim != 4):
+        if magnitude.size != rows or (magnitude.shape[:1] != (rows,) and magnitude.ndim != 4):
             raise CheckpointError(
                 f"{source}: {name} has a magnitude of shape {magnitude.shape}; expected {rows} numbers, one for each "
                 "output"
