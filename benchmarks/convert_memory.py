@@ -80,16 +80,10 @@ def same_numbers(source: Path, target: Path, dtype: str) -> bool:
     from pixart_nb.core.checkpoints.convert import DTYPES
     from pixart_nb.core.checkpoints.files import open_checkpoint
     from pixart_nb.core.checkpoints.layouts import official_view
+    from pixart_nb.core.checkpoints.stored import same_bits
 
     first, second = (official_view(open_checkpoint(path)).tensors for path in (source, target))
-    return set(second) <= set(first) and all(
-        _bits(first[name].read_as(DTYPES[dtype] or first[name].dtype)) == _bits(second[name])
-        for name in second
-    )
-
-
-def _bits(tensor) -> bytes:
-    return b"".join(chunk.tobytes() for chunk in tensor.chunks())
+    return same_bits({name: t.read_as(DTYPES[dtype] or t.dtype) for name, t in first.items()}, second)
 
 
 def report(size: float, found: Mapping[str, float]) -> str:

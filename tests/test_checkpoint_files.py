@@ -18,7 +18,7 @@ from pixart_nb.core.checkpoints import stored as stored_tensors
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors, write_safetensors
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
 from pixart_nb.core.checkpoints.store import CheckpointError, load_tensors
-from pixart_nb.core.checkpoints.stored import Stored, narrowed, stacked, widened
+from pixart_nb.core.checkpoints.stored import Stored, narrowed, same_bits, stacked, widened
 from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict
 from pixart_nb.core.checkpoints.torch_writer import write_torch as write_pth
 
@@ -108,6 +108,21 @@ def test_chunks_are_bounded_whatever_the_strides(monkeypatch):
         chunks = list(Stored("F32", (np.asarray(array),)).chunks())
         assert all(chunk.size <= 12 for chunk in chunks)
         assert np.array_equal(np.concatenate([*chunks, []]), np.asarray(array).ravel())
+
+
+def test_the_same_bits_are_the_same_however_they_lie(monkeypatch):
+    monkeypatch.setattr(stored_tensors, "CHUNK", 7)
+    values = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
+    whole = Stored.of(values, "w")
+    cut = stacked(whole.split(3))
+    turned = Stored("F32", (np.asfortranarray(values),))
+    assert same_bits({"w": whole}, {"w": cut})
+    assert same_bits({"w": turned}, {"w": cut})
+    other = values.copy()
+    other[5, 4] = np.nextafter(other[5, 4], np.float32(9))
+    for wrong in (Stored.of(other), Stored.of(values.T), Stored.of(values.astype(np.float64))):
+        assert not same_bits({"w": whole}, {"w": wrong})
+    assert not same_bits({"w": whole}, {"v": whole})
 
 
 def test_bfloat16_is_rounded_as_mindspore_rounds_it_and_widened_exactly():

@@ -7,11 +7,12 @@ import pytest
 from reference_data import OFFICIAL, official
 
 from pixart_nb.core import PixArtConfig
-from pixart_nb.core.checkpoints.audit import OUTCOMES
+from pixart_nb.core.checkpoints.audit import OUTCOMES, links_between
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.load import shapes_of
 from pixart_nb.core.checkpoints.store import save_tensors, write_json
+from pixart_nb.core.checkpoints.stored import Stored
 
 COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}
 
@@ -239,3 +240,16 @@ def test_compression_that_picks_tokens_has_no_weights_to_convert(tmp_path):
         == "KV compression: 'ave' in layers [1], ratio 2, which has no weights."
     )
     assert "started" not in audit.counts
+
+
+def test_two_transformers_are_linked_by_what_they_share(tmp_path):
+    alpha, sigma = (
+        {name: Stored.of(value, name) for name, value in small(**options).items()}
+        for options in ({"model_max_length": 120, "micro_condition": True}, {"model_max_length": 300})
+    )
+    links = links_between(alpha, sigma)
+    assert (("blocks.{i}.attn.qkv",), ("blocks.{i}.attn.qkv",), "same shape") in links
+    assert (("y_embedder.y_embedding",), ("y_embedder.y_embedding",), "another shape") in links
+    assert (("csize_embedder.mlp.0",), (), "only here") in links
+    assert ((), ("ar_embedder.mlp.2",), "only here") in links_between(sigma, alpha)
+    assert len(links) == len(set(links))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pixart_nb.core.checkpoints.configuration import Description
 from pixart_nb.core.checkpoints.layouts import Transformer
+from pixart_nb.core.checkpoints.stored import Stored
 
 Shape = tuple[int, ...]
 
@@ -117,6 +118,21 @@ class Audit:
         if self.dtypes[0] != self.dtypes[1]:
             lines.append(f"- The numbers are not the same ones: {self.dtypes[0]} became {self.dtypes[1]}.")
         return "\n".join([*lines, *(f"- {sentence}" for sentence in self.sentences)])
+
+
+def links_between(
+    first: Mapping[str, Stored], second: Mapping[str, Stored]
+) -> list[tuple[tuple[str, ...], tuple[str, ...], str]]:
+    """Two transformers under official names, as ``Audit.links`` gives one conversion: what both have, and one only."""
+    found = []
+    for name in dict.fromkeys([*first, *second]):
+        module, there = _modules((name,)), (name in first, name in second)
+        if all(there):
+            way = "same shape" if first[name].shape == second[name].shape else "another shape"
+        else:
+            way = "only here"
+        found.append((module * there[0], module * there[1], way))
+    return list(dict.fromkeys(found))
 
 
 def aligned(rows: Sequence[dict[str, str]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,6 +136,29 @@ def stacked(parts: Sequence[Stored]) -> Stored:
             f"cannot stack {found}: expected one dtype, and shapes that differ in axis 0 only"
         )
     return replace(parts[0], parts=tuple(array for part in parts for array in part.parts))
+
+
+def same_bits(first: Mapping[str, Stored], second: Mapping[str, Stored]) -> bool:
+    """Whether two sets of tensors have the same names, kinds, shapes and bits; they are read piece by piece."""
+    return set(first) == set(second) and all(_same(first[name], second[name]) for name in first)
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    pieces = zip(_bytes_of(one), _bytes_of(other), strict=True)
+    return all(a == b for a, b in pieces)
+
+
+def _bytes_of(tensor: Stored) -> Iterator[bytes]:
+    """The bytes of a tensor in pieces of one size, however it lies in its file."""
+    left = b""
+    for chunk in tensor.chunks():
+        left += chunk.tobytes()
+        while len(left) >= CHUNK:
+            yield left[:CHUNK]
+            left = left[CHUNK:]
+    yield left
 
 
 def _flat_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
