@@ -19,6 +19,7 @@ from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, check_cells, overlay, spread_cells
 from pixart_nb.viz.style import (
     AMOUNT,
+    BAR_HEIGHT,
     DIFFERENCE,
     HEAT,
     MARK,
@@ -278,7 +279,7 @@ def _picture_grid(rows: int, columns: int, picture: np.ndarray, cell: float = 0.
     """A figure with places for pictures of one shape, and the places in a flat list."""
     aspect = picture.shape[0] / picture.shape[1]
     cell = cell or min(2.2, (WIDTH - 0.9) / columns)
-    figure = new_figure(columns * cell + 0.9, rows * ((cell - 0.1) * aspect + 0.3))
+    figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, rows * ((cell - 0.1) * aspect + 0.3)))
     axes = list(axes_grid(figure, rows, columns).ravel())
     for place in axes:
         for_picture(place)

@@ -15,6 +15,7 @@ from matplotlib.patches import Rectangle
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, overlay
 from pixart_nb.viz.style import (
+    BAR_HEIGHT,
     COLOURS,
     DIFFERENCE,
     HEAT,
@@ -195,7 +196,7 @@ def lost_maps(picture: np.ndarray, similarities: Mapping[str, np.ndarray], colum
     columns = min(columns, len(lost))
     rows, cell = -(-len(lost) // columns), min(2.0, (WIDTH - 0.9) / columns)
     aspect = picture.shape[0] / picture.shape[1]
-    figure = new_figure(columns * cell + 0.9, rows * ((cell - 0.1) * aspect + 0.3))
+    figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, rows * ((cell - 0.1) * aspect + 0.3)))
     axes = [for_picture(place) for place in axes_grid(figure, rows, columns).ravel()]
     highest = max(float(values.max()) for values in lost.values())
     for place, (name, values) in zip(axes, lost.items(), strict=False):
@@ -259,7 +260,7 @@ def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
     >>> record = {"size": 256, "keys": 256, "multiply_adds": 2e9, "bytes": 6e5, "seconds": None}
     >>> figure = cost_curves({"no compression": [record, record | {"size": 512, "keys": 1024}]})
-    >>> [place.get_ylabel() for place in figure.axes]
+    >>> [place.get_ylabel() for place in figure.axes[:3]]
     ['keys of a layer', 'multiply-adds of a step', 'keys and values, bytes']
     """
     shown = [

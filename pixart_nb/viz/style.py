@@ -17,6 +17,8 @@ from matplotlib.image import AxesImage
 #: Points. A figure of ``WIDTH`` inches fills a notebook's width.
 SMALL, TEXT, LARGE = 8, 9, 10
 WIDTH = 9.0
+#: Inches that a figure with a colour bar has at least, so that the bar's label has room.
+BAR_HEIGHT = 2.1
 #: Okabe and Ito's colours, without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", "-.", ":")
@@ -95,4 +97,4 @@ def heat_colours(values: np.ndarray, lowest: float, highest: float, name: str = 
     [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
     """
     share = (np.asarray(values, float) - lowest) / (highest - lowest) if highest > lowest else 0 * values
-    return colormaps[name](np.clip(share, 0, 1))[..., :3]
+    return np.asarray(colormaps[name](np.clip(share, 0, 1)))[..., :3]
