@@ -51,23 +51,20 @@ def step_cost(
         raise ValueError(f"height and width are {height}x{width}; both must be positive multiples of {unit}")
     grid = (height // unit, width // unit)
     tokens = grid[0] * grid[1]
-    keys = [_keys(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
-    attention_products = sum(2 * tokens * count * size for count in keys)
-    linear = config.depth * _linear_products(config, tokens, caption_tokens)
-    shrinking = sum(
-        _compression_products(config, grid, config.layer_ratio(layer)) for layer in range(config.depth)
-    )
+    keys = [keys_of(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
+    products = [block_products(config, grid, layer, caption_tokens) for layer in range(config.depth)]
     return Cost(
         tokens=tokens,
         keys=min(keys),
-        multiply_adds=attention_products + linear + shrinking,
-        attention_multiply_adds=attention_products,
+        multiply_adds=sum(sum(parts.values()) for parts in products),
+        attention_multiply_adds=sum(parts["self-attention"] for parts in products),
         bytes=2 * sum(keys) * size * bytes_per_number,
         map_bytes=max(keys) * tokens * config.num_heads * bytes_per_number,
     )
 
 
-def _keys(grid: tuple[int, int], ratio: int) -> int:
+def keys_of(grid: tuple[int, int], ratio: int) -> int:
+    """Keys of a layer that compresses a grid of tokens by ``ratio``; ValueError if none would be left."""
     if ratio > min(grid):
         raise ValueError(
             f"compression ratio {ratio} leaves no key of {grid[0]}x{grid[1]} tokens; it may be 1 to {min(grid)}"
@@ -75,20 +72,28 @@ def _keys(grid: tuple[int, int], ratio: int) -> int:
     return (grid[0] // ratio) * (grid[1] // ratio)
 
 
-def _linear_products(config: PixArtConfig, tokens: int, caption_tokens: int) -> int:
-    """Projections, cross-attention and MLP of one block. The caption's own projection is once a prompt, not a step."""
-    size = config.hidden_size
-    self_attention = 4 * tokens * size**2
-    cross_attention = 2 * tokens * size**2 + 2 * tokens * caption_tokens * size
-    mlp = 2 * tokens * size * int(size * config.mlp_ratio)
-    return self_attention + cross_attention + mlp
+def block_products(
+    config: PixArtConfig, grid: tuple[int, int], layer: int, caption_tokens: int
+) -> dict[str, int]:
+    """Multiply-adds of one block, by part, for a grid of tokens (height, width).
+
+    The caption's keys and values are computed once a prompt, not once a step: see ``planning.counts``.
+    """
+    tokens, size, ratio = grid[0] * grid[1], config.hidden_size, config.layer_ratio(layer)
+    return {
+        "projections": 4 * tokens * size**2,
+        "self-attention": 2 * tokens * keys_of(grid, ratio) * size,
+        "compression": _compression_products(config, grid, ratio),
+        "cross-attention": 2 * tokens * size**2 + 2 * tokens * caption_tokens * size,
+        "mlp": 2 * tokens * size * int(size * config.mlp_ratio),
+    }
 
 
 def _compression_products(config: PixArtConfig, grid: tuple[int, int], ratio: int) -> int:
     """Keys and values through a depthwise convolution; picking and averaging multiply nothing."""
     if ratio == 1 or config.kv_operator != "conv":
         return 0
-    return 2 * _keys(grid, ratio) * ratio**2 * config.hidden_size
+    return 2 * keys_of(grid, ratio) * ratio**2 * config.hidden_size
 
 
 def with_compression(
