@@ -34,7 +34,6 @@ from pixart_nb.viz.widget_parts import (
     lay_out,
     mean_slider,
     say,
-    set_slider,
     side_by_side,
     text_line,
 )
@@ -51,7 +50,7 @@ class AttentionExplorer:
         picture: (H, W, 3), what the run drew.
         by_step: pictures (S, H, W, 3) to show under the map of each of ``trace.steps``, the predicted ones, say.
         row: the picture of the trace.
-        choice: what to begin with; the first word, or the middle patch, unless told.
+        choice: what to begin with; the longest word, or the middle patch, unless told.
     """
 
     def __init__(
@@ -90,12 +89,9 @@ class AttentionExplorer:
         check_choice(self.trace, value)
         with self._without_drawing():
             self._offer_layers(value.kind)
-            for slider, number in (
-                (self.layer, value.layer),
-                (self.head, value.head),
-                (self.step, value.step),
-            ):
-                set_slider(slider, MEAN if number is None else number)
+            numbers = (value.layer, value.head, value.step)
+            for slider, number in zip((self.layer, self.head, self.step), numbers, strict=True):
+                slider.value = MEAN if number is None else number
             self.threshold.value = value.threshold
             self.words.value, self.view.cell = value.word, value.patch or ()
         self._draw()
@@ -103,7 +99,8 @@ class AttentionExplorer:
     def _first(self) -> Choice:
         if layers_of(self.trace, "cross"):
             words = self.trace.word_tokens(self.row)
-            return Choice(word=next((k for k, word in enumerate(words) if not word.is_special), 0))
+            lengths = [0 if word.is_special else len(word.text) for word in words]
+            return Choice(word=lengths.index(max(lengths)))
         return Choice(patch=(self.trace.grid[0] // 2, self.trace.grid[1] // 2))
 
     @contextmanager

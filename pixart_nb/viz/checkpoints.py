@@ -31,6 +31,8 @@ Link = tuple[Sequence[str], Sequence[str], str]
 #: Inches. The letters all have one width, so that lines can begin where words end.
 _ROW, _INDENT, _LETTER, _GAP, _TOP = 0.185, 0.16, 0.602 * SMALL / 72, 0.06, 0.75
 _FONT = "DejaVu Sans Mono"
+#: Where nothing differs, the scale ends where single precision rounds.
+_ROUNDING = 2.0**-24
 _FAINT, _GREY = "0.65", "0.5"
 
 
@@ -161,12 +163,12 @@ def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("
     reach = np.abs(expected[0, 0]).max() or 1.0
     for place, values, label in zip(places, (expected, found), labels, strict=False):
         image = place.imshow(values[0, 0], cmap=DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
-        place.set_title(label)
+        place.set_title(label, size=TEXT)
     colour_bar(figure, image, places[:2], "prediction, first channel")
     difference = np.abs(found - expected)[0].max(0) / largest
     image = places[2].imshow(
-        difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or 1.0, interpolation="nearest"
+        difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest"
     )
-    places[2].set_title("difference" if difference.any() else "difference: none, bit for bit")
+    places[2].set_title("difference" if difference.any() else "difference: none, bit for bit", size=TEXT)
     colour_bar(figure, image, places[2], "largest of all channels, relative")
     return figure

@@ -104,6 +104,9 @@ def check_choice(trace: Any, choice: Choice) -> None:
         raise ValueError(
             f"the trace keeps no {choice.kind}-attention of layer {choice.layer}; it has layers {layers}"
         )
+    for what, number, known in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
+        if number is not None and number not in known:
+            raise ValueError(f"the trace has no {what} {number}; it has {known}")
     patch, grid = choice.patch, trace.grid
     if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
         raise ValueError(

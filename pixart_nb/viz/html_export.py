@@ -75,16 +75,14 @@ def _what_fits(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[in
     tokens = trace.grid[0] * trace.grid[1]
     chosen = [choice.patch[0] * trace.grid[1] + choice.patch[1]] if choice.patch is not None else []
     step = choice.step if choice.step is not None else trace.steps[len(trace.steps) // 2]
-    sizes = []
-    for steps in (trace.steps, [step]):
-        for patches in (list(range(tokens)), chosen):
-            words = len(trace.words(row)) * tokens * len(layers_of(trace, "cross"))
-            keys = sum(np.prod(trace.key_grid(f"blocks.{n}.attn", step)) for n in layers_of(trace, "self"))
-            sizes.append(int(len(steps) * len(trace.heads) * (words + len(patches) * keys)))
-            if sizes[-1] <= most:
-                return list(steps), patches
+    for steps, patches in ((trace.steps, range(tokens)), ([step], range(tokens)), ([step], chosen)):
+        words = len(trace.words(row)) * tokens * len(layers_of(trace, "cross"))
+        keys = sum(int(np.prod(trace.key_grid(f"blocks.{n}.attn", step))) for n in layers_of(trace, "self"))
+        size = len(steps) * len(trace.heads) * (words + len(patches) * keys)
+        if size <= most:
+            return list(steps), list(patches)
     raise ValueError(
-        f"the maps of one step would take {sizes[-1] / 1e6:.0f} MB, more than {most / 1e6:.0f}; trace fewer layers or "
+        f"the maps of one step would take {size / 1e6:.0f} MB, more than {most / 1e6:.0f}; trace fewer layers or "
         "heads, or raise most_bytes"
     )
 

@@ -42,15 +42,6 @@ def lay_out(control: widgets.Widget) -> None:
     control.layout.width, control.style.description_width = "400px", "80px"
 
 
-def set_slider(slider: widgets.SelectionSlider, value: int) -> None:
-    """Set a slider, or say what it can be set to."""
-    values = [number for _, number in slider.options]
-    if value not in values:
-        known = ", ".join(str(number) for number in values if number != MEAN)
-        raise ValueError(f"there is no {slider.description.lower()} {value} in the trace; it has {known}")
-    slider.value = value
-
-
 def side_by_side(parts: Sequence[widgets.Widget]) -> widgets.HBox:
     """Columns beside each other, below each other in a narrow window, with this module's style."""
     style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
