@@ -166,10 +166,14 @@ def _text(array: np.ndarray) -> str:
 
 
 def _write(path: str | Path, template: str, data: Mapping[str, Any]) -> Path:
-    """The page, with its data as JSON that cannot end the element it stands in."""
     path = Path(path)
+    write_text(path, page_of(template, data))
+    return path
+
+
+def page_of(template: str, data: Mapping[str, Any]) -> str:
+    """A page, with its data as JSON that cannot end the element it stands in; ``data`` has a title."""
     page = (STATIC / template).read_text(encoding="utf-8")
     page = page.replace("{{title}}", escape(str(data["title"])))
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    write_text(path, page.replace("{{data}}", content))
-    return path
+    return page.replace("{{data}}", content)
