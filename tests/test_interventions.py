@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from reference_data import relative_error
+from test_attention import flash_stand_in
 from test_tracing import CALL, assert_untouched, draw, pipe  # noqa: F401 - a fixture
 from test_transformer import small_net
 from traced_models import compressing, inputs
 
-from pixart_nb.core import heads_off, replace_compression, scale_word, swap_prompt, trace
+from pixart_nb.core import backend, heads_off, replace_compression, scale_word, swap_prompt, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.tracing.seam import Part, attached
 
@@ -123,6 +124,19 @@ def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):  #
     assert np.allclose(scaled.out[2] - plain.out[2], -3 * share, atol=1e-4)
     assert np.array_equal(scaled.out[[0, 1, 3]], plain.out[[0, 1, 3]])
     assert np.array_equal(before, after)
+
+
+def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):  # noqa: F811
+    expected, _, _ = maps(pipe, lambda p: scale_word(p, "grass", 0.25))
+    on_the_cpu, on_ascend = Outputs(), Outputs()
+    with attached(pipe, on_the_cpu), scale_word(pipe, "grass", 0.25):
+        draw(pipe)
+    monkeypatch.setattr(backend, "on_ascend", lambda: True)
+    monkeypatch.setattr(backend, "flash_attention_score", flash_stand_in)
+    with attached(pipe, on_ascend), scale_word(pipe, "grass", 0.25):
+        draw(pipe)
+    assert relative_error(on_ascend.out, on_the_cpu.out) < 2e-2  # the fused operator works in half precision
+    assert np.allclose(expected.sum(-1), 1, atol=1e-5)
 
 
 def test_tokens_are_named_by_number_where_only_embeddings_are_known(net):

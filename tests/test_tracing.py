@@ -290,6 +290,23 @@ def test_after_an_error_the_model_is_as_it_was(pipe):
     assert np.array_equal(before, draw(pipe))
 
 
+def test_a_step_in_whose_middle_the_run_was_stopped_is_not_kept(pipe, monkeypatch):
+    calls, block = [], pipe.transformer.blocks[1]
+    original = block.cross_attn.construct
+
+    def construct(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(block.cross_attn, "construct", construct)
+    with pytest.raises(KeyboardInterrupt), trace(pipe, announce=None) as t:
+        draw(pipe)
+    assert t.steps == [0]
+    assert {step for _, step in t.kept} == {0}
+
+
 def test_traces_may_be_nested_and_leave_one_by_one(pipe):
     names = [name for name, _ in pipe.transformer.parameters_and_names()]
     with trace(pipe, announce=None) as outer:

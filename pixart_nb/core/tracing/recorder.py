@@ -74,8 +74,11 @@ def trace(
     record = Trace(layer_names(len(net.blocks), layers, kinds), head_numbers(net.config.num_heads, heads))
     record.model = model_mark(net)
     recorder = Recorder(record, timesteps, steps, rows, memory_limit, folder, announce)
-    with attached(model, recorder):
-        yield record
+    try:
+        with attached(model, recorder):
+            yield record
+    finally:
+        recorder.drop_unfinished()
     recorder.check_complete()
 
 
@@ -218,6 +221,15 @@ class Recorder(Part):
             raise ValueError(f"{name} at step {self.run.index}: {error}; leave this layer out") from None
 
     # ---- after it
+
+    def drop_unfinished(self) -> None:
+        """Forget a step in whose middle the run was stopped."""
+        t = self.trace
+        for step in t.steps:
+            if any((name, step) not in t.kept for name in t.names):
+                del t.timestep_of[step]
+                t.text_of.pop(step, None)
+                t.kept = {key: kept for key, kept in t.kept.items() if key[1] != step}
 
     def check_complete(self) -> None:
         """After a block that ended without an error: say that nothing was kept, or which steps never came."""

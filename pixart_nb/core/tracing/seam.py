@@ -93,11 +93,13 @@ class Call:
 
     def compute(self) -> ms.Tensor:
         """The attention: (B, H, N, d). A bias goes in as one more component of the keys, which meets a one."""
-        q, k = self.q, self.k
-        if self.bias is not None:
-            k = mint.cat((k, ms.Tensor(self.bias[..., None]).astype(k.dtype)), -1)
-            q = mint.cat((q, mint.ones((*q.shape[:3], 1), dtype=q.dtype) / self.scale), -1)
-        return attention(q, k, self.v, self.mask, self.scale)
+        if self.bias is None:
+            return attention(self.q, self.k, self.v, self.mask, self.scale)
+        ones = mint.ones((*self.q.shape[:3], 1), dtype=self.q.dtype)
+        q = mint.cat((self.q, ones / self.scale), -1)
+        k = mint.cat((self.k, ms.Tensor(self.bias[..., None]).astype(self.k.dtype)), -1)
+        v = mint.cat((self.v, mint.zeros((*self.v.shape[:3], 1), dtype=self.v.dtype)), -1)  # all of one size
+        return attention(q, k, v, self.mask, self.scale)[..., :-1]
 
 
 class Part:
