@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from reference_data import relative_error
-from test_tracing import draw, pipe  # noqa: F401 - a fixture
+from test_tracing import CALL, draw, pipe  # noqa: F401 - a fixture
 from traced_models import compressing, direct_maps, inputs, watched
 
 from pixart_nb.core import compression_loss, replace_compression, trace
+from pixart_nb.core.sampling.trajectory import follow, predictions
 
 NAME = "blocks.0.attn"
 
@@ -74,6 +75,18 @@ def test_measuring_changes_nothing(pipe):  # noqa: F811
     assert found.values("output_error").shape == (3, 2)
     assert (found.values("output_error") > 0).all()
     assert pipe.transformer.observer is None
+
+
+def test_along_a_kept_run_only_rows_of_the_prompts_are_measured(pipe):  # noqa: F811
+    call = {key: CALL[key] for key in ("height", "width", "num_inference_steps", "max_sequence_length")}
+    with compression_loss(pipe, ratio=2, operator="mean") as during:
+        run = follow(pipe, CALL["prompt"], generator=np.random.default_rng(0), **call)
+    with compression_loss(pipe, ratio=2, operator="mean") as along, trace(pipe, announce=None) as t:
+        predictions(pipe, run)
+    assert t.labels == ["conditional 0", "conditional 1"]
+    assert t.prompts == CALL["prompt"]
+    assert along.losses[NAME, 1].key_error.shape == (2,)
+    assert np.allclose(along.values("output_error", row=1), during.values("output_error", row=1), rtol=1e-5)
 
 
 def test_a_compression_of_the_model_is_measured_unless_told(pipe):  # noqa: F811

@@ -209,8 +209,6 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
                 )
             else:
                 condition = given_conditioning(given, guided, num_images_per_prompt)
-            if self.transformer.observer is not None:
-                self.transformer.observer.begin(condition)
             yield condition
             predict = guided_prediction(self.transformer, condition, guidance_scale, height, width)
             if around_model is not None:

@@ -10,8 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from pixart_nb.core import memory
 from pixart_nb.core.backend import ms
 from pixart_nb.core.tracing.maps import Kept
 from pixart_nb.core.tracing.packed import Packed, pack, packed_bytes
@@ -153,7 +152,7 @@ class Recorder(Part):
 
     def _free(self) -> int:
         if self.folder is None:
-            return psutil.virtual_memory().available
+            return memory.available()
         self.folder.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(self.folder).free
 

@@ -193,12 +193,13 @@ class Observer:
         for part in self.parts:
             part.expect(self.run, self)
 
-    def begin(self, condition: Any) -> None:
-        """The prompts of the expected run are encoded."""
+    def begin(self, condition: Any, height: int, width: int) -> None:
+        """The prompts of a run of latents height x width are encoded; it need not have been expected."""
+        masks, patch = condition.prompt_attention_mask, self.net.config.patch_size
+        grid, guided = (height // patch, width // patch), condition.negative_embeds is not None
         run = self.run
-        if run is None:  # attached after the run was asked for
-            return
-        masks = condition.prompt_attention_mask
+        if run is None or run.index >= 0 or (run.rows, run.guided, run.grid) != (len(masks), guided, grid):
+            run = self.run = Run(None, len(masks), guided, grid, masks.shape[1])
         strings = condition.texts or [None] * len(masks)
         run.texts = [text_of(self.tokenizer, s, int(m.sum())) for s, m in zip(strings, masks, strict=True)]
         for part in self.parts:
