@@ -35,6 +35,7 @@ class Switch(StrEnum):
     false = "false"
 
 
+TextEncoder = StrEnum("TextEncoder", {name: name for name in ("whole", "stream", "int8")})
 StoredDtype = StrEnum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")})
 
 
@@ -84,6 +85,21 @@ def sample(
         Switch | None,
         typer.Option(case_sensitive=False, help="Under msrun: divide the prompts among the workers."),
     ] = None,
+    staged: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw in stages whose state lies in this folder: less memory, and the same command goes on."
+        ),
+    ] = None,
+    t5_load: Annotated[
+        TextEncoder | None, typer.Option(help="T5 whole in memory, one layer at a time, or in eight bits.")
+    ] = None,
+    tile_size: Annotated[
+        int | None, typer.Option(help="Decode by tiles of so many pixels a side; 0 is whole.")
+    ] = None,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GB that it may take; 0 is what the machine has free.")
+    ] = None,
     output_path: Annotated[
         Path | None, typer.Option("--output-path", "-o", help="Folder for the pictures.")
     ] = None,
@@ -112,6 +128,10 @@ def sample(
         "ncols": ncols,
         "dtype": dtype and dtype.value,
         "use_parallel": use_parallel and use_parallel is Switch.true,
+        "staged": staged and str(staged),
+        "t5_load": t5_load and t5_load.value,
+        "tile_size": tile_size,
+        "memory_limit": memory_limit,
         "output_path": output_path and str(output_path),
     }
     if prompt and not prompt_path:

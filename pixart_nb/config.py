@@ -67,6 +67,14 @@ class InferenceConfig(BaseModel):
     nrows: int = Field(1, ge=1, description="rows of that grid")
     ncols: int = Field(1, ge=1, description="columns of that grid; a prompt has rows x columns pictures")
     use_parallel: bool = Field(False, description="under msrun: the prompts are divided among the workers")
+    staged: str = Field("", description="folder for the state of a run in stages, which goes on when stopped")
+    t5_load: Literal["whole", "stream", "int8"] = Field(
+        "whole", description="T5 whole in memory, one layer at a time, or in eight bits"
+    )
+    tile_size: int = Field(0, ge=0, multiple_of=8, description="pixels of the tiles to decode by; 0 is whole")
+    memory_limit: float = Field(
+        0.0, ge=0, description="GB that a run may take; 0 is what the machine has free"
+    )
     output_path: Text = Field("outputs/sample", description="where pictures and numbers are written")
 
     @model_validator(mode="after")

@@ -17,6 +17,13 @@ from pixart_nb.core.checkpoints.store import write_json
 from pixart_nb.core.sampling.picture_files import read_parameters, write_picture
 from pixart_nb.core.sampling.randomness import picture_generators
 
+COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
+_WITH_ROOT = ("vae", "text_encoder", "tokenizer")
+#: Pixels a side of the tiles that runs in stages decode by, unless told.
+TILE = 512
+#: How T5 is loaded where not whole: arguments of ``T5EncoderModel.from_pretrained``.
+_LITTLE_T5 = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -61,8 +68,14 @@ def sample(config: InferenceConfig) -> list[Path]:
     rank, workers = join_workers() if config.use_parallel else (0, 1)
     prompts = prompts_of(config)
     wanted = pictures_of(config, len(prompts), rank, workers)
+    if config.staged:
+        from pixart_nb.large import draw_staged
+
+        drawn = draw_staged(config, prompts, wanted)
+    else:
+        drawn = draw(load_pipeline(config), config, prompts, wanted)
     paths = []
-    for pictures, images in draw(load_pipeline(config), config, prompts, wanted):
+    for pictures, images in drawn:
         paths += write_pictures(config, prompts, pictures, images)
     if rank == 0:
         everything = pictures_of(config, len(prompts))
@@ -77,37 +90,48 @@ def like(picture: str | Path, **changes: Any) -> InferenceConfig:
     return override(check_config(read_parameters(picture), source=str(picture)), **changes)
 
 
-def load_pipeline(config: InferenceConfig) -> Any:
-    """The pipeline of a configuration: ``model``, with those parts replaced that are given one by one."""
+def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> Any:
+    """The pipeline of a configuration, or ``only`` these components of it.
+
+    It comes from ``model``, with those parts replaced that are given one by one.
+    """
     from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
     from pixart_nb.core.backend import dtype_from_name
 
     dtype = dtype_from_name(config.dtype)
     kind = PixArtAlphaPipeline if config.t5_max_length == 120 else PixArtSigmaPipeline
-    parts = _parts(config, dtype)
+    parts = dict.fromkeys(name for name in COMPONENTS if name not in only) | _parts(config, dtype, only)
     if not config.model:
         parts["scheduler"] = config.sampling_method  # over the published noise schedule
     pipe = kind.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
-    pipe.scheduler = config.sampling_method
-    if config.sd_scale_factor:
+    if "scheduler" in only:
+        pipe.scheduler = config.sampling_method
+    if config.sd_scale_factor and pipe.vae:
         pipe.vae.config = replace(pipe.vae.config, scaling_factor=config.sd_scale_factor)
+    if config.tile_size and pipe.vae:
+        pipe.vae.enable_tiling(config.tile_size)
     return pipe
 
 
-def _parts(config: InferenceConfig, dtype: Any) -> dict[str, Any]:
-    """The components that the configuration gives one by one."""
+def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str, Any]:
+    """The components, of those asked for, that are given one by one, or loaded in a way of their own."""
     from pixart_nb.core.checkpoints.components import LOADERS
     from pixart_nb.core.checkpoints.load import load_transformer
+    from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
     from pixart_nb.core.models.transformer import PixArtConfig
 
     parts = {}
-    if config.checkpoint:
+    if config.checkpoint and "transformer" in only:
         architecture = PixArtConfig(**architecture_of(config))
         parts["transformer"] = load_transformer(config.checkpoint, architecture, dtype)
-    for name in ("vae", "text_encoder", "tokenizer"):
-        if root := getattr(config, f"{name}_root"):
-            parts[name] = LOADERS[name](Path(root), dtype)
-    return parts
+    roots = {name: getattr(config, f"{name}_root") for name in _WITH_ROOT if name in only}
+    little = _LITTLE_T5.get(config.t5_load)
+    if little and "text_encoder" in roots:
+        root = roots.pop("text_encoder")
+        parts["text_encoder"] = T5EncoderModel.from_pretrained(
+            root or config.model, "" if root else "text_encoder", mindspore_dtype=dtype, **little
+        )
+    return parts | {name: LOADERS[name](Path(root), dtype) for name, root in roots.items() if root}
 
 
 def architecture_of(config: InferenceConfig) -> dict[str, Any]:
@@ -178,7 +202,9 @@ def parameters(config: InferenceConfig, prompt: str, picture: Picture) -> dict[s
     """The configuration that draws one picture, or one grid, again."""
     alone = {"prompt": [prompt], "prompt_path": "", "first_picture": picture.stream, "use_parallel": False}
     grid = {} if config.imagegrid else {"nrows": 1, "ncols": 1}
-    return config.model_dump() | alone | grid
+    # stages draw what the pipeline draws by tiles, so the picture can be repeated without their folder
+    tiles = {"staged": "", "tile_size": config.tile_size or TILE} if config.staged else {}
+    return config.model_dump() | alone | grid | tiles
 
 
 def file_name(config: InferenceConfig, prompts: Sequence[str], picture: Picture) -> str:

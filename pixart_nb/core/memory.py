@@ -58,9 +58,14 @@ class PeakMemory:
 
     def _look(self) -> None:
         while not self._done.wait(_INTERVAL):
-            self.peak = max(self.peak, in_use())
+            self.look()
+
+    def look(self) -> int:
+        """The most so far, now included, in bytes."""
+        self.peak = max(self.peak, in_use())
+        return self.peak
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.peak = max(self.peak, in_use())
+        self.look()

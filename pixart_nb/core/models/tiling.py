@@ -59,12 +59,11 @@ def axis_tiles(length: int, tile: int, overlap: int, factor: int = 1) -> list[tu
 class TileRow:
     """Finished rows of a result that is made tile by tile.
 
-    ``number`` of the row of tiles, of ``count``; ``rows`` of the result that are finished; their ``values``
-    (1, C', rows, W'); ``carry`` (1, C', n, W'), what the tiles so far have put into the rows after these.
+    ``number`` of the row of tiles; ``rows`` of the result that are finished; their ``values`` (1, C', rows, W');
+    ``carry`` (1, C', n, W'), what the tiles so far have put into the rows after these.
     """
 
     number: int
-    count: int
     rows: slice
     values: np.ndarray
     carry: np.ndarray
@@ -84,6 +83,10 @@ class TileMap:
     overlap: int
     grow: int = 1
     shrink: int = 1
+
+    def count(self, height: int) -> int:
+        """Rows of tiles of a picture (1, C, height, W)."""
+        return len(tile_starts(height // self.shrink, self.tile, self.overlap))
 
     def _axes(self, x: np.ndarray) -> list[list[tuple[slice, np.ndarray]]]:
         return [axis_tiles(side // self.shrink, self.tile, self.overlap, self.grow) for side in x.shape[2:]]
@@ -120,7 +123,7 @@ class TileMap:
                 finished = (end - rows.start) * self.grow
                 carry = strip[:, :, finished:].copy()
                 done = _times(slice(rows.start, end), self.grow)
-                yield TileRow(number, len(down), done, strip[:, :, :finished], carry)
+                yield TileRow(number, done, strip[:, :, :finished], carry)
 
     def _strip(self, x, rows: slice, weight: np.ndarray, across, carry) -> np.ndarray:
         """The sum of a row of tiles, each by its weight, and of the ``carry`` from the row above."""

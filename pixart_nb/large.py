@@ -1,0 +1,123 @@
+"""``pixart-nb sample --staged``: pictures of a configuration drawn in stages that can be stopped and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_nb import sample
+from pixart_nb.config import ConfigError, InferenceConfig
+
+
+def draw_staged(
+    config: InferenceConfig, prompts: Sequence[str], wanted: Sequence[sample.Picture]
+) -> Iterator[tuple[Sequence[sample.Picture], np.ndarray]]:
+    """Yield (pictures, images (N, H, W, 3) uint8) of whole prompts, once all have gone through all stages."""
+    from pixart_nb.core.sampling.staged import run_staged
+
+    drawings = staged_pictures(config, prompts, wanted)
+    show(run_staged(drawings, lambda names: sample.load_pipeline(config, names)))
+    copies = config.nrows * config.ncols
+    for first in range(0, len(wanted), copies):
+        rows = slice(first, first + copies)
+        yield wanted[rows], np.stack([drawing.pixels() for drawing in drawings[rows]])
+
+
+def show(run: Iterator[Any]) -> None:
+    """Go through a run in stages, with a progress bar for every stage of every picture."""
+    from tqdm.auto import tqdm
+
+    bar, shown = None, None
+    for part in run:
+        if (part.stage, part.picture) != shown:
+            shown = (part.stage, part.picture)
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=part.total, initial=part.done, desc=f"{part.stage} {part.picture + 1}")
+        bar.update(part.done - bar.n)
+    if bar is not None:
+        bar.close()
+
+
+def staged_pictures(
+    config: InferenceConfig, prompts: Sequence[str], wanted: Sequence[sample.Picture]
+) -> list[Any]:
+    """The ``StagedPicture`` of every picture, each in a folder of its own in ``config.staged``."""
+    from pixart_nb.core.sampling.staged import StagedPicture
+
+    drawn, models = drawn_size(config), identity_of(config)
+    return [
+        StagedPicture(
+            Path(config.staged) / f"{picture.stream:03d}",
+            prompts[picture.prompt],
+            drawn,
+            (config.image_height, config.image_width),
+            negative_prompt=config.negative_prompt,
+            steps=config.sampling_steps,
+            guidance_scale=config.guidance_scale,
+            seed=(config.seed, picture.stream),
+            max_sequence_length=config.t5_max_length,
+            tile=config.tile_size or sample.TILE,
+            models=models,
+        )
+        for picture in wanted
+    ]
+
+
+def transformer_config(config: InferenceConfig) -> Any:
+    """The ``PixArtConfig`` of a configuration's transformer, read from its names and shapes alone."""
+    from pixart_nb.core.checkpoints.components import component_places
+    from pixart_nb.core.checkpoints.configuration import describe
+    from pixart_nb.core.checkpoints.files import open_checkpoint
+    from pixart_nb.core.checkpoints.layouts import official_view
+    from pixart_nb.core.models.transformer import PixArtConfig
+
+    said = None
+    if config.checkpoint:
+        place, said = Path(config.checkpoint), PixArtConfig(**sample.architecture_of(config))
+    else:
+        place = component_places(config.model, ["transformer"])["transformer"]
+    return describe(official_view(open_checkpoint(place)), place, said).config
+
+
+def drawn_size(config: InferenceConfig, model: Any = None) -> tuple[int, int]:
+    """Height and width that the model works at.
+
+    Raises ``ConfigError`` for a size that it cannot draw, or whose ratio no published size has.
+    """
+    from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
+
+    model = model or transformer_config(config)
+    height, width = config.image_height, config.image_width
+    bins = bins_for(8 * model.input_size) if config.use_resolution_binning else None
+    if bins and not min(bins) <= round(height / width, 2) <= max(bins):
+        nearest = binned_size(model, height, width)
+        raise ConfigError(
+            f"image_height and image_width are {height}x{width}, {height / width:.3g} times as high as wide; the "
+            f"published sizes of {8 * model.input_size} go from {min(bins)} to {max(bins)}. Give a size between, for "
+            f"example {nearest[0]}x{nearest[1]}, or switch use_resolution_binning off"
+        )
+    return (binned_size if bins else checked_size)(model, height, width)
+
+
+def identity_of(config: InferenceConfig) -> dict[str, str]:
+    """What else the numbers of a picture depend on: fingerprints of the networks' files, and how they compute."""
+    from pixart_nb.core.backend import device_name, ms
+    from pixart_nb.core.checkpoints.components import component_places
+    from pixart_nb.core.data.features import fingerprint
+
+    roots = {name: getattr(config, f"{name}_root") for name in ("vae", "text_encoder", "tokenizer")}
+    places = {name: Path(root) for name, root in (roots | {"transformer": config.checkpoint}).items() if root}
+    others = [name for name in sample.COMPONENTS if name not in places]
+    if config.model:
+        places |= component_places(config.model, others)
+    known = {name: fingerprint(place) for name, place in places.items()}
+    known |= {"sampling_method": config.sampling_method, "dtype": config.dtype}
+    known |= {
+        "sd_scale_factor": str(config.sd_scale_factor),
+        "t5_in_eight_bits": str(config.t5_load == "int8"),
+    }
+    return known | {"device": device_name(), "mindspore": ms.__version__}

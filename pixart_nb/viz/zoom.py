@@ -1,0 +1,148 @@
+"""Large pictures: a viewer that zooms into their pixels, in a notebook or as one HTML file; details as a figure."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+from pixart_nb.core.checkpoints.store import write_text
+from pixart_nb.viz.html_export import page_of
+from pixart_nb.viz.style import MARK, SMALL, TEXT, for_picture
+
+#: Pixels a side of the tiles, and up to which the smallest level goes.
+TILE = 512
+#: WebP quality of the tiles; 100 keeps every pixel as it is.
+QUALITY = 95
+#: Dots per inch of ``zoom_figure``, at which its details show one pixel as one dot.
+DPI = 100
+_LABEL = {"color": "white", "fontsize": SMALL, "bbox": {"facecolor": "black", "linewidth": 0, "pad": 1.5}}
+
+
+class ZoomViewer:
+    """A picture (H, W, 3) uint8, or the path of one, to be zoomed and moved with mouse, fingers or keys.
+
+    In a notebook it shows itself; ``write`` makes one HTML file, which needs neither Python nor a network. ``quality``
+    100 shows the exact pixels and makes a larger file.
+    """
+
+    def __init__(self, picture: np.ndarray | str | Path, title: str = "", quality: int = QUALITY):
+        if not 1 <= quality <= 100:
+            raise ValueError(f"quality is {quality}; expected 1 to 100")
+        self.picture, self.title, self.quality = as_pixels(picture), title, quality
+
+    def levels(self) -> list[dict[str, Any]]:
+        """The picture at every power of two of its size, each as rows of tiles, the whole resolution first."""
+        image, found = Image.fromarray(self.picture), []
+        while True:
+            width, height = image.size
+            found.append({"width": width, "height": height, "tiles": self._tiles(image)})
+            if max(image.size) <= TILE:
+                return found
+            image = image.resize((-(-width // 2), -(-height // 2)), Image.Resampling.BOX)
+
+    def _tiles(self, image: Image.Image) -> list[list[str]]:
+        width, height = image.size
+        return [
+            [
+                self._address(image.crop((x, y, min(x + TILE, width), min(y + TILE, height))))
+                for x in range(0, width, TILE)
+            ]
+            for y in range(0, height, TILE)
+        ]
+
+    def _address(self, tile: Image.Image) -> str:
+        content = io.BytesIO()
+        exact = self.quality == 100
+        tile.save(content, "WEBP", quality=80 if exact else self.quality, lossless=exact)
+        return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
+
+    def html(self) -> str:
+        """The viewer as a page of its own."""
+        height, width = self.picture.shape[:2]
+        data = {"title": self.title or f"{width} x {height}", "tile": TILE, "levels": self.levels()}
+        return page_of("zoom.html", data)
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page as one file; its path."""
+        write_text(path, self.html())
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe title="{escape(self.title or "picture")}" style="width:100%;height:620px;border:1px solid #999" '
+            f'sandbox="allow-scripts" srcdoc="{escape(self.html())}"></iframe>'
+        )
+
+
+def as_pixels(picture: np.ndarray | str | Path) -> np.ndarray:
+    """A picture as (H, W, 3) uint8: an array, uint8 or float in [0, 1], or a file."""
+    if isinstance(picture, str | Path):
+        with Image.open(picture) as image:
+            return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(picture)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise ValueError(f"a picture has shape (H, W, 3), got {pixels.shape}")
+    return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def zoom_figure(
+    picture: np.ndarray | str | Path, places: Sequence[tuple[int, int]] | None = None, size: int = 214
+) -> Figure:
+    """The whole picture, and beside it four details of ``size`` pixels at 100%, where they are marked.
+
+    ``places``: top and left of each detail; by default the liveliest of each quarter. At ``DPI`` dots per inch a pixel
+    of a detail is a dot.
+    """
+    pixels = as_pixels(picture)
+    size = min(size, *pixels.shape[:2])
+    places = detailed_places(pixels, size) if places is None else list(places)
+    inches, gap = size / DPI, 0.05
+    columns = -(-len(places) // 2)
+    whole = 2 * inches + gap
+    wide = whole * pixels.shape[1] / pixels.shape[0]
+    width, height = wide + columns * (inches + gap) + gap, whole + 0.3
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    left = figure.add_axes((0, 0, wide / width, whole / height))
+    for_picture(left).imshow(
+        _shrunk(pixels, int(whole * DPI)), extent=(0, pixels.shape[1], pixels.shape[0], 0)
+    )
+    left.set_title(f"{pixels.shape[1]} x {pixels.shape[0]}, and details at 100%", fontsize=TEXT)
+    for number, (top, start) in enumerate(places):
+        x = wide + gap + number // 2 * (inches + gap)
+        y = (1 - number % 2) * (inches + gap)
+        place = figure.add_axes((x / width, y / height, inches / width, inches / height))
+        for_picture(place).imshow(pixels[top : top + size, start : start + size], interpolation="none")
+        left.add_patch(Rectangle((start, top), size, size, fill=False, edgecolor=MARK, linewidth=1.2))
+        left.text(start, top, str(number + 1), va="bottom", **_LABEL)
+        place.text(4, 4, str(number + 1), va="top", **_LABEL)
+    return figure
+
+
+def detailed_places(pixels: np.ndarray, size: int) -> list[tuple[int, int]]:
+    """Top and left of the square of ``size`` pixels in each quarter of (H, W, 3) with the most contrast in it."""
+    height, width = pixels.shape[:2]
+    grey = pixels.mean(2)
+    found = []
+    for rows in np.array_split(np.arange(0, height - size + 1, max(1, size // 4)), 2):
+        for columns in np.array_split(np.arange(0, width - size + 1, max(1, size // 4)), 2):
+            squares = [(int(top), int(left)) for top in rows for left in columns]
+            if squares:
+                found.append(max(squares, key=lambda p: grey[p[0] : p[0] + size, p[1] : p[1] + size].std()))
+    return list(dict.fromkeys(found))
+
+
+def _shrunk(pixels: np.ndarray, height: int) -> np.ndarray:
+    """A picture at about the resolution at which it is shown."""
+    if pixels.shape[0] <= height:
+        return pixels
+    size = (max(1, round(pixels.shape[1] * height / pixels.shape[0])), height)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
