@@ -12,6 +12,8 @@ from pixart_nb import commands
 from pixart_nb.commands import one_line_errors
 from pixart_nb.config import METHODS, load_config, override
 from pixart_nb.dataset_commands import dataset
+from pixart_nb.key_options import Switch, with_key_options
+from pixart_nb.train_config import TrainConfig
 
 TINY = "data/tiny-sigma"
 
@@ -26,13 +28,6 @@ app = typer.Typer(
 app.add_typer(dataset, name="dataset")
 
 Method = StrEnum("Method", {name: name for name in METHODS})
-
-
-class Switch(StrEnum):
-    """On or off, said as mindone's options say it."""
-
-    true = "true"
-    false = "false"
 
 
 TextEncoder = StrEnum("TextEncoder", {name: name for name in ("whole", "stream", "int8")})
@@ -205,6 +200,38 @@ def convert(
                     f"pixart-nb: {target} does not compute what {source} does; do not use it", err=True
                 )
                 raise typer.Exit(1)
+
+
+@app.command()
+@with_key_options(TrainConfig)
+def train(
+    given: dict,
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Configuration file; the options below replace its values.")
+    ] = Path("configs/train/tiny.yaml"),
+) -> None:
+    """Train a transformer, or a LoRA, on pictures with captions. If it was stopped, it goes on where it was.
+
+    Writes checkpoints, curve.csv, validation pictures and, at the end, a
+    folder pipeline that `sample --model` takes. On several devices, under
+    msrun, with --use_parallel True.
+
+    Example: pixart-nb train -c configs/train/tiny.yaml --steps 40
+    """
+    with one_line_errors():
+        from pixart_nb import train as command
+        from pixart_nb.core.training.divergence import DivergenceError
+
+        try:
+            result = command.train(override(load_config(config, "train"), "train", **given))
+        except DivergenceError as error:
+            typer.echo(f"pixart-nb: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as stopped:
+            typer.echo(f"pixart-nb: {stopped}", err=True)
+            raise typer.Exit(130) from None
+        if result:
+            typer.echo(result)
 
 
 @app.command()

@@ -47,6 +47,7 @@ class TrainConfig(BaseModel):
     text_encoder_root: str = _model("", "folder of the T5 encoder")
     tokenizer_root: str = _model("", "folder of the tokenizer")
     from_scratch: bool = _model(False, "start with fresh weights in place of the transformer's")
+    zero_cross_attention: bool = _model(True, "fresh weights read the caption late, as in the official code")
     sample_size: int = _model(0, "latent cells a side to train at: image pixels / 8", ge=0)
     t5_max_length: Literal[120, 300] = _model(300, "tokens of a caption: 120 in alpha, 300 in sigma")
     sd_scale_factor: float = _model(0.0, "scaling factor of the latents, if not the VAE's own", ge=0)

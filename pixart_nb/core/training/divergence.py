@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -25,9 +26,9 @@ def find_divergence(
 
     ``loss`` is computed again on ``tensors``, layer by layer, and ``network``'s layers are watched.
     """
-    for index, tensor in enumerate(tensors):
+    for name, tensor in zip(inspect.signature(loss).parameters, tensors, strict=False):
         if rows := _bad_rows(tensor):
-            return f"input {index} of the batch is not finite in rows {rows}"
+            return f"{name} of the batch is not finite in rows {rows[:8]}"
     weights = [name for name, parameter in parameters.items() if not _finite(parameter)]
     if weights:
         return f"the weights {_few(weights)} are not finite"

@@ -28,9 +28,9 @@ from pixart_nb.core.training.options import TrainerOptions
 
 __all__ = ["Batch", "Trainer", "TrainerOptions"]
 
-#: ``batch(number)`` -> NumPy arrays. A function of the number alone: that is what makes a resumed run the same run.
-#: Step s takes the batches s * accumulate ... ; each worker gets its own rows of them.
-Batch = Callable[[int], tuple[np.ndarray, ...]]
+#: ``batch(number)`` -> NumPy arrays (or tensors that are there already). A function of the number alone: that is what
+#: makes a resumed run the same run. Step s takes the batches from s * accumulate on; each worker gets its own rows.
+Batch = Callable[[int], tuple[np.ndarray | ms.Tensor, ...]]
 OPTIMIZERS = {"adamw": AdamW, "came": CAME}
 #: How much of the time of a step the latest one counts for.
 _LATEST = 0.1
@@ -41,8 +41,8 @@ class Trainer:
 
     ``names`` name the further numbers in the log. Every ``save_every`` steps, at the end and on SIGINT or SIGTERM the
     whole state (weights, moments, EMA, loss scale, step) goes into ``folder`` as one safetensors file; a trainer on the
-    same folder resumes from the newest that is whole. Parameters in half precision are computed with as they are, and
-    updated through float32 copies.
+    same folder resumes from the newest that is whole. Parameters in half precision, or that ``dtype`` turns into it,
+    are updated through float32 copies.
 
     ``network`` is looked into when a number is not finite. ``identity``: what a run must share with the one that it
     goes on with; ``describe(number)`` says what a batch is made of. Under several ``workers`` gradients are averaged,
@@ -63,13 +63,14 @@ class Trainer:
         describe: Callable[[int], str] = "batch {}".format,
         workers: Workers = ALONE,
         tensorboard: bool = False,
+        dtype: ms.Type = ms.float32,
     ):
         self.parameters, self.batch, self.options = dict(parameters), batch, options
         self.folder, self.names, self.network = Path(folder), tuple(names), network
         self.identity, self.describe, self.workers = dict(identity or {}), describe, workers
         self.files = CheckpointFolder(self.folder, options.keep)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.masters = {name: _master(name, p) for name, p in self.parameters.items()}
+        self.masters = {name: _master(name, p, dtype) for name, p in self.parameters.items()}
         for parameter in self.masters.values():
             workers.send(parameter)
         self.owner = owners({name: p.size for name, p in self.masters.items()}, workers.size)
@@ -95,37 +96,33 @@ class Trainer:
     # ---- running
 
     def run(self, until: int | None = None) -> None:
-        """Train up to step ``until`` (all of them unless told), from wherever the folder stands.
+        """Train up to step ``until`` (all of them unless told), from wherever the folder stands, with a bar.
 
         Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved; else as ``steps``.
         """
-        last = self._last(until)
-        with tqdm(
-            total=last, initial=self.step, desc=self.folder.name, disable=not self.workers.writes
-        ) as bar:
-            for row in self.steps(until):
-                shown = [key for key in ("loss", "grad_norm", "images_per_second") if key in row]
-                bar.set_postfix({key: f"{row[key]:.4g}" for key in shown}, refresh=False)
-                bar.update()
-        if self.step < last:
+        for _ in self.steps(until, bar=True):
+            pass
+        if self.step < self._last(until):
             raise KeyboardInterrupt(f"stopped at step {self.step}; run the same command to go on")
 
-    def steps(self, until: int | None = None) -> Iterator[dict[str, float]]:
+    def steps(self, until: int | None = None, bar: bool = False) -> Iterator[dict[str, float]]:
         """The steps up to ``until``, one by one: yields the row of the log after each.
 
         A row has ``step`` (from 1), ``loss``, ``grad_norm``, ``learning_rate``, the further numbers of the loss, and
         ``images_per_second``, ``seconds_left``, ``loss_scale`` where they are known. The state is saved when the last
         step is done, when a signal asks to stop (then it ends early), and when the caller stops asking for rows.
+        ``bar`` shows progress, speed and the time that is left.
 
         Raises:
             DivergenceError: a loss or gradient is not finite. Nothing was updated or saved.
             CheckpointError: a state could not be written, or another process trains in the folder.
         """
         last = self._last(until)
-        with self._alone(), _on_signal(self._request_stop):
+        with self._alone(), _on_signal(self._request_stop), self._bar(last, bar) as shown:
             try:
                 while self.step < last and not self._stop:
                     row = self._one_step(last)
+                    _show(shown, row)
                     if self.log and self.step % self.options.log_every == 0:
                         self.log.write(row)
                     if self.step % self.options.save_every == 0 and self.step < last:
@@ -135,6 +132,10 @@ class Trainer:
                 self.save()
                 raise
             self.save()
+
+    def _bar(self, last: int, wanted: bool) -> tqdm:
+        hidden = not (wanted and self.workers.writes)
+        return tqdm(total=last, initial=self.step, desc=self.folder.name, disable=hidden)
 
     def _last(self, until: int | None) -> int:
         return min(self.options.steps if until is None else until, self.options.steps)
@@ -185,7 +186,7 @@ class Trainer:
 
     def _tensors(self, number: int) -> list[ms.Tensor]:
         scale = [np.float32(self.scale.value)] if self.scale.used else []
-        return [ms.Tensor(array) for array in (*self.batch(number), *scale)]
+        return [a if isinstance(a, ms.Tensor) else ms.Tensor(a) for a in (*self.batch(number), *scale)]
 
     def _finite(self, row: Mapping[str, float], gradients: list[ms.Tensor]) -> bool:
         """Whether the step can be taken; False for an overflow of the scaled loss, which costs only this step."""
@@ -225,6 +226,27 @@ class Trainer:
         parameter, master = self.parameters[name], self.masters[name]
         if parameter is not master:
             ops.assign(parameter, master.astype(parameter.dtype))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the parameters be their averages for a while, on the worker that writes and if averages are kept."""
+        if not self.ema:
+            yield
+            return
+        kept = {name: np.array(master.asnumpy()) for name, master in self.masters.items()}
+        for parameter, average in zip(self.parameters.values(), self.ema.averages, strict=True):
+            ops.assign(parameter, ms.Tensor(average).astype(parameter.dtype))
+        try:
+            yield
+        finally:
+            for name, master in self.masters.items():
+                ops.assign(master, ms.Tensor(kept[name]))
+                self._follow(name)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """What the training has come to, float32: the averages, or without them the weights."""
+        averages = self.ema.averages if self.ema else [m.asnumpy() for m in self.masters.values()]
+        return dict(zip(self.masters, averages, strict=True))
 
     def _speed(self, seconds: float, last: int) -> dict[str, float]:
         self._seconds += (seconds - self._seconds) * (_LATEST if self._seconds else 1.0)
@@ -300,11 +322,20 @@ class Trainer:
         self.scale.good = int(told.get("good_updates", 0))
 
 
-def _master(name: str, parameter: ms.Parameter) -> ms.Parameter:
-    """The parameter itself, or a float32 copy of one in half precision."""
-    if parameter.dtype == ms.float32:
+def _show(bar: tqdm, row: Mapping[str, float]) -> None:
+    keys = [key for key in ("loss", "grad_norm", "images_per_second") if key in row]
+    bar.set_postfix({key: f"{row[key]:.4g}" for key in keys}, refresh=False)
+    bar.update()
+
+
+def _master(name: str, parameter: ms.Parameter, dtype: ms.Type) -> ms.Parameter:
+    """The parameter itself, or a float32 copy of one that is, or now becomes, half precision."""
+    if parameter.dtype == dtype == ms.float32:
         return parameter
-    return ms.Parameter(parameter.astype(ms.float32), name=f"master.{name}")
+    master = ms.Parameter(ms.Tensor(np.array(parameter.astype(ms.float32).asnumpy())), name=f"master.{name}")
+    if dtype != ms.float32:
+        parameter.set_dtype(dtype)
+    return master
 
 
 @contextmanager
