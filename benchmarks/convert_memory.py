@@ -125,7 +125,7 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        write_random(folder / ROUTE[0][0], PixArtConfig(depth=options.depth))
+        write_random(folder / ROUTE[0][0], PixArtConfig(depth=options.depth), dtype="fp16")
         return 0 if all(measured(folder / a, folder / b, dtype) for a, b, dtype in ROUTE) else 1
 
 

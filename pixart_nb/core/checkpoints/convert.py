@@ -267,15 +267,14 @@ def _forward(net: PixArt, seed: int) -> np.ndarray:
 # ---- something to try it with
 
 
-def write_random(path: str | Path, config: PixArtConfig, seed: int = 0, dtype: str = "fp16") -> None:
+def write_random(path: str | Path, config: PixArtConfig, seed: int = 0, dtype: str = "fp32") -> None:
     """Write a ``.pth`` in the official layout, with ``pos_embed``, of random weights (normal, 0.02).
 
-    One pool of random numbers serves all tensors, so that a file of full size takes little memory.
+    One pool of random numbers serves all tensors, so that a file of full size takes little memory to write.
     """
     rng, shapes = np.random.default_rng(seed), shapes_of(config)
-    pool = (rng.standard_normal(2 * max(map(math.prod, shapes.values())), np.float32) * 0.02).astype(
-        np.float16
-    )
+    largest = max(map(math.prod, shapes.values()))
+    pool = rng.standard_normal(2 * largest, np.float32) * np.float32(0.02)
     tensors = {}
     for name, shape in shapes.items():
         start = int(rng.integers(pool.size - math.prod(shape)))
