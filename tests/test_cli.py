@@ -51,7 +51,8 @@ def run(monkeypatch, project):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["--help"], ["sample", "--help"], ["evaluate", "--help"], ["tiny", "--help"]]
+    "words",
+    [[], ["--help"], ["sample", "--help"], ["convert", "--help"], ["evaluate", "--help"], ["tiny", "--help"]],
 )
 def test_help_explains_every_option(run, words):
     result = run(*words)

@@ -1,14 +1,19 @@
 """The torch reader rebuilds tensors, survives hostile and damaged files, and takes no memory that it does not need."""
 
 import io
+import os
 import pickle
 import pickletools
 import struct
+import tempfile
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from reference_data import OFFICIAL, official
 from torch_files import (
     Call,
@@ -20,9 +25,11 @@ from torch_files import (
 )
 
 from pixart_nb.core.checkpoints import torch_unpickler
+from pixart_nb.core.checkpoints.files import read_tensors
 from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch, state_dict
 
+LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
 NAMES = ["Float", "Double", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool"]
 
 DTYPES = ["f4", "f8", "f2", "i8", "i4", "i2", "i1", "u1", "?"]
@@ -255,7 +262,7 @@ def test_a_pickle_that_makes_objects_in_other_ways_makes_none(tmp_path, ending):
         if ending == "zip":
             write_pickle(path, whole)
         else:
-            path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + whole)
+            path.write_bytes(LEGACY_START + whole)
         with pytest.raises(CheckpointError, match=r"a\.pth"):
             read_torch(path)
         assert not proof.exists()
@@ -326,3 +333,58 @@ def test_pickles_with_changed_bytes_load_or_are_refused_and_raise_nothing_else(t
         except CheckpointError:
             refused += 1
     assert refused > 100
+
+
+def instruction(code: bytes) -> st.SearchStrategy[bytes]:
+    """An instruction of pickle with an argument of the kind that it takes, often a wrong one."""
+    names = st.sampled_from(
+        [b"torch\nFloatStorage\n", b"torch._utils\n_rebuild_tensor_v2\n", b"os\nsystem\n"]
+    )
+    names |= st.sampled_from([b"collections\nOrderedDict\n", b"torch._utils\n_rebuild_parameter\n"])
+    arguments = {
+        "stringnl_noescape_pair": names,
+        "uint1": st.binary(min_size=1, max_size=1),
+        "uint4": st.integers(0, 300).map(lambda n: n.to_bytes(4, "little")),
+        "unicodestring4": st.text(max_size=5).map(
+            lambda t: len(t.encode()).to_bytes(4, "little") + t.encode()
+        ),
+        "decimalnl_short": st.integers(-5, 5).map(lambda n: f"{n}\n".encode()),
+        "long1": st.binary(max_size=9).map(lambda b: bytes([len(b)]) + b),
+    }
+    argument = next(op.arg for op in pickletools.opcodes if op.code.encode("latin-1") == code)
+    return (arguments.get(argument.name, st.binary(max_size=9)) if argument else st.just(b"")).map(
+        code.__add__
+    )
+
+
+INSTRUCTIONS = [op.code.encode("latin-1") for op in pickletools.opcodes if op.name != "PROTO"]
+
+
+@given(st.lists(st.sampled_from(INSTRUCTIONS).flatmap(instruction), max_size=30).map(b"".join))
+def test_any_program_is_refused_or_rebuilds_containers_and_looks_up_nothing(program):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_pickle(Path(folder) / "a.pth", pickle.PROTO + b"\x02" + program + pickle.STOP)
+        try:
+            read = read_torch(path)
+        except CheckpointError:
+            return
+    plain = (dict, list, tuple, str, bytes, int, float, bool, type(None), np.ndarray)
+    assert isinstance(read, plain) or type(read).__module__.startswith("pixart_nb") or callable(read)
+    assert not isinstance(read, type(os.system))
+
+
+@pytest.mark.parametrize("ending", [".pth", ".bin", ".ckpt", ".safetensors"])
+@given(
+    content=st.binary(max_size=200), start=st.sampled_from([b"", b"PK\x03\x04", LEGACY_START, b"\x0a\x10"])
+)
+def test_any_bytes_are_refused_with_the_name_of_the_file_or_read(ending, content, start):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"any{ending}"
+        path.write_bytes(start + content)
+        try:
+            read_tensors(path)
+        except CheckpointError as error:
+            named = f"any{ending}" in str(error)
+        else:
+            named = True
+        assert named
