@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pixart_nb.core.checkpoints.store import written_beside
 from pixart_nb.viz.style import (
     HEAT,
     SMALL,
@@ -158,6 +160,13 @@ def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithm
     place.set_yscale("log" if logarithmic else "linear")
     if curves:
         legend(place)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Figure:
+    """Write a figure as a PNG, whole or not at all; returns the figure, so that a notebook shows it too."""
+    with written_beside(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
     return figure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,6 +108,31 @@ def with_compression(
         else None
     )
     return PixArtConfig(**values)
+
+
+def cost_by_size(
+    config: PixArtConfig,
+    choices: Mapping[str, tuple[Sequence[int], int]],
+    sizes: Sequence[int],
+    seconds: Mapping[tuple[int, int], float] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Records of ``step_cost`` for square pictures of ``sizes`` pixels, for each choice of layers and ratio (``conv``).
+
+    A record has ``size``, ``choice``, ``share`` (of the multiply-adds without compression), the fields of ``Cost``, and
+    ``seconds``: what was measured for (size, ratio), None elsewhere.
+    """
+    whole = {size: step_cost(with_compression(config, (), 1), size, size).multiply_adds for size in sizes}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, (layers, ratio) in choices.items():
+        compressed = with_compression(config, layers, ratio)
+        costs = {size: step_cost(compressed, size, size) for size in sizes}
+        found[name] = [
+            {"size": size, "choice": name, "share": cost.multiply_adds / whole[size]}
+            | cost.to_dict()
+            | {"seconds": (seconds or {}).get((size, ratio))}
+            for size, cost in costs.items()
+        ]
+    return found
 
 
 def measure_self_attention(

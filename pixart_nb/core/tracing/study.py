@@ -80,6 +80,25 @@ class CompressionStudy:
             self._outcomes[key] = self._measured(*key)
         return self._outcomes[key]
 
+    def table(self) -> list[dict[str, Any]]:
+        """A record for each outcome so far, in the order in which they were asked for."""
+        return [
+            {
+                "operator": outcome.operator,
+                "ratio": outcome.ratio,
+                "layers": ", ".join(map(str, outcome.layers)),
+                "keys": outcome.cost.keys,
+                "error of the prediction": outcome.error,
+                "rms distance of pictures": outcome.picture_error,
+                "seconds of the run": outcome.seconds,
+            }
+            for outcome in self._outcomes.values()
+        ]
+
+    def errors_of(self, pipe: Any) -> np.ndarray:
+        """``errors`` of another pipeline of the same latents, such as one that was adapted: (S,)."""
+        return relative_errors(predictions(pipe, self.reference), self.predicted)
+
     def loss(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionLoss:
         """What compression would lose of keys and outputs in each of these layers, along the reference run."""
         with compression_loss(self.pipe, list(layers), ratio, operator) as loss:
