@@ -1,12 +1,15 @@
 """Objects outside the embedded model's training set: drawn and judged as the others, and kept out of all training."""
 
+import json
 from itertools import product
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pixart_nb.core.data.captions import short_caption
 from pixart_nb.core.data.evaluator import SpriteEvaluator
+from pixart_nb.core.data.sprite_dataset import write_scenes
 from pixart_nb.core.data.sprites import (
     COLOURS,
     OBJECTS,
@@ -62,3 +65,13 @@ def test_a_model_is_judged_on_unseen_objects():
     result = evaluate_model(pipe, scenes, steps=1)
     assert result["accuracy"]["all"] == 1.0
     assert result["object_accuracy"] == {"anchor": 1.0, "cat": 1.0}
+
+
+def test_scenes_are_written_as_a_data_set_of_chosen_sizes(tmp_path):
+    scenes = [Scene("anchor", "teal", "beach"), Scene("robot", "red", "snow"), Scene("cat", "blue", "cave")]
+    path = write_scenes(tmp_path / "new", scenes, np.random.default_rng(0), [(128, 128), (128, 192)])
+    labels = json.loads(path.read_text())
+    assert [label["prompt"] for label in labels] == [short_caption(scene) for scene in scenes]
+    assert [(label["height"], label["width"]) for label in labels] == [(128, 128), (128, 192), (128, 128)]
+    pictures = [np.asarray(Image.open(path.parent / label["path"])) for label in labels]
+    assert SpriteEvaluator((*OBJECTS, *UNSEEN_OBJECTS)).accuracy(pictures, scenes)["all"] == 1.0

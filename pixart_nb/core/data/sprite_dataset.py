@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> l
     return [name for _ in range(rounds) for name in rng.permutation(names).tolist()][:count]
 
 
-def _label(folder: Path, number: int, scene: Scene, rng: np.random.Generator) -> dict[str, str | int | float]:
+def _label(
+    folder: Path, number: int, scene: Scene, rng: np.random.Generator, size: tuple[int, int]
+) -> dict[str, str | int | float]:
     """Draw and save one scene; its entry of ``labels.json``."""
-    height, width = SIZES[number % len(SIZES)]
+    height, width = size
     name = f"{number:03d}_{scene.colour}_{scene.object}_{scene.setting}.png"
     Image.fromarray(draw(scene, rng, height, width)).save(folder / name, optimize=True)
     return {
@@ -42,11 +45,26 @@ def write_dataset(folder: str | os.PathLike[str], count: int = 36, seed: int = 0
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     names = zip(*(_balanced(part, count, rng) for part in (OBJECTS, COLOURS, SETTINGS)), strict=True)
-    labels = [_label(folder, number, Scene(*parts), rng) for number, parts in enumerate(names)]
+    return write_scenes(folder, [Scene(*parts) for parts in names], rng, SIZES)
+
+
+def write_scenes(
+    folder: str | os.PathLike[str],
+    scenes: Sequence[Scene],
+    rng: np.random.Generator,
+    sizes: Sequence[tuple[int, int]] = SIZES[:1],
+) -> Path:
+    """Write a picture of each scene, of ``sizes`` (height, width) in turn, and ``labels.json``; the path of the latter.
+
+    ``labels.json`` appears under its name only when it and all pictures are complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [
+        _label(folder, number, scene, rng, sizes[number % len(sizes)]) for number, scene in enumerate(scenes)
+    ]
     path = folder / "labels.json"
     unfinished = folder / f".labels.{os.getpid()}.json"
     unfinished.write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
