@@ -123,7 +123,7 @@ class CompressionAdaptation:
 def compressed_copy(net: PixArt, layers: Sequence[int], ratio: int, operator: str) -> PixArt:
     """A transformer with the weights of ``net``, float32, whose layers compress; what is new starts as the average."""
     found = PixArt(with_compression(net.config, layers, ratio, operator))
-    weights = {name: parameter for name, parameter in net.parameters_and_names()}
+    weights = dict(net.parameters_and_names())
     for name, parameter in found.parameters_and_names():
         if name in weights:
             parameter.set_data(ms.Tensor(weights[name].astype(ms.float32).asnumpy().copy()))
