@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import written_beside, written_together
+from pixart_nb.core.checkpoints.store import written_together
 from pixart_nb.core.data.errors import DataError, ProblemsError
 from pixart_nb.core.data.labels import caption_problem
 from pixart_nb.core.data.pictures import check_picture
 from pixart_nb.core.data.published_forms import Row, open_source
-from pixart_nb.core.data.writing import Report, remove_temporaries, writing
+from pixart_nb.core.data.writing import Report, remove_temporaries, write_once, writing
 
 LABELS, TEST_LABELS, IMAGES = "labels.json", "labels_test.json", "images"
 #: Pictures are named after what is in them, so that what was written before an interruption is known again.
@@ -98,7 +98,7 @@ def _take(row: Row, target: Path, entries: dict[str, Entry], report: Report, max
     if path in entries:
         report.left_out["that an earlier row has too"] += 1
         return
-    _write_once(target / path, content)
+    write_once(target / path, content)
     ratio = height / width
     entries[path] = dict(path=path, prompt=row.prompt, sharegpt4v="", height=height, width=width, ratio=ratio)
 
@@ -109,14 +109,8 @@ def _unsafe(row: Row, max_nsfw: float) -> str:
     return f"with an NSFW score above {max_nsfw:g}" if max(row.scores) > max_nsfw else ""
 
 
-def _write_once(path: Path, content: bytes) -> None:
-    if path.is_file() and path.stat().st_size == len(content):
-        return  # the name says what is in it
-    with writing(path), written_beside(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def _write_labels(paths: list[Path], parts: list[list[Entry]]) -> None:
+    os.sync()  # the pictures are on the disk before the labels name them
     with writing(paths[0]), written_together(*paths) as temporaries:
         for temporary, part in zip(temporaries, parts, strict=False):
             temporary.write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")

@@ -133,14 +133,14 @@ def inside(folder: Path, path: object) -> Path:
     Raises:
         DataError: it is no text or no relative path, or leads out of the folder.
     """
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
+    if not isinstance(path, str) or not path.strip() or "\0" in path or Path(path).is_absolute():
         raise DataError(f"path is {shortened(path)}; expected a path relative to the folder of pictures")
     base = folder.resolve()
     try:
         place = (base / path).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long, half characters
         raise DataError(f"path {shortened(path)} cannot be followed: {error}") from None
-    if Path(path).is_absolute() or not place.is_relative_to(base):
+    if not place.is_relative_to(base):
         raise DataError(
             f"path {shortened(path)} leaves the folder of pictures {folder}; expected one within it"
         )
@@ -188,8 +188,10 @@ class _Check:
 
     def _captions(self, entry: dict) -> list[str | None]:
         found = [caption_problem("prompt", entry["prompt"])] if "prompt" in entry else ["prompt is missing"]
-        # an absent description is written as null or as an empty text, too
-        return found + [caption_problem("sharegpt4v", entry["sharegpt4v"])] * bool(entry.get("sharegpt4v"))
+        described = entry.get("sharegpt4v")
+        if described not in (None, ""):  # so an absent description is written, too
+            found.append(caption_problem("sharegpt4v", described))
+        return found
 
     def _numbers(self, entry: dict) -> list[str | None]:
         return [

@@ -14,7 +14,8 @@ from PIL import Image
 from pixart_nb.core.data.errors import DataError
 
 #: What Pillow may read a picture as. Others are refused: some of them start programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+Image.init()  # all plugins at once: loading them on demand is not safe when several threads do
 #: Endings of such files.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 #: Pixels of the largest picture that is read: more are taken for a file made to fill the memory.
@@ -84,11 +85,15 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     covering = max(height, int(rows * scale)), max(width, int(columns * scale))
     top, left = (round((have - want) / 2) for have, want in zip(covering, (height, width), strict=True))
     method = Image.Resampling.LANCZOS if height * width >= 2048**2 else Image.Resampling.BICUBIC
-    # Only the part that is kept is computed, so that a long strip does not grow to its full length.
+    image = Image.fromarray(pixels)
+    if covering[0] * covering[1] <= 8 * height * width:
+        whole = image.resize(covering[::-1], method)
+        return np.asarray(whole.crop((left, top, left + width, top + height)))
+    # Of a long strip only the part that is kept is computed: rounded a little differently, in memory that is there.
     step = rows / covering[0], columns / covering[1]
     box = (left * step[1], top * step[0], (left + width) * step[1], (top + height) * step[0])
     inside = tuple(min(value, limit) for value, limit in zip(box, (columns, rows) * 2, strict=True))
-    return np.asarray(Image.fromarray(pixels).resize((width, height), method, inside))
+    return np.asarray(image.resize((width, height), method, inside))
 
 
 def to_signed(pixels: np.ndarray) -> np.ndarray:

@@ -31,6 +31,23 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file whole, unless it is there with this content.
+
+    It is not synced: for thousands of small files that takes minutes. Sync before anything relies on them.
+    """
+    if path.is_file() and path.read_bytes() == content:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove the unfinished files of processes that were killed while they wrote into ``folder``."""
     for path in folder.glob(".*.tmp"):
