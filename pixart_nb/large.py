@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,22 @@ def draw_staged(
     config: InferenceConfig, prompts: Sequence[str], wanted: Sequence[sample.Picture]
 ) -> Iterator[tuple[Sequence[sample.Picture], np.ndarray]]:
     """Yield (pictures, images (N, H, W, 3) uint8) of whole prompts, once all have gone through all stages."""
-    from pixart_nb.core.sampling.staged import run_staged
-
     drawings = staged_pictures(config, prompts, wanted)
-    show(run_staged(drawings, lambda names: sample.load_pipeline(config, names)))
+    show(drawings, lambda names: sample.load_pipeline(config, names))
     copies = config.nrows * config.ncols
     for first in range(0, len(wanted), copies):
         rows = slice(first, first + copies)
         yield wanted[rows], np.stack([drawing.pixels() for drawing in drawings[rows]])
 
 
-def show(run: Iterator[Any]) -> None:
-    """Go through a run in stages, with a progress bar for every stage of every picture."""
+def show(drawings: Sequence[Any], load: Callable[[Sequence[str]], Any]) -> None:
+    """Draw ``StagedPicture``s, with a progress bar for every stage of every picture."""
     from tqdm.auto import tqdm
 
+    from pixart_nb.core.sampling.staged import run_staged
+
     bar, shown = None, None
-    for part in run:
+    for part in run_staged(drawings, load):
         if (part.stage, part.picture) != shown:
             shown = (part.stage, part.picture)
             if bar is not None:

@@ -64,10 +64,12 @@ def sample(config: InferenceConfig) -> list[Path]:
     Under ``msrun`` with ``use_parallel`` each worker draws and writes its share; the answer is this worker's.
     """
     from pixart_nb.core.backend import join_workers
+    from pixart_nb.plan import check_memory
 
     rank, workers = join_workers() if config.use_parallel else (0, 1)
     prompts = prompts_of(config)
     wanted = pictures_of(config, len(prompts), rank, workers)
+    check_memory(config)
     if config.staged:
         from pixart_nb.large import draw_staged
 

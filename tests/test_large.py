@@ -75,8 +75,9 @@ def test_a_size_without_a_bin_is_refused():
     ) == (4096, 4096)
     free = check_config(VALUES | {"image_height": 8192, "image_width": 512, "use_resolution_binning": False})
     assert large.drawn_size(free, PixArtConfig(input_size=512)) == (8192, 512)
+    without_a_table = PixArtConfig(input_size=16)
     with pytest.raises(ValueError, match="multiples of 16, for example 4096x4096"):
-        large.drawn_size(check_config(VALUES | {"image_height": 4096, "image_width": 4100}), PixArtConfig())
+        large.drawn_size(check_config(VALUES | {"image_height": 4096, "image_width": 4100}), without_a_table)
 
 
 def test_what_numbers_depend_on_is_told_apart(tmp_path):

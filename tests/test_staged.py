@@ -128,7 +128,7 @@ def test_what_is_finished_is_not_drawn_again_and_leaves_nothing_half_done(tmp_pa
     ]
     measured = drawing.files.measured()
     assert list(measured) == ["encode", "denoise", "decode"]
-    assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 0 for stage in measured.values())
+    assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 1e6 for stage in measured.values())
 
 
 def test_every_stage_has_its_own_components_only(tmp_path):

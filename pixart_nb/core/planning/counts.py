@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 
 from mindspore import nn
 
@@ -23,6 +24,7 @@ from pixart_nb.core.models.vae_blocks import VAEConfig
 _NETWORKS = {PixArtConfig: PixArt, T5Config: T5Encoder, VAEConfig: AutoencoderKL}
 
 
+@lru_cache(maxsize=256)
 def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
     """Parameters of the network of a configuration. Nothing is allocated."""
     return sum(parameter.size for parameter in network(config).get_parameters())

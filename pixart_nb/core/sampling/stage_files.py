@@ -112,17 +112,16 @@ class StageFiles:
             path.unlink()
 
     def measured(self) -> dict[str, dict[str, float]]:
-        """By stage: ``seconds`` in all sessions together, and ``peak_bytes`` of memory, the most of any."""
+        """By stage: ``seconds`` of work and ``load_seconds``, of all sessions, and ``peak_bytes``, the most of any."""
         path = self.folder / MEASURED
         return read_json(path) if path.is_file() else {}
 
-    def add_measured(self, stage: str, seconds: float, peak_bytes: int) -> None:
-        """Add what a stage, or a part of it, took."""
+    def add_measured(self, stage: str, peak_bytes: int, **seconds: float) -> None:
+        """Add what a stage, or a part of it, took: ``seconds`` or ``load_seconds``, and memory."""
         known = self.measured()
-        before = known.get(stage, {"seconds": 0.0, "peak_bytes": 0})
-        known[stage] = {
-            "seconds": before["seconds"] + seconds,
-            "peak_bytes": max(before["peak_bytes"], peak_bytes),
-        }
+        found = known.setdefault(stage, {"seconds": 0.0, "load_seconds": 0.0, "peak_bytes": 0})
+        for name, value in seconds.items():
+            found[name] += value
+        found["peak_bytes"] = max(found["peak_bytes"], peak_bytes)
         with writing(self.folder / MEASURED):
             write_json(self.folder / MEASURED, known)

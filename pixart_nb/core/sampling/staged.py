@@ -116,13 +116,13 @@ def _run(
 ) -> Iterator[Progress]:
     noted = time.perf_counter()
     with PeakMemory() as memory:
-        pipe = load(stage.components)
+        pipe, took = load(stage.components), "load_seconds"
         for number in numbers:
             first = None  # parts done, and the time, when work on this picture began
             for done, total in stage.work(pipe, pictures[number]):
                 now = time.perf_counter()
-                pictures[number].files.add_measured(stage.name, now - noted, memory.look())
-                noted, first = now, first or (done, now)
+                pictures[number].files.add_measured(stage.name, memory.look(), **{took: now - noted})
+                noted, first, took = now, first or (done, now), "seconds"
                 fresh = done - first[0]
                 left = (now - first[1]) / fresh * (total - done) if fresh else None
                 yield Progress(number, stage.name, done, total, left)

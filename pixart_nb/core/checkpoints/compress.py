@@ -1,0 +1,74 @@
+"""A checkpoint made to compress keys and values: the same weights, and compression that starts as the average."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pixart_nb.core.checkpoints.configuration import shown_by
+from pixart_nb.core.checkpoints.convert import Plan, plan_conversion
+from pixart_nb.core.checkpoints.files import open_checkpoint
+from pixart_nb.core.checkpoints.layouts import official_view
+from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.models.transformer import PixArtConfig
+
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+
+
+def plan_compression(
+    source: str | Path,
+    target: str | Path,
+    layers: str | Sequence[int] = "deep",
+    ratio: int = 2,
+    operator: str = "conv",
+    config: PixArtConfig | None = None,
+    sample_size: int | None = None,
+    dtype: str = "keep",
+) -> Plan:
+    """Decide the conversion of a checkpoint into one whose ``layers`` compress by ``ratio`` with ``operator``.
+
+    Convolutions start as the average of each cell, their norm as ones (PixArt-Sigma, section 3.2); nothing else
+    changes. ``layers``: numbers, or as ``layer_numbers`` reads them. The other arguments are ``plan_conversion``'s.
+
+    Raises ``CheckpointError`` for a source that compresses already, and ``ValueError`` for layers that it does not have
+    and for a ratio below 2.
+    """
+    if ratio < 2:
+        raise ValueError(f"compression ratio {ratio} compresses nothing; expected 2 or more")
+    source = Path(source)
+    inside = source / "transformer" if (source / "model_index.json").is_file() else source
+    shown = shown_by(official_view(open_checkpoint(inside)).tensors, inside)
+    if "kv_compress_config" in shown:
+        known = shown["kv_compress_config"]
+        raise CheckpointError(
+            f"{source} compresses layers {known['kv_compress_layer']} by {known['scale_factor']} already; give a "
+            "checkpoint without compression"
+        )
+    numbers = layer_numbers(layers, shown["depth"]) if isinstance(layers, str) else list(map(int, layers))
+    compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": numbers}
+    said = (
+        {} if config is None else {name: getattr(config, name) for name in vars(config) if config.says(name)}
+    )
+    given = PixArtConfig(**said | {"depth": shown["depth"], "kv_compress_config": compression})
+    return plan_conversion(inside, target, given, sample_size, dtype)
+
+
+def layer_numbers(text: str, depth: int) -> list[int]:
+    """Layers as people write them, for a model of ``depth`` layers: ``14-27``, ``0,2,5-7``, ``deep``, ``all``.
+
+    >>> layer_numbers("0,2,4-5", 6), layer_numbers("deep", 6)
+    ([0, 2, 4, 5], [3, 4, 5])
+    """
+    named = {"all": range(depth), "deep": range(depth // 2, depth), "shallow": range((depth + 1) // 2)}
+    if text in named:
+        return list(named[text])
+    parts = [_RANGE.fullmatch(part.strip()) for part in text.split(",")]
+    if None in parts:
+        raise ValueError(
+            f"layers are {text!r}; expected numbers and ranges, such as 14-27 or 0,2,5-7, or {', '.join(named)}"
+        )
+    numbers = sorted({n for part in parts for n in range(int(part[1]), int(part[2] or part[1]) + 1)})
+    if not numbers or numbers[-1] >= depth:
+        raise ValueError(f"layers are {text!r}; this model has layers 0 to {depth - 1}, and a range rises")
+    return numbers

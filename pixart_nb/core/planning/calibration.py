@@ -1,0 +1,148 @@
+"""How fast this machine computes, and how much is alive at once: the real networks, a few layers deep, run small.
+
+The weights are random: neither time nor memory depends on them. Everything is measured through the same functions that
+sampling uses, so that what is measured is what will run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from mindspore import nn
+
+from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
+from pixart_nb.core.memory import release
+from pixart_nb.core.models.attention import attention
+from pixart_nb.core.models.t5 import T5Config
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae_blocks import VAEConfig
+from pixart_nb.core.planning.counts import network
+from pixart_nb.core.planning.memory import Networks, Run
+from pixart_nb.core.sampling.conditioning import Conditioning
+from pixart_nb.core.sampling.guidance import guided_prediction
+
+#: Token grids at which blocks are timed; what is larger is proportional to its tokens.
+GRIDS = (16, 32, 64)
+#: Queries times keys, at most, with which attention is timed.
+PAIRS = 2**25
+#: Latent cells a side at which the decoder is timed.
+CELLS = (32, 64)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Seconds of the parts of a run in one kind of number, on this machine.
+
+    ``token``: tokens -> for each token of a row, of one block without its self-attention's products; ``pair``: keys
+    -> for each query and key of one layer; ``frame``: for each token of a row, of what is around the blocks;
+    ``pixel``: of the decoder's fine part; ``cell``: of its coarse part, for each cell and for each pair of cells;
+    ``text_layer``: a layer of T5 for one prompt.
+    """
+
+    dtype: str
+    token: dict[int, float]
+    frame: float
+    pair: dict[int, float]
+    pixel: float
+    cell: tuple[float, float]
+    text_layer: float
+    seconds: float = field(default=0.0, compare=False)
+
+
+def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
+    """Measure the networks' parts in ``run.dtype`` (half a minute for the published ones).
+
+    ``keys``: numbers of keys of a layer at which attention is timed, beside those of ``GRIDS``.
+    """
+    started = time.perf_counter()
+    largest = max(1, int(run.tokens(networks.transformer) ** 0.5))
+    grids = sorted({min(grid, max(GRIDS[0], largest)) for grid in GRIDS})
+    pair = {
+        count: _pair(networks.transformer, count, run) for count in sorted({*(g * g for g in grids), *keys})
+    }
+    token, frame = {}, 0.0
+    for grid in grids:
+        token[grid * grid], frame = _token(networks.transformer, grid, pair[grid * grid], run)
+    cell, pixel = _decoder(networks.vae, run)
+    found = Calibration(run.dtype, token, frame, pair, pixel, cell, _text_layer(networks.text_encoder, run))
+    release()
+    return replace(found, seconds=time.perf_counter() - started)
+
+
+def _network(config: PixArtConfig | T5Config | VAEConfig, run: Run) -> nn.Cell:
+    """A network of a configuration whose weights are zero: they compute as fast as others."""
+    net = network(config)
+    for parameter in net.get_parameters():
+        parameter.set_dtype(_dtype(run))
+        parameter.init_data()
+    return net.set_train(False)
+
+
+def _dtype(run: Run) -> ms.Type:
+    return supported_dtype(dtype_from_name(run.dtype))
+
+
+def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
+    """Seconds of a function, its best of several runs that take ``least`` together; the first does not count."""
+    work()
+    times: list[float] = []
+    while not times or (sum(times) < least and len(times) < 10):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _pair(config: PixArtConfig, keys: int, run: Run) -> float:
+    """Seconds for each query and key of one layer's self-attention, all heads together."""
+    queries = max(64, min(keys, PAIRS // keys))
+    size = config.hidden_size // config.num_heads
+    q, kv = (
+        ms.Tensor(np.ones((run.rows, config.num_heads, count, size), np.float32)).astype(_dtype(run))
+        for count in (queries, keys)
+    )
+    return _seconds(lambda: attention(q, kv, kv).asnumpy()) / (run.rows * queries * keys)
+
+
+def _token(config: PixArtConfig, grid: int, pair: float, run: Run) -> tuple[float, float]:
+    """Seconds for each token of a row: of a block without its attention's products, and around the blocks."""
+    one, two = (
+        _seconds(_step(replace(config, depth=depth, kv_compress_config=None), grid, run)) for depth in (1, 2)
+    )
+    tokens = run.rows * grid * grid
+    block = max(two - one, 0.0)
+    return max(block / tokens - pair * grid * grid, 0.0), max(one - block, 0.0) / tokens
+
+
+def _step(config: PixArtConfig, grid: int, run: Run) -> Callable[[], object]:
+    """One guided step as sampling takes it, of a transformer with zero weights."""
+    net, side = _network(config, run), 8 * config.patch_size * grid
+    caption = np.zeros((run.batch, run.caption_tokens, config.caption_channels), np.float32)
+    seen = np.ones(caption.shape[:2], bool)
+    empty = (ms.Tensor(caption[:, :1]), seen[:, :1]) if run.guided else (None, None)
+    condition = Conditioning(ms.Tensor(caption), seen, *empty)
+    predict = guided_prediction(net, condition, 4.5 if run.guided else 1.0, side, side)
+    latents = np.zeros((run.batch, config.in_channels, side // 8, side // 8), np.float32)
+    return lambda: predict(latents, 500.0)
+
+
+def _decoder(config: VAEConfig, run: Run) -> tuple[tuple[float, float], float]:
+    """Seconds of the coarse part for each cell, and for each pair of cells; of the fine part for each pixel."""
+    vae = _network(config, run)
+    small, large = (np.zeros((1, config.latent_channels, n, n), np.float32) for n in CELLS)
+    first, second = (_seconds(lambda z=z: vae.decode_coarse(z)) for z in (small, large))
+    few, many = (n * n for n in CELLS)
+    pair = max((second / many - first / few) / (many - few), 0.0)
+    coarse = ms.Tensor(vae.decode_coarse(small))
+    fine = _seconds(lambda: vae.decode_fine().function(coarse).asnumpy())
+    return (max(first / few - pair * few, 0.0), pair), fine / (few * vae.factor**2)
+
+
+def _text_layer(config: T5Config, run: Run) -> float:
+    """Seconds of one layer of T5 for one prompt."""
+    encoder = _network(replace(config, num_layers=1), run)
+    ids = np.ones((1, run.caption_tokens), np.int32)
+    return _seconds(lambda: encoder(ids, ids > 0).asnumpy())

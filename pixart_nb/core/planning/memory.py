@@ -1,0 +1,134 @@
+"""Memory of a run by stage: weights from the shapes, activations from what a token, a cell or a pixel takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pixart_nb.core.models.t5 import T5Config
+from pixart_nb.core.models.tiling import SAMPLE_CELLS, tile_starts
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae import COARSE_TILE
+from pixart_nb.core.models.vae_blocks import VAEConfig
+from pixart_nb.core.planning.counts import parameters
+
+#: Bytes of a number.
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+STAGES = ("encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks of a pipeline."""
+
+    transformer: PixArtConfig
+    text_encoder: T5Config
+    vae: VAEConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is drawn, and how. Height and width are those that the model works at, in pixels.
+
+    ``tile``: pixels a side of the tiles to decode by, 0 for none. ``t5_load``: whole, stream or int8. ``staged``: one
+    network at a time. ``caption_tokens``: of the longest prompt.
+    """
+
+    height: int
+    width: int
+    batch: int = 1
+    steps: int = 20
+    guided: bool = True
+    dtype: str = "fp32"
+    t5_load: str = "whole"
+    tile: int = 0
+    staged: bool = False
+    caption_tokens: int = 30
+
+    @property
+    def rows(self) -> int:
+        """Pictures that go through the transformer together: with guidance, two for each that is drawn."""
+        return self.batch * (2 if self.guided else 1)
+
+    def tokens(self, config: PixArtConfig) -> int:
+        """Tokens of one picture."""
+        return (self.height // (8 * config.patch_size)) * (self.width // (8 * config.patch_size))
+
+
+@dataclass(frozen=True)
+class Live:
+    """Numbers that are alive at the worst moment, measured; see ``calibration``.
+
+    ``token``: for each token of a row and each channel of the transformer. ``pixel`` and ``cell``: in the fine and the
+    coarse part of the decoder, for each pixel and latent cell, and each channel there. ``process``: bytes of Python
+    and MindSpore, before any network.
+    """
+
+    token: float = 17.0
+    pixel: float = 4.0
+    cell: float = 8.0
+    process: float = 0.35e9
+
+
+LIVE = Live()
+
+
+def weights(networks: Networks, run: Run) -> dict[str, float]:
+    """Bytes of the weights by stage, as long as the stage lasts."""
+    size = BYTES[run.dtype]
+    return {
+        "encode": _text_encoder_bytes(networks.text_encoder, run),
+        "denoise": size * parameters(networks.transformer),
+        "decode": size * parameters(networks.vae),
+    }
+
+
+def _text_encoder_bytes(config: T5Config, run: Run) -> float:
+    size = BYTES[run.dtype]
+    whole = parameters(config)
+    layers = whole - parameters(replace(config, num_layers=0))
+    if run.t5_load == "stream":  # a layer, and the half of one that is read
+        return size * 1.5 * layers / config.num_layers
+    if run.t5_load == "int8":
+        return size * (whole - layers) + layers
+    return size * whole
+
+
+def activations(networks: Networks, run: Run, live: Live = LIVE) -> dict[str, float]:
+    """Bytes of what is computed, by stage, at the worst moment."""
+    config, size = networks.transformer, BYTES[run.dtype]
+    text = networks.text_encoder
+    return {
+        "encode": 4.0 * run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff),
+        "denoise": size * live.token * run.rows * run.tokens(config) * config.hidden_size,
+        "decode": _decoder_bytes(networks.vae, run, live),
+    }
+
+
+def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:
+    """The worse of both parts: whole, or by tiles, of which the statistics need several at once."""
+    factor, size = 2 ** (len(config.block_out_channels) - 1), BYTES[run.dtype]
+    height, width = run.height // factor, run.width // factor
+    batch = 1 if run.tile else run.batch
+    coarse_cells = batch * height * width
+    fine_pixels = coarse_cells * factor**2
+    kept = 4.0 * coarse_cells * config.block_out_channels[-1]  # the coarse part's result
+    picture = 4.0 * run.batch * run.height * run.width * config.out_channels
+    tile = run.tile // factor
+    if run.tile and max(height, width) > tile:
+        cells = min(tile, height) * min(tile, width)
+        tiles = len(tile_starts(height, tile, tile // 4)) * len(tile_starts(width, tile, tile // 4))
+        fine_pixels = cells * factor**2 * min(tiles, max(1, SAMPLE_CELLS // (cells * factor**2)))
+        if max(height, width) > COARSE_TILE:
+            coarse_cells = min(COARSE_TILE, height) * min(COARSE_TILE, width)
+            # the statistics of the coarse part are measured on as many cells as fit, too
+            coarse_cells *= min(
+                len(tile_starts(height, COARSE_TILE, COARSE_TILE // 4))
+                * len(tile_starts(width, COARSE_TILE, COARSE_TILE // 4)),
+                max(1, SAMPLE_CELLS // coarse_cells),
+            )
+    wide = max(
+        config.block_out_channels[:2]
+    )  # channels at the full resolution, before the last block narrows them
+    fine = size * live.pixel * fine_pixels * wide
+    coarse = size * live.cell * coarse_cells * config.block_out_channels[-1]
+    return max(coarse, fine + picture) + kept

@@ -1,0 +1,281 @@
+"""The plan of a run: what each stage takes, whether it fits, and what would make it fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pixart_nb.core.models.cost import keys_of, with_compression
+from pixart_nb.core.models.tiling import tile_starts
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae import COARSE_TILE
+from pixart_nb.core.planning.calibration import Calibration
+from pixart_nb.core.planning.counts import (
+    caption_products,
+    decode_products,
+    encode_products,
+    parameters,
+    step_products,
+)
+from pixart_nb.core.planning.memory import LIVE, STAGES, Live, Networks, Run, activations, weights
+
+#: Changes that make a run smaller, as fields of ``Run`` and as options of ``pixart-nb sample``, the mildest first.
+SMALLER: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"batch": 1}, "--batch-size 1"),
+    ({"tile": 512}, "--tile-size 512"),
+    ({"t5_load": "stream"}, "--t5-load stream"),
+    ({"staged": True}, "--staged FOLDER"),
+    ({"dtype": "fp16"}, "--dtype fp16"),
+)
+#: Sides further than this factor from those that a checkpoint was trained at are warned of.
+FAR = 1.5
+
+
+class DoesNotFitError(ValueError):
+    """A run that takes more memory than there is; the message says what would make it fit."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of a run: bytes of weights and activations, multiply-adds of it all, seconds if calibrated."""
+
+    name: str
+    weights: float
+    activations: float
+    multiply_adds: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes.
+
+    ``process``: bytes of Python and MindSpore alone; ``peak``: at the worst moment; ``products``: multiply-adds of one
+    row's step by part.
+    """
+
+    networks: Networks
+    run: Run
+    stages: tuple[StagePlan, ...]
+    process: float
+    peak: float
+    products: dict[str, int]
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages, without loading; None if it was not calibrated."""
+        times = [stage.seconds for stage in self.stages]
+        return None if None in times else sum(times)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of one step of the batch."""
+        denoise = self.stages[STAGES.index("denoise")]
+        return denoise.seconds and denoise.seconds / self.run.steps
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The stages as rows of a table."""
+        return [
+            {
+                "stage": stage.name,
+                "weights GB": stage.weights / 1e9,
+                "working GB": stage.activations / 1e9,
+                "tera multiply-adds": stage.multiply_adds / 1e12,
+                "seconds": stage.seconds,
+            }
+            for stage in self.stages
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON holds it."""
+        return {
+            "run": vars(self.run),
+            "parameters": {name: parameters(config) for name, config in vars(self.networks).items()},
+            "stages": [vars(stage) for stage in self.stages],
+            "peak_bytes": self.peak,
+            "multiply_adds_of_a_step": self.products,
+            "seconds": self.seconds,
+            "seconds_per_step": self.seconds_per_step,
+        }
+
+
+def plan(networks: Networks, run: Run, calibration: Calibration | None = None, live: Live = LIVE) -> Plan:
+    """What a run takes; seconds only with a calibration, which must be of the run's dtype."""
+    if calibration is not None and calibration.dtype != run.dtype:
+        raise ValueError(
+            f"a calibration in {calibration.dtype} for a run in {run.dtype}; make one in {run.dtype}"
+        )
+    held, working = weights(networks, run), activations(networks, run, live)
+    products = step_products(networks.transformer, run.height, run.width, run.caption_tokens)
+    done = _multiply_adds(networks, run, products)
+    times = _seconds(networks, run, calibration) if calibration else dict.fromkeys(STAGES)
+    stages = tuple(StagePlan(name, held[name], working[name], done[name], times[name]) for name in STAGES)
+    together = max(s.weights + s.activations for s in stages)
+    if not run.staged:
+        together = sum(held.values()) + max(working.values())
+    return Plan(networks, run, stages, live.process, live.process + together, products)
+
+
+def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) -> dict[str, int]:
+    step = run.rows * sum(products.values())
+    caption = run.rows * caption_products(networks.transformer, run.caption_tokens)
+    return {
+        "encode": run.rows * encode_products(networks.text_encoder, run.caption_tokens),
+        "denoise": run.steps * step + caption,
+        "decode": run.batch * sum(decode_products(networks.vae, run.height, run.width).values()),
+    }
+
+
+# ---- time
+
+
+def _seconds(networks: Networks, run: Run, calibration: Calibration) -> dict[str, float]:
+    passes = 2 if run.guided else 1
+    return {
+        "encode": passes * networks.text_encoder.num_layers * calibration.text_layer,
+        "denoise": run.steps * _step_seconds(networks.transformer, run, calibration),
+        "decode": run.batch * _decode_seconds(networks, run, calibration),
+    }
+
+
+def _step_seconds(config: PixArtConfig, run: Run, calibration: Calibration) -> float:
+    tokens, unit = run.tokens(config), 8 * config.patch_size
+    grid = (run.height // unit, run.width // unit)
+    token = calibration.frame
+    for layer in range(config.depth):
+        keys = keys_of(grid, config.layer_ratio(layer))
+        token += _between(calibration.token, tokens) + _between(calibration.pair, keys) * keys
+    return run.rows * tokens * token
+
+
+def _between(known: Mapping[int, float], count: int) -> float:
+    """The value at ``count``, between the two measured ones around it; beyond them the nearest."""
+    places = sorted(known)
+    return float(np.interp(np.log(count), np.log(places), [known[place] for place in places]))
+
+
+def _decode_seconds(networks: Networks, run: Run, calibration: Calibration) -> float:
+    factor = 2 ** (len(networks.vae.block_out_channels) - 1)
+    height, width = run.height // factor, run.width // factor
+    coarse, fine = [height * width], height * width
+    if run.tile and max(height, width) > COARSE_TILE:
+        coarse = [_cells(COARSE_TILE, height, width)] * _tiles(COARSE_TILE, height, width)
+    tile = run.tile // factor
+    if run.tile and max(height, width) > tile:
+        fine = _cells(tile, height, width) * _tiles(tile, height, width)
+    alone, pairs = calibration.cell
+    return sum(cells * (alone + pairs * cells) for cells in coarse) + fine * factor**2 * calibration.pixel
+
+
+def _tiles(tile: int, height: int, width: int) -> int:
+    return len(tile_starts(height, tile, tile // 4)) * len(tile_starts(width, tile, tile // 4))
+
+
+def _cells(tile: int, height: int, width: int) -> int:
+    return min(tile, height) * min(tile, width)
+
+
+def needed_keys(config: PixArtConfig, run: Run) -> set[int]:
+    """Numbers of keys that layers of a run have: where a calibration should time attention."""
+    unit = 8 * config.patch_size
+    grid = (run.height // unit, run.width // unit)
+    return {keys_of(grid, config.layer_ratio(layer)) for layer in range(config.depth)}
+
+
+# ---- fitting
+
+
+def check_fits(planned: Plan, limit: float) -> None:
+    """Refuse a run that takes more than ``limit`` bytes.
+
+    Raises ``DoesNotFitError`` with the options that would make it fit, or with the least that it can take.
+    """
+    if planned.peak <= limit:
+        return
+    worst = max(planned.stages, key=lambda stage: stage.weights + stage.activations)
+    said = (
+        f"this run takes {planned.peak / 1e9:.1f} GB of memory, {worst.name} the most of it, and {limit / 1e9:.1f} GB "
+        "are to be had"
+    )
+    for options, smaller in smaller_runs(planned):
+        if smaller.peak <= limit:
+            raise DoesNotFitError(f"{said}. With {' '.join(options)} it takes {smaller.peak / 1e9:.1f} GB.")
+    options, least = min(smaller_runs(planned), key=lambda found: found[1].peak)
+    raise DoesNotFitError(
+        f"{said}. The least that it can take is {least.peak / 1e9:.1f} GB, with {' '.join(options) or 'what is set'}: "
+        "draw at a smaller size, or use a machine with more memory."
+    )
+
+
+def smaller_runs(planned: Plan) -> Iterator[tuple[tuple[str, ...], Plan]]:
+    """The run with ever more options that make it smaller, fewest first: options, and the plan."""
+    run = planned.run
+    for count in range(len(SMALLER) + 1):
+        for chosen in itertools.combinations(SMALLER, count):
+            changes = {name: value for change, _ in chosen for name, value in change.items()}
+            if all(getattr(run, name) != value for name, value in changes.items()):
+                smaller = plan(planned.networks, replace(run, **changes))
+                yield tuple(option for _, option in chosen), smaller
+
+
+# ---- what a checkpoint was made for
+
+
+def warnings_of(config: PixArtConfig, run: Run) -> list[str]:
+    """Sentences on a checkpoint that is used at another size than it was trained at."""
+    trained, drawn = 8 * config.input_size, (run.height * run.width) ** 0.5
+    found = []
+    if not 1 / FAR <= drawn / trained <= FAR:
+        side, stretch = round(drawn / 8), config.pe_interpolation * drawn / trained
+        found.append(
+            f"The checkpoint was trained at {trained}x{trained} (pe_interpolation {config.pe_interpolation:g}) and is "
+            f"to draw {run.height}x{run.width}: expect repeated, broken or blurred shapes. Draw at its own size, or "
+            f"train it further at this one (sample_size {side}, pe_interpolation {stretch:.3g})."
+        )
+    usual = config.input_size / 64
+    if config.input_size in (64, 128, 256, 512) and config.pe_interpolation != usual:
+        found.append(
+            f"pe_interpolation is {config.pe_interpolation:g} for latents of {config.input_size}; the published models "
+            f"have size / 512, which is {usual:g}. A wrong one spoils every picture."
+        )
+    return found
+
+
+def overview(
+    networks: Networks,
+    run: Run,
+    sizes: Sequence[int],
+    ratios: Sequence[int],
+    calibrations: Mapping[str, Calibration | None],
+    layers: Sequence[int] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of a table: square sizes in pixels, by compression ratio, by kind of number (the keys of ``calibrations``).
+
+    ``layers`` that compress: by default those of the configuration, or the deep half.
+    """
+    config = networks.transformer
+    layers = layers or config.kv_layers or range(config.depth // 2, config.depth)
+    found = []
+    for size, ratio, dtype in itertools.product(sizes, ratios, calibrations):
+        compressed = with_compression(config, layers, ratio, config.kv_operator or "conv")
+        changed = replace(run, height=size, width=size, dtype=dtype)
+        planned = plan(replace(networks, transformer=compressed), changed, calibrations[dtype])
+        working = {stage.name: (stage.weights + stage.activations) / 1e9 for stage in planned.stages}
+        found.append(
+            {
+                "size": size,
+                "ratio": ratio,
+                "numbers": dtype,
+                "tokens": changed.tokens(config),
+                "tera multiply-adds a step": changed.rows * sum(planned.products.values()) / 1e12,
+                **{f"{name} GB": value for name, value in working.items()},
+                "peak GB": planned.peak / 1e9,
+                "seconds a step": planned.seconds_per_step,
+                "minutes": planned.seconds and planned.seconds / 60,
+            }
+        )
+    return found

@@ -1,0 +1,132 @@
+"""``pixart-nb plan`` and ``pixart-nb compress``. Thin functions."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixart_nb.commands import one_line_errors
+from pixart_nb.config import InferenceConfig, load_config, override
+from pixart_nb.key_options import with_key_options
+
+Operator = StrEnum("Operator", {name: name for name in ("conv", "ave", "uniform", "mean")})
+StoredDtype = StrEnum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")})
+
+
+@with_key_options(InferenceConfig)
+def plan(
+    given: dict,
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Configuration file; the options below replace its values.")
+    ] = Path("configs/inference/tiny.yaml"),
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(help="A side in pixels that the overview shows; give it again for more."),
+    ] = None,
+    ratios: Annotated[
+        list[int] | None, typer.Option(help="A compression ratio that it shows; give it again for more.")
+    ] = None,
+    timed: Annotated[
+        bool, typer.Option("--timed/--no-timed", help="Calibrate on this machine, half a minute or so.")
+    ] = True,
+    check: Annotated[
+        bool, typer.Option("--check", help="Draw one picture in two steps and compare with what was planned.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file of all numbers.")] = None,
+) -> None:
+    """Tell what a run takes before it is begun: memory by stage, multiply-adds, time; what would make it fit.
+
+    The checkpoint need not be here: what is missing is planned as published.
+
+    Example: pixart-nb plan -c configs/inference/pixart-sigma-1024-MS.yaml --dtype fp32
+    """
+    with one_line_errors():
+        from pixart_nb import plan as command
+
+        settings = override(load_config(config, "inference"), **given)
+        if check:
+            typer.echo(command.check_table(command.checked(settings)))
+            return
+        found = command.planned(settings, sizes or command.SIZES, ratios or command.RATIOS, timed=timed)
+        typer.echo(command.told(found))
+        if output:
+            command.write(output, found)
+            typer.echo(output)
+
+
+def compress(
+    source: Annotated[
+        Path, typer.Option(help="Checkpoint without compression, or the folder of its pipeline.")
+    ],
+    target: Annotated[Path, typer.Option(help="What to write, as `convert` does.")],
+    layers: Annotated[
+        str,
+        typer.Option(help="Which layers: 14-27, 0,2,5-7, deep (the half that the paper compresses) or all."),
+    ] = "deep",
+    ratio: Annotated[int, typer.Option(min=2, help="Shrinking of keys and values in each direction.")] = 2,
+    operator: Annotated[
+        Operator, typer.Option(help="How cells become one token; conv learns it.")
+    ] = Operator.conv,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON with what the tensors do not show, as for `convert`.")
+    ] = None,
+    sample_size: Annotated[int | None, typer.Option(min=1, help="Latent side of the training size.")] = None,
+    dtype: Annotated[StoredDtype, typer.Option(help="Kind of numbers that is written.")] = StoredDtype.keep,
+    model: Annotated[
+        str, typer.Option(help="Pipeline whose text encoder reads the prompts; else latents are random.")
+    ] = "",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to measure the error on; give it again for more.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run that it is measured along.")] = 20,
+    height: Annotated[int, typer.Option(min=0, help="Height of its pictures; 0 is the model's own.")] = 0,
+    width: Annotated[int, typer.Option(min=0, help="Width of its pictures.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of its noise.")] = 0,
+    adapt_steps: Annotated[
+        int,
+        typer.Option(min=0, help="Train so many steps to lower the error; needs --model and a label file."),
+    ] = 0,
+    json_path: Annotated[Path | None, typer.Option(help="Label file of that training.")] = None,
+    image_dir: Annotated[Path | None, typer.Option(help="Folder of its pictures.")] = None,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Its learning rate.")] = 2e-5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures of a step.")] = 8,
+) -> None:
+    """Make any PixArt checkpoint compress keys and values, and tell how far its predictions move.
+
+    New convolutions start as the average (PixArt-Sigma, section 3.2). The error
+    at every timestep, before and after the adaptation, is printed and written
+    as TARGET.errors.json.
+
+    Example: pixart-nb compress --source data/tiny-sigma --target outputs/kv.safetensors --model data/tiny-sigma
+    """
+    with one_line_errors():
+        from pixart_nb import compress as command
+
+        adapt = {}
+        if adapt_steps:
+            adapt = {"steps": adapt_steps, "start_learning_rate": learning_rate, "batch_size": batch_size}
+            adapt |= {"json_path": str(json_path or ""), "image_dir": str(image_dir or "")}
+        report = command.compress(
+            command.Compression(
+                source=source,
+                target=target,
+                layers=layers,
+                ratio=ratio,
+                operator=operator.value,
+                config=config,
+                sample_size=sample_size,
+                dtype=dtype.value,
+                model=model,
+                prompts=prompt or (),
+                steps=steps,
+                height=height,
+                width=width,
+                seed=seed,
+                adapt=adapt,
+            )
+        )
+        typer.echo(command.table(report))
+        typer.echo(f"{target}\n{target}.errors.json")

@@ -1,0 +1,208 @@
+"""``pixart-nb plan``: what a configuration takes on this machine, before it is run, and whether it was right."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pixart_nb import large, sample
+from pixart_nb.config import InferenceConfig
+from pixart_nb.core.checkpoints.store import read_json, write_json
+from pixart_nb.viz.tables import Table, in_words
+
+#: What the overview shows unless told.
+SIZES = (256, 512, 1024, 2048, 4096)
+RATIOS = (1, 2, 4)
+#: A token of English has about this many letters.
+_LETTERS = 4
+
+
+def networks_of(config: InferenceConfig) -> tuple[Any, list[str]]:
+    """The ``Networks`` of a configuration, and sentences on those that are not at hand, taken to be the published."""
+    from pixart_nb.core.models.t5 import T5Config
+    from pixart_nb.core.models.transformer import PixArtConfig
+    from pixart_nb.core.models.vae import VAEConfig
+    from pixart_nb.core.planning.memory import Networks
+
+    notes = []
+    folder = Path(config.model) if config.model else None
+    here = Path(config.checkpoint).exists() if config.checkpoint else bool(folder and folder.exists())
+    if here:
+        transformer = large.transformer_config(config)
+    else:
+        notes.append(f"{config.checkpoint or config.model} is not here: planned for PixArt-Sigma XL/2.")
+        transformer = PixArtConfig(**sample.architecture_of(config))
+    found = {}
+    for name, kind in (("text_encoder", T5Config), ("vae", VAEConfig)):
+        root = getattr(config, f"{name}_root") or (folder / name if folder else "")
+        said = Path(root) / "config.json"
+        found[name] = kind.from_dict(read_json(said)) if said.is_file() else kind()
+        if not said.is_file():
+            notes.append(f"{root or name} is not here: planned for the published {name.replace('_', ' ')}.")
+    return Networks(transformer, **found), notes
+
+
+def run_of(config: InferenceConfig, networks: Any) -> Any:
+    """The ``Run`` of a configuration."""
+    from pixart_nb.core.planning.memory import Run
+
+    height, width = large.drawn_size(config, networks.transformer)
+    prompts = sample.prompts_of(config)
+    pictures = len(prompts) * config.nrows * config.ncols
+    return Run(
+        height,
+        width,
+        batch=1 if config.staged else min(config.batch_size, pictures),
+        steps=config.sampling_steps,
+        guided=config.guidance_scale > 1,
+        dtype=_computed(config.dtype),
+        t5_load=config.t5_load,
+        tile=config.tile_size or (sample.TILE if config.staged else 0),
+        staged=bool(config.staged),
+        caption_tokens=min(max(map(len, prompts)) // _LETTERS + 2, config.t5_max_length),
+    )
+
+
+def _computed(dtype: str) -> str:
+    """The kind of number that a network computes in on this device."""
+    from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
+
+    names = {ms.float32: "fp32", ms.float16: "fp16", ms.bfloat16: "bf16"}
+    return names[supported_dtype(dtype_from_name(dtype))]
+
+
+def check_memory(config: InferenceConfig) -> None:
+    """Refuse a configuration that takes more memory than its limit, or than the machine has, before it is run.
+
+    Networks that are not here cannot be judged; what is wrong with their places is said when they are loaded.
+    """
+    from pixart_nb.core.planning.plan import check_fits, plan
+
+    networks, absent = networks_of(config)
+    if not absent:
+        check_fits(plan(networks, run_of(config, networks)), memory_limit(config))
+
+
+def memory_limit(config: InferenceConfig) -> float:
+    """Bytes that a run may take: those that are set, or what the machine has free for this process."""
+    from pixart_nb.core.memory import available, in_use
+
+    return config.memory_limit * 1e9 or float(available() + in_use())
+
+
+def planned(
+    config: InferenceConfig,
+    sizes: Sequence[int] = SIZES,
+    ratios: Sequence[int] = RATIOS,
+    dtypes: Sequence[str] = ("fp32", "fp16"),
+    timed: bool = True,
+) -> dict[str, Any]:
+    """Everything that ``pixart-nb plan`` shows.
+
+    ``plan``: the ``Plan`` of the configuration itself; ``overview``: rows for every size, ratio and kind of number;
+    ``notes``: sentences on what was assumed, what does not fit and what the checkpoint was not trained for;
+    ``calibrations`` by kind of number. ``timed`` off leaves time out.
+    """
+    from pixart_nb.core.planning.calibration import calibrate
+    from pixart_nb.core.planning.plan import (
+        DoesNotFitError,
+        check_fits,
+        needed_keys,
+        overview,
+        plan,
+        warnings_of,
+    )
+
+    networks, notes = networks_of(config)
+    run = run_of(config, networks)
+    wanted = dict.fromkeys([run.dtype, *map(_computed, dtypes)])
+    keys = needed_keys(networks.transformer, run) | {
+        (size // 16) ** 2 // ratio**2 for size in sizes for ratio in ratios
+    }
+    largest = replace(run, height=max([run.height, *sizes]), width=max([run.width, *sizes]), batch=1)
+    if timed:
+        wanted = {dtype: calibrate(networks, replace(largest, dtype=dtype), keys) for dtype in wanted}
+    found = plan(networks, run, wanted[run.dtype])
+    try:
+        check_fits(found, memory_limit(config))
+    except DoesNotFitError as error:
+        notes.append(str(error)[0].upper() + str(error)[1:])
+    rows = overview(networks, run, sizes, ratios, wanted) if sizes else []
+    return {
+        "plan": found,
+        "overview": rows,
+        "notes": notes + warnings_of(networks.transformer, run),
+        "calibrations": wanted,
+    }
+
+
+def checked(config: InferenceConfig, steps: int = 2) -> list[dict[str, Any]]:
+    """Draw one picture in stages with few steps, and compare: rows of planned and measured memory and seconds."""
+    from pixart_nb.core.planning.calibration import calibrate
+    from pixart_nb.core.planning.plan import needed_keys, plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = config.model_copy(
+            update={"staged": folder, "sampling_steps": steps, "nrows": 1, "ncols": 1, "batch_size": 1}
+        )
+        networks, _ = networks_of(config)
+        run = run_of(config, networks)
+        prompts = sample.prompts_of(config)[:1]
+        (drawing,) = large.staged_pictures(config, prompts, sample.pictures_of(config, 1))
+        large.show([drawing], lambda names: sample.load_pipeline(config, names))
+        measured = drawing.files.measured()
+    found = plan(networks, run, calibrate(networks, run, needed_keys(networks.transformer, run)))
+    return [
+        {
+            "stage": stage.name,
+            "planned GB": (found.process + stage.weights + stage.activations) / 1e9,
+            "measured GB": measured[stage.name]["peak_bytes"] / 1e9,
+            "planned s": stage.seconds,
+            "measured s": measured[stage.name]["seconds"],
+            "loading s": measured[stage.name]["load_seconds"],
+        }
+        for stage in found.stages
+    ]
+
+
+# ---- as text
+
+
+def told(found: dict[str, Any]) -> str:
+    """What ``planned`` gives, as text."""
+    from pixart_nb.core.planning.counts import parameters
+
+    plan, run = found["plan"], found["plan"].run
+    sizes = {name.replace("_", " "): parameters(config) for name, config in vars(plan.networks).items()}
+    lines = [f"{name}: {in_words(count)} parameters" for name, count in sizes.items()]
+    parts = ", ".join(f"{name} {count / 1e9:.3g}" for name, count in plan.products.items())
+    time = "" if plan.seconds is None else f", {plan.seconds:.3g} s without loading"
+    tables = [
+        Table(plan.rows(), f"{run.height}x{run.width}, {run.batch} at once, {run.steps} steps, {run.dtype}"),
+        f"Peak memory {plan.peak / 1e9:.2f} GB{time}.",
+        f"Giga multiply-adds of one row's step: {parts}.",
+    ]
+    if found["overview"]:
+        tables += ["", Table(found["overview"], "Every size, compression ratio and kind of number")]
+    return "\n".join([*lines, "", *map(str, tables), *("\n" + note for note in found["notes"])])
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    """All numbers as JSON."""
+    calibrations = {dtype: c and vars(c) for dtype, c in found["calibrations"].items()}
+    write_json(path, {**found, "plan": found["plan"].to_dict(), "calibrations": calibrations})
+
+
+def check_table(rows: list[dict[str, Any]]) -> Table:
+    """What ``checked`` gives, with measured over planned."""
+    ratios = [
+        {
+            "memory ratio": row["measured GB"] / row["planned GB"],
+            "time ratio": row["measured s"] / max(row["planned s"], 1e-9),
+        }
+        for row in rows
+    ]
+    return Table([row | more for row, more in zip(rows, ratios, strict=True)], "Planned and measured")
