@@ -13,6 +13,7 @@ from pixart_nb.commands import one_line_errors
 from pixart_nb.config import METHODS, load_config, override
 from pixart_nb.dataset_commands import dataset
 from pixart_nb.key_options import Switch, with_key_options
+from pixart_nb.large_commands import compress, plan
 from pixart_nb.train_config import TrainConfig
 
 TINY = "data/tiny-sigma"
@@ -26,6 +27,8 @@ app = typer.Typer(
 )
 
 app.add_typer(dataset, name="dataset")
+app.command()(compress)
+app.command()(plan)
 
 Method = StrEnum("Method", {name: name for name in METHODS})
 
@@ -147,13 +150,20 @@ def convert(
     source: Annotated[
         Path,
         typer.Option(
-            help="Checkpoint: .pth, .bin, .ckpt, .safetensors, or a folder in the diffusers layout."
+            "--source",
+            "-s",
+            help="Checkpoint: .pth, .bin, .ckpt, .safetensors, or a folder in the diffusers layout.",
         ),
     ],
     target: Annotated[
-        Path,
-        typer.Option(help="What to write, by its ending: .safetensors, .ckpt, .pth; without one, a folder."),
-    ],
+        Path | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help="What to write, by its ending: .safetensors, .ckpt, .pth; without one, a folder. Left out: a .ckpt "
+            "beside the source.",
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="JSON with what the tensors do not show: a diffusers config.json, or our fields."),
@@ -188,6 +198,9 @@ def convert(
         from pixart_nb.core.checkpoints.configuration import read_config
 
         said = read_config(config) if config else None
+        if target is None and source.is_dir():
+            raise ValueError(f"{source} is a folder; give --target")
+        target = target or source.with_suffix(".ckpt")
         plan = conversion.plan_conversion(source, target, said, sample_size, dtype.value)
         typer.echo(f"{plan.audit.table()}\n\n{plan.audit}")
         conversion.convert(plan)

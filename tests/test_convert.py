@@ -233,6 +233,7 @@ def test_a_target_that_cannot_be_written_is_named_before_anything_is(sources, ta
             "alpha's checkpoints have 120 caption tokens, sigma's 300",
         ),
         ({"config": PixArtConfig(micro_condition=True)}, "only alpha-1024 has micro conditions"),
+        ({"config": PixArtConfig(kv_compress_config={"scale_factor": 2})}, "shows kv_compress_config"),
         ({"config": PixArtConfig(depth=28)}, "shows depth = 4, but the configuration says 28"),
         ({"sample_size": 64}, "sample_size says input_size = 64, the configuration given says 32"),
         ({"sample_size": 0}, "expected the latent side"),
@@ -275,7 +276,7 @@ def test_the_published_name_of_a_file_tells_its_size(tmp_path):
         audit = plan_conversion(source, tmp_path / "folder", PixArtConfig(num_heads=2)).audit
         assert (audit.config["input_size"], audit.config["pe_interpolation"]) == (size, stretch)
         assert audit.family == ("sigma" if "Sigma" in name else "alpha")
-        assert any(f"latents of {size}, is taken from the file's name" in s for s in audit.sentences)
+        assert any(f"latents of {size}, is the one that the file's name says" in s for s in audit.sentences)
 
 
 def test_heads_that_no_one_tells_are_needed_for_a_folder_and_not_for_a_file(tmp_path):
@@ -357,6 +358,17 @@ def test_the_command_prints_the_table_and_verifies(sources, tmp_path):
     assert "relative error of one forward pass: 0.0e+00" in result.stdout
     assert json.loads((tmp_path / "a.ckpt.audit.json").read_text())["complete"]
     assert str(tmp_path / "a.ckpt") in result.stdout.splitlines()
+
+
+def test_the_command_takes_mindones_short_options_and_its_default_target(sources, tmp_path):
+    shutil.copy(sources / "official.pth", tmp_path / "mine.pth")
+    result = run("-s", tmp_path / "mine.pth")
+    assert result.exit_code == 0, result.output
+    assert bits(tmp_path / "mine.ckpt") == bits(sources / "official.pth")
+    assert run("-s", tmp_path / "mine.pth", "-t", tmp_path / "b.pth").exit_code == 0
+    result = run("-s", sources / "folder")
+    assert result.exit_code == 2
+    assert "give --target" in result.stderr
 
 
 def test_the_command_fails_where_verification_does(sources, tmp_path, monkeypatch):

@@ -117,19 +117,15 @@ def _family(shown: Mapping, said: PixArtConfig, source: Path) -> str:
 
 def _size_shown(view: Transformer, source: Path, family: str) -> tuple[dict, str]:
     """The training size, if ``pos_embed`` or the published name of the file tells it, and a sentence on that."""
+    sentence = "The training size, latents of {}, is the one that {}."
     for stored in view.recomputed.values():
         shown = positions_shown(stored, view.tensors["x_embedder.proj.weight"].shape[-1])
         if "pe_interpolation" in shown:
-            return (
-                shown,
-                f"The training size, latents of {shown['input_size']}, is the one that pos_embed shows.",
-            )
+            return shown, sentence.format(shown["input_size"], "pos_embed shows")
     name = _PUBLISHED.match(source.name)
     if name:
         side = _SIDES[name[2]]
-        return positions_of(
-            side, family
-        ), f"The training size, latents of {side}, is taken from the file's name."
+        return positions_of(side, family), sentence.format(side, "the file's name says")
     return {}, ""
 
 
@@ -244,7 +240,7 @@ def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixAr
     values = _said_by(config)
     for name, value in shown.items():
         said = getattr(config, name)
-        same = said == value or (name == "kv_compress_config" and _same_compression(said, value))
+        same = said == value or (name == "kv_compress_config" and _same_compression(config, value))
         if not same and config.says(name):
             contradiction = f"{source} shows {name} = {value}, but the configuration says {said}."
             raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
@@ -259,10 +255,9 @@ def _said_by(config: PixArtConfig) -> dict:
     return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.says(f.name)}
 
 
-def _same_compression(said: Mapping | None, shown: Mapping) -> bool:
-    return said is not None and {**said, "kv_compress_layer": sorted(said["kv_compress_layer"])} == dict(
-        shown
-    )
+def _same_compression(config: PixArtConfig, shown: Mapping) -> bool:
+    said = (config.kv_operator, config.kv_ratio, sorted(config.kv_layers))
+    return said == (shown["sampling"], shown["scale_factor"], shown["kv_compress_layer"])
 
 
 def heads_of_width(width: int) -> int:
