@@ -35,7 +35,7 @@ FLAGS = [
     "--disable-sync",
 ]
 #: Milliseconds that a slow machine may take for anything.
-SLOW = 90_000
+SLOW = 300_000
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def delay_of(page, act):
 
 def test_a_patch_is_clicked_a_word_chosen_and_a_slider_moved(browser, server, project):
     save = f"str(explorer.export({str(server[0] / 'attention.html')!r}))"
-    page, complaints = opened(browser, server, project, "attention.ipynb", [ATTENTION, save])
+    page, complaints = opened(browser, server, project, "explorer.ipynb", [ATTENTION, save])
     user = User(page)
     user.reads("gets ")
     word = user.picture()
@@ -181,7 +181,7 @@ def check_attention_page(browser, path):
 
 def test_compression_is_chosen_and_picture_error_and_cost_follow(browser, server, project):
     save = f"str(explorer.export({str(server[0] / 'compression.html')!r}))"
-    page, complaints = opened(browser, server, project, "compression.ipynb", [COMPRESSION, save])
+    page, complaints = opened(browser, server, project, "explorer.ipynb", [COMPRESSION, save])
     user, pictures = User(page), ".pixart-explorer .pixart-crisp img, .pixart-explorer img.pixart-crisp"
     user.reads("Predictions are off by ")
     two = user.picture(pictures)
@@ -225,7 +225,7 @@ def check_compression_page(browser, path):
 
 
 def test_it_is_legible_in_a_narrow_window_and_in_the_dark_theme(browser, server, project):
-    page, complaints = opened(browser, server, project, "dark.ipynb", [ATTENTION])
+    page, complaints = opened(browser, server, project, "explorer.ipynb", [ATTENTION])
     user = User(page)
     page.set_viewport_size({"width": 760, "height": 1900})
     page.get_by_role("menuitem", name="Settings").click()
