@@ -1,0 +1,101 @@
+"""The notebooks that look inside run whole, and their files and numbers are what they say."""
+
+import json
+
+import nbformat
+import numpy as np
+import pytest
+from notebook_contract import run_notebook, undeclared_keys, widgets_without_figure
+from PIL import Image
+
+from pixart_nb.config import read_yaml
+
+ATTENTION = {
+    "differences",
+    "distance",
+    "entropy",
+    "explorer",
+    "interventions",
+    "layers_and_heads",
+    "modulation",
+    "nouns",
+    "patch",
+    "positions",
+    "threshold",
+    "trajectory",
+    "word_by_step",
+    "words",
+}
+COMPRESSION = {
+    "adaptation",
+    "adapted",
+    "cells",
+    "cost",
+    "explorer",
+    "full_and_compressed",
+    "kernels",
+    "keys_by_layer",
+    "layers",
+    "lost",
+    "operators",
+    "operators_paper",
+    "outputs_by_layer",
+    "pictures",
+}
+
+
+@pytest.mark.parametrize("name", ["03_attention_maps", "04_token_compression"])
+def test_they_take_the_configuration_of_the_embedded_model(project, name):
+    values = read_yaml(project / "configs" / "inference" / "tiny.yaml")
+    notebook = nbformat.read(project / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert undeclared_keys(notebook, values) == []
+
+
+def executed(project, name, tmp_path):
+    """Run a notebook with its smoke configuration: its parameters, the folder that it wrote, and its numbers."""
+    values = read_yaml(project / "configs" / "smoke" / f"{name}.yaml")
+    values["output_path"] = str(tmp_path / "out")
+    notebook = project / "notebooks" / f"{name}.ipynb"
+    done = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
+    assert widgets_without_figure(done) == []
+    numbers = json.loads((tmp_path / "out" / f"{name.split('_', 1)[1]}.json").read_text())
+    assert all(value > 0 for value in numbers["seconds"].values())
+    return values, tmp_path / "out", numbers
+
+
+def check_figures(folder, names):
+    assert {path.stem for path in folder.glob("*.png")} == names
+    for path in folder.glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
+        assert min(pixels.shape[:2]) > 100
+        assert pixels.std() > 10, f"{path.name} shows nothing"
+
+
+@pytest.mark.notebook
+def test_attention_maps_runs_whole_and_writes_what_it_says(project, tmp_path):
+    values, folder, numbers = executed(project, "03_attention_maps", tmp_path)
+    check_figures(folder, ATTENTION)
+    assert (folder / "explorer.html").stat().st_size > 100_000
+    assert (folder / "trace.safetensors").stat().st_size >= numbers["trace_bytes"]
+    assert numbers["overlaps"]["count"] == values["scenes"]
+    assert numbers["overlaps"]["object"] > numbers["overlaps"]["setting"]
+    assert 0 < numbers["entropy"]["last"] < numbers["entropy"]["first"] <= np.log(64)
+    assert len(numbers["moved"]) == 3
+    assert all(value > 0.01 for value in numbers["moved"].values())
+
+
+@pytest.mark.notebook
+def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path):
+    values, folder, numbers = executed(project, "04_token_compression", tmp_path)
+    check_figures(folder, COMPRESSION)
+    assert (folder / "explorer.html").stat().st_size > 10_000
+    expected = {f"{operator} {ratio}" for operator in values["operators"] for ratio in values["ratios"]}
+    assert set(numbers["operators"]) == expected
+    for operator in values["operators"]:
+        assert 0 < numbers["operators"][f"{operator} 2"] < numbers["operators"][f"{operator} 4"]
+    assert set(numbers["layers"]) == {"shallow", "middle", "deep"}
+    assert numbers["saved_at_4k"] == pytest.approx(0.33, abs=0.01)
+    held_out = numbers["adaptation"]["held_out"]
+    assert next(iter(held_out)) == "0"
+    assert list(held_out)[-1] == str(values["adaptation_steps"])
+    assert held_out["0"] > held_out[str(values["adaptation_steps"])] > numbers["adaptation"]["target"]
