@@ -4,15 +4,15 @@
     python benchmarks/trace_memory.py --width 288 --heads 4 --side 2048 --steps 4
 
 The transformer has random weights and compresses keys and values; nothing is encoded or decoded. Every run is a process
-of its own, whose largest resident size is read. A row is the attention of one patch to all keys, in all heads, computed
-from the trace and drawn as a PNG. The seconds of the runs say little: whatever else the machine does is in them.
+of its own; read is the most memory that it held while sampling, without pages of mapped files. A row is the attention
+of one patch to all keys, in all heads, computed from the trace and drawn as a PNG. The seconds of the runs say
+little: whatever else the machine does is in them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -55,6 +55,7 @@ def run(options: argparse.Namespace, way: str) -> dict:
 
     from pixart_nb.core import trace
     from pixart_nb.core.backend import ms
+    from pixart_nb.core.memory import PeakMemory
 
     pipe = random_pipeline(options)
     rng = np.random.default_rng(1)
@@ -72,10 +73,10 @@ def run(options: argparse.Namespace, way: str) -> dict:
         folder = scratch if way == "on disk" else None
         watched = trace(pipe, options.layers, announce=said.append, folder=folder)
         started = time.perf_counter()
-        with nullcontext() if way == "plain" else watched as t:
+        with PeakMemory() as memory, nullcontext() if way == "plain" else watched as t:
             *_, last = pipe.sample(**given)
         numbers = {
-            "gigabytes": peak(),
+            "gigabytes": memory.peak / 1e9,
             "seconds": time.perf_counter() - started,
             "latents": zlib.crc32(last.latents.tobytes()),
         }
@@ -100,11 +101,6 @@ def row_times(t, folder: Path) -> dict:
         "drawn": time.perf_counter() - started,
         "off": float(np.abs(row.sum(-1) - 1).max()),
     }
-
-
-def peak() -> float:
-    """Largest resident size of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
