@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -55,3 +56,16 @@ def check_output_type(output_type: str) -> None:
     """Refuse an ``output_type`` that is not known."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
+
+
+def downscaled(pictures: np.ndarray | Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Pictures (N, H, W, C) by the mean of whole blocks of pixels: (N, height, width, C) float32.
+
+    The evaluator of the embedded model reads pictures of 128 x 128. H and W must be multiples of height and width.
+    """
+    pictures = np.asarray(pictures)
+    n, rows, columns, channels = pictures.shape
+    if rows % height or columns % width:
+        raise ValueError(f"pictures of {rows}x{columns} are no whole multiple of {height}x{width}")
+    blocks = pictures.reshape(n, height, rows // height, width, columns // width, channels)
+    return blocks.mean((2, 4), dtype=np.float32)

@@ -1,0 +1,60 @@
+"""What the stages of a run took, as a figure: time and memory, of one run beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, axes_grid, legend, new_figure
+
+#: By stage: ``seconds`` and ``peak_bytes``, as ``StageFiles.measured`` gives them.
+Measured = Mapping[str, Mapping[str, float]]
+_HATCHES = ("", "///", "...", "xxx")
+
+
+def stage_figure(runs: Mapping[str, Measured]) -> Figure:
+    """Runs by name, one below the other: at the left the seconds of each stage, at the right its most memory.
+
+    A stage that a run has no number for is left out. The runs need not have the same stages.
+    """
+    if not runs:
+        raise ValueError("a figure of stages needs at least one run, got none")
+    stages = list(dict.fromkeys(stage for measured in runs.values() for stage in measured))
+    figure = new_figure(WIDTH, 1.2 + 0.5 * len(runs))
+    (time, memory), names = axes_grid(figure, 1, 2)[0], list(runs)
+    for row, measured in enumerate(runs.values()):
+        done, height = 0.0, 0.8 / len(stages)
+        for number, stage in enumerate(stages):
+            look = {
+                "color": COLOURS[number % len(COLOURS)],
+                "hatch": _HATCHES[number % 4],
+                "edgecolor": "white",
+            }
+            found = measured.get(stage, {})
+            label = {"label": stage} if row == 0 else {}
+            if "seconds" in found:
+                time.barh(row, found["seconds"], 0.6, left=done, **look, **label)
+                done += found["seconds"]
+            if "peak_bytes" in found:
+                place = row - 0.4 + (number + 0.5) * height
+                memory.barh(place, found["peak_bytes"] / 1e9, height, **look)
+                memory.text(
+                    found["peak_bytes"] / 1e9,
+                    place,
+                    f" {found['peak_bytes'] / 1e9:.2f}",
+                    va="center",
+                    fontsize=SMALL,
+                )
+        time.text(done, row, f" {done:,.0f} s", va="center", fontsize=SMALL)
+    for place, label in ((time, "seconds"), (memory, "peak memory, GB")):
+        place.set(xlabel=label, yticks=[], ylim=(len(names) - 0.5, -0.5))
+        place.margins(x=0.2)
+    time.set_yticks(range(len(names)), names, fontsize=SMALL)
+    legend(
+        time,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1.0 + 0.35 / (0.5 * len(runs) + 0.3)),
+        ncols=len(stages),
+    )
+    return figure
