@@ -1,12 +1,14 @@
 """Batches carry the pictures and captions that were drawn for them, whoever reads them and in whatever order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pixart_nb.core.data.buckets import BucketSampler, training_sizes
 from pixart_nb.core.data.labels import load_labels
 from pixart_nb.core.data.pictures import PictureError, fit, load_picture, to_signed
-from pixart_nb.core.data.reader import PictureReader, read_ahead
+from pixart_nb.core.data.reader import PictureReader
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,6 @@ def test_original_prompts_come_up_as_often_as_asked(labels, ratio):
 
 
 def test_a_picture_without_a_description_shows_its_prompt(labels):
-    from dataclasses import replace
-
     bare = [replace(label, sharegpt4v="") for label in labels]
     batch = reader(bare, ratio=0).batch(0)
     assert batch.captions == [labels[i].prompt for i in batch.indices]
@@ -56,8 +56,6 @@ def test_two_workers_read_what_one_would(labels):
 
 
 def test_a_picture_that_went_away_is_named(labels, tmp_path):
-    from dataclasses import replace
-
     gone = [replace(label, file=tmp_path / label.path) for label in labels]
     with pytest.raises(PictureError, match=str(tmp_path)):
         reader(gone).batch(0)
@@ -66,22 +64,3 @@ def test_a_picture_that_went_away_is_named(labels, tmp_path):
 def test_an_impossible_ratio_is_refused(labels):
     with pytest.raises(ValueError, match="0 to 1"):
         reader(labels, ratio=1.5)
-
-
-@pytest.mark.parametrize("depth", [0, 1, 3, 50])
-def test_reading_ahead_keeps_the_order(depth):
-    assert list(read_ahead(lambda step: step * step, 2, 9, depth)) == [n * n for n in range(2, 9)]
-
-
-def test_reading_ahead_passes_errors_on_and_stops_early():
-    def batch(step):
-        if step == 3:
-            raise PictureError("cut")
-        return step
-
-    found = []
-    with pytest.raises(PictureError, match="cut"):
-        found += read_ahead(batch, 0, 10)
-    rows = read_ahead(batch, 0, 3)
-    assert next(rows) == 0
-    rows.close()

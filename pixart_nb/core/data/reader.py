@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from pixart_nb.core.data.buckets import BucketSampler
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.pictures import fit, load_picture, to_signed
-
-Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -69,18 +65,3 @@ class PictureReader(Chooser):
         choice = self.choose(step)
         pixels = np.stack([fit(load_picture(self.labels[i].file), *choice.size) for i in choice.indices])
         return PictureBatch(to_signed(pixels), self.captions(choice), choice.indices)
-
-
-def read_ahead(batch: Callable[[int], Batch], start: int, stop: int, depth: int = 2) -> Iterator[Batch]:
-    """``batch(start)`` to ``batch(stop - 1)`` in order, up to ``depth`` of them prepared in threads meanwhile."""
-    with ThreadPoolExecutor(max(depth, 1)) as pool:
-        pending = [pool.submit(batch, step) for step in range(start, min(start + depth, stop))]
-        try:
-            for step in range(start, stop):
-                ready = pending.pop(0).result() if pending else batch(step)
-                if step + depth < stop and depth:
-                    pending.append(pool.submit(batch, step + depth))
-                yield ready
-        finally:
-            for future in pending:
-                future.cancel()
