@@ -70,7 +70,7 @@ def server(tmp_path_factory):
             yield folder, f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(SLOW / 1000)
 
 
 def wait_for(address, process, log):

@@ -42,7 +42,7 @@ explorer
 """
 COMPRESSION = """
 from pixart_nb.core.tracing.study import CompressionStudy
-study = CompressionStudy(pipe, "a red mushroom on grass", height=128, width=128, num_inference_steps=4)
+study = CompressionStudy(pipe, "a red mushroom on grass", height=128, width=128, num_inference_steps=6)
 explorer = CompressionExplorer(study, start=(range(3, 6), 2, "mean"))
 explorer
 """
@@ -194,8 +194,9 @@ def test_compression_is_chosen_and_picture_error_and_cost_follow(browser, server
     )
     user.widget.get_by_role("button", name="uniform").click()
     picked = user.sees_another(four, pictures)
-    user.slide("Layers", ["ArrowLeft"] * 3)
+    user.slide("Layers", ["ArrowLeft"])
     user.sees_another(picked, pictures)
+    user.reads("Predictions are off by ")
     user.photograph("5_compression")
     nothing_cut_or_covered(user.widget)
     run_cell(page, 2)
