@@ -81,6 +81,11 @@ def repeat_rows(x: ms.Tensor, count: int) -> ms.Tensor:
     return _repeat_rows(x, count)
 
 
+def rows_like(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
+    """A vector of D numbers, written out as every row of a matrix (M, D) of the shape of x."""
+    return _tile(vector.reshape(1, -1), (x.shape[0], 1))
+
+
 class _Standardise(nn.Cell):
     """Rows (M, D) to mean 0 and variance 1."""
 

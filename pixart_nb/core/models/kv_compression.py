@@ -61,13 +61,21 @@ def compress_tokens(
     """Shrink the token grid: x (B, height * width, D) -> (B, (height // ratio) * (width // ratio), D)."""
     upper_left = operator in ("ave", "uniform")
     cells = split_cells(x, height, width, ratio, 1 if upper_left else ratio**2)
+    return shrink_cells(cells, operator, reduction, norm).reshape(x.shape[0], -1, x.shape[2])
+
+
+def shrink_cells(
+    cells: list[ms.Tensor],
+    operator: str,
+    reduction: DepthwiseReduction | None = None,
+    norm: LayerNorm | None = None,
+) -> ms.Tensor:
+    """One token for each cell: tensors (M, D), the tokens place by place -> (M, D)."""
     if operator == "conv":
-        out = norm(reduction(cells))
-    elif operator == "mean":
-        out = sum(cells[1:], cells[0]) / len(cells)
-    else:
-        out = cells[0]
-    return out.reshape(x.shape[0], -1, x.shape[2])
+        return norm(reduction(cells))
+    if operator == "mean":
+        return sum(cells[1:], cells[0]) / len(cells)
+    return cells[0]
 
 
 def check_compression(operator: str | None, ratio: int, layers: tuple[int, ...], depth: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.transformer import PixArt, trim_caption
+from pixart_nb.core.models.inference import Denoiser
+from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.conditioning import Conditioning, both_rows
 from pixart_nb.core.sampling.step import Predict, Prediction
 
@@ -24,16 +25,11 @@ def guided_prediction(
     caption, mask = (
         both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
     )
-    caption, mask = trim_caption(caption, mask)
-    keys_values = net.caption_keys_values(caption)
-    positions = net.positions(height // 8, width // 8)
-    rows, channels = caption.shape[0], net.config.in_channels
+    denoise, channels = Denoiser(net, caption, mask), net.config.in_channels
 
     def predict(latents: np.ndarray, timestep: float) -> Prediction:
         x = ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
-        t = ms.Tensor(np.full(rows, timestep, np.float32))
-        out = net.denoise(x, t, keys_values, mask, positions, net.micro_conditions(x))
-        out = out.astype(ms.float32).asnumpy()
+        out = denoise(x, timestep).astype(ms.float32).asnumpy()
         noise = out[:, :channels]
         variance = out[-len(latents) :, channels:] if out.shape[1] > channels else None
         if guided:

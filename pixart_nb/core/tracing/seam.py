@@ -165,6 +165,7 @@ class Observer:
     def __init__(self, net: PixArt):
         self.net, self.run, self.tokenizer = net, None, None
         self.parts: list[Part] = []
+        self.changed = False  # whether a part changed the last attention, rather than watched it
         self.layers = dict(attention_layers(net))
 
     def add(self, part: Part, tokenizer: Any) -> None:
@@ -245,9 +246,11 @@ class Observer:
         call = Call(name, run, q, k, v, mask, q.shape[-1] ** -0.5, kept, every)
         for part in self.parts:
             part.before(call)
-        out = call.compute()
+        out = computed = call.compute()
         for part in self.parts:
             out = part.after(call, out)
+        kept = call.bias is None and call.q is q and call.k is k and call.v is v and call.mask is mask
+        self.changed = out is not computed or not kept
         return out
 
 

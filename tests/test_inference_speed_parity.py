@@ -1,0 +1,93 @@
+"""The way that samplers take through the transformer computes what ``PixArt.denoise`` computes."""
+
+import numpy as np
+import pytest
+from reference_data import OFFICIAL, official, relative_error
+
+from pixart_nb.core import PixArtConfig, load_transformer
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models import inference
+from pixart_nb.core.models.inference import Denoiser, caption_groups
+from pixart_nb.core.models.transformer import PixArt, trim_caption
+
+SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
+CLOSE = 2e-6
+
+
+def small_net(**changes) -> PixArt:
+    """A small net with weights in which every part shows: nothing is zero."""
+    net = PixArt(PixArtConfig(**SMALL | changes))
+    rng = np.random.default_rng(3)
+    for parameter in net.get_parameters():
+        parameter.set_data(ms.Tensor((0.2 * rng.standard_normal(parameter.shape)).astype(np.float32)))
+    return net
+
+
+def both_ways(net, lengths, height=8, width=12, timestep=811.0, seed=4):
+    """The prediction by ``denoise`` and by ``Denoiser`` for captions of these lengths."""
+    rng = np.random.default_rng(seed)
+    rows, longest = len(lengths), max(lengths)
+    latents = ms.Tensor(rng.standard_normal((rows, 4, height, width), dtype=np.float32))
+    caption = ms.Tensor(rng.standard_normal((rows, longest, net.config.caption_channels), dtype=np.float32))
+    mask = np.arange(longest)[None] < np.array(lengths)[:, None]
+    time = ms.Tensor(np.full(rows, timestep, np.float32))
+    micro, positions = net.micro_conditions(latents), net.positions(height, width)
+    trimmed, seen = trim_caption(caption, mask)
+    slow = net.denoise(latents, time, net.caption_keys_values(trimmed), seen, positions, micro)
+    return slow.asnumpy(), Denoiser(net, caption, mask)(latents, timestep).asnumpy()
+
+
+@pytest.mark.parametrize("lengths", [(1, 7), (1, 1), (7, 7), (3, 30), (1, 30, 5), (24, 1)])
+def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
+    slow, fast = both_ways(small_net(), lengths)
+    assert relative_error(fast, slow) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(qk_norm=True),
+        dict(micro_condition=True),
+        *(
+            dict(
+                kv_compress_config=dict(sampling=name, scale_factor=2, kv_compress_layer=[1]), qk_norm=normed
+            )
+            for name in ("conv", "ave", "uniform", "mean")
+            for normed in (False, True)
+        ),
+    ],
+)
+def test_every_kind_of_attention_gives_the_numbers_of_denoise(changes):
+    slow, fast = both_ways(small_net(**changes), (1, 7), height=12, width=20)
+    assert relative_error(fast, slow) < CLOSE
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_official_models_give_the_numbers_of_denoise(case):
+    path, config, arrays = official(case)
+    net = load_transformer(path, PixArtConfig(**config))
+    slow, fast = both_ways(net, (1, 5), *arrays["latents"].shape[2:])
+    assert relative_error(fast, slow) < 1e-5
+
+
+def test_parts_of_the_rows_give_the_numbers_of_the_whole(monkeypatch):
+    net = small_net()
+    _, whole = both_ways(net, (1, 7, 30))
+    monkeypatch.setattr(inference, "ROWS", 5)
+    _, parts = both_ways(net, (1, 7, 30))
+    assert relative_error(parts, whole) < CLOSE
+
+
+def test_neighbours_with_the_same_tokens_are_one_group():
+    caption = np.random.default_rng(0).standard_normal((5, 4, 3)).astype(np.float32)
+    caption[1, :2] = caption[0, :2]
+    caption[4] = caption[3]
+    mask = np.array([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
+    groups = caption_groups(ms.Tensor(caption), mask)
+    assert [(g.start, g.stop, g.tokens) for g in groups] == [(0, 2, 2), (2, 3, 2), (3, 5, 4)]
+
+
+def test_a_mask_with_gaps_leaves_out_what_it_hides():
+    caption = np.random.default_rng(0).standard_normal((1, 4, 3)).astype(np.float32)
+    (group,) = caption_groups(ms.Tensor(caption), np.array([[1, 0, 1, 0]], bool))
+    assert np.array_equal(group.caption.asnumpy(), caption[:, [0, 2]])
