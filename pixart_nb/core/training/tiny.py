@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ OPTIONS = TrainerOptions(
     save_every=250,
     log_every=10,
 )
+#: Folder in the work folder, and options, of every stage; each starts from the averages of the one before.
+STAGES = {
+    "transformer": OPTIONS,
+    "transformer-2": replace(OPTIONS, steps=6000, start_learning_rate=8e-4, warmup_steps=100),
+}
 BATCH = 32
 PICTURES = 8 * 2160
 CAPTION_DROP = 0.1
@@ -90,12 +96,19 @@ def train_transformer(
     latents = means * np.float32(vae.config.scaling_factor)
     pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_PICTURE, seed)
     empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
-    batches = diffusion_batches(
-        latents, pool, lambda ids, mask: encoder(ids, mask).asnumpy(), empty, BATCH, CAPTION_DROP, seed
-    )
-    trainer = Trainer(_loss(net), parameters, batches, OPTIONS, work / "transformer", names=("mse", "vb"))
-    trainer.run()
-    load_averages(net, trainer.checkpoints()[-1])
+    for number, (name, options) in enumerate(STAGES.items()):
+        batches = diffusion_batches(
+            latents,
+            pool,
+            lambda ids, mask: encoder(ids, mask).asnumpy(),
+            empty,
+            BATCH,
+            CAPTION_DROP,
+            seed + number,
+        )
+        trainer = Trainer(_loss(net), parameters, batches, options, work / name, names=("mse", "vb"))
+        trainer.run()
+        load_averages(net, trainer.checkpoints()[-1])
     return net
 
 
@@ -128,7 +141,7 @@ def write_pipeline(
     components.write_transformer(folder / "transformer", transformer, np.float16)
     for name in ("spiece.model", "tokenizer_config.json"):
         _copy(work / "tokenizer" / name, folder / "tokenizer" / name)
-    for part in ("vae", "text_encoder", "transformer"):
+    for part in ("vae", "text_encoder", *STAGES):
         _copy(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
     components.write_index(folder, DPMSolverMultistepScheduler())
     tqdm.write(f"wrote {folder}")
