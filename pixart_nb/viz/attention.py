@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pixart_nb.viz.figures import require_as_many
-from pixart_nb.viz.overlay import as_float, check_cells, overlay, spread_cells
+from pixart_nb.viz.overlay import as_float, check_cells, overlay, shrunk, spread_cells
 from pixart_nb.viz.style import (
     AMOUNT,
     BAR_HEIGHT,
@@ -61,7 +61,7 @@ def word_heat_maps(
     """
     if not maps:
         raise ValueError("there is no word to show; give at least one map")
-    columns = min(columns or 5, len(maps) + 1)
+    columns, picture = min(columns or 5, len(maps) + 1), shrunk(picture)
     highest = {word: float(np.max(heat)) for word, heat in maps.items()}
     if not own_scale:
         highest = dict.fromkeys(maps, max(highest.values()))
@@ -92,6 +92,7 @@ def word_strip(
     """
     require_as_many("pictures", pictures, len(maps), "maps")
     require_as_many("labels", labels, len(maps), "maps")
+    pictures = [shrunk(picture) for picture in pictures]
     figure, axes = _picture_grid(2, len(maps), pictures[0])
     highest = float(np.max(maps))
     for number, (picture, heat) in enumerate(zip(pictures, maps, strict=True)):
@@ -127,7 +128,7 @@ def patch_attention(
     require_as_many("titles", titles, len(weights), "maps")
     grid = check_cells(weights.shape[1:], ratio, grid)
     _check_patch(query, grid)
-    columns = min(columns, len(weights))
+    columns, picture = min(columns, len(weights)), shrunk(picture)
     figure, axes = _picture_grid(-(-len(weights) // columns), columns, picture)
     highest = float(np.max(weights))
     for place, heat, title in zip(axes, weights, titles, strict=False):
@@ -155,7 +156,7 @@ def full_against_compressed(
     >>> figure.axes[2].get_title()
     'compressed - full\\n50% of the attention is the same'
     """
-    grid = full.shape
+    grid, picture = full.shape, shrunk(picture)
     spread = spread_cells(compressed, ratio, grid)
     _check_patch(query, grid)
     figure, axes = _picture_grid(1, 3, picture, cell=2.6)
@@ -195,6 +196,7 @@ def overview_grid(
     if maps.shape[:2] != (len(layers), len(heads)):
         raise ValueError(f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads")
     aspect, cell = maps.shape[2] / maps.shape[3], min(1.3, WIDTH / len(heads))
+    picture = None if picture is None else shrunk(picture, 256)
     figure = new_figure(len(heads) * cell + 0.4, len(layers) * cell * aspect + 0.6)
     axes = axes_grid(figure, len(layers), len(heads))
     for row, layer in enumerate(layers):

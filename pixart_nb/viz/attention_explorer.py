@@ -26,7 +26,7 @@ from pixart_nb.viz.explorers import (
     overview_pixels,
 )
 from pixart_nb.viz.html_export import export_attention
-from pixart_nb.viz.overlay import as_float
+from pixart_nb.viz.overlay import as_float, shrunk
 from pixart_nb.viz.playground_pictures import png_bytes
 from pixart_nb.viz.widget_parts import (
     MEAN,
@@ -63,7 +63,7 @@ class AttentionExplorer:
     ):
         if by_step is not None and len(by_step) != len(trace.steps):
             raise ValueError(f"by_step has {len(by_step)} pictures, the trace keeps {len(trace.steps)} steps")
-        self.trace, self.row, self.picture = trace, row, as_float(picture)
+        self.trace, self.row, self.picture = trace, row, as_float(shrunk(picture))
         self._by_step = None if by_step is None else dict(zip(trace.steps, by_step, strict=True))
         self._quiet, self.seconds = False, 0.0
         self._make_controls()
@@ -207,7 +207,7 @@ class AttentionExplorer:
     def _picture(self, step: int | None) -> np.ndarray:
         if self._by_step is None or step is None:
             return self.picture
-        return as_float(self._by_step[step])
+        return as_float(shrunk(self._by_step[step]))
 
     def _draw_overview(self, choice: Choice) -> None:
         maps = overview_of(self.trace, choice, self.row)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pixart_nb.viz.figures import require_as_many
-from pixart_nb.viz.overlay import as_float, overlay
+from pixart_nb.viz.overlay import as_float, overlay, shrunk
 from pixart_nb.viz.style import (
     BAR_HEIGHT,
     COLOURS,
@@ -112,7 +112,7 @@ def cells_of_keys(picture: np.ndarray, grid: tuple[int, int], ratio: int, operat
     rows, columns = grid[0] // ratio, grid[1] // ratio
     token = (pixels.shape[0] / grid[0], pixels.shape[1] / grid[1])
     scale = token[0] / token[1]
-    left.imshow(pixels, extent=(0, grid[1], grid[0], 0), aspect=scale, interpolation="nearest")
+    left.imshow(shrunk(pixels), extent=(0, grid[1], grid[0], 0), aspect=scale, interpolation="nearest")
     _draw_cells(left, rows, columns, ratio, operator)
     _hatch_rest(left, grid, rows * ratio, columns * ratio)
     size = f"{ratio * token[1]:.3g} x {ratio * token[0]:.3g}"
@@ -193,7 +193,7 @@ def lost_maps(picture: np.ndarray, similarities: Mapping[str, np.ndarray], colum
     '1 - cosine similarity'
     """
     lost = {name: 1 - np.nan_to_num(values, nan=0.0) for name, values in similarities.items()}
-    columns = min(columns, len(lost))
+    columns, picture = min(columns, len(lost)), shrunk(picture)
     rows, cell = -(-len(lost) // columns), min(2.0, (WIDTH - 0.9) / columns)
     aspect = picture.shape[0] / picture.shape[1]
     figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, rows * ((cell - 0.1) * aspect + 0.3)))

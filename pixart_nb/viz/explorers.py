@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pixart_nb.viz.attention import patch_attention, word_heat_maps
-from pixart_nb.viz.overlay import as_float, overlay, spread_cells
+from pixart_nb.viz.overlay import as_float, overlay, shrunk, spread_cells
 
 #: Scores that the overview of all layers and heads may compute at once; above it is left out.
 OVERVIEW_SCORES = 5_000_000
@@ -190,8 +190,7 @@ def overview_pixels(maps: np.ndarray, picture: np.ndarray, most: int = 96) -> np
     >>> overview_pixels(np.ones((2, 3, 4, 4)), np.zeros((8, 8, 3))).shape
     (18, 27, 3)
     """
-    every = -(-max(picture.shape[:2]) // most)
-    small = as_float(picture)[::every, ::every]
+    small = as_float(shrunk(picture, most))
     rows = [[_with_gap(as_bytes(overlay(small, heat))) for heat in layer] for layer in maps]
     return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
 

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from pixart_nb.core.checkpoints.store import write_text
 from pixart_nb.viz.clickable import STATIC
 from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
-from pixart_nb.viz.overlay import COVER, DIMMED, as_float
+from pixart_nb.viz.overlay import COVER, DIMMED, as_float, shrunk
 from pixart_nb.viz.playground_pictures import png_bytes
 from pixart_nb.viz.style import HEAT
 
@@ -42,7 +42,7 @@ def export_attention(
     colours = (colormaps[HEAT](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     data = {
         "title": trace.text(row).prompt or "attention",
-        "picture": picture_address(as_bytes(as_float(picture))),
+        "picture": picture_address(as_bytes(as_float(shrunk(picture)))),
         "grid": list(trace.grid),
         "words": trace.words(row) if layers_of(trace, "cross") else [],
         "heads": list(trace.heads),

@@ -9,6 +9,8 @@ from pixart_nb.viz.style import HEAT, heat_colours
 
 #: How much of a pixel is heat, where it is least and where it is most, and how bright the grey picture below it is.
 COVER, DIMMED = (0.3, 0.75), 0.8
+#: Pixels of a side that a figure or a widget shows at most.
+SHOWN = 1024
 
 
 def overlay(
@@ -33,18 +35,27 @@ def overlay(
     """
     pixels = as_float(picture)
     lowest, highest = limits or (0.0, float(np.max(heat)))
-    places = cell_of_pixels(pixels.shape[:2], heat.shape, ratio, grid)
-    inside = (places[0] >= 0)[:, None] & (places[1] >= 0)
-    values = np.asarray(heat, float)[np.maximum(places[0], 0)[:, None], np.maximum(places[1], 0)]
-    grey = DIMMED * np.repeat(pixels.mean(2, keepdims=True), 3, 2)
-    hot, below = inside, grey
-    if threshold is not None:
-        hot = inside & (values >= lowest + threshold * (highest - lowest))
-        below = pixels
-    share = np.clip((values - lowest) / ((highest - lowest) or 1), 0, 1)
-    cover = (COVER[0] + (COVER[1] - COVER[0]) * share)[..., None]
-    coloured = (1 - cover) * below + cover * heat_colours(share, 0, 1, HEAT)
-    return np.where(hot[..., None], coloured, grey)
+    rows, columns = cell_of_pixels(pixels.shape[:2], heat.shape, ratio, grid)
+    share = np.clip((np.asarray(heat, float) - lowest) / ((highest - lowest) or 1), 0, 1)
+    hot = np.ones(share.shape, bool) if threshold is None else share >= threshold
+    cover = np.where(hot, COVER[0] + (COVER[1] - COVER[0]) * share, 0.0)[..., None]
+    at = np.ix_(np.maximum(rows, 0), np.maximum(columns, 0))
+    grey = np.repeat(DIMMED * pixels.mean(2, keepdims=True), 3, 2)
+    below = grey if threshold is None else np.where(hot[at][..., None], pixels, grey)
+    coloured = (1 - cover)[at] * below + (cover * heat_colours(share, 0, 1, HEAT))[at]
+    coloured[rows < 0] = grey[rows < 0]
+    coloured[:, columns < 0] = grey[:, columns < 0]
+    return coloured
+
+
+def shrunk(picture: np.ndarray, most: int = SHOWN) -> np.ndarray:
+    """The picture by leaving pixels out, until no side has more than ``most``: figures of 4K pictures stay quick.
+
+    >>> shrunk(np.zeros((4096, 2048, 3), np.uint8)).shape
+    (1024, 512, 3)
+    """
+    every = -(-max(picture.shape[:2]) // most)
+    return picture[::every, ::every]
 
 
 def as_float(picture: np.ndarray) -> np.ndarray:
