@@ -1,0 +1,183 @@
+"""A folder of pictures with captions becomes a label file, or every reason why not is listed."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.folder import import_folder
+from pixart_nb.core.data.labels import LabelError, load_labels
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures, one of them in a folder below, (height, width) = (8, 12)."""
+    folder = tmp_path / "images"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "b.JPG", "sub/c.webp"):
+        Image.new("RGB", (12, 8)).save(folder / name)
+    return folder
+
+
+def captioned(folder, **texts):
+    for name, text in texts.items():
+        place = next(folder.rglob(f"{name}.*"))
+        place.with_suffix(".txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def written(folder):
+    labels = load_labels(folder / "labels.json", folder, decode=True)
+    return {label.path: (label.prompt, label.sharegpt4v) for label in labels}
+
+
+def test_captions_beside_the_pictures(folder):
+    captioned(folder, a="a cat\non grass\n", b="\ufeffein Bär", c=" 猫 ")
+    report = import_folder(folder)
+    assert written(folder) == {
+        "a.png": ("a cat on grass", ""),
+        "b.JPG": ("ein Bär", ""),
+        "sub/c.webp": ("猫", ""),
+    }
+    assert (report.training, report.files) == (3, [folder / "labels.json"])
+
+
+def test_the_label_file_has_the_official_keys(folder):
+    import_folder(captioned(folder, a="a cat", b="a dog", c="an owl"))
+    first = json.loads((folder / "labels.json").read_text())[0]
+    assert first == {
+        "path": "a.png",
+        "prompt": "a cat",
+        "sharegpt4v": "",
+        "height": 8,
+        "width": 12,
+        "ratio": 8 / 12,
+    }
+
+
+def test_hidden_files_are_left_alone(folder):
+    captioned(folder, a="a cat", b="a dog", c="an owl")
+    (folder / ".trash").mkdir()
+    (folder / ".trash" / "d.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "._a.png").write_bytes(b"what another system leaves")
+    assert import_folder(folder).training == 3
+
+
+TABLES = {
+    "metadata.csv": 'file_name,text,extra\na.png,"a cat, sleeping",1\nb.JPG,a dog,2\nsub/c.webp,an owl,3\n',
+    "metadata.jsonl": '{"file_name": "a.png", "text": "a cat, sleeping"}\n\n{"file_name": "b.JPG", "text": "a dog"}\n'
+    '{"file_name": "sub/c.webp", "text": "an owl"}\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("beside", [True, False])
+def test_captions_in_a_table(folder, tmp_path, name, beside):
+    table = folder / name if beside else tmp_path / name
+    table.write_text(TABLES[name])
+    import_folder(folder, None if beside else table)
+    prompts = {"a.png": ("a cat, sleeping", ""), "b.JPG": ("a dog", ""), "sub/c.webp": ("an owl", "")}
+    assert written(folder) == prompts
+
+
+def test_a_table_may_have_descriptions_and_need_not_name_all(folder, tmp_path):
+    (tmp_path / "t.tsv").write_text(
+        "path\tprompt\tsharegpt4v\na.png\ta cat\ta grey cat on grass\nb.JPG\ta dog\t\n"
+    )
+    report = import_folder(folder, tmp_path / "t.tsv")
+    assert written(folder) == {"a.png": ("a cat", "a grey cat on grass"), "b.JPG": ("a dog", "")}
+    assert "1 pictures of" in report.notes[0]
+
+
+def spoilt(folder):
+    """One sound picture, and everything that can be wrong."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for name in ("cut", "empty", "latin"):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    captioned(folder, a="a cat", cut="cut", empty=" \n", latin="x")
+    (folder / "latin.txt").write_bytes("ein Bär".encode("latin-1"))
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-3000])
+    return folder
+
+
+def test_all_that_is_wrong_is_listed_and_nothing_written(folder):
+    with pytest.raises(LabelError, match="5 problems") as caught:
+        import_folder(spoilt(folder))
+    named = {"b.JPG has no b.txt", "sub/c.webp has no c.txt", "cut.txt: ", "empty.txt: ", "latin.txt: "}
+    assert all(any(problem.startswith(start) for problem in caught.value.problems) for start in named)
+    assert not (folder / "labels.json").exists()
+
+
+def test_with_skip_it_is_left_out_and_reported(folder):
+    report = import_folder(spoilt(folder), skip=True)
+    assert written(folder) == {"a.png": ("a cat", "")}
+    assert len(report.problems) == 5 and "empty.txt" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ('{"path": "a.png", "prompt": 5}', "line 1: prompt is 5"),
+        ('{"path": "../x.png", "prompt": "x"}', "line 1: path '../x.png' (str) leaves the folder"),
+        (
+            '{"path": "a.png", "prompt": "x"}\n{"path": "a.png", "prompt": "y"}',
+            "line 2: path 'a.png' is that of",
+        ),
+        ('{"path": "a.png", "prompt": "x"}\n{broken', "line 2: is '{broken'"),
+        ('{"path": "a.png", "prompt": "x"}\n{"path": "a.png"}', "line 2: prompt is missing"),
+        ('{"path": "z.png", "prompt": "x"}', "line 1: path 'z.png': "),
+    ],
+)
+def test_lines_of_a_table_are_named(folder, tmp_path, table, expected):
+    (tmp_path / "t.jsonl").write_text(table)
+    with pytest.raises(LabelError) as caught:
+        import_folder(folder, tmp_path / "t.jsonl")
+    assert expected in caught.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.csv", b"name,words\na.png,a cat\n", "has the columns 'name'"),
+        ("t.csv", b"", "no pictures"),
+        ("t.csv", b'path,prompt\na.png,"never ends\n', "no CSV or JSONL table"),
+        ("t.csv", b"path,prompt\na.png,\xff\n", "no CSV or JSONL table in UTF-8"),
+        ("t.jsonl", b"\xff", "no CSV or JSONL table in UTF-8"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_named(folder, tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        import_folder(folder, tmp_path / name)
+
+
+def test_places_that_cannot_be_used_are_named(folder, tmp_path):
+    with pytest.raises(DataError, match="is no folder"):
+        import_folder(tmp_path / "nothing")
+    with pytest.raises(DataError, match="cannot be read"):
+        import_folder(folder, tmp_path / "nothing.csv")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no pictures; expected files that end in \.png"):
+        import_folder(tmp_path / "empty")
+
+
+def test_another_label_file_is_only_replaced_when_asked(folder):
+    captioned(folder, a="a cat", b="a dog", c="an owl")
+    import_folder(folder)
+    import_folder(folder)  # the same again is no change
+    captioned(folder, a="a tiger")
+    with pytest.raises(DataError, match="--overwrite"):
+        import_folder(folder)
+    assert written(folder)["a.png"] == ("a cat", "")
+    import_folder(folder, overwrite=True)
+    assert written(folder)["a.png"] == ("a tiger", "")
+
+
+def test_the_label_file_may_lie_elsewhere(folder, tmp_path):
+    report = import_folder(
+        captioned(folder, a="a cat", b="a dog", c="an owl"), output=tmp_path / "out" / "mine.json"
+    )
+    assert report.files == [tmp_path / "out" / "mine.json"]
+    assert len(load_labels(tmp_path / "out" / "mine.json", folder)) == 3
