@@ -1,0 +1,48 @@
+"""A pipeline whose transformer is small enough to be trained in a test; its other parts are the embedded model's."""
+
+import os
+
+import numpy as np
+
+from pixart_nb.core.checkpoints import components
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.sampling.schedulers import scheduler_named
+
+CONFIG = PixArtConfig(
+    hidden_size=48,
+    num_heads=4,
+    depth=2,
+    caption_channels=128,
+    input_size=8,
+    pe_interpolation=1.0,
+    model_max_length=300,
+)
+
+
+def write_small_pipeline(folder, project, config=CONFIG):
+    """Write it; the folder. It draws 64 x 64 pixels of noise."""
+    net = PixArt(config)
+    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    components.write_transformer(folder / "transformer", net)
+    for name in ("vae", "text_encoder", "tokenizer"):
+        os.symlink(project / "data" / "tiny-sigma" / name, folder / name)
+    components.write_index(folder, scheduler_named("dpm++"))
+    return folder
+
+
+def train_options(project, model, output, **changes):
+    """Options of a short training of it, as words of a command."""
+    given = {
+        "model": model,
+        "json_path": project / "data/pixelart/labels.json",
+        "image_dir": project / "data/pixelart",
+        "steps": 4,
+        "batch_size": 4,
+        "start_learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "ckpt_save_steps": 2,
+        "start_report": False,
+        "visualize": False,
+        "output_path": output,
+    } | changes
+    return [word for key, value in given.items() for word in (f"--{key}", str(value))]

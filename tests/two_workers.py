@@ -1,0 +1,46 @@
+"""Run by msrun in two processes: small trainings in which each worker has its share of every batch."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from line_training import batch, trainer
+
+from pixart_nb.core.training.distributed import Workers, join
+
+CAME = {"optimizer": "came", "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}
+RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}}
+
+
+def share(workers):
+    """This worker's rows of a batch."""
+
+    def rows(number):
+        return tuple(part[workers.rows(len(part))] for part in batch(number))
+
+    return rows
+
+
+def main(folder: Path, workers: Workers) -> None:
+    """Train each way, stop in the middle, go on; tell what this worker keeps."""
+    told = {}
+    for name, options in RUNS.items():
+        options = dict(steps=8, save_every=3, start_learning_rate=0.01, compile=False) | options
+        start = trainer(folder / name, share(workers), more={"workers": workers}, **options)
+        if workers.rank:  # workers that start apart end up together
+            assert np.array_equal(start.masters["map.bias"].asnumpy(), np.zeros(2))
+        start.run(until=5)
+        again = trainer(folder / name, share(workers), more={"workers": workers}, **options)
+        assert again.step == 5
+        again.run()
+        told[name] = sorted(again.optimizer.parameters)
+        again.state()  # every worker helps to collect it
+        (folder / f"{name}-{workers.rank}.json").write_text(
+            json.dumps({n: p.asnumpy().tolist() for n, p in again.masters.items()})
+        )
+    (folder / f"keeps-{workers.rank}.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), join())
