@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pixart_nb import commands
+from pixart_nb.bench_command import bench
 from pixart_nb.commands import one_line_errors
 from pixart_nb.config import METHODS, load_config, override
 from pixart_nb.dataset_commands import dataset
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.add_typer(dataset, name="dataset")
 app.command()(compress)
 app.command()(plan)
+app.command()(bench)
 
 Method = StrEnum("Method", {name: name for name in METHODS})
 

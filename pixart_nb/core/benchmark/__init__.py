@@ -1,0 +1,1 @@
+"""Measuring speed and memory, alone and against the peer (diffusers on PyTorch)."""

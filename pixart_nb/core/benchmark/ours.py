@@ -1,0 +1,276 @@
+"""The work of the benchmarks on MindSpore, each as a class: made once, then called for every repeat."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from pixart_nb.core.backend import device_name, ms
+from pixart_nb.core.benchmark.shapes import Shapes
+from pixart_nb.core.checkpoints.store import save_tensors, write_json
+from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder
+from pixart_nb.core.models.inference import Denoiser
+from pixart_nb.core.models.t5 import T5Config, T5Encoder
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
+
+
+def versions() -> str:
+    """What computes, on what device."""
+    return f"pixart-nb {version('pixart-nb')}, mindspore {version('mindspore')}, {device_name()}"
+
+
+def transformer(shapes: Shapes) -> PixArt:
+    """A transformer with random weights; with a ``ratio`` above 1 every block compresses keys and values."""
+    compression = {
+        "sampling": "conv",
+        "scale_factor": shapes.ratio,
+        "kv_compress_layer": [*range(shapes.depth)],
+    }
+    net = PixArt(
+        PixArtConfig(
+            hidden_size=shapes.hidden_size,
+            num_heads=shapes.heads,
+            depth=shapes.depth,
+            caption_channels=shapes.caption_channels,
+            input_size=shapes.size // 8,
+            pe_interpolation=shapes.pe_interpolation,
+            model_max_length=shapes.max_length,
+            kv_compress_config=compression if shapes.ratio > 1 else None,
+        )
+    )
+    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    return net.set_train(False)
+
+
+def text_config(shapes: Shapes) -> T5Config:
+    """T5 of these shapes."""
+    return T5Config(
+        vocab_size=shapes.vocabulary,
+        d_model=shapes.caption_channels,
+        d_kv=shapes.caption_channels // shapes.text_heads,
+        d_ff=shapes.text_width,
+        num_heads=shapes.text_heads,
+        num_layers=shapes.text_layers,
+    )
+
+
+def text_encoder(shapes: Shapes) -> T5Encoder:
+    """T5 with random weights."""
+    net = T5Encoder(text_config(shapes))
+    net.initialise(np.random.default_rng(0))
+    return net.set_train(False)
+
+
+def autoencoder(shapes: Shapes) -> AutoencoderKL:
+    """The autoencoder with random weights."""
+    groups = min(32, shapes.vae_widths[0])
+    net = AutoencoderKL(VAEConfig(block_out_channels=shapes.vae_widths, norm_num_groups=groups))
+    net.initialise(np.random.default_rng(0))
+    return net.set_train(False)
+
+
+def captions(shapes: Shapes, rng: np.random.Generator) -> dict:
+    """Random embeddings of a prompt of ``words`` tokens and of an empty one."""
+    embeds = [rng.standard_normal((1, n, shapes.caption_channels), np.float32) for n in (shapes.words, 1)]
+    return {
+        "prompt_embeds": ms.Tensor(embeds[0]),
+        "prompt_attention_mask": np.ones((1, shapes.words), bool),
+        "negative_prompt_embeds": ms.Tensor(embeds[1]),
+        "negative_prompt_attention_mask": np.ones((1, 1), bool),
+    }
+
+
+class Denoise:
+    """All steps of one picture with guidance: seconds of the preparation and of every step."""
+
+    def __init__(self, shapes: Shapes):
+        self.shapes, self.rng = shapes, np.random.default_rng(1)
+        self.pipe = PixArtSigmaPipeline(None, None, None, transformer(shapes), "dpm++")
+        self.given = captions(shapes, self.rng)
+
+    def __call__(self) -> dict:
+        shapes, times = self.shapes, [time.perf_counter()]
+        run = self.pipe.sample(
+            **self.given,
+            height=shapes.size,
+            width=shapes.size,
+            num_inference_steps=shapes.steps,
+            generator=self.rng,
+        )
+        next(run)
+        for self.last in run:
+            times.append(time.perf_counter())
+        return {"steps": np.diff(times).tolist()}
+
+
+class Encode:
+    """Prompt and empty negative prompt through T5."""
+
+    def __init__(self, shapes: Shapes, net: T5Encoder | StreamedT5Encoder | None = None):
+        self.net = net or text_encoder(shapes)
+        self.ids = np.arange(2, 2 + shapes.words)[None] % shapes.vocabulary
+
+    def __call__(self) -> dict:
+        self.embeds = [
+            self.net(ids, np.ones(ids.shape, bool)).asnumpy() for ids in (self.ids, self.ids[:, :1])
+        ]
+        return {}
+
+
+class Decode:
+    """Latents to a picture."""
+
+    def __init__(self, shapes: Shapes, tiling: bool = False):
+        self.net, side = autoencoder(shapes), shapes.size // 8
+        if tiling:
+            self.net.enable_tiling()
+        self.latents = np.random.default_rng(1).standard_normal((1, 4, side, side), np.float32)
+
+    def __call__(self) -> dict:
+        self.picture = self.net.decode(ms.Tensor(self.latents))[0].asnumpy()
+        return {}
+
+
+class DecodeTiled(Decode):
+    """Latents to a picture, by tiles."""
+
+    def __init__(self, shapes: Shapes):
+        super().__init__(shapes, tiling=True)
+
+
+class Picture:
+    """Prompt to picture: encode, denoise, decode."""
+
+    def __init__(self, shapes: Shapes):
+        self.encode, self.denoise, self.decode = Encode(shapes), Denoise(shapes), Decode(shapes)
+
+    def __call__(self) -> dict:
+        self.encode()
+        embeds, negative = self.encode.embeds
+        self.denoise.given |= {
+            "prompt_embeds": ms.Tensor(embeds),
+            "negative_prompt_embeds": ms.Tensor(negative),
+        }
+        self.denoise()
+        self.decode.latents = self.denoise.last.latents
+        return self.decode()
+
+
+class Train:
+    """A training step of one picture: loss, gradients, clipping, AdamW."""
+
+    def __init__(self, shapes: Shapes):
+        from pixart_nb.core.training.loss import coefficients
+        from pixart_nb.core.training.objective import diffusion_loss
+        from pixart_nb.core.training.optim import AdamW
+
+        net, side, rng = transformer(shapes).set_train(True), shapes.size // 8, np.random.default_rng(1)
+        arrays = [rng.standard_normal((1, 4, side, side), np.float32) for _ in range(2)]
+        arrays += [coefficients(np.array([500])), np.array([500], np.float32)]
+        arrays += [rng.standard_normal((1, shapes.words, shapes.caption_channels), np.float32)]
+        arrays += [np.ones((1, shapes.words), bool), np.ones(1, np.float32)]
+        self.batch = [*map(ms.Tensor, arrays), net.positions(side, side)]
+        # y_embedding takes part only where captions are dropped
+        self.parameters = {n: p for n, p in net.parameters_and_names() if n != "y_embedder.y_embedding"}
+        self.optimizer = AdamW(self.parameters)
+        weights = list(self.parameters.values())
+        self.gradient = ms.value_and_grad(diffusion_loss(net), None, weights, has_aux=True)
+
+    def __call__(self) -> dict:
+        from pixart_nb.core.training.optim import clip_by_norm, global_norm
+
+        (loss, *_), gradients = self.gradient(*self.batch)
+        gradients = clip_by_norm(gradients, global_norm(gradients), 1.0)
+        self.optimizer.update(dict(zip(self.parameters, gradients, strict=True)), 1e-5)
+        return {"loss": float(loss.asnumpy())}
+
+
+class Block:
+    """One block, alone, over all tokens of a picture, one row."""
+
+    def __init__(self, shapes: Shapes):
+        self.net = transformer(replace(shapes, depth=1))
+        rng = np.random.default_rng(1)
+        caption = ms.Tensor(rng.standard_normal((1, shapes.words, shapes.caption_channels), np.float32))
+        self.denoiser = Denoiser(self.net, caption, None)
+        side = shapes.size // 8
+        self.latents = ms.Tensor(rng.standard_normal((1, 4, side, side), np.float32))
+
+    def __call__(self) -> dict:
+        self.denoiser(self.latents, 500.0).asnumpy()
+        return {}
+
+
+class Pipeline:
+    """Everything from token ids to a picture in little memory: T5 streamed from its files, then freed, denoising in
+    float32, freed, decoding by tiles. What is made for it is not held between the stages."""
+
+    def __init__(self, shapes: Shapes):
+        self.shapes, self.folder = shapes, tempfile.TemporaryDirectory()
+        write_text_encoder(shapes, Path(self.folder.name))
+
+    def __call__(self) -> dict:
+        shapes, peaks = self.shapes, {}
+        encode = Encode(shapes, StreamedT5Encoder(Path(self.folder.name), ms.float32))
+        encode()
+        (embeds, negative), peaks["encode"] = encode.embeds, peak()
+        del encode
+        gc.collect()
+        denoise = Denoise(shapes)
+        denoise.given |= {"prompt_embeds": ms.Tensor(embeds), "negative_prompt_embeds": ms.Tensor(negative)}
+        denoise()
+        latents, peaks["denoise"] = denoise.last.latents, peak()
+        del denoise
+        gc.collect()
+        decode = DecodeTiled(shapes)
+        decode.latents = latents
+        decode()
+        return {"peaks": peaks | {"decode": peak()}}
+
+
+def peak() -> float:
+    """Largest resident size of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def write_text_encoder(shapes: Shapes, folder: Path) -> None:
+    """Files of T5 as published: float16, a shard for each layer. All layers have the same random weights."""
+    net = text_encoder(replace(shapes, text_layers=1))
+    tensors = {name: p.asnumpy().astype(np.float16) for name, p in net.parameters_and_names()}
+    del net
+    layer = {name: value for name, value in tensors.items() if ".block.0." in name}
+    shards = {"first.safetensors": {name: value for name, value in tensors.items() if name not in layer}}
+    for number in range(shapes.text_layers):
+        renamed = {name.replace(".block.0.", f".block.{number}."): value for name, value in layer.items()}
+        if number:
+            renamed = {
+                name: value for name, value in renamed.items() if "relative_attention_bias" not in name
+            }
+        shards[f"layer-{number}.safetensors"] = renamed
+    for name, values in shards.items():
+        save_tensors(folder / name, values)
+    places = {key: name for name, values in shards.items() for key in values}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    write_json(folder / "config.json", vars(text_config(shapes)))
+
+
+WORK: dict[str, Callable] = {
+    "denoise": Denoise,
+    "encode": Encode,
+    "decode": Decode,
+    "decode-tiled": DecodeTiled,
+    "picture": Picture,
+    "train": Train,
+    "block": Block,
+    "pipeline": Pipeline,
+}

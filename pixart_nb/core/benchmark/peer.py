@@ -1,0 +1,181 @@
+"""The same work in diffusers on PyTorch: the optional extra ``reference``. For a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from pixart_nb.core.benchmark.shapes import Shapes
+
+
+def versions() -> str:
+    """What computes, on what device."""
+    return f"diffusers {version('diffusers')}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def transformer(shapes: Shapes) -> diffusers.PixArtTransformer2DModel:
+    """A transformer with random weights."""
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=shapes.heads,
+        attention_head_dim=shapes.hidden_size // shapes.heads,
+        cross_attention_dim=shapes.hidden_size,
+        num_layers=shapes.depth,
+        sample_size=shapes.size // 8,
+        caption_channels=shapes.caption_channels,
+        interpolation_scale=shapes.pe_interpolation,
+        use_additional_conditions=False,
+    ).eval()
+
+
+def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
+    """T5 with random weights."""
+    config = transformers.T5Config(
+        vocab_size=shapes.vocabulary,
+        d_model=shapes.caption_channels,
+        d_kv=shapes.caption_channels // shapes.text_heads,
+        d_ff=shapes.text_width,
+        num_layers=shapes.text_layers,
+        num_heads=shapes.text_heads,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def autoencoder(shapes: Shapes) -> diffusers.AutoencoderKL:
+    """The autoencoder with random weights."""
+    widths = tuple(shapes.vae_widths)
+    return diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=2,
+        norm_num_groups=min(32, widths[0]),
+        scaling_factor=0.13025,
+    ).eval()
+
+
+def padded_mask(shapes: Shapes, tokens: int) -> torch.Tensor:
+    """Mask of a prompt that is padded to the model's length, (1, max_length)."""
+    return (torch.arange(shapes.max_length)[None] < tokens).long()
+
+
+def captions(shapes: Shapes) -> dict:
+    """Random embeddings, padded as the pipeline pads them."""
+    wide = (1, shapes.max_length, shapes.caption_channels)
+    return {
+        "prompt_embeds": torch.randn(wide),
+        "prompt_attention_mask": padded_mask(shapes, shapes.words),
+        "negative_prompt_embeds": torch.randn(wide),
+        "negative_prompt_attention_mask": padded_mask(shapes, 1),
+    }
+
+
+class Denoise:
+    """All steps of one picture with guidance: seconds of the preparation and of every step."""
+
+    def __init__(self, shapes: Shapes):
+        self.shapes, self.given = shapes, captions(shapes)
+        scheduler = diffusers.DPMSolverMultistepScheduler(beta_end=0.02, beta_schedule="linear")
+        self.pipe = diffusers.PixArtSigmaPipeline(None, None, None, transformer(shapes), scheduler)
+        self.pipe.set_progress_bar_config(disable=True)
+
+    def __call__(self) -> dict:
+        shapes, times = self.shapes, [time.perf_counter()]
+        self.last = self.pipe(
+            prompt=None,
+            negative_prompt=None,
+            **self.given,
+            height=shapes.size,
+            width=shapes.size,
+            num_inference_steps=shapes.steps,
+            use_resolution_binning=False,
+            output_type="latent",
+            callback=lambda *_: times.append(time.perf_counter()),
+            callback_steps=1,
+        ).images
+        return {"steps": np.diff(times).tolist()}
+
+
+class Encode:
+    """Prompt and empty negative prompt through T5, padded."""
+
+    def __init__(self, shapes: Shapes):
+        self.net, self.shapes = text_encoder(shapes), shapes
+        self.ids = torch.arange(2, 2 + shapes.max_length)[None] % shapes.vocabulary
+
+    @torch.no_grad()
+    def __call__(self) -> dict:
+        masks = [padded_mask(self.shapes, tokens) for tokens in (self.shapes.words, 1)]
+        self.embeds = [self.net(self.ids, attention_mask=mask)[0] for mask in masks]
+        return {}
+
+
+class Decode:
+    """Latents to a picture."""
+
+    def __init__(self, shapes: Shapes):
+        self.net = autoencoder(shapes)
+        self.latents = torch.randn(1, 4, shapes.size // 8, shapes.size // 8)
+
+    @torch.no_grad()
+    def __call__(self) -> dict:
+        self.picture = self.net.decode(self.latents).sample
+        return {}
+
+
+class Picture:
+    """Prompt to picture: encode, denoise, decode."""
+
+    def __init__(self, shapes: Shapes):
+        self.encode, self.denoise, self.decode = Encode(shapes), Denoise(shapes), Decode(shapes)
+
+    def __call__(self) -> dict:
+        self.encode()
+        embeds, negative = self.encode.embeds
+        self.denoise.given |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        self.denoise()
+        self.decode.latents = self.denoise.last
+        return self.decode()
+
+
+class Train:
+    """A training step of one picture: loss, gradients, clipping, AdamW."""
+
+    def __init__(self, shapes: Shapes):
+        self.net, side = transformer(shapes).train(), shapes.size // 8
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5)
+        given = captions(shapes)
+        self.caption = {
+            "encoder_hidden_states": given["prompt_embeds"],
+            "encoder_attention_mask": given["prompt_attention_mask"],
+        }
+        self.x_t, self.noise = (torch.randn(1, 4, side, side) for _ in range(2))
+
+    def __call__(self) -> dict:
+        sizes = {"resolution": None, "aspect_ratio": None}
+        out = self.net(
+            self.x_t, timestep=torch.tensor([500]), added_cond_kwargs=sizes, **self.caption, return_dict=False
+        )[0]
+        noise, variance = out.chunk(2, 1)
+        loss = ((noise - self.noise) ** 2).mean() + (variance**2).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        return {"loss": float(loss.detach())}
+
+
+WORK: dict[str, Callable] = {
+    "denoise": Denoise,
+    "encode": Encode,
+    "decode": Decode,
+    "picture": Picture,
+    "train": Train,
+}
