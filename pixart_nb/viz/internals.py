@@ -77,7 +77,8 @@ def position_interpolation(
 
 def _show_similarity(place, grid: np.ndarray):
     middle = (grid.shape[0] // 2, grid.shape[1] // 2)
-    unit = grid / np.linalg.norm(grid, axis=-1, keepdims=True)
+    length = np.linalg.norm(grid, axis=-1, keepdims=True)
+    unit = grid / np.where(length == 0, 1, length)
     image = place.imshow(unit @ unit[middle], cmap=AMOUNT, vmin=0, vmax=1, interpolation="nearest")
     place.plot(middle[1], middle[0], "+", color=MARK, markersize=6)
     return image
