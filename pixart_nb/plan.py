@@ -62,8 +62,14 @@ def run_of(config: InferenceConfig, networks: Any) -> Any:
         t5_load=config.t5_load,
         tile=config.tile_size or (sample.TILE if config.staged else 0),
         staged=bool(config.staged),
-        caption_tokens=min(max(map(len, prompts)) // _LETTERS + 2, config.t5_max_length),
+        caption_tokens=_tokens(max(prompts, key=len), config),
+        negative_tokens=_tokens(config.negative_prompt, config),
     )
+
+
+def _tokens(text: str, config: InferenceConfig) -> int:
+    """About how many tokens a text has: an empty one only that which ends it."""
+    return min(-(-len(text) // _LETTERS) + 1, config.t5_max_length)
 
 
 def _computed(dtype: str) -> str:
@@ -183,7 +189,7 @@ def told(found: dict[str, Any]) -> str:
     tables = [
         Table(plan.rows(), f"{run.height}x{run.width}, {run.batch} at once, {run.steps} steps, {run.dtype}"),
         f"Peak memory {plan.peak / 1e9:.2f} GB{time}.",
-        f"Giga multiply-adds of one row's step: {parts}.",
+        f"Giga multiply-adds of a step: {parts}.",
     ]
     if found["overview"]:
         tables += ["", Table(found["overview"], "Every size, compression ratio and kind of number")]

@@ -4,14 +4,13 @@ import json
 import resource
 import shutil
 import tracemalloc
-from collections import OrderedDict
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from reference_data import OFFICIAL, diffusers, official, relative_error
-from torch_files import tensor, write_legacy, write_torch
+from torch_files import as_saved, write_legacy, write_torch
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
@@ -60,21 +59,6 @@ def bits(path):
     }
 
 
-def in_torch_file(tensors, write, path, wrap, prefix=""):
-    """Write tensors as torch would: through ``write``, wrapped by ``wrap``."""
-    arrays = {name: np.asarray(t) for name, t in tensors.items()}
-    keys = {name: str(number) for number, name in enumerate(arrays)}
-    named = OrderedDict(
-        (prefix + name, tensor(keys[name], "FloatStorage", a.size, a.shape, steps(a.shape)))
-        for name, a in arrays.items()
-    )
-    write(path, wrap(named), {keys[name]: array for name, array in arrays.items()})
-
-
-def steps(shape):
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """The same transformer in every layout that can be read; each with a config.json where one is published."""
@@ -83,15 +67,11 @@ def sources(tmp_path_factory):
     write_json(folder / "config.json", config)
     tensors = open_checkpoint(path).tensors
     shutil.copy(path, folder / "official.pth")
-    in_torch_file(tensors, write_legacy, folder / "legacy.pth", lambda found: {"state_dict": found})
-    nested = {"epoch": 3, "state_dict": {}}
-    in_torch_file(
-        tensors,
-        write_torch,
-        folder / "nested.pth",
-        lambda found: nested | {"state_dict_ema": found},
-        "module.",
-    )
+    arrays = {name: np.asarray(t) for name, t in tensors.items()}
+    named, storages = as_saved(arrays)
+    write_legacy(folder / "legacy.pth", {"state_dict": named}, storages)
+    named, storages = as_saved(arrays, "module.")
+    write_torch(folder / "nested.pth", {"epoch": 3, "state_dict": {}, "state_dict_ema": named}, storages)
     for name in ("a.safetensors", "a.ckpt"):
         WRITERS[f".{name.split('.')[1]}"](folder / name, tensors)
     converted(folder / "official.pth", folder / "folder")
@@ -99,7 +79,8 @@ def sources(tmp_path_factory):
     for name in ("bin", "shards", "pipeline/transformer"):
         (folder / name).mkdir(parents=True)
         shutil.copy(folder / "folder" / "config.json", folder / name)
-    in_torch_file(theirs, write_torch, folder / "bin" / "diffusion_pytorch_model.bin", dict)
+    named, storages = as_saved({name: np.asarray(t) for name, t in theirs.items()})
+    write_torch(folder / "bin" / "diffusion_pytorch_model.bin", named, storages)
     places = {name: f"diffusion_pytorch_model-0000{k % 3}-of-3.safetensors" for k, name in enumerate(theirs)}
     for shard in set(places.values()):
         part = {name: t for name, t in theirs.items() if places[name] == shard}

@@ -1,16 +1,18 @@
 """The pipeline gives the reference pipeline's numbers, and says what is wrong with what it is given."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from reference_data import FORWARD, TRAJECTORY, diffusers, relative_error
+from torch_files import as_saved, write_torch
 
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline, T5EncoderModel
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
-from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.checkpoints.store import CheckpointError, load_tensors, save_tensors, write_json
 from pixart_nb.core.sampling.pipeline import Conditioning
 
 FOLDER, CALL, GOLDEN = diffusers("sigma")
@@ -215,6 +217,26 @@ def test_the_call_of_mindones_documentation_runs(tmp_path):
     image = pipe("cute cat")[0][0]
     image.save(tmp_path / "cat.png")
     assert Image.open(tmp_path / "cat.png").size == (128, 128)
+
+
+def test_a_published_folder_with_shards_and_torch_files_gives_the_same_picture(pipe, call, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(FOLDER, folder)
+    whole = folder / "text_encoder" / "model.safetensors"
+    tensors = load_tensors(whole)
+    places = {name: f"model-0000{k % 2 + 1}-of-00002.safetensors" for k, name in enumerate(sorted(tensors))}
+    for shard in set(places.values()):
+        save_tensors(whole.with_name(shard), {n: t for n, t in tensors.items() if places[n] == shard})
+    write_json(whole.with_name("model.safetensors.index.json"), {"metadata": {}, "weight_map": places})
+    for path in [*folder.glob("vae/*.safetensors"), *folder.glob("transformer/*.safetensors")]:
+        write_torch(path.with_suffix(".bin"), *as_saved(load_tensors(path)))
+        path.unlink()
+    whole.unlink()
+    ours = PixArtSigmaPipeline.from_pretrained(folder)
+    assert np.array_equal(ours(**call, output_type="np")[0], pipe(**call, output_type="np")[0])
+    whole.with_name(places["shared.weight"]).unlink()
+    with pytest.raises(CheckpointError, match=r"text_encoder lacks .*Download the missing shards"):
+        PixArtSigmaPipeline.from_pretrained(folder)
 
 
 def test_the_layout_of_mindones_example_gives_the_same_picture(pipe, call, tmp_path):

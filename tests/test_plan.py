@@ -39,6 +39,8 @@ from pixart_nb.core.planning.plan import (
     smaller_runs,
     warnings_of,
 )
+from pixart_nb.core.sampling.conditioning import Conditioning
+from pixart_nb.core.sampling.guidance import guided_prediction
 
 TINY_T5 = T5Config(vocab_size=30, d_model=24, d_kv=8, d_ff=40, num_heads=2, num_layers=3)
 PUBLISHED = Networks(PixArtConfig(input_size=128, pe_interpolation=2.0), T5Config(), VAEConfig())
@@ -69,28 +71,40 @@ def test_parameters_are_those_of_the_published_networks():
     assert parameters(VAEConfig()) == 83_653_863
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(
     height=st.integers(2, 7),
     width=st.integers(2, 7),
-    caption=st.integers(1, 9),
+    caption=st.integers(1, 16),
+    negative=st.integers(1, 3),
     layers=st.sets(st.integers(0, 2)),
     operator=st.sampled_from(["conv", "mean", "ave"]),
     micro=st.booleans(),
 )
-def test_multiply_adds_of_a_pass_are_those_that_happen(height, width, caption, layers, operator, micro):
+def test_multiply_adds_of_a_guided_step_are_those_that_happen(
+    height, width, caption, negative, layers, operator, micro
+):
     compression = {"sampling": operator, "scale_factor": 2, "kv_compress_layer": sorted(layers)}
     config = replace(
         SMALL.transformer, micro_condition=micro, kv_compress_config=compression if layers else None
     )
-    net = filled(config)
+    texts = [(random(1, count, 24), np.ones((1, count), bool)) for count in (caption, negative)]
+    with counted() as once:
+        predict = guided_prediction(
+            filled(config), Conditioning(*texts[0], *texts[1]), 4.5, 16 * height, 16 * width
+        )
     with counted() as found:
-        net(random(1, 4, 2 * height, 2 * width), ms.Tensor([5.0]), random(1, caption, 24))
-    planned = step_products(config, 16 * height, 16 * width, caption)
-    matrix_products = sum(planned.values()) - planned["compression"]  # which is arithmetic on elements
-    assert sum(found) == matrix_products + caption_products(config, caption)
-    blocks = {k: v for k, v in planned.items() if k not in ("patches", "timestep")}
-    assert sum(blocks.values()) == step_cost(config, 16 * height, 16 * width, caption).multiply_adds
+        predict(np.zeros((1, 4, 2 * height, 2 * width), np.float32), 5.0)
+    planned = step_products(config, 16 * height, 16 * width, [negative, caption])
+    assert sum(found) == sum(planned.values()) - planned["compression"]  # which is arithmetic on elements
+    assert sum(once) == caption_products(config, caption) + caption_products(config, negative)
+
+
+def test_the_blocks_of_a_step_are_counted_as_the_cost_of_compression_is():
+    known = step_cost(SMALL.transformer, 96, 64, 30)
+    planned = step_products(SMALL.transformer, 96, 64, [30])
+    blocks = {name: count for name, count in planned.items() if name not in ("patches", "timestep")}
+    assert sum(blocks.values()) == known.multiply_adds
 
 
 @settings(max_examples=6)
@@ -274,6 +288,8 @@ from dataclasses import replace
 from pixart_nb.core.memory import PeakMemory
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
+from pixart_nb.core.sampling.conditioning import Conditioning
+from pixart_nb.core.sampling.guidance import guided_prediction
 from pixart_nb.core.planning.calibration import _network, _step
 from pixart_nb.core.planning.memory import Networks, Run
 import numpy as np

@@ -1,49 +1,33 @@
 """The playground as a user meets it: in JupyterLab, in a browser."""
 
-import base64
-import io
 import os
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
+from lab import (
+    SLOW,
+    browser,
+    needs_browser,
+    nothing_cut_or_covered,
+    open_notebook,
+    pixels_of,
+    run_cell,
+    server,
+    sync_api,
+    watched_page,
+)
 from PIL import Image
 
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.picture_files import read_parameters
 
-CHROMIUM = shutil.which("chromium")
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="runs once playwright is installed: pip install -e '.[browser]'"
-)
-pytestmark = [
-    pytest.mark.notebook,
-    pytest.mark.skipif(not CHROMIUM, reason="runs once there is a chromium: apt-get install chromium"),
-]
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+pytestmark = needs_browser
+__all__ = ["browser", "server"]  # fixtures
 MODEL = os.environ.get("PLAYGROUND_MODEL", "data/tiny-sigma")
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "outputs" / "playground_browser"
 README_PICTURE = os.environ.get("PLAYGROUND_PICTURE", "")
-#: Milliseconds that a slow machine may take for anything.
-SLOW = 90_000
 CELLS = (
     """
 import os
@@ -68,97 +52,16 @@ Playground(
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A JupyterLab of its own: the folder it serves, and the address with a token."""
-    folder = tmp_path_factory.mktemp("lab")
-    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text(
-        '{"fetchNews": "false", "checkForUpdates": false}'
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = secrets.token_hex(16)
-    options = {
-        "ServerApp.ip": "127.0.0.1",
-        "ServerApp.port": port,
-        "ServerApp.port_retries": 0,
-        "IdentityProvider.token": token,
-        "ServerApp.root_dir": folder,
-        "LabApp.user_settings_dir": folder / "settings",
-        "LabApp.workspaces_dir": folder / "workspaces",
-    }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command + [f"--{name}={value}" for name, value in options.items()], stdout=log, stderr=log
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/api?token={token}", process, folder / "server.log")
-            yield folder, f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def wait_for(address, process, log):
-    for _ in range(600):
-        if process.poll() is not None:
-            break
-        try:
-            return urllib.request.urlopen(address, timeout=5).close()
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError(f"JupyterLab does not answer:\n{log.read_text()}")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(server, browser, project):
     """A page with the playground, the kernel idle; an error in the browser's console fails the test."""
-    folder, address = server
-    values = {"project": str(project), "model": MODEL, "folder": str(folder / "saved")}
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    cells = [new_code_cell(cell.strip().format(**values)) for cell in CELLS]
-    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "play.ipynb")
-    page, complaints = browser.new_page(viewport={"width": 1400, "height": 1040}), []
-    page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.goto(address.format("play.ipynb"))
-    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=SLOW)
-    page.wait_for_selector(".jp-Spinner", state="detached", timeout=SLOW)
-    run_cell(page, 0)
-    run_cell(page, 1)
-    error = page.locator("[data-mime-type='application/vnd.jupyter.error']")
-    page.locator(".pixart-playground").or_(error).first.wait_for(timeout=SLOW)
-    assert not error.count(), error.inner_text()
+    values = {"project": str(project), "model": MODEL, "folder": str(server[0] / "saved")}
+    page, complaints = watched_page(browser)
+    cells = [cell.strip().format(**values) for cell in CELLS]
+    open_notebook(page, server, "play.ipynb", cells, ".pixart-playground")
     yield page
     page.close()
     assert complaints == []  # none is excluded
-
-
-def run_cell(page, number):
-    """Press Shift and Enter in a cell, again if it was lost, as happens when JupyterLab has only just opened."""
-    cell = page.locator(".jp-Cell").nth(number)
-    for _ in range(5):
-        cell.locator(".cm-content").click()
-        page.keyboard.press("Shift+Enter")
-        try:
-            return sync_api.expect(cell.locator(".jp-InputPrompt").first).not_to_have_text(
-                "[ ]:", timeout=3000
-            )
-        except AssertionError:
-            continue
-    raise AssertionError(f"cell {number} does not run")
 
 
 class User:
@@ -193,18 +96,7 @@ class User:
 
     def picture(self):
         """What the large picture shows, (H, W, 3) uint8."""
-        address = self.page.evaluate(
-            """async () => {
-                const image = document.querySelector('.pixart-frame img')
-                await image.decode().catch(() => {})  // the next one may be coming
-                const canvas = document.createElement('canvas')
-                Object.assign(canvas, {width: image.naturalWidth, height: image.naturalHeight})
-                canvas.getContext('2d').drawImage(image, 0, 0)
-                return canvas.toDataURL()
-            }"""
-        )
-        png = base64.b64decode(address.split(",", 1)[1])
-        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        return pixels_of(self.page, ".pixart-frame img")
 
     def sees_picture(self, right):
         """Wait until the large picture is right."""
@@ -214,26 +106,7 @@ class User:
             time.sleep(0.05)
 
     def sees_everything(self):
-        """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
-        cut = self.widget.evaluate(
-            """widget => [widget, ...widget.querySelectorAll('.widget-box')]
-                .filter(box => box.scrollWidth > box.clientWidth + 1)
-                .map(box => box.className + ": " + box.textContent)"""
-        )
-        assert cut == []
-        boxes = [
-            part.bounding_box()
-            for part in self.widget.locator("textarea, select, input, .widget-readout, button").all()
-            if part.is_visible()
-        ]
-        for number, box in enumerate(boxes):
-            for other in boxes[:number]:
-                apart = (
-                    box["x"] + box["width"] <= other["x"] + 1 or other["x"] + other["width"] <= box["x"] + 1,
-                    box["y"] + box["height"] <= other["y"] + 1
-                    or other["y"] + other["height"] <= box["y"] + 1,
-                )
-                assert any(apart), (box, other)
+        nothing_cut_or_covered(self.widget)
 
     def photograph(self, name):
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)

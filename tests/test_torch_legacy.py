@@ -13,6 +13,7 @@ from torch_files import (
     Global,
     LegacyStorage,
     TorchPickler,
+    as_saved,
     tensor,
     write_legacy,
     write_pickle,
@@ -78,22 +79,11 @@ def test_the_old_format_has_strided_shared_and_partly_seen_storages(tmp_path):
 
 def test_an_official_checkpoint_is_the_same_in_the_old_format(tmp_path):
     tensors = state_dict(read_torch(official("sigma-ms-kvconv2")[0]))
-    names = {name: str(number) for number, name in enumerate(tensors)}
-    content = {
-        "state_dict": OrderedDict(
-            (f"module.{name}", tensor(names[name], "FloatStorage", v.size, v.shape, strides(v.shape)))
-            for name, v in tensors.items()
-        ),
-        "epoch": 3,
-    }
-    storages = {names[name]: value for name, value in tensors.items()}
-    read = state_dict(read_torch(write_legacy(tmp_path / "old.pth", content, storages)))
+    named, storages = as_saved(tensors, "module.")
+    path = write_legacy(tmp_path / "old.pth", {"state_dict": named, "epoch": 3}, storages)
+    read = state_dict(read_torch(path))
     assert list(read) == list(tensors)
     assert all(np.array_equal(read[name], tensors[name]) for name in tensors)
-
-
-def strides(shape):
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
 
 
 @pytest.mark.parametrize("module", [("os", "system"), ("builtins", "eval"), ("torch.nn", "Linear")])

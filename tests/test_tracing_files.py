@@ -53,9 +53,7 @@ def test_compressed_layers_keep_their_grid(tmp_path):
 
 def test_a_trace_of_another_model_is_refused(saved, tmp_path):
     _, path = saved
-    with pytest.raises(
-        CheckpointError, match=r"of another model: .*depth 3 in the trace, 2 in the model"
-    ):
+    with pytest.raises(CheckpointError, match=r"of another model: .*depth 3 in the trace, 2 in the model"):
         Trace.load(path, compressing(None))
     net = compressing(None)
     with trace(net, announce=None) as t:

@@ -1,6 +1,7 @@
 """Torch files written without torch, for the tests: pickles with its instructions, both formats, whole or wrong."""
 
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -50,6 +51,16 @@ def tensor(key, kind, count, size, stride, offset=0):
     return Call(
         Global("torch._utils", "_rebuild_tensor_v2"), storage, offset, size, stride, False, OrderedDict()
     )
+
+
+def as_saved(arrays, prefix=""):
+    """float32 arrays by name as torch saves a state_dict: the dictionary to pickle, and the storages."""
+    named, storages = OrderedDict(), {}
+    for number, (name, array) in enumerate(arrays.items()):
+        strides = tuple(math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim))
+        named[prefix + name] = tensor(str(number), "FloatStorage", array.size, array.shape, strides)
+        storages[str(number)] = array
+    return named, storages
 
 
 def write_torch(path, content, storages, prefix="archive"):

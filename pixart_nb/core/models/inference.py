@@ -17,7 +17,6 @@ from mindspore import mint, ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
 from pixart_nb.core.models.kv_compression import shrink_cells
-from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.transformer import Block, PixArt, repeat_batch, trim_caption
 from pixart_nb.core.operators import rows_like
 
@@ -75,10 +74,10 @@ class ShortCaption:
         self.tokens, dtype = caption.shape[1], layer.q_linear.weight.dtype
         k, v = (part[0].astype(ms.float32) for part in layer.keys_values(caption))  # (H, T, d)
         k = k * (size // heads) ** -0.5
-        by_head = layer.q_linear.weight.astype(ms.float32).reshape(heads, size // heads, size)
+        by_head = layer.q_linear.matrix().astype(ms.float32).reshape(heads, size // heads, size)
         keys = ops.BatchMatMul()(k, by_head).reshape(heads * self.tokens, size)
         bias = ops.BatchMatMul()(k, layer.q_linear.bias.astype(ms.float32).reshape(heads, -1, 1))
-        out = layer.proj.weight.astype(ms.float32).asnumpy().reshape(size, heads, size // heads)
+        out = layer.proj.matrix().astype(ms.float32).asnumpy().reshape(size, heads, size // heads)
         out = ms.Tensor(np.ascontiguousarray(out.transpose(1, 2, 0)))  # (H, d, D)
         self.values = ops.BatchMatMul()(v, out).reshape(heads * self.tokens, size).astype(dtype)
         self.keys = ms.Tensor(np.ascontiguousarray(keys.asnumpy().T)).astype(dtype)
@@ -109,9 +108,8 @@ def caption_layer(block: Block, caption: ms.Tensor) -> ConstantCaption | ShortCa
     layer = block.cross_attn
     if caption.shape[1] == 1:
         return ConstantCaption(block, caption)
-    plain = type(layer.q_linear) is Linear and type(layer.proj) is Linear  # not adapted by a LoRA
     short = caption.shape[1] < layer.size // layer.heads
-    return ShortCaption(block, caption) if plain and short else LongCaption(block, caption)
+    return ShortCaption(block, caption) if short else LongCaption(block, caption)
 
 
 _orders: dict[tuple, ms.Tensor] = {}

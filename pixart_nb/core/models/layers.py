@@ -33,6 +33,10 @@ class Linear(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return linear(x, self.weight, self.bias)
 
+    def matrix(self) -> ms.Tensor:
+        """What the input is multiplied with, (out, in): the weight. A LoRA's layer adds its changes."""
+        return self.weight
+
     def in_float32(self, x: ms.Tensor) -> ms.Tensor:
         """The same computed in float32, whatever the weights: for inputs that overflow half precision."""
         bias = self.bias if self.bias is None else self.bias.astype(ms.float32)

@@ -7,7 +7,7 @@ on elements are not counted. A column that carries an attention mask is not coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from mindspore import nn
@@ -35,28 +35,45 @@ def network(config: PixArtConfig | T5Config | VAEConfig) -> nn.Cell:
     return unfilled(lambda: _NETWORKS[type(config)](config), ms.float32)
 
 
-def step_products(config: PixArtConfig, height: int, width: int, caption_tokens: int) -> dict[str, int]:
-    """Multiply-adds of one pass of the transformer for one picture of height x width pixels, by part.
+def step_products(config: PixArtConfig, height: int, width: int, captions: Sequence[int]) -> dict[str, int]:
+    """Multiply-adds of one step of sampling for pictures of height x width pixels, by part.
 
-    ``caption_tokens`` are those that the prompt has. The caption's own projections are in ``caption_products``.
+    ``captions``: tokens of the caption of each row. The cross-attention is counted as ``inference`` computes it: folded
+    for short captions, a constant for those of one token. What is done once a prompt is in ``caption_products``.
     """
     unit, size, patch = 8 * config.patch_size, config.hidden_size, config.patch_size**2
-    grid = (height // unit, width // unit)
-    total = Counter()
+    grid, rows = (height // unit, width // unit), len(captions)
+    tokens, total = grid[0] * grid[1], Counter()
     for layer in range(config.depth):
-        total.update(block_products(config, grid, layer, caption_tokens))
-    tokens = grid[0] * grid[1]
-    total["patches"] = tokens * size * patch * (config.in_channels + config.out_channels)
-    total["timestep"] = FREQUENCIES * size + size**2 + 6 * size**2
+        parts = block_products(config, grid, layer, 0) | {"cross-attention": 0}
+        total.update({name: rows * count for name, count in parts.items()})
+    total["cross-attention"] = config.depth * tokens * sum(_reading(config, count) for count in captions)
+    total["patches"] = rows * tokens * size * patch * (config.in_channels + config.out_channels)
+    total["timestep"] = FREQUENCIES * size + size**2 + 6 * size**2  # one for all rows
     if config.micro_condition:  # height, width and ratio, each a third of the width
         total["timestep"] += 3 * (FREQUENCIES * (size // 3) + (size // 3) ** 2)
     return dict(total)
 
 
+def _reading(config: PixArtConfig, caption_tokens: int) -> int:
+    """Multiply-adds of one query of a cross-attention."""
+    size, heads = config.hidden_size, config.num_heads
+    if caption_tokens == 1:
+        return 0
+    if caption_tokens < size // heads:
+        return 2 * size * heads * caption_tokens
+    return 2 * size**2 + 2 * caption_tokens * size
+
+
 def caption_products(config: PixArtConfig, caption_tokens: int) -> int:
-    """Multiply-adds of projecting one caption and making the keys and values of every block: once a prompt."""
-    size = config.hidden_size
-    return caption_tokens * (config.caption_channels * size + size**2 + config.depth * 2 * size**2)
+    """Multiply-adds of preparing one caption for the cross-attention of every block: once a prompt."""
+    size, count = config.hidden_size, caption_tokens
+    layer = 2 * count * size**2  # keys and values
+    if count == 1:
+        layer += size**2  # the value's projection
+    elif count < size // config.num_heads:
+        layer += 2 * count * size**2 + count * size  # both folded with the projections, and the bias
+    return count * (config.caption_channels * size + size**2) + config.depth * layer
 
 
 def encode_products(config: T5Config, tokens: int) -> int:

@@ -30,7 +30,8 @@ class Run:
     """What is drawn, and how. Height and width are those that the model works at, in pixels.
 
     ``tile``: pixels a side of the tiles to decode by, 0 for none. ``t5_load``: whole, stream or int8. ``staged``: one
-    network at a time. ``caption_tokens``: of the longest prompt.
+    network at a time. ``caption_tokens`` and ``negative_tokens``: of the prompt, and of the negative one, which has one
+    when it is empty.
     """
 
     height: int
@@ -43,11 +44,17 @@ class Run:
     tile: int = 0
     staged: bool = False
     caption_tokens: int = 30
+    negative_tokens: int = 1
 
     @property
     def rows(self) -> int:
         """Pictures that go through the transformer together: with guidance, two for each that is drawn."""
         return self.batch * (2 if self.guided else 1)
+
+    @property
+    def captions(self) -> list[int]:
+        """Tokens of the caption of each of these rows."""
+        return [self.negative_tokens] * (self.rows - self.batch) + [self.caption_tokens] * self.batch
 
     def tokens(self, config: PixArtConfig) -> int:
         """Tokens of one picture."""

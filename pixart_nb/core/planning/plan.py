@@ -55,7 +55,7 @@ class Plan:
     """What a run takes.
 
     ``process``: bytes of Python and MindSpore alone; ``peak``: at the worst moment; ``products``: multiply-adds of one
-    row's step by part.
+    step of the batch, by part.
     """
 
     networks: Networks
@@ -110,7 +110,7 @@ def plan(networks: Networks, run: Run, calibration: Calibration | None = None, l
             f"a calibration in {calibration.dtype} for a run in {run.dtype}; make one in {run.dtype}"
         )
     held, working = weights(networks, run), activations(networks, run, live)
-    products = step_products(networks.transformer, run.height, run.width, run.caption_tokens)
+    products = step_products(networks.transformer, run.height, run.width, run.captions)
     done = _multiply_adds(networks, run, products)
     times = _seconds(networks, run, calibration) if calibration else dict.fromkeys(STAGES)
     stages = tuple(StagePlan(name, held[name], working[name], done[name], times[name]) for name in STAGES)
@@ -121,11 +121,11 @@ def plan(networks: Networks, run: Run, calibration: Calibration | None = None, l
 
 
 def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) -> dict[str, int]:
-    step = run.rows * sum(products.values())
-    caption = run.rows * caption_products(networks.transformer, run.caption_tokens)
+    texts = [run.caption_tokens] * run.batch + [run.negative_tokens] * run.guided
+    captions = sum(caption_products(networks.transformer, count) for count in texts)
     return {
-        "encode": run.rows * encode_products(networks.text_encoder, run.caption_tokens),
-        "denoise": run.steps * step + caption,
+        "encode": sum(encode_products(networks.text_encoder, count) for count in texts),
+        "denoise": run.steps * sum(products.values()) + captions,
         "decode": run.batch * sum(decode_products(networks.vae, run.height, run.width).values()),
     }
 
@@ -271,7 +271,7 @@ def overview(
                 "ratio": ratio,
                 "numbers": dtype,
                 "tokens": changed.tokens(config),
-                "tera multiply-adds a step": changed.rows * sum(planned.products.values()) / 1e12,
+                "tera multiply-adds a step": sum(planned.products.values()) / 1e12,
                 **{f"{name} GB": value for name, value in working.items()},
                 "peak GB": planned.peak / 1e9,
                 "seconds a step": planned.seconds_per_step,

@@ -48,6 +48,7 @@ OPTIONS = TrainerOptions(
 STAGES = {
     "transformer": OPTIONS,
     "transformer-2": replace(OPTIONS, steps=6000, start_learning_rate=8e-4, warmup_steps=100),
+    "transformer-3": replace(OPTIONS, steps=5000, start_learning_rate=6e-4, warmup_steps=100),
 }
 BATCH = 32
 PICTURES = 8 * 2160

@@ -98,6 +98,11 @@ class Branch(nn.Cell):
         factor = (self.strength * self.scale).astype(self.up.dtype)
         return linear(linear(self.entering(x, training), self.down), self.up * factor).astype(x.dtype)
 
+    def added(self, weight: ms.Tensor) -> ms.Tensor:
+        """What is added to these rows of the layer's weight, (rows, in)."""
+        factor = (self.strength * self.scale).astype(self.up.dtype)
+        return _product(self.up * factor, self.down).astype(weight.dtype)
+
     def change(self, weight: np.ndarray) -> np.ndarray:
         """What a strength of 1 adds to the rows (rows, in) of the weight, float64."""
         down, up = (p.asnumpy().astype(np.float64) for p in (self.down, self.up))
@@ -119,11 +124,15 @@ class DoraBranch(Branch):
         return super().parameters() | {"lora_magnitude_vector": self.magnitude}
 
     def construct(self, x: ms.Tensor, weight: ms.Tensor, training: bool = False) -> ms.Tensor:
-        weight = weight.astype(self.up.dtype)
-        turned = weight + _product(self.up, self.down) * self.scale
+        wide = weight.astype(self.up.dtype)
+        return linear(self.entering(x, training), self.added(wide)).astype(x.dtype)
+
+    def added(self, weight: ms.Tensor) -> ms.Tensor:
+        wide = weight.astype(self.up.dtype)
+        turned = wide + _product(self.up, self.down) * self.scale
         gain = self.magnitude / ops.stop_gradient(row_norms(turned))
-        added = ops.tile(gain.reshape(-1, 1), (1, weight.shape[1])) * turned - weight
-        return linear(self.entering(x, training), added * self.strength.astype(added.dtype)).astype(x.dtype)
+        added = ops.tile(gain.reshape(-1, 1), (1, wide.shape[1])) * turned - wide
+        return (added * self.strength.astype(added.dtype)).astype(weight.dtype)
 
     def change(self, weight: np.ndarray) -> np.ndarray:
         weight = weight.astype(np.float64)
@@ -141,6 +150,10 @@ class Unchanged(nn.Cell):
 
     def construct(self, x: ms.Tensor, weight: ms.Tensor, training: bool = False) -> ms.Tensor:
         return mint.zeros((*x.shape[:-1], self.rows), dtype=x.dtype)
+
+    def added(self, weight: ms.Tensor) -> ms.Tensor:
+        """As ``Branch.added``."""
+        return mint.zeros(weight.shape, dtype=weight.dtype)
 
 
 class Adapted(nn.Cell):
@@ -167,4 +180,12 @@ class Adapted(nn.Cell):
         for change in self.changes:
             added = [branch(x, weight[start:stop], self.training) for start, stop, branch in change]
             out = out + (added[0] if len(added) == 1 else mint.cat(added, -1))
+        return out
+
+    def matrix(self) -> ms.Tensor:
+        """The weight with all changes added, (out, in)."""
+        weight = as_matrix(self.weight)
+        out = weight
+        for change in self.changes:
+            out = out + mint.cat([branch.added(weight[start:stop]) for start, stop, branch in change], 0)
         return out
