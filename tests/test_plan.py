@@ -88,7 +88,10 @@ def test_multiply_adds_of_a_guided_step_are_those_that_happen(
     config = replace(
         SMALL.transformer, micro_condition=micro, kv_compress_config=compression if layers else None
     )
-    texts = [(random(1, count, 24), np.ones((1, count), bool)) for count in (caption, negative)]
+    texts = [  # two: what is the same is computed once
+        (sign * random(1, count, 24), np.ones((1, count), bool))
+        for count, sign in ((caption, 1), (negative, -1))
+    ]
     with counted() as once:
         predict = guided_prediction(
             filled(config), Conditioning(*texts[0], *texts[1]), 4.5, 16 * height, 16 * width
