@@ -91,6 +91,13 @@ def sample(
             help="Draw in stages whose state lies in this folder: less memory, and the same command goes on."
         ),
     ] = None,
+    enlarge: Annotated[
+        Path | None,
+        typer.Option(help="The folder of such a run, smaller, to begin with its pictures; with --staged."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of an enlarged picture is drawn anew, above 0 to 1.")
+    ] = None,
     t5_load: Annotated[
         TextEncoder | None, typer.Option(help="T5 whole in memory, one layer at a time, or in eight bits.")
     ] = None,
@@ -129,6 +136,8 @@ def sample(
         "dtype": dtype and dtype.value,
         "use_parallel": use_parallel and use_parallel is Switch.true,
         "staged": staged and str(staged),
+        "enlarge": enlarge and str(enlarge),
+        "strength": strength,
         "t5_load": t5_load and t5_load.value,
         "tile_size": tile_size,
         "memory_limit": memory_limit,

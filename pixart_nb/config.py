@@ -68,6 +68,15 @@ class InferenceConfig(BaseModel):
     ncols: int = Field(1, ge=1, description="columns of that grid; a prompt has rows x columns pictures")
     use_parallel: bool = Field(False, description="under msrun: the prompts are divided among the workers")
     staged: str = Field("", description="folder for the state of a run in stages, which goes on when stopped")
+    enlarge: str = Field(
+        "", description="such a folder of the same prompts, smaller, to begin with its pictures"
+    )
+    strength: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of the steps that a picture is drawn anew with when it is enlarged",
+    )
     t5_load: Literal["whole", "stream", "int8"] = Field(
         "whole", description="T5 whole in memory, one layer at a time, or in eight bits"
     )
@@ -87,6 +96,10 @@ class InferenceConfig(BaseModel):
             raise ValueError(f"expected model, or all of {', '.join(roots)}; not given: {', '.join(missing)}")
         if self.kv_compress and not self.kv_compress_layer:
             raise ValueError("kv_compress is on, so expected at least one layer in kv_compress_layer")
+        if self.enlarge and not self.staged:
+            raise ValueError(
+                "enlarge is given, so expected staged, the folder to draw the larger pictures in"
+            )
         unit = 1 if self.use_resolution_binning else 16
         if self.image_height % unit or self.image_width % unit:
             raise ValueError(

@@ -62,6 +62,8 @@ def staged_pictures(
             max_sequence_length=config.t5_max_length,
             tile=config.tile_size or sample.TILE,
             models=models,
+            enlarge=Path(config.enlarge) / f"{picture.stream:03d}" if config.enlarge else None,
+            strength=config.strength,
         )
         for picture in wanted
     ]

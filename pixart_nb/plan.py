@@ -48,6 +48,7 @@ def networks_of(config: InferenceConfig) -> tuple[Any, list[str]]:
 def run_of(config: InferenceConfig, networks: Any) -> Any:
     """The ``Run`` of a configuration."""
     from pixart_nb.core.planning.memory import Run
+    from pixart_nb.core.sampling.step import steps_taken
 
     height, width = large.drawn_size(config, networks.transformer)
     prompts = sample.prompts_of(config)
@@ -56,7 +57,7 @@ def run_of(config: InferenceConfig, networks: Any) -> Any:
         height,
         width,
         batch=1 if config.staged else min(config.batch_size, pictures),
-        steps=config.sampling_steps,
+        steps=steps_taken(config.sampling_steps, config.strength if config.enlarge else 1),
         guided=config.guidance_scale > 1,
         dtype=_computed(config.dtype),
         t5_load=config.t5_load,

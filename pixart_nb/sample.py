@@ -204,8 +204,10 @@ def parameters(config: InferenceConfig, prompt: str, picture: Picture) -> dict[s
     """The configuration that draws one picture, or one grid, again."""
     alone = {"prompt": [prompt], "prompt_path": "", "first_picture": picture.stream, "use_parallel": False}
     grid = {} if config.imagegrid else {"nrows": 1, "ncols": 1}
-    # stages draw what the pipeline draws by tiles, so the picture can be repeated without their folder
-    tiles = {"staged": "", "tile_size": config.tile_size or TILE} if config.staged else {}
+    # stages draw what the pipeline draws by tiles, so the picture can be repeated without their folder, unless it
+    # begins with another one's
+    tiles = {"tile_size": config.tile_size or TILE} if config.staged else {}
+    tiles |= {} if config.enlarge else {"staged": ""}
     return config.model_dump() | alone | grid | tiles
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from reference_data import diffusers
 from typer.testing import CliRunner
 
-from pixart_nb import large, sample
+from pixart_nb import large, plan, sample
 from pixart_nb.cli import app
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -49,6 +49,26 @@ def test_a_finished_run_is_not_drawn_again_and_t5_may_be_streamed(tmp_path, monk
     first = drawn(tmp_path, "staged", staged=state, t5_load=how)
     monkeypatch.setattr(sample, "load_pipeline", lambda *given: pytest.fail("loaded"))
     assert np.array_equal(drawn(tmp_path, "again", staged=state, t5_load="whole")[0], first[0])
+
+
+def test_a_picture_is_enlarged_from_the_stages_of_a_smaller_one_and_repeated_from_its_file(tmp_path):
+    (small, _) = drawn(tmp_path, "small", staged=str(tmp_path / "state"), image_height=48, image_width=32)
+    changes = {"staged": str(tmp_path / "larger"), "enlarge": str(tmp_path / "state"), "strength": 0.5}
+    (first, second) = drawn(tmp_path, "large", **changes)
+    assert small.shape == (48, 32, 3) and first.shape == (96, 64, 3)
+    path = next((tmp_path / "large").glob("001*.png"))
+    again = sample.sample(sample.like(path, output_path=str(tmp_path / "again"), staged=str(tmp_path / "b")))
+    assert np.array_equal(np.asarray(Image.open(again[0])), second)
+
+
+def test_enlarging_needs_a_folder_for_its_stages_and_costs_only_the_steps_that_it_takes(tmp_path):
+    with pytest.raises(ConfigError, match="enlarge is given, so expected staged"):
+        check_config(VALUES | {"enlarge": "state"})
+    config = check_config(
+        VALUES | {"enlarge": "state", "staged": "new", "sampling_steps": 20, "strength": 0.3}
+    )
+    networks, _ = plan.networks_of(config)
+    assert plan.run_of(config, networks).steps == 6
 
 
 def command(*words):

@@ -227,6 +227,39 @@ def test_a_full_disk_is_said_and_leaves_the_stage_as_it_was(tmp_path, monkeypatc
     assert load_tensors(drawing.files.path("pixels"))["pixels"].shape == (160, 96, 3)
 
 
+def test_a_picture_is_enlarged_from_another_ones_latents_as_the_pipeline_does_it(tmp_path):
+    small = picture(tmp_path / "small", drawn=(80, 48), size=(80, 48), steps=2)
+    finished(small)
+    large = picture(tmp_path / "large", enlarge=small.folder, strength=0.5)
+    parts = [part for part in finished(large) if part.stage == "denoise"]
+    assert (parts[-1].done, parts[-1].total) == (3, 3)
+    pipe = whole_pipeline()
+    steps = pipe.sample(
+        large.prompt,
+        height=160,
+        width=96,
+        num_inference_steps=6,
+        generator=picture_generators(0, [0]),
+        start=small.files.load("latents")["latents"].repeat(2, 2).repeat(2, 3),
+        strength=0.5,
+    )
+    assert np.array_equal(large.files.load("latents")["latents"], list(steps)[-1].latents)
+    with pytest.raises(CheckpointError, match=r"strength: 0\.5 there, 0\.9 now"):
+        next(run_staged([replace(large, strength=0.9)], load))
+
+
+def test_what_is_not_drawn_yet_cannot_be_enlarged(tmp_path):
+    with pytest.raises(CheckpointError, match="none holds no run in stages"):
+        next(run_staged([picture(tmp_path / "large", enlarge=tmp_path / "none")], load))
+    small = picture(tmp_path / "small")
+    next(run_staged([small], load))
+    with pytest.raises(CheckpointError, match="is not drawn; finish it, then enlarge it"):
+        next(run_staged([picture(tmp_path / "large", enlarge=small.folder)], load))
+    with pytest.raises(ValueError, match="strength is 0"):
+        next(run_staged([picture(tmp_path / "large", strength=0)], load))
+    assert not (tmp_path / "large").exists()
+
+
 def test_the_hook_around_the_model_sees_every_call_of_the_scheduler():
     pipe: PixArtSigmaPipeline = load(("tokenizer", "text_encoder", "transformer", "scheduler"))
     seen = []

@@ -121,6 +121,10 @@ class EulerDiscreteScheduler(_SigmaScheduler):
         first = float(plan.levels[0, 0])
         return first if self.timestep_spacing != "leading" else float(np.hypot(first, 1.0))
 
+    def noised(self, picture: np.ndarray, noise: np.ndarray, plan: Plan) -> np.ndarray:
+        sigma = float(plan.levels[0, 0])
+        return ((picture + sigma * noise) / self.init_noise_sigma(plan)).astype(np.float32)
+
     def _steps(self, predict, latents, plan, generator, eta) -> Iterator[Step]:
         return euler(predict, self.init_noise_sigma(plan) * latents, plan)
 

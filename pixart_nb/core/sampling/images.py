@@ -58,6 +58,23 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
 
 
+def enlarged(latents: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Latents (N, C, h, w) -> (N, C, height, width), each cell repeated: what is nearest to the middle of the new one.
+
+    Raises ValueError for another shape of picture, which would be stretched.
+    """
+    rows, columns = latents.shape[2:]
+    if not 0.9 < (height / width) / (rows / columns) < 1.1:
+        raise ValueError(
+            f"a picture of {8 * rows}x{8 * columns} is to be enlarged to {8 * height}x{8 * width}, which would stretch "
+            "it; give a size of the same ratio"
+        )
+    down, across = (
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in ((height, rows), (width, columns))
+    )
+    return latents.take(down, axis=2).take(across, axis=3)
+
+
 def downscaled(pictures: np.ndarray | Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
     """Pictures (N, H, W, C) by the mean of whole blocks of pixels: (N, height, width, C) float32.
 

@@ -175,13 +175,16 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         clean_caption: bool = True,
         max_sequence_length: int | None = None,
         around_model: Callable[[Predict], Predict] | None = None,
+        start: np.ndarray | None = None,
+        strength: float = 0.6,
     ) -> Iterator[Conditioning | Step]:
         """The generator underneath: yields the ``Conditioning``, then a ``Step`` per timestep.
 
         Parameters as those of ``__call__``; height and width are drawn as they are, in image pixels. What is wrong
         with them is said at once, before anything is computed. The generators draw the first noise now, and the noise
         of the steps, if the scheduler adds any, as they are taken. ``around_model`` is given what the scheduler calls
-        and returns what it shall call instead.
+        and returns what it shall call instead. ``start``, latents (N, C, height / 8, width / 8) of pictures as steps
+        yield them, makes it image-to-image: noise is added to them, and the last ``strength`` of the steps are taken.
         """
         height, width = self.check_size(height, width)
         plan, scheduler = self.plan(num_inference_steps, timesteps, sigmas, eta), self.scheduler
@@ -197,7 +200,10 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         else:
             check_embeddings(given, guided, self.transformer.config.caption_channels)
         rows = (len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]) * num_images_per_prompt
-        start = self.initial_latents(rows, height, width, generator, latents)
+        begin = self.initial_latents(rows, height, width, generator, latents)
+        if start is not None:
+            plan = plan.last(strength)
+            begin = scheduler.noised(self.initial_latents(rows, height, width, None, start), begin, plan)
         length = max_sequence_length or self.max_sequence_length
         if self.transformer.observer is not None:
             self.transformer.observer.expect(plan.timesteps, rows, guided, height // 8, width // 8, length)
@@ -213,7 +219,7 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
             predict = guided_prediction(self.transformer, condition, guidance_scale, height, width)
             if around_model is not None:
                 predict = around_model(predict)
-            yield from scheduler.steps(predict, start, plan, generator, eta)
+            yield from scheduler.steps(predict, begin, plan, generator, eta)
 
         return steps()
 

@@ -13,7 +13,15 @@ import numpy as np
 
 from pixart_nb.core.checkpoints.store import read_json
 from pixart_nb.core.sampling.schedule import LINEAR, TIMESTEPS, NoiseSchedule
-from pixart_nb.core.sampling.step import Generators, Plan, Predict, Step, chained, check_generators
+from pixart_nb.core.sampling.step import (
+    Generators,
+    Plan,
+    Predict,
+    Step,
+    chained,
+    check_generators,
+    scales,
+)
 from pixart_nb.core.sampling.timesteps import custom_sigmas, custom_timesteps
 
 SPACINGS = ("linspace", "leading", "trailing")
@@ -223,6 +231,14 @@ class Scheduler:
 
     def _steps(self, predict, latents, plan, generator, eta) -> Iterator[Step]:
         raise NotImplementedError
+
+    def noised(self, picture: np.ndarray, noise: np.ndarray, plan: Plan) -> np.ndarray:
+        """What ``steps`` takes in place of unit noise, to begin with a picture (N, C, H, W) as noisy as the plan is.
+
+        SDEdit (Meng et al. 2022), which is image-to-image.
+        """
+        signal, scale = scales(float(plan.levels[0, 0]))
+        return (signal * picture + scale * noise).astype(np.float32)
 
 
 def check_eta(eta: float) -> None:

@@ -41,6 +41,16 @@ class StageFiles:
         self.identity = json.loads(json.dumps(dict(identity)))
         self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> StageFiles:
+        """The files of a run that was begun; ``CheckpointError`` where there is none."""
+        path = Path(folder) / RUN
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} holds no run in stages; expected its {RUN}, so draw it there first"
+            )
+        return cls(folder, read_json(path))
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Have the folder for this process alone.

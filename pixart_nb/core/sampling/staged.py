@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.memory import PeakMemory, release
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
 from pixart_nb.core.sampling.conditioning import embed
-from pixart_nb.core.sampling.images import to_pictures, to_uint8
+from pixart_nb.core.sampling.images import enlarged, to_pictures, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.core.sampling.stage_files import StageFiles
-from pixart_nb.core.sampling.step import Predict, Prediction
+from pixart_nb.core.sampling.step import Predict, Prediction, steps_taken
 
 #: ``load(names)`` gives a pipeline of the components with these names; the others may be None.
 Load = Callable[[Sequence[str]], PixArtSigmaPipeline]
@@ -41,6 +42,9 @@ class StagedPicture:
     them. ``tile``: side in pixels of the tiles that it is decoded by. ``seed``: the seed and the number of the
     picture's random stream. ``models``: what tells the networks, and how they compute, from others (names and
     fingerprints). ``options``: further arguments of ``pipe.sample``.
+
+    ``enlarge``: the folder of a smaller picture's run, whose latents, enlarged, this one begins with in place of noise:
+    noise is added to them, and the last ``strength`` of the steps are taken.
     """
 
     folder: Path
@@ -55,13 +59,30 @@ class StagedPicture:
     tile: int = 512
     models: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    enlarge: Path | None = None
+    strength: float = 0.5
 
     @cached_property
     def files(self) -> StageFiles:
         """The state of this picture's run."""
         names = ("prompt", "negative_prompt", "drawn", "size", "steps", "guidance_scale", "seed", "tile")
         own = {name: getattr(self, name) for name in (*names, "max_sequence_length")}
+        if self.enlarge is not None:
+            own |= {"enlarge": StageFiles.of(self.enlarge).fingerprint, "strength": self.strength}
         return StageFiles(self.folder, own | dict(self.models) | dict(self.options))
+
+    def check_beginning(self) -> None:
+        """Refuse to enlarge what is not drawn yet, and a strength that is none."""
+        steps_taken(self.steps, self.strength)
+        if self.enlarge is not None and not StageFiles.of(self.enlarge).has("latents"):
+            raise CheckpointError(f"the picture in {self.enlarge} is not drawn; finish it, then enlarge it")
+
+    def beginning(self) -> np.ndarray | None:
+        """The latents of the smaller picture, enlarged: (1, C, height / 8, width / 8); None: begin with noise alone."""
+        if self.enlarge is None:
+            return None
+        smaller = StageFiles.of(self.enlarge).load("latents")["latents"]
+        return enlarged(smaller, *(side // 8 for side in self.drawn))
 
     def pixels(self) -> np.ndarray:
         """The finished picture, (height, width, 3) uint8."""
@@ -93,6 +114,7 @@ def run_staged(pictures: Sequence[StagedPicture], load: Load) -> Iterator[Progre
     """
     with ExitStack() as folders:
         for picture in pictures:
+            picture.check_beginning()
             folders.enter_context(picture.files.opened())
         for stage in STAGES:
             waiting = [n for n, picture in enumerate(pictures) if not picture.files.has(stage.result)]
@@ -148,7 +170,7 @@ def _encode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple
 def _denoise(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple[int, int]]:
     """The steps of ``pipe.sample``, with every prediction of the model kept."""
     files = picture.files
-    texts = files.load("embeddings")
+    texts, start = files.load("embeddings"), picture.beginning()
     steps = pipe.sample(
         prompt_embeds=ms.Tensor(texts["prompt_embeds"]),
         prompt_attention_mask=texts["prompt_mask"],
@@ -160,11 +182,14 @@ def _denoise(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tupl
         width=picture.drawn[1],
         generator=picture_generators(picture.seed[0], [picture.seed[1]]),
         around_model=lambda predict: _kept(predict, files),
+        start=start,
+        strength=picture.strength,
         **picture.options,
     )
     next(steps)
     kept = len(list(files.folder.glob("prediction-*.safetensors")))
-    total = len(pipe.plan(picture.steps, *map(picture.options.get, ("timesteps", "sigmas"))))
+    plan = pipe.plan(picture.steps, *map(picture.options.get, ("timesteps", "sigmas")))
+    total = len(plan if start is None else plan.last(picture.strength))
     yield min(kept, total), total
     for step in steps:
         if step.index >= kept:

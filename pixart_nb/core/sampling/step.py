@@ -53,6 +53,18 @@ class Plan:
         for index, (timestep, (here, there)) in enumerate(zip(self.timesteps, self.levels, strict=True)):
             yield index, float(timestep), float(here), float(there)
 
+    def last(self, strength: float) -> Plan:
+        """The steps that image-to-image takes: the last ``strength`` of them, at least one."""
+        first = len(self) - steps_taken(len(self), strength)
+        return Plan(self.timesteps[first:], self.levels[first:])
+
+
+def steps_taken(count: int, strength: float) -> int:
+    """How many of ``count`` steps image-to-image takes. Refuses a strength outside 0..1."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength!r}; expected above 0 (the picture stays) to 1 (all steps)")
+    return max(1, int(count * strength))
+
 
 def chained(timesteps: np.ndarray, sigmas: np.ndarray) -> Plan:
     """The plan of timesteps (N,) whose levels are sigmas (N + 1,): each step ends where the next begins."""
