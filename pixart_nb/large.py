@@ -69,6 +69,46 @@ def staged_pictures(
     ]
 
 
+def growing_pictures(config: InferenceConfig, sizes: Sequence[Any]) -> list[Any]:
+    """The ``StagedPicture``s of a picture that grows through ``sizes`` (``core.sampling.growing.Size``), one prompt.
+
+    Each has a folder named after its size in ``config.staged``, and begins with the one before.
+    """
+    from pixart_nb.core.sampling.staged import StagedPicture
+
+    models, found = identity_of(config), []
+    for size in sizes:
+        drawn = (size.height, size.width)
+        found.append(
+            StagedPicture(
+                Path(config.staged) / f"{size.height}x{size.width}-keys-{size.ratio}",
+                sample.prompts_of(config)[0],
+                drawn,
+                drawn,
+                negative_prompt=config.negative_prompt,
+                steps=config.sampling_steps,
+                guidance_scale=config.guidance_scale,
+                seed=(config.seed, config.first_picture),
+                max_sequence_length=config.t5_max_length,
+                tile=config.tile_size or sample.TILE,
+                models=models | {"keys": f"mean of {size.ratio} x {size.ratio}"},
+                enlarge=found[-1].folder if size.strength < 1 else None,
+                strength=size.strength,
+            )
+        )
+    return found
+
+
+def growing_pipeline(config: InferenceConfig, size: Any, names: Sequence[str]) -> Any:
+    """Components of a configuration's pipeline, whose transformer compresses as a ``Size`` says."""
+    from pixart_nb.core.sampling.growing import shrink_keys
+
+    pipe = sample.load_pipeline(config, names)
+    if pipe.transformer is not None:
+        shrink_keys(pipe.transformer, size.ratio)
+    return pipe
+
+
 def transformer_config(config: InferenceConfig) -> Any:
     """The ``PixArtConfig`` of a configuration's transformer, read from its names and shapes alone."""
     from pixart_nb.core.checkpoints.components import component_places

@@ -1,0 +1,84 @@
+"""A picture that grows: sizes and ratios as asked, each from the one before, with the pipeline left as it was."""
+
+import numpy as np
+import pytest
+from reference_data import diffusers
+
+from pixart_nb import PixArtSigmaPipeline, large
+from pixart_nb.config import check_config
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.sampling.growing import Size, grow, growing_sizes, shrink_keys
+from pixart_nb.core.sampling.staged import run_staged
+
+FOLDER = diffusers("sigma")[0]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return PixArtSigmaPipeline.from_pretrained(FOLDER)
+
+
+def test_sizes_grow_and_so_does_the_ratio():
+    found = growing_sizes(PixArtConfig(), 4096, 2048, (16, 4, 1), (0.5, 0.25), keys=8)
+    assert found == [Size(256, 128), Size(1024, 512, 0.5, 4), Size(4096, 2048, 0.25, 16)]
+    assert growing_sizes(PixArtConfig(), 4096, 4096, [1], [], keys=1000) == [Size(4096, 4096)]
+
+
+@pytest.mark.parametrize(
+    ("factors", "strengths", "said"),
+    [
+        ((1, 2), (0.5,), r"factors are \[1, 2\]; expected them to fall"),
+        ((2, 1), (), "0 strengths for 2 sizes"),
+        ((2, 1), (1.5,), r"strength is 1\.5"),
+        ((3, 1), (0.5,), "256x256 divided by 3 is no multiple of 16 pixels"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(factors, strengths, said):
+    with pytest.raises(ValueError, match=said):
+        growing_sizes(PixArtConfig(), 256, 256, factors, strengths, keys=8)
+
+
+def test_each_size_begins_with_the_one_before_and_the_pipeline_stays_as_it_was(pipe):
+    before = [(block.attn.ratio, block.attn.operator) for block in pipe.transformer.blocks]
+    sizes = [Size(32, 48), Size(64, 96, 0.5, 2)]
+    small, big = grow(pipe, ["a cup", "a hat"], sizes, counts=(2, 1), steps=4, seed=5)
+    assert small.shape == (2, 4, 4, 6) and big.shape == (1, 4, 8, 12)
+    assert [(block.attn.ratio, block.attn.operator) for block in pipe.transformer.blocks] == before
+    (plain,) = grow(pipe, ["a cup"], [Size(64, 96, 1.0, 2)], steps=4, seed=5)
+    assert not np.array_equal(plain, big)
+
+
+def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
+    call = dict(height=64, width=96, num_inference_steps=2, output_type="latent")
+    expected = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
+    found = {ratio: next(grow(pipe, ["a cup"], [Size(64, 96, 1.0, ratio)], steps=2)) for ratio in (1, 2)}
+    again = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
+    assert np.array_equal(expected, again)
+    assert np.array_equal(found[1], expected)
+    assert not np.array_equal(found[2], expected)
+
+
+def test_what_has_learned_to_compress_keeps_its_ratio(pipe):
+    with pytest.raises(ValueError, match="expected mean, ave or uniform"):
+        shrink_keys(pipe.transformer, 2, "conv")
+
+
+def test_stages_draw_what_growing_draws(tmp_path, pipe):
+    config = check_config(
+        {
+            "model": str(FOLDER),
+            "image_height": 64,
+            "image_width": 96,
+            "prompt": ["a cup"],
+            "sampling_steps": 4,
+            "staged": str(tmp_path),
+            "use_resolution_binning": False,
+        }
+    )
+    sizes = [Size(32, 48), Size(64, 96, 0.5, 2)]
+    pictures = large.growing_pictures(config, sizes)
+    for size, picture in zip(sizes, pictures, strict=True):
+        list(run_staged([picture], lambda names, size=size: large.growing_pipeline(config, size, names)))
+    expected = list(grow(pipe, ["a cup"], sizes, steps=4))[-1]
+    assert np.array_equal(pictures[-1].files.load("latents")["latents"], expected)
+    assert pictures[-1].pixels().shape == (64, 96, 3)
