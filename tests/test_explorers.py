@@ -1,7 +1,6 @@
 """The explorers without a browser: what is chosen, what is shown, what is refused, what is exported."""
 
 import base64
-import doctest
 import io
 import json
 import re
@@ -14,7 +13,7 @@ from traced_models import MASK, compressing, inputs
 from pixart_nb.core import trace
 from pixart_nb.core.tracing.interventions import replace_compression
 from pixart_nb.core.tracing.words import Text
-from pixart_nb.viz import clickable, explorers, html_export, widget_parts
+from pixart_nb.viz import explorers
 from pixart_nb.viz.clickable import ClickablePicture
 from pixart_nb.viz.explorers import Choice, figure_of, in_words, map_of, map_pixels, overview_of
 from pixart_nb.viz.html_export import export_attention, quantised
@@ -40,11 +39,6 @@ def np_timesteps(value):
     from pixart_nb.core.backend import ms
 
     return ms.Tensor(np.full(2, value, np.float32))
-
-
-@pytest.mark.parametrize("module", [explorers, html_export, clickable, widget_parts])
-def test_the_examples_in_the_docstrings_hold(module):
-    assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
 
 
 def test_a_words_map_is_that_of_the_trace(run):

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from reference_data import relative_error
 from test_attention import flash_stand_in
-from test_tracing import CALL, assert_untouched, draw, pipe  # noqa: F401 - a fixture
+from test_tracing import CALL, assert_untouched, draw, never, pipe  # noqa: F401 - a fixture
 from test_transformer import small_net
 from traced_models import compressing, inputs
 
 from pixart_nb.core import backend, heads_off, replace_compression, scale_word, swap_prompt, trace
 from pixart_nb.core.backend import ms
+from pixart_nb.core.models.inference import Denoiser
 from pixart_nb.core.tracing.seam import Part, attached
 
 FIRST = "blocks.0.cross_attn"
@@ -315,10 +316,7 @@ def test_after_an_error_the_model_is_as_it_was(pipe):  # noqa: F811
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change, message):  # noqa: F811
-    def never(*args):
-        raise AssertionError("the model was called")
-
-    monkeypatch.setattr(pipe.transformer, "denoise", never)
+    monkeypatch.setattr(Denoiser, "__call__", never)
     with pytest.raises(ValueError, match=message):  # noqa: SIM117
         with change(pipe):
             draw(pipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 import pytest
 from reference_data import diffusers
@@ -10,8 +12,10 @@ from traced_models import compressing, direct_maps, inputs, watched
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import TraceTooLargeError, trace
 from pixart_nb.core.backend import ms
+from pixart_nb.core.models.inference import Denoiser
 from pixart_nb.core.tracing import maps
-from pixart_nb.core.tracing.seam import attention_layers
+from pixart_nb.core.tracing.seam import Observer, attention_layers
+from pixart_nb.core.training.adaptation import compressed_copy
 
 NAMES = ["blocks.0.attn", "blocks.0.cross_attn", "blocks.1.attn", "blocks.1.cross_attn"]
 CALL = dict(
@@ -33,6 +37,10 @@ def pipe():
 def draw(pipe, **changes):
     rngs = [np.random.default_rng(seed) for seed in range(2)]
     return pipe(**CALL | {"generator": rngs} | changes)[0]
+
+
+def never(*args, **options):
+    raise AssertionError("the model was called")
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,16 @@ def test_the_picture_is_bit_for_bit_the_same(pipe):
         during = draw(pipe)
     assert np.array_equal(before, during)
     assert np.array_equal(before, draw(pipe))
+
+
+@pytest.mark.parametrize("operator", ["conv", "ave", "mean"])
+def test_a_model_that_compresses_draws_the_same_too(pipe, operator):
+    other = copy(pipe)
+    other.transformer = compressed_copy(pipe.transformer, [0, 2], 2, operator)
+    before = draw(other, height=80, width=112)
+    with trace(other, announce=None) as t:
+        assert np.array_equal(draw(other, height=80, width=112), before)
+    assert (t.grid, t.key_grid("blocks.2.attn"), t.key_grid("blocks.1.attn")) == ((5, 7), (2, 3), (5, 7))
 
 
 def test_rows_of_the_prompts_are_kept_unless_told(pipe, traced):
@@ -233,10 +251,8 @@ def test_keys_of_a_caption_are_kept_once(traced):
 
 
 def test_a_trace_that_is_too_large_is_refused_before_the_run(pipe, monkeypatch):
-    def never(*args, **options):
-        raise AssertionError("the model was called")
-
-    monkeypatch.setattr(pipe.transformer, "caption_keys_values", never)
+    monkeypatch.setattr(Denoiser, "__call__", never)
+    monkeypatch.setattr(pipe, "_encoded", never)
     with (
         pytest.raises(TraceTooLargeError, match=r"would take \d+\.\d kB.*the limit is 1\.0 kB.*fewer layers"),
         trace(pipe, memory_limit=1000),
@@ -291,16 +307,14 @@ def test_after_an_error_the_model_is_as_it_was(pipe):
 
 
 def test_a_step_in_whose_middle_the_run_was_stopped_is_not_kept(pipe, monkeypatch):
-    calls, block = [], pipe.transformer.blocks[1]
-    original = block.cross_attn.construct
+    original = Observer.attend
 
-    def construct(*args):
-        calls.append(1)
-        if len(calls) == 2:
+    def attend(self, name, *args):
+        if name == "blocks.1.cross_attn" and self.run.index == 1:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(self, name, *args)
 
-    monkeypatch.setattr(block.cross_attn, "construct", construct)
+    monkeypatch.setattr(Observer, "attend", attend)
     with pytest.raises(KeyboardInterrupt), trace(pipe, announce=None) as t:
         draw(pipe)
     assert t.steps == [0]
@@ -316,102 +330,3 @@ def test_traces_may_be_nested_and_leave_one_by_one(pipe):
     assert np.array_equal(outer.rows(NAMES[0], 1, [4]), inner.rows(NAMES[0], 1, [4]))
     assert pass_through.shape[0] == 2
     assert_untouched(pipe.transformer, names)
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"layers": 7},
-            r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\] to choose; there are blocks.0 to blocks.2",
-        ),
-        ({"layers": "blocks.0.mlp"}, r"blocks.0.mlp.*each with attn and cross_attn"),
-        ({"layers": ()}, "none was given"),
-        ({"heads": [0, 9]}, r"heads is \[0, 9\]; the model has heads 0 to \d"),
-        ({"kinds": ("self", "both")}, r"\['both'\]|kinds is"),
-        ({"steps": 8}, r"no steps \[8\]; it has steps 0 to 2"),
-        ({"steps": -1}, "counted from 0"),
-        ({"timesteps": [998.0]}, r"does not visit timesteps \[998.0\]; it visits \[999.0, "),
-        ({"steps": 0, "timesteps": [999.0]}, "give one of them"),
-        ({"rows": "both"}, "conditional, unconditional, all"),
-    ],
-)
-def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, message):
-    with pytest.raises(ValueError, match=message), trace(pipe, announce=None, **options):
-        draw(pipe)
-    assert pipe.transformer.observer is None
-
-
-@pytest.mark.parametrize(
-    ("ask", "message"),
-    [
-        (lambda t: t.rows("blocks.5.attn", 0, 0), r"no layer 'blocks.5.attn'; it has blocks.0.attn, "),
-        (lambda t: t.rows(NAMES[0], 3, 0), r"no step 3; it has \[0, 1, 2\]"),
-        (lambda t: t.rows(NAMES[0], 0, 0, heads=99), r"no head \[99\]; it has \[0, 1"),
-        (lambda t: t.rows(NAMES[0], 0, 24), r"numbers 0 to 23 of \(4, 6\) patches"),
-        (lambda t: t.rows(NAMES[0], 0, np.zeros((4, 6), bool)), "at least one True"),
-        (lambda t: t.rows(NAMES[0], 0, 0, row=2), "no picture 2; it has 0: conditional 0, 1: conditional 1"),
-        (
-            lambda t: t.word_map("moon"),
-            r"no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a', 1: 'red'",
-        ),
-        (lambda t: t.word_map("grass red"), "no word 'grass red'"),
-        (lambda t: t.word_map(6), "no word number 6"),
-        (
-            lambda t: t.word_map("red", layers=4),
-            r"no layer 4; it has blocks.0.cross_attn, ",
-        ),
-        (lambda t: t.word_map("red", steps=[]), "no step"),
-        (lambda t: setattr(t, "pictures", [np.zeros((4, 4, 3), np.uint8)]), "expected 2 pictures"),
-    ],
-)
-def test_what_a_trace_does_not_have_is_refused_with_what_it_has(traced, ask, message):
-    with pytest.raises(ValueError, match=message):
-        ask(traced)
-
-
-def test_a_prompt_without_words_says_so(pipe):
-    with trace(pipe, announce=None) as t:
-        draw(pipe, prompt=["", "   "])
-    assert t.words() == ["</s>"]
-    with pytest.raises(ValueError, match=r"no word 'cat'; the prompt '' has no words, only 0: '</s>'"):
-        t.word_map("cat")
-
-
-def test_a_second_run_needs_a_trace_of_its_own(pipe):
-    with trace(pipe, announce=None) as t:
-        draw(pipe)
-        with pytest.raises(ValueError, match="already holds a run"):
-            draw(pipe)
-    assert t.steps == [0, 1, 2]
-
-
-def test_a_block_in_which_nothing_ran_says_so(pipe):
-    with pytest.warns(UserWarning, match="nothing was traced"), trace(pipe, announce=None):
-        pass
-
-
-def test_steps_that_never_came_are_named():
-    net = compressing(None)
-    with pytest.raises(ValueError, match=r"never came to \[4\]"), trace(net, steps=[0, 4], announce=None):
-        net(*inputs())
-
-
-def test_what_is_no_model_is_refused():
-    with pytest.raises(ValueError, match="got dict"), trace({}):
-        pass
-
-
-def test_numbers_that_are_not_finite_are_named():
-    net = compressing(None)
-    weight = net.blocks[1].attn.qkv.weight
-    weight.set_data(weight * np.inf)
-    with pytest.raises(ValueError, match=r"blocks.1.attn at step 0: row 0, head 0: .*not finite"):  # noqa: SIM117
-        with trace(net, announce=None):
-            net(*inputs())
-    with trace(net, layers=0, announce=None) as t:
-        net(*inputs())
-    assert t.steps == [0]

@@ -1,12 +1,9 @@
 """Views of token compression show the numbers they are given."""
 
-import doctest
-
 import numpy as np
 import pytest
 from viz_figures import check_layout, shown
 
-from pixart_nb.viz import compression
 from pixart_nb.viz.compression import (
     beside_the_paper,
     cells_of_keys,
@@ -21,12 +18,6 @@ from pixart_nb.viz.overlay import overlay
 from pixart_nb.viz.tables import Table
 
 RNG = np.random.default_rng(0)
-
-
-def test_the_examples_in_the_docstrings_hold():
-    result = doctest.testmod(compression, extraglobs={"np": np})
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 def test_kernels_are_shown_as_multiples_of_the_average():

@@ -1,12 +1,9 @@
 """Views of a trajectory, of positions and of modulation show the numbers they are given."""
 
-import doctest
-
 import numpy as np
 import pytest
 from viz_figures import check_layout, shown
 
-from pixart_nb.viz import internals, trajectory
 from pixart_nb.viz.figures import picture_differences
 from pixart_nb.viz.internals import MODULATION, position_interpolation, timestep_modulation
 from pixart_nb.viz.trajectory import denoising_trajectory, trajectory_numbers
@@ -14,13 +11,6 @@ from pixart_nb.viz.trajectory import denoising_trajectory, trajectory_numbers
 RNG = np.random.default_rng(0)
 LATENTS, DENOISED, GUIDANCE = (RNG.standard_normal((count, 4, 6, 8)) for count in (13, 12, 12))
 TIMESTEPS = np.linspace(999, 80, 12)
-
-
-@pytest.mark.parametrize("module", [trajectory, internals])
-def test_the_examples_in_the_docstrings_hold(module):
-    result = doctest.testmod(module, extraglobs={"np": np})
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 def test_numbers_are_root_mean_squares_and_cosines():

@@ -70,7 +70,10 @@ def word_heat_maps(
     for place, (word, heat) in zip(axes[1:], maps.items(), strict=False):
         said = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
         _show_pixels(place, overlay(picture, heat, (0, highest[word]), threshold), said)
-    if not own_scale:
+    if own_scale:
+        said = f"{SHARE}, from 0 (dark) to the number above the map (light)"
+        figure.supxlabel(said, fontsize=SMALL)
+    else:
         _heat_bar(figure, axes, max(highest.values()), SHARE)
     return figure
 

@@ -77,6 +77,10 @@ def two_trees(links: Sequence[Link], titles: tuple[str, str] = ("official", "dif
 
     ``links`` as ``Audit.links()`` gives them. A line has the colour of its way (same name, renamed, split, ...); what
     has no counterpart is written in grey, its way beside it.
+
+    >>> figure = two_trees([(("a.x",), ("left.q", "left.k"), "split in 2"), (("b",), (), "recomputed")])
+    >>> len(figure.axes[0].patches), [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    (2, ['split in 2'])
     """
     links = _in_order(links)
     sides = [tree_rows(name for link in links for name in link[side]) for side in (0, 1)]
@@ -152,6 +156,9 @@ def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("
 
     The first two pictures share their colours. The third is the largest difference of any channel, in units of the
     largest value; where everything is equal it says so.
+
+    >>> parity(np.ones((1, 4, 8, 8)), np.ones((1, 4, 8, 8))).axes[2].get_title()
+    'difference: none, bit for bit'
     """
     if expected.shape != found.shape:
         raise ValueError(

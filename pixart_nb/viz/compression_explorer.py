@@ -126,8 +126,8 @@ class CompressionExplorer:
         self.seconds = time.perf_counter() - started
         say(
             self.message,
-            f"Predictions are off by {self.outcome.error:.1%} on average, pictures by {self.outcome.picture_error:.3f} "
-            f"(rms of colours 0..1). {self.seconds:.1f} s.",
+            f"{_name(self.outcome)}: predictions are off by {self.outcome.error:.1%} on average, pictures by "
+            f"{self.outcome.picture_error:.3f} (rms of colours 0..1). {self.seconds:.1f} s.",
         )
 
     def _pictures(self) -> np.ndarray:

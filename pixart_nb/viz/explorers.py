@@ -158,6 +158,16 @@ def figure_of(trace: Any, picture: np.ndarray, choice: Choice, row: int = 0) -> 
     """The choice as a figure: what the attention explorer shows, for a run without hands.
 
     A word's map over the picture; a patch's view, for each head where all heads are asked for and one layer and step.
+
+    >>> from pixart_nb.core import Trace
+    >>> from pixart_nb.core.tracing.maps import Kept
+    >>> from pixart_nb.core.tracing.packed import pack
+    >>> trace = Trace(["blocks.3.attn"], [0, 1], grid=(4, 4), labels=["conditional 0"])
+    >>> patches = pack(np.random.default_rng(0).standard_normal((1, 2, 16, 8)), [0], [0, 1])
+    >>> trace.timestep_of, trace.kept = {0: 999.0}, {("blocks.3.attn", 0): Kept(patches, patches)}
+    >>> figure = figure_of(trace, np.zeros((64, 64, 3)), Choice(patch=(1, 2), layer=3, step=0))
+    >>> [place.get_title() for place in figure.axes[:2]]
+    ['layer 3, head 0', 'layer 3, head 1']
     """
     shown = map_of(trace, choice, row)
     if choice.word is not None:

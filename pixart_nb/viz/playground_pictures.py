@@ -76,7 +76,13 @@ def _holds(path: Path, parameters: Mapping[str, Any]) -> bool:
 
 
 def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:
-    """The history as a figure: the pictures of each entry in one, with its parameters above."""
+    """The history as a figure: the pictures of each entry in one, with its parameters above.
+
+    >>> from pixart_nb.viz.playground_run import Parameters
+    >>> entry = Entry(1, Parameters("a cup", 64, 64), np.zeros((3, 64, 64, 3), np.uint8), 0.5)
+    >>> history_figure([entry]).axes[0].images[0].get_array().shape
+    (130, 130, 3)
+    """
     if not history:
         raise ValueError("the history is empty; sample something first")
     sheets = [_on_white(tiles(entry.pictures)) for entry in history]

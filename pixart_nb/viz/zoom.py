@@ -101,6 +101,10 @@ def zoom_figure(
 
     ``places``: top and left of each detail; by default the liveliest of each quarter. At ``DPI`` dots per inch a pixel
     of a detail is a dot.
+
+    >>> figure = zoom_figure(np.zeros((400, 600, 3), np.uint8), [(0, 0), (200, 300)], 100)
+    >>> [place.images[0].get_array().shape for place in figure.axes[1:]]
+    [(100, 100, 3), (100, 100, 3)]
     """
     pixels = as_pixels(picture)
     size = min(size, *pixels.shape[:2])
