@@ -288,15 +288,16 @@ def write_lora(
 ) -> Path:
     """Write a LoRA whose modules have diffusers' names into ``folder``; the path of its weights.
 
-    ``diffusers``: one file, with an alpha beside each module. ``peft``: a file and its adapter_config.json, which has
-    ``config`` too. Everything is written, or nothing.
+    ``diffusers``: one file, with an alpha beside each module and PEFT's configuration in the metadata. ``peft``: a file
+    and its adapter_config.json. The configuration has ``config`` too. Everything is written, or nothing.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
     folder = Path(folder)
     if layout == "diffusers":
         tensors = {f"transformer.{name}": value for name, value in _tensors(modules, alpha=True).items()}
-        save_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt"})
+        told = {f"transformer.{key}": value for key, value in peft_config(modules, config or {}).items()}
+        save_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt", METADATA: json.dumps(told)})
         return folder / DIFFUSERS_FILE
     tensors = {f"base_model.model.{name}": value for name, value in _tensors(modules, alpha=False).items()}
     with written_together(folder / PEFT_FILE, folder / PEFT_CONFIG) as (weights, description):
