@@ -271,6 +271,10 @@ def evaluate(
     height: Annotated[int, typer.Option(min=16, help="Height in pixels, a multiple of 16.")] = 128,
     width: Annotated[int, typer.Option(min=16, help="Width in pixels, a multiple of 16.")] = 128,
     dtype: Annotated[Dtype, typer.Option(help="Numbers the networks compute in.")] = Dtype.fp32,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Label file of drawn scenes, such as those kept for testing: draw its captions."),
+    ] = None,
     vae: Annotated[bool, typer.Option("--vae", help="Measure the autoencoder's reconstruction too.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for numbers and pictures.")] = Path(
         "outputs/evaluation"
@@ -287,6 +291,7 @@ def evaluate(
             vae,
             dtype.value,
             output,
+            labels,
             steps=steps,
             guidance=guidance,
             batch_size=batch_size,

@@ -24,7 +24,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except ProblemsError as error:
-        typer.echo(f"pixart-nb: {error}", err=True)
+        typer.echo(f"pixart-nb: {error.whole()}", err=True)
         raise typer.Exit(2) from None
     except (ValueError, FileNotFoundError) as error:  # the project's own errors are ValueErrors
         typer.echo(f"pixart-nb: {' '.join(str(error).split())}", err=True)
@@ -40,15 +40,22 @@ def load_pipeline(model: str, dtype: str) -> Any:
 
 
 def evaluate(
-    model: str, count: int, vae: bool, dtype: str, output: str | os.PathLike[str], **options: Any
+    model: str,
+    count: int,
+    vae: bool,
+    dtype: str,
+    output: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Judge a model on held-out scenes; writes ``evaluation.json`` and ``pictures.png`` and returns the numbers.
 
-    ``options`` are those of ``evaluate_model``: steps, guidance, batch_size, seed, height, width.
+    ``labels``: a label file whose captions, the first ``count``, are drawn in their place. ``options`` are those of
+    ``evaluate_model``: steps, guidance, batch_size, seed, height, width.
     """
     from pixart_nb.core.sampling.evaluation import evaluate_model, held_out_scenes, reconstruction_psnr
 
-    scenes = held_out_scenes(count)
+    scenes = _labelled_scenes(labels, count) if labels else held_out_scenes(count)
     pipe = load_pipeline(model, dtype)
     report = evaluate_model(pipe, scenes, **options)
     pictures = report.pop("pictures")
@@ -56,16 +63,25 @@ def evaluate(
         plain = {key: options[key] for key in ("batch_size", "seed", "height", "width")}
         report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **plain)
     folder = Path(output)
-    report = {"model": model, "dtype": dtype, **options, **report}
+    source = {"labels": str(labels)} if labels else {}
+    report = {"model": model, "dtype": dtype, **source, **options, **report}
     write_picture(folder / "pictures.png", contact_sheet(pictures, SHEET_COLUMNS), report)
     write_json(folder / "evaluation.json", report)
     return report
 
 
+def _labelled_scenes(labels: str | os.PathLike[str], count: int) -> list[Any]:
+    from pixart_nb.core.data.captions import named_scenes
+    from pixart_nb.core.data.labels import read_prompts
+
+    return named_scenes(read_prompts(labels)[:count])
+
+
 def table(report: dict[str, Any]) -> str:
     """The accuracies of an evaluation as lines of text."""
     lines = [f"{part:<10}{report['accuracy'][part]:>7.1%}" for part in ("object", "colour", "setting", "all")]
-    lines.append(f"{report['count']} held-out scenes, {report['seconds_per_picture']:.2f} s a picture")
+    drawn = f"captions of {report['labels']}" if report.get("labels") else "held-out scenes"
+    lines.append(f"{report['count']} {drawn}, {report['seconds_per_picture']:.2f} s a picture")
     if "reconstruction_psnr" in report:
         lines.append(f"autoencoder: {report['reconstruction_psnr']:.2f} dB")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.store import write_json
 from pixart_nb.core.data.buckets import BucketSampler, training_sizes
 from pixart_nb.core.data.features import FeatureCache, FeatureReader, MadeBy, fingerprint, vae_encoder
-from pixart_nb.core.data.labels import load_labels
+from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import PictureReader
-from pixart_nb.core.training.batches import DiffusionBatches, LiveFeatures, Noise, ReadAhead
+from pixart_nb.core.data.writing import writing
+from pixart_nb.core.training.batches import DiffusionBatches, Features, LiveFeatures, Noise, ReadAhead
+from pixart_nb.core.training.curve_log import CurveLog
 from pixart_nb.core.training.distributed import ALONE, join
+from pixart_nb.core.training.held_out import MOST_PICTURES, HeldOut, require_apart
 from pixart_nb.core.training.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.training.objective import NAMES, diffusion_loss, min_snr_weights
 from pixart_nb.core.training.optim import scaled_rate
@@ -37,6 +41,9 @@ from pixart_nb.core.training.weak_to_strong import (
 )
 from pixart_nb.train_config import TrainConfig, identity
 from pixart_nb.train_networks import Networks, scheduler_of
+
+#: Moments are kept in float32.
+_NUMBERS_PER_KB = 1024 // 4
 
 
 class Training:
@@ -61,9 +68,11 @@ class Training:
         self.sampler = BucketSampler(sizes, config.batch_size, config.seed, rank, world)
         self.adapter = self._adapter()
         self.batches = self._batches(sizes)
-        self.validation = self._validation()
+        self.validation, self.held_out = self._validation(), self._held_out()
         self.trainer = self._trainer()
         self.report = self._report()
+        if self.held_out:
+            self.held_out_log = CurveLog(self.folder, self.trainer.step, name="held_out.csv")
         if self.workers.writes:
             write_json(self.folder / "config.json", config.model_dump())
 
@@ -106,25 +115,32 @@ class Training:
         config, networks = self.config, self.networks
         if config.feature_cache:
             features = self._cached(sizes)
-            empty = features.cache.empty_caption()
+            self.empty = features.cache.empty_caption()
         else:
-            reader = PictureReader(self.labels, self.sampler, config.real_prompt_ratio)
-            read = ReadAhead(reader.batch, config.num_parallel_workers)
-            features = LiveFeatures(read, vae_encoder(networks.vae), networks.embed)
+            features = self._live(self.labels, self.sampler, config.num_parallel_workers)
             embeds, mask = networks.embed([""])
-            empty = embeds[0][mask[0]]
-        noise = Noise(config.seed, config.timestep_sampling, config.noise_offset, config.class_dropout_prob)
-        batches = DiffusionBatches(
+            self.empty = embeds[0][mask[0]]
+        batches = self._noised(features, config.class_dropout_prob)
+        return self.adapter.with_dropout(batches, config.seed) if self.adapter else batches
+
+    def _live(self, labels: list[Label], sampler: BucketSampler, ahead: int = 0) -> LiveFeatures:
+        """Features computed as they are needed, of pictures of which some are read ahead."""
+        reader = PictureReader(labels, sampler, self.config.real_prompt_ratio)
+        read = ReadAhead(reader.batch, ahead) if ahead else reader.batch
+        return LiveFeatures(read, vae_encoder(self.networks.vae), self.networks.embed)
+
+    def _noised(self, features: Features, caption_drop: float) -> DiffusionBatches:
+        config = self.config
+        return DiffusionBatches(
             features,
-            noise,
+            Noise(config.seed, config.timestep_sampling, config.noise_offset, caption_drop),
             self.net,
-            networks.vae.config.scaling_factor,
-            empty,
+            self.networks.vae.config.scaling_factor,
+            self.empty,
             self.workers.rank * config.batch_size,
             min_snr_weights(config.snr_gamma) if config.snr_gamma else None,
             config.mode == 0,
         )
-        return self.adapter.with_dropout(batches, config.seed) if self.adapter else batches
 
     def _cached(self, sizes: list) -> FeatureReader:
         config, networks = self.config, self.networks
@@ -157,6 +173,18 @@ class Training:
             config.seed,
             {"sampling_steps": config.sampling_steps, "guidance_scale": config.guidance_scale},
         )
+
+    def _held_out(self) -> HeldOut | None:
+        """Pictures that are measured where others are drawn, and never trained on."""
+        config = self.config
+        if not (config.validation_json_path and self.workers.writes):
+            return None
+        labels = load_labels(config.validation_json_path, config.image_dir)
+        require_apart(self.labels, labels)
+        sizes = training_sizes(labels, 8 * self.net.config.input_size, config.multi_scale)
+        sampler = BucketSampler(sizes, min(config.batch_size, len(labels)), config.seed)
+        count = math.ceil(min(len(labels), MOST_PICTURES) / sampler.whole)
+        return HeldOut(self._noised(self._live(labels, sampler), caption_drop=0.0), count)
 
     def _trainer(self) -> Trainer:
         config, net = self.config, self.net
@@ -211,6 +239,9 @@ class Training:
             loss_scale_factor=config.loss_scale_factor,
             loss_scale_window=config.scale_window,
             pictures=pictures,
+            shard_threshold=sys.maxsize
+            if config.hsdp_shard_size == 1
+            else config.hsdp_threshold * _NUMBERS_PER_KB,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -242,15 +273,16 @@ class Training:
     def steps(self, bar: bool = False) -> Iterator[dict[str, Any]]:
         """The steps that are left, one by one: rows as ``Trainer.steps`` yields them.
 
-        Where validation pictures were drawn, the row has their paths as ``pictures``; those of step 0 come as a row
-        of their own, before the first step. ``bar`` shows progress.
+        Where validation pictures were drawn, the row has their paths as ``pictures``, and where pictures that are not
+        trained on were measured, ``held_out_loss``; those of step 0 come as a row of their own, before the first step.
+        ``bar`` shows progress.
         """
-        total = self.trainer.options.steps
-        if self.validation and self.trainer.step == 0:
-            yield {"step": 0, "pictures": self.validate(0)}
+        total, looks = self.trainer.options.steps, bool(self.validation or self.held_out)
+        if looks and self.trainer.step == 0:
+            yield {"step": 0} | self.look(0)
         for row in self.trainer.steps(bar=bar):
-            if self.validation and (row["step"] % self._visualize_every == 0 or row["step"] == total):
-                row["pictures"] = self.validate(row["step"])
+            if looks and (row["step"] % self._visualize_every == 0 or row["step"] == total):
+                row |= self.look(row["step"])
             yield row
 
     @property
@@ -259,14 +291,25 @@ class Training:
         epoch = max(1, self.sampler.batches(1) // config.gradient_accumulation_steps)
         return config.visualize_steps or epoch * config.visualize_interval
 
-    def validate(self, step: int) -> list[Path]:
-        """Draw the validation prompts with the weights as they are, averaged if averages are kept; the paths."""
+    def look(self, step: int) -> dict[str, Any]:
+        """Draw the validation prompts and measure the held-out pictures, with the weights as they are.
+
+        They are averaged if averages are kept. Gives ``pictures``, their paths, and ``held_out_loss``, where asked for.
+        """
+        seen: dict[str, Any] = {}
         with self.trainer.averaged():
             self.net.set_train(False)
-            pictures = self.validation.draw(self.net, self.networks.vae)
+            drawn = self.validation.draw(self.net, self.networks.vae) if self.validation else None
+            if self.held_out:
+                seen["held_out_loss"] = self.held_out.loss(self.trainer.loss)
             self.net.set_train(True)
-        self.trainer.log.pictures(step, self.validation.prompts, pictures)
-        return self.validation.write(self.folder / "samples", step, pictures)
+        if drawn is not None:
+            self.trainer.log.pictures(step, self.validation.prompts, drawn)
+            seen["pictures"] = self.validation.write(self.folder / "samples", step, drawn)
+        if self.held_out:
+            self.trainer.log.number(step, "held_out_loss", seen["held_out_loss"])
+            self.held_out_log.write({"step": step, "held_out_loss": seen["held_out_loss"]})
+        return seen
 
     def finish(self) -> Path | None:
         """Write what was trained: a pipeline, or a LoRA; its folder, on the worker that writes."""
@@ -288,14 +331,17 @@ class Training:
 def train(config: TrainConfig) -> Path | None:
     """Train as a configuration says, with a bar; the folder of what was trained, on the worker that writes.
 
-    Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved.
+    Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved, and ``DataError`` for a full disk.
     """
     training = Training(config)
     for name, value in training.report.items():
         tqdm.write(f"before the first step: {name} {value:.4g}")
-    for row in training.steps(bar=True):
-        for path in row.get("pictures", ()):
-            tqdm.write(str(path))
-    if training.trainer.step < training.trainer.options.steps:
-        raise KeyboardInterrupt(f"stopped at step {training.trainer.step}; run the same command to go on")
-    return training.finish()
+    with writing(training.folder):
+        for row in training.steps(bar=True):
+            for path in row.get("pictures", ()):
+                tqdm.write(str(path))
+            if "held_out_loss" in row:
+                tqdm.write(f"step {row['step']}: held-out loss {row['held_out_loss']:.4g}")
+        if training.trainer.step < training.trainer.options.steps:
+            raise KeyboardInterrupt(f"stopped at step {training.trainer.step}; run the same command to go on")
+        return training.finish()

@@ -113,10 +113,11 @@ class TrainConfig(BaseModel):
     use_dora: bool = _lora(False, "weight-decomposed LoRA")
 
     visualize: bool = _look(False, "draw the validation prompts now and then")
-    visualize_interval: int = _look(1, "epochs between", ge=1)
+    visualize_interval: int = _look(1, "epochs between looking", ge=1)
     visualize_steps: int = _look(0, "updates between, in place of epochs", ge=0)
     validation_prompts: list[Text] = _look([], "what is drawn")
     validation_negative_prompts: list[str] = _look([], "one for each of them, or none")
+    validation_json_path: str = _look("", "label file of pictures that are measured, never trained on")
     sampling_method: Literal[tuple(SAMPLING_METHODS)] = _look("dpm", "the solver")
     sampling_steps: int = _look(20, "its steps", ge=1)
     guidance_scale: float = _look(4.5, "1 switches guidance off", ge=1, allow_inf_nan=False)
@@ -129,11 +130,11 @@ class TrainConfig(BaseModel):
     ckpt_max_keep: int = _keep(3, "checkpoints that are kept", ge=1)
 
     use_parallel: bool = _parallel(False, "under msrun: each worker takes its share of every batch")
-    hsdp_optimizer_level: Literal["", "level1", "level2", "level3"] = _parallel(
-        "", "Ascend graphs only: what AutoParallel.hsdp shards"
+    hsdp_optimizer_level: Literal["level1"] = _parallel(
+        "level1", "what the workers share: the optimizer's moments, as in ZeRO stage 1"
     )
-    hsdp_shard_size: int = _parallel(-1, "workers that share a shard; -1 is all", ge=-1)
-    hsdp_threshold: int = _parallel(64, "KB below which a parameter is not sharded", ge=0)
+    hsdp_shard_size: Literal[-1, 1] = _parallel(-1, "workers that share them; -1 is all, 1 shares nothing")
+    hsdp_threshold: int = _parallel(64, "KB below which every worker keeps a parameter's moments", ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -176,10 +177,6 @@ class TrainConfig(BaseModel):
         bad = [b for b in (*self.adamw_betas, *self.came_betas) if not 0 <= b < 1]
         if bad:
             raise ValueError(f"betas {bad}: expected numbers from 0 to below 1")
-        if self.hsdp_shard_size == 0:
-            raise ValueError("hsdp_shard_size is 0; expected a number of workers, or -1 for all of them")
-        if self.hsdp_optimizer_level and not (self.use_parallel and self.mode == 0):
-            raise ValueError("hsdp_optimizer_level needs use_parallel: true and mode: 0, a compiled graph")
         if self.lora_rank and self.from_scratch:
             raise ValueError("lora_rank and from_scratch exclude each other: a LoRA changes a trained model")
         if self.sample_size % 2:
@@ -190,9 +187,9 @@ class TrainConfig(BaseModel):
 #: Keys that may change when a training goes on: what is seen and kept, and how fast; no number depends on them.
 _FREE = {
     "visualize", "visualize_interval", "visualize_steps", "validation_prompts", "validation_negative_prompts",
-    "sampling_method", "sampling_steps", "guidance_scale", "log_loss_interval", "tensorboard", "output_path",
-    "ckpt_save_interval", "ckpt_save_steps", "ckpt_max_keep", "num_parallel_workers", "recompute", "use_parallel",
-    "start_report",
+    "validation_json_path", "sampling_method", "sampling_steps", "guidance_scale", "log_loss_interval", "tensorboard",
+    "output_path", "ckpt_save_interval", "ckpt_save_steps", "ckpt_max_keep", "num_parallel_workers", "recompute",
+    "use_parallel", "start_report", "hsdp_optimizer_level", "hsdp_shard_size", "hsdp_threshold",
 }  # fmt: skip
 #: Keys that say where something lies; what lies there is what counts.
 _PLACES = {

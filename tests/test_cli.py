@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from pixart_nb import commands, sample
 from pixart_nb.cli import app
 from pixart_nb.core import backend
-from pixart_nb.core.data.captions import short_caption
-from pixart_nb.core.data.sprites import all_scenes, draw, split_scenes
+from pixart_nb.core.data.captions import named_scenes, short_caption
+from pixart_nb.core.data.sprites import UNSEEN_OBJECTS, Scene, all_scenes, draw, split_scenes
 from pixart_nb.core.sampling.evaluation import agreement, evaluate_model, held_out_scenes, psnr, reconstruct
 
 CONFIG = "configs/inference/tiny.yaml"
@@ -212,6 +212,27 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert report["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "all": 1.0}
     assert (report["count"], report["steps"], report["guidance"]) == (10, 4, 3.0)
     assert Image.open(tmp_path / "pictures.png").size == (10 * 128, 128)
+
+
+def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
+    prompts = ["a red cup at night", "a blue fish in the snow"]
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([{"path": f"{k}.png", "prompt": p} for k, p in enumerate(prompts)]))
+    result = run("evaluate", "--labels", labels, "--steps", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert painter.calls[0]["prompts"] == prompts
+    assert f"2 captions of {labels}" in result.stdout and "all        100.0%" in result.stdout
+    labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}, {"path": "b.png", "prompt": ""}]))
+    result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "entry 1: prompt is empty" in result.stderr
+    labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}]))
+    result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "'a cathedral' names no scene" in result.stderr
+
+
+def test_scenes_are_read_back_from_their_captions():
+    scenes = [*all_scenes(), *(Scene(name, "red", "snow") for name in UNSEEN_OBJECTS)]
+    assert named_scenes(map(short_caption, scenes)) == scenes
 
 
 def test_wrong_pictures_are_counted_as_wrong():

@@ -97,6 +97,9 @@ def test_check_names_every_problem(run, config, tmp_path):
     result = run("check", "-c", path)
     assert result.exit_code == 2
     assert "leaves the folder" in result.output and "entry 1: prompt is empty" in result.output
+    (tmp_path / "labels.json").write_text(json.dumps([{"path": f"{k}.png", "prompt": ""} for k in range(60)]))
+    said = run("check", "-c", path).output
+    assert all(f"entry {k}: prompt is empty" in said and f"{k}.png" in said for k in range(60))
     assert "Traceback" not in result.output
 
 

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixart_nb.config import ConfigError, check_config, load_config
+from pixart_nb.core.data.diffusiondb import import_diffusiondb
+from pixart_nb.core.data.labels import load_labels
+from pixart_nb.core.data.published_sample import write_published
 from pixart_nb.train_config import TrainConfig, identity
 
 LEAST = {"model": "m", "json_path": "labels.json", "image_dir": "pictures"}
@@ -86,7 +90,7 @@ def test_an_unknown_key_names_the_nearest():
         ({"visualize": True}, "at least one text in validation_prompts"),
         ({"validation_prompts": ["a"], "validation_negative_prompts": ["b", "c"]}, "2 validation_negative"),
         ({"lora_rank": 4, "from_scratch": True}, "exclude each other"),
-        ({"hsdp_optimizer_level": "level1"}, "needs use_parallel: true and mode: 0"),
+        ({"hsdp_optimizer_level": "level3"}, "given 'level3' .*expected 'level1'"),
         ({"sample_size": 17}, "even number"),
         ({"json_path": ""}, "json_path"),
     ],
@@ -162,3 +166,16 @@ def test_the_shipped_configurations_are_valid_and_say_what_to_expect(project):
         assert f"pixart-nb train -c configs/train/{path.name}" in lines[0] + lines[1], path
         assert re.search(r"[Mm]easured", head), path
         assert config.output_path.startswith("outputs/"), path
+
+
+def test_the_shipped_configurations_read_what_the_import_writes(project, tmp_path):
+    write_published(tmp_path / "raw", 6)
+    import_diffusiondb(tmp_path / "raw", tmp_path / "data", 1, 2)
+    for path in sorted((project / "configs" / "train").glob("pixart-sigma-*.yaml")):
+        config = load_config(path, "train")
+        folder = Path(config.json_path).parent
+        json_path, image_dir = (
+            tmp_path / "data" / Path(place).relative_to(folder)
+            for place in (config.json_path, config.image_dir)
+        )
+        assert len(load_labels(json_path, image_dir)) == 4, path

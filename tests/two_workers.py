@@ -10,7 +10,7 @@ from line_training import batch, trainer
 from pixart_nb.core.training.distributed import Workers, join
 
 CAME = {"optimizer": "came", "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}
-RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}}
+RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}, "small": {"shard_threshold": 3}}
 
 
 def share(workers):

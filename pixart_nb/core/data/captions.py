@@ -1,8 +1,12 @@
 """English captions of drawn scenes: many wordings, all naming the object, its colour and the setting."""
 
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import product
+
 import numpy as np
 
-from .sprites import Scene
+from .sprites import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene
 
 # A synonym replaces the canonical word in one caption in twenty: enough for a model to meet it, too seldom to
 # blur the ten colours. Words not listed here have no synonym.
@@ -91,6 +95,29 @@ def _fill(form: str, scene: Scene, rng: np.random.Generator) -> str:
 def short_caption(scene: Scene) -> str:
     """The canonical caption, such as ``a red mushroom on grass``; the same scene always has the same one."""
     return f"{with_article(scene.colour)} {scene.object} {WHERE[scene.setting][0]}"
+
+
+def named_scenes(captions: Iterable[str]) -> list[Scene]:
+    """The scenes that canonical captions name, in order, those of unseen objects among them.
+
+    >>> named_scenes(["a red anchor on grass"])
+    [Scene(object='anchor', colour='red', setting='grass')]
+
+    Raises:
+        ValueError: names the first that is no canonical caption.
+    """
+    known = _scenes_by_caption()
+    captions = list(captions)
+    for caption in captions:
+        if caption not in known:
+            raise ValueError(f"{caption!r} names no scene; expected such as 'a red mushroom on grass'")
+    return [known[caption] for caption in captions]
+
+
+@lru_cache(maxsize=1)
+def _scenes_by_caption() -> dict[str, Scene]:
+    scenes = (Scene(*parts) for parts in product(OBJECTS + UNSEEN_OBJECTS, COLOURS, SETTINGS))
+    return {short_caption(scene): scene for scene in scenes}
 
 
 def long_caption(scene: Scene, rng: np.random.Generator) -> str:

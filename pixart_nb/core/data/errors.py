@@ -18,8 +18,12 @@ class ProblemsError(DataError):
 
     def __init__(self, source: str | os.PathLike[str], problems: Sequence[str], shown: int = SHOWN):
         self.problems = list(problems)
-        count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
-        super().__init__(f"{source}: {count}\n{listed(self.problems, shown)}")
+        self.heading = f"{source}: {len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        super().__init__(f"{self.heading}\n{listed(self.problems, shown)}")
+
+    def whole(self) -> str:
+        """The message with every problem, however many."""
+        return f"{self.heading}\n{listed(self.problems, len(self.problems))}"
 
 
 def listed(problems: Sequence[str], shown: int = SHOWN) -> str:

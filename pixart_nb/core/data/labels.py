@@ -87,6 +87,20 @@ def load_labels(
     return labels
 
 
+def read_prompts(json_path: str | os.PathLike[str]) -> list[str]:
+    """The prompts of a label file alone, in its order; its pictures need not be there.
+
+    Raises ``LabelError`` with all that is wrong with them.
+    """
+    entries = _read_entries(Path(json_path))
+    prompts = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
+    found = [(number, caption_problem("prompt", prompt)) for number, prompt in enumerate(prompts)]
+    problems = [f"entry {number}: {problem}" for number, problem in found if problem]
+    if problems:
+        raise LabelError(json_path, problems)
+    return prompts
+
+
 def check_entries(
     entries: Sequence[object],
     folder: Path,

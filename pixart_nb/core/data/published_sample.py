@@ -1,8 +1,9 @@
 """Small data sets in the published forms of diffusiondb-pixelart: the same columns, archives and names of files.
 
-    python -m pixart_nb.core.data.published_sample FOLDER [COUNT]
+    python -m pixart_nb.core.data.published_sample FOLDER [COUNT [SIDE]]
 
-writes all forms below FOLDER, with scenes that this project draws in place of the pictures.
+writes all forms below FOLDER, with COUNT (320) scenes that this project draws in place of the pictures, SIDE (128)
+pixels high. Half of them show objects that the embedded model was never trained on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pixart_nb.core.data.captions import short_caption
-from pixart_nb.core.data.sprites import Scene, all_scenes, draw
+from pixart_nb.core.data.sprites import COLOURS, SETTINGS, UNSEEN_OBJECTS, Scene, draw, split_scenes
 
 TABLE, METADATA = "2k_all/train/0000.parquet", "metadata.parquet"
 #: What a part's JSON calls the columns of the table.
@@ -51,8 +53,22 @@ def sample_rows(
     turn; without it, chosen by ``seed`` from all that training may show.
     """
     rng = np.random.default_rng(seed)
-    scenes = scenes or [all_scenes()[i] for i in rng.permutation(len(all_scenes()))]
+    shown = split_scenes()[0]
+    scenes = scenes or [shown[i] for i in rng.permutation(len(shown))]
     return [_row(number, scenes[number % len(scenes)], rng, side) for number in range(count)]
+
+
+def finetuning_scenes(count: int, seed: int = 0) -> list[Scene]:
+    """``count`` scenes in chance order, each once: half with unseen objects, as far as there are as many, half known.
+
+    So the last of them ask for combinations that the others do not show. Known things keep a model from forgetting.
+    """
+    rng = np.random.default_rng(seed)
+    new = [Scene(*parts) for parts in product(UNSEEN_OBJECTS, COLOURS, SETTINGS)]
+    chosen = [new[k] for k in rng.permutation(len(new))[: count // 2]]
+    old = split_scenes()[0]
+    chosen += [old[k] for k in rng.permutation(len(old))[: count - len(chosen)]]
+    return [chosen[k] for k in rng.permutation(len(chosen))]
 
 
 def _row(number: int, scene: Scene, rng: np.random.Generator, side: int) -> Row:
@@ -123,4 +139,5 @@ def _write(path: Path, columns: dict, drop: Sequence[str], group: int) -> Path:
 
 
 if __name__ == "__main__":
-    write_published(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 20)
+    place, pictures, pixels = (*sys.argv[1:], *("320", "128")[len(sys.argv) - 2 :])
+    write_published(Path(place), int(pictures), side=int(pixels), scenes=finetuning_scenes(int(pictures)))

@@ -72,5 +72,5 @@ class Report:
         counted = f"{self.training} pictures to train on"
         lines = [counted + f", {self.testing} to test on" * bool(self.testing)]
         lines += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
-        lines += [listed(self.problems)] * bool(self.problems)
+        lines += [listed(self.problems, len(self.problems))] * bool(self.problems)
         return "\n".join([*lines, *self.notes, *map(str, self.files)])

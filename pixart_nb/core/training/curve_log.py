@@ -13,12 +13,22 @@ import numpy as np
 from pixart_nb.core.checkpoints.store import write_text
 
 
+def read_curve(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a log such as ``curve.csv``, in order; none if it is not there yet."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as handle:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(handle)]
+    return [row | {"step": int(row["step"])} for row in rows]
+
+
 class CurveLog:
     """Rows of numbers by step. Steps that are done again after an interruption stand in it once."""
 
-    def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False):
+    def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False, name: str = "curve.csv"):
         """Open the log of ``folder``; rows after ``step``, where the training goes on, are dropped."""
-        self.path = Path(folder) / "curve.csv"
+        self.path = Path(folder) / name
         self._trim(step)
         self._board = _Board(Path(folder) / "tensorboard", step) if tensorboard else None
 
@@ -50,6 +60,11 @@ class CurveLog:
     def _columns(self) -> list[str]:
         with self.path.open(newline="", encoding="utf-8") as handle:
             return next(csv.reader(handle))
+
+    def number(self, step: int, name: str, value: float) -> None:
+        """Show a number that is not in every row in TensorBoard."""
+        if self._board is not None:
+            self._board.number(step, name, value)
 
     def pictures(self, step: int, prompts: Sequence[str], pictures: np.ndarray) -> None:
         """Show validation pictures (N, H, W, 3) uint8 in TensorBoard."""

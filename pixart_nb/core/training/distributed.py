@@ -57,6 +57,8 @@ class Workers:
 
 
 ALONE = Workers()
+#: The owner of a parameter that every worker updates by itself.
+EVERYONE = -1
 
 
 def join() -> Workers:
@@ -64,13 +66,17 @@ def join() -> Workers:
     return Workers(*backend.join_workers())
 
 
-def owners(sizes: Mapping[str, int], workers: int) -> dict[str, int]:
+def owners(sizes: Mapping[str, int], workers: int, threshold: int = 0) -> dict[str, int]:
     """Which worker keeps the moments of each parameter (ZeRO stage 1), so that all keep about as many numbers.
 
     Whole parameters, not slices: an optimizer that looks at rows and columns takes the same steps as one worker's.
+    Parameters of fewer numbers than ``threshold`` are ``EVERYONE``'s: what they take is less than what sending costs.
     """
     loads, owner = [0] * workers, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        if sizes[name] < threshold:
+            owner[name] = EVERYONE
+            continue
         owner[name] = loads.index(min(loads))
         loads[owner[name]] += sizes[name]
     return owner

@@ -14,8 +14,9 @@ class TrainerOptions:
     ``optimizer``: adamw or came (then ``betas`` are three and ``eps`` two numbers). ``max_grad_norm``: None clips
     nothing. ``ema_rate``: None keeps no average. ``accumulate``: batches of one step. ``loss_scale``: of the first
     step; with ``dynamic_loss_scale`` it follows the overflows, which skip their step. ``pictures``: of one step, for
-    the speed in the log. ``compile``: the gradients as one graph. Off for convolutions on the CPU, whose graphs were
-    seen never to end.
+    the speed in the log. ``shard_threshold``: a parameter of fewer numbers has its moments kept by
+    every worker, not by one. ``compile``: the gradients as one graph. Off for convolutions on the CPU, whose graphs
+    were seen never to end.
     """
 
     steps: int
@@ -39,6 +40,7 @@ class TrainerOptions:
     loss_scale_factor: float = 2.0
     loss_scale_window: int = 1000
     pictures: int = 0
+    shard_threshold: int = 0
 
     def new_loss_scale(self) -> LossScale:
         """The loss scale of the first step."""

@@ -21,7 +21,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.training.came import CAME
 from pixart_nb.core.training.checkpoint import CheckpointFolder, State, check_fits, read_state
 from pixart_nb.core.training.curve_log import CurveLog
-from pixart_nb.core.training.distributed import ALONE, Workers, owners
+from pixart_nb.core.training.distributed import ALONE, EVERYONE, Workers, owners
 from pixart_nb.core.training.divergence import DivergenceError, find_divergence
 from pixart_nb.core.training.optim import EMA, AdamW, clip_by_norm, global_norm, learning_rate
 from pixart_nb.core.training.options import TrainerOptions
@@ -73,8 +73,9 @@ class Trainer:
         self.masters = {name: _master(name, p, dtype) for name, p in self.parameters.items()}
         for parameter in self.masters.values():
             workers.send(parameter)
-        self.owner = owners({name: p.size for name, p in self.masters.items()}, workers.size)
-        own = {name: p for name, p in self.masters.items() if self.owner[name] == workers.rank}
+        sizes = {name: p.size for name, p in self.masters.items()}
+        self.owner = owners(sizes, workers.size, options.shard_threshold)
+        own = {name: p for name, p in self.masters.items() if self.owner[name] in (workers.rank, EVERYONE)}
         self.optimizer = OPTIMIZERS[options.optimizer](own, options.betas, options.eps, options.weight_decay)
         averaged = options.ema_rate is not None and workers.writes
         self.ema = EMA(list(self.masters.values()), options.ema_rate) if averaged else None
@@ -216,7 +217,8 @@ class Trainer:
     def _update(self, gradients: list[ms.Tensor], rate: float) -> None:
         self.optimizer.update(dict(zip(self.masters, gradients, strict=True)), rate)
         for name, master in self.masters.items():
-            self.workers.send(master, self.owner[name])
+            if self.owner[name] != EVERYONE:
+                self.workers.send(master, self.owner[name])
             self._follow(name)
         if self.ema:
             self.ema.update()
@@ -274,7 +276,8 @@ class Trainer:
             for group, shape in self.optimizer.rooms(tuple(master.shape)).items():
                 key = f"{group}/{name}"
                 array = own[key].asnumpy() if key in own else np.zeros(shape, np.float32)
-                tensors[key] = self.workers.sent(array, self.owner[name])
+                shared = self.owner[name] != EVERYONE
+                tensors[key] = self.workers.sent(array, self.owner[name]) if shared else array
         return tensors
 
     def save(self) -> Path | None:
