@@ -222,7 +222,9 @@ def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
     assert result.exit_code == 0, result.output
     assert painter.calls[0]["prompts"] == prompts
     assert f"2 captions of {labels}" in result.stdout and "all        100.0%" in result.stdout
-    labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}, {"path": "b.png", "prompt": ""}]))
+    labels.write_text(
+        json.dumps([{"path": "a.png", "prompt": "a cathedral"}, {"path": "b.png", "prompt": ""}])
+    )
     result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
     assert result.exit_code == 2 and "entry 1: prompt is empty" in result.stderr
     labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}]))
