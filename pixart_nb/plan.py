@@ -162,16 +162,48 @@ def checked(config: InferenceConfig, steps: int = 2) -> list[dict[str, Any]]:
         large.show([drawing], lambda names: sample.load_pipeline(config, names))
         measured = drawing.files.measured()
     found = plan(networks, run, calibrate(networks, run, needed_keys(networks.transformer, run)))
+    return compared_rows([found], [measured])
+
+
+# ---- a picture that grows
+
+
+def growing_rows(plans: Sequence[Any], plans_all_keys: Sequence[Any]) -> list[dict[str, Any]]:
+    """The ``Plan``s of the sizes of a growing picture as rows, beside those without compression."""
+    found = []
+    for ours, whole in zip(plans, plans_all_keys, strict=True):
+        config, run = ours.networks.transformer, ours.run
+        denoise, decode = (next(s for s in ours.stages if s.name == part) for part in ("denoise", "decode"))
+        found.append(
+            {
+                "size": f"{run.height} x {run.width}",
+                "tokens": run.tokens(config),
+                "keys": run.tokens(config) // config.layer_ratio(0) ** 2,
+                "steps": run.steps,
+                "tera multiply-adds": denoise.multiply_adds / 1e12,
+                "peak GB": ours.peak / 1e9,
+                "denoise s": denoise.seconds,
+                "decode s": decode.seconds,
+                "denoise s, all keys": next(s.seconds for s in whole.stages if s.name == "denoise"),
+            }
+        )
+    return found
+
+
+def compared_rows(plans: Sequence[Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stages of plans beside what ``StageFiles.measured`` says of the same runs."""
     return [
         {
+            "size": f"{plan.run.height} x {plan.run.width}",
             "stage": stage.name,
-            "planned GB": (found.process + stage.weights + stage.activations) / 1e9,
-            "measured GB": measured[stage.name]["peak_bytes"] / 1e9,
             "planned s": stage.seconds,
-            "measured s": measured[stage.name]["seconds"],
-            "loading s": measured[stage.name]["load_seconds"],
+            "measured s": took[stage.name]["seconds"],
+            "loading s": took[stage.name]["load_seconds"],
+            "planned GB": (plan.process + stage.weights + stage.activations) / 1e9,
+            "measured GB": took[stage.name]["peak_bytes"] / 1e9,
         }
-        for stage in found.stages
+        for plan, took in zip(plans, measured, strict=True)
+        for stage in plan.stages
     ]
 
 

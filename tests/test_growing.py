@@ -7,6 +7,8 @@ from reference_data import diffusers
 from pixart_nb import PixArtSigmaPipeline, large
 from pixart_nb.config import check_config
 from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.planning.memory import Run
+from pixart_nb.core.planning.plan import plan_growing
 from pixart_nb.core.sampling.growing import Size, grow, growing_sizes, shrink_keys
 from pixart_nb.core.sampling.staged import run_staged
 
@@ -61,6 +63,17 @@ def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
 def test_what_has_learned_to_compress_keeps_its_ratio(pipe):
     with pytest.raises(ValueError, match="expected mean, ave or uniform"):
         shrink_keys(pipe.transformer, 2, "conv")
+
+
+def test_every_size_is_planned_with_its_steps_and_its_keys():
+    from test_plan import SMALL
+
+    sizes = [Size(64, 64), Size(128, 128, 0.5, 2)]
+    small, big = plan_growing(SMALL, Run(128, 128, steps=6), sizes)
+    assert (small.run.steps, big.run.steps, big.run.staged) == (6, 3, True)
+    assert big.networks.transformer.layer_ratio(0) == 2
+    assert big.products["self-attention"] == 3 * 2 * 2 * 64 * 16 * 48
+    assert big.peak > small.peak
 
 
 def test_stages_draw_what_growing_draws(tmp_path, pipe):

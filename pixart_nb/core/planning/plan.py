@@ -22,6 +22,8 @@ from pixart_nb.core.planning.counts import (
     step_products,
 )
 from pixart_nb.core.planning.memory import LIVE, STAGES, Live, Networks, Run, activations, weights
+from pixart_nb.core.sampling.growing import Size
+from pixart_nb.core.sampling.step import steps_taken
 
 #: Changes that make a run smaller, as fields of ``Run`` and as options of ``pixart-nb sample``, the mildest first.
 SMALLER: tuple[tuple[dict[str, Any], str], ...] = (
@@ -184,6 +186,28 @@ def needed_keys(config: PixArtConfig, run: Run) -> set[int]:
     unit = 8 * config.patch_size
     grid = (run.height // unit, run.width // unit)
     return {keys_of(grid, config.layer_ratio(layer)) for layer in range(config.depth)}
+
+
+# ---- a picture that grows
+
+
+def plan_growing(
+    networks: Networks, run: Run, sizes: Sequence[Size], calibration: Calibration | None = None
+) -> list[Plan]:
+    """What every size of a growing picture takes, drawn in stages (``core.sampling.growing``)."""
+    found = []
+    for size in sizes:
+        layers, taken = range(networks.transformer.depth), steps_taken(run.steps, size.strength)
+        net = with_compression(networks.transformer, layers, size.ratio, "mean")
+        changed = replace(run, height=size.height, width=size.width, batch=1, steps=taken, staged=True)
+        found.append(plan(replace(networks, transformer=net), changed, calibration))
+    return found
+
+
+def growing_keys(config: PixArtConfig, sizes: Sequence[Size]) -> set[int]:
+    """Numbers of keys that the layers have at every size: where a calibration should time attention."""
+    unit = 8 * config.patch_size
+    return {keys_of((size.height // unit, size.width // unit), size.ratio) for size in sizes}
 
 
 # ---- fitting

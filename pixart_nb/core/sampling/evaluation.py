@@ -89,6 +89,17 @@ def evaluate_model(
     }
 
 
+def judge(
+    pipe: Any, latents: np.ndarray, scenes: Sequence[Scene]
+) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Decode latents (n, C, h, w) of the first n ``scenes``, one by one, and read them back.
+
+    -> shares of right ``object``, ``colour``, ``setting`` and ``all``, and the pictures (H, W, 3) uint8.
+    """
+    pictures = [to_uint8(pipe.decode_latents(row[None]))[0] for row in latents]
+    return SpriteEvaluator().accuracy(pictures, list(scenes[: len(pictures)])), pictures
+
+
 def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: dict[str, Any]) -> np.ndarray:
     if batch_size < 1 or not prompts:
         raise ValueError(

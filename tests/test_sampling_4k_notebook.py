@@ -1,0 +1,61 @@
+"""The notebook on pictures of 4096 x 4096 runs whole, at a small size, and its files and numbers are what it says."""
+
+import json
+
+import numpy as np
+import pytest
+from notebook_contract import run_notebook, widgets_without_figure
+from PIL import Image
+
+from pixart_nb.config import read_yaml
+from pixart_nb.core.checkpoints.load import load_transformer
+
+FIGURES = ["compared", "compress", "details", "scores", "seams", "sizes", "stages", "ways"]
+FILES = [f"{name}.png" for name in [*FIGURES, "picture"]] + ["sampling_4k.json", "zoom.html"]
+REST = ["kv.safetensors", "kv.safetensors.adapt", "kv.safetensors.errors.json", "stages", "training"]
+
+
+@pytest.mark.notebook
+def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
+    values = read_yaml(project / "configs" / "smoke" / "06_sampling_4k.yaml")
+    values["output_path"] = str(tmp_path / "out")
+    notebook = project / "notebooks" / "06_sampling_4k.ipynb"
+    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
+    assert widgets_without_figure(executed) == []
+    check_files(tmp_path / "out", values)
+    check_numbers(json.loads((tmp_path / "out" / "sampling_4k.json").read_text()), values)
+
+
+def check_files(folder, values):
+    assert {*FILES, *REST} <= {path.name for path in folder.iterdir()}
+    for name in FIGURES:
+        pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=float)
+        assert min(pixels.shape[:2]) > 80
+        assert pixels.std() > 10, f"{name} shows nothing"
+    picture = Image.open(folder / "picture.png")
+    assert picture.size == (values["image_width"], values["image_height"])
+    assert np.asarray(picture, dtype=float).std() > 10
+    assert "http" not in (folder / "zoom.html").read_text()
+    assert load_transformer(folder / "kv.safetensors").config.kv_operator == "conv"
+
+
+def check_numbers(numbers, values):
+    sizes = numbers["sizes"]
+    assert [size["ratio"] for size in sizes] == [1, 2]
+    assert [row["steps"] for row in numbers["planned"]] == [4, 2]
+    assert numbers["planned"][1]["denoise s, all keys"] > 0
+    assert set(numbers["measured"]) == {"128 x 96", "256 x 192"}
+    for stages in [*numbers["measured"].values(), *numbers["compared"].values()]:
+        assert list(stages) == ["encode", "denoise", "decode"]
+        assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 1e8 for stage in stages.values())
+    assert len(numbers["checks"]) == 6
+    assert all(row["edges"] > 0 and row["ratio"] > 0 and 0 <= row["rank"] <= 1 for row in numbers["seams"])
+    assert {way: len(found) for way, found in numbers["scores"].items()} == {
+        "grown": 2,
+        "at once, few keys": 2,
+        "at once": 1,
+    }
+    errors = numbers["compress"]
+    assert len(errors["timesteps"]) == len(errors["before"]) == len(errors["after"]) == values["judged_steps"]
+    assert errors["before"] != errors["after"] and min(errors["before"]) > 0
+    assert all(seconds >= 0 for seconds in numbers["seconds"].values())
