@@ -60,6 +60,7 @@ class Training:
         self.networks = Networks(config)
         self.start = self._start()
         self.net = self.start.net
+        self.networks.check_latents(self.net.config)
         self.labels = load_labels(config.json_path, config.image_dir)
         sizes = training_sizes(
             self.labels, 8 * self.net.config.input_size, config.multi_scale, config.valid_num

@@ -11,6 +11,7 @@ from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, component_places
 from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.data.features import fingerprint, text_embedder
+from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_named
@@ -30,6 +31,15 @@ class Networks:
         if self.config.sd_scale_factor:
             vae.config = replace(vae.config, scaling_factor=self.config.sd_scale_factor)
         return vae
+
+    def check_latents(self, net: PixArtConfig) -> None:
+        """Refuse an autoencoder whose latents the transformer does not take."""
+        channels = self.vae.config.latent_channels
+        if channels != net.in_channels:
+            raise CheckpointError(
+                f"the latents of the autoencoder {self.places['vae']} have {channels} channels; the transformer takes "
+                f"{net.in_channels}"
+            )
 
     @cached_property
     def embed(self) -> Callable:
