@@ -199,10 +199,11 @@ def test_whatever_the_json_says_it_is_read_or_named(tmp_path_factory, value):
     assert [label.path for label in labels] == ["a.png"] and labels[0].prompt.strip()
 
 
-def test_a_thousand_damaged_files_are_handled_or_named(tmp_path):
+def test_damaged_files_are_handled_or_named(tmp_path):
+    """350 of them; ``python tests/damaged_data.py FOLDER 1001`` reads as many as one likes."""
     script = Path(__file__).with_name("damaged_data.py")
     run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "1001", "--quiet"],
+        [sys.executable, str(script), str(tmp_path), "350", "--quiet"],
         capture_output=True,
         text=True,
         timeout=900,
@@ -210,8 +211,8 @@ def test_a_thousand_damaged_files_are_handled_or_named(tmp_path):
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     told = json.loads(run.stdout)
     found = {kind: Counter(outcomes) for kind, outcomes in told["found"].items()}
-    assert sum(outcomes.total() for outcomes in found.values()) == 1001
-    assert found.pop("entries") == {"named": 143}
-    assert all(outcomes["named"] > 30 and outcomes["handled"] > 2 for outcomes in found.values()), found
+    assert sum(outcomes.total() for outcomes in found.values()) == 350
+    assert found.pop("entries") == {"named": 50}
+    assert all(outcomes["named"] > 15 and outcomes["handled"] > 1 for outcomes in found.values()), found
     assert max(told["slowest"].values()) < 5 and told["grown_megabytes"] < 100, told
     shutil.rmtree(tmp_path)
