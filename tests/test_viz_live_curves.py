@@ -37,7 +37,7 @@ def test_held_out_pictures_have_a_curve_of_their_own():
 
 
 def test_where_it_stands_is_written_above():
-    assert training_figure(rows(7), 90).get_suptitle() == "step 7 of 90, loss 0.1429, 8.0 images/s, 1:02 left"
+    assert training_figure(rows(7), 90).get_suptitle() == "step 7 of 90, loss 0.1429, 8 images/s, 1:02 left"
     assert training_figure([]).get_suptitle() == "no step yet"
 
 

@@ -36,7 +36,7 @@ def dataset_figure(sizes: Sequence[tuple[int, int]], captions: Sequence[str]) ->
     left.scatter(different[:, 1], different[:, 0], 20 + 300 * counts / counts.sum(), COLOURS[0], alpha=0.7)
     for (height, width), count in zip(different[:8], counts, strict=False):
         left.annotate(f"{count}", (width, height), (11, 8), textcoords="offset points", fontsize=SMALL)
-    left.margins(0.25)
+    left.set(xlim=(0, 1.2 * different[:, 1].max()), ylim=(0, 1.2 * different[:, 0].max()))
     words = np.array([len(caption.split()) for caption in captions])
     step = -(-(int(np.ptp(words)) + 1) // 40)
     bins = np.arange(words.min(), words.max() + step + 1, step) - 0.5
@@ -63,6 +63,7 @@ def training_figure(rows: Sequence[Row], total: int = 0) -> Figure:
     places = axes_grid(figure, 1, 2)[0]
     for place, key, label in zip(places, ("loss", "grad_norm"), ("loss", "gradient norm"), strict=True):
         for_curves(place, "step", label)
+        place.xaxis.get_major_locator().set_params(integer=True)
         _with_mean(place, [row for row in rows if key in row], key)
         if total:
             place.set_xlim(0, total)
@@ -102,7 +103,8 @@ def live_curves(
 
 
 def _held_out(place: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    place.plot(steps, values, "s--", color=COLOURS[1], markersize=4, linewidth=1.4, label="held-out pictures")
+    style = {"color": COLOURS[1], "markersize": 4, "linewidth": 1.4, "clip_on": False}
+    place.plot(steps, values, "s--", label="held-out pictures", **style)
     place.set_ylim(0, max(place.get_ylim()[1], 1.1 * float(values.max())))
 
 
@@ -127,7 +129,7 @@ def _progress(rows: Sequence[Row], total: int) -> str:
     last = rows[-1]
     words = [f"step {last['step']:.0f}" + f" of {total}" * bool(total), f"loss {last['loss']:.4g}"]
     if "images_per_second" in last:
-        words.append(f"{last['images_per_second']:.1f} images/s")
+        words.append(f"{last['images_per_second']:.3g} images/s")
     if last.get("seconds_left"):
         minutes, seconds = divmod(round(last["seconds_left"]), 60)
         words.append(f"{minutes}:{seconds:02d} left")
