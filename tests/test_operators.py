@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pixart_nb.core import operators
 from pixart_nb.core.backend import ms
 from pixart_nb.core.operators import attend, linear, repeat_rows, standardise
 
@@ -36,7 +37,19 @@ def numbers(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+def linear_of_large_weight(x, weight, bias):
+    """As if the weight were large: the product of few rows is computed as its transpose."""
+    return operators._add_bias(
+        operators._transposed_product(x.reshape(-1, x.shape[-1]), weight), bias
+    ).reshape(*x.shape[:-1], -1)
+
+
 CASES = {
+    "linear_of_large_weight": (
+        linear_of_large_weight,
+        reference_linear,
+        [numbers(2, 3, 7), numbers(4, 7), numbers(4)],
+    ),
     "linear": (linear, reference_linear, [numbers(2, 3, 7), numbers(4, 7), numbers(4)]),
     "standardise": (standardise(1e-6), reference_standardise, [3 + 2 * numbers(6, 9)]),
     "attend": (attend, reference_attend, [numbers(2, 3, 5, 4), numbers(2, 3, 7, 4), numbers(2, 3, 7, 4)]),
@@ -79,3 +92,11 @@ def test_values_and_gradients_equal_a_float64_reference(name, compiled):
     gradients = gradients if isinstance(gradients, tuple) else (gradients,)
     for ours, wanted in zip(gradients, numerical_gradients(reference, arrays, direction), strict=True):
         np.testing.assert_allclose(ours.asnumpy(), wanted, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65])
+def test_few_rows_of_a_large_weight_give_the_usual_numbers(rows):
+    weight = numbers(2048, 2048).astype(np.float32)
+    x = numbers(rows, 2048, seed=1).astype(np.float32)
+    found = linear(ms.Tensor(x), ms.Tensor(weight)).asnumpy()
+    np.testing.assert_allclose(found, x @ weight.T, rtol=1e-3, atol=1e-3)

@@ -25,15 +25,29 @@ _column_sum = ops.ReduceSum()
 _row_sum = ops.ReduceSum(keep_dims=True)
 
 
+#: Up to so many rows a product with a weight of at least so many numbers is computed as its transpose.
+FEW_ROWS, LARGE_WEIGHT = 64, 2**22
+
+
 def linear(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor | None = None) -> ms.Tensor:
     """``x @ weight.T + bias``. x (..., in), weight (out, in), bias (out,) -> (..., out).
 
     A matrix product and ``bias_add``: on the CPU three times as fast as ``ops.dense``, whose bias is broadcast.
     """
-    rows = _by_rows(x.reshape(-1, x.shape[-1]), weight)
+    rows = x.reshape(-1, x.shape[-1])
+    few = 1 < rows.shape[0] <= FEW_ROWS and weight.size >= LARGE_WEIGHT and not backend.on_ascend()
+    rows = _transposed_product(rows, weight) if few else _by_rows(rows, weight)
     if bias is not None:
         rows = _add_bias(rows, bias)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _transposed_product(rows: ms.Tensor, weight: ms.Tensor) -> ms.Tensor:
+    """``rows @ weight.T`` as the transpose of ``weight @ rows.T``.
+
+    For 20 rows and a large weight three to four times as fast on the CPU, which would else turn the weight first.
+    """
+    return transpose(_by_rows(weight, rows), 1, 0)
 
 
 class _AddBias(nn.Cell):
