@@ -106,12 +106,11 @@ def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
 def written(rows: list, folder: Path, name: str) -> list[Path]:
     """Write ``name.csv`` and, where there are seconds to draw, ``name.png``."""
     from pixart_nb.core.benchmark.runs import write_csv
-    from pixart_nb.core.checkpoints.store import written_beside
     from pixart_nb.viz.benchmark import SECONDS, benchmark_figure
+    from pixart_nb.viz.figures import save_figure
 
     paths = [write_csv(folder / f"{name}.csv", rows)]
     if any(row.measure in SECONDS for row in rows):
-        with written_beside(folder / f"{name}.png") as path:
-            benchmark_figure(rows).savefig(path, format="png", dpi=150)
+        save_figure(benchmark_figure(rows), folder / f"{name}.png")
         paths.append(folder / f"{name}.png")
     return paths

@@ -14,7 +14,7 @@ from pixart_nb.core.benchmark.ours import WORK
 from pixart_nb.core.benchmark.profile import timed_products
 from pixart_nb.core.benchmark.shapes import Shapes
 from pixart_nb.core.benchmark.worker import Worker
-from pixart_nb.viz.benchmark import benchmark_figure, speed_table
+from pixart_nb.viz.benchmark import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(
     size=32, steps=3, words=5, max_length=12, hidden_size=48, heads=2, depth=2, caption_channels=32, text_heads=2,
@@ -137,5 +137,21 @@ def test_the_table_has_a_line_for_each_size():
     step = runs.Row("denoise", 256, "ours", "steps a second", 0.25, "1/s", "a")
     image = replace(step, benchmark="train", measure="images a second", value=0.1)
     table = speed_table([replace(step, size=512), step, image])
-    assert table.columns == ["size", "steps/s", "training images/s"]
-    assert [line[0] for line in table.cells()] == ["256", "512"]
+    assert table.columns[:3] == ["size", "steps/s", "training images/s"]
+    assert table.cells() == [["256", "0.25", "0.1", "18.04", "88.1"], ["512", "0.25", "", "15.95", "33.5"]]
+    assert speed_table([replace(step, size=32)]).cells() == [["32", "0.25", "", "", ""]]
+
+
+def test_shares_are_three_parts_of_the_whole_time():
+    share = runs.Row("denoise", 256, "ours", "share of matrix products", 0.8, "", "a")
+    rows = [
+        share,
+        replace(share, measure="matrix products, of the machine's rate", value=0.75),
+        replace(share, measure="rate of the machine", value=190.0, unit="GFLOP/s"),
+        replace(share, measure="step", value=2.0, unit="s"),
+    ]
+    (place,) = share_figure(rows).axes
+    assert [bar.get_width() for bar in place.patches] == pytest.approx([0.6, 0.2, 0.2])
+    assert share_table(rows).cells() == [["denoise", "256", "0.8", "0.75", "190"]]
+    with pytest.raises(ValueError, match="run the benchmark of denoising first"):
+        share_figure([replace(share, unit="s")])
