@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, new_figure, styled
-from pixart_nb.viz.tables import Table
+from pixart_nb.viz.tables import Table, in_words
 
 #: The seconds that stand for a benchmark, the first that it has.
 SECONDS = ("20 steps", "seconds")
@@ -105,7 +105,7 @@ def benchmark_figure(rows: Sequence[Any]) -> Figure:
         own = [(line, values[system]) for line, (_, values) in enumerate(bars) if system in values]
         heights = [line + 0.36 * (number - (len(systems) - 1) / 2) for line, _ in own]
         drawn = place.barh(heights, [v for _, v in own], 0.34, color=COLOURS[number], label=NAMES[system])
-        place.bar_label(drawn, [f"{v:.3g} s" for _, v in own], fontsize=SMALL, padding=3)
+        place.bar_label(drawn, [f"{in_words(float(v))} s" for _, v in own], fontsize=SMALL, padding=3)
     for line, (_, values) in enumerate(bars):
         if {"ours", "peer"} <= set(values):
             said = f"{values['peer'] / values['ours']:.2f}x as fast"
