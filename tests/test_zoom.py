@@ -100,13 +100,14 @@ def test_details_are_where_something_is():
 @pytest.mark.skipif(not shutil.which("chromium"), reason="runs once there is a chromium")
 def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
     api = pytest.importorskip("playwright.sync_api", reason="runs once playwright is installed")
-    from lab import FLAGS
+    from lab import FLAGS, SLOW
 
     pixels, complaints = picture(1400, 2200), []
     path = ZoomViewer(pixels, "cells", quality=100).write(tmp_path / "page.html")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page(viewport={"width": 900, "height": 600})
+        page.set_default_timeout(SLOW)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(path.as_uri())
         ready = "document.getElementById('canvas').dataset.ready === 'true'"
@@ -119,12 +120,12 @@ def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
         for _ in range(30):
             page.keyboard.press("ArrowLeft")
             page.keyboard.press("ArrowUp")
-        page.wait_for_timeout(500)
         page.wait_for_function(ready)
         shot = page.locator("#canvas").screenshot()
         shown = np.asarray(Image.open(io.BytesIO(shot)).convert("RGB"))
         np.testing.assert_array_equal(shown[40:300, 40:700], pixels[40:300, 40:700])
         page.keyboard.press("0")
+        page.wait_for_function(ready)
         assert page.inner_text("#say").startswith("4")
         browser.close()
     assert complaints == []
