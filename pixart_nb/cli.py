@@ -14,7 +14,7 @@ from pixart_nb.commands import one_line_errors
 from pixart_nb.config import METHODS, load_config, override
 from pixart_nb.dataset_commands import dataset
 from pixart_nb.key_options import Switch, with_key_options
-from pixart_nb.large_commands import compress, plan
+from pixart_nb.large_commands import compress, grow, plan
 from pixart_nb.train_config import TrainConfig
 
 TINY = "data/tiny-sigma"
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(dataset, name="dataset")
 app.command()(compress)
 app.command()(plan)
+app.command()(grow)
 app.command()(bench)
 
 Method = StrEnum("Method", {name: name for name in METHODS})

@@ -57,6 +57,16 @@ class Compression:
     adapt: dict[str, Any] = field(default_factory=dict)
 
 
+def default_target(source: Path, ratio: int) -> Path:
+    """Where a compressed checkpoint goes unless told: beside its source.
+
+    >>> default_target(Path("models/PixArt-Sigma-XL-2-1024-MS.pth"), 2).as_posix()
+    'models/PixArt-Sigma-XL-2-1024-MS-kv2.safetensors'
+    """
+    stem = source.stem if source.suffix in (".pth", ".ckpt", ".safetensors", ".bin") else source.name
+    return source.with_name(f"{stem}-kv{ratio}.safetensors")
+
+
 def compress(wanted: Compression) -> dict[str, Any]:
     """Write the compressed checkpoint, and beside it TARGET.errors.json, which is also returned.
 
@@ -65,7 +75,7 @@ def compress(wanted: Compression) -> dict[str, Any]:
     """
     target = Path(wanted.target)
     work = target.with_name(f"{target.name}.adapt")
-    start = work / "start.safetensors" if wanted.adapt else target
+    start = work / "start" if wanted.adapt else target  # a folder says what its tensors do not show
     said = read_config(wanted.config) if wanted.config else None
     plan = plan_compression(
         wanted.source,

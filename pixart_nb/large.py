@@ -109,6 +109,45 @@ def growing_pipeline(config: InferenceConfig, size: Any, names: Sequence[str]) -
     return pipe
 
 
+def grow(
+    config: InferenceConfig, factors: Sequence[int] = (), strengths: Sequence[float] = (), keys: int = 0
+) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Draw a picture of a configuration through growing sizes, and write it with a page to zoom into it.
+
+    ``factors``, ``strengths``, ``keys``: as ``growing_sizes`` takes them, what is usual where they are not given. Its
+    stages lie in ``config.staged``, else in the folder of the picture. -> paths, and rows of what was planned and
+    measured for every size.
+
+    Raises ``DoesNotFitError`` before anything is drawn.
+    """
+    from pixart_nb import plan as planner
+    from pixart_nb.core.planning.plan import check_fits, plan_growing
+    from pixart_nb.core.sampling import growing
+    from pixart_nb.core.sampling.picture_files import write_picture
+    from pixart_nb.viz.zoom import ZoomViewer
+
+    config = config.model_copy(update={"staged": config.staged or str(Path(config.output_path) / "stages")})
+    networks, _ = planner.networks_of(config)
+    height, width = drawn_size(config, networks.transformer)
+    factors = list(factors) or growing.usual_factors(networks.transformer, height, width)
+    strengths = list(strengths) or growing.usual_strengths(len(factors))
+    sizes = growing.growing_sizes(
+        networks.transformer, height, width, factors, strengths, keys or growing.KEYS
+    )
+    plans = plan_growing(networks, planner.run_of(config, networks), sizes)
+    for plan in plans:
+        check_fits(plan, planner.memory_limit(config))
+    pictures = growing_pictures(config, sizes)
+    for size, picture in zip(sizes, pictures, strict=True):
+        show([picture], lambda names, size=size: growing_pipeline(config, size, names))
+    prompt = sample.prompts_of(config)[0]
+    path = Path(config.output_path) / "picture.png"
+    told = config.model_dump() | {"factors": factors, "strengths": strengths, "keys": keys or growing.KEYS}
+    write_picture(path, pictures[-1].pixels(), told)
+    page = ZoomViewer(pictures[-1].pixels(), prompt).write(path.with_name("zoom.html"))
+    return [path, page], planner.compared_rows(plans, [picture.files.measured() for picture in pictures])
+
+
 def transformer_config(config: InferenceConfig) -> Any:
     """The ``PixArtConfig`` of a configuration's transformer, read from its names and shapes alone."""
     from pixart_nb.core.checkpoints.components import component_places

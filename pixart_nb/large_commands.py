@@ -57,11 +57,52 @@ def plan(
             typer.echo(output)
 
 
+@with_key_options(InferenceConfig)
+def grow(
+    given: dict,
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="Configuration file; the options below replace its values.")
+    ] = Path("configs/inference/tiny.yaml"),
+    factors: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="The sizes, as what the picture's is divided by, falling to 1; by default powers of 2."
+        ),
+    ] = None,
+    strengths: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of the steps that is taken at each size but the first."),
+    ] = None,
+    keys: Annotated[
+        int, typer.Option(min=1, help="Keys that a side of the picture is shrunk to at every size.")
+    ] = 8,
+) -> None:
+    """Draw a large picture with a model of small ones: small first, then enlarged and drawn anew in part.
+
+    Of the first prompt. It works in stages whose state is kept: the same
+    command goes on where it was stopped. Writes picture.png, and zoom.html to look around in it.
+
+    Example: pixart-nb grow --image-height 1024 --image-width 1024 --prompt "a red mushroom in a forest"
+    """
+    with one_line_errors():
+        from pixart_nb import large
+        from pixart_nb.viz.tables import Table
+
+        settings = override(load_config(config, "inference"), **given)
+        paths, rows = large.grow(settings, factors or (), strengths or (), keys)
+        columns = ["size", "stage", "measured s", "loading s", "planned GB", "measured GB"]
+        typer.echo(Table([{name: row[name] for name in columns} for row in rows], "What it took"))
+        typer.echo("\n".join(map(str, paths)))
+
+
 def compress(
     source: Annotated[
         Path, typer.Option(help="Checkpoint without compression, or the folder of its pipeline.")
     ],
-    target: Annotated[Path, typer.Option(help="What to write, as `convert` does.")],
+    target: Annotated[
+        Path | None,
+        typer.Option(help="What to write, as `convert` does; else SOURCE-kv2.safetensors beside the source."),
+    ] = None,
     layers: Annotated[
         str,
         typer.Option(help="Which layers: 14-27, 0,2,5-7, deep (the half that the paper compresses) or all."),
@@ -105,6 +146,7 @@ def compress(
     with one_line_errors():
         from pixart_nb import compress as command
 
+        target = target or command.default_target(source, ratio)
         adapt = {}
         if adapt_steps:
             adapt = {"steps": adapt_steps, "start_learning_rate": learning_rate, "batch_size": batch_size}

@@ -1,6 +1,7 @@
 """A checkpoint that is made to compress: the average at first, its error told, and lowered by training."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -141,7 +142,7 @@ def test_a_checkpoint_alone_is_measured_on_random_latents(tmp_path):
     assert "timestep" in str(compress.table(report))
 
 
-def test_an_adaptation_lowers_the_error_and_is_what_the_target_holds(tmp_path, project):
+def test_an_adaptation_is_measured_and_is_what_the_target_holds(tmp_path, project):
     wanted = Compression(
         SIGMA,
         tmp_path / "kv",
@@ -161,9 +162,9 @@ def test_an_adaptation_lowers_the_error_and_is_what_the_target_holds(tmp_path, p
     )
     report = compress.compress(wanted)
     assert (tmp_path / "kv" / "config.json").is_file()
-    assert (tmp_path / "kv.adapt" / "start.safetensors").is_file()
+    assert (tmp_path / "kv.adapt" / "start" / "config.json").is_file()
     adapted = load_transformer(tmp_path / "kv")
-    started = load_transformer(tmp_path / "kv.adapt" / "start.safetensors", adapted.config)
+    started = load_transformer(tmp_path / "kv.adapt" / "start")
     moved = relative_error(
         adapted.blocks[0].attn.sr.weight.asnumpy(), started.blocks[0].attn.sr.weight.asnumpy()
     )
@@ -200,6 +201,14 @@ def test_the_command_prints_the_errors(tmp_path):
     refused = CliRunner().invoke(app, [str(word) for word in [*words, "--layers", "7-9"]])
     assert refused.exit_code == 2
     assert "this model has layers 0 to" in " ".join(refused.output.split())
+
+
+def test_the_target_is_beside_the_source_unless_told(tmp_path):
+    shutil.copytree(TRANSFORMER, tmp_path / "net")
+    words = ["compress", "--source", tmp_path / "net", "--layers", "0-1", "--ratio", 2, "--operator", "conv"]
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--height", 64, "--width", 64]])
+    assert result.exit_code == 0, result.output
+    assert load_transformer(tmp_path / "net-kv2.safetensors").config.kv_layers == (0, 1)
 
 
 def test_help_explains_the_commands(project, monkeypatch):

@@ -2,14 +2,24 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from reference_data import diffusers
+from typer.testing import CliRunner
 
 from pixart_nb import PixArtSigmaPipeline, large
+from pixart_nb.cli import app
 from pixart_nb.config import check_config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.planning.memory import Run
 from pixart_nb.core.planning.plan import plan_growing
-from pixart_nb.core.sampling.growing import Size, grow, growing_sizes, shrink_keys
+from pixart_nb.core.sampling.growing import (
+    Size,
+    grow,
+    growing_sizes,
+    shrink_keys,
+    usual_factors,
+    usual_strengths,
+)
 from pixart_nb.core.sampling.staged import run_staged
 
 FOLDER = diffusers("sigma")[0]
@@ -74,6 +84,29 @@ def test_every_size_is_planned_with_its_steps_and_its_keys():
     assert big.networks.transformer.layer_ratio(0) == 2
     assert big.products["self-attention"] == 3 * 2 * 2 * 64 * 16 * 48
     assert big.peak > small.peak
+
+
+def test_the_usual_sizes_begin_near_the_models_own():
+    config = PixArtConfig(input_size=16)
+    assert usual_factors(config, 4096, 4096) == [32, 16, 8, 4, 2, 1]
+    assert usual_factors(config, 1024, 512) == [4, 2, 1]
+    assert usual_factors(config, 272, 272) == [1]  # half of it is no multiple of 16
+    assert usual_strengths(1) == []
+    assert len(usual_strengths(9)) == 8
+
+
+def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
+    words = ["grow", "--model", FOLDER, "--image-height", 128, "--image-width", 64, "--sampling-steps", 2]
+    words += ["--prompt", "a cup", "--factors", 2, "--factors", 1, "--keys", 2, "-o", tmp_path / "out"]
+    words = [str(word) if word != "-o" else "--output-path" for word in words]
+    result = CliRunner().invoke(app, [*words, "--memory-limit", "0.01"])
+    assert result.exit_code == 2 and "The least that it can take" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "picture.png").size == (64, 128)
+    assert (tmp_path / "out" / "zoom.html").stat().st_size > 1000
+    assert "64 x 32" in result.output and "128 x 64" in result.output
 
 
 def test_stages_draw_what_growing_draws(tmp_path, pipe):

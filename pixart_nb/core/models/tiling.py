@@ -17,8 +17,10 @@ from mindspore import ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import GroupNorm
 
-#: Cells of the finer side in the tiles from which statistics are measured, all at once. It bounds the memory.
-SAMPLE_CELLS = 1024**2
+#: Cells of the finer side from which statistics are measured, all at once. It bounds the memory.
+SAMPLE_CELLS = 2**19
+#: Cells a side, at most, of the windows that they are taken from: many small ones know a picture better than few large.
+SAMPLE_SIDE = 256
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -75,6 +77,7 @@ class TileMap:
 
     ``function`` maps (N, C, h, w) to (N, C', h grow / shrink, w grow / shrink); ``norms`` are the group norms in it.
     ``tile`` and ``overlap`` count the cells of the coarser of the two sides, so that tiles lie on whole cells of both.
+    ``channels`` is how many times as many channels a cell has as those that ``SAMPLE_CELLS`` are meant for.
     """
 
     function: Callable[[ms.Tensor], ms.Tensor]
@@ -83,6 +86,7 @@ class TileMap:
     overlap: int
     grow: int = 1
     shrink: int = 1
+    channels: int = 1
 
     def count(self, height: int) -> int:
         """Rows of tiles of a picture (1, C, height, W)."""
@@ -91,19 +95,26 @@ class TileMap:
     def _axes(self, x: np.ndarray) -> list[list[tuple[slice, np.ndarray]]]:
         return [axis_tiles(side // self.shrink, self.tile, self.overlap, self.grow) for side in x.shape[2:]]
 
+    def _windows(self, x: np.ndarray) -> tuple[list[tuple[slice, slice]], list[tuple]]:
+        """Windows all over x from which statistics are measured, and the shares of them that count."""
+        fine = max(self.grow, self.shrink)
+        side, limit = sample_windows(self.tile, fine, self.channels)
+        down, across = (
+            [part for part, _ in axis_tiles(n // self.shrink, side, side * self.overlap // self.tile)]
+            for n in x.shape[2:]
+        )
+        chosen = spread(limit, len(down), len(across))
+        cores = list(itertools.product(axis_cores(down), axis_cores(across)))
+        return [(down[r], across[c]) for r, c in chosen], [cores[r * len(across) + c] for r, c in chosen]
+
     def _cut(self, x: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
         return np.ascontiguousarray(x[:, :, _times(rows, self.shrink), _times(columns, self.shrink)])
 
     def measure(self, x: np.ndarray) -> list[np.ndarray | None]:
         """Statistics for the tiles of x (1, C, H, W): of each norm mean and variance, (2, channels); None if unused."""
-        down, across = self._axes(x)
-        places = list(itertools.product([r for r, _ in down], [c for c, _ in across]))
-        cores = list(itertools.product(axis_cores([r for r, _ in down]), axis_cores([c for c, _ in across])))
-        cells = np.prod([part.stop - part.start for part in places[0]]) * self.grow**2
-        count = min(max(1, SAMPLE_CELLS // int(cells)), len(places))
-        sample = np.linspace(0, len(places) - 1, count).round().astype(int)
-        with shared_statistics(self.norms, [cores[i] for i in sample]):
-            self.function(ms.Tensor(np.concatenate([self._cut(x, *places[i]) for i in sample])))
+        windows, cores = self._windows(x)
+        with shared_statistics(self.norms, cores):
+            self.function(ms.Tensor(np.concatenate([self._cut(x, *window) for window in windows])))
             return [norm.shared.values() for norm in self.norms]
 
     def rows(
@@ -152,6 +163,29 @@ class TileMap:
 
 def _times(part: slice, factor: int) -> slice:
     return slice(part.start * factor, part.stop * factor)
+
+
+def sample_windows(tile: int, fine: int, channels: int = 1) -> tuple[int, int]:
+    """Side of the windows of statistics, in cells of which each is ``fine`` a side on the finer side, and how many.
+
+    >>> sample_windows(64, 8), sample_windows(128, 1, 8)
+    ((32, 8), (128, 4))
+    """
+    side = min(tile, max(1, SAMPLE_SIDE // fine))
+    return side, max(1, SAMPLE_CELLS // channels // (side * fine) ** 2)
+
+
+def spread(count: int, rows: int, columns: int) -> list[tuple[int, int]]:
+    """At most ``count`` places of a grid, all over it: all of them, or row by row a golden section further on.
+
+    >>> spread(4, 2, 1), spread(3, 3, 3)
+    ([(0, 0), (1, 0)], [(0, 0), (1, 2), (2, 1)])
+    """
+    if count >= rows * columns:
+        return list(itertools.product(range(rows), range(columns)))
+    golden = (5**0.5 - 1) / 2
+    places = [(k * rows // count, int((k + 0.5) * golden % 1 * columns)) for k in range(count)]
+    return list(dict.fromkeys(places))
 
 
 def axis_cores(parts: Sequence[slice]) -> list[tuple[float, float]]:

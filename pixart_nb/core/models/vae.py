@@ -15,6 +15,8 @@ from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 
 #: Latent cells a side up to which the coarse stage, with its attention, is computed whole even when tiling.
 COARSE_TILE = 128
+#: How much more a cell takes there than a pixel of the fine parts: more channels, and more of them alive at once.
+COARSE_CHANNELS = 8
 
 
 class DiagonalGaussian:
@@ -157,7 +159,8 @@ class AutoencoderKL(nn.Cell):
         def function(piece: ms.Tensor) -> ms.Tensor:
             return stage.function(piece.astype(self.dtype))
 
-        return TileMap(function, norms, tile, overlap, stage.grow, stage.shrink)
+        channels = 1 if fine else COARSE_CHANNELS
+        return TileMap(function, norms, tile, overlap, stage.grow, stage.shrink, channels)
 
     def decode_coarse(self, z: np.ndarray) -> np.ndarray:
         """The first part of ``decode``, at the resolution of the latents: z (1, C, h, w) -> (1, C', h, w) float32."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixart_nb.core.models.t5 import T5Config
-from pixart_nb.core.models.tiling import SAMPLE_CELLS, tile_starts
+from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.models.vae import COARSE_TILE
+from pixart_nb.core.models.vae import COARSE_CHANNELS, COARSE_TILE
 from pixart_nb.core.models.vae_blocks import VAEConfig
 from pixart_nb.core.planning.counts import parameters
 
@@ -122,20 +122,20 @@ def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:
     picture = 4.0 * run.batch * run.height * run.width * config.out_channels
     tile = run.tile // factor
     if run.tile and max(height, width) > tile:
-        cells = min(tile, height) * min(tile, width)
-        tiles = len(tile_starts(height, tile, tile // 4)) * len(tile_starts(width, tile, tile // 4))
-        fine_pixels = cells * factor**2 * min(tiles, max(1, SAMPLE_CELLS // (cells * factor**2)))
+        fine_pixels = _at_once(height, width, tile, factor)
         if max(height, width) > COARSE_TILE:
-            coarse_cells = min(COARSE_TILE, height) * min(COARSE_TILE, width)
-            # the statistics of the coarse part are measured on as many cells as fit, too
-            coarse_cells *= min(
-                len(tile_starts(height, COARSE_TILE, COARSE_TILE // 4))
-                * len(tile_starts(width, COARSE_TILE, COARSE_TILE // 4)),
-                max(1, SAMPLE_CELLS // coarse_cells),
-            )
+            coarse_cells = _at_once(height, width, COARSE_TILE, 1, COARSE_CHANNELS)
     wide = max(
         config.block_out_channels[:2]
     )  # channels at the full resolution, before the last block narrows them
     fine = size * live.pixel * fine_pixels * wide
     coarse = size * live.cell * coarse_cells * config.block_out_channels[-1]
     return max(coarse, fine + picture) + kept
+
+
+def _at_once(height: int, width: int, tile: int, fine: int, channels: int = 1) -> int:
+    """Cells of the finer side that are worked on together: a tile, or the windows that statistics are measured from."""
+    side, count = sample_windows(tile, fine, channels)
+    windows = len(tile_starts(height, side, side // 4)) * len(tile_starts(width, side, side // 4))
+    cells = min(side, height) * min(side, width) * min(windows, count)
+    return fine**2 * max(cells, min(tile, height) * min(tile, width))

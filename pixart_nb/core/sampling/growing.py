@@ -34,6 +34,31 @@ class Size:
     ratio: int = 1
 
 
+#: Keys a side, unless told: what the embedded model was trained with.
+KEYS = 8
+#: Strengths of the sizes after the first, unless told; the last one holds for all after it.
+STRENGTHS = (0.5, 0.4, 0.35, 0.3, 0.25)
+
+
+def usual_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
+    """Powers of two, falling to 1, by which a picture is divided to come down to about the model's own size.
+
+    >>> usual_factors(PixArtConfig(input_size=16), 1024, 512)
+    [4, 2, 1]
+    """
+    factors, unit = [1], 8 * config.patch_size
+    while min(height, width) // (2 * factors[0]) >= 8 * config.input_size:
+        if height % (2 * factors[0] * unit) or width % (2 * factors[0] * unit):
+            break
+        factors.insert(0, 2 * factors[0])
+    return factors
+
+
+def usual_strengths(count: int) -> list[float]:
+    """Strengths of so many sizes but the first."""
+    return [STRENGTHS[min(n, len(STRENGTHS) - 1)] for n in range(count - 1)]
+
+
 def growing_sizes(
     config: PixArtConfig,
     height: int,
