@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pixart_nb.config import check_config, load_config
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.checkpoints.store import load_tensors
 from pixart_nb.core.sampling.picture_files import read_parameters
+from pixart_nb.core.training.curve_log import read_curve
 from pixart_nb.train import Training
 from pixart_nb.train_config import TrainConfig
 
@@ -93,6 +95,36 @@ def test_a_training_in_parts_has_the_same_losses_and_weights_bit_for_bit(whole, 
     assert losses(tmp_path / "out") == losses(whole[0])
     ours, theirs = state(tmp_path / "out"), state(whole[0])
     assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+
+
+def test_held_out_pictures_are_measured_and_change_nothing(run, project, tmp_path):
+    labels = json.loads((project / "data/pixelart/labels.json").read_text())
+    for name, part in {"shown": labels[:24], "kept": labels[24:]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    shown = {"json_path": tmp_path / "shown.json", "visualize_steps": 2}
+    run(tmp_path / "plain", **shown)
+    run(tmp_path / "out", **shown, steps=2, validation_json_path=tmp_path / "kept.json")
+    said = run(tmp_path / "out", **shown, steps=4, validation_json_path=tmp_path / "kept.json")
+    assert losses(tmp_path / "out") == losses(tmp_path / "plain")
+    rows = read_curve(tmp_path / "out" / "held_out.csv")
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert len({row["held_out_loss"] for row in rows}) == 3
+    assert f"step 4: held-out loss {rows[-1]['held_out_loss']:.4g}" in said
+
+
+def test_a_full_disk_is_told(run, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount a file system, as root has")
+    try:
+        said = run(disk / "out", code=2, steps=2)
+        assert "could not be written" in said and "Free space" in said and "Traceback" not in said
+        assert not list((disk / "out").glob("*.safetensors"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_features_from_a_cache_train_what_live_ones_train(whole, run, tmp_path):
@@ -193,6 +225,7 @@ def test_a_lora_comes_out_alone(run, model, tmp_path):
     [
         ({"json_path": "nowhere.json"}, "nowhere.json"),
         ({"image_dir": "nowhere"}, "nowhere"),
+        ({"validation_json_path": "data/pixelart/labels.json"}, "36 of its 36 pictures are trained on too"),
         ({"batch_size": 37}, "a batch has 37 = 37 pictures, but there are only 36"),
         ({"model": "nowhere"}, "nowhere"),
         ({"vae_root": "nowhere"}, "vae nowhere"),

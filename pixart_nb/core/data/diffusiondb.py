@@ -54,7 +54,8 @@ def import_diffusiondb(
         )
     if not 0 <= max_nsfw <= 2:
         raise DataError(f"max_nsfw is {max_nsfw}; expected 0 to 2")
-    remove_temporaries(target / IMAGES)
+    for folder in (target, target / IMAGES):
+        remove_temporaries(folder)
     report = Report([target / name for name in (LABELS, TEST_LABELS)[: 1 + bool(test_count)]])
     entries: dict[str, Entry] = {}
     last = found.count - test_count

@@ -12,7 +12,7 @@ from pixart_nb.core.checkpoints.store import written_beside
 from pixart_nb.core.data.errors import DataError, shortened
 from pixart_nb.core.data.labels import LabelError, check_entries
 from pixart_nb.core.data.pictures import ENDINGS
-from pixart_nb.core.data.writing import Report, writing
+from pixart_nb.core.data.writing import Report, remove_temporaries, writing
 
 #: Columns of a table of captions; the first that is there is taken.
 PATHS = ("path", "file_name", "filename", "file", "image", "image_path")
@@ -137,5 +137,6 @@ def _write(target: Path, text: str, overwrite: bool) -> None:
         if target.is_file() and target.read_bytes() == text.encode():
             return
         raise DataError(f"{target} is there already and says something else; --overwrite replaces it")
+    remove_temporaries(target.parent)
     with writing(target), written_beside(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -20,6 +20,8 @@ Image.init()  # all plugins at once: loading them on demand is not safe when sev
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 #: Pixels of the largest picture that is read: more are taken for a file made to fill the memory.
 MOST_PIXELS = 89_478_485
+#: Pixels that a scaled picture may always have before its middle is cut out.
+_WHOLE = 2**24
 
 #: EXIF orientation -> what turns the stored pixels upright.
 _TURNS = {
@@ -86,10 +88,11 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = (round((have - want) / 2) for have, want in zip(covering, (height, width), strict=True))
     method = Image.Resampling.LANCZOS if height * width >= 2048**2 else Image.Resampling.BICUBIC
     image = Image.fromarray(pixels)
-    if covering[0] * covering[1] <= 8 * height * width:
+    if covering[0] * covering[1] <= max(8 * height * width, _WHOLE):
         whole = image.resize(covering[::-1], method)
         return np.asarray(whole.crop((left, top, left + width, top + height)))
-    # Of a long strip only the part that is kept is computed: rounded a little differently, in memory that is there.
+    # Of a long strip only the part that is kept is computed, in memory that is there: rounded a little differently,
+    # since Pillow may then scale rows before columns.
     step = rows / covering[0], columns / covering[1]
     box = (left * step[1], top * step[0], (left + width) * step[1], (top + height) * step[0])
     inside = tuple(min(value, limit) for value, limit in zip(box, (columns, rows) * 2, strict=True))
