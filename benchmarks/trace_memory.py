@@ -5,8 +5,9 @@
 
 The transformer has random weights and compresses keys and values; nothing is encoded or decoded. Every run is a process
 of its own; read is the most memory that it held while sampling, without pages of mapped files. A row is the attention
-of one patch to all keys, in all heads, computed from the trace and drawn as a PNG. The seconds of the runs say
-little: whatever else the machine does is in them.
+of one patch to all keys, in all heads, computed from the trace and drawn over a picture of that size as a PNG. The
+seconds of the runs say little: whatever else the machine does is in them. The command fails if a trace takes more than
+1.5 GB over the run without it, if a row takes more than 2 s, or if the latents of two runs differ in a bit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 WAYS = ("plain", "traced", "on disk")
+#: What a trace may take over the run without it, gigabytes, and a row of its map, seconds.
+MOST_GIGABYTES, MOST_SECONDS = 1.5, 2.0
 
 
 def random_pipeline(options: argparse.Namespace):
@@ -87,14 +90,15 @@ def run(options: argparse.Namespace, way: str) -> dict:
 
 def row_times(t, folder: Path) -> dict:
     """Seconds until the row of a patch in the middle is computed and drawn, and the largest error of its sum."""
-    from matplotlib.figure import Figure
+    from pixart_nb.viz.attention import patch_attention
 
-    name, middle = t.names[-2], t.grid[0] // 2 * t.grid[1] + t.grid[1] // 2
+    (height, width), name = t.grid, t.names[-2]
+    patch, picture = (height // 2, width // 2), np.zeros((16 * height, 16 * width, 3), np.uint8)
     started = time.perf_counter()
-    row = t.rows(name, t.steps[-1], middle)[:, 0]
+    row = t.rows(name, t.steps[-1], patch[0] * width + patch[1])[:, 0]
     computed = time.perf_counter() - started
-    figure = Figure(figsize=(5, 5))
-    figure.subplots().imshow(row.mean(0).reshape(t.key_grid(name)))
+    cells = row.mean(0).reshape(1, *t.key_grid(name))
+    figure = patch_attention(picture, cells, patch, [name], t.compression(name)[1], t.grid)
     figure.savefig(folder / "row.png")
     return {
         "row": computed,
@@ -138,6 +142,12 @@ def main() -> None:
             )
     latents = {found["latents"] for found in results.values()}
     print("the latents are the same, bit for bit" if len(latents) == 1 else "the latents DIFFER")
+    least = results.get("plain", {"gigabytes": 0.0})["gigabytes"]
+    traced = [found for way, found in results.items() if way != "plain"]
+    much = [found for found in traced if found["gigabytes"] - least > MOST_GIGABYTES]
+    slow = [found for found in traced if found["drawn"] > MOST_SECONDS]
+    if much or slow or len(latents) > 1:
+        sys.exit("too much memory, too slow a row, or other latents")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ def test_rows_are_labelled_at_their_first_picture():
     assert [place.get_ylabel() for place in figure.axes] == ["few", "", "", "many", "", ""]
 
 
+def test_long_labels_of_rows_are_folded_to_the_height_of_a_row():
+    label = "a teal guitar in the snow on a winter day"
+    place = image_grid(np.zeros((1, 4, 8, 3)), row_labels=[label]).axes[0]
+    assert place.get_ylabel().replace("\n", " ") == label
+    assert max(map(len, place.get_ylabel().splitlines())) <= 1.8 / 2 * 14
+
+
 def test_long_titles_are_folded_between_words():
     title = "a teal guitar in the snow on a winter day"
     lines = image_grid(np.zeros((1, 4, 4, 3)), [title]).axes[0].get_title().splitlines()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.core.data.sprites import Scene
 from pixart_nb.core.sampling.evaluation import held_out_scenes
-from pixart_nb.core.tracing.localisation import locate_words, mean_overlaps, overlap, thresholded
+from pixart_nb.core.tracing.localisation import Located, locate_words, mean_overlaps, overlap, thresholded
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,18 @@ def test_each_picture_comes_with_its_words_and_their_maps(found):
         assert one.picture.shape == (128, 128, 3) and one.mask.shape == (128, 128)
         best = thresholded(one.maps[one.words.index(one.scene.object)], one.mask.shape)
         assert one.overlap_of(one.scene.object) == overlap(best, one.mask)
+
+
+def test_words_that_name_neither_object_nor_colour_are_wrong_ones():
+    words, nothing = ("a", "red", "mushroom", "on", "grass", "</s>"), np.zeros((8, 8))
+    found = [
+        Located(Scene("mushroom", "red", "grass"), nothing, nothing, words, nothing, np.array(overlaps))
+        for overlaps in ([0.1, 0.6, 0.5, 0.2, 0.0, 0.3], [0.1, 0.4, 0.7, 0.0, 0.1, 0.2])
+    ]
+    means = mean_overlaps(found)
+    assert means == pytest.approx(
+        {"count": 2, "object": 0.6, "colour": 0.5, "setting": 0.05, "mean_wrong": 0.125, "best_wrong": 0.25}
+    )
 
 
 def test_overlap_is_intersection_over_union():

@@ -109,6 +109,9 @@ def test_a_strip_has_pictures_above_and_maps_below_on_one_scale():
         )
     assert [strip.axes[place].get_ylabel() for place in (0, 3)] == ["picture", "cup"]
     check_layout(strip)
+    check_layout(
+        word_strip(RNG.random((10, 8, 24, 3)), RNG.random((10, 4, 12)), ["t"] * 10, "wheelbarrow-maker")
+    )
 
 
 def test_a_patch_is_framed_on_axes_that_count_tokens():

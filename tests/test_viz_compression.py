@@ -15,6 +15,7 @@ from pixart_nb.viz.compression import (
     similarity_by_layer,
 )
 from pixart_nb.viz.overlay import overlay
+from pixart_nb.viz.style import COLOURS
 from pixart_nb.viz.tables import Table
 
 RNG = np.random.default_rng(0)
@@ -29,8 +30,19 @@ def test_kernels_are_shown_as_multiples_of_the_average():
         assert [text.get_text() for text in place.texts] == [
             f"{value:.2f}" for value in 4 * weights[place.get_title()].mean(0).ravel()
         ]
-    bars = [place for place in figure.axes if place.get_xlabel() == "weight x R²"]
-    assert [sum(bar.get_height() for bar in place.patches) for place in bars] == [160, 160]
+    (place,) = [place for place in figure.axes if place.get_xlabel() == "layer"]
+    medians = [line.get_ydata()[0] for line in place.lines if line.get_color() == COLOURS[1]]
+    np.testing.assert_allclose(medians, [np.median(4 * values) for values in weights.values()])
+    ends = [max(line.get_ydata()) for line in place.lines if line.get_color() == COLOURS[0]]
+    assert max(ends) <= 4 * max(values.max() for values in weights.values())
+    assert [text.get_text() for text in place.get_xticklabels()] == ["14", "27"]
+    check_layout(figure)
+
+
+def test_kernels_of_fourteen_layers_stand_in_two_rows():
+    figure = learned_kernels({f"layer {k}": RNG.random((8, 2, 2)) for k in range(14, 28)})
+    places = [place for place in figure.axes if place.get_title().startswith("layer ")]
+    assert len({round(place.get_position().y0, 3) for place in places}) == 2
     check_layout(figure)
 
 
@@ -107,8 +119,10 @@ def test_errors_run_with_sampling():
 
 def test_what_the_paper_did_not_measure_has_no_bar():
     ours = {"shallow": 0.3, "deep": 0.1, "all": 0.5}
-    figure = beside_the_paper(ours, {"shallow": 9.278, "deep": 8.532}, "error")
-    left, right = figure.axes
+    figure = beside_the_paper({"error": ours, "trained": {"deep": 0.05}}, {"shallow": 9.278, "deep": 8.532})
+    left, middle, right = figure.axes
+    assert [place.get_xlabel() for place in figure.axes] == ["error", "trained", "paper: FID"]
+    assert [(round(bar.get_y() + 0.4), bar.get_width()) for bar in middle.patches] == [(1, 0.05)]
     assert [bar.get_width() for bar in left.patches] == [0.3, 0.1, 0.5]
     assert [(round(bar.get_y() + 0.4), bar.get_width()) for bar in right.patches] == [(0, 9.278), (1, 8.532)]
     assert [text.get_text() for text in left.get_yticklabels()] == list(ours)

@@ -102,6 +102,8 @@ def test_differences_are_means_over_colours_on_one_scale():
     assert [figure.axes[k].get_ylabel() for k in (0, 3)] == list(rows)
     assert [figure.axes[k].get_title() for k in (0, 1)] == ["before", "after"]
     check_layout(figure)
+    wide = RNG.random((2, 8, 16, 3))
+    check_layout(picture_differences({"the first of the cross-attention heads off": wide, "another": wide}))
 
 
 def test_pictures_of_two_sizes_have_no_difference():

@@ -38,6 +38,8 @@ from pixart_nb.viz.style import (
 #: More cells a side than this are drawn without lines between them.
 MOST_LINES = 32
 SHARE = "share of a patch's attention"
+#: Inches that a letter of a title takes along its line, with some room.
+_LETTER = 0.09
 
 
 def word_heat_maps(
@@ -65,7 +67,8 @@ def word_heat_maps(
     highest = {word: float(np.max(heat)) for word, heat in maps.items()}
     if not own_scale:
         highest = dict.fromkeys(maps, max(highest.values()))
-    figure, axes = _picture_grid(-(-(len(maps) + 1) // columns), columns, picture)
+    rows = -(-(len(maps) + 1) // columns)
+    figure, axes = _picture_grid(rows, columns, picture, room=0.5 if own_scale else 0.3)
     _show_pixels(axes[0], as_float(picture), "picture")
     for place, (word, heat) in zip(axes[1:], maps.items(), strict=False):
         said = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
@@ -96,7 +99,7 @@ def word_strip(
     require_as_many("pictures", pictures, len(maps), "maps")
     require_as_many("labels", labels, len(maps), "maps")
     pictures = [shrunk(picture) for picture in pictures]
-    figure, axes = _picture_grid(2, len(maps), pictures[0])
+    figure, axes = _picture_grid(2, len(maps), pictures[0], least=2 * _LETTER * len(word))
     highest = float(np.max(maps))
     for number, (picture, heat) in enumerate(zip(pictures, maps, strict=True)):
         _show_pixels(axes[number], as_float(picture), labels[number])
@@ -280,11 +283,16 @@ def _by_timestep(place: Axes, values: np.ndarray, layers, timesteps, most: float
 # ---- parts
 
 
-def _picture_grid(rows: int, columns: int, picture: np.ndarray, cell: float = 0.0):
-    """A figure with places for pictures of one shape, and the places in a flat list."""
+def _picture_grid(
+    rows: int, columns: int, picture: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3
+):
+    """A figure with places for pictures of one shape, and the places in a flat list.
+
+    Inches: ``cell``, a picture's width; ``least``, the figure's height at least; ``room`` for each row's titles.
+    """
     aspect = picture.shape[0] / picture.shape[1]
     cell = cell or min(2.2, (WIDTH - 0.9) / columns)
-    figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, rows * ((cell - 0.1) * aspect + 0.3)))
+    figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, least, rows * ((cell - 0.1) * aspect + room)))
     axes = list(axes_grid(figure, rows, columns).ravel())
     for place in axes:
         for_picture(place)

@@ -46,7 +46,8 @@ COSTS = {
 def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     """Learned kernels (C, R, R) of each layer against the average 1/R^2 that they started from.
 
-    Weights are multiplied by R^2: 1 is the average. Above: the mean over channels; below: the weights of all channels.
+    Weights are multiplied by R^2: 1 is the average. Above: the mean over channels, seven layers in a row at most.
+    Below: how far the weights of all channels lie apart, for each layer the middle half (box) and 5% to 95% (whiskers).
 
     >>> figure = learned_kernels({"layer 14": np.full((8, 2, 2), 0.25)})
     >>> figure.axes[0].images[0].get_array().tolist()
@@ -55,26 +56,31 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     if not kernels:
         raise ValueError("there is no kernel to show; only layers compressed by 'conv' have one")
     scaled = {name: np.asarray(weights) * weights.shape[-1] ** 2 for name, weights in kernels.items()}
-    means = [weights.mean(0) for weights in scaled.values()]
-    most = max(float(np.abs(mean - 1).max()) for mean in means) or 1e-6
-    cell = min(2.0, (WIDTH - 1) / len(kernels))
-    figure = new_figure(max(3.2, len(kernels) * cell + 1), cell + 2.1)
-    axes = axes_grid(figure, 2, len(kernels))
-    for column, (name, mean) in enumerate(zip(scaled, means, strict=True)):
-        place = for_picture(axes[0, column])
+    columns = min(7, len(scaled))
+    rows, cell = -(-len(scaled) // columns), min(1.8, (WIDTH - 1) / columns)
+    above, below = rows * (cell + 0.25), 2.2
+    figure = new_figure(max(4.0, columns * cell + 1), above + below)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[above, below])
+    _show_means(top, {name: weights.mean(0) for name, weights in scaled.items()}, rows, columns)
+    place = for_curves(axes_grid(bottom, 1, 1)[0, 0], "layer", "weight x R²")
+    lines = {part: {"color": COLOURS[0]} for part in ("boxprops", "whiskerprops", "capprops")}
+    everything = [weights.ravel() for weights in scaled.values()]
+    place.boxplot(everything, whis=(5, 95), showfliers=False, medianprops={"color": COLOURS[1]}, **lines)
+    place.axhline(1, color="0.3", linestyle="--", linewidth=1.0, zorder=0)
+    place.set_xticks(range(1, len(scaled) + 1), [name.removeprefix("layer ") for name in scaled])
+    place.set_title("weights of all channels; dashed: the average", fontsize=TEXT)
+    return figure
+
+
+def _show_means(figure: Any, means: Mapping[str, np.ndarray], rows: int, columns: int) -> None:
+    """Mean kernels on one scale around the average."""
+    most = max(float(np.abs(mean - 1).max()) for mean in means.values()) or 1e-6
+    axes = [for_picture(place) for place in axes_grid(figure, rows, columns).ravel()]
+    for place, (name, mean) in zip(axes, means.items(), strict=False):
         image = place.imshow(mean, cmap=DIFFERENCE, vmin=1 - most, vmax=1 + most)
         place.set_title(name, fontsize=TEXT)
         _write_values(place, mean, most)
-    colour_bar(figure, image, axes[0], "mean weight x R²")
-    everything = np.concatenate([weights.ravel() for weights in scaled.values()])
-    edges = np.histogram_bin_edges(np.append(everything, [0.99, 1.01]), 41)
-    for column, weights in enumerate(scaled.values()):
-        place = for_curves(axes[1, column], "weight x R²", "weights" if column == 0 else "")
-        place.hist(weights.ravel(), edges, color=COLOURS[0])
-        place.axvline(1, color=COLOURS[1], linestyle="--", linewidth=1.2)
-        place.set_yscale("log")
-        place.set_title("dashed: the average", fontsize=SMALL)
-    return figure
+    colour_bar(figure, image, axes, "mean weight x R²")
 
 
 def _write_values(place: Axes, values: np.ndarray, most: float) -> None:
@@ -86,7 +92,7 @@ def _write_values(place: Axes, values: np.ndarray, most: float) -> None:
         place.text(
             column,
             row,
-            f"{value:.2f}",
+            f"{value:.{2 if most >= 0.02 else 3}f}",
             ha="center",
             va="center",
             fontsize=SMALL,
@@ -226,26 +232,27 @@ def error_by_timestep(
 
 
 def beside_the_paper(
-    ours: Mapping[str, float], paper: Mapping[str, float], ours_label: str, paper_label: str = "paper: FID"
+    ours: Mapping[str, Mapping[str, float]], paper: Mapping[str, float], paper_label: str = "paper: FID"
 ) -> Figure:
-    """This kit's number and the paper's of each choice, as bars; what the paper did not measure has none.
+    """Numbers of this kit, by what they are and by choice, and the paper's of the same choices, as bars.
 
-    >>> figure = beside_the_paper({"deep": 0.1, "shallow": 0.3}, {"deep": 8.5, "shallow": 9.3}, "error")
+    A panel for each kind of number, the paper's last; what was not measured has no bar.
+
+    >>> figure = beside_the_paper({"error": {"deep": 0.1, "shallow": 0.3}}, {"deep": 8.5, "shallow": 9.3})
     >>> [[bar.get_width() for bar in place.patches] for place in figure.axes]
     [[0.1, 0.3], [8.5, 9.3]]
     """
-    names = list(ours)
-    figure = new_figure(WIDTH * 0.85, 0.34 * len(names) + 0.9)
-    panels = axes_grid(figure, 1, 2, sharey=True)[0]
-    for place, values, label, colour in zip(
-        panels, (ours, paper), (ours_label, paper_label), COLOURS, strict=False
-    ):
+    names = list(dict.fromkeys(name for values in ours.values() for name in values))
+    figure = new_figure(WIDTH, 0.36 * len(names) + 0.8)
+    columns = {**ours, paper_label: paper}
+    panels = axes_grid(figure, 1, len(columns), sharey=True)[0]
+    for number, (place, (label, values)) in enumerate(zip(panels, columns.items(), strict=True)):
         known = [name for name in names if name in values]
-        bars = place.barh(
-            [names.index(name) for name in known], [values[name] for name in known], color=colour
-        )
-        place.bar_label(bars, [f"{values[name]:.4g}" for name in known], fontsize=SMALL, padding=2)
-        place.margins(x=0.18)
+        colour = COLOURS[-1] if label == paper_label else COLOURS[number]
+        widths = [values[name] for name in known]
+        bars = place.barh([names.index(name) for name in known], widths, color=colour)
+        place.bar_label(bars, [f"{width:.4g}" for width in widths], fontsize=SMALL, padding=2)
+        place.margins(x=0.22)
         place.set_xlabel(label)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()

@@ -53,11 +53,12 @@ def image_grid(
     rows = -(-len(pictures) // columns)
     require_as_many("row labels", row_labels, rows, "rows")
     titles = [_folded(title, int(cell * 15.5)) for title in titles or [""] * len(pictures)]
-    figure, axes = _empty_grid(rows, columns, cell, max(p.shape[0] / p.shape[1] for p in pictures), titles)
+    aspect = max(p.shape[0] / p.shape[1] for p in pictures)
+    figure, axes = _empty_grid(rows, columns, cell, aspect, titles)
     for place, picture, title in zip(axes, pictures, titles, strict=False):
         _show(place, picture, title)
     for number, label in enumerate(row_labels or ()):
-        axes[number * columns].set_ylabel(label, fontsize=SMALL)
+        axes[number * columns].set_ylabel(_folded(label, max(8, int(cell * aspect * 14))), fontsize=SMALL)
     return figure
 
 
@@ -122,7 +123,8 @@ def picture_differences(
     figure = new_figure(3 * 2.1 + 0.9, len(rows) * (2.0 * aspect + 0.25) + 0.1)
     axes = axes_grid(figure, len(rows), 3)
     for row, (place, pair, difference) in enumerate(zip(axes, pairs, apart, strict=True)):
-        _show_pair(place, pair, ("", "") if row else columns, list(rows)[row] if len(rows) > 1 else "")
+        label = _folded(list(rows)[row], max(8, int(2.0 * aspect * 13))) if len(rows) > 1 else ""
+        _show_pair(place, pair, ("", "") if row else columns, label)
         image = for_picture(place[2]).imshow(
             difference, cmap=HEAT, vmin=0, vmax=most, interpolation="nearest"
         )

@@ -115,6 +115,7 @@ def _draw_lines(place: Any, timesteps: Sequence[float], ylabel: str, lines: dict
         place.plot(list(timesteps), values, label=label, **line_style(number))
     for_curves(place, "timestep", ylabel)
     place.invert_xaxis()
-    place.set_ylim(min(0, place.get_ylim()[0]), None)
+    low, high = min(0, place.get_ylim()[0]), place.get_ylim()[1]
+    place.set_ylim(low, high + 0.04 * (high - low))
     legend(place, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     place.title.set_size(TEXT)

@@ -101,20 +101,23 @@ def _located(
 def mean_overlaps(found: Sequence[Located]) -> dict[str, float]:
     """Mean overlaps with the object of the ``object``'s noun, its ``colour``, and the ``setting``'s word (a wrong one).
 
-    ``best_wrong`` is that of the best word of each prompt which names neither object nor colour; ``count`` of pictures.
+    Of the words that name neither object nor colour, the setting and words without content, ``mean_wrong`` is the
+    mean, and ``best_wrong`` that of the word which overlaps most in each picture, chosen afterwards. ``count`` of
+    pictures.
     """
     roles = {
         role: np.mean([one.overlap_of(getattr(one.scene, role)) for one in found])
         for role in ("object", "colour", "setting")
     }
     wrong = [
-        max(one.overlap_of(word) for word in one.words if word not in (one.scene.object, one.scene.colour))
+        [one.overlap_of(word) for word in one.words if word not in (one.scene.object, one.scene.colour)]
         for one in found
     ]
     return {
         "count": len(found),
         **{k: float(v) for k, v in roles.items()},
-        "best_wrong": float(np.mean(wrong)),
+        "mean_wrong": float(np.mean([np.mean(overlaps) for overlaps in wrong])),
+        "best_wrong": float(np.mean([max(overlaps) for overlaps in wrong])),
     }
 
 

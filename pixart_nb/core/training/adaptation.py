@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.store import read_json, write_json
 from pixart_nb.core.data.pictures import to_signed
 from pixart_nb.core.data.sprites import Scene, split_scenes
 from pixart_nb.core.models.cost import with_compression
 from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.tracing.recorder import model_mark
 from pixart_nb.core.training.loss import add_noise, loss_terms
 from pixart_nb.core.training.tiny_data import caption_pool, diffusion_batches, draw_scenes, generator
 from pixart_nb.core.training.tiny_text import CAPTION_TOKENS
@@ -38,6 +40,7 @@ class CompressionAdaptation:
         pictures: drawn pictures of scenes to train on, of those that the embedded model was trained with.
         batch, learning_rate: of a step; the rate rises over the first tenth of the steps, then stays.
         compile: the step as one graph. Worth its minute only for more than a few dozen steps.
+        like: another adaptation, whose pictures are trained on instead of drawing and encoding them again.
     """
 
     def __init__(
@@ -53,11 +56,15 @@ class CompressionAdaptation:
         learning_rate: float = 3e-4,
         seed: int = 0,
         compile: bool = True,
+        like: CompressionAdaptation | None = None,
     ):
         self.pipe, self.net = copy.copy(pipe), compressed_copy(pipe.transformer, layers, ratio, operator)
         self.pipe.transformer = self.net
-        self.batch = self._batches(split_scenes()[0], pictures, batch, seed)
-        self.held_out = self._batches(split_scenes()[1], batch * 2, batch * 2, (seed, HELD_OUT))
+        if like is None:
+            self.batch = self._batches(split_scenes()[0], pictures, batch, seed)
+            self.held_out = self._batches(split_scenes()[1], batch * 2, batch * 2, (seed, HELD_OUT))
+        else:
+            self.batch, self.held_out = like.batch, like.held_out
         options = TrainerOptions(
             steps=steps,
             start_learning_rate=learning_rate,
@@ -69,6 +76,8 @@ class CompressionAdaptation:
         )
         parameters = {n: p for n, p in self.net.parameters_and_names() if n != "y_embedder.y_embedding"}
         identity = {"layers": [int(layer) for layer in layers], "ratio": ratio, "operator": operator}
+        identity |= {"steps": steps, "pictures": pictures, "batch": batch, "learning_rate": learning_rate}
+        identity |= {"seed": seed, "weights": model_mark(pipe.transformer)["weights"]}
         self.trainer = Trainer(
             self._loss(), parameters, self.batch, options, folder, names=("mse", "vb"), identity=identity
         )
@@ -76,6 +85,30 @@ class CompressionAdaptation:
     def train(self, until: int) -> list[dict[str, float]]:
         """Train up to a step; the rows of the log that this added."""
         return list(self.trainer.steps(until))
+
+    def measured(
+        self, points: Sequence[int], measures: Mapping[str, Callable[[], float]]
+    ) -> dict[str, dict[int, float]]:
+        """Train to each of the steps ``points`` and measure there: by name and step. In the end it stands at the last.
+
+        What was measured is kept in the folder, so a training that is over, or that was stopped, has its whole curve.
+        Raises ValueError for a step that was passed without being measured.
+        """
+        path = self.trainer.folder / "measured.json"
+        known = read_json(path) if path.is_file() else {}
+        for point in sorted(points):
+            found = known.setdefault(str(point), {})
+            if missing := set(measures) - set(found):
+                self.train(point)
+                if self.trainer.step != point:
+                    raise ValueError(
+                        f"the training in {path.parent} stands at step {self.trainer.step}, and {sorted(missing)} was "
+                        f"not measured at step {point}; take another folder"
+                    )
+                found |= {name: float(measures[name]()) for name in missing}
+                write_json(path, known)
+        self.train(max(points))
+        return {name: {int(point): known[str(point)][name] for point in points} for name in measures}
 
     def held_out_error(self, net: PixArt, batches: int = 2) -> float:
         """Mean squared error of the predicted noise on pictures of scenes never trained on, the same for every net."""
