@@ -47,7 +47,15 @@ def share_table(rows: Sequence[Any]) -> Table:
 
 
 def share_figure(rows: Sequence[Any]) -> Figure:
-    """The time of each size in three parts: products at the machine's rate, what they take beyond it, and the rest."""
+    """The time of each size in three parts: products at the machine's rate, what they take beyond it, and the rest.
+
+    >>> from types import SimpleNamespace
+    >>> names = ("share of matrix products", "matrix products, of the machine's rate")
+    >>> same = {"benchmark": "denoise", "size": 256, "unit": ""}
+    >>> rows = [SimpleNamespace(**same, measure=name, value=value) for name, value in zip(names, (0.5, 0.5))]
+    >>> [bar.get_width() for bar in share_figure(rows).axes[0].patches]
+    [0.25, 0.25, 0.5]
+    """
     lines = _share_parts(rows)
     if not lines:
         raise ValueError("there are no shares to draw; run the benchmark of denoising first")
