@@ -7,7 +7,8 @@ from reference_data import OFFICIAL, official, relative_error
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import inference
-from pixart_nb.core.models.inference import Denoiser, caption_groups
+from pixart_nb.core.models.caption_layers import ConstantCaption, caption_groups, few_row_groups
+from pixart_nb.core.models.inference import Denoiser
 from pixart_nb.core.models.transformer import PixArt, trim_caption
 
 SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
@@ -37,7 +38,10 @@ def both_ways(net, lengths, height=8, width=12, timestep=811.0, seed=4):
     return slow.asnumpy(), Denoiser(net, caption, mask)(latents, timestep).asnumpy()
 
 
-@pytest.mark.parametrize("lengths", [(1, 7), (1, 1), (7, 7), (3, 30), (1, 30, 5), (24, 1)])
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 7), (1, 1), (7, 7), (3, 30), (1, 30, 5), (24, 1), (1, 1, 1, 9, 3, 5), (5, 26, 30, 4), (2,)],
+)
 def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
     slow, fast = both_ways(small_net(), lengths)
     assert relative_error(fast, slow) < CLOSE
@@ -68,6 +72,45 @@ def test_official_models_give_the_numbers_of_denoise(case):
     net = load_transformer(path, PixArtConfig(**config))
     slow, fast = both_ways(net, (1, 5), *arrays["latents"].shape[2:])
     assert relative_error(fast, slow) < 1e-5
+
+
+def test_pictures_of_the_same_prompts_give_the_numbers_of_denoise():
+    """Two rows of each caption, side by side, as with several images for a prompt."""
+    net, rng = small_net(), np.random.default_rng(5)
+    caption = rng.standard_normal((3, 6, 12)).astype(np.float32).repeat(2, 0)
+    mask = (np.arange(6)[None] < np.array([1, 6, 4])[:, None]).repeat(2, 0)
+    latents = ms.Tensor(rng.standard_normal((6, 4, 8, 8)).astype(np.float32))
+    denoiser = Denoiser(net, ms.Tensor(caption), mask)
+    together = denoiser(latents, 300.0).asnumpy()
+    assert [layer.captions for layer in denoiser.plan.captions[0][1:]] == [2]
+    assert isinstance(denoiser.plan.captions[0][0], ConstantCaption)
+    alone = [
+        Denoiser(net, ms.Tensor(caption[i : i + 1]), mask[i : i + 1])(latents[i : i + 1], 300.0).asnumpy()
+        for i in range(6)
+    ]
+    assert relative_error(together, np.concatenate(alone)) < CLOSE
+
+
+def test_neighbours_of_few_rows_go_together_and_captions_of_one_token_stay_alone():
+    lengths = [1, 3, 4, 30, 31, 1]
+    caption = np.random.default_rng(0).standard_normal((6, 31, 3)).astype(np.float32)
+    mask = np.arange(31)[None] < np.array(lengths)[:, None]
+    groups = caption_groups(ms.Tensor(caption), mask)
+    found = few_row_groups(groups, 64, 24, 128)
+    assert [(g.start, g.stop, g.tokens, g.seen.sum()) for g in found] == [
+        (0, 1, 1, 1), (1, 3, 4, 7), (3, 5, 31, 61), (5, 6, 1, 1)
+    ]  # fmt: skip
+    assert [(g.start, g.stop) for g in few_row_groups(groups, 65, 24, 128)] == [(i, i + 1) for i in range(6)]
+
+
+def test_a_denoiser_serves_pictures_of_another_size():
+    net, rng = small_net(), np.random.default_rng(6)
+    caption, mask = ms.Tensor(rng.standard_normal((2, 5, 12)).astype(np.float32)), np.ones((2, 5), bool)
+    denoiser = Denoiser(net, caption, mask)
+    for height, width in ((8, 8), (4, 12)):
+        latents = ms.Tensor(rng.standard_normal((2, 4, height, width)).astype(np.float32))
+        fresh = Denoiser(net, caption, mask)(latents, 7.0).asnumpy()
+        assert np.array_equal(denoiser(latents, 7.0).asnumpy(), fresh)
 
 
 def test_parts_of_the_rows_give_the_numbers_of_the_whole(monkeypatch):

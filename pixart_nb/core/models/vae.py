@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import mint, nn, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.models.group_statistics import own_statistics
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.tiling import TileMap
 from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
@@ -147,7 +148,11 @@ class AutoencoderKL(nn.Cell):
         for stage in stages:
             tiles = self._tiles(stage)
             whole = not self.use_tiling or max(x.shape[2:]) // stage.shrink <= tiles.tile
-            x = stage.function(x) if whole else ms.Tensor(tiles(_array(x))).astype(self.dtype)
+            if whole:
+                with own_statistics(tiles.norms):
+                    x = stage.function(x)
+            else:
+                x = ms.Tensor(tiles(_array(x))).astype(self.dtype)
         return x
 
     def _tiles(self, stage: Stage) -> TileMap:
