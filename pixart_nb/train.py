@@ -332,9 +332,18 @@ class Training:
 def train(config: TrainConfig) -> Path | None:
     """Train as a configuration says, with a bar; the folder of what was trained, on the worker that writes.
 
-    Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved, and ``DataError`` for a full disk.
+    Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved, ``DataError`` for a full disk, and
+    ``WorkerError`` if another worker is lost.
     """
-    training = Training(config)
+    try:
+        return _trained(Training(config))
+    except RuntimeError as error:
+        if config.use_parallel:
+            raise backend.WorkerError(error) from error
+        raise
+
+
+def _trained(training: Training) -> Path | None:
     for name, value in training.report.items():
         tqdm.write(f"before the first step: {name} {value:.4g}")
     with writing(training.folder):

@@ -21,8 +21,10 @@ from two_workers import RUNS
 from pixart_nb.core.checkpoints.store import load_tensors
 from pixart_nb.core.training.distributed import ALONE, EVERYONE, Workers, owners
 
+BIN = str(Path(sys.executable).parent)
 needs_msrun = pytest.mark.skipif(
-    not shutil.which("msrun"), reason="runs once MindSpore's msrun is on the PATH"
+    not (shutil.which("msrun", path=BIN) or shutil.which("msrun")),
+    reason="runs once there is MindSpore's msrun",
 )
 
 
@@ -33,8 +35,7 @@ def msrun(log, *task):
         port = listener.getsockname()[1]
     start = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
     start += ["--cluster_time_out=600", f"--log_dir={log}"]
-    folder = Path(sys.executable).parent
-    return [*start, *map(str, task)], os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return [*start, *map(str, task)], os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
 def logs(folder):

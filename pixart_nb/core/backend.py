@@ -68,10 +68,24 @@ def dtype_from_name(name: str) -> ms.Type:
     return names[name]
 
 
+class WorkerError(ValueError):
+    """Another worker ended, or could not be reached."""
+
+    def __init__(self, error: Exception):
+        reason = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
+        # msrun shows the lines of its coordinating process that have the word Error
+        super().__init__(
+            "Error: this worker cannot go on, probably because another worker ended or could not be reached "
+            f"({reason}). The logs in msrun's log_dir tell why. What was saved is whole: give the same command again "
+            "to go on."
+        )
+
+
 def join_workers() -> tuple[int, int]:
     """Join the other workers that ``msrun`` started; the rank of this one and their number.
 
-    Raises ``ValueError`` outside of ``msrun``. In the process that only coordinates the workers it does not return.
+    Raises ``ValueError`` outside of ``msrun``, and ``WorkerError``. In the process that only coordinates the workers
+    it does not return.
     """
     if "MS_ROLE" not in os.environ:
         raise ValueError(
@@ -79,7 +93,10 @@ def join_workers() -> tuple[int, int]:
         )
     from mindspore import communication
 
-    communication.init()
+    try:
+        communication.init()
+    except RuntimeError as error:
+        raise WorkerError(error) from error
     return communication.get_rank(), communication.get_group_size()
 
 
