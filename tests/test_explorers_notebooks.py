@@ -36,9 +36,11 @@ COMPRESSION = {
     "kernels",
     "keys_by_layer",
     "layers",
+    "layers_trained",
     "lost",
     "operators",
     "operators_paper",
+    "operators_trained",
     "outputs_by_layer",
     "pictures",
 }
@@ -78,7 +80,7 @@ def test_attention_maps_runs_whole_and_writes_what_it_says(project, tmp_path):
     assert (folder / "explorer.html").stat().st_size > 100_000
     assert (folder / "trace.safetensors").stat().st_size >= numbers["trace_bytes"]
     assert numbers["overlaps"]["count"] == values["scenes"]
-    assert numbers["overlaps"]["object"] > numbers["overlaps"]["setting"]
+    assert numbers["overlaps"]["object"] >= 2 * numbers["overlaps"]["setting"]
     assert 0 < numbers["entropy"]["last"] < numbers["entropy"]["first"] <= np.log(64)
     assert len(numbers["moved"]) == 3
     assert all(value > 0.01 for value in numbers["moved"].values())
@@ -99,3 +101,6 @@ def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path)
     assert next(iter(held_out)) == "0"
     assert list(held_out)[-1] == str(values["adaptation_steps"])
     assert held_out["0"] > held_out[str(values["adaptation_steps"])] > numbers["adaptation"]["target"]
+    assert 0 < numbers["adaptation"]["recovered"] < 1
+    assert set(numbers["trained"]) == {"shallow", "middle", "deep", "uniform", "mean"}
+    assert all(value > 0 for value in numbers["trained"].values())
