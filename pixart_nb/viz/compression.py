@@ -248,7 +248,7 @@ def beside_the_paper(
     panels = axes_grid(figure, 1, len(columns), sharey=True)[0]
     for number, (place, (label, values)) in enumerate(zip(panels, columns.items(), strict=True)):
         known = [name for name in names if name in values]
-        colour = COLOURS[-1] if label == paper_label else COLOURS[number]
+        colour = "0.45" if label == paper_label else COLOURS[number]
         widths = [values[name] for name in known]
         bars = place.barh([names.index(name) for name in known], widths, color=colour)
         place.bar_label(bars, [f"{width:.4g}" for width in widths], fontsize=SMALL, padding=2)

@@ -75,6 +75,7 @@ def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=25, pad=0.02)
     bar.set_label(label, size=SMALL)
     bar.ax.tick_params(labelsize=SMALL, length=2.5)
+    bar.ax.ticklabel_format(useOffset=False)
     bar.outline.set_visible(False)
 
 
