@@ -37,7 +37,7 @@ class Size:
 #: Keys a side, unless told: what the embedded model was trained with.
 KEYS = 8
 #: Strengths of the sizes after the first, unless told; the last one holds for all after it.
-STRENGTHS = (0.5, 0.4, 0.35, 0.3, 0.25)
+STRENGTHS = (0.5, 0.3, 0.25, 0.2)
 
 
 def usual_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
