@@ -179,7 +179,7 @@ def check_quickstart_numbers(numbers, config):
     assert set(numbers["agreement"]["guidance"]) == {"1", "2", "4.5", "7"}
     assert list(numbers["agreement"]["steps"])[-1] == str(config.sampling_steps)
     assert numbers["agreement"]["pictures"] == numbers["agreement"]["guidance"]["4.5"]
-    assert all(0.5 < numbers["agreement"]["pictures"][part] <= 1 for part in ("colour", "setting"))
+    assert all(0.5 < numbers["agreement"]["pictures"][part] <= 1 for part in ("object", "colour", "setting"))
     assert numbers["film_strip_distance"][0] > numbers["film_strip_distance"][-1] >= 0
     assert numbers["steps_distance"][str(config.sampling_steps)] < 0.01
     assert set(numbers["seconds"]) == {"load", "draw", "guidance", "steps"}
