@@ -23,6 +23,7 @@ from pixart_nb.core.models.caption_layers import (
 )
 from pixart_nb.core.models.kv_compression import shrink_cells
 from pixart_nb.core.models.row_orders import cell_rows, gather, head_rows, merged
+from pixart_nb.core.models.statistics import normalised_rows
 from pixart_nb.core.models.transformer import Block, PixArt, repeat_batch, trim_caption
 from pixart_nb.core.operators import rows_like
 
@@ -208,7 +209,7 @@ def _joined(parts: list[ms.Tensor]) -> ms.Tensor:
 
 
 def _modulated(block: Block, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    return block.pre_norm(x) * rows_like(1 + scale, x) + rows_like(shift, x)
+    return normalised_rows(block.pre_norm, x) * rows_like(1 + scale, x) + rows_like(shift, x)
 
 
 def _mlp(block: Block, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor, gate: ms.Tensor) -> ms.Tensor:

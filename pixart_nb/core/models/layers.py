@@ -48,7 +48,7 @@ class LayerNorm(nn.Cell):
 
     def __init__(self, size: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
-        self.standardise = standardise(eps)
+        self.standardise, self.eps = standardise(eps), eps
         self.weight = parameter((size,), "ones") if affine else None
         self.bias = parameter((size,), name="bias") if affine else None
 

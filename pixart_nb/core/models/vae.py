@@ -9,8 +9,8 @@ import numpy as np
 from mindspore import mint, nn, ops
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.group_statistics import own_statistics
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
+from pixart_nb.core.models.statistics import own_statistics
 from pixart_nb.core.models.tiling import TileMap
 from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 

@@ -1,4 +1,4 @@
-"""Group normalisation by NumPy's statistics gives the numbers of the operator, and of float64."""
+"""Normalisation by NumPy's statistics gives the numbers of the operators, and of float64."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from reference_data import relative_error
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.group_statistics import PART, moments, own_statistics
-from pixart_nb.core.models.layers import GroupNorm
+from pixart_nb.core.models.layers import GroupNorm, LayerNorm
+from pixart_nb.core.models.statistics import PART, moments, normalised_rows, own_statistics
 
 
 @given(
@@ -65,3 +65,17 @@ def test_on_ascend_the_operator_stays(monkeypatch):
     cell = norm()
     with own_statistics([cell]):
         assert cell.shared is None
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=str)
+def test_rows_are_normalised_as_by_the_layer(dtype):
+    rng = np.random.default_rng(3)
+    centres, spreads = np.array([[0.0], [2.0], [-500.0], [0.0]]), np.array([[1.0], [1e-3], [0.5], [1e3]])
+    x = ms.Tensor((centres + spreads * rng.standard_normal((4, 1152))).astype(np.float32)).astype(dtype)
+    layer = LayerNorm(1152, 1e-6, affine=False)
+    found, usual = normalised_rows(layer, x), layer(x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        *(values.astype(ms.float32).asnumpy() for values in (found, usual)), rtol=2e-3, atol=2e-3
+    )
+    assert relative_error(found.astype(ms.float32).asnumpy(), usual.astype(ms.float32).asnumpy()) < 1e-3
