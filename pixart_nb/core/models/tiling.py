@@ -18,9 +18,9 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import GroupNorm
 
 #: Cells of the finer side from which statistics are measured, all at once. It bounds the memory.
-SAMPLE_CELLS = 2**19
+SAMPLE_CELLS = 2**18
 #: Cells a side, at most, of the windows that they are taken from: many small ones know a picture better than few large.
-SAMPLE_SIDE = 256
+SAMPLE_SIDE = 128
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -169,7 +169,7 @@ def sample_windows(tile: int, fine: int, channels: int = 1) -> tuple[int, int]:
     """Side of the windows of statistics, in cells of which each is ``fine`` a side on the finer side, and how many.
 
     >>> sample_windows(64, 8), sample_windows(128, 1, 8)
-    ((32, 8), (128, 4))
+    ((16, 16), (128, 2))
     """
     side = min(tile, max(1, SAMPLE_SIDE // fine))
     return side, max(1, SAMPLE_CELLS // channels // (side * fine) ** 2)

@@ -17,7 +17,7 @@ from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 #: Latent cells a side up to which the coarse stage, with its attention, is computed whole even when tiling.
 COARSE_TILE = 128
 #: How much more a cell takes there than a pixel of the fine parts: more channels, and more of them alive at once.
-COARSE_CHANNELS = 8
+COARSE_CHANNELS = 4
 
 
 class DiagonalGaussian:

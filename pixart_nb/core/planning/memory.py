@@ -70,10 +70,10 @@ class Live:
     and MindSpore, before any network.
     """
 
-    token: float = 17.0
-    pixel: float = 4.0
+    token: float = 18.0
+    pixel: float = 6.5
     cell: float = 8.0
-    process: float = 0.35e9
+    process: float = 0.2e9
 
 
 LIVE = Live()
