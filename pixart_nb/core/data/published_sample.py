@@ -2,8 +2,8 @@
 
     python -m pixart_nb.core.data.published_sample FOLDER [COUNT [SIDE]]
 
-writes all forms below FOLDER, with COUNT (320) scenes that this project draws in place of the pictures, SIDE (128)
-pixels high. Half of them show objects that the embedded model was never trained on.
+writes all forms below FOLDER, with COUNT (120) scenes that this project draws in place of the pictures, SIDE (128)
+pixels high. Two thirds of them show an object that the embedded model was never trained on.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def sample_rows(
     return [_row(number, scenes[number % len(scenes)], rng, side) for number in range(count)]
 
 
-def finetuning_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """``count`` scenes in chance order, each once: half with unseen objects, as far as there are as many, half known.
+def finetuning_scenes(count: int, seed: int = 0, objects: Sequence[str] = UNSEEN_OBJECTS[:1]) -> list[Scene]:
+    """``count`` scenes in chance order, each once: two thirds show new ``objects``, as far as there are as many.
 
     So the last of them ask for combinations that the others do not show. Known things keep a model from forgetting.
     """
     rng = np.random.default_rng(seed)
-    new = [Scene(*parts) for parts in product(UNSEEN_OBJECTS, COLOURS, SETTINGS)]
-    chosen = [new[k] for k in rng.permutation(len(new))[: count // 2]]
+    new = [Scene(*parts) for parts in product(objects, COLOURS, SETTINGS)]
+    chosen = [new[k] for k in rng.permutation(len(new))[: 2 * count // 3]]
     old = split_scenes()[0]
     chosen += [old[k] for k in rng.permutation(len(old))[: count - len(chosen)]]
     return [chosen[k] for k in rng.permutation(len(chosen))]
@@ -139,5 +139,5 @@ def _write(path: Path, columns: dict, drop: Sequence[str], group: int) -> Path:
 
 
 if __name__ == "__main__":
-    place, pictures, pixels = (*sys.argv[1:], *("320", "128")[len(sys.argv) - 2 :])
+    place, pictures, pixels = (*sys.argv[1:], *("120", "128")[len(sys.argv) - 2 :])
     write_published(Path(place), int(pictures), side=int(pixels), scenes=finetuning_scenes(int(pictures)))
