@@ -24,12 +24,14 @@ from pixart_nb.core.data.published_sample import (
     METADATA,
     TABLE,
     about,
+    finetuning_scenes,
     sample_rows,
     write_metadata,
     write_part,
     write_published,
     write_table,
 )
+from pixart_nb.core.data.sprites import UNSEEN_OBJECTS, split_scenes
 
 COUNT = 12
 
@@ -314,6 +316,14 @@ from pixart_nb.core.data.diffusiondb import import_diffusiondb
 print("ready", flush=True)
 import_diffusiondb(sys.argv[1], sys.argv[2], 1, 3)
 """
+
+
+def test_a_sample_to_finetune_on_shows_each_scene_once_and_keeps_the_held_out_ones():
+    scenes = finetuning_scenes(60, seed=1)
+    assert len(set(scenes)) == 60
+    assert sum(scene.object == UNSEEN_OBJECTS[0] for scene in scenes) == 40
+    assert not set(scenes) & set(split_scenes()[1])
+    assert finetuning_scenes(60, seed=1) == scenes != finetuning_scenes(60, seed=2)
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_data(tmp_path):
