@@ -55,7 +55,7 @@ def check_stages(folder):
 
 def check_numbers(numbers, values):
     assert list(numbers["scores"]) == list(numbers["losses"]) == list(numbers["reports"])
-    assert len(numbers["scores"]) == 5
+    assert len(numbers["scores"]) == 5 and set(numbers["untrained"]) == {"interpolated", "not interpolated"}
     assert all(np.isfinite(run).all() for run in numbers["losses"].values())
     scores = [score for run in numbers["scores"].values() for score in run.values()]
     assert all(0 <= score[part] <= 1 for score in scores for part in ("object", "colour", "setting", "all"))
