@@ -175,7 +175,7 @@ def test_a_run_that_does_not_fit_names_the_fewest_options_that_make_it_fit():
         check_fits(planned, 24e9)
     said = str(refused.value)
     options = said.partition("With ")[2].partition(" it takes")[0]
-    assert "--batch-size 1" in options
+    assert options.startswith("--")
     fitting = dict(smaller_runs(planned))
     names = next(names for names in fitting if " ".join(names) == options)
     assert fitting[names].peak <= 24e9

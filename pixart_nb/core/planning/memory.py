@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pixart_nb.core.backend import ATTENTION_CHUNK_BYTES
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -67,13 +68,14 @@ class Live:
 
     ``token``: for each token of a row and each channel of the transformer. ``pixel`` and ``cell``: in the fine and the
     coarse part of the decoder, for each pixel and latent cell, and each channel there. ``process``: bytes of Python
-    and MindSpore, before any network.
+    and MindSpore, before any network. ``scores``: for each score of attention that is computed at a time.
     """
 
-    token: float = 18.0
+    token: float = 12.0
     pixel: float = 6.5
     cell: float = 8.0
-    process: float = 0.2e9
+    process: float = 0.25e9
+    scores: float = 3.0
 
 
 LIVE = Live()
@@ -106,9 +108,16 @@ def activations(networks: Networks, run: Run, live: Live = LIVE) -> dict[str, fl
     text = networks.text_encoder
     return {
         "encode": 4.0 * run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff),
-        "denoise": size * live.token * run.rows * run.tokens(config) * config.hidden_size,
+        "denoise": size * live.token * run.rows * run.tokens(config) * config.hidden_size
+        + live.scores * _scores_bytes(config, run),
         "decode": _decoder_bytes(networks.vae, run, live),
     }
+
+
+def _scores_bytes(config: PixArtConfig, run: Run) -> float:
+    """Of the scores of self-attention that exist at a time: all, up to a limit."""
+    keys = max(run.tokens(config) // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
+    return min(ATTENTION_CHUNK_BYTES, 4.0 * run.rows * config.num_heads * run.tokens(config) * keys)
 
 
 def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:

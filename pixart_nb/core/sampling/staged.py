@@ -226,16 +226,29 @@ def _decode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple
     z = files.load("latents")["latents"] / np.float32(vae.config.scaling_factor)
     if max(picture.drawn) > picture.tile:
         yield from _decode_rows(vae, z, picture)
-        decoded = np.concatenate([files.load(name)["values"] for name in _rows_kept(files)], 2)
+        parts = [files.load(name)["values"] for name in _rows_kept(files)]
     else:
         yield 0, 1
-        decoded = vae.decode(z)[0].astype(ms.float32).asnumpy()
-    pixels = to_uint8(resize_and_crop(to_pictures(decoded), *picture.size))[0]
-    files.save("pixels", {"pixels": pixels})
+        parts = [vae.decode(z)[0].astype(ms.float32).asnumpy()]
+    files.save("pixels", {"pixels": _finished(parts, picture)})
     for name in ("coarse", "rows-*"):
         files.remove(name)
     if max(picture.drawn) <= picture.tile:
         yield 1, 1
+
+
+def _finished(parts: list[np.ndarray], picture: StagedPicture) -> np.ndarray:
+    """Decoded rows (1, 3, rows, W) as pixels (H, W, 3) uint8; part by part where nothing is to be scaled."""
+    if picture.drawn != picture.size:
+        parts = [np.concatenate(parts, 2)]
+    return np.concatenate(
+        [to_uint8(resize_and_crop(to_pictures(part), *_size(part, picture)))[0] for part in parts]
+    )
+
+
+def _size(part: np.ndarray, picture: StagedPicture) -> tuple[int, int]:
+    """The size that a part of a picture gets: its own, unless the picture is scaled as a whole."""
+    return part.shape[2:] if picture.drawn == picture.size else picture.size
 
 
 def _rows_kept(files: StageFiles) -> list[str]:
