@@ -30,7 +30,7 @@ def write_small_pipeline(folder, project, config=CONFIG):
     return folder
 
 
-def train_options(project, model, output, **changes):
+def train_options(project, model, output, /, **changes):
     """Options of a short training of it, as words of a command."""
     given = {
         "model": model,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -157,7 +158,7 @@ def test_a_training_that_blows_up_names_layer_and_pictures_and_keeps_its_checkpo
         run(tmp_path / "out", code=1, steps=9, start_learning_rate=1e30, ckpt_save_steps=1).split()
     )
     assert "were not updated; the last good checkpoint is" in said
-    assert "layer blocks.0" in said or "layer x_embedder" in said or "layer t_" in said
+    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", said), said
     assert ".png" in said
     assert np.isfinite(state(tmp_path / "out")["model/final_layer.linear.weight"]).all()
 
