@@ -158,7 +158,9 @@ def test_a_training_that_blows_up_names_layer_and_pictures_and_keeps_its_checkpo
         run(tmp_path / "out", code=1, steps=9, start_learning_rate=1e30, ckpt_save_steps=1).split()
     )
     assert "were not updated; the last good checkpoint is" in said
-    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", said), said
+    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", said), (
+        said
+    )
     assert ".png" in said
     assert np.isfinite(state(tmp_path / "out")["model/final_layer.linear.weight"]).all()
 
