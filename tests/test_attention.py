@@ -62,14 +62,27 @@ def test_bias_and_scale_are_those_of_the_text_encoder():
     assert relative_error(out, direct(q, k, v, mask, bias, 1.0)) < 1e-5
 
 
-def test_the_chunk_follows_the_memory_budget(monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "least", "expected"),
+    [
+        (24, 1, [(6, 4), (6, 4), (6, 2)]),
+        (12, 512, [(1, 10)] * 6),
+        (23, 512, [(2, 10)] * 3),
+        (7, 512, [(1, 7), (1, 3)] * 6),
+        (59, 512, [(5, 10), (1, 10)]),
+    ],
+)
+def test_the_chunk_follows_the_memory_budget(monkeypatch, rows, least, expected):
+    """Of 3 pictures with 2 heads, 10 queries and 7 keys, so many rows of scores at a time."""
     sizes = []
     attend = attention_module.attend
     monkeypatch.setattr(attention_module, "attend", lambda q, k, v: sizes.append(q.shape) or attend(q, k, v))
-    monkeypatch.setattr(backend, "ATTENTION_CHUNK_BYTES", 4 * 3 * 2 * 7 * 4)
+    monkeypatch.setattr(backend, "ATTENTION_CHUNK_BYTES", 4 * 7 * rows)
+    monkeypatch.setattr(attention_module, "CHUNK_QUERIES", least)
     q, k, v, _ = arrays()
-    ours(q, k, v)
-    assert [shape[2] for shape in sizes] == [4, 4, 2]
+    out = ours(q, k, v)
+    assert [(shape[0] * shape[1], shape[2]) for shape in sizes] == expected
+    assert relative_error(out, direct(q, k, v)) < 1e-5
 
 
 def flash_stand_in(q, k, v, head_num, attn_mask=None, scalar_value=1.0, input_layout="", sparse_mode=0):

@@ -18,6 +18,8 @@ from pixart_nb.core.checkpoints.store import write_text
 
 #: Steps of a picture, as the published table has them.
 PUBLISHED_STEPS = 20
+#: Seconds of all threads together: other programs on the machine change them less than the seconds that pass.
+PROCESSOR = "processor seconds of a run"
 #: Pixels a side from which a table's step takes so long that none is repeated.
 FEW_REPEATS_FROM = 1024
 
@@ -79,7 +81,7 @@ def _ratio(rows: list[Row], measure: str) -> list[Row]:
 
 
 def compare(work: str, shapes: Shapes, repeats: int, peer: bool) -> list[Row]:
-    """Seconds of some work, medians of alternating repeats, and the ratio to the peer."""
+    """Seconds of some work, medians of alternating repeats, and the ratio to the peer; processor seconds too."""
     with ExitStack() as stack:
         workers = _started(stack, work, shapes, peer)
         answers = alternated(workers, repeats)
@@ -88,10 +90,11 @@ def compare(work: str, shapes: Shapes, repeats: int, peer: bool) -> list[Row]:
             for w in workers
             for name, value, unit in (
                 ("seconds", median(a["seconds"] for a in answers[w.system]), "s"),
+                (PROCESSOR, median(a["processor"] for a in answers[w.system]), "s"),
                 ("peak memory", w.peak(), "GB"),
             )
         ]
-    return rows + _ratio(rows, "seconds")
+    return rows + _ratio(rows, "seconds") + _ratio(rows, PROCESSOR)
 
 
 def denoise(shapes: Shapes, repeats: int, peer: bool, shares: bool = True) -> list[Row]:
@@ -107,7 +110,7 @@ def denoise(shapes: Shapes, repeats: int, peer: bool, shares: bool = True) -> li
         answers = alternated(workers, repeats, warm=False) if repeats else first
         for worker in workers:
             rows += _denoising_rows(worker, shapes, answers[worker.system])
-        rows += _ratio(rows, f"{PUBLISHED_STEPS} steps")
+        rows += _ratio(rows, f"{PUBLISHED_STEPS} steps") + _ratio(rows, PROCESSOR)
         rows += _first_step(workers[0], shapes, first["ours"][0]["steps"], answers["ours"])
         rows += _shares(workers[0], shapes) if shares else []
     return rows
@@ -119,6 +122,7 @@ def _denoising_rows(worker: Worker, shapes: Shapes, answers: list[dict]) -> list
     whole = median(a["seconds"] for a in answers) + missing * step
     values = [
         (f"{PUBLISHED_STEPS} steps", whole, "s"),
+        (PROCESSOR, median(a["processor"] for a in answers), "s"),
         ("step", step, "s"),
         ("steps a second", 1 / step, "1/s"),
     ]

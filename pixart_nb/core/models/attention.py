@@ -14,6 +14,8 @@ from pixart_nb.core.operators import attend, transpose
 #: Added to the score of a token that must not be seen. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9
 MASKED_SCORE_HALF = -6e4
+#: Queries that go together if the memory budget allows it.
+CHUNK_QUERIES = 512
 _scores = ops.BatchMatMul(transpose_b=True)
 _weighted = ops.BatchMatMul()
 
@@ -40,8 +42,9 @@ def attention(
     """``softmax(scale q k^T + bias) v`` over the tokens that ``mask`` allows, softmax in float32.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool with True = token, bias (B or 1, H, N, M) added to the
-    scores -> (B, H, N, d). ``scale`` is d ** -0.5 unless told. On the CPU ``chunk`` queries are worked on at a time
-    (chosen from the memory budget unless told), so that no N x M matrix exists; on Ascend the fused operator is used.
+    scores -> (B, H, N, d). ``scale`` is d ** -0.5 unless told. On the CPU ``chunk`` queries are worked on at a time, or
+    as many heads and queries as the memory budget allows, so that no N x M matrix exists; on Ascend the fused
+    operator is used.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend.on_ascend() and bias is None:
@@ -50,6 +53,8 @@ def attention(
     if mask is not None:
         q, k = _append_mask(q, k, mask)
     batch, heads, queries, _ = q.shape
+    if chunk is None and bias is None:
+        return _in_chunks(q, k, v)
     chunk = chunk or max(1, backend.ATTENTION_CHUNK_BYTES // (4 * batch * heads * k.shape[2]))
     if chunk >= queries:
         return _attend(q, k, v, bias)
@@ -58,6 +63,36 @@ def attention(
         rows = None if bias is None else bias[:, :, start : start + chunk]
         parts.append(_attend(q[:, :, start : start + chunk], k, v, rows))
     return mint.cat(parts, 2)
+
+
+def _in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor) -> ms.Tensor:
+    """Attention by some heads at a time and, of them, by some queries."""
+    batch, heads, queries, _ = q.shape
+    some_heads, some = chunk_shape(batch * heads, queries, k.shape[2])
+    if some_heads == batch * heads and some == queries:
+        return attend(q, k, v)
+    q, k, v = (x.reshape(1, batch * heads, x.shape[2], x.shape[3]) for x in (q, k, v))
+    of_heads = []
+    for first in range(0, batch * heads, some_heads):
+        last = first + some_heads
+        keys, values = k[:, first:last], v[:, first:last]
+        parts = [attend(q[:, first:last, i : i + some], keys, values) for i in range(0, queries, some)]
+        of_heads.append(parts[0] if len(parts) == 1 else mint.cat(parts, 2))
+    out = of_heads[0] if len(of_heads) == 1 else mint.cat(of_heads, 1)
+    return out.reshape(batch, heads, queries, v.shape[3])
+
+
+def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
+    """How many heads and how many of their queries go together, so that their scores keep to the memory budget.
+
+    Fewer heads are better than fewer queries: each product with few queries prepares all keys again.
+
+    >>> chunk_shape(32, 4096, 4096), chunk_shape(32, 256, 256)
+    ((4, 512), (32, 256))
+    """
+    rows = max(1, backend.ATTENTION_CHUNK_BYTES // (4 * keys))
+    some = min(queries, rows, max(CHUNK_QUERIES, rows // heads))
+    return max(1, min(heads, rows // some)), some
 
 
 def _attend(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, bias: ms.Tensor | None) -> ms.Tensor:
