@@ -17,22 +17,26 @@ class Seams:
     """Jumps of brightness across the edges of tiles, and across all other lines between cells.
 
     ``edges`` of tiles, in pixels, by axis (rows, columns); ``jumps``: at those, mean absolute difference of the pixels
-    on both sides, 0..255; ``others``: at the comparable lines.
+    on both sides, 0..255; ``others``: at the other lines. Pictures that were enlarged by twos change more where the
+    coarse cells met, so an edge is compared with other lines that as high a power of two divides: ``ratios``, jump over
+    their mean, and ``ranks``, the share of them that jump more. Edges without such lines have none.
     """
 
     edges: tuple[list[int], list[int]]
     jumps: np.ndarray
     others: np.ndarray
+    ratios: np.ndarray
+    ranks: np.ndarray
 
     @property
     def ratio(self) -> float:
-        """Mean jump at the edges over the mean jump elsewhere: about 1 where nothing is to be seen of the tiles."""
-        return float(self.jumps.mean() / max(self.others.mean(), 1e-9)) if len(self.jumps) else 1.0
+        """Median over the edges: about 1 where nothing is to be seen of the tiles."""
+        return float(np.median(self.ratios)) if len(self.ratios) else 1.0
 
     @property
     def rank(self) -> float:
-        """Share of the other lines whose jump is larger than the median edge's: about a half without seams."""
-        return float((self.others >= np.median(self.jumps)).mean()) if len(self.jumps) else 0.5
+        """Mean over the edges: about a half without seams, near 0 with."""
+        return float(np.mean(self.ranks)) if len(self.ranks) else 0.5
 
 
 def measure_seams(picture: np.ndarray, tile: int, overlap_factor: float = 0.25) -> Seams:
@@ -41,16 +45,19 @@ def measure_seams(picture: np.ndarray, tile: int, overlap_factor: float = 0.25) 
     The picture's own lines count on both sides; only a picture with few of them, or many tiles, tells small seams.
     """
     edges = tuple(tile_edges(side, tile, overlap_factor) for side in picture.shape[:2])
-    at, elsewhere = [], []
+    found: dict[str, list[float]] = {"jumps": [], "others": [], "ratios": [], "ranks": []}
     for axis, places in enumerate(edges):
-        jumps = np.abs(np.diff(picture.astype(np.int16), axis=axis)).mean(
-            (1 - axis, 2)
-        )  # of line p: p + 1 pixels on
-        lines = np.arange(CELL, picture.shape[axis], CELL)
-        is_edge = np.isin(lines, places)
-        at.append(jumps[lines[is_edge] - 1])
-        elsewhere.append(jumps[lines[~is_edge] - 1])
-    return Seams(edges, np.concatenate(at), np.concatenate(elsewhere))
+        differences = np.abs(np.diff(picture.astype(np.int16), axis=axis)).mean((1 - axis, 2))
+        jumps = {line: float(differences[line - 1]) for line in range(CELL, picture.shape[axis], CELL)}
+        others = {line: jump for line, jump in jumps.items() if line not in places}
+        found["others"] += others.values()
+        for line in places:
+            alike = np.array([jump for other, jump in others.items() if other & -other == line & -line])
+            found["jumps"].append(jumps[line])
+            if len(alike) >= 4:
+                found["ratios"].append(jumps[line] / max(alike.mean(), 1e-9))
+                found["ranks"].append(float((alike > jumps[line]).mean()))
+    return Seams(edges, **{name: np.array(values) for name, values in found.items()})
 
 
 def tile_edges(length: int, tile: int, overlap_factor: float = 0.25) -> list[int]:
