@@ -103,7 +103,7 @@ def _parameter(node: ast.stmt, lines: list[str]) -> Iterable[str]:
 def _cells(notebook: nbformat.NotebookNode) -> Iterable[str]:
     for number, cell in enumerate(code_cells(notebook)):
         lines = len(cell.source.splitlines())
-        if lines > MOST_LINES:
+        if number and lines > MOST_LINES:  # the first are the parameters: a list to choose from, however long
             yield f"code cell {number} has {lines} lines; at most {MOST_LINES}"
         for node in ast.walk(ast.parse(python_of(cell.source))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
