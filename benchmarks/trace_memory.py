@@ -8,6 +8,10 @@ of its own; read is the most memory that it held while sampling, without pages o
 of one patch to all keys, in all heads, computed from the trace and drawn over a picture of that size as a PNG. The
 seconds of the runs say little: whatever else the machine does is in them. The command fails if a trace takes more than
 1.5 GB over the run without it, if a row takes more than 2 s, or if the latents of two runs differ in a bit.
+
+Measured with --side 2048 --width 576 --heads 8, on two very busy CPU cores: 0.10 GB over the run without a trace, for
+0.17 GB that are kept; with the trace on the disk nothing; a row in 0.3 s, drawn in 1.4 s. The defaults, 4K at the
+width of XL/2, announce 1.4 GB; that run was not yet measured here.
 """
 
 from __future__ import annotations
