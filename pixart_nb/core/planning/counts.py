@@ -40,6 +40,7 @@ def step_products(config: PixArtConfig, height: int, width: int, captions: Seque
 
     ``captions``: tokens of the caption of each row. The cross-attention is counted as ``inference`` computes it: folded
     for short captions, a constant for those of one token. What is done once a prompt is in ``caption_products``.
+    Padding, where captions of small pictures go together, is not counted.
     """
     unit, size, patch = 8 * config.patch_size, config.hidden_size, config.patch_size**2
     grid, rows = (height // unit, width // unit), len(captions)
