@@ -138,13 +138,18 @@ def _prose(notebook: nbformat.NotebookNode) -> list[str]:
 def widgets_without_figure(executed: nbformat.NotebookNode) -> list[int]:
     """Numbers of code cells that show a widget with no static figure in the same or a neighbouring code cell.
 
-    A progress bar is a widget too; what it was waiting for is the figure.
+    A progress bar is a widget too, but its text says the same.
     """
     kinds = [
-        {kind for output in cell.outputs for kind in output.get("data", {})} for cell in code_cells(executed)
+        {kind for output in cell.outputs if not _is_bar(output) for kind in output.get("data", {})}
+        for cell in code_cells(executed)
     ]
     near = [set().union(*kinds[max(k - 1, 0) : k + 2]) for k in range(len(kinds))]
     return [k for k, shown in enumerate(kinds) if WIDGET in shown and not near[k].intersection(FIGURES)]
+
+
+def _is_bar(output: nbformat.NotebookNode) -> bool:
+    return bool(re.search(r"\d+%\|| \?/s\]|\dit \[", output.get("data", {}).get("text/plain", "")))
 
 
 def run_notebook(
