@@ -55,18 +55,25 @@ def staged_pictures(
             prompts[picture.prompt],
             drawn,
             (config.image_height, config.image_width),
-            negative_prompt=config.negative_prompt,
-            steps=config.sampling_steps,
-            guidance_scale=config.guidance_scale,
             seed=(config.seed, picture.stream),
-            max_sequence_length=config.t5_max_length,
-            tile=config.tile_size or sample.TILE,
             models=models,
+            **_how(config),
             enlarge=Path(config.enlarge) / f"{picture.stream:03d}" if config.enlarge else None,
             strength=config.strength,
         )
         for picture in wanted
     ]
+
+
+def _how(config: InferenceConfig) -> dict[str, Any]:
+    """What a ``StagedPicture`` takes of a configuration as it stands there, whatever its prompt and size."""
+    return {
+        "negative_prompt": config.negative_prompt,
+        "steps": config.sampling_steps,
+        "guidance_scale": config.guidance_scale,
+        "max_sequence_length": config.t5_max_length,
+        "tile": config.tile_size or sample.TILE,
+    }
 
 
 def growing_pictures(config: InferenceConfig, sizes: Sequence[Any]) -> list[Any]:
@@ -85,12 +92,8 @@ def growing_pictures(config: InferenceConfig, sizes: Sequence[Any]) -> list[Any]
                 sample.prompts_of(config)[0],
                 drawn,
                 drawn,
-                negative_prompt=config.negative_prompt,
-                steps=config.sampling_steps,
-                guidance_scale=config.guidance_scale,
                 seed=(config.seed, config.first_picture),
-                max_sequence_length=config.t5_max_length,
-                tile=config.tile_size or sample.TILE,
+                **_how(config),
                 models=models | {"keys": f"mean of {size.ratio} x {size.ratio}"},
                 enlarge=found[-1].folder if size.strength < 1 else None,
                 strength=size.strength,
