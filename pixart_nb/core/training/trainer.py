@@ -344,10 +344,8 @@ def _master(name: str, parameter: ms.Parameter, dtype: ms.Type) -> ms.Parameter:
 @contextmanager
 def _on_signal(handler: Callable) -> Iterator[None]:
     """Let SIGINT and SIGTERM finish the step and save; restore their handlers afterwards."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python gives signals to the main thread alone
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signals to the main thread alone
         return
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
