@@ -9,9 +9,8 @@ of one patch to all keys, in all heads, computed from the trace and drawn over a
 seconds of the runs say little: whatever else the machine does is in them. The command fails if a trace takes more than
 1.5 GB over the run without it, if a row takes more than 2 s, or if the latents of two runs differ in a bit.
 
-Measured with --side 2048 --width 576 --heads 8, on two very busy CPU cores: 0.10 GB over the run without a trace, for
-0.17 GB that are kept; with the trace on the disk nothing; a row in 0.3 s, drawn in 1.4 s. The defaults, 4K at the
-width of XL/2, announce 1.4 GB; that run was not yet measured here.
+Measured with the defaults on two CPU cores, 2026-11-21: 6.11 GB without a trace, 6.47 GB with it (1.40 GB are announced
+and kept; at the moment of the run's own peak less was there), a row in 0.7 s, drawn in 1.0 s, ten minutes in all.
 """
 
 from __future__ import annotations
