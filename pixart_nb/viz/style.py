@@ -48,6 +48,7 @@ def axes_grid(figure: Any, rows: int, columns: int, **options: Any) -> np.ndarra
 def styled(place: Axes) -> Axes:
     """Give axes this style's letters and lines."""
     place.tick_params(labelsize=SMALL, length=2.5, pad=2)
+    place.tick_params(which="minor", labelsize=SMALL)  # a logarithmic axis may write numbers there
     place.xaxis.label.set_size(SMALL)
     place.yaxis.label.set_size(SMALL)
     place.title.set_size(TEXT)
