@@ -24,6 +24,7 @@ from pixart_nb.core.data.published_sample import (
     METADATA,
     TABLE,
     about,
+    drawn_anew,
     finetuning_scenes,
     sample_rows,
     write_metadata,
@@ -324,6 +325,11 @@ def test_a_sample_to_finetune_on_shows_each_scene_once_and_keeps_the_held_out_on
     assert sum(scene.object == UNSEEN_OBJECTS[0] for scene in scenes) == 40
     assert not set(scenes) & set(split_scenes()[1])
     assert finetuning_scenes(60, seed=1) == scenes != finetuning_scenes(60, seed=2)
+    rows = drawn_anew(scenes, 15, 3)
+    assert len(rows) == 3 * 45 + 15
+    assert rows[-15:] == scenes[-15:]
+    assert not set(rows[:-15]) & set(rows[-15:])
+    assert drawn_anew(scenes[:2], 5, 3) == scenes[:2]
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_data(tmp_path):

@@ -3,7 +3,8 @@
     python -m pixart_nb.core.data.published_sample FOLDER [COUNT [SIDE]]
 
 writes all forms below FOLDER, with COUNT (120) scenes that this project draws in place of the pictures, SIDE (128)
-pixels high. Two thirds of them show an object that the embedded model was never trained on.
+pixels high. Two thirds of them show an object that the embedded model was never trained on. The last quarter, to be
+kept aside for testing, is drawn once; the others four times, never alike.
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ def finetuning_scenes(count: int, seed: int = 0, objects: Sequence[str] = UNSEEN
     old = split_scenes()[0]
     chosen += [old[k] for k in rng.permutation(len(old))[: count - len(chosen)]]
     return [chosen[k] for k in rng.permutation(len(chosen))]
+
+
+def drawn_anew(scenes: Sequence[Scene], test_count: int, drawings: int) -> list[Scene]:
+    """What the rows of a table show: every scene but the last ``test_count`` ``drawings`` times, then those once."""
+    first = max(0, len(scenes) - test_count)
+    return [*scenes[:first]] * drawings + [*scenes[first:]]
 
 
 def _row(number: int, scene: Scene, rng: np.random.Generator, side: int) -> Row:
@@ -140,4 +147,5 @@ def _write(path: Path, columns: dict, drop: Sequence[str], group: int) -> Path:
 
 if __name__ == "__main__":
     place, pictures, pixels = (*sys.argv[1:], *("120", "128")[len(sys.argv) - 2 :])
-    write_published(Path(place), int(pictures), side=int(pixels), scenes=finetuning_scenes(int(pictures)))
+    scenes = drawn_anew(finetuning_scenes(int(pictures)), int(pictures) // 4, 4)
+    write_published(Path(place), len(scenes), side=int(pixels), scenes=scenes)
