@@ -50,6 +50,28 @@ def test_a_training_step_lowers_the_loss():
     assert losses[-1] < losses[0]
 
 
+def test_training_is_compared_with_one_system_in_memory_at_a_time(monkeypatch):
+    seen, alive = [], set()
+
+    class Twin(Worker):  # this kit under both names: the peer is not installed everywhere
+        def __init__(self, system, work, shapes):
+            super().__init__("ours", work, shapes)
+            self.system = system
+            alive.add(system)
+            seen.append(sorted(alive))
+
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            alive.remove(self.system)
+
+    monkeypatch.setattr(runs, "Worker", Twin)
+    monkeypatch.setattr(runs, "_systems", lambda peer: ("ours", "peer"))
+    rows = runs.train(SMALL, 2, True)
+    assert seen == [["ours"], ["peer"]] * 2
+    assert value(rows, "seconds", "ratio") == value(rows, "seconds", "peer") / value(rows, "seconds")
+    assert value(rows, "images a second", "peer") == 1 / value(rows, "seconds", "peer")
+
+
 def test_streamed_text_gives_the_embeddings_of_the_layers_in_memory(tmp_path):
     from pixart_nb.core.benchmark.ours import Encode, write_text_encoder
     from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder, load_t5
