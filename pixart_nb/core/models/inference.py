@@ -21,7 +21,7 @@ from pixart_nb.core.models.caption_layers import (
     caption_layer,
     few_row_groups,
 )
-from pixart_nb.core.models.kv_compression import shrink_cells
+from pixart_nb.core.models.kv_compression import places_used, shrink_cells, successive_ratios
 from pixart_nb.core.models.row_orders import cell_rows, gather, head_rows, merged
 from pixart_nb.core.models.statistics import normalised_rows
 from pixart_nb.core.models.transformer import Block, PixArt, repeat_batch, trim_caption
@@ -51,9 +51,12 @@ def _heads_of(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, hei
     norm = (layer.q_norm, layer.k_norm, None)[number]
     if norm is not None and ratio > 1:  # the norm comes before the compression
         return _watched_part(layer, qkv, number, batch, height, width)
-    places = ratio**2 if layer.operator in ("conv", "mean") else 1
-    cells = [gather(rows, order, 0) for order in cell_rows(batch, height, width, ratio, places, number)]
-    x = cells[0] if ratio == 1 else shrink_cells(cells, layer.operator, layer.sr, layer.norm)
+    x, of = rows, (3, number)  # parts of a token's row, which of them
+    for step in successive_ratios(layer.operator, ratio):
+        orders = cell_rows(batch, height, width, step, places_used(layer.operator, step), *of)
+        cells = [gather(x, order, 0) for order in orders]
+        x = cells[0] if step == 1 else shrink_cells(cells, layer.operator, layer.sr, layer.norm)
+        height, width, of = height // step, width // step, (1, 0)
     x = x if norm is None else norm(x)
     tokens, size = x.shape[0] // batch, layer.size // layer.heads
     return gather(x.reshape(-1, size), head_rows(batch, tokens, layer.heads), 0).reshape(
@@ -63,7 +66,7 @@ def _heads_of(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, hei
 
 def _watched_part(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, height: int, width: int):
     """As ``_heads_of``, by way of the full keys and values, which a probe wants to see."""
-    rows = cell_rows(batch, height, width, 1, 1, number)[0]
+    rows = cell_rows(batch, height, width, 1, 1, 3, number)[0]
     tokens = gather(qkv.reshape(-1, layer.size), rows, 0)
     norm = (layer.q_norm, layer.k_norm, None)[number]
     tokens = (tokens if norm is None else norm(tokens)).reshape(batch, height * width, layer.size)

@@ -59,9 +59,33 @@ def compress_tokens(
     norm: LayerNorm | None = None,
 ) -> ms.Tensor:
     """Shrink the token grid: x (B, height * width, D) -> (B, (height // ratio) * (width // ratio), D)."""
-    upper_left = operator in ("ave", "uniform")
-    cells = split_cells(x, height, width, ratio, 1 if upper_left else ratio**2)
-    return shrink_cells(cells, operator, reduction, norm).reshape(x.shape[0], -1, x.shape[2])
+    for part in successive_ratios(operator, ratio):
+        cells = split_cells(x, height, width, part, places_used(operator, part))
+        x = shrink_cells(cells, operator, reduction, norm).reshape(x.shape[0], -1, x.shape[2])
+        height, width = height // part, width // part
+    return x
+
+
+def places_used(operator: str | None, ratio: int) -> int:
+    """How many places of the R x R cells an operator reads, counted row by row."""
+    return ratio**2 if operator in ("conv", "mean") else 1
+
+
+def successive_ratios(operator: str | None, ratio: int) -> list[int]:
+    """Ratios that, one after the other, shrink as ``ratio`` does: for the mean its prime factors, which is less work.
+
+    >>> successive_ratios("mean", 12), successive_ratios("conv", 12), successive_ratios("mean", 1)
+    ([2, 2, 3], [12], [1])
+    """
+    found: list[int] = []
+    factor = 2
+    while operator == "mean" and factor * factor <= ratio:
+        if ratio % factor:
+            factor += 1
+        else:
+            found.append(factor)
+            ratio //= factor
+    return [*found, ratio]
 
 
 def shrink_cells(

@@ -10,16 +10,20 @@ from mindspore import ops
 from pixart_nb.core.backend import ms
 
 gather = ops.Gather()
-_orders: dict[tuple, ms.Tensor] = {}
+_orders: dict[tuple, list[ms.Tensor]] = {}
 
 
-def _order(key: tuple, make: Callable[[], np.ndarray]) -> ms.Tensor:
-    """Row numbers as a tensor, made once for a shape; the last few are kept."""
+def _orders_of(key: tuple, make: Callable[[], list[np.ndarray]]) -> list[ms.Tensor]:
+    """Row numbers as tensors, made once for a shape; the last few are kept."""
     if key not in _orders:
         if len(_orders) > 32:
             _orders.clear()
-        _orders[key] = ms.Tensor(np.ascontiguousarray(make()).reshape(-1).astype(np.int32))
+        _orders[key] = [ms.Tensor(np.ascontiguousarray(a).reshape(-1).astype(np.int32)) for a in make()]
     return _orders[key]
+
+
+def _order(key: tuple, make: Callable[[], np.ndarray]) -> ms.Tensor:
+    return _orders_of(key, lambda: [make()])[0]
 
 
 def head_rows(batch: int, tokens: int, heads: int, parts: int = 1) -> ms.Tensor:
@@ -45,13 +49,14 @@ def merged(x: ms.Tensor) -> ms.Tensor:
     return gather(x.reshape(-1, size), order, 0).reshape(batch * tokens, heads * size)
 
 
-def cell_rows(batch: int, height: int, width: int, ratio: int, places: int, part: int) -> list[ms.Tensor]:
-    """For each of the first places of the R x R cells, its rows of (batch * tokens * 3, D): queries, keys, values."""
+def cell_rows(
+    batch: int, height: int, width: int, ratio: int, places: int, parts: int = 1, part: int = 0
+) -> list[ms.Tensor]:
+    """For each of the first places of the R x R cells, its rows of (batch * tokens * parts, D), those of one part."""
 
-    def make(place: int) -> np.ndarray:
-        grid = np.arange(batch * height * width).reshape(batch, height, width) * 3 + part
-        down, across = divmod(place, ratio)
-        return grid[:, down : height // ratio * ratio : ratio, across : width // ratio * ratio : ratio]
+    def make() -> list[np.ndarray]:
+        grid = np.arange(batch * height * width).reshape(batch, height, width) * parts + part
+        grid = grid[:, : height // ratio * ratio, : width // ratio * ratio]
+        return [grid[:, n // ratio :: ratio, n % ratio :: ratio] for n in range(places)]
 
-    key = ("cells", batch, height, width, ratio, part)
-    return [_order((*key, place), lambda place=place: make(place)) for place in range(places)]
+    return _orders_of(("cells", batch, height, width, ratio, places, parts, part), make)
