@@ -100,7 +100,8 @@ def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
         return runs.train(shapes, max(1, repeats), peer)
     if what in (Benchmark.decode, Benchmark.decode_tiled):
         return runs.decode(shapes, max(1, repeats), peer, what is Benchmark.decode_tiled)
-    return runs.compare(what.value, shapes, max(1, repeats), peer)
+    apart = what is Benchmark.picture  # of T5 there should be room for as many layers as possible
+    return runs.compare(what.value, shapes, max(1, repeats), peer, apart)
 
 
 def written(rows: list, folder: Path, name: str) -> list[Path]:

@@ -9,6 +9,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.models import inference
 from pixart_nb.core.models.caption_layers import ConstantCaption, caption_groups, few_row_groups
 from pixart_nb.core.models.inference import Denoiser
+from pixart_nb.core.models.kv_compression import compress_tokens
 from pixart_nb.core.models.transformer import PixArt, trim_caption
 
 SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
@@ -64,6 +65,30 @@ def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
 def test_every_kind_of_attention_gives_the_numbers_of_denoise(changes):
     slow, fast = both_ways(small_net(**changes), (1, 7), height=12, width=20)
     assert relative_error(fast, slow) < CLOSE
+
+
+def test_turned_weights_give_the_numbers_of_denoise(monkeypatch):
+    monkeypatch.setattr(inference, "TURNED_WEIGHT", 48**2)
+    net = small_net()
+    slow, fast = both_ways(net, (1, 7))
+    assert relative_error(fast, slow) < CLOSE
+    layers = inference.RowLayers.of(net.blocks[0], inference.TURNED_ROWS)
+    assert all(isinstance(layer, inference.TurnedLinear) for layer in layers)
+    turned = sum(layer.weight.size for layer in layers)
+    assert inference.turned_numbers(48, 2, 4.0, inference.TURNED_ROWS) == 2 * turned
+    assert inference.turned_numbers(48, 2, 4.0, inference.TURNED_ROWS + 1) == 0
+    many = inference.RowLayers.of(net.blocks[0], inference.TURNED_ROWS + 1)
+    assert many.fc1 is net.blocks[0].mlp.fc1
+
+
+def test_large_cells_are_averaged_in_steps():
+    cells = dict(sampling="mean", scale_factor=6, kv_compress_layer=[0, 1])
+    slow, fast = both_ways(small_net(kv_compress_config=cells), (1, 7), height=28, width=52)
+    assert relative_error(fast, slow) < CLOSE
+    tokens = np.random.default_rng(0).standard_normal((2, 14, 26, 5)).astype(np.float32)
+    shrunk = compress_tokens(ms.Tensor(tokens.reshape(2, -1, 5)), 14, 26, 6, "mean")
+    means = tokens[:, :12, :24].reshape(2, 2, 6, 4, 6, 5).mean((2, 4)).reshape(2, 8, 5)
+    assert relative_error(shrunk.asnumpy(), means) < CLOSE
 
 
 @pytest.mark.parametrize("case", OFFICIAL)

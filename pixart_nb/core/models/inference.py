@@ -6,12 +6,14 @@ What is the same for all rows or for all steps is computed once. Tokens stay row
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from mindspore import mint, ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
 from pixart_nb.core.models.caption_layers import (
@@ -22,13 +24,17 @@ from pixart_nb.core.models.caption_layers import (
     few_row_groups,
 )
 from pixart_nb.core.models.kv_compression import places_used, shrink_cells, successive_ratios
+from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.row_orders import cell_rows, gather, head_rows, merged
 from pixart_nb.core.models.statistics import normalised_rows
 from pixart_nb.core.models.transformer import Block, PixArt, repeat_batch, trim_caption
-from pixart_nb.core.operators import rows_like
+from pixart_nb.core.operators import gelu_tanh, rows_like
 
 #: Rows that go through a block's row-wise parts at a time. It bounds the memory of the MLP.
 ROWS = 2048
+#: Up to so many rows, weights of so many numbers or more are kept turned as well: their products are a sixth faster.
+TURNED_ROWS, TURNED_WEIGHT = 1024, 2**20
+_product = ops.MatMul()
 
 
 def self_attention(layer: SelfAttention, qkv: ms.Tensor, batch: int, height: int, width: int) -> ms.Tensor:
@@ -76,7 +82,7 @@ def _watched_part(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int,
 class Denoiser:
     """``PixArt.denoise`` for one caption of each row and one timestep for all: ``step(latents, timestep)``.
 
-    Made for one run: weights that change later are not seen by the cross-attention. caption (B, T, C), mask (B, T) bool
+    Made for one run: weights that change later are not seen everywhere. caption (B, T, C), mask (B, T) bool
     or None. While the model is watched (``net.observer``) the probes are shown every attention; what they leave as
     it is, is computed in the same way as without them, so a trace does not change a bit.
     """
@@ -95,7 +101,10 @@ class Denoiser:
             groups = few_row_groups(self.groups, tokens, head_size, ROWS)
             texts = [(net.y_embedder(group.caption), group.seen) for group in groups]
             captions = [[caption_layer(block, *text) for text in texts] for block in net.blocks]
-            self.plan = Plan(tokens, row_places(groups, tokens), captions)
+            places = row_places(groups, tokens)
+            most = max(place.rows.stop - place.rows.start for place in places)
+            layers = [RowLayers.of(block, most) for block in net.blocks]
+            self.plan = Plan(tokens, places, captions, layers)
         return self.plan
 
     def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
@@ -130,12 +139,13 @@ class Denoiser:
         block, tokens = self.net.blocks[number], grid[0] * grid[1]
         shift, scale, gate, *mlp = (modulation[i] for i in range(6))
         plan = self._planned(tokens)
-        qkv = [block.attn.qkv(_modulated(block, _part(x, p.rows), shift, scale)) for p in plan.places]
+        layers = plan.layers[number]
+        qkv = [layers.qkv(_modulated(block, _part(x, p.rows), shift, scale)) for p in plan.places]
         seen = self_attention(block.attn, _joined(qkv), x.shape[0] // tokens, *grid)
         del qkv
         parts = []
         for rows, _ in plan.places:
-            out = block.attn.proj(_part(seen, rows))
+            out = layers.proj(_part(seen, rows))
             parts.append(_part(x, rows) + rows_like(gate, out) * out)
         del seen
         instead = None
@@ -146,7 +156,7 @@ class Denoiser:
                 read = [plan.captions[number][n](_part(parts[index], piece)) for n, piece in reads]
             else:
                 read = [parts[index] + _part(instead, rows)]
-            parts[index] = _mlp(block, _joined(read), *mlp)
+            parts[index] = _mlp(block, layers, _joined(read), *mlp)
         return _joined(parts)
 
     def _show(self) -> None:
@@ -168,11 +178,51 @@ class Denoiser:
 @dataclass(frozen=True)
 class Plan:
     """Where the rows of a batch of pictures of so many tokens go: places that are worked on one after the other, and
-    each block's caption layers."""
+    each block's caption layers and products with weights."""
 
     tokens: int
     places: list[Place]
     captions: list[list[CaptionLayer]]
+    layers: list[RowLayers]
+
+
+class TurnedLinear:
+    """A linear layer whose weight lies turned in memory, (in, out): the CPU multiplies few rows with it faster."""
+
+    def __init__(self, layer: Linear):
+        self.weight = ms.Tensor(np.ascontiguousarray(layer.weight.asnumpy().T))
+        self.bias = layer.bias
+
+    def __call__(self, x: ms.Tensor) -> ms.Tensor:
+        """x (M, in) -> (M, out)."""
+        return ops.bias_add(_product(x, self.weight), self.bias)
+
+
+class RowLayers(NamedTuple):
+    """A block's products of rows with weights, each as it is fastest for so many rows."""
+
+    qkv: Callable
+    proj: Callable
+    fc1: Callable
+    fc2: Callable
+
+    @classmethod
+    def of(cls, block: Block, rows: int) -> RowLayers:
+        """The block's own layers, or turned ones. A layer that is more than its weight, such as a LoRA's, stays."""
+        found = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+        return cls(*(TurnedLinear(layer) if _to_turn(layer, rows) else layer for layer in found))
+
+
+def _to_turn(layer: Linear, rows: int) -> bool:
+    plain = type(layer) is Linear and layer.dtype == ms.float32 and not backend.on_ascend()
+    return plain and rows <= TURNED_ROWS and layer.weight.size >= TURNED_WEIGHT
+
+
+def turned_numbers(size: int, depth: int, mlp_ratio: float, rows: int) -> int:
+    """Numbers in the turned weights of ``depth`` blocks of width ``size``."""
+    hidden = int(size * mlp_ratio)
+    weights = 3 * size**2, size**2, size * hidden, size * hidden
+    return depth * sum(w for w in weights if w >= TURNED_WEIGHT and rows <= TURNED_ROWS)
 
 
 class Place(NamedTuple):
@@ -215,5 +265,8 @@ def _modulated(block: Block, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -
     return normalised_rows(block.pre_norm, x) * rows_like(1 + scale, x) + rows_like(shift, x)
 
 
-def _mlp(block: Block, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor, gate: ms.Tensor) -> ms.Tensor:
-    return x + rows_like(gate, x) * block.mlp(_modulated(block, x, shift, scale))
+def _mlp(
+    block: Block, layers: RowLayers, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor, gate: ms.Tensor
+) -> ms.Tensor:
+    hidden = gelu_tanh(layers.fc1(_modulated(block, x, shift, scale)))
+    return x + rows_like(gate, x) * layers.fc2(hidden)

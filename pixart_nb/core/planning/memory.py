@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixart_nb.core.backend import ATTENTION_CHUNK_BYTES
+from pixart_nb.core.models.inference import TURNED_ROWS, turned_numbers
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -86,9 +87,15 @@ def weights(networks: Networks, run: Run) -> dict[str, float]:
     size = BYTES[run.dtype]
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
-        "denoise": size * parameters(networks.transformer),
+        "denoise": size * (parameters(networks.transformer) + _turned(networks.transformer, run)),
         "decode": size * parameters(networks.vae),
     }
+
+
+def _turned(config: PixArtConfig, run: Run) -> int:
+    """Numbers in the weights that a run of few rows keeps a second time."""
+    rows = run.rows * run.tokens(config) if run.dtype == "fp32" else TURNED_ROWS + 1
+    return turned_numbers(config.hidden_size, config.depth, config.mlp_ratio, rows)
 
 
 def _text_encoder_bytes(config: T5Config, run: Run) -> float:
