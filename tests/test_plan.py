@@ -226,6 +226,7 @@ def test_time_is_the_sum_of_calibrated_parts():
         {64: 1e-6},
         frame=1e-7,
         pair={16: 1e-9, 64: 2e-9},
+        shrinking=2e-7,
         pixel=1e-6,
         cell=(1e-5, 0.0),
         text_layer=0.01,
@@ -236,7 +237,7 @@ def test_time_is_the_sum_of_calibrated_parts():
         kv_compress_config={"sampling": "mean", "scale_factor": 2, "kv_compress_layer": [1, 2]},
     )
     found = plan(replace(SMALL, transformer=compressed), run, known)
-    layers = 3 * 1e-6 + 64 * 2e-9 + 2 * 16 * 1e-9
+    layers = 3 * 1e-6 + 64 * 2e-9 + 2 * (16 * 1e-9 + 2e-7)
     assert found.seconds_per_step == pytest.approx(2 * 64 * (1e-7 + layers))
     times = {stage.name: stage.seconds for stage in found.stages}
     assert times["encode"] == pytest.approx(2 * 3 * 0.01)
@@ -250,7 +251,7 @@ def test_a_calibration_measures_every_part():
     found = calibrate(SMALL, Run(256, 256, caption_tokens=5), keys=[64])
     assert set(found.token) == {256}
     assert set(found.pair) == {64, 256}
-    assert min([*found.pair.values(), found.pixel, found.text_layer, found.seconds]) > 0
+    assert min([*found.pair.values(), found.shrinking, found.pixel, found.text_layer, found.seconds]) > 0
 
 
 def test_the_overview_has_every_combination_and_compression_saves_products():

