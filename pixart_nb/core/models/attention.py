@@ -15,7 +15,7 @@ from pixart_nb.core.operators import attend, transpose
 MASKED_SCORE = -1e9
 MASKED_SCORE_HALF = -6e4
 #: Queries that go together if the memory budget allows it.
-CHUNK_QUERIES = 512
+CHUNK_QUERIES = 2048
 _scores = ops.BatchMatMul(transpose_b=True)
 _weighted = ops.BatchMatMul()
 
@@ -88,7 +88,7 @@ def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
     Fewer heads are better than fewer queries: each product with few queries prepares all keys again.
 
     >>> chunk_shape(32, 4096, 4096), chunk_shape(32, 256, 256)
-    ((4, 512), (32, 256))
+    ((1, 2048), (32, 256))
     """
     rows = max(1, backend.ATTENTION_CHUNK_BYTES // (4 * keys))
     some = min(queries, rows, max(CHUNK_QUERIES, rows // heads))

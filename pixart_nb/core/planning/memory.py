@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pixart_nb.core.backend import ATTENTION_CHUNK_BYTES
+from pixart_nb.core.models.attention import chunk_shape
 from pixart_nb.core.models.inference import TURNED_ROWS, turned_numbers
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
@@ -122,9 +122,10 @@ def activations(networks: Networks, run: Run, live: Live = LIVE) -> dict[str, fl
 
 
 def _scores_bytes(config: PixArtConfig, run: Run) -> float:
-    """Of the scores of self-attention that exist at a time: all, up to a limit."""
+    """Of the scores of self-attention that exist at a time."""
     keys = max(run.tokens(config) // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
-    return min(ATTENTION_CHUNK_BYTES, 4.0 * run.rows * config.num_heads * run.tokens(config) * keys)
+    heads, queries = chunk_shape(run.rows * config.num_heads, run.tokens(config), max(1, keys))
+    return 4.0 * heads * queries * keys
 
 
 def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:
