@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from pixart_nb.core.data.errors import DataError, listed
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+#: What safetensors writes first, in the folder of its target. It does not name its writer.
+_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
 
 @contextmanager
@@ -50,11 +52,23 @@ def write_once(path: Path, content: bytes) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove the unfinished files of processes that were killed while they wrote into ``folder``."""
-    for path in folder.glob(".*.tmp"):
+    for path in folder.glob(".*"):
         writer = _TEMPORARY.fullmatch(path.name)
-        if writer and not psutil.pid_exists(int(writer[1])):
+        if not writer and not _SAFETENSORS.fullmatch(path.name):
+            continue
+        alive = psutil.pid_exists(int(writer[1])) if writer else _is_open(path)
+        if not alive:
             with suppress(OSError):
                 path.unlink()
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process has the file open."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(Path(file.path) == path.resolve() for file in process.open_files()):
+                return True
+    return False
 
 
 @dataclass

@@ -88,9 +88,10 @@ class CheckpointFolder:
 
     def clear_unfinished(self) -> None:
         """Remove what processes that were killed while writing have left."""
-        for path in self.folder.glob(f".{_PATTERN}.*.tmp"):
-            with suppress(OSError):
-                path.unlink()
+        for pattern in (f".{_PATTERN}.*.tmp", ".tmp??????"):  # the second is safetensors' own
+            for path in self.folder.glob(pattern):
+                with suppress(OSError):
+                    path.unlink()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
