@@ -64,9 +64,10 @@ def remove_temporaries(folder: Path) -> None:
 
 def _is_open(path: Path) -> bool:
     """Whether a process has the file open."""
+    place = str(path.resolve())
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if any(Path(file.path) == path.resolve() for file in process.open_files()):
+            if any(file.path == place for file in process.open_files()):
                 return True
     return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixart_nb.core.models.attention import chunk_shape
-from pixart_nb.core.models.inference import TURNED_ROWS, turned_numbers
+from pixart_nb.core.models.inference import turned_numbers
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -94,8 +94,9 @@ def weights(networks: Networks, run: Run) -> dict[str, float]:
 
 def _turned(config: PixArtConfig, run: Run) -> int:
     """Numbers in the weights that a run of few rows keeps a second time."""
-    rows = run.rows * run.tokens(config) if run.dtype == "fp32" else TURNED_ROWS + 1
-    return turned_numbers(config.hidden_size, config.depth, config.mlp_ratio, rows)
+    if run.dtype != "fp32":
+        return 0
+    return turned_numbers(config.hidden_size, config.depth, config.mlp_ratio, run.rows * run.tokens(config))
 
 
 def _text_encoder_bytes(config: T5Config, run: Run) -> float:
