@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import load_tensors
+from pixart_nb.core.checkpoints.store import load_tensors, temporaries_in
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.training.loss import coefficients
 from pixart_nb.core.training.objective import NAMES, diffusion_loss
@@ -76,16 +76,11 @@ def started(folder: Path, steps: int, optimizer: str) -> int:
         os._exit(code)
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files that are being written, or were when their process died."""
-    return list(folder.glob(".step-*.tmp"))
-
-
 def kill(process: int, folder: Path, rng: np.random.Generator, aimed: bool, longest: float) -> bool:
     """Kill a process after a random time, or, ``aimed``, when it then next writes; False if it ended before."""
     end = time.monotonic() + rng.uniform(0.0, longest)
-    known = set(unfinished(folder))
-    while time.monotonic() < end or (aimed and not set(unfinished(folder)) - known):
+    known = set(temporaries_in(folder))
+    while time.monotonic() < end or (aimed and not set(temporaries_in(folder)) - known):
         if ended(process):
             return False
         time.sleep(0.0002)
@@ -131,14 +126,14 @@ def main() -> None:
                 if not kill(process, killed, rng, kills % 2 == 1, wanted.longest):
                     break
                 kills += 1
-                writing += bool(unfinished(killed))
+                writing += bool(temporaries_in(killed))
                 bar.update()
         for process in (started(killed, steps, wanted.optimizer), undisturbed):
             if os.waitpid(process, 0)[1]:
                 sys.exit("a training failed by itself; its message is above")
         (ours, losses), (theirs, expected) = result(killed), result(whole)
         different = sorted(n for n in {*ours, *theirs} if not np.array_equal(ours.get(n), theirs.get(n)))
-        left = [path.name for path in unfinished(killed)]
+        left = [path.name for path in temporaries_in(killed)]
     report = {
         "kills": kills,
         "while writing": writing,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from reference_data import OFFICIAL, diffusers, official
+from safetensors.numpy import save_file
 
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.checkpoints import components
@@ -13,6 +14,7 @@ from pixart_nb.core.checkpoints.files import read_tensors
 from pixart_nb.core.checkpoints.store import (
     CheckpointError,
     load_tensors,
+    remove_temporaries,
     save_tensors,
     written_beside,
     written_together,
@@ -172,3 +174,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         failing_write()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_killed_writers_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    gone, here = 2**22 + 1, os.getpid()  # no system has as many processes as the first
+    (tmp_path / f".captions.{gone}.tmp").write_bytes(b"left")
+    (tmp_path / f".a.safetensors.{gone}.tmp").mkdir()
+    (tmp_path / f".a.safetensors.{gone}.tmp" / ".tmpAb12Cd").write_bytes(b"left by safetensors")
+    (tmp_path / f".b.safetensors.{here}.tmp").mkdir()
+    (tmp_path / ".keep.tmp").write_bytes(b"somebody else's")
+    remove_temporaries(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [f".b.safetensors.{here}.tmp", ".keep.tmp"]
+    remove_temporaries(tmp_path, alone=True)
+    assert os.listdir(tmp_path) == [".keep.tmp"]
+
+
+def test_all_that_a_writer_makes_of_its_own_is_in_its_temporary_folder(tmp_path):
+    with written_beside(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": np.ones(3, np.float32)}, temporary)
+        (temporary.parent / ".tmpAb12Cd").write_bytes(b"as safetensors leaves when it is killed")
+        assert [path.name for path in tmp_path.iterdir()] == [f".a.safetensors.{os.getpid()}.tmp"]
+    assert os.listdir(tmp_path) == ["a.safetensors"]

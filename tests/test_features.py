@@ -32,7 +32,6 @@ from pixart_nb.core.data.features import (
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.pictures import PictureError, load_picture, to_signed
 from pixart_nb.core.data.reader import PictureReader
-from pixart_nb.core.data.writing import remove_temporaries
 
 SIZES = ((32, 32), (16, 48))
 MADE_BY = MadeBy("vae", "t5", 8)
@@ -333,17 +332,6 @@ cache = t.FeatureCache(sys.argv[3], labels, [(32, 32)] * len(labels), t.MADE_BY)
 print("ready", flush=True)
 cache.write(lambda pixels: [t.np.repeat(part, 20_000, 1) for part in t.encode(pixels)], t.embed)
 """
-
-
-def test_what_killed_writers_left_is_removed_and_what_is_being_written_stays(tmp_path):
-    (tmp_path / ".tmpAb12Cd").write_bytes(b"left by safetensors")
-    (tmp_path / f".captions.{2**22 + 1}.tmp").write_bytes(b"left by a process that is no more")
-    (tmp_path / ".keep").write_bytes(b"somebody else's")
-    with (tmp_path / ".tmpEf34Gh").open("wb"):
-        remove_temporaries(tmp_path)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".keep", ".tmpEf34Gh"]
-    remove_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".keep"]
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_features(tmp_path):

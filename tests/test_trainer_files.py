@@ -92,9 +92,10 @@ def test_a_log_cut_anywhere_goes_on(tmp_path, left):
 
 
 def test_what_a_killed_writer_left_is_cleared(tmp_path):
-    half = tmp_path / ".step-00000010.safetensors.4711.tmp"
+    half = tmp_path / f".step-00000010.safetensors.{os.getpid()}.tmp"
     run = trainer(tmp_path)
-    half.write_bytes(b"half")
+    half.mkdir()
+    (half / ".tmpAb12Cd").write_bytes(b"half")
     run.run(until=2)
     assert not half.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "curve.csv", "step-00000002.safetensors"]

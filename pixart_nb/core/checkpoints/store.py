@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
 class CheckpointError(ValueError):
@@ -19,24 +24,26 @@ class CheckpointError(ValueError):
 
 @contextmanager
 def written_beside(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces ``path``, on any error it is removed."""
+    """Yield a temporary path on the same disk; on success it replaces ``path``, on any error it is removed."""
     with written_together(path) as (temporary,):
         yield temporary
 
 
 @contextmanager
 def written_together(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
-    """Yield a temporary path beside each of ``paths``, to be written whole.
+    """Yield a temporary path for each of ``paths``, to be written whole.
 
-    On success all of them are put in place, once all are on the disk. On any error all are removed, and the folders
-    that were made for them.
+    Each has its name, and is in a folder of its own beside its place: a writer that makes temporary files itself, as
+    safetensors does, makes them there. On success all are put in place, once all are on the disk. On any error all are
+    removed, and the folders that were made for them.
     """
     targets = [Path(path) for path in paths]
-    temporaries = tuple(path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in targets)
+    temporaries = tuple(temporary_beside(path) / path.name for path in targets)
     made: list[Path] = []
     try:
-        for path in targets:
+        for path, temporary in zip(targets, temporaries, strict=True):
             made += _make_folders(path.parent)
+            temporary.parent.mkdir(exist_ok=True)
         yield temporaries
         for temporary in temporaries:
             _sync(temporary)
@@ -46,11 +53,35 @@ def written_together(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
             _sync(folder)
     finally:
         for temporary in temporaries:
-            with suppress(OSError):
-                temporary.unlink()
+            shutil.rmtree(temporary.parent, ignore_errors=True)
         for folder in reversed(made):
             with suppress(OSError):  # it holds what was written
                 folder.rmdir()
+
+
+def temporary_beside(path: Path) -> Path:
+    """Where this process writes what is to replace ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def temporaries_in(folder: Path) -> list[Path]:
+    """What is being written into ``folder``, or was when its process died."""
+    return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
+
+
+def remove_temporaries(folder: Path, alone: bool = False) -> None:
+    """Remove what processes that were killed while they wrote into ``folder`` have left.
+
+    ``alone``: no process is writing there, so that an id in use is of another that has nothing to do with it.
+    """
+    for path in temporaries_in(folder):
+        if not alone and psutil.pid_exists(int(_TEMPORARY.fullmatch(path.name)[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _make_folders(folder: Path) -> list[Path]:

@@ -1,23 +1,18 @@
-"""Data sets and caches on the disk: whole or not there, what became of them, and what a killed process left."""
+"""Data sets and caches on the disk: whole or not there, and what became of them."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from safetensors import SafetensorError
 
+from pixart_nb.core.checkpoints.store import temporary_beside
 from pixart_nb.core.data.errors import DataError, listed
-
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
-#: What safetensors writes first, in the folder of its target. It does not name its writer.
-_SAFETENSORS = re.compile(r"\.tmp\w{6}")
 
 
 @contextmanager
@@ -40,7 +35,7 @@ def write_once(path: Path, content: bytes) -> None:
     """
     if path.is_file() and path.read_bytes() == content:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,28 +43,6 @@ def write_once(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove the unfinished files of processes that were killed while they wrote into ``folder``."""
-    for path in folder.glob(".*"):
-        writer = _TEMPORARY.fullmatch(path.name)
-        if not writer and not _SAFETENSORS.fullmatch(path.name):
-            continue
-        alive = psutil.pid_exists(int(writer[1])) if writer else _is_open(path)
-        if not alive:
-            with suppress(OSError):
-                path.unlink()
-
-
-def _is_open(path: Path) -> bool:
-    """Whether a process has the file open."""
-    place = str(path.resolve())
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if any(file.path == place for file in process.open_files()):
-                return True
-    return False
 
 
 @dataclass

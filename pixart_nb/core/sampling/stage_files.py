@@ -17,10 +17,11 @@ from pixart_nb.core.checkpoints.store import (
     load_metadata,
     load_tensors,
     read_json,
+    remove_temporaries,
     save_tensors,
     write_json,
 )
-from pixart_nb.core.data.writing import remove_temporaries, writing
+from pixart_nb.core.data.writing import writing
 
 try:
     import fcntl

@@ -121,6 +121,11 @@ def _load_tokenizer(folder: Path):
         ) from error
 
 
+def _others(found: Sequence, prompts: Sequence) -> str:
+    """What a warning about the first prompt says of the others."""
+    return f" (so it is with {len(found)} of {len(prompts)} prompts)" if len(found) > 1 else ""
+
+
 class TextTokenizer:
     """A T5 tokenizer of a folder in the published layout (``spiece.model`` or ``tokenizer.json``)."""
 
@@ -140,8 +145,7 @@ class TextTokenizer:
         if max_length < 1:
             raise ValueError(f"max_sequence_length is {max_length}; expected at least 1")
         full = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
-        for prompt, ids in zip(prompts, full, strict=True):
-            self._warn(prompt, ids, max_length)
+        self._warn(prompts, full, max_length)
         end = self.tokenizer.eos_token_id
         ids = np.full((len(full), max_length), self.tokenizer.pad_token_id, np.int32)
         mask = np.zeros(ids.shape, bool)
@@ -150,15 +154,18 @@ class TextTokenizer:
             ids[row, : len(kept)], mask[row, : len(kept)] = kept, True
         return ids, mask
 
-    def _warn(self, prompt: str, ids: Sequence[int], max_length: int) -> None:
-        if len(ids) > max_length:
-            cut = self.tokenizer.decode(ids[max_length - 1 : -1])
+    def _warn(self, prompts: Sequence[str], full: Sequence[Sequence[int]], max_length: int) -> None:
+        """One warning for all prompts that are too long, and one for all with unknown characters."""
+        long = [ids for ids in full if len(ids) > max_length]
+        if long:
+            cut = self.tokenizer.decode(long[0][max_length - 1 : -1])
+            told = f"prompt has {len(long[0])} tokens, the model reads {max_length}; cut off: {cut!r}"
+            warnings.warn(told + _others(long, prompts), stacklevel=4)
+        strange = [p for p, ids in zip(prompts, full, strict=True) if self.tokenizer.unk_token_id in ids]
+        if strange:
+            unknown, others = self.unknown(strange[0]), _others(strange, prompts)
             warnings.warn(
-                f"prompt has {len(ids)} tokens, the model reads {max_length}; cut off: {cut!r}", stacklevel=4
-            )
-        if self.tokenizer.unk_token_id in ids:
-            warnings.warn(
-                f"prompt {prompt!r}: the tokenizer does not know {self.unknown(prompt)}", stacklevel=4
+                f"prompt {strange[0]!r}: the tokenizer does not know {unknown}{others}", stacklevel=4
             )
 
     def unknown(self, prompt: str) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,13 @@ import numpy as np
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, load_tensors, save_tensors
+from pixart_nb.core.checkpoints.store import (
+    CheckpointError,
+    load_metadata,
+    load_tensors,
+    remove_temporaries,
+    save_tensors,
+)
 
 try:
     import fcntl
@@ -86,13 +92,6 @@ class CheckpointFolder:
                 tqdm.write(f"passed over: {error}")
         return None
 
-    def clear_unfinished(self) -> None:
-        """Remove what processes that were killed while writing have left."""
-        for pattern in (f".{_PATTERN}.*.tmp", ".tmp??????"):  # the second is safetensors' own
-            for path in self.folder.glob(pattern):
-                with suppress(OSError):
-                    path.unlink()
-
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Refuse to train where another process is training; the lock goes with its process, however it ends."""
@@ -110,7 +109,7 @@ class CheckpointFolder:
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
-            self.clear_unfinished()
+            remove_temporaries(self.folder, alone=True)
             yield
 
 
