@@ -88,6 +88,7 @@ class Denoiser:
     """
 
     def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+        backend.settle_threads()
         self.net, self.caption, self.mask = net, caption, mask
         self.shown = None  # keys, values and mask as probes know them
         self.groups = caption_groups(caption.astype(net.dtype), mask)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from mindspore import mint, nn
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
@@ -170,6 +171,7 @@ class T5Encoder(nn.Cell):
 
     def checked(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
         """Ids int32 and mask bool, or why they cannot be. Apart from ``construct``, which a compiler parses."""
+        backend.settle_threads()
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
         seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
         if ids.ndim != 2 or ids.shape != seen.shape:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import mint, nn, ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.statistics import own_statistics
@@ -156,6 +157,7 @@ class AutoencoderKL(nn.Cell):
         return x
 
     def _tiles(self, stage: Stage) -> TileMap:
+        backend.settle_threads()
         fine = stage.grow * stage.shrink > 1
         tile = self.tile_sample_min_size // self.factor if fine else COARSE_TILE
         norms = [cell for _, cell in stage.cell.cells_and_names() if isinstance(cell, GroupNorm)]

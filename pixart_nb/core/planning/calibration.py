@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
+from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
 from pixart_nb.core.memory import release
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.inference import self_attention
@@ -64,6 +64,7 @@ def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibra
 
     ``keys``: numbers of keys of a layer at which attention is timed, beside those of ``GRIDS``.
     """
+    settle_threads()
     started = time.perf_counter()
     largest = max(1, int(run.tokens(networks.transformer) ** 0.5))
     grids = sorted({min(grid, max(GRIDS[0], largest)) for grid in GRIDS})

@@ -1,0 +1,54 @@
+"""What the kit does to the machine that it computes on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PLACES = """
+import json, os, sys
+import numpy as np
+from pixart_nb.core import backend
+from pixart_nb.core.backend import ms
+from mindspore import ops
+os.sched_setaffinity(0, set(json.loads(sys.argv[1])))
+backend.settle_threads()
+rows = ms.Tensor(np.random.default_rng(0).standard_normal((256, 512), np.float32))
+sum = float(np.abs(ops.MatMul(transpose_b=True)(rows, rows).asnumpy()).sum())
+places = [sorted(os.sched_getaffinity(thread)) for thread in backend._pool_threads()]
+print(json.dumps([places, sorted(os.sched_getaffinity(0)), sum]))
+"""
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
+    reason="runs once the system has two cores and can bind threads to them",
+)
+
+
+def places(cores, **environment):
+    """Cores of each thread of the pool and of the main one, and a number that was computed."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLACES, json.dumps(cores)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same():
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    settled, main, sum_settled = places(cores)
+    assert settled == [[cores[0]], [cores[1]]]
+    assert main == cores
+    left, _, sum_left = places(cores, PIXART_NB_SETTLE_THREADS="0")
+    assert left == [cores, cores]
+    assert sum_settled == sum_left
+
+
+def test_threads_are_left_alone_where_there_are_fewer_cores():
+    core = sorted(os.sched_getaffinity(0))[:1]
+    assert places(core)[0] == [core, core]
