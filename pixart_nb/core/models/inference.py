@@ -28,7 +28,7 @@ from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.row_orders import cell_rows, gather, head_rows, merged
 from pixart_nb.core.models.statistics import normalised_rows
 from pixart_nb.core.models.transformer import Block, PixArt, repeat_batch, trim_caption
-from pixart_nb.core.operators import gelu_tanh, rows_like
+from pixart_nb.core.operators import gelu_tanh, rows_like, transpose
 
 #: Rows that go through a block's row-wise parts at a time. It bounds the memory of the MLP.
 ROWS = 2048
@@ -191,7 +191,7 @@ class TurnedLinear:
     """A linear layer whose weight lies turned in memory, (in, out): the CPU multiplies few rows with it faster."""
 
     def __init__(self, layer: Linear):
-        self.weight = ms.Tensor(np.ascontiguousarray(layer.weight.asnumpy().T))
+        self.weight = transpose(layer.weight, 1, 0)
         self.bias = layer.bias
 
     def __call__(self, x: ms.Tensor) -> ms.Tensor:
