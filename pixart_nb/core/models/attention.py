@@ -49,34 +49,36 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend.on_ascend() and bias is None:
         return backend.flash_attention(q, k, v, mask, scale)
-    q = q * scale
     if mask is not None:
-        q, k = _append_mask(q, k, mask)
+        q, k = _append_mask(q * scale, k, mask)
+        scale = 1.0
     batch, heads, queries, _ = q.shape
     if chunk is None and bias is None:
-        return _in_chunks(q, k, v)
+        return _in_chunks(q, k, v, scale)
     chunk = chunk or max(1, backend.ATTENTION_CHUNK_BYTES // (4 * batch * heads * k.shape[2]))
     if chunk >= queries:
-        return _attend(q, k, v, bias)
+        return _attend(q, k, v, scale, bias)
     parts = []
     for start in range(0, queries, chunk):
         rows = None if bias is None else bias[:, :, start : start + chunk]
-        parts.append(_attend(q[:, :, start : start + chunk], k, v, rows))
+        parts.append(_attend(q[:, :, start : start + chunk], k, v, scale, rows))
     return mint.cat(parts, 2)
 
 
-def _in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor) -> ms.Tensor:
+def _in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float) -> ms.Tensor:
     """Attention by some heads at a time and, of them, by some queries."""
     batch, heads, queries, _ = q.shape
     some_heads, some = chunk_shape(batch * heads, queries, k.shape[2])
     if some_heads == batch * heads and some == queries:
-        return attend(q, k, v)
+        return _attend(q, k, v, scale)
     q, k, v = (x.reshape(1, batch * heads, x.shape[2], x.shape[3]) for x in (q, k, v))
     of_heads = []
     for first in range(0, batch * heads, some_heads):
         last = first + some_heads
         keys, values = k[:, first:last], v[:, first:last]
-        parts = [attend(q[:, first:last, i : i + some], keys, values) for i in range(0, queries, some)]
+        parts = [
+            _attend(q[:, first:last, i : i + some], keys, values, scale) for i in range(0, queries, some)
+        ]
         of_heads.append(parts[0] if len(parts) == 1 else mint.cat(parts, 2))
     out = of_heads[0] if len(of_heads) == 1 else mint.cat(of_heads, 1)
     return out.reshape(batch, heads, queries, v.shape[3])
@@ -95,7 +97,10 @@ def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
     return max(1, min(heads, rows // some)), some
 
 
-def _attend(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, bias: ms.Tensor | None) -> ms.Tensor:
+def _attend(
+    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None = None
+) -> ms.Tensor:
+    q = q if scale == 1.0 else q * scale
     if bias is None:
         return attend(q, k, v)
     scores = _scores(q, k).astype(ms.float32) + bias

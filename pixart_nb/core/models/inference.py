@@ -39,35 +39,28 @@ _product = ops.MatMul()
 
 def self_attention(layer: SelfAttention, qkv: ms.Tensor, batch: int, height: int, width: int) -> ms.Tensor:
     """What the queries see, before the output's projection. qkv (B N, 3 D) -> (B N, D)."""
-    heads, size, tokens = layer.heads, layer.size // layer.heads, height * width
-    if layer.probe is not None:
-        q, k, v = (_watched_part(layer, qkv, number, batch, height, width) for number in range(3))
-        return merged(layer.probe.attend(q, k, v, None))
-    if layer.ratio == 1 and layer.q_norm is None:
-        rows = head_rows(batch, tokens, heads, 3)
-        split = gather(qkv.reshape(-1, size), rows, 0).reshape(3, batch, heads, tokens, size)
-        return merged(attention(split[0], split[1], split[2]))
-    q, k, v = (_heads_of(layer, qkv, number, batch, height, width) for number in range(3))
-    return merged(attention(q, k, v))
+    heads_of = _heads_of if layer.probe is None else _watched_part
+    q, k, v = (heads_of(layer, qkv, number, batch, height, width) for number in range(3))
+    del qkv  # of a large picture a gigabyte, where the caller does not hold it either
+    return merged(attention(q, k, v) if layer.probe is None else layer.probe.attend(q, k, v, None))
 
 
 def _heads_of(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, height: int, width: int):
     """Queries (0), keys (1) or values (2), normed and compressed as the layer says, as heads (B, H, N or M, d)."""
-    rows, ratio = qkv.reshape(-1, layer.size), layer.ratio if number else 1
+    x, ratio = qkv.reshape(-1, layer.size), layer.ratio if number else 1
     norm = (layer.q_norm, layer.k_norm, None)[number]
-    if norm is not None and ratio > 1:  # the norm comes before the compression
-        return _watched_part(layer, qkv, number, batch, height, width)
-    x, of = rows, (3, number)  # parts of a token's row, which of them
-    for step in successive_ratios(layer.operator, ratio):
+    of = (3, number)  # parts of a token's row, which of them
+    if norm is not None:
+        if ratio > 1:  # the norm comes before the compression
+            return _watched_part(layer, qkv, number, batch, height, width)
+        x, of = norm(gather(x, cell_rows(batch, height, width, 1, 1, *of)[0], 0)), (1, 0)
+    for step in successive_ratios(layer.operator, ratio) if ratio > 1 else ():
         orders = cell_rows(batch, height, width, step, places_used(layer.operator, step), *of)
-        cells = [gather(x, order, 0) for order in orders]
-        x = cells[0] if step == 1 else shrink_cells(cells, layer.operator, layer.sr, layer.norm)
+        x = shrink_cells([gather(x, order, 0) for order in orders], layer.operator, layer.sr, layer.norm)
         height, width, of = height // step, width // step, (1, 0)
-    x = x if norm is None else norm(x)
-    tokens, size = x.shape[0] // batch, layer.size // layer.heads
-    return gather(x.reshape(-1, size), head_rows(batch, tokens, layer.heads), 0).reshape(
-        batch, layer.heads, tokens, size
-    )
+    size, tokens = layer.size // layer.heads, height * width
+    heads = gather(x.reshape(-1, size), head_rows(batch, tokens, layer.heads, *of), 0)
+    return heads.reshape(batch, layer.heads, tokens, size)
 
 
 def _watched_part(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, height: int, width: int):
@@ -141,9 +134,13 @@ class Denoiser:
         shift, scale, gate, *mlp = (modulation[i] for i in range(6))
         plan = self._planned(tokens)
         layers = plan.layers[number]
-        qkv = [layers.qkv(_modulated(block, _part(x, p.rows), shift, scale)) for p in plan.places]
-        seen = self_attention(block.attn, _joined(qkv), x.shape[0] // tokens, *grid)
-        del qkv
+        seen = self_attention(
+            block.attn,
+            _joined([layers.qkv(_modulated(block, _part(x, p.rows), shift, scale)) for p in plan.places]),
+            x.shape[0] // tokens,
+            grid[0],
+            grid[1],
+        )
         parts = []
         for rows, _ in plan.places:
             out = layers.proj(_part(seen, rows))

@@ -26,17 +26,14 @@ def _order(key: tuple, make: Callable[[], np.ndarray]) -> ms.Tensor:
     return _orders_of(key, lambda: [make()])[0]
 
 
-def head_rows(batch: int, tokens: int, heads: int, parts: int = 1) -> ms.Tensor:
-    """Which rows of (batch * tokens * parts * heads, d) make (parts, batch, heads, tokens, d)."""
+def head_rows(batch: int, tokens: int, heads: int, parts: int = 1, part: int = 0) -> ms.Tensor:
+    """Which rows of (batch * tokens * parts * heads, d) make one part as (batch, heads, tokens, d)."""
 
     def make() -> np.ndarray:
-        return (
-            np.arange(batch * tokens * parts * heads)
-            .reshape(batch, tokens, parts, heads)
-            .transpose(2, 0, 3, 1)
-        )
+        rows = np.arange(batch * tokens * parts * heads).reshape(batch, tokens, parts, heads)
+        return rows[:, :, part].transpose(0, 2, 1)
 
-    return _order(("heads", batch, tokens, heads, parts), make)
+    return _order(("heads", batch, tokens, heads, parts, part), make)
 
 
 def merged(x: ms.Tensor) -> ms.Tensor:
