@@ -48,7 +48,7 @@ def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
     assert relative_error(fast, slow) < CLOSE
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     "changes",
     [
         dict(qk_norm=True),
@@ -62,6 +62,9 @@ def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
         ),
     ],
 )
+
+
+@KINDS
 def test_every_kind_of_attention_gives_the_numbers_of_denoise(changes):
     slow, fast = both_ways(small_net(**changes), (1, 7), height=12, width=20)
     assert relative_error(fast, slow) < CLOSE
@@ -144,6 +147,16 @@ def test_parts_of_the_rows_give_the_numbers_of_the_whole(monkeypatch):
     monkeypatch.setattr(inference, "ROWS", 5)
     _, parts = both_ways(net, (1, 7, 30))
     assert relative_error(parts, whole) < CLOSE
+
+
+@KINDS
+def test_queries_keys_and_values_kept_apart_change_no_bit(monkeypatch, changes):
+    net = small_net(**changes)
+    monkeypatch.setattr(inference, "ROWS", 50)
+    _, together = both_ways(net, (1, 7), height=12, width=20)
+    monkeypatch.setattr(inference, "APART_ROWS", 0)
+    _, apart = both_ways(net, (1, 7), height=12, width=20)
+    assert np.array_equal(apart, together)
 
 
 def test_neighbours_with_the_same_tokens_are_one_group():

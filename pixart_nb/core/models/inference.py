@@ -34,28 +34,44 @@ from pixart_nb.core.operators import gelu_tanh, rows_like, transpose
 ROWS = 2048
 #: Up to so many rows, weights of so many numbers or more are kept turned as well: their products are a tenth faster.
 TURNED_ROWS, TURNED_WEIGHT = 1024, 2**20
+#: From so many rows on queries, keys and values are kept apart: one more copy, and less memory at a time.
+APART_ROWS = 2**14
 _product = ops.MatMul()
 
 
-def self_attention(layer: SelfAttention, qkv: ms.Tensor, batch: int, height: int, width: int) -> ms.Tensor:
-    """What the queries see, before the output's projection. qkv (B N, 3 D) -> (B N, D)."""
+def self_attention(
+    layer: SelfAttention, qkv: list[ms.Tensor], batch: int, height: int, width: int
+) -> ms.Tensor:
+    """What the queries see, before the output's projection: (B N, D).
+
+    qkv: one matrix (B N, 3 D), or queries, keys and values, (B N, D) each. The list is emptied, as of a large picture
+    every matrix is a good part of a gigabyte.
+    """
     heads_of = _heads_of if layer.probe is None else _watched_part
-    q, k, v = (heads_of(layer, qkv, number, batch, height, width) for number in range(3))
-    del qkv  # of a large picture a gigabyte, where the caller does not hold it either
-    return merged(attention(q, k, v) if layer.probe is None else layer.probe.attend(q, k, v, None))
+    heads = []
+    for number in range(3):
+        x, of = (qkv[0], (3, number)) if qkv[0].shape[1] > layer.size else (qkv.pop(0), (1, 0))
+        heads.append(heads_of(layer, x, of, number, batch, height, width))
+    qkv.clear()
+    del x
+    return merged(attention(*heads) if layer.probe is None else layer.probe.attend(*heads, None))
 
 
-def _heads_of(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, height: int, width: int):
-    """Queries (0), keys (1) or values (2), normed and compressed as the layer says, as heads (B, H, N or M, d)."""
-    x, ratio = qkv.reshape(-1, layer.size), layer.ratio if number else 1
-    norm = (layer.q_norm, layer.k_norm, None)[number]
-    of = (3, number)  # parts of a token's row, which of them
+def _heads_of(
+    layer: SelfAttention, x: ms.Tensor, of: tuple[int, int], number: int, batch: int, height: int, width: int
+) -> ms.Tensor:
+    """Queries (0), keys (1) or values (2), normed and compressed as the layer says, as heads (B, H, N or M, d).
+
+    ``of``: parts of a token's row in x, and which of them is meant.
+    """
+    ratio, norm = layer.ratio if number else 1, (layer.q_norm, layer.k_norm, None)[number]
     if norm is not None:
         if ratio > 1:  # the norm comes before the compression
-            return _watched_part(layer, qkv, number, batch, height, width)
-        x, of = norm(gather(x, cell_rows(batch, height, width, 1, 1, *of)[0], 0)), (1, 0)
+            return _watched_part(layer, x, of, number, batch, height, width)
+        x, of = norm(_part_of(layer, x, of)), (1, 0)
     for step in successive_ratios(layer.operator, ratio) if ratio > 1 else ():
         orders = cell_rows(batch, height, width, step, places_used(layer.operator, step), *of)
+        x = x.reshape(-1, layer.size)
         x = shrink_cells([gather(x, order, 0) for order in orders], layer.operator, layer.sr, layer.norm)
         height, width, of = height // step, width // step, (1, 0)
     size, tokens = layer.size // layer.heads, height * width
@@ -63,11 +79,18 @@ def _heads_of(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, hei
     return heads.reshape(batch, layer.heads, tokens, size)
 
 
-def _watched_part(layer: SelfAttention, qkv: ms.Tensor, number: int, batch: int, height: int, width: int):
+def _part_of(layer: SelfAttention, x: ms.Tensor, of: tuple[int, int]) -> ms.Tensor:
+    """One part of every token's row: x (M, parts D) -> (M, D)."""
+    return (
+        x if of == (1, 0) else gather(x.reshape(-1, layer.size), cell_rows(1, x.shape[0], 1, 1, 1, *of)[0], 0)
+    )
+
+
+def _watched_part(
+    layer: SelfAttention, x: ms.Tensor, of: tuple[int, int], number: int, batch: int, height: int, width: int
+) -> ms.Tensor:
     """As ``_heads_of``, by way of the full keys and values, which a probe wants to see."""
-    rows = cell_rows(batch, height, width, 1, 1, 3, number)[0]
-    tokens = gather(qkv.reshape(-1, layer.size), rows, 0)
-    norm = (layer.q_norm, layer.k_norm, None)[number]
+    tokens, norm = _part_of(layer, x, of), (layer.q_norm, layer.k_norm, None)[number]
     tokens = (tokens if norm is None else norm(tokens)).reshape(batch, height * width, layer.size)
     return split_heads(layer.compress(tokens, height, width) if number else tokens, layer.heads)
 
@@ -134,13 +157,8 @@ class Denoiser:
         shift, scale, gate, *mlp = (modulation[i] for i in range(6))
         plan = self._planned(tokens)
         layers = plan.layers[number]
-        seen = self_attention(
-            block.attn,
-            _joined([layers.qkv(_modulated(block, _part(x, p.rows), shift, scale)) for p in plan.places]),
-            x.shape[0] // tokens,
-            grid[0],
-            grid[1],
-        )
+        parts = [layers.qkv(_modulated(block, _part(x, p.rows), shift, scale)) for p in plan.places]
+        seen = self_attention(block.attn, _qkv(block.attn, parts), x.shape[0] // tokens, *grid)
         parts = []
         for rows, _ in plan.places:
             out = layers.proj(_part(seen, rows))
@@ -257,6 +275,24 @@ def _part(x: ms.Tensor, rows: slice) -> ms.Tensor:
 
 def _joined(parts: list[ms.Tensor]) -> ms.Tensor:
     return parts[0] if len(parts) == 1 else mint.cat(parts, 0)
+
+
+def _qkv(layer: SelfAttention, parts: list[ms.Tensor]) -> list[ms.Tensor]:
+    """What ``self_attention`` takes, of the rows (M, 3 D) of all places. The list is emptied."""
+    if sum(part.shape[0] for part in parts) < APART_ROWS:
+        joined = [_joined(parts)]
+        parts.clear()
+        return joined
+    apart = [], [], []
+    while parts:
+        part = parts.pop(0)
+        for number, rows in enumerate(apart):
+            rows.append(_part_of(layer, part, (3, number)))
+    found = []
+    for rows in apart:
+        found.append(_joined(rows))
+        rows.clear()
+    return found
 
 
 def _modulated(block: Block, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:

@@ -127,7 +127,7 @@ def _shrinking(config: PixArtConfig, run: Run) -> float:
     for ratio in (1, RATIO):
         layer = SelfAttention(size, config.num_heads, operator="mean", ratio=ratio)
         keys = (side // ratio) ** 2
-        whole = _seconds(lambda layer=layer: self_attention(layer, qkv, run.rows, side, side).asnumpy())
+        whole = _seconds(lambda layer=layer: self_attention(layer, [qkv], run.rows, side, side).asnumpy())
         found.append(whole / tokens - _pair(config, keys, run) * keys)
     return max(found[1] - found[0], 0.0)
 
