@@ -18,7 +18,7 @@ from lab import (
     sync_api,
     watched_page,
 )
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.picture_files import read_parameters
@@ -101,9 +101,16 @@ class User:
     def sees_picture(self, right):
         """Wait until the large picture is right."""
         end = time.monotonic() + SLOW / 1000
-        while not right(self.picture()):
+        while not self.shows(right):
             assert time.monotonic() < end, "the picture did not change as it should"
             time.sleep(0.05)
+
+    def shows(self, right):
+        """Whether the large picture is right now; it is not while it is being replaced."""
+        try:
+            return right(self.picture())
+        except UnidentifiedImageError:
+            return False
 
     def sees_everything(self):
         nothing_cut_or_covered(self.widget)
