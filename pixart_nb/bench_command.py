@@ -72,17 +72,19 @@ def bench(
         if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
             raise ValueError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
         shapes = Shapes(steps=steps, depth=depth, words=words, text_layers=text_layers, ratio=ratio)
-        rows = []
         sizes = [
             replace(shapes, size=side) for side in size or [256]
-        ]  # each is checked before the first is run
+        ]  # all are checked before the first is run
         if what is Benchmark.table:
-            rows = runs.table(shapes, [s.size for s in sizes], training_size or [], repeats)
-        for each in sizes if what is not Benchmark.table else []:
-            rows += measured(what, each, repeats, peer)
-        for row in rows:
-            typer.echo(row)
-        for path in written(rows, output, what.value):
+            parts = [runs.table(shapes, [s.size for s in sizes], training_size or [], repeats)]
+        else:
+            parts = (measured(what, each, repeats, peer) for each in sizes)
+        rows, paths = [], []
+        for part in parts:  # what is measured is told and kept, whatever becomes of the next size
+            rows += part
+            typer.echo("\n".join(map(str, part)))
+            paths = written(rows, output, what.value)
+        for path in paths:
             typer.echo(path)
 
 

@@ -30,7 +30,7 @@ from pixart_nb.core.planning.counts import (
     parameters,
     step_products,
 )
-from pixart_nb.core.planning.memory import Networks, Run, weights
+from pixart_nb.core.planning.memory import STAGES, Networks, Run, weights
 from pixart_nb.core.planning.plan import (
     DoesNotFitError,
     check_fits,
@@ -252,6 +252,21 @@ def test_a_calibration_measures_every_part():
     assert set(found.token) == {256}
     assert set(found.pair) == {64, 256}
     assert min([*found.pair.values(), found.shrinking, found.pixel, found.text_layer, found.seconds]) > 0
+
+
+def test_a_later_stage_is_planned_to_keep_what_an_earlier_one_computed_in():
+    plans = [plan(SMALL, Run(side, side, staged=True)) for side in (512, 64)]
+    took = {stage: {"seconds": 1.0, "load_seconds": 0.5, "peak_bytes": 1e9} for stage in STAGES}
+    rows = command.compared_rows(plans, [took, took])
+    largest = max(stage.activations for stage in plans[0].stages)
+    assert largest > max(stage.activations for stage in plans[1].stages)
+    for row, stage in zip(rows[3:], plans[1].stages, strict=True):
+        assert row["planned GB"] == pytest.approx((plans[1].process + stage.weights + largest) / 1e9)
+    assert rows[0]["planned GB"] < rows[1]["planned GB"]
+    assert [(row["size"], row["stage"]) for row in rows[::3]] == [
+        ("512 x 512", "encode"),
+        ("64 x 64", "encode"),
+    ]
 
 
 def test_the_overview_has_every_combination_and_compression_saves_products():

@@ -68,9 +68,9 @@ class Live:
     """Numbers that are alive at the worst moment, measured; see ``calibration``.
 
     ``token``: for each token of a row and each channel of the transformer; ``token_apart``: the same where queries,
-    keys and values are kept apart. ``pixel`` and ``cell``: in the fine and the
-    coarse part of the decoder, for each pixel and latent cell, and each channel there. ``process``: bytes of Python
-    and MindSpore, before any network. ``scores``: for each score of attention that is computed at a time.
+    keys and values are kept apart. ``pixel`` and ``cell``: in the fine and the coarse part of the decoder, for each
+    pixel and latent cell, and each channel there. ``process``: bytes of Python and MindSpore, before any network.
+    ``scores``: for each score of attention that is computed at a time.
     """
 
     token: float = 10.0
@@ -145,9 +145,7 @@ def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:
         fine_pixels = _at_once(height, width, tile, factor)
         if max(height, width) > COARSE_TILE:
             coarse_cells = _at_once(height, width, COARSE_TILE, 1, COARSE_CHANNELS)
-    wide = max(
-        config.block_out_channels[:2]
-    )  # channels at the full resolution, before the last block narrows them
+    wide = max(config.block_out_channels[:2])  # at the full resolution, before the last block narrows them
     fine = size * live.pixel * fine_pixels * wide
     coarse = size * live.cell * coarse_cells * config.block_out_channels[-1]
     return max(coarse, fine + picture) + kept

@@ -226,10 +226,10 @@ def _decode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple
     z = files.load("latents")["latents"] / np.float32(vae.config.scaling_factor)
     if max(picture.drawn) > picture.tile:
         yield from _decode_rows(vae, z, picture)
-        parts = [files.load(name)["values"] for name in _rows_kept(files)]
+        parts = (files.load(name)["values"] for name in _rows_kept(files))
     else:
         yield 0, 1
-        parts = [vae.decode(z)[0].astype(ms.float32).asnumpy()]
+        parts = iter([vae.decode(z)[0].astype(ms.float32).asnumpy()])
     files.save("pixels", {"pixels": _finished(parts, picture)})
     for name in ("coarse", "rows-*"):
         files.remove(name)
@@ -237,10 +237,10 @@ def _decode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple
         yield 1, 1
 
 
-def _finished(parts: list[np.ndarray], picture: StagedPicture) -> np.ndarray:
+def _finished(parts: Iterator[np.ndarray], picture: StagedPicture) -> np.ndarray:
     """Decoded rows (1, 3, rows, W) as pixels (H, W, 3) uint8; part by part where nothing is to be scaled."""
     if picture.drawn != picture.size:
-        parts = [np.concatenate(parts, 2)]
+        parts = iter([np.concatenate(list(parts), 2)])
     return np.concatenate(
         [to_uint8(resize_and_crop(to_pictures(part), *_size(part, picture)))[0] for part in parts]
     )
