@@ -7,6 +7,7 @@ set-up below has run before the first operator does. No other file asks for the 
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from contextlib import suppress
 from functools import cache
@@ -22,6 +23,8 @@ from mindspore import ops
 ATTENTION_CHUNK_BYTES = 32 * 2**20
 #: Ascend's flash attention wants a head size that is a multiple of this.
 FLASH_HEAD_MULTIPLE = 16
+#: Seconds within which the threads that MindSpore has started bear their names, also on a busy machine.
+_NAMED = 0.2
 
 
 def _set_up() -> str:
@@ -56,22 +59,27 @@ def settle_threads() -> None:
         or not hasattr(os, "sched_setaffinity")
     ):
         return
-    ops.silu(ms.Tensor([0.0], ms.float32))  # MindSpore starts the pool with the first operator
-    cores, threads = sorted(os.sched_getaffinity(0)), _pool_threads()
+    ops.silu(ms.Tensor([0.0], ms.float32)).asnumpy()  # MindSpore starts the pool with the first result
+    cores = sorted(os.sched_getaffinity(0))
+    threads = _pool_threads(len(cores))
     if len(threads) >= len(cores):
         for thread, core in zip(threads, cycle(cores), strict=False):
             with suppress(OSError):  # a system that does not allow it
                 os.sched_setaffinity(thread, {core})
 
 
-def _pool_threads() -> list[int]:
-    """The system's numbers of the threads that compute."""
-    found = []
-    for task in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):  # it has ended
-            if (task / "comm").read_text().startswith(("ActorThread", "KernelThread")):
-                found.append(int(task.name))
-    return sorted(found)
+def _pool_threads(wanted: int = 0) -> list[int]:
+    """The system's numbers of the threads that compute; waits a moment for ``wanted``, as each takes its name late."""
+    end = time.monotonic() + _NAMED
+    while True:
+        found = []
+        for task in Path("/proc/self/task").glob("*"):
+            with suppress(OSError):  # it has ended
+                if (task / "comm").read_text().startswith(("ActorThread", "KernelThread")):
+                    found.append(int(task.name))
+        if len(found) >= wanted or time.monotonic() > end:
+            return sorted(found)
+        time.sleep(0.002)
 
 
 def device_name() -> str:
