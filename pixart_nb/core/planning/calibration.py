@@ -16,6 +16,7 @@ from mindspore import nn
 from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
 from pixart_nb.core.memory import release
 from pixart_nb.core.models.attention import SelfAttention, attention
+from pixart_nb.core.models.cost import with_compression
 from pixart_nb.core.models.inference import self_attention
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -31,6 +32,8 @@ GRIDS = (16, 32, 64)
 PAIRS, QUERIES = 2**25, 4096
 #: Ratio of compression whose cost is timed; that of others is hardly different.
 RATIO = 4
+#: Keys a side to which a picture is shrunk while the rest of a block is timed: beside all keys it would be lost.
+FEW_KEYS = 8
 #: Latent cells a side at which the decoder's coarse part is timed, the fine part at one of them.
 CELLS = (32, 64)
 #: Seconds from which on a first run counts, as what it prepares is little beside them.
@@ -68,14 +71,15 @@ def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibra
     started = time.perf_counter()
     largest = max(1, int(run.tokens(networks.transformer) ** 0.5))
     grids = sorted({min(grid, max(GRIDS[0], largest)) for grid in GRIDS})
-    pair = {
-        count: _pair(networks.transformer, count, run) for count in sorted({*(g * g for g in grids), *keys})
-    }
+    counts = {*(grid * grid for grid in grids), *keys, FEW_KEYS**2}
+    pair = {count: _pair(networks.transformer, count, run) for count in sorted(counts)}
+    shrinking = _shrinking(networks.transformer, run)
+    few = pair[FEW_KEYS**2] * FEW_KEYS**2 + shrinking
     token, frame = {}, 0.0
     for grid in grids:
-        token[grid * grid], frame = _token(networks.transformer, grid, pair[grid * grid], run)
+        token[grid * grid], frame = _token(networks.transformer, grid, few, run)
     cell, pixel = _decoder(networks.vae, run)
-    shrinking, layer = _shrinking(networks.transformer, run), _text_layer(networks.text_encoder, run)
+    layer = _text_layer(networks.text_encoder, run)
     found = Calibration(run.dtype, token, frame, pair, shrinking, pixel, cell, layer)
     release()
     return replace(found, seconds=time.perf_counter() - started)
@@ -132,14 +136,20 @@ def _shrinking(config: PixArtConfig, run: Run) -> float:
     return max(found[1] - found[0], 0.0)
 
 
-def _token(config: PixArtConfig, grid: int, pair: float, run: Run) -> tuple[float, float]:
-    """Seconds for each token of a row: of a block without its attention's products, and around the blocks."""
-    one, two = (
-        _seconds(_step(replace(config, depth=depth, kv_compress_config=None), grid, run)) for depth in (1, 2)
-    )
+def _token(config: PixArtConfig, grid: int, few: float, run: Run) -> tuple[float, float]:
+    """Seconds for each token of a row: of a block without its attention's products, and around the blocks.
+
+    ``few``: of attention to few keys, which is what the timed blocks have.
+    """
+    times = []
+    for depth in (1, 2):
+        blocks = replace(config, depth=depth, kv_compress_config=None)
+        shrunk = with_compression(blocks, range(depth), grid // FEW_KEYS, "mean")
+        times.append(_seconds(_step(shrunk, grid, run)))
+    one, two = times
     tokens = run.rows * grid * grid
     block = max(two - one, 0.0)
-    return max(block / tokens - pair * grid * grid, 0.0), max(one - block, 0.0) / tokens
+    return max(block / tokens - few, 0.0), max(one - block, 0.0) / tokens
 
 
 def _step(config: PixArtConfig, grid: int, run: Run) -> Callable[[], object]:
