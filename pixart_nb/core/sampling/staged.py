@@ -9,7 +9,7 @@ steps and its noise, to where it was, and costs no pass through the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -229,7 +229,7 @@ def _decode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple
         parts = (files.load(name)["values"] for name in _rows_kept(files))
     else:
         yield 0, 1
-        parts = iter([vae.decode(z)[0].astype(ms.float32).asnumpy()])
+        parts = [vae.decode(z)[0].astype(ms.float32).asnumpy()]
     files.save("pixels", {"pixels": _finished(parts, picture)})
     for name in ("coarse", "rows-*"):
         files.remove(name)
@@ -237,10 +237,10 @@ def _decode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple
         yield 1, 1
 
 
-def _finished(parts: Iterator[np.ndarray], picture: StagedPicture) -> np.ndarray:
+def _finished(parts: Iterable[np.ndarray], picture: StagedPicture) -> np.ndarray:
     """Decoded rows (1, 3, rows, W) as pixels (H, W, 3) uint8; part by part where nothing is to be scaled."""
     if picture.drawn != picture.size:
-        parts = iter([np.concatenate(list(parts), 2)])
+        parts = [np.concatenate(list(parts), 2)]
     return np.concatenate(
         [to_uint8(resize_and_crop(to_pictures(part), *_size(part, picture)))[0] for part in parts]
     )
