@@ -191,14 +191,12 @@ def growing_rows(plans: Sequence[Any], plans_all_keys: Sequence[Any]) -> list[di
 
 
 def compared_rows(plans: Sequence[Any], measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stages of plans beside what ``StageFiles.measured`` says of the same runs, done in this order by one process.
-
-    Weights are given back after a stage; the memory that it computed in MindSpore keeps for the next.
-    """
+    """Stages of plans beside what ``StageFiles.measured`` says of the same runs, done in this order by one process."""
     found, kept = [], 0.0
     for plan, took in zip(plans, measured, strict=True):
-        for stage in plan.stages:
-            kept = max(kept, stage.activations)
+        held = plan.held(kept)
+        kept = max([kept, *(stage.activations for stage in plan.stages)])
+        for stage, planned in zip(plan.stages, held, strict=True):
             found.append(
                 {
                     "size": f"{plan.run.height} x {plan.run.width}",
@@ -206,7 +204,7 @@ def compared_rows(plans: Sequence[Any], measured: Sequence[dict[str, Any]]) -> l
                     "planned s": stage.seconds,
                     "measured s": took[stage.name]["seconds"],
                     "loading s": took[stage.name]["load_seconds"],
-                    "planned GB": (plan.process + stage.weights + kept) / 1e9,
+                    "planned GB": planned / 1e9,
                     "measured GB": took[stage.name]["peak_bytes"] / 1e9,
                 }
             )

@@ -166,7 +166,12 @@ def test_weights_follow_the_kind_of_number_and_the_way_of_loading():
 def test_stages_take_the_memory_of_the_worst_one_and_otherwise_all_weights_stay():
     staged, together = (plan(PUBLISHED, Run(1024, 1024, staged=value, tile=512)) for value in (True, False))
     weights_of_all = sum(stage.weights for stage in together.stages)
-    assert staged.peak == staged.process + max(s.weights + s.activations for s in staged.stages)
+    encode, denoise, decode = staged.stages
+    most = decode.activations
+    assert most > denoise.activations > encode.activations
+    assert staged.held() == [staged.process + s.weights + s.activations for s in staged.stages]
+    assert staged.held(kept=most) == [staged.process + s.weights + most for s in staged.stages]
+    assert staged.peak == max(staged.held())
     assert together.peak == together.process + weights_of_all + max(s.activations for s in together.stages)
 
 
@@ -228,8 +233,12 @@ def test_time_is_the_sum_of_calibrated_parts():
         pair={16: 1e-9, 64: 2e-9},
         shrinking=2e-7,
         pixel=1e-6,
+        tile_pixel=2e-6,
+        sample_pixel=3e-6,
         cell=(1e-5, 0.0),
         text_layer=0.01,
+        first={"encode": 0.1, "denoise": 0.2, "decode": 0.3},
+        first_block=0.5,
     )
     run = Run(128, 128, steps=3)
     compressed = replace(
@@ -240,9 +249,13 @@ def test_time_is_the_sum_of_calibrated_parts():
     layers = 3 * 1e-6 + 64 * 2e-9 + 2 * (16 * 1e-9 + 2e-7)
     assert found.seconds_per_step == pytest.approx(2 * 64 * (1e-7 + layers))
     times = {stage.name: stage.seconds for stage in found.stages}
-    assert times["encode"] == pytest.approx(2 * 3 * 0.01)
-    assert times["decode"] == pytest.approx(128**2 * 1e-6 + 32**2 * 1e-5)
+    assert times["encode"] == pytest.approx(0.1 + 2 * 3 * 0.01)
+    assert times["denoise"] == pytest.approx(0.2 + 3 * 0.5 + 3 * found.seconds_per_step)
+    assert times["decode"] == pytest.approx(0.3 + 128**2 * 1e-6 + 32**2 * 1e-5)
     assert found.seconds == pytest.approx(sum(times.values()))
+    (*_, decode) = plan(SMALL, replace(run, tile=64), known).stages
+    # 3 x 3 tiles, and as many windows for their statistics
+    assert decode.seconds == pytest.approx(0.3 + 9 * 64**2 * (2e-6 + 3e-6) + 32**2 * 1e-5)
     with pytest.raises(ValueError, match="calibration in fp32 for a run in fp16"):
         plan(SMALL, replace(run, dtype="fp16"), known)
 
@@ -251,7 +264,11 @@ def test_a_calibration_measures_every_part():
     found = calibrate(SMALL, Run(256, 256, caption_tokens=5), keys=[64])
     assert set(found.token) == {256}
     assert set(found.pair) == {64, 256}
-    assert min([*found.pair.values(), found.shrinking, found.pixel, found.text_layer, found.seconds]) > 0
+    single = [value for value in vars(found).values() if isinstance(value, float)]
+    assert (
+        min([*single, *found.pair.values(), *found.token.values(), *found.first.values(), *found.cell]) >= 0
+    )
+    assert min(found.pixel, found.tile_pixel, found.sample_pixel, found.text_layer, found.seconds) > 0
 
 
 def test_a_later_stage_is_planned_to_keep_what_an_earlier_one_computed_in():

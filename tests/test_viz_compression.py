@@ -22,7 +22,9 @@ RNG = np.random.default_rng(0)
 
 
 def test_kernels_are_shown_as_multiples_of_the_average():
-    weights = {name: 0.25 + 0.05 * RNG.standard_normal((40, 2, 2)) for name in ("layer 14", "layer 27")}
+    weights = {
+        name: 0.25 + 0.05 * RNG.standard_normal((40, 2, 2)) for name in ("layer 14", "layer 20", "layer 27")
+    }
     figure = learned_kernels(weights)
     images = [place for place in figure.axes if place.images and place.get_title() in weights]
     for place in images:
@@ -35,7 +37,7 @@ def test_kernels_are_shown_as_multiples_of_the_average():
     np.testing.assert_allclose(medians, [np.median(4 * values) for values in weights.values()])
     ends = [max(line.get_ydata()) for line in place.lines if line.get_color() == COLOURS[0]]
     assert max(ends) <= 4 * max(values.max() for values in weights.values())
-    assert [text.get_text() for text in place.get_xticklabels()] == ["14", "27"]
+    assert [text.get_text() for text in place.get_xticklabels()] == ["14", "20", "27"]
     check_layout(figure)
 
 

@@ -58,8 +58,8 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     scaled = {name: np.asarray(weights) * weights.shape[-1] ** 2 for name, weights in kernels.items()}
     columns = min(7, len(scaled))
     rows, cell = -(-len(scaled) // columns), min(1.8, (WIDTH - 1) / columns)
-    above, below = rows * (cell + 0.25), 2.2
-    figure = new_figure(max(4.0, columns * cell + 1), above + below)
+    above, below = rows * (cell + 0.45), 2.2
+    figure = new_figure(max(4.0, columns * cell + 1.1), above + below)
     top, bottom = figure.subfigures(2, 1, height_ratios=[above, below])
     _show_means(top, {name: weights.mean(0) for name, weights in scaled.items()}, rows, columns)
     place = for_curves(axes_grid(bottom, 1, 1)[0, 0], "layer", "weight x R²")

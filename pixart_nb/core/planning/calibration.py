@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import nn
 
 from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
-from pixart_nb.core.memory import release
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.cost import with_compression
 from pixart_nb.core.models.inference import self_attention
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.models.vae_blocks import VAEConfig
 from pixart_nb.core.planning.counts import network
-from pixart_nb.core.planning.memory import Networks, Run
+from pixart_nb.core.planning.memory import Networks, Run, sample_cells
 from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import guided_prediction
 
 #: Token grids at which blocks are timed; what is larger is proportional to its tokens.
 GRIDS = (16, 32, 64)
+#: Blocks of the steps that are timed; what they differ by is the time of a block.
+DEPTHS = (1, 3)
 #: Queries times keys, at most, with which attention is timed, and queries, where keys are fewer.
 PAIRS, QUERIES = 2**25, 4096
 #: Ratio of compression whose cost is timed; that of others is hardly different.
 RATIO = 4
 #: Keys a side to which a picture is shrunk while the rest of a block is timed: beside all keys it would be lost.
 FEW_KEYS = 8
-#: Latent cells a side at which the decoder's coarse part is timed, the fine part at one of them.
-CELLS = (32, 64)
+#: Latent cells a side at which the decoder's coarse part is timed: beside the first, one of the others.
+CELLS = (32, 64, 128)
 #: Seconds from which on a first run counts, as what it prepares is little beside them.
 LONG = 2.0
 
@@ -47,8 +52,10 @@ class Calibration:
     ``token``: tokens -> for each token of a row, of one block without its self-attention's products; ``pair``: keys
     -> for each query and key of one layer; ``shrinking``: for each token of a row, of one layer's compression;
     ``frame``: for each token of a row, of what is around the blocks;
-    ``pixel``: of the decoder's fine part; ``cell``: of its coarse part, for each cell and for each pair of cells;
+    ``pixel``: of the decoder's fine part, whole; ``tile_pixel``: the same in a tile; ``sample_pixel``: of measuring
+    what the tiles share; ``cell``: of the decoder's coarse part, for each cell and for each pair of cells;
     ``text_layer``: a layer of T5 for one prompt.
+    ``first``: stage -> what its first call takes longer than later ones; ``first_block``: each block's part in it.
     """
 
     dtype: str
@@ -57,32 +64,66 @@ class Calibration:
     pair: dict[int, float]
     shrinking: float
     pixel: float
+    tile_pixel: float
+    sample_pixel: float
     cell: tuple[float, float]
     text_layer: float
+    first: dict[str, float]
+    first_block: float
     seconds: float = field(default=0.0, compare=False)
 
 
-def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
-    """Measure the networks' parts in ``run.dtype`` (half a minute for the published ones).
+class Timing(NamedTuple):
+    """Seconds of a function: how much longer its first call took than later ones, and those."""
 
-    ``keys``: numbers of keys of a layer at which attention is timed, beside those of ``GRIDS``.
+    first: float
+    later: float
+
+
+def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
+    """Measure the networks' parts in ``run.dtype``, in a process of its own (half a minute for the published ones).
+
+    ``keys``: numbers of keys of a layer at which attention is timed, beside those of ``GRIDS``. MindSpore keeps the
+    memory that it once computed in, which this process would lack afterwards; and only in a fresh one are first calls
+    first calls.
     """
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:
+        return apart.submit(measure, networks, run, sorted(keys)).result()
+
+
+def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
+    """As ``calibrate``, in this process."""
     settle_threads()
     started = time.perf_counter()
-    largest = max(1, int(run.tokens(networks.transformer) ** 0.5))
+    transformer = networks.transformer
+    largest = max(1, int(run.tokens(transformer) ** 0.5))
     grids = sorted({min(grid, max(GRIDS[0], largest)) for grid in GRIDS})
-    counts = {*(grid * grid for grid in grids), *keys, FEW_KEYS**2}
-    pair = {count: _pair(networks.transformer, count, run) for count in sorted(counts)}
-    shrinking = _shrinking(networks.transformer, run)
-    few = pair[FEW_KEYS**2] * FEW_KEYS**2 + shrinking
-    token, frame = {}, 0.0
-    for grid in grids:
-        token[grid * grid], frame = _token(networks.transformer, grid, few, run)
-    cell, pixel = _decoder(networks.vae, run)
     layer = _text_layer(networks.text_encoder, run)
-    found = Calibration(run.dtype, token, frame, pair, shrinking, pixel, cell, layer)
-    release()
-    return replace(found, seconds=time.perf_counter() - started)
+    blocks = {grid: [_step_timing(transformer, depth, grid, run) for depth in DEPTHS] for grid in grids}
+    decoded = _decoder(networks.vae, run)
+    counts = {*(grid * grid for grid in grids), *keys, FEW_KEYS**2}
+    pair = {count: _pair(transformer, count, run) for count in sorted(counts)}
+    shrinking = _shrinking(transformer, run)
+    token, frame = _tokens(blocks, pair[FEW_KEYS**2] * FEW_KEYS**2 + shrinking, run)
+    few, many = blocks[grids[0]]  # what each block adds to a first call, and then what comes with any
+    first_block = many.first / DEPTHS[1]
+    first = {
+        "encode": layer.first,
+        "denoise": max(few.first - DEPTHS[0] * first_block, 0.0),
+        "decode": decoded.pop("first"),
+    }
+    return Calibration(
+        dtype=run.dtype,
+        token=token,
+        frame=frame,
+        pair=pair,
+        shrinking=shrinking,
+        text_layer=layer.later,
+        first=first,
+        first_block=first_block,
+        seconds=time.perf_counter() - started,
+        **decoded,
+    )
 
 
 def _network(config: PixArtConfig | T5Config | VAEConfig, run: Run) -> nn.Cell:
@@ -98,17 +139,18 @@ def _dtype(run: Run) -> ms.Type:
     return supported_dtype(dtype_from_name(run.dtype))
 
 
-def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
-    """Seconds of a function: its best run of several that take ``least`` together; a short first one does not count."""
+def _timing(work: Callable[[], object], least: float = 0.5) -> Timing:
+    """Of a function: the median of several runs that take ``least`` together; a short first one is not among them."""
     started = time.perf_counter()
     work()
     first = time.perf_counter() - started
     times: list[float] = [first] if first > LONG else []
-    while not times or (sum(times) < least and len(times) < 10):
+    while not times or (sum(times) < least and len(times) < 20):
         started = time.perf_counter()
         work()
         times.append(time.perf_counter() - started)
-    return min(times)
+    later = float(np.median(times))
+    return Timing(max(first - later, 0.0), later)
 
 
 def _pair(config: PixArtConfig, keys: int, run: Run) -> float:
@@ -119,7 +161,7 @@ def _pair(config: PixArtConfig, keys: int, run: Run) -> float:
         ms.Tensor(np.ones((run.rows, config.num_heads, count, size), np.float32)).astype(_dtype(run))
         for count in (queries, keys)
     )
-    return _seconds(lambda: attention(q, kv, kv).asnumpy()) / (run.rows * queries * keys)
+    return _timing(lambda: attention(q, kv, kv).asnumpy()).later / (run.rows * queries * keys)
 
 
 def _shrinking(config: PixArtConfig, run: Run) -> float:
@@ -131,25 +173,31 @@ def _shrinking(config: PixArtConfig, run: Run) -> float:
     for ratio in (1, RATIO):
         layer = SelfAttention(size, config.num_heads, operator="mean", ratio=ratio)
         keys = (side // ratio) ** 2
-        whole = _seconds(lambda layer=layer: self_attention(layer, [qkv], run.rows, side, side).asnumpy())
-        found.append(whole / tokens - _pair(config, keys, run) * keys)
+        whole = _timing(lambda layer=layer: self_attention(layer, [qkv], run.rows, side, side).asnumpy())
+        found.append(whole.later / tokens - _pair(config, keys, run) * keys)
     return max(found[1] - found[0], 0.0)
 
 
-def _token(config: PixArtConfig, grid: int, few: float, run: Run) -> tuple[float, float]:
-    """Seconds for each token of a row: of a block without its attention's products, and around the blocks.
+def _step_timing(config: PixArtConfig, depth: int, grid: int, run: Run) -> Timing:
+    """Of a step of so many blocks, whose attention has few keys."""
+    blocks = replace(config, depth=depth, kv_compress_config=None)
+    shrunk = with_compression(blocks, range(depth), grid // FEW_KEYS, "mean")
+    return _timing(_step(shrunk, grid, run))
 
-    ``few``: of attention to few keys, which is what the timed blocks have.
+
+def _tokens(blocks: dict[int, list[Timing]], few: float, run: Run) -> tuple[dict[int, float], float]:
+    """Seconds for each token of a row, from steps of ``DEPTHS`` blocks by grid.
+
+    -> by tokens, of a block without its attention's products; and around the blocks, at the largest grid. ``few``: of
+    attention to few keys, which is what the timed blocks have.
     """
-    times = []
-    for depth in (1, 2):
-        blocks = replace(config, depth=depth, kv_compress_config=None)
-        shrunk = with_compression(blocks, range(depth), grid // FEW_KEYS, "mean")
-        times.append(_seconds(_step(shrunk, grid, run)))
-    one, two = times
-    tokens = run.rows * grid * grid
-    block = max(two - one, 0.0)
-    return max(block / tokens - few, 0.0), max(one - block, 0.0) / tokens
+    token, frame = {}, 0.0
+    for grid, (shallow, deep) in blocks.items():
+        tokens = run.rows * grid * grid
+        block = max(deep.later - shallow.later, 0.0) / (DEPTHS[1] - DEPTHS[0])
+        token[grid * grid] = max(block / tokens - few, 0.0)
+        frame = max(shallow.later - DEPTHS[0] * block, 0.0) / tokens
+    return token, frame
 
 
 def _step(config: PixArtConfig, grid: int, run: Run) -> Callable[[], object]:
@@ -164,22 +212,42 @@ def _step(config: PixArtConfig, grid: int, run: Run) -> Callable[[], object]:
     return lambda: predict(latents, 500.0)
 
 
-def _decoder(config: VAEConfig, run: Run) -> tuple[tuple[float, float], float]:
-    """Seconds of the coarse part for each cell, and for each pair of cells; of the fine part for each pixel."""
+def _decoder(config: VAEConfig, run: Run) -> dict[str, Any]:
+    """Seconds of the decoder's parts by their names in ``Calibration``, and how much longer its ``first`` call took."""
     vae = _network(config, run)
-    small, large = (np.zeros((1, config.latent_channels, n, n), np.float32) for n in CELLS)
-    first, second = (_seconds(lambda z=z: vae.decode_coarse(z)) for z in (small, large))
-    few, many = (n * n for n in CELLS)
-    pair = max((second / many - first / few) / (many - few), 0.0)
-    side = min(run.height, run.width, run.tile or run.height) // vae.factor
-    part = large if side >= CELLS[1] else small
-    coarse = ms.Tensor(vae.decode_coarse(part))
-    fine = _seconds(lambda: vae.decode_fine().function(coarse).asnumpy())
-    return (max(first / few - pair * few, 0.0), pair), fine / (part[0, 0].size * vae.factor**2)
+    small, middle, large = CELLS
+    shortest = min(run.height, run.width) // vae.factor
+    part = middle if min(shortest, run.tile // vae.factor or shortest) >= middle else small
+    large = large if shortest > middle else middle
+    latents = {n: np.zeros((1, config.latent_channels, n, n), np.float32) for n in (small, part, large)}
+    whole = _timing(lambda: vae.decode(latents[part])[0].asnumpy())
+    coarse = {n: _timing(lambda z=z: vae.decode_coarse(z)).later / n**2 for n, z in latents.items()}
+    pair = max((coarse[large] - coarse[small]) / (large**2 - small**2), 0.0)
+    fine = whole.later - coarse[part] * part**2
+    pixels, sampled = (
+        cells * vae.factor**2 for cells in (part**2, sample_cells(part, part, part, vae.factor))
+    )
+    return {
+        "first": whole.first,
+        "cell": (max(coarse[small] - pair * small**2, 0.0), pair),
+        "pixel": max(fine, 0.0) / pixels,
+    } | _tiles(vae, latents[part], pixels, sampled)
 
 
-def _text_layer(config: T5Config, run: Run) -> float:
-    """Seconds of one layer of T5 for one prompt."""
+def _tiles(vae: AutoencoderKL, z: np.ndarray, pixels: int, sampled: int) -> dict[str, float]:
+    """Seconds for each pixel of a tile, which is all of z, and for each from which the shared statistics are taken."""
+    coarse = vae.decode_coarse(z)
+    vae.enable_tiling(z.shape[-1] * vae.factor)
+    tiles = vae.decode_fine()
+    statistics = tiles.measure(coarse)
+    return {
+        "tile_pixel": _timing(lambda: list(tiles.rows(coarse, statistics))).later / pixels,
+        "sample_pixel": _timing(lambda: tiles.measure(coarse)).later / sampled,
+    }
+
+
+def _text_layer(config: T5Config, run: Run) -> Timing:
+    """Of one layer of T5 for one prompt."""
     encoder = _network(replace(config, num_layers=1), run)
     ids = np.ones((1, run.caption_tokens), np.int32)
-    return _seconds(lambda: encoder(ids, ids > 0).asnumpy())
+    return _timing(lambda: encoder(ids, ids > 0).asnumpy())

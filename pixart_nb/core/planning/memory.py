@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixart_nb.core.models.attention import chunk_shape
-from pixart_nb.core.models.inference import APART_ROWS, turned_numbers
+from pixart_nb.core.models.inference import turned_numbers
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -67,14 +67,12 @@ class Run:
 class Live:
     """Numbers that are alive at the worst moment, measured; see ``calibration``.
 
-    ``token``: for each token of a row and each channel of the transformer; ``token_apart``: the same where queries,
-    keys and values are kept apart. ``pixel`` and ``cell``: in the fine and the coarse part of the decoder, for each
-    pixel and latent cell, and each channel there. ``process``: bytes of Python and MindSpore, before any network.
-    ``scores``: for each score of attention that is computed at a time.
+    ``token``: for each token of a row and each channel of the transformer. ``pixel`` and ``cell``: in the fine and the
+    coarse part of the decoder, for each pixel and latent cell, and each channel there. ``process``: bytes of Python
+    and MindSpore, before any network. ``scores``: for each score of attention that is computed at a time.
     """
 
-    token: float = 10.0
-    token_apart: float = 8.5
+    token: float = 9.5
     pixel: float = 6.5
     cell: float = 8.0
     process: float = 0.22e9
@@ -116,10 +114,9 @@ def activations(networks: Networks, run: Run, live: Live = LIVE) -> dict[str, fl
     """Bytes of what is computed, by stage, at the worst moment."""
     config, size = networks.transformer, BYTES[run.dtype]
     text, tokens = networks.text_encoder, run.rows * run.tokens(config)
-    each = live.token if tokens < APART_ROWS else live.token_apart
     return {
         "encode": 4.0 * run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff),
-        "denoise": size * each * tokens * config.hidden_size + live.scores * _scores_bytes(config, run),
+        "denoise": size * live.token * tokens * config.hidden_size + live.scores * _scores_bytes(config, run),
         "decode": _decoder_bytes(networks.vae, run, live),
     }
 
@@ -153,7 +150,13 @@ def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:
 
 def _at_once(height: int, width: int, tile: int, fine: int, channels: int = 1) -> int:
     """Cells of the finer side that are worked on together: a tile, or the windows that statistics are measured from."""
+    return fine**2 * max(
+        sample_cells(height, width, tile, fine, channels), min(tile, height) * min(tile, width)
+    )
+
+
+def sample_cells(height: int, width: int, tile: int, fine: int, channels: int = 1) -> int:
+    """Cells of the coarser side in all the windows that statistics of tiles are measured from."""
     side, count = sample_windows(tile, fine, channels)
     windows = len(tile_starts(height, side, side // 4)) * len(tile_starts(width, side, side // 4))
-    cells = min(side, height) * min(side, width) * min(windows, count)
-    return fine**2 * max(cells, min(tile, height) * min(tile, width))
+    return min(side, height) * min(side, width) * min(windows, count)

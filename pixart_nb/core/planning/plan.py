@@ -12,7 +12,7 @@ import numpy as np
 from pixart_nb.core.models.cost import keys_of, with_compression
 from pixart_nb.core.models.tiling import tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.models.vae import COARSE_TILE
+from pixart_nb.core.models.vae import COARSE_CHANNELS, COARSE_TILE
 from pixart_nb.core.planning.calibration import Calibration
 from pixart_nb.core.planning.counts import (
     caption_products,
@@ -21,7 +21,16 @@ from pixart_nb.core.planning.counts import (
     parameters,
     step_products,
 )
-from pixart_nb.core.planning.memory import LIVE, STAGES, Live, Networks, Run, activations, weights
+from pixart_nb.core.planning.memory import (
+    LIVE,
+    STAGES,
+    Live,
+    Networks,
+    Run,
+    activations,
+    sample_cells,
+    weights,
+)
 from pixart_nb.core.sampling.growing import Size
 from pixart_nb.core.sampling.step import steps_taken
 
@@ -43,29 +52,50 @@ class DoesNotFitError(ValueError):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage of a run: bytes of weights and activations, multiply-adds of it all, seconds if calibrated."""
+    """A stage of a run: bytes of weights and activations, multiply-adds of it all, seconds if calibrated.
+
+    ``first_seconds``: how much of them the first call takes beyond what others take.
+    """
 
     name: str
     weights: float
     activations: float
     multiply_adds: int
     seconds: float | None
+    first_seconds: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run takes.
 
-    ``process``: bytes of Python and MindSpore alone; ``peak``: at the worst moment; ``products``: multiply-adds of one
-    step of the batch, by part.
+    ``process``: bytes of Python and MindSpore alone; ``products``: multiply-adds of one step of the batch, by part.
     """
 
     networks: Networks
     run: Run
     stages: tuple[StagePlan, ...]
     process: float
-    peak: float
     products: dict[str, int]
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment."""
+        if self.run.staged:
+            return max(self.held())
+        return self.process + sum(s.weights for s in self.stages) + max(s.activations for s in self.stages)
+
+    def held(self, kept: float = 0.0) -> list[float]:
+        """Bytes in each stage, if they follow one another in one process.
+
+        Weights are given back after a stage; the memory that it computed in MindSpore keeps for the next. ``kept``:
+        bytes of it from before.
+        """
+        found = []
+        for stage in self.stages:
+            kept = max(kept, stage.activations)
+            found.append(self.process + stage.weights + kept)
+        return found
 
     @property
     def seconds(self) -> float | None:
@@ -77,7 +107,7 @@ class Plan:
     def seconds_per_step(self) -> float | None:
         """Of one step of the batch."""
         denoise = self.stages[STAGES.index("denoise")]
-        return denoise.seconds and denoise.seconds / self.run.steps
+        return denoise.seconds and (denoise.seconds - denoise.first_seconds) / self.run.steps
 
     def rows(self) -> list[dict[str, Any]]:
         """The stages as rows of a table."""
@@ -114,12 +144,9 @@ def plan(networks: Networks, run: Run, calibration: Calibration | None = None, l
     held, working = weights(networks, run), activations(networks, run, live)
     products = step_products(networks.transformer, run.height, run.width, run.captions)
     done = _multiply_adds(networks, run, products)
-    times = _seconds(networks, run, calibration) if calibration else dict.fromkeys(STAGES)
-    stages = tuple(StagePlan(name, held[name], working[name], done[name], times[name]) for name in STAGES)
-    together = max(s.weights + s.activations for s in stages)
-    if not run.staged:
-        together = sum(held.values()) + max(working.values())
-    return Plan(networks, run, stages, live.process, live.process + together, products)
+    times = _seconds(networks, run, calibration) if calibration else dict.fromkeys(STAGES, (None, None))
+    stages = tuple(StagePlan(name, held[name], working[name], done[name], *times[name]) for name in STAGES)
+    return Plan(networks, run, stages, live.process, products)
 
 
 def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) -> dict[str, int]:
@@ -135,13 +162,16 @@ def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) ->
 # ---- time
 
 
-def _seconds(networks: Networks, run: Run, calibration: Calibration) -> dict[str, float]:
-    passes = 2 if run.guided else 1
-    return {
+def _seconds(networks: Networks, run: Run, calibration: Calibration) -> dict[str, tuple[float, float]]:
+    """Of each stage: all, and how much of it the first call takes beyond what others take."""
+    passes, depth = 2 if run.guided else 1, networks.transformer.depth
+    first = calibration.first | {"denoise": calibration.first["denoise"] + depth * calibration.first_block}
+    later = {
         "encode": passes * networks.text_encoder.num_layers * calibration.text_layer,
         "denoise": run.steps * _step_seconds(networks.transformer, run, calibration),
         "decode": run.batch * _decode_seconds(networks, run, calibration),
     }
+    return {name: (first[name] + later[name], first[name]) for name in STAGES}
 
 
 def _step_seconds(config: PixArtConfig, run: Run, calibration: Calibration) -> float:
@@ -164,14 +194,18 @@ def _between(known: Mapping[int, float], count: int) -> float:
 def _decode_seconds(networks: Networks, run: Run, calibration: Calibration) -> float:
     factor = 2 ** (len(networks.vae.block_out_channels) - 1)
     height, width = run.height // factor, run.width // factor
-    coarse, fine = [height * width], height * width
+    coarse, fine = [height * width], height * width * factor**2 * calibration.pixel
     if run.tile and max(height, width) > COARSE_TILE:
-        coarse = [_cells(COARSE_TILE, height, width)] * _tiles(COARSE_TILE, height, width)
+        cells = _cells(COARSE_TILE, height, width)
+        windows = sample_cells(height, width, COARSE_TILE, 1, COARSE_CHANNELS) // cells
+        coarse = [cells] * (_tiles(COARSE_TILE, height, width) + windows)
     tile = run.tile // factor
     if run.tile and max(height, width) > tile:
-        fine = _cells(tile, height, width) * _tiles(tile, height, width)
+        tiles = _cells(tile, height, width) * _tiles(tile, height, width)
+        sampled = sample_cells(height, width, tile, factor)
+        fine = factor**2 * (tiles * calibration.tile_pixel + sampled * calibration.sample_pixel)
     alone, pairs = calibration.cell
-    return sum(cells * (alone + pairs * cells) for cells in coarse) + fine * factor**2 * calibration.pixel
+    return sum(cells * (alone + pairs * cells) for cells in coarse) + fine
 
 
 def _tiles(tile: int, height: int, width: int) -> int:
