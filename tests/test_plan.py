@@ -21,7 +21,7 @@ from pixart_nb.core.models.cost import step_cost
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.planning.calibration import Calibration, calibrate
+from pixart_nb.core.planning.calibration import Calibration, CalibrationError, calibrate
 from pixart_nb.core.planning.counts import (
     caption_products,
     decode_products,
@@ -269,6 +269,11 @@ def test_a_calibration_measures_every_part():
         min([*single, *found.pair.values(), *found.token.values(), *found.first.values(), *found.cell]) >= 0
     )
     assert min(found.pixel, found.tile_pixel, found.sample_pixel, found.text_layer, found.seconds) > 0
+
+
+def test_a_calibration_that_ends_early_is_told():
+    with pytest.raises(CalibrationError, match=r"ended with code 1.*--no-timed"):
+        calibrate(SMALL, Run(64, 64, dtype="fp8"))
 
 
 def test_a_later_stage_is_planned_to_keep_what_an_earlier_one_computed_in():

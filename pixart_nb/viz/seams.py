@@ -36,9 +36,11 @@ def seam_figure(jumps: Mapping[str, Jumps]) -> Figure:
     place.set_yticks(range(len(jumps)), list(jumps), fontsize=SMALL)
     place.set(xlabel="mean jump of brightness across the line, 0 to 255", ylim=(len(jumps) - 0.5, -0.5))
     place.set_xscale("symlog", linthresh=1.0)
-    most = max([1.0, *(jump for pair in jumps.values() for part in pair for jump in part)])
-    ticks = [tick for tick in _TICKS if tick <= most]
+    every = [jump for pair in jumps.values() for part in pair for jump in part] or [0.0]
+    least = max(tick for tick in _TICKS if tick <= min(every))
+    ticks = [tick for tick in _TICKS if least <= tick <= max(1.0, *every)]
     place.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    place.set_xlim(left=0.9 * least or -0.05)
     place.minorticks_off()
     legend(place, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
