@@ -106,7 +106,9 @@ def prepare_prompt(text: str, clean: bool) -> str:
 
 
 def _load_tokenizer(folder: Path):
-    # Slow to import, so only when a tokenizer is wanted.
+    # Slow to import, so only when a tokenizer is wanted; what cleans the first caption, too, belongs to loading.
+    import bs4  # noqa: F401
+    import ftfy  # noqa: F401
     from sentencepiece import SentencePieceProcessor
     from transformers import T5Tokenizer
 
