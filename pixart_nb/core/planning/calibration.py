@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import nn
+from tqdm import tqdm
 
 from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
 from pixart_nb.core.models.attention import SelfAttention, attention
@@ -117,18 +118,27 @@ def answer(path: str) -> None:
 
 
 def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
-    """As ``calibrate``, in this process."""
+    """As ``calibrate``, in this process, with a bar."""
     settle_threads()
     started = time.perf_counter()
     transformer = networks.transformer
     largest = max(1, int(run.tokens(transformer) ** 0.5))
     grids = sorted({min(grid, max(GRIDS[0], largest)) for grid in GRIDS})
-    layer = _text_layer(networks.text_encoder, run)
-    blocks = {grid: [_step_timing(transformer, depth, grid, run) for depth in DEPTHS] for grid in grids}
-    decoded = _decoder(networks.vae, run)
-    counts = {*(grid * grid for grid in grids), *keys, FEW_KEYS**2}
-    pair = {count: _pair(transformer, count, run) for count in sorted(counts)}
-    shrinking = _shrinking(transformer, run)
+    counts = sorted({*(grid * grid for grid in grids), *keys, FEW_KEYS**2})
+    parts = len(grids) * len(DEPTHS) + len(counts) + 3
+    with tqdm(total=parts, desc=f"measuring this machine in {run.dtype}", leave=False) as bar:
+
+        def done(found: Any) -> Any:
+            bar.update()
+            return found
+
+        layer = done(_text_layer(networks.text_encoder, run))
+        blocks = {
+            grid: [done(_step_timing(transformer, depth, grid, run)) for depth in DEPTHS] for grid in grids
+        }
+        decoded = done(_decoder(networks.vae, run))
+        pair = {count: done(_pair(transformer, count, run)) for count in counts}
+        shrinking = done(_shrinking(transformer, run))
     token, frame = _tokens(blocks, pair[FEW_KEYS**2] * FEW_KEYS**2 + shrinking, run)
     few, many = blocks[grids[0]]  # what each block adds to a first call, and then what comes with any
     first_block = many.first / DEPTHS[1]
