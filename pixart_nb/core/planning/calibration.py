@@ -138,7 +138,7 @@ def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibrati
         }
         decoded = done(_decoder(networks.vae, run))
         pair = {count: done(_pair(transformer, count, run)) for count in counts}
-        shrinking = done(_shrinking(transformer, run))
+        shrinking = done(_shrinking(transformer, pair, run))
     token, frame = _tokens(blocks, pair[FEW_KEYS**2] * FEW_KEYS**2 + shrinking, run)
     few, many = blocks[grids[0]]  # what each block adds to a first call, and then what comes with any
     first_block = many.first / DEPTHS[1]
@@ -199,8 +199,11 @@ def _pair(config: PixArtConfig, keys: int, run: Run) -> float:
     return _timing(lambda: attention(q, kv, kv).asnumpy()).later / (run.rows * queries * keys)
 
 
-def _shrinking(config: PixArtConfig, run: Run) -> float:
-    """Seconds for each token of a row that compressing keys and values adds to a layer, beside attention's products."""
+def _shrinking(config: PixArtConfig, pair: dict[int, float], run: Run) -> float:
+    """Seconds for each token of a row that compressing keys and values adds to a layer, beside attention's products.
+
+    ``pair``: what is known of these products, by keys.
+    """
     side, size = GRIDS[1], config.hidden_size
     tokens = run.rows * side**2
     qkv = ms.Tensor(np.zeros((tokens, 3 * size), np.float32)).astype(_dtype(run))
@@ -209,7 +212,7 @@ def _shrinking(config: PixArtConfig, run: Run) -> float:
         layer = SelfAttention(size, config.num_heads, operator="mean", ratio=ratio)
         keys = (side // ratio) ** 2
         whole = _timing(lambda layer=layer: self_attention(layer, [qkv], run.rows, side, side).asnumpy())
-        found.append(whole.later / tokens - _pair(config, keys, run) * keys)
+        found.append(whole.later / tokens - (pair.get(keys) or _pair(config, keys, run)) * keys)
     return max(found[1] - found[0], 0.0)
 
 
