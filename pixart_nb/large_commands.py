@@ -10,6 +10,7 @@ import typer
 
 from pixart_nb.commands import one_line_errors
 from pixart_nb.config import InferenceConfig, load_config, override
+from pixart_nb.core.checkpoints.store import write_json
 from pixart_nb.key_options import with_key_options
 
 Operator = StrEnum("Operator", {name: name for name in ("conv", "ave", "uniform", "mean")})
@@ -35,6 +36,9 @@ def plan(
     check: Annotated[
         bool, typer.Option("--check", help="Draw one picture in two steps and compare with what was planned.")
     ] = False,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="How often --check measures and draws; the table has medians.")
+    ] = 1,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file of all numbers.")] = None,
 ) -> None:
     """Tell what a run takes before it is begun: memory by stage, multiply-adds, time; what would make it fit.
@@ -48,12 +52,15 @@ def plan(
 
         settings = override(load_config(config, "inference"), **given)
         if check:
-            typer.echo(command.check_table(command.checked(settings)))
-            return
-        found = command.planned(settings, sizes or command.SIZES, ratios or command.RATIOS, timed=timed)
-        typer.echo(command.told(found))
+            rows = command.checked(settings, repeats=repeats)
+            typer.echo(command.check_table(rows))
+            numbers = {"config": settings.model_dump(), "repeats": repeats, "checks": rows}
+        else:
+            found = command.planned(settings, sizes or command.SIZES, ratios or command.RATIOS, timed=timed)
+            typer.echo(command.told(found))
+            numbers = command.numbers_of(found)
         if output:
-            command.write(output, found)
+            write_json(output, numbers)
             typer.echo(output)
 
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pixart_nb import large, sample
 from pixart_nb.config import InferenceConfig
-from pixart_nb.core.checkpoints.store import read_json, write_json
+from pixart_nb.core.checkpoints.store import read_json
 from pixart_nb.viz.tables import Table, in_words
 
 #: What the overview shows unless told.
@@ -146,23 +148,40 @@ def planned(
     }
 
 
-def checked(config: InferenceConfig, steps: int = 2) -> list[dict[str, Any]]:
-    """Draw one picture in stages with few steps, and compare: rows of planned and measured memory and seconds."""
+def checked(config: InferenceConfig, steps: int = 2, repeats: int = 1) -> list[dict[str, Any]]:
+    """Draw one picture in stages with few steps, and compare: rows of planned and measured memory and seconds.
+
+    Measuring the machine and drawing take turns, ``repeats`` times, each in a fresh process; seconds are medians.
+    """
+    from pixart_nb.core.apart import apart
     from pixart_nb.core.planning.calibration import calibrate
     from pixart_nb.core.planning.plan import needed_keys, plan
 
+    config = config.model_copy(
+        update={"staged": "a folder", "sampling_steps": steps, "nrows": 1, "ncols": 1, "batch_size": 1}
+    )
+    networks, _ = networks_of(config)
+    run = run_of(config, networks)
+    found = []
+    for _ in range(repeats):
+        calibration = calibrate(networks, run, needed_keys(networks.transformer, run))
+        measured = apart("draws the picture", drawn_for_check, config)
+        found.append(compared_rows([plan(networks, run, calibration)], [measured]))
+    times = ("planned s", "measured s", "loading s")
+    return [
+        same[0] | {name: float(np.median([row[name] for row in same])) for name in times}
+        for same in zip(*found, strict=True)
+    ]
+
+
+def drawn_for_check(config: InferenceConfig) -> dict[str, Any]:
+    """Draw the first picture of a configuration in a folder that is removed: what ``StageFiles.measured`` says."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config.model_copy(
-            update={"staged": folder, "sampling_steps": steps, "nrows": 1, "ncols": 1, "batch_size": 1}
-        )
-        networks, _ = networks_of(config)
-        run = run_of(config, networks)
+        config = config.model_copy(update={"staged": folder})
         prompts = sample.prompts_of(config)[:1]
         (drawing,) = large.staged_pictures(config, prompts, sample.pictures_of(config, 1))
         large.show([drawing], lambda names: sample.load_pipeline(config, names))
-        measured = drawing.files.measured()
-    found = plan(networks, run, calibrate(networks, run, needed_keys(networks.transformer, run)))
-    return compared_rows([found], [measured])
+        return drawing.files.measured()
 
 
 # ---- a picture that grows
@@ -233,10 +252,10 @@ def told(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *map(str, tables), *("\n" + note for note in found["notes"])])
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """All numbers as JSON."""
+def numbers_of(found: dict[str, Any]) -> dict[str, Any]:
+    """What ``planned`` gives, as JSON holds it."""
     calibrations = {dtype: c and vars(c) for dtype, c in found["calibrations"].items()}
-    write_json(path, {**found, "plan": found["plan"].to_dict(), "calibrations": calibrations})
+    return {**found, "plan": found["plan"].to_dict(), "calibrations": calibrations}
 
 
 def check_table(rows: list[dict[str, Any]]) -> Table:

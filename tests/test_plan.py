@@ -236,11 +236,11 @@ def test_time_is_the_sum_of_calibrated_parts():
         tile_pixel=2e-6,
         sample_pixel=3e-6,
         cell=(1e-5, 0.0),
-        text_layer=0.01,
+        text_layer={1: 0.01, 20: 0.04},
         first={"encode": 0.1, "denoise": 0.2, "decode": 0.3},
-        first_block=0.5,
+        first_block={64: 0.5},
     )
-    run = Run(128, 128, steps=3)
+    run = Run(128, 128, steps=3, caption_tokens=20)
     compressed = replace(
         SMALL.transformer,
         kv_compress_config={"sampling": "mean", "scale_factor": 2, "kv_compress_layer": [1, 2]},
@@ -249,7 +249,7 @@ def test_time_is_the_sum_of_calibrated_parts():
     layers = 3 * 1e-6 + 64 * 2e-9 + 2 * (16 * 1e-9 + 2e-7)
     assert found.seconds_per_step == pytest.approx(2 * 64 * (1e-7 + layers))
     times = {stage.name: stage.seconds for stage in found.stages}
-    assert times["encode"] == pytest.approx(0.1 + 2 * 3 * 0.01)
+    assert times["encode"] == pytest.approx(0.1 + 3 * (0.01 + 0.04))
     assert times["denoise"] == pytest.approx(0.2 + 3 * 0.5 + 3 * found.seconds_per_step)
     assert times["decode"] == pytest.approx(0.3 + 128**2 * 1e-6 + 32**2 * 1e-5)
     assert found.seconds == pytest.approx(sum(times.values()))
@@ -262,9 +262,16 @@ def test_time_is_the_sum_of_calibrated_parts():
 
 def test_a_calibration_measures_every_part():
     found = calibrate(SMALL, Run(256, 256, caption_tokens=5), keys=[64])
-    assert set(found.token) == {256}
+    assert set(found.token) == set(found.first_block) == {64, 256}
     assert set(found.pair) == {64, 256}
-    assert min([*found.pair.values(), found.shrinking, found.pixel, found.text_layer, found.seconds]) > 0
+    assert set(found.text_layer) == {1, 5}
+    parts = [
+        *found.token.values(),
+        *found.first_block.values(),
+        *found.pair.values(),
+        *found.text_layer.values(),
+    ]
+    assert min([*parts, found.shrinking, found.pixel, found.seconds]) > 0
     assert min(found.tile_pixel, found.sample_pixel, found.first["encode"]) > 0
 
 
@@ -313,6 +320,49 @@ def test_the_command_plans_published_checkpoints_that_are_not_here(project, monk
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert numbers["plan"]["parameters"]["transformer"] == 612_084_896 + 14 * 1152 * (4 + 3)
     assert len(numbers["overview"]) == 30
+
+
+def test_the_command_draws_and_compares_with_what_it_planned(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    words = ["plan", "--image-height", 64, "--image-width", 128, "--check", "-o", tmp_path / "check.json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert "Planned and measured" in result.output
+    rows = json.loads((tmp_path / "check.json").read_text())["checks"]
+    assert [row["stage"] for row in rows] == list(STAGES)
+    for row in rows:
+        assert row["size"] == "64 x 128"
+        assert row["measured GB"] == pytest.approx(row["planned GB"], rel=0.25)
+        assert min(row["planned s"], row["measured s"], row["loading s"]) > 0
+
+
+def test_a_check_that_is_repeated_gives_medians(project, monkeypatch):
+    monkeypatch.chdir(project)
+    drawn = [
+        {stage: {"seconds": s, "load_seconds": 1.0, "peak_bytes": 10 * s} for stage in STAGES}
+        for s in (5, 2, 9)
+    ]
+    known = Calibration(
+        "fp32",
+        {64: 1e-6},
+        0.0,
+        {64: 1e-9},
+        0.0,
+        1e-6,
+        1e-6,
+        1e-6,
+        (0.0, 0.0),
+        {1: 0.1},
+        dict.fromkeys(STAGES, 0.0),
+        {64: 0.0},
+    )
+    speeds = iter([known, replace(known, text_layer={1: 0.3}), replace(known, text_layer={1: 0.2})])
+    monkeypatch.setattr("pixart_nb.core.planning.calibration.calibrate", lambda *given: next(speeds))
+    monkeypatch.setattr("pixart_nb.core.apart.apart", lambda what, function, config: drawn.pop(0))
+    rows = command.checked(load_config("configs/inference/tiny.yaml"), repeats=3)
+    assert [row["measured s"] for row in rows] == [5, 5, 5]
+    assert rows[0]["planned s"] == pytest.approx(2 * 2 * 0.2)  # two texts, two layers
+    assert rows[0]["measured GB"] == 50 / 1e9  # of the first: the others' are the same
 
 
 def test_the_plan_of_a_configuration_is_of_what_it_would_draw(project, monkeypatch):

@@ -6,20 +6,16 @@ sampling uses, so that what is measured is what will run.
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import nn
 from tqdm import tqdm
 
+from pixart_nb.core.apart import ProcessError, apart
 from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.cost import with_compression
@@ -33,8 +29,9 @@ from pixart_nb.core.planning.memory import Networks, Run, sample_cells
 from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import guided_prediction
 
-#: Token grids at which blocks are timed; what is larger is proportional to its tokens.
-GRIDS = (16, 32, 64)
+#: Token grids at which blocks are timed; what is larger is proportional to its tokens. In the smallest, what comes with
+#: every operator weighs more than its numbers.
+GRIDS = (8, 16, 32, 64)
 #: Blocks of the steps that are timed; what they differ by is the time of a block.
 DEPTHS = (1, 3)
 #: Queries times keys, at most, with which attention is timed, and queries, where keys are fewer.
@@ -43,7 +40,8 @@ PAIRS, QUERIES = 2**25, 4096
 RATIO = 4
 #: Keys a side to which a picture is shrunk while the rest of a block is timed: beside all keys it would be lost.
 FEW_KEYS = 8
-#: Latent cells a side at which the decoder's coarse part is timed: beside the first, one of the others.
+#: Latent cells a side at which the decoder's coarse part is timed: beside the first, or a smaller picture's, one of
+#: the others.
 CELLS = (32, 64, 128)
 #: Seconds from which on a first run counts, as what it prepares is little beside them.
 LONG = 2.0
@@ -58,8 +56,9 @@ class Calibration:
     ``frame``: for each token of a row, of what is around the blocks;
     ``pixel``: of the decoder's fine part, whole; ``tile_pixel``: the same in a tile; ``sample_pixel``: of measuring
     what the tiles share; ``cell``: of the decoder's coarse part, for each cell and for each pair of cells;
-    ``text_layer``: a layer of T5 for one prompt.
-    ``first``: stage -> what its first call takes longer than later ones; ``first_block``: each block's part in it.
+    ``text_layer``: tokens -> a layer of T5 for one text.
+    ``first``: stage -> what its first calls take longer than later ones; ``first_block``: tokens -> each block's part
+    in it.
     """
 
     dtype: str
@@ -71,9 +70,9 @@ class Calibration:
     tile_pixel: float
     sample_pixel: float
     cell: tuple[float, float]
-    text_layer: float
+    text_layer: dict[int, float]
     first: dict[str, float]
-    first_block: float
+    first_block: dict[int, float]
     seconds: float = field(default=0.0, compare=False)
 
 
@@ -91,30 +90,14 @@ class CalibrationError(ValueError):
 def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
     """Measure the networks' parts in ``run.dtype``, in a process of its own (two minutes for the published ones).
 
-    ``keys``: numbers of keys of a layer at which attention is timed, beside those of ``GRIDS``. MindSpore keeps the
-    memory that it once computed in, which this process would lack afterwards; and only in a fresh one are first calls
-    first calls.
+    ``keys``: numbers of keys of a layer at which attention is timed, beside those of ``GRIDS``.
 
     Raises ``CalibrationError`` if that process ends early.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured"
-        command = (
-            "import sys; from pixart_nb.core.planning import calibration; calibration.answer(sys.argv[1])"
-        )
-        asked = pickle.dumps((networks, run, sorted(keys)))
-        code = subprocess.run([sys.executable, "-c", command, str(path)], input=asked).returncode
-        if code or not path.exists():
-            raise CalibrationError(
-                f"the process that measures this machine ended with code {code}; what it wrote is above. Code -9 "
-                "usually means that memory ran out. Without time (--no-timed) nothing is measured."
-            )
-        return pickle.loads(path.read_bytes())
-
-
-def answer(path: str) -> None:
-    """In the process of ``calibrate``: measure what is asked on the standard input, and write it."""
-    Path(path).write_bytes(pickle.dumps(measure(*pickle.load(sys.stdin.buffer))))
+    try:
+        return apart("measures this machine", measure, networks, run, sorted(keys))
+    except ProcessError as error:
+        raise CalibrationError(f"{error} Without time (--no-timed) nothing is measured.") from error
 
 
 def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
@@ -125,26 +108,27 @@ def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibrati
     largest = max(1, int(run.tokens(transformer) ** 0.5))
     grids = sorted({min(grid, max(GRIDS[0], largest)) for grid in GRIDS})
     counts = sorted({*(grid * grid for grid in grids), *keys, FEW_KEYS**2})
-    parts = len(grids) * len(DEPTHS) + len(counts) + 3
+    lengths = dict.fromkeys([run.caption_tokens, *[run.negative_tokens] * run.guided])
+    parts = len(lengths) + len(grids) * len(DEPTHS) + len(counts) + 2
     with tqdm(total=parts, desc=f"measuring this machine in {run.dtype}", leave=False) as bar:
 
         def done(found: Any) -> Any:
             bar.update()
             return found
 
-        layer = done(_text_layer(networks.text_encoder, run))
+        texts = {count: done(_text_layer(networks.text_encoder, count, run)) for count in lengths}
         blocks = {
             grid: [done(_step_timing(transformer, depth, grid, run)) for depth in DEPTHS] for grid in grids
         }
         decoded = done(_decoder(networks.vae, run))
         pair = {count: done(_pair(transformer, count, run)) for count in counts}
         shrinking = done(_shrinking(transformer, pair, run))
-    token, frame = _tokens(blocks, pair[FEW_KEYS**2] * FEW_KEYS**2 + shrinking, run)
-    few, many = blocks[grids[0]]  # what each block adds to a first call, and then what comes with any
-    first_block = many.first / DEPTHS[1]
+    token, frame = _tokens(blocks, pair[FEW_KEYS**2] * FEW_KEYS**2, shrinking, run)
+    # what each block adds to a first call, and then what comes with any
+    first_block = {grid * grid: many.first / DEPTHS[1] for grid, (_, many) in blocks.items()}
     first = {
-        "encode": layer.first,
-        "denoise": max(few.first - DEPTHS[0] * first_block, 0.0),
+        "encode": sum(text.first for text in texts.values()),
+        "denoise": max(blocks[grids[0]][0].first - DEPTHS[0] * first_block[grids[0] ** 2], 0.0),
         "decode": decoded.pop("first"),
     }
     return Calibration(
@@ -153,7 +137,7 @@ def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibrati
         frame=frame,
         pair=pair,
         shrinking=shrinking,
-        text_layer=layer.later,
+        text_layer={count: text.later for count, text in texts.items()},
         first=first,
         first_block=first_block,
         seconds=time.perf_counter() - started,
@@ -223,17 +207,20 @@ def _step_timing(config: PixArtConfig, depth: int, grid: int, run: Run) -> Timin
     return _timing(_step(shrunk, grid, run))
 
 
-def _tokens(blocks: dict[int, list[Timing]], few: float, run: Run) -> tuple[dict[int, float], float]:
+def _tokens(
+    blocks: dict[int, list[Timing]], few: float, shrinking: float, run: Run
+) -> tuple[dict[int, float], float]:
     """Seconds for each token of a row, from steps of ``DEPTHS`` blocks by grid.
 
     -> by tokens, of a block without its attention's products; and around the blocks, at the largest grid. ``few``: of
-    attention to few keys, which is what the timed blocks have.
+    attention to few keys, which is what the timed blocks have; ``shrinking``: of making them few.
     """
     token, frame = {}, 0.0
     for grid, (shallow, deep) in blocks.items():
         tokens = run.rows * grid * grid
         block = max(deep.later - shallow.later, 0.0) / (DEPTHS[1] - DEPTHS[0])
-        token[grid * grid] = max(block / tokens - few, 0.0)
+        attending = few + shrinking * (grid > FEW_KEYS)
+        token[grid * grid] = max(block / tokens - attending, 0.0)
         frame = max(shallow.later - DEPTHS[0] * block, 0.0) / tokens
     return token, frame
 
@@ -255,6 +242,7 @@ def _decoder(config: VAEConfig, run: Run) -> dict[str, Any]:
     vae = _network(config, run)
     small, middle, large = CELLS
     shortest = min(run.height, run.width) // vae.factor
+    small = min(small, shortest)
     part = middle if min(shortest, run.tile // vae.factor or shortest) >= middle else small
     large = large if shortest > middle else middle
     latents = {n: np.zeros((1, config.latent_channels, n, n), np.float32) for n in (small, part, large)}
@@ -284,8 +272,8 @@ def _tiles(vae: AutoencoderKL, z: np.ndarray, pixels: int, sampled: int) -> dict
     }
 
 
-def _text_layer(config: T5Config, run: Run) -> Timing:
-    """Of one layer of T5 for one prompt."""
+def _text_layer(config: T5Config, tokens: int, run: Run) -> Timing:
+    """Of one layer of T5 for one text."""
     encoder = _network(replace(config, num_layers=1), run)
-    ids = np.ones((1, run.caption_tokens), np.int32)
+    ids = np.ones((1, tokens), np.int32)
     return _timing(lambda: encoder(ids, ids > 0).asnumpy())

@@ -150,7 +150,7 @@ def plan(networks: Networks, run: Run, calibration: Calibration | None = None, l
 
 
 def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) -> dict[str, int]:
-    texts = [run.caption_tokens] * run.batch + [run.negative_tokens] * run.guided
+    texts = _texts(run)
     captions = sum(caption_products(networks.transformer, count) for count in texts)
     return {
         "encode": sum(encode_products(networks.text_encoder, count) for count in texts),
@@ -159,15 +159,22 @@ def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) ->
     }
 
 
+def _texts(run: Run) -> list[int]:
+    """Tokens of the texts that are encoded: a prompt for each picture and, guided, one negative prompt."""
+    return [run.caption_tokens] * run.batch + [run.negative_tokens] * run.guided
+
+
 # ---- time
 
 
 def _seconds(networks: Networks, run: Run, calibration: Calibration) -> dict[str, tuple[float, float]]:
     """Of each stage: all, and how much of it the first call takes beyond what others take."""
-    passes, depth = 2 if run.guided else 1, networks.transformer.depth
-    first = calibration.first | {"denoise": calibration.first["denoise"] + depth * calibration.first_block}
+    depth, tokens = networks.transformer.depth, run.tokens(networks.transformer)
+    denoise = calibration.first["denoise"] + depth * _between(calibration.first_block, tokens)
+    first = calibration.first | {"denoise": denoise}
+    texts = sum(_between(calibration.text_layer, count) for count in _texts(run))
     later = {
-        "encode": passes * networks.text_encoder.num_layers * calibration.text_layer,
+        "encode": networks.text_encoder.num_layers * texts,
         "denoise": run.steps * _step_seconds(networks.transformer, run, calibration),
         "decode": run.batch * _decode_seconds(networks, run, calibration),
     }
