@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +130,14 @@ def test_what_is_finished_is_not_drawn_again_and_leaves_nothing_half_done(tmp_pa
     measured = drawing.files.measured()
     assert list(measured) == ["encode", "denoise", "decode"]
     assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 1e6 for stage in measured.values())
+
+
+def test_what_is_done_with_the_progress_is_not_measured_as_the_stages_work(tmp_path):
+    drawing = picture(tmp_path, steps=2)
+    for part in run_staged([drawing], load):
+        if (part.stage, part.done) == ("decode", 0):
+            time.sleep(3)
+    assert 0 < drawing.files.measured()["decode"]["seconds"] < 3
 
 
 def test_every_stage_has_its_own_components_only(tmp_path):

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import psutil
 
-#: Seconds between two looks at the memory.
-_INTERVAL = 0.005
+#: Seconds between two looks at the memory: each of them holds up a network of small operators a little.
+_INTERVAL = 0.02
 
 
 def in_use() -> int:

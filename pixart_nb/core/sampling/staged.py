@@ -144,10 +144,11 @@ def _run(
             for done, total in stage.work(pipe, pictures[number]):
                 now = time.perf_counter()
                 pictures[number].files.add_measured(stage.name, memory.look(), **{took: now - noted})
-                noted, first, took = now, first or (done, now), "seconds"
+                first, took = first or (done, now), "seconds"
                 fresh = done - first[0]
                 left = (now - first[1]) / fresh * (total - done) if fresh else None
                 yield Progress(number, stage.name, done, total, left)
+                noted = time.perf_counter()  # what is done with the progress is not the stage's work
 
 
 def _encode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple[int, int]]:
