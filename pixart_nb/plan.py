@@ -167,10 +167,15 @@ def checked(config: InferenceConfig, steps: int = 2, repeats: int = 1) -> list[d
         calibration = calibrate(networks, run, needed_keys(networks.transformer, run))
         measured = apart("draws the picture", drawn_for_check, config)
         found.append(compared_rows([plan(networks, run, calibration)], [measured]))
+    return medians(found)
+
+
+def medians(repeats: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One table of several of ``compared_rows``: medians of the seconds; memory, which does not waver, of the first."""
     times = ("planned s", "measured s", "loading s")
     return [
         same[0] | {name: float(np.median([row[name] for row in same])) for name in times}
-        for same in zip(*found, strict=True)
+        for same in zip(*repeats, strict=True)
     ]
 
 

@@ -215,7 +215,6 @@ class Training:
     def options(self) -> TrainerOptions:
         """How the trainer trains: the configuration, with epochs turned into updates."""
         config, accumulate = self.config, self.config.gradient_accumulation_steps
-        epoch = max(1, self.sampler.batches(1) // accumulate)
         pictures = self.sampler.whole * accumulate
         half = config.dtype == "fp16"
         return TrainerOptions(
@@ -230,7 +229,7 @@ class Training:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm if config.clip_grad else None,
             ema_rate=config.ema_rate if config.use_ema else None,
-            save_every=config.ckpt_save_steps or epoch * config.ckpt_save_interval,
+            save_every=config.ckpt_save_steps or self._epoch * config.ckpt_save_interval,
             log_every=config.log_loss_interval,
             keep=config.ckpt_max_keep,
             compile=config.mode == 0,
@@ -244,6 +243,11 @@ class Training:
             if config.hsdp_shard_size == 1
             else config.hsdp_threshold * _NUMBERS_PER_KB,
         )
+
+    @property
+    def _epoch(self) -> int:
+        """Updates until every picture was seen about once."""
+        return max(1, self.sampler.batches(1) // self.config.gradient_accumulation_steps)
 
     def identity(self) -> dict[str, Any]:
         """What a run that goes on with this one must share: settings, data, networks, architecture."""
@@ -288,9 +292,7 @@ class Training:
 
     @property
     def _visualize_every(self) -> int:
-        config = self.config
-        epoch = max(1, self.sampler.batches(1) // config.gradient_accumulation_steps)
-        return config.visualize_steps or epoch * config.visualize_interval
+        return self.config.visualize_steps or self._epoch * self.config.visualize_interval
 
     def look(self, step: int) -> dict[str, Any]:
         """Draw the validation prompts and measure the held-out pictures, with the weights as they are.

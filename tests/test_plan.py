@@ -253,6 +253,9 @@ def test_time_is_the_sum_of_calibrated_parts():
     assert times["denoise"] == pytest.approx(0.2 + 3 * 0.5 + 3 * found.seconds_per_step)
     assert times["decode"] == pytest.approx(0.3 + 128**2 * 1e-6 + 32**2 * 1e-5)
     assert found.seconds == pytest.approx(sum(times.values()))
+    later = plan(replace(SMALL, transformer=compressed), run, known, fresh=False)
+    gained = [a.seconds - b.seconds for a, b in zip(found.stages, later.stages, strict=True)]
+    assert gained == pytest.approx([0.1, 0.2, 0.3])  # a new transformer's blocks are prepared again
     (*_, decode) = plan(SMALL, replace(run, tile=64), known).stages
     # 3 x 3 tiles, and as many windows for their statistics
     assert decode.seconds == pytest.approx(0.3 + 9 * 64**2 * (2e-6 + 3e-6) + 32**2 * 1e-5)

@@ -58,6 +58,10 @@ class Run:
         """Tokens of the caption of each of these rows."""
         return [self.negative_tokens] * (self.rows - self.batch) + [self.caption_tokens] * self.batch
 
+    def texts(self) -> list[int]:
+        """Tokens of the texts that are encoded: a prompt for each picture and, guided, one negative prompt."""
+        return [self.caption_tokens] * self.batch + [self.negative_tokens] * self.guided
+
     def tokens(self, config: PixArtConfig) -> int:
         """Tokens of one picture."""
         return (self.height // (8 * config.patch_size)) * (self.width // (8 * config.patch_size))

@@ -7,12 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from pixart_nb.core.models.cost import keys_of, with_compression
-from pixart_nb.core.models.tiling import tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.models.vae import COARSE_CHANNELS, COARSE_TILE
 from pixart_nb.core.planning.calibration import Calibration
 from pixart_nb.core.planning.counts import (
     caption_products,
@@ -28,9 +24,9 @@ from pixart_nb.core.planning.memory import (
     Networks,
     Run,
     activations,
-    sample_cells,
     weights,
 )
+from pixart_nb.core.planning.times import stage_seconds
 from pixart_nb.core.sampling.growing import Size
 from pixart_nb.core.sampling.step import steps_taken
 
@@ -135,8 +131,17 @@ class Plan:
         }
 
 
-def plan(networks: Networks, run: Run, calibration: Calibration | None = None, live: Live = LIVE) -> Plan:
-    """What a run takes; seconds only with a calibration, which must be of the run's dtype."""
+def plan(
+    networks: Networks,
+    run: Run,
+    calibration: Calibration | None = None,
+    live: Live = LIVE,
+    fresh: bool = True,
+) -> Plan:
+    """What a run takes; seconds only with a calibration, which must be of the run's dtype.
+
+    ``fresh``: in a process that has not drawn yet, where every stage's first call takes longer.
+    """
     if calibration is not None and calibration.dtype != run.dtype:
         raise ValueError(
             f"a calibration in {calibration.dtype} for a run in {run.dtype}; make one in {run.dtype}"
@@ -144,83 +149,23 @@ def plan(networks: Networks, run: Run, calibration: Calibration | None = None, l
     held, working = weights(networks, run), activations(networks, run, live)
     products = step_products(networks.transformer, run.height, run.width, run.captions)
     done = _multiply_adds(networks, run, products)
-    times = _seconds(networks, run, calibration) if calibration else dict.fromkeys(STAGES, (None, None))
+    times = (
+        stage_seconds(networks, run, calibration, fresh)
+        if calibration
+        else dict.fromkeys(STAGES, (None, None))
+    )
     stages = tuple(StagePlan(name, held[name], working[name], done[name], *times[name]) for name in STAGES)
     return Plan(networks, run, stages, live.process, products)
 
 
 def _multiply_adds(networks: Networks, run: Run, products: Mapping[str, int]) -> dict[str, int]:
-    texts = _texts(run)
+    texts = run.texts()
     captions = sum(caption_products(networks.transformer, count) for count in texts)
     return {
         "encode": sum(encode_products(networks.text_encoder, count) for count in texts),
         "denoise": run.steps * sum(products.values()) + captions,
         "decode": run.batch * sum(decode_products(networks.vae, run.height, run.width).values()),
     }
-
-
-def _texts(run: Run) -> list[int]:
-    """Tokens of the texts that are encoded: a prompt for each picture and, guided, one negative prompt."""
-    return [run.caption_tokens] * run.batch + [run.negative_tokens] * run.guided
-
-
-# ---- time
-
-
-def _seconds(networks: Networks, run: Run, calibration: Calibration) -> dict[str, tuple[float, float]]:
-    """Of each stage: all, and how much of it the first call takes beyond what others take."""
-    depth, tokens = networks.transformer.depth, run.tokens(networks.transformer)
-    denoise = calibration.first["denoise"] + depth * _between(calibration.first_block, tokens)
-    first = calibration.first | {"denoise": denoise}
-    texts = sum(_between(calibration.text_layer, count) for count in _texts(run))
-    later = {
-        "encode": networks.text_encoder.num_layers * texts,
-        "denoise": run.steps * _step_seconds(networks.transformer, run, calibration),
-        "decode": run.batch * _decode_seconds(networks, run, calibration),
-    }
-    return {name: (first[name] + later[name], first[name]) for name in STAGES}
-
-
-def _step_seconds(config: PixArtConfig, run: Run, calibration: Calibration) -> float:
-    tokens, unit = run.tokens(config), 8 * config.patch_size
-    grid = (run.height // unit, run.width // unit)
-    token = calibration.frame
-    for layer in range(config.depth):
-        keys = keys_of(grid, config.layer_ratio(layer))
-        token += _between(calibration.token, tokens) + _between(calibration.pair, keys) * keys
-        token += calibration.shrinking if config.layer_ratio(layer) > 1 else 0.0
-    return run.rows * tokens * token
-
-
-def _between(known: Mapping[int, float], count: int) -> float:
-    """The value at ``count``, between the two measured ones around it; beyond them the nearest."""
-    places = sorted(known)
-    return float(np.interp(np.log(count), np.log(places), [known[place] for place in places]))
-
-
-def _decode_seconds(networks: Networks, run: Run, calibration: Calibration) -> float:
-    factor = 2 ** (len(networks.vae.block_out_channels) - 1)
-    height, width = run.height // factor, run.width // factor
-    coarse, fine = [height * width], height * width * factor**2 * calibration.pixel
-    if run.tile and max(height, width) > COARSE_TILE:
-        cells = _cells(COARSE_TILE, height, width)
-        windows = sample_cells(height, width, COARSE_TILE, 1, COARSE_CHANNELS) // cells
-        coarse = [cells] * (_tiles(COARSE_TILE, height, width) + windows)
-    tile = run.tile // factor
-    if run.tile and max(height, width) > tile:
-        tiles = _cells(tile, height, width) * _tiles(tile, height, width)
-        sampled = sample_cells(height, width, tile, factor)
-        fine = factor**2 * (tiles * calibration.tile_pixel + sampled * calibration.sample_pixel)
-    alone, pairs = calibration.cell
-    return sum(cells * (alone + pairs * cells) for cells in coarse) + fine
-
-
-def _tiles(tile: int, height: int, width: int) -> int:
-    return len(tile_starts(height, tile, tile // 4)) * len(tile_starts(width, tile, tile // 4))
-
-
-def _cells(tile: int, height: int, width: int) -> int:
-    return min(tile, height) * min(tile, width)
 
 
 def needed_keys(config: PixArtConfig, run: Run) -> set[int]:
@@ -242,7 +187,7 @@ def plan_growing(
         layers, taken = range(networks.transformer.depth), steps_taken(run.steps, size.strength)
         net = with_compression(networks.transformer, layers, size.ratio, "mean")
         changed = replace(run, height=size.height, width=size.width, batch=1, steps=taken, staged=True)
-        found.append(plan(replace(networks, transformer=net), changed, calibration))
+        found.append(plan(replace(networks, transformer=net), changed, calibration, fresh=not found))
     return found
 
 
