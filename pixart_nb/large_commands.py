@@ -31,7 +31,11 @@ def plan(
         list[int] | None, typer.Option(help="A compression ratio that it shows; give it again for more.")
     ] = None,
     timed: Annotated[
-        bool, typer.Option("--timed/--no-timed", help="Calibrate on this machine, half a minute or so.")
+        bool,
+        typer.Option(
+            "--timed/--no-timed",
+            help="Calibrate on this machine: half a minute, with the published networks two.",
+        ),
     ] = True,
     check: Annotated[
         bool, typer.Option("--check", help="Draw one picture in two steps and compare with what was planned.")
