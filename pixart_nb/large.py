@@ -11,6 +11,9 @@ import numpy as np
 from pixart_nb import sample
 from pixart_nb.config import ConfigError, InferenceConfig
 
+#: Seconds between two changes of a bar, at least: in a notebook each is a message, which others must read.
+BAR_SECONDS = 0.5
+
 
 def draw_staged(
     config: InferenceConfig, prompts: Sequence[str], wanted: Sequence[sample.Picture]
@@ -36,7 +39,8 @@ def show(drawings: Sequence[Any], load: Callable[[Sequence[str]], Any]) -> None:
             shown = (part.stage, part.picture)
             if bar is not None:
                 bar.close()
-            bar = tqdm(total=part.total, initial=part.done, desc=f"{part.stage} {part.picture + 1}")
+            name = f"{part.stage} {part.picture + 1}"
+            bar = tqdm(total=part.total, initial=part.done, desc=name, mininterval=BAR_SECONDS)
         bar.update(part.done - bar.n)
     if bar is not None:
         bar.close()
@@ -112,6 +116,14 @@ def growing_pipeline(config: InferenceConfig, size: Any, names: Sequence[str]) -
     return pipe
 
 
+def draw_growing(config: InferenceConfig, sizes: Sequence[Any]) -> list[Any]:
+    """Draw the ``growing_pictures`` of a configuration, with progress bars; sizes that are drawn stay as they are."""
+    pictures = growing_pictures(config, sizes)
+    for size, picture in zip(sizes, pictures, strict=True):
+        show([picture], lambda names, size=size: growing_pipeline(config, size, names))
+    return pictures
+
+
 def grow(
     config: InferenceConfig, factors: Sequence[int] = (), strengths: Sequence[float] = (), keys: int = 0
 ) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -124,6 +136,7 @@ def grow(
     Raises ``DoesNotFitError`` before anything is drawn.
     """
     from pixart_nb import plan as planner
+    from pixart_nb.core.planning.memory import live_here
     from pixart_nb.core.planning.plan import check_fits, plan_growing
     from pixart_nb.core.sampling import growing
     from pixart_nb.core.sampling.picture_files import write_picture
@@ -137,12 +150,10 @@ def grow(
     sizes = growing.growing_sizes(
         networks.transformer, height, width, factors, strengths, keys or growing.KEYS
     )
-    plans = plan_growing(networks, planner.run_of(config, networks), sizes)
+    plans = plan_growing(networks, planner.run_of(config, networks), sizes, live=live_here())
     for plan in plans:
         check_fits(plan, planner.memory_limit(config))
-    pictures = growing_pictures(config, sizes)
-    for size, picture in zip(sizes, pictures, strict=True):
-        show([picture], lambda names, size=size: growing_pipeline(config, size, names))
+    pictures = draw_growing(config, sizes)
     prompt = sample.prompts_of(config)[0]
     path = Path(config.output_path) / "picture.png"
     told = config.model_dump() | {"factors": factors, "strengths": strengths, "keys": keys or growing.KEYS}

@@ -88,11 +88,12 @@ def check_memory(config: InferenceConfig) -> None:
 
     Networks that are not here cannot be judged; what is wrong with their places is said when they are loaded.
     """
+    from pixart_nb.core.planning.memory import live_here
     from pixart_nb.core.planning.plan import check_fits, plan
 
     networks, absent = networks_of(config)
     if not absent:
-        check_fits(plan(networks, run_of(config, networks)), memory_limit(config))
+        check_fits(plan(networks, run_of(config, networks), live=live_here()), memory_limit(config))
 
 
 def memory_limit(config: InferenceConfig) -> float:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from pixart_nb.core.models.cost import step_cost
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.planning.calibration import Calibration, CalibrationError, calibrate
+from pixart_nb.core.planning.calibration import Calibration, CalibrationError, _step, calibrate
 from pixart_nb.core.planning.counts import (
     caption_products,
     decode_products,
@@ -229,7 +230,7 @@ def test_time_is_the_sum_of_calibrated_parts():
     known = Calibration(
         "fp32",
         {64: 1e-6},
-        frame=1e-7,
+        frame={64: 1e-7},
         pair={16: 1e-9, 64: 2e-9},
         shrinking=2e-7,
         pixel=1e-6,
@@ -263,15 +264,34 @@ def test_time_is_the_sum_of_calibrated_parts():
         plan(SMALL, replace(run, dtype="fp16"), known)
 
 
-def test_a_calibration_measures_every_part():
-    found = calibrate(SMALL, Run(256, 256, caption_tokens=5), keys=[64])
-    assert set(found.token) == set(found.first_block) == {64, 256}
-    assert set(found.pair) == {64, 256}
-    assert set(found.text_layer) == {1, 5}
-    parts = [*found.token.values(), *found.pair.values(), *found.text_layer.values()]
-    assert min([*parts, found.shrinking, found.pixel, found.seconds]) > 0
-    assert sum(found.first_block.values()) > 0  # one of them alone may be lost in the noise
-    assert min(found.tile_pixel, found.sample_pixel, found.first["encode"]) > 0
+SQUARE = Run(256, 256, steps=2, caption_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return calibrate(SMALL, SQUARE, keys=[64])
+
+
+def test_a_calibration_measures_every_part(measured):
+    assert set(measured.token) == set(measured.frame) == set(measured.first_block) == {64, 256}
+    assert set(measured.pair) == {64, 256}
+    assert set(measured.text_layer) == {1, 5}
+    timed = [measured.pixel, measured.tile_pixel, measured.sample_pixel, measured.seconds]
+    assert min([*timed, *measured.pair.values(), *measured.text_layer.values()]) > 0
+    assert measured.first["encode"] > 0
+    for tokens in (64, 256):  # differences of what was timed; one alone may be lost in the noise
+        assert measured.token[tokens] + measured.frame[tokens] > 0
+    assert min([measured.shrinking, *measured.cell, *measured.first_block.values()]) >= 0
+
+
+def test_a_planned_step_takes_about_as_long_as_a_real_one(measured):
+    step, times = _step(SMALL.transformer, 16, SQUARE), []
+    for _ in range(8):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    planned = plan(SMALL, SQUARE, measured).seconds_per_step
+    assert np.median(times) / 3 < planned < 3 * np.median(times)
 
 
 def test_a_calibration_that_ends_early_is_told():
@@ -344,7 +364,7 @@ def test_a_check_that_is_repeated_gives_medians(project, monkeypatch):
     known = Calibration(
         "fp32",
         {64: 1e-6},
-        0.0,
+        {64: 0.0},
         {64: 1e-9},
         0.0,
         1e-6,

@@ -53,7 +53,7 @@ class Calibration:
 
     ``token``: tokens -> for each token of a row, of one block without its self-attention's products; ``pair``: keys
     -> for each query and key of one layer; ``shrinking``: for each token of a row, of one layer's compression;
-    ``frame``: for each token of a row, of what is around the blocks;
+    ``frame``: the same of what is around the blocks;
     ``pixel``: of the decoder's fine part, whole; ``tile_pixel``: the same in a tile; ``sample_pixel``: of measuring
     what the tiles share; ``cell``: of the decoder's coarse part, for each cell and for each pair of cells;
     ``text_layer``: tokens -> a layer of T5 for one text.
@@ -63,7 +63,7 @@ class Calibration:
 
     dtype: str
     token: dict[int, float]
-    frame: float
+    frame: dict[int, float]
     pair: dict[int, float]
     shrinking: float
     pixel: float
@@ -209,19 +209,19 @@ def _step_timing(config: PixArtConfig, depth: int, grid: int, run: Run) -> Timin
 
 def _tokens(
     blocks: dict[int, list[Timing]], few: float, shrinking: float, run: Run
-) -> tuple[dict[int, float], float]:
+) -> tuple[dict[int, float], dict[int, float]]:
     """Seconds for each token of a row, from steps of ``DEPTHS`` blocks by grid.
 
-    -> by tokens, of a block without its attention's products; and around the blocks, at the largest grid. ``few``: of
-    attention to few keys, which is what the timed blocks have; ``shrinking``: of making them few.
+    -> by tokens, of a block without its attention's products, and around the blocks. ``few``: of attention to few
+    keys, which is what the timed blocks have; ``shrinking``: of making them few.
     """
-    token, frame = {}, 0.0
+    token, frame = {}, {}
     for grid, (shallow, deep) in blocks.items():
         tokens = run.rows * grid * grid
         block = max(deep.later - shallow.later, 0.0) / (DEPTHS[1] - DEPTHS[0])
         attending = few + shrinking * (grid > FEW_KEYS)
         token[grid * grid] = max(block / tokens - attending, 0.0)
-        frame = max(shallow.later - DEPTHS[0] * block, 0.0) / tokens
+        frame[grid * grid] = max(shallow.later - DEPTHS[0] * block, 0.0) / tokens
     return token, frame
 
 

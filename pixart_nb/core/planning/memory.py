@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.attention import chunk_shape
 from pixart_nb.core.models.inference import turned_numbers
 from pixart_nb.core.models.t5 import T5Config
@@ -73,17 +74,24 @@ class Live:
 
     ``token``: for each token of a row and each channel of the transformer. ``pixel`` and ``cell``: in the fine and the
     coarse part of the decoder, for each pixel and latent cell, and each channel there. ``process``: bytes of Python
-    and MindSpore, before any network. ``scores``: for each score of attention that is computed at a time.
+    and MindSpore, before any network; ``idle``: of them what is held before anything is computed. ``scores``: for each
+    score of attention that is computed at a time.
     """
 
     token: float = 9.5
     pixel: float = 6.5
     cell: float = 8.0
     process: float = 0.22e9
+    idle: float = 0.165e9
     scores: float = 2.0
 
 
 LIVE = Live()
+
+
+def live_here() -> Live:
+    """``LIVE`` with what this process holds already: a notebook more than Python and MindSpore alone."""
+    return replace(LIVE, process=LIVE.process + max(in_use() - LIVE.idle, 0.0))
 
 
 def weights(networks: Networks, run: Run) -> dict[str, float]:

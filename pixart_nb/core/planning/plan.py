@@ -179,7 +179,11 @@ def needed_keys(config: PixArtConfig, run: Run) -> set[int]:
 
 
 def plan_growing(
-    networks: Networks, run: Run, sizes: Sequence[Size], calibration: Calibration | None = None
+    networks: Networks,
+    run: Run,
+    sizes: Sequence[Size],
+    calibration: Calibration | None = None,
+    live: Live = LIVE,
 ) -> list[Plan]:
     """What every size of a growing picture takes, drawn in stages (``core.sampling.growing``)."""
     found = []
@@ -187,7 +191,7 @@ def plan_growing(
         layers, taken = range(networks.transformer.depth), steps_taken(run.steps, size.strength)
         net = with_compression(networks.transformer, layers, size.ratio, "mean")
         changed = replace(run, height=size.height, width=size.width, batch=1, steps=taken, staged=True)
-        found.append(plan(replace(networks, transformer=net), changed, calibration, fresh=not found))
+        found.append(plan(replace(networks, transformer=net), changed, calibration, live, fresh=not found))
     return found
 
 
@@ -224,12 +228,12 @@ def check_fits(planned: Plan, limit: float) -> None:
 
 def smaller_runs(planned: Plan) -> Iterator[tuple[tuple[str, ...], Plan]]:
     """The run with ever more options that make it smaller, fewest first: options, and the plan."""
-    run = planned.run
+    run, live = planned.run, replace(LIVE, process=planned.process)
     for count in range(len(SMALLER) + 1):
         for chosen in itertools.combinations(SMALLER, count):
             changes = {name: value for change, _ in chosen for name, value in change.items()}
             if all(getattr(run, name) != value for name, value in changes.items()):
-                smaller = plan(planned.networks, replace(run, **changes))
+                smaller = plan(planned.networks, replace(run, **changes), live=live)
                 yield tuple(option for _, option in chosen), smaller
 
 

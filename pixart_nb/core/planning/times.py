@@ -33,7 +33,7 @@ def stage_seconds(
 def _step_seconds(config: PixArtConfig, run: Run, calibration: Calibration) -> float:
     tokens, unit = run.tokens(config), 8 * config.patch_size
     grid = (run.height // unit, run.width // unit)
-    token = calibration.frame
+    token = _between(calibration.frame, tokens)
     for layer in range(config.depth):
         keys = keys_of(grid, config.layer_ratio(layer))
         token += _between(calibration.token, tokens) + _between(calibration.pair, keys) * keys
