@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import psutil
 
-#: Seconds between two looks at the memory: each of them holds up a network of small operators a little.
-_INTERVAL = 0.02
+#: Seconds between two looks at the memory.
+_INTERVAL = 0.005
 
 
 def in_use() -> int:
@@ -43,10 +43,14 @@ def release() -> None:
 
 
 class PeakMemory:
-    """The most memory that this process held while a block ran: ``with PeakMemory() as memory: ...; memory.peak``."""
+    """The most memory that this process held while a block ran: ``with PeakMemory() as memory: ...; memory.peak``.
 
-    def __init__(self):
+    ``interval``: seconds between two looks. Each of them holds up a network of small operators a little.
+    """
+
+    def __init__(self, interval: float = _INTERVAL):
         self.before = self.peak = 0
+        self.interval = interval
         self._done = threading.Event()
 
     def __enter__(self) -> PeakMemory:
@@ -57,7 +61,7 @@ class PeakMemory:
         return self
 
     def _look(self) -> None:
-        while not self._done.wait(_INTERVAL):
+        while not self._done.wait(self.interval):
             self.look()
 
     def look(self) -> int:

@@ -30,6 +30,8 @@ from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.core.sampling.stage_files import StageFiles
 from pixart_nb.core.sampling.step import Predict, Prediction, steps_taken
 
+#: Seconds between two looks at the memory: more often, and small networks take longer than without them.
+LOOK_SECONDS = 0.02
 #: ``load(names)`` gives a pipeline of the components with these names; the others may be None.
 Load = Callable[[Sequence[str]], PixArtSigmaPipeline]
 
@@ -137,7 +139,7 @@ def _run(
     stage: _Stage, numbers: list[int], pictures: Sequence[StagedPicture], load: Load
 ) -> Iterator[Progress]:
     noted = time.perf_counter()
-    with PeakMemory() as memory:
+    with PeakMemory(LOOK_SECONDS) as memory:
         pipe, took = load(stage.components), "load_seconds"
         for number in numbers:
             first = None  # parts done, and the time, when work on this picture began
