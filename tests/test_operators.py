@@ -5,7 +5,7 @@ import pytest
 
 from pixart_nb.core import operators
 from pixart_nb.core.backend import ms
-from pixart_nb.core.operators import attend, linear, repeat_rows, standardise
+from pixart_nb.core.operators import attend, gelu_tanh, linear, repeat_rows, silu, standardise
 
 
 def float64_softmax(scores):
@@ -27,6 +27,14 @@ def reference_attend(q, k, v):
 
 def reference_repeat(x):
     return np.repeat(x, 5, axis=1)
+
+
+def reference_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def reference_silu(x):
+    return x / (1 + np.exp(-x))
 
 
 def five_rows(x):
@@ -53,6 +61,8 @@ CASES = {
     "linear": (linear, reference_linear, [numbers(2, 3, 7), numbers(4, 7), numbers(4)]),
     "standardise": (standardise(1e-6), reference_standardise, [3 + 2 * numbers(6, 9)]),
     "attend": (attend, reference_attend, [numbers(2, 3, 5, 4), numbers(2, 3, 7, 4), numbers(2, 3, 7, 4)]),
+    "gelu_tanh": (gelu_tanh, reference_gelu, [3 * numbers(5, 7)]),
+    "silu": (silu, reference_silu, [3 * numbers(5, 7)]),
     "repeat_rows": (five_rows, reference_repeat, [numbers(2, 1, 4)]),
 }
 
@@ -100,3 +110,13 @@ def test_few_rows_of_a_large_weight_give_the_usual_numbers(rows):
     x = numbers(rows, 2048, seed=1).astype(np.float32)
     found = linear(ms.Tensor(x), ms.Tensor(weight)).asnumpy()
     np.testing.assert_allclose(found, x @ weight.T, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["gelu_tanh", "silu"])
+def test_activations_of_half_precision_are_rounded_once(name):
+    function, reference, _ = CASES[name]
+    x = np.linspace(-30, 300, 5000).astype(np.float16)
+    found = function(ms.Tensor(x))
+    assert found.dtype == ms.float16
+    expected = reference(x.astype(np.float64))
+    np.testing.assert_allclose(found.asnumpy().astype(np.float64), expected, rtol=2**-10, atol=2**-14)

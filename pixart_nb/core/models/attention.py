@@ -9,7 +9,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
-from pixart_nb.core.operators import attend, transpose
+from pixart_nb.core.operators import attend, transpose, widened
 
 #: Added to the score of a token that must not be seen. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9
@@ -100,11 +100,13 @@ def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
 def _attend(
     q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None = None
 ) -> ms.Tensor:
+    dtype = v.dtype
+    q, k, v = widened(q), widened(k), widened(v)
     q = q if scale == 1.0 else q * scale
     if bias is None:
-        return attend(q, k, v)
+        return attend(q, k, v).astype(dtype)
     scores = _scores(q, k).astype(ms.float32) + bias
-    return _weighted(ops.softmax(scores, -1).astype(v.dtype), v)
+    return _weighted(ops.softmax(scores, -1).astype(v.dtype), v).astype(dtype)
 
 
 def _append_mask(q: ms.Tensor, k: ms.Tensor, mask: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:

@@ -9,7 +9,7 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Linear, parameter
-from pixart_nb.core.operators import gelu_tanh, linear, transpose
+from pixart_nb.core.operators import gelu_tanh, linear, silu, transpose
 
 FREQUENCIES = 256
 
@@ -80,7 +80,7 @@ class FrequencyMLP(nn.Cell):
 
     def construct(self, value: ms.Tensor) -> ms.Tensor:
         embedded = sincos_frequencies(value).astype(self.mlp[0].weight.dtype)
-        return self.mlp[2](ops.silu(self.mlp[0](embedded)))
+        return self.mlp[2](silu(self.mlp[0](embedded)))
 
 
 class SizeEmbedder(FrequencyMLP):
@@ -89,7 +89,7 @@ class SizeEmbedder(FrequencyMLP):
     def construct(self, value: ms.Tensor) -> ms.Tensor:
         n = value.shape[0]
         embedded = sincos_frequencies(value.reshape(-1)).astype(self.mlp[0].weight.dtype)
-        return self.mlp[2](ops.silu(self.mlp[0](embedded))).reshape(n, -1)
+        return self.mlp[2](silu(self.mlp[0](embedded))).reshape(n, -1)
 
 
 class CaptionProjection(nn.Cell):

@@ -27,8 +27,8 @@ from pixart_nb.core.models.kv_compression import places_used, shrink_cells, succ
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.row_orders import cell_rows, gather, head_rows, merged
 from pixart_nb.core.models.statistics import normalised_rows
-from pixart_nb.core.models.transformer import Block, PixArt, repeat_batch, trim_caption
-from pixart_nb.core.operators import gelu_tanh, rows_like, transpose
+from pixart_nb.core.models.transformer import Block, FinalLayer, PixArt, repeat_batch, trim_caption
+from pixart_nb.core.operators import gelu_tanh, rows_like, silu, transpose
 
 #: Rows that go through a block's row-wise parts at a time. It bounds the memory of the MLP.
 ROWS = 2048
@@ -132,16 +132,27 @@ class Denoiser:
         if net.observer is not None:
             net.observer.step(ms.Tensor(np.full(batch, timestep, np.float32)), *grid)
             self._show()
-        x = net.x_embedder(latents.astype(net.dtype)) + repeat_batch(net.positions(height, width), batch)
-        x = x.reshape(-1, x.shape[-1])
+        places = self._planned(grid[0] * grid[1]).places
+        x = self._embedded(latents, places)
         t = self._timestep(timestep, net.micro_conditions(latents))
-        t0 = net.t_block[1](ops.silu(t)).reshape(6, -1)
+        t0 = net.t_block[1](silu(t)).reshape(6, -1)
         for number, block in enumerate(net.blocks):
             x = self._block(number, x, block.scale_shift_table + t0, grid)
-        out = net.final_layer(
-            x.reshape(batch, grid[0] * grid[1], -1), repeat_batch(t.reshape(1, 1, -1), batch)[:, 0]
-        )
-        return net.unpatchify(out, *grid)
+        out = self._final(x, net.final_layer.scale_shift_table + t, places)
+        return net.unpatchify(out.reshape(batch, grid[0] * grid[1], -1), *grid)
+
+    def _embedded(self, latents: ms.Tensor, places: list[Place]) -> ms.Tensor:
+        """Latents (B, C, H, W) -> tokens, with the embedding of where they are, (B N, D)."""
+        net, (batch, _, height, width) = self.net, latents.shape
+        tokens = net.x_embedder(latents.astype(net.dtype))
+        positions = repeat_batch(net.positions(height, width), batch)
+        rows, positions = (x.reshape(-1, x.shape[-1]) for x in (tokens, positions))
+        return _joined([_part(rows, place.rows) + _part(positions, place.rows) for place in places])
+
+    def _final(self, x: ms.Tensor, modulation: ms.Tensor, places: list[Place]) -> ms.Tensor:
+        """The predictions of all patches: x (B N, D), modulation (2, D) -> (B N, p p out_channels)."""
+        layer, (shift, scale) = self.net.final_layer, (modulation[i] for i in range(2))
+        return _joined([layer.linear(_modulated(layer, _part(x, p.rows), shift, scale)) for p in places])
 
     def _timestep(self, timestep: float, micro: ms.Tensor | None) -> ms.Tensor:
         """The embedding that all rows share: (1, D)."""
@@ -295,8 +306,8 @@ def _qkv(layer: SelfAttention, parts: list[ms.Tensor]) -> list[ms.Tensor]:
     return found
 
 
-def _modulated(block: Block, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    return normalised_rows(block.pre_norm, x) * rows_like(1 + scale, x) + rows_like(shift, x)
+def _modulated(layer: Block | FinalLayer, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
+    return normalised_rows(layer.pre_norm, x) * rows_like(1 + scale, x) + rows_like(shift, x)
 
 
 def _mlp(

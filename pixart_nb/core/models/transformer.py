@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import wraps
 
 import numpy as np
-from mindspore import mint, nn, ops
+from mindspore import mint, nn
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
@@ -19,7 +19,7 @@ from pixart_nb.core.models.embeddings import (
 )
 from pixart_nb.core.models.kv_compression import check_compression
 from pixart_nb.core.models.layers import LayerNorm, Linear, normal, parameter, xavier_uniform
-from pixart_nb.core.operators import gelu_tanh, repeat_rows, transpose
+from pixart_nb.core.operators import gelu_tanh, repeat_rows, silu, transpose
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class PixArt(nn.Cell):
         t = self.t_embedder(timestep)
         if micro is not None:
             t = t + mint.cat((self.csize_embedder(micro[:, :2]), self.ar_embedder(micro[:, 2:])), 1)
-        t0 = self.t_block[1](ops.silu(t)).reshape(t.shape[0], 6, -1)
+        t0 = self.t_block[1](silu(t)).reshape(t.shape[0], 6, -1)
         for block, (k, v) in zip(self.blocks, keys_values):  # noqa: B905 - a compiled graph knows no strict
             x = block(x, k, v, mask, t0, height, width)
         return self.unpatchify(self.final_layer(x, t), height, width)

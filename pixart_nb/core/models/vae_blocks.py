@@ -10,7 +10,7 @@ from mindspore import nn, ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
-from pixart_nb.core.operators import transpose
+from pixart_nb.core.operators import silu, transpose
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class ResnetBlock(nn.Cell):
         self.conv_shortcut = Conv2d(channels, out, 1) if channels != out else None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        hidden = self.conv1(ops.silu(self.norm1(x)))
-        hidden = self.conv2(ops.silu(self.norm2(hidden)))
+        hidden = self.conv1(silu(self.norm1(x)))
+        hidden = self.conv2(silu(self.norm2(hidden)))
         return hidden + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -176,7 +176,7 @@ class Encoder(nn.Cell):
 
     def coarse(self, x: ms.Tensor) -> ms.Tensor:
         """At the lowest resolution, where every cell attends to every other."""
-        return self.conv_out(ops.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return self.coarse(self.fine(x))
@@ -208,7 +208,7 @@ class Decoder(nn.Cell):
         """Up to pictures: what sees a neighbourhood only, norms apart."""
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+        return self.conv_out(silu(self.conv_norm_out(x)))
 
     def construct(self, z: ms.Tensor) -> ms.Tensor:
         return self.fine(self.coarse(z))

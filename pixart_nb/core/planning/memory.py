@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pixart_nb.core import backend
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.attention import chunk_shape
 from pixart_nb.core.models.inference import turned_numbers
@@ -14,7 +15,7 @@ from pixart_nb.core.models.vae import COARSE_CHANNELS, COARSE_TILE
 from pixart_nb.core.models.vae_blocks import VAEConfig
 from pixart_nb.core.planning.counts import parameters
 
-#: Bytes of a number.
+#: Bytes of a weight.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 STAGES = ("encode", "denoise", "decode")
 
@@ -126,11 +127,22 @@ def activations(networks: Networks, run: Run, live: Live = LIVE) -> dict[str, fl
     """Bytes of what is computed, by stage, at the worst moment."""
     config, size = networks.transformer, BYTES[run.dtype]
     text, tokens = networks.text_encoder, run.rows * run.tokens(config)
+    rows = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     return {
-        "encode": 4.0 * run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff),
+        "encode": 4.0 * (rows + _widened(text, run)),
         "denoise": size * live.token * tokens * config.hidden_size + live.scores * _scores_bytes(config, run),
         "decode": _decoder_bytes(networks.vae, run, live),
     }
+
+
+def _convolved_bytes(run: Run) -> int:
+    """Bytes of a number in the decoder: the CPU convolves and normalises half precision as float32."""
+    return BYTES[run.dtype] if backend.on_ascend() else 4
+
+
+def _widened(config: T5Config, run: Run) -> int:
+    """Numbers of T5's largest weight, which becomes float32 for its product where it is kept in less."""
+    return config.d_model * config.d_ff if run.dtype != "fp32" or run.t5_load == "int8" else 0
 
 
 def _scores_bytes(config: PixArtConfig, run: Run) -> float:
@@ -142,7 +154,7 @@ def _scores_bytes(config: PixArtConfig, run: Run) -> float:
 
 def _decoder_bytes(config: VAEConfig, run: Run, live: Live) -> float:
     """The worse of both parts: whole, or by tiles, of which the statistics need several at once."""
-    factor, size = 2 ** (len(config.block_out_channels) - 1), BYTES[run.dtype]
+    factor, size = 2 ** (len(config.block_out_channels) - 1), _convolved_bytes(run)
     height, width = run.height // factor, run.width // factor
     batch = 1 if run.tile else run.batch
     coarse_cells = batch * height * width

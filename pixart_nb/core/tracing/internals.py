@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from mindspore import ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.operators import silu
 from pixart_nb.core.tracing.seam import parts_of
 
 
@@ -31,7 +31,7 @@ def modulation(model: Any, timesteps: Sequence[float]) -> np.ndarray:
     if net.config.micro_condition:
         raise ValueError("the modulation of a model with micro conditions depends on the picture's size too")
     t = net.t_embedder(ms.Tensor(np.asarray(timesteps, np.float32)))
-    shared = net.t_block[1](ops.silu(t)).reshape(len(timesteps), 1, 6, -1).astype(ms.float32).asnumpy()
+    shared = net.t_block[1](silu(t)).reshape(len(timesteps), 1, 6, -1).astype(ms.float32).asnumpy()
     tables = np.stack([block.scale_shift_table.astype(ms.float32).asnumpy() for block in net.blocks])
     return shared + tables[None]
 
