@@ -46,7 +46,7 @@ def bench(
     peer: Annotated[
         bool,
         typer.Option(
-            "--peer", help="The same work in diffusers, in turns: needs pip install -e '.[reference]'."
+            "--peer", help="The same work in diffusers, in turns: needs pip install -e '.\\[reference]'."
         ),
     ] = False,
     repeats: Annotated[int, typer.Option(min=0, help="Runs that count, after one that does not.")] = 3,

@@ -140,6 +140,11 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
     assert "[reference]" in result.output
 
 
+def test_the_help_names_the_extra_that_the_peer_needs():
+    result = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"})
+    assert "'.[reference]'" in result.output
+
+
 def test_the_figure_has_a_bar_for_each_system_and_says_the_ratio():
     ours = runs.Row("denoise", 256, "ours", "20 steps", 2.0, "s", "a")
     rows = [

@@ -132,7 +132,7 @@ class Denoiser:
         if net.observer is not None:
             net.observer.step(ms.Tensor(np.full(batch, timestep, np.float32)), *grid)
             self._show()
-        places = self._planned(grid[0] * grid[1]).places
+        places = self._outer_places(batch, grid[0] * grid[1])
         x = self._embedded(latents, places)
         t = self._timestep(timestep, net.micro_conditions(latents))
         t0 = net.t_block[1](silu(t)).reshape(6, -1)
@@ -140,6 +140,15 @@ class Denoiser:
             x = self._block(number, x, block.scale_shift_table + t0, grid)
         out = self._final(x, net.final_layer.scale_shift_table + t, places)
         return net.unpatchify(out.reshape(batch, grid[0] * grid[1], -1), *grid)
+
+    def _outer_places(self, batch: int, tokens: int) -> list[Place]:
+        """Where the rows go around the blocks: all together, or in half precision, whose sums and products hold many
+        times their own memory on the CPU, as in the blocks."""
+        return (
+            self._planned(tokens).places
+            if self.net.dtype == ms.float16
+            else [Place(slice(0, batch * tokens), [])]
+        )
 
     def _embedded(self, latents: ms.Tensor, places: list[Place]) -> ms.Tensor:
         """Latents (B, C, H, W) -> tokens, with the embedding of where they are, (B N, D)."""
