@@ -76,12 +76,13 @@ def test_turned_weights_give_the_numbers_of_denoise(monkeypatch):
     slow, fast = both_ways(net, (1, 7))
     assert relative_error(fast, slow) < CLOSE
     layers = inference.RowLayers.of(net.blocks[0], inference.TURNED_ROWS)
-    assert all(isinstance(layer, inference.TurnedLinear) for layer in layers)
-    turned = sum(layer.weight.size for layer in layers)
+    turned = [layer for layer in layers if isinstance(layer, inference.TurnedLinear)]
+    assert turned == [layers.qkv, layers.proj, layers.fc2]
+    turned = sum(layer.weight.size for layer in turned)
     assert inference.turned_numbers(48, 2, 4.0, inference.TURNED_ROWS) == 2 * turned
     assert inference.turned_numbers(48, 2, 4.0, inference.TURNED_ROWS + 1) == 0
     many = inference.RowLayers.of(net.blocks[0], inference.TURNED_ROWS + 1)
-    assert many.fc1 is net.blocks[0].mlp.fc1
+    assert many.fc2 is net.blocks[0].mlp.fc2
 
 
 def test_large_cells_are_averaged_in_steps():

@@ -244,9 +244,15 @@ class RowLayers(NamedTuple):
 
     @classmethod
     def of(cls, block: Block, rows: int) -> RowLayers:
-        """The block's own layers, or turned ones. A layer that is more than its weight, such as a LoRA's, stays."""
-        found = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-        return cls(*(TurnedLinear(layer) if _to_turn(layer, rows) else layer for layer in found))
+        """The block's own layers, or turned ones. A layer that is more than its weight, such as a LoRA's, stays.
+
+        So does the MLP's first, which gains nothing.
+        """
+        qkv, proj, fc2 = (
+            TurnedLinear(layer) if _to_turn(layer, rows) else layer
+            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2)
+        )
+        return cls(qkv, proj, block.mlp.fc1, fc2)
 
 
 def _to_turn(layer: Linear, rows: int) -> bool:
@@ -256,8 +262,7 @@ def _to_turn(layer: Linear, rows: int) -> bool:
 
 def turned_numbers(size: int, depth: int, mlp_ratio: float, rows: int) -> int:
     """Numbers in the turned weights of ``depth`` blocks of width ``size``."""
-    hidden = int(size * mlp_ratio)
-    weights = 3 * size**2, size**2, size * hidden, size * hidden
+    weights = 3 * size**2, size**2, size * int(size * mlp_ratio)
     return depth * sum(w for w in weights if w >= TURNED_WEIGHT and rows <= TURNED_ROWS)
 
 
