@@ -144,11 +144,9 @@ class Denoiser:
     def _outer_places(self, batch: int, tokens: int) -> list[Place]:
         """Where the rows go around the blocks: all together, or in half precision, whose sums and products hold many
         times their own memory on the CPU, as in the blocks."""
-        return (
-            self._planned(tokens).places
-            if self.net.dtype == ms.float16
-            else [Place(slice(0, batch * tokens), [])]
-        )
+        if self.net.dtype == ms.float16 and not backend.on_ascend():
+            return self._planned(tokens).places
+        return [Place(slice(0, batch * tokens), [])]
 
     def _embedded(self, latents: ms.Tensor, places: list[Place]) -> ms.Tensor:
         """Latents (B, C, H, W) -> tokens, with the embedding of where they are, (B N, D)."""
