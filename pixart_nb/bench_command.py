@@ -25,6 +25,7 @@ class Benchmark(StrEnum):
     train = "train"
     block = "block"
     pipeline = "pipeline"
+    plan = "plan"
 
 
 def bench(
@@ -33,7 +34,8 @@ def bench(
         typer.Argument(
             help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
             "encode: T5. decode, decode-tiled: the autoencoder. picture: prompt to picture. train: a training step. "
-            "block: one block, plain and compressed. pipeline: peak memory of a whole picture, T5 streamed."
+            "block: one block, plain and compressed. pipeline: peak memory of a whole picture, T5 streamed. "
+            "plan: each stage as `pixart-nb plan` has it and as it runs, in turns."
         ),
     ] = Benchmark.denoise,
     size: Annotated[
@@ -98,6 +100,10 @@ def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
         return runs.block(shapes, max(1, repeats))
     if what is Benchmark.pipeline:
         return runs.pipeline(shapes)
+    if what is Benchmark.plan:
+        from pixart_nb.core.benchmark.planned import compared
+
+        return compared(shapes, max(1, repeats))
     if what is Benchmark.train:
         return runs.train(shapes, max(1, repeats), peer)
     if what in (Benchmark.decode, Benchmark.decode_tiled):

@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 
 from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
-from pixart_nb.core.benchmark import runs
+from pixart_nb.core.benchmark import planned, runs
 from pixart_nb.core.benchmark.ours import WORK
 from pixart_nb.core.benchmark.profile import timed_products
 from pixart_nb.core.benchmark.shapes import Shapes
 from pixart_nb.core.benchmark.worker import Worker
+from pixart_nb.core.planning.calibration import calibrate
 from pixart_nb.viz.benchmark import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(
@@ -35,6 +36,32 @@ def test_denoising_tells_steps_first_step_and_share_of_matrix_products():
     assert value(rows, "everything else") == pytest.approx(1 - value(rows, "share of matrix products"))
     assert value(rows, "peak memory") > 0.1
     assert all("mindspore" in row.versions for row in rows)
+
+
+def test_every_stage_is_planned_and_run_in_turns(monkeypatch):
+    turns = []
+
+    class Watched(Worker):
+        def run(self):
+            turns.append(self.work)
+            return super().run()
+
+    def known(networks, run, keys):
+        turns.append("calibrate")
+        return calibrate(networks, run, keys)
+
+    monkeypatch.setattr(planned, "Worker", Watched)
+    monkeypatch.setattr(planned, "calibrate", known)
+    rows = planned.compared(replace(SMALL, size=64), 2)
+    stages = list(planned.OF)
+    assert turns == stages + 2 * ["calibrate", *stages]
+    for name in planned.OF.values():
+        seconds = [value(rows, name, system) for system in ("plan", "ours", "ratio")]
+        assert min(seconds) > 0
+        assert seconds[2] == seconds[1] / seconds[0]
+    memory = [row for row in rows if row.measure == "peak memory"]
+    assert [row.benchmark for row in memory if row.system == "ratio"] == stages
+    assert all(0.75 < row.value < 1.25 for row in memory if row.system == "ratio")
 
 
 @pytest.mark.parametrize("name", sorted(WORK))

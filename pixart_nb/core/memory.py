@@ -20,6 +20,11 @@ def in_use() -> int:
     return found.rss - getattr(found, "shared", 0)
 
 
+def mapped_pages() -> int:
+    """Bytes of mapped files that are in memory for this process; 0 where the system does not tell."""
+    return getattr(psutil.Process().memory_info(), "shared", 0)
+
+
 def available() -> int:
     """Bytes that this process may still take: what the machine has free, within the limit of its container."""
     free = psutil.virtual_memory().available

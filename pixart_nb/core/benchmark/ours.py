@@ -29,25 +29,28 @@ def versions() -> str:
     return f"pixart-nb {version('pixart-nb')}, mindspore {version('mindspore')}, {device_name()}"
 
 
-def transformer(shapes: Shapes) -> PixArt:
-    """A transformer with random weights; with a ``ratio`` above 1 every block compresses keys and values."""
+def transformer_config(shapes: Shapes) -> PixArtConfig:
+    """A transformer of these shapes; with a ``ratio`` above 1 every block compresses keys and values."""
     compression = {
         "sampling": "conv",
         "scale_factor": shapes.ratio,
         "kv_compress_layer": [*range(shapes.depth)],
     }
-    net = PixArt(
-        PixArtConfig(
-            hidden_size=shapes.hidden_size,
-            num_heads=shapes.heads,
-            depth=shapes.depth,
-            caption_channels=shapes.caption_channels,
-            input_size=shapes.size // 8,
-            pe_interpolation=shapes.pe_interpolation,
-            model_max_length=shapes.max_length,
-            kv_compress_config=compression if shapes.ratio > 1 else None,
-        )
+    return PixArtConfig(
+        hidden_size=shapes.hidden_size,
+        num_heads=shapes.heads,
+        depth=shapes.depth,
+        caption_channels=shapes.caption_channels,
+        input_size=shapes.size // 8,
+        pe_interpolation=shapes.pe_interpolation,
+        model_max_length=shapes.max_length,
+        kv_compress_config=compression if shapes.ratio > 1 else None,
     )
+
+
+def transformer(shapes: Shapes) -> PixArt:
+    """The transformer with random weights."""
+    net = PixArt(transformer_config(shapes))
     net.initialise(np.random.default_rng(0), zero_cross_attention=False)
     return net.set_train(False)
 
@@ -71,10 +74,14 @@ def text_encoder(shapes: Shapes) -> T5Encoder:
     return net.set_train(False)
 
 
+def autoencoder_config(shapes: Shapes) -> VAEConfig:
+    """An autoencoder of these shapes."""
+    return VAEConfig(block_out_channels=shapes.vae_widths, norm_num_groups=min(32, shapes.vae_widths[0]))
+
+
 def autoencoder(shapes: Shapes) -> AutoencoderKL:
     """The autoencoder with random weights."""
-    groups = min(32, shapes.vae_widths[0])
-    net = AutoencoderKL(VAEConfig(block_out_channels=shapes.vae_widths, norm_num_groups=groups))
+    net = AutoencoderKL(autoencoder_config(shapes))
     net.initialise(np.random.default_rng(0))
     return net.set_train(False)
 

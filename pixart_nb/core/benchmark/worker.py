@@ -15,6 +15,7 @@ from importlib import import_module
 from types import TracebackType
 
 from pixart_nb.core.benchmark.shapes import Shapes
+from pixart_nb.core.memory import mapped_pages
 
 #: What begins a line that is an answer: libraries print lines of their own.
 ANSWER = "@benchmark "
@@ -40,9 +41,10 @@ class Worker:
         """Do the work: ``seconds``, ``processor`` seconds of all threads, and whatever it tells of itself."""
         return self._ask("run")
 
-    def peak(self) -> float:
-        """The process' largest resident size so far, in GB (10**9 bytes)."""
-        return self._ask("peak")["gigabytes"]
+    def peak(self, mapped: bool = True) -> float:
+        """The process' largest resident size so far, in GB (10**9 bytes); on request without pages of mapped files."""
+        found = self._ask("peak")
+        return found["resident"] - (0.0 if mapped else found["mapped"])
 
     def profile(self) -> dict:
         """Do the work once more, with the time of each kind of operator."""
@@ -83,7 +85,8 @@ def serve(system: str, work: str, shapes: Shapes) -> None:
     for line in sys.stdin:
         asked = line.strip()
         if asked == "peak":
-            _say({"gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9})
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            _say({"resident": resident / 1e9, "mapped": mapped_pages() / 1e9})
         elif asked == "profile":
             from pixart_nb.core.benchmark.profile import profiled
 

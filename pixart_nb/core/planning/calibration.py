@@ -24,8 +24,8 @@ from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.planning.counts import network
-from pixart_nb.core.planning.memory import Networks, Run, sample_cells
+from pixart_nb.core.planning.counts import network, parameters
+from pixart_nb.core.planning.memory import BYTES, Networks, Run, sample_cells
 from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import guided_prediction
 
@@ -43,6 +43,8 @@ FEW_KEYS = 8
 #: Latent cells a side at which the decoder's coarse part is timed: beside the first, or a smaller picture's, one of
 #: the others.
 CELLS = (32, 64, 128)
+#: Bytes of the layers of T5 that are timed together, at least one. A small layer alone would stay in the cache.
+TEXT_BYTES = 1e9
 #: Seconds from which on a first run counts, as what it prepares is little beside them.
 LONG = 2.0
 
@@ -273,7 +275,11 @@ def _tiles(vae: AutoencoderKL, z: np.ndarray, pixels: int, sampled: int) -> dict
 
 
 def _text_layer(config: T5Config, tokens: int, run: Run) -> Timing:
-    """Of one layer of T5 for one text."""
-    encoder = _network(replace(config, num_layers=1), run)
+    """Of T5 for one text: its first call, whole, and then a layer. As many layers are timed as ``TEXT_BYTES`` allow."""
+    one, none = (parameters(replace(config, num_layers=count)) for count in (1, 0))
+    layers = int(TEXT_BYTES / (BYTES[run.dtype] * (one - none)))
+    layers = max(1, min(config.num_layers, layers))
+    encoder = _network(replace(config, num_layers=layers), run)
     ids = np.ones((1, tokens), np.int32)
-    return _timing(lambda: encoder(ids, ids > 0).asnumpy())
+    whole = _timing(lambda: encoder(ids, ids > 0).asnumpy())
+    return Timing(whole.first, whole.later / layers)
