@@ -33,7 +33,8 @@ from pixart_nb.core.operators import gelu_tanh, rows_like, silu, transpose
 #: Rows that go through a block's row-wise parts at a time. It bounds the memory of the MLP.
 ROWS = 2048
 #: Up to so many rows, weights of so many numbers or more are kept turned as well: their products are a tenth faster.
-TURNED_ROWS, TURNED_WEIGHT = 1024, 2**20
+#: From 1024 rows on they are not.
+TURNED_ROWS, TURNED_WEIGHT = 1023, 2**20
 #: From so many rows on queries, keys and values are kept apart: one more copy, and less memory at a time.
 APART_ROWS = 2**14
 _product = ops.MatMul()
