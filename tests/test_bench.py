@@ -1,6 +1,7 @@
 """Benchmarks measure what they say, each system in a process of its own, and write it down."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def test_every_stage_is_planned_and_run_in_turns(monkeypatch):
 
     monkeypatch.setattr(planned, "Worker", Watched)
     monkeypatch.setattr(planned, "calibrate", known)
+    monkeypatch.setattr(planned, "LEAST", 0.0)
     rows = planned.compared(replace(SMALL, size=64), 2)
     stages = list(planned.OF)
     assert turns == stages + 2 * ["calibrate", *stages]
@@ -62,6 +64,13 @@ def test_every_stage_is_planned_and_run_in_turns(monkeypatch):
     memory = [row for row in rows if row.measure == "peak memory"]
     assert [row.benchmark for row in memory if row.system == "ratio"] == stages
     assert all(0.75 < row.value < 1.25 for row in memory if row.system == "ratio")
+
+
+def test_a_short_stage_is_run_until_its_time_can_be_told():
+    answers = iter([{"seconds": 0.5}, {"seconds": 0.6}, {"seconds": 0.4}, {"seconds": 9.0}])
+    assert planned._taken(SimpleNamespace(run=lambda: next(answers))) == pytest.approx(0.5)
+    steps = {"seconds": 9.0, "steps": [4.0, 1.5, 2.5]}  # the first prepares
+    assert planned._taken(SimpleNamespace(run=lambda: steps)) == 2.0
 
 
 @pytest.mark.parametrize("name", sorted(WORK))
