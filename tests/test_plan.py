@@ -22,7 +22,14 @@ from pixart_nb.core.models.cost import step_cost
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.planning.calibration import Calibration, CalibrationError, _step, calibrate
+from pixart_nb.core.planning.calibration import (
+    Calibration,
+    CalibrationError,
+    Timing,
+    _step,
+    _tokens,
+    calibrate,
+)
 from pixart_nb.core.planning.counts import (
     caption_products,
     decode_products,
@@ -279,9 +286,20 @@ def test_a_calibration_measures_every_part(measured):
     timed = [measured.pixel, measured.tile_pixel, measured.sample_pixel, measured.seconds]
     assert min([*timed, *measured.pair.values(), *measured.text_layer.values()]) > 0
     assert measured.first["encode"] > 0
-    for tokens in (64, 256):  # differences of what was timed; one alone may be lost in the noise
-        assert measured.token[tokens] + measured.frame[tokens] > 0
+    for tokens in (64, 256):  # differences of what was timed; each may be lost in the noise, not all of them
+        assert measured.token[tokens] + measured.frame[tokens] + 64 * measured.pair[64] > 0
+    assert min([*measured.token.values(), *measured.frame.values()]) >= 0
     assert min([measured.shrinking, *measured.cell, *measured.first_block.values()]) >= 0
+
+
+@pytest.mark.parametrize(("shallow", "deep", "expected"), [(1.0, 2.0, 2.0), (1.0, 4.0, 4.0), (3.0, 1.0, 1.3)])
+def test_noise_between_two_depths_loses_no_time(shallow, deep, expected):
+    """Attention to few keys takes a tenth of a second here, also where the blocks seem to take none."""
+    tokens = SQUARE.rows * 64
+    timed = {8: [Timing(0.0, shallow), Timing(0.0, deep)]}
+    token, frame = _tokens(timed, 0.1 / tokens, 0.0, SQUARE)
+    assert min(token[64], frame[64]) >= 0
+    assert tokens * (frame[64] + 3 * (token[64] + 0.1 / tokens)) == pytest.approx(expected)
 
 
 def test_a_planned_step_is_of_the_order_of_a_real_one(measured):

@@ -220,10 +220,13 @@ def _tokens(
     token, frame = {}, {}
     for grid, (shallow, deep) in blocks.items():
         tokens = run.rows * grid * grid
-        block = max(deep.later - shallow.later, 0.0) / (DEPTHS[1] - DEPTHS[0])
+        block = (deep.later - shallow.later) / (DEPTHS[1] - DEPTHS[0])
+        block = min(
+            max(block, 0.0), deep.later / DEPTHS[1]
+        )  # whatever the noise, the deep one's time is all there
         attending = few + shrinking * (grid > FEW_KEYS)
         token[grid * grid] = max(block / tokens - attending, 0.0)
-        frame[grid * grid] = max(shallow.later - DEPTHS[0] * block, 0.0) / tokens
+        frame[grid * grid] = (deep.later - DEPTHS[1] * block) / tokens
     return token, frame
 
 
