@@ -286,8 +286,8 @@ def test_a_calibration_measures_every_part(measured):
     timed = [measured.pixel, measured.tile_pixel, measured.sample_pixel, measured.seconds]
     assert min([*timed, *measured.pair.values(), *measured.text_layer.values()]) > 0
     assert measured.first["encode"] > 0
-    for tokens in (64, 256):  # differences of what was timed; each may be lost in the noise, not all of them
-        assert measured.token[tokens] + measured.frame[tokens] + 64 * measured.pair[64] > 0
+    for tokens in (64, 256):  # differences of what was timed; one alone may be lost in the noise
+        assert measured.token[tokens] + measured.frame[tokens] > 0
     assert min([*measured.token.values(), *measured.frame.values()]) >= 0
     assert min([measured.shrinking, *measured.cell, *measured.first_block.values()]) >= 0
 

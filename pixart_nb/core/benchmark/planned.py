@@ -39,10 +39,8 @@ def compared(shapes: Shapes, repeats: int) -> list[Row]:
             plans.append(plan(networks, run, calibrate(networks, run, keys), fresh=False))
             for worker in workers:
                 taken[worker.work].append(_taken(worker))
-        versions, peaks = (
-            workers[0].ready["versions"],
-            {worker.work: worker.peak(mapped=False) for worker in workers},
-        )
+        versions = workers[0].ready["versions"]
+        peaks = {worker.work: worker.peak(mapped=False) for worker in workers}
     rows = []
     for stage in STAGES:
         measures = {

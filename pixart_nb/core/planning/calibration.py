@@ -221,12 +221,11 @@ def _tokens(
     for grid, (shallow, deep) in blocks.items():
         tokens = run.rows * grid * grid
         block = (deep.later - shallow.later) / (DEPTHS[1] - DEPTHS[0])
-        block = min(
-            max(block, 0.0), deep.later / DEPTHS[1]
-        )  # whatever the noise, the deep one's time is all there
+        # whatever the noise, the deep one's time is all there
+        block = min(max(block, 0.0), deep.later / DEPTHS[1])
         attending = few + shrinking * (grid > FEW_KEYS)
         token[grid * grid] = max(block / tokens - attending, 0.0)
-        frame[grid * grid] = (deep.later - DEPTHS[1] * block) / tokens
+        frame[grid * grid] = max(deep.later - DEPTHS[1] * block, 0.0) / tokens
     return token, frame
 
 
