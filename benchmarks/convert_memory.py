@@ -80,7 +80,7 @@ def same_numbers(source: Path, target: Path, dtype: str) -> bool:
     from pixart_nb.core.checkpoints.convert import DTYPES
     from pixart_nb.core.checkpoints.files import open_checkpoint
     from pixart_nb.core.checkpoints.layouts import official_view
-    from pixart_nb.core.checkpoints.stored import same_bits
+    from pixart_nb.core.checkpoints.lazy_tensor import same_bits
 
     first, second = (official_view(open_checkpoint(path)).tensors for path in (source, target))
     return same_bits({name: t.read_as(DTYPES[dtype] or t.dtype) for name, t in first.items()}, second)

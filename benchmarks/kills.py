@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import load_tensors, temporaries_in
+from pixart_nb.core.io import load_tensors, temporaries_in
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.training.loss import coefficients
 from pixart_nb.core.training.objective import NAMES, diffusion_loss

@@ -23,7 +23,7 @@ def block(options: argparse.Namespace) -> None:
     """A step of a transformer of one block, as sampling takes it, without guidance."""
     from pixart_nb.core import PixArt, PixArtConfig
     from pixart_nb.core.backend import ms
-    from pixart_nb.core.models.inference import Denoiser
+    from pixart_nb.core.fast.cpu import Denoiser
 
     compression = {"sampling": "conv", "scale_factor": options.ratio, "kv_compress_layer": [0]}
     net = PixArt(

@@ -29,7 +29,7 @@ SPREAD = {"q": (WIDTH * 64) ** -0.5, "wo": 10240**-0.5, "shared": 1.0}
 
 def write_weights(folder: Path, layers: int) -> None:
     """An encoder folder in the published layout, with a shard for each layer."""
-    from pixart_nb.core.checkpoints.store import save_tensors, write_json
+    from pixart_nb.core.io import save_tensors, write_json
 
     rng = np.random.default_rng(layers)
     d, inner, ff, vocabulary = WIDTH, WIDTH, 10240, 32128

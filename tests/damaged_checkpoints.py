@@ -23,8 +23,8 @@ from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.checkpoints.configuration import shown_by
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
-from pixart_nb.core.checkpoints.store import CheckpointError
 from pixart_nb.core.checkpoints.torch_unpickler import LEAST_SIZE, MOST_VIEWS
+from pixart_nb.core.io import CheckpointError
 
 PATIENCE = 20
 KINDS = ("zip", "pickle", "legacy", "safetensors", "ckpt", "index")

@@ -26,9 +26,9 @@ from pixart_nb.core.data.buckets import training_sizes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError, ProblemsError
 from pixart_nb.core.data.folder import import_folder
+from pixart_nb.core.data.images import fit, load_picture
 from pixart_nb.core.data.labels import load_labels
-from pixart_nb.core.data.pictures import fit, load_picture
-from pixart_nb.core.data.published_sample import sample_rows, write_part, write_table
+from pixart_nb.pixelart.published_sample import sample_rows, write_part, write_table
 
 KINDS = ("label file", "entries", "pictures", "texts", "table", "zip part", "parquet")
 #: Values that no key of an entry may have.

@@ -5,7 +5,7 @@ from reference_data import REFERENCE
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import load_transformer
-from pixart_nb.core.training.lora import Adapters, LoraConfig
+from pixart_nb.core.lora import Adapters, LoraConfig
 
 TRANSFORMER = REFERENCE / "diffusers" / "sigma" / "transformer"
 #: Made with peft 0.21.2, torch 2.13.0 and diffusers 0.42.1 on that transformer in float64: adapters as PEFT saves them,

@@ -9,7 +9,7 @@ from pathlib import Path
 from reference_data import diffusers
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core.sampling.staged import StagedPicture, run_staged
+from pixart_nb.core.sampling.stages import StagedPicture, run_staged
 
 SOURCE = diffusers("sigma")[0]
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")

@@ -9,14 +9,14 @@ _PUBLIC = {
     "PixArt": "pixart_nb.core.models.transformer",
     "load_transformer": "pixart_nb.core.checkpoints.load",
     "training_losses": "pixart_nb.core.training.loss",
-    "trace": "pixart_nb.core.tracing.recorder",
-    "Trace": "pixart_nb.core.tracing.record",
-    "TraceTooLargeError": "pixart_nb.core.tracing.recorder",
-    "heads_off": "pixart_nb.core.tracing.interventions",
-    "scale_word": "pixart_nb.core.tracing.interventions",
-    "replace_compression": "pixart_nb.core.tracing.interventions",
-    "swap_prompt": "pixart_nb.core.tracing.prompt_swap",
-    "compression_loss": "pixart_nb.core.tracing.compression",
+    "trace": "pixart_nb.core.hooks.recorder",
+    "Trace": "pixart_nb.core.hooks.record",
+    "TraceTooLargeError": "pixart_nb.core.hooks.recorder",
+    "heads_off": "pixart_nb.core.hooks.interventions",
+    "scale_word": "pixart_nb.core.hooks.interventions",
+    "replace_compression": "pixart_nb.core.hooks.interventions",
+    "swap_prompt": "pixart_nb.core.hooks.prompt_swap",
+    "compression_loss": "pixart_nb.core.hooks.compression",
 }
 __all__ = list(_PUBLIC)
 

@@ -46,7 +46,7 @@ class AttentionExplorer:
     and step are sliders; below, the same map for all layers and heads, where a click chooses both.
 
     Args:
-        trace: of a run (``pixart_nb.core.tracing``), with self-attention, cross-attention, or both.
+        trace: of a run (``pixart_nb.core.hooks``), with self-attention, cross-attention, or both.
         picture: (H, W, 3), what the run drew.
         by_step: pictures (S, H, W, 3) to show under the map of each of ``trace.steps``, the predicted ones, say.
         row: the picture of the trace.

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pixart_nb.core.checkpoints.store import written_beside
+from pixart_nb.core.io import written_beside
 from pixart_nb.viz.style import (
     HEAT,
     SMALL,

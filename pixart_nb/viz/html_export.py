@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
-from pixart_nb.core.checkpoints.store import write_text
+from pixart_nb.core.io import write_text
 from pixart_nb.viz.clickable import STATIC
 from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
 from pixart_nb.viz.overlay import COVER, DIMMED, as_float, shrunk

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pixart_nb.core.sampling.picture_files import read_parameters, write_picture
+from pixart_nb.core.sampling.image_files import read_parameters, write_picture
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.playground_run import Entry
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from pixart_nb.core.checkpoints.store import write_text
+from pixart_nb.core.io import write_text
 from pixart_nb.viz.html_export import page_of
 from pixart_nb.viz.style import MARK, SMALL, TEXT, for_picture
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from pixart_nb.core.backend import device_name, ms
 from pixart_nb.core.benchmark.shapes import Shapes
-from pixart_nb.core.checkpoints.store import save_tensors, write_json
 from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder
-from pixart_nb.core.models.inference import Denoiser
+from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.io import save_tensors, write_json
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig

@@ -14,7 +14,7 @@ from statistics import median
 
 from pixart_nb.core.benchmark.shapes import Shapes
 from pixart_nb.core.benchmark.worker import Worker
-from pixart_nb.core.checkpoints.store import write_text
+from pixart_nb.core.io import write_text
 
 #: Steps of a picture, as the published table has them.
 PUBLISHED_STEPS = 20

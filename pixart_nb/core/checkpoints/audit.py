@@ -9,7 +9,7 @@ from typing import Any
 
 from pixart_nb.core.checkpoints.configuration import Description
 from pixart_nb.core.checkpoints.layouts import Transformer
-from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
 
 Shape = tuple[int, ...]
 

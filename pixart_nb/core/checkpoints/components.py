@@ -14,16 +14,16 @@ from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
 from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, read_tensors, write_safetensors
 from pixart_nb.core.checkpoints.layouts import target_tensors
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
 from pixart_nb.core.checkpoints.load import load_into, load_transformer, unfilled
-from pixart_nb.core.checkpoints.store import (
+from pixart_nb.core.checkpoints.text_encoder import load_t5
+from pixart_nb.core.io import (
     CheckpointError,
     read_json,
     save_tensors,
     write_json,
     written_beside,
 )
-from pixart_nb.core.checkpoints.stored import Stored
-from pixart_nb.core.checkpoints.text_encoder import load_t5
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig, modernise_names

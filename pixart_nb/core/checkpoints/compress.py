@@ -10,7 +10,7 @@ from pixart_nb.core.checkpoints.configuration import shown_by
 from pixart_nb.core.checkpoints.convert import Plan, plan_conversion
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
-from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig
 
 _RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.core.checkpoints.layouts import Transformer
-from pixart_nb.core.checkpoints.store import CheckpointError, read_json
-from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
+from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
 

@@ -22,10 +22,10 @@ from pixart_nb.core.checkpoints.audit import Audit, Entry, sentences_on
 from pixart_nb.core.checkpoints.configuration import describe, diffusers_config
 from pixart_nb.core.checkpoints.files import WEIGHTS, WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import Transformer, official_view, started_compression, target_tensors
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
 from pixart_nb.core.checkpoints.load import load_transformer, shapes_of, transformer_of
-from pixart_nb.core.checkpoints.store import CheckpointError, write_json, written_beside, written_together
-from pixart_nb.core.checkpoints.stored import Stored
 from pixart_nb.core.checkpoints.torch_writer import write_torch
+from pixart_nb.core.io import CheckpointError, write_json, written_beside, written_together
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, Stored, check_count, map_file
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
-from pixart_nb.core.checkpoints.store import CheckpointError, opened, read_json
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored, check_count, map_file
 from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch
 from pixart_nb.core.checkpoints.torch_writer import write_torch
+from pixart_nb.core.io import CheckpointError, opened, read_json
 
 Keep = Callable[[str], bool]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.files import Opened
-from pixart_nb.core.checkpoints.stored import Stored, stacked
+from pixart_nb.core.checkpoints.lazy_tensor import Stored, stacked
 
 #: By these the first layer is known, in the official layout and in diffusers'.
 _FIRST = ("x_embedder.proj.weight", "pos_embed.proj.weight")

@@ -15,9 +15,9 @@ from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import describe
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
-from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import Stored
-from pixart_nb.core.models.quantized import Int8Linear
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
+from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.models.quantization import Int8Linear
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
 

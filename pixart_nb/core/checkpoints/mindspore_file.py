@@ -15,8 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored, check_count, map_file, release
+from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, Stored, check_count, map_file, release
+from pixart_nb.core.io import CheckpointError
 
 #: MindSpore's names of the kinds of numbers.
 NAMES = {

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.files import read_tensors
 from pixart_nb.core.checkpoints.load import load_into, unfilled
-from pixart_nb.core.checkpoints.store import read_json
+from pixart_nb.core.io import read_json
 from pixart_nb.core.models.layers import Linear
-from pixart_nb.core.models.quantized import Int8Linear
+from pixart_nb.core.models.quantization import Int8Linear
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
 #: The parts of T5; its files hold the embedding table twice, and the copy's name begins with none of these.

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored, map_file, release
+from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, Stored, map_file, release
 from pixart_nb.core.checkpoints.torch_unpickler import Archive, Program, Storage, TensorUnpickler
+from pixart_nb.core.io import CheckpointError
 
 #: Where training scripts put the weights, the wanted first; they may stand inside one another.
 _WRAPPERS = (

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import DTYPES, Stored, check_count
+from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, Stored, check_count
+from pixart_nb.core.io import CheckpointError
 
 #: torch's storage classes and the kind of their numbers.
 STORAGES = {

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
 from pixart_nb.core.checkpoints.torch_unpickler import STORAGES
+from pixart_nb.core.io import CheckpointError
 
 _CLASSES = {kind: name for name, kind in STORAGES.items()}
 _ARCHIVE = "archive"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import remove_temporaries, written_together
 from pixart_nb.core.data.errors import DataError, ProblemsError
+from pixart_nb.core.data.images import check_picture
 from pixart_nb.core.data.labels import caption_problem
-from pixart_nb.core.data.pictures import check_picture
 from pixart_nb.core.data.published_forms import Row, open_source
 from pixart_nb.core.data.writing import Report, write_once, writing
+from pixart_nb.core.io import remove_temporaries, written_together
 
 LABELS, TEST_LABELS, IMAGES = "labels.json", "labels_test.json", "images"
 #: Pictures are named after what is in them, so that what was written before an interruption is known again.

@@ -17,13 +17,13 @@ import numpy as np
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import CheckpointError, load_metadata, remove_temporaries, save_tensors
 from pixart_nb.core.data.buckets import BucketSampler, Size
 from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.images import fit, load_picture, to_signed
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.data.pictures import fit, load_picture, to_signed
 from pixart_nb.core.data.reader import Chooser
 from pixart_nb.core.data.writing import writing
+from pixart_nb.core.io import CheckpointError, load_metadata, remove_temporaries, save_tensors
 
 #: Pictures of one shard: an interruption loses the work of one, and the memory holds one.
 SHARD = 64

@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pixart_nb.core.checkpoints.store import remove_temporaries, written_beside
 from pixart_nb.core.data.errors import DataError, shortened
+from pixart_nb.core.data.images import ENDINGS
 from pixart_nb.core.data.labels import LabelError, check_entries
-from pixart_nb.core.data.pictures import ENDINGS
 from pixart_nb.core.data.writing import Report, writing
+from pixart_nb.core.io import remove_temporaries, written_beside
 
 #: Columns of a table of captions; the first that is there is taken.
 PATHS = ("path", "file_name", "filename", "file", "image", "image_path")

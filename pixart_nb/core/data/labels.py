@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pixart_nb.core.data.errors import DataError, ProblemsError, shortened
-from pixart_nb.core.data.pictures import PictureError, load_picture, picture_size
+from pixart_nb.core.data.images import PictureError, load_picture, picture_size
 
 #: Characters of the longest caption that is read; the text encoder reads some hundred words of it.
 MOST_CHARACTERS = 20_000

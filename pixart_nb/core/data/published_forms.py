@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.data.pictures import ENDINGS
+from pixart_nb.core.data.images import ENDINGS
 
 #: Bytes of the largest picture file that is unpacked from an archive or a table.
 MOST_BYTES = 256 * 2**20

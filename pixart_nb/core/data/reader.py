@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pixart_nb.core.data.buckets import BucketSampler
+from pixart_nb.core.data.images import fit, load_picture, to_signed
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.data.pictures import fit, load_picture, to_signed
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pixart_nb.core.checkpoints.store import temporary_beside
 from pixart_nb.core.data.errors import DataError, listed
+from pixart_nb.core.io import temporary_beside
 
 
 @contextmanager

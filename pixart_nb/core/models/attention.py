@@ -9,7 +9,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
-from pixart_nb.core.operators import attend, transpose, widened
+from pixart_nb.core.models.operators import attend, transpose, widened
 
 #: Added to the score of a token that must not be seen. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9

@@ -9,7 +9,7 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Linear, parameter
-from pixart_nb.core.operators import gelu_tanh, linear, silu, transpose
+from pixart_nb.core.models.operators import gelu_tanh, linear, silu, transpose
 
 FREQUENCIES = 256
 

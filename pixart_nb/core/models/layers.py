@@ -9,7 +9,7 @@ from mindspore import nn, ops
 from mindspore.common.initializer import initializer
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.operators import linear, repeat_rows, standardise
+from pixart_nb.core.models.operators import linear, repeat_rows, standardise
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:

@@ -13,8 +13,8 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
-from pixart_nb.core.models.quantized import Int8Linear
-from pixart_nb.core.operators import gelu_tanh
+from pixart_nb.core.models.operators import gelu_tanh
+from pixart_nb.core.models.quantization import Int8Linear
 
 LinearClass = type[Linear] | type[Int8Linear]
 

@@ -19,7 +19,7 @@ from pixart_nb.core.models.embeddings import (
 )
 from pixart_nb.core.models.kv_compression import check_compression
 from pixart_nb.core.models.layers import LayerNorm, Linear, normal, parameter, xavier_uniform
-from pixart_nb.core.operators import gelu_tanh, repeat_rows, silu, transpose
+from pixart_nb.core.models.operators import gelu_tanh, repeat_rows, silu, transpose
 
 
 @dataclass(frozen=True)

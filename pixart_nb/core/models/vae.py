@@ -10,8 +10,8 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.fast.normalization import own_statistics
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
-from pixart_nb.core.models.statistics import own_statistics
 from pixart_nb.core.models.tiling import TileMap
 from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 

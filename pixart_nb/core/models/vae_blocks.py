@@ -10,7 +10,7 @@ from mindspore import nn, ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
-from pixart_nb.core.operators import silu, transpose
+from pixart_nb.core.models.operators import silu, transpose
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ import numpy as np
 from mindspore import nn
 from tqdm import tqdm
 
-from pixart_nb.core.apart import ProcessError, apart
 from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
+from pixart_nb.core.cost import with_compression
+from pixart_nb.core.fast.cpu import self_attention
 from pixart_nb.core.models.attention import SelfAttention, attention
-from pixart_nb.core.models.cost import with_compression
-from pixart_nb.core.models.inference import self_attention
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -28,6 +27,7 @@ from pixart_nb.core.planning.counts import network, parameters
 from pixart_nb.core.planning.memory import BYTES, Networks, Run, sample_cells
 from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import guided_prediction
+from pixart_nb.core.subprocesses import ProcessError, apart
 
 #: Token grids at which blocks are timed; what is larger is proportional to its tokens. In the smallest, what comes with
 #: every operator weighs more than its numbers.

@@ -14,7 +14,7 @@ from mindspore import nn
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import unfilled
-from pixart_nb.core.models.cost import block_products
+from pixart_nb.core.cost import block_products
 from pixart_nb.core.models.embeddings import FREQUENCIES
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixart_nb.core import backend
+from pixart_nb.core.fast.cpu import turned_numbers
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.attention import chunk_shape
-from pixart_nb.core.models.inference import turned_numbers
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pixart_nb.core.models.cost import keys_of, with_compression
+from pixart_nb.core.cost import keys_of, with_compression
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.planning.calibration import Calibration
 from pixart_nb.core.planning.counts import (
@@ -27,8 +27,8 @@ from pixart_nb.core.planning.memory import (
     weights,
 )
 from pixart_nb.core.planning.times import stage_seconds
-from pixart_nb.core.sampling.growing import Size
 from pixart_nb.core.sampling.step import steps_taken
+from pixart_nb.core.sampling.upscaling import Size
 
 #: Changes that make a run smaller, as fields of ``Run`` and as options of ``pixart-nb sample``, the mildest first.
 SMALLER: tuple[tuple[dict[str, Any], str], ...] = (

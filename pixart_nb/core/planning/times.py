@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pixart_nb.core.models.cost import keys_of
+from pixart_nb.core.cost import keys_of
 from pixart_nb.core.models.tiling import tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import COARSE_CHANNELS, COARSE_TILE

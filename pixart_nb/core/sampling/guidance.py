@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.inference import Denoiser
+from pixart_nb.core.fast.cpu import Denoiser
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.conditioning import Conditioning, both_rows
 from pixart_nb.core.sampling.step import Predict, Prediction

@@ -9,10 +9,10 @@ import numpy as np
 
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.components import load_components
+from pixart_nb.core.lora.pipeline import LoraLoaderMixin
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
-from pixart_nb.core.sampling.adapters import LoraLoaderMixin
 from pixart_nb.core.sampling.aspect_ratio import binned_size, checked_size, resize_and_crop
 from pixart_nb.core.sampling.conditioning import (
     Conditioning,

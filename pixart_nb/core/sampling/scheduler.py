@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import read_json
-from pixart_nb.core.sampling.schedule import LINEAR, TIMESTEPS, NoiseSchedule
+from pixart_nb.core.io import read_json
+from pixart_nb.core.sampling.noise_schedule import LINEAR, TIMESTEPS, NoiseSchedule
 from pixart_nb.core.sampling.step import (
     Generators,
     Plan,

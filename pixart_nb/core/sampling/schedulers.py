@@ -14,13 +14,13 @@ from pixart_nb.core.sampling.diffusers_schedulers import (
     LCMScheduler,
     UniPCMultistepScheduler,
 )
+from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 from pixart_nb.core.sampling.official_schedulers import (
     DPMSolverContinuousScheduler,
     IDDPMScheduler,
     OfficialDDIMScheduler,
     SASolverScheduler,
 )
-from pixart_nb.core.sampling.schedule import LINEAR, NoiseSchedule
 from pixart_nb.core.sampling.scheduler import Scheduler
 
 _PUBLIC = (

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import (
+from pixart_nb.core.data.writing import writing
+from pixart_nb.core.io import (
     CheckpointError,
     load_metadata,
     load_tensors,
@@ -21,7 +22,6 @@ from pixart_nb.core.checkpoints.store import (
     save_tensors,
     write_json,
 )
-from pixart_nb.core.data.writing import writing
 
 try:
     import fcntl

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixart_nb.core.sampling.schedule import RespacedSchedule
+from pixart_nb.core.sampling.noise_schedule import RespacedSchedule
 from pixart_nb.core.sampling.step import (
     Generators,
     Plan,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.io import CheckpointError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixart_nb.core.sampling.schedule import NoiseSchedule
+from pixart_nb.core.sampling.noise_schedule import NoiseSchedule
 
 #: Karras et al. 2022, section 3.1.
 _KARRAS_RHO = 7.0

@@ -14,7 +14,7 @@ from pixart_nb.core.data.features import Embed, Encode, FeatureBatch, padded
 from pixart_nb.core.data.reader import PictureBatch
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import coefficients
-from pixart_nb.core.training.tiny_data import middle_timesteps
+from pixart_nb.pixelart.batches import middle_timesteps
 
 #: Caption lengths of compiled graphs are multiples of this: few graphs, little padding.
 _LENGTH_STEP = 20

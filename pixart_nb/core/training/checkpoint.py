@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from pixart_nb.core.checkpoints.store import (
+from pixart_nb.core.io import (
     CheckpointError,
     load_metadata,
     load_tensors,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.store import write_text
+from pixart_nb.core.io import write_text
 
 
 def read_curve(path: str | os.PathLike[str]) -> list[dict[str, float]]:

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.sampling.schedule import LINEAR, NoiseSchedule
+from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 
 #: Columns of ``coefficients``.
 SIGNAL, NOISE, START_FROM_X, START_FROM_NOISE, MEAN_START, MEAN_X, LOG_MIN, LOG_MAX, IS_FIRST = range(9)

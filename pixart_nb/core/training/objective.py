@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.schedule import LINEAR, NoiseSchedule
+from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 from pixart_nb.core.training.loss import add_noise, loss_terms
 
 #: Names of the numbers that ``diffusion_loss`` gives beside the loss.

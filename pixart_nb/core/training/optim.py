@@ -10,7 +10,7 @@ from mindspore import ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.store import CheckpointError
+from pixart_nb.core.io import CheckpointError
 
 #: Numbers that the average of the weights works on at a time: what fits a processor's cache.
 _CHUNK = 1 << 16

@@ -14,8 +14,8 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.data.features import Embed, padded
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.image_files import write_picture
 from pixart_nb.core.sampling.images import to_uint8
-from pixart_nb.core.sampling.picture_files import write_picture
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.randomness import picture_generators
 

@@ -13,9 +13,9 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.configuration import describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view, started_compression
+from pixart_nb.core.checkpoints.lazy_tensor import Stored
 from pixart_nb.core.checkpoints.load import transformer_of
-from pixart_nb.core.checkpoints.store import CheckpointError
-from pixart_nb.core.checkpoints.stored import Stored
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.training.loss import add_noise

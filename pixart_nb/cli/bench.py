@@ -1,0 +1,125 @@
+"""``pixart-nb bench``: speed and memory on this machine, alone or against diffusers on PyTorch. A thin function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixart_nb.cli.commands import one_line_errors
+
+
+class Benchmark(StrEnum):
+    """What can be measured."""
+
+    table = "table"
+    denoise = "denoise"
+    encode = "encode"
+    decode = "decode"
+    decode_tiled = "decode-tiled"
+    picture = "picture"
+    train = "train"
+    block = "block"
+    pipeline = "pipeline"
+    plan = "plan"
+
+
+def bench(
+    what: Annotated[
+        Benchmark,
+        typer.Argument(
+            help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
+            "encode: T5. decode, decode-tiled: the autoencoder. picture: prompt to picture. train: a training step. "
+            "block: one block, plain and compressed. pipeline: peak memory of a whole picture, T5 streamed. "
+            "plan: each stage as `pixart-nb plan` has it and as it runs, in turns."
+        ),
+    ] = Benchmark.denoise,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(help="Side of the picture in pixels; give it again for more. 256 unless told."),
+    ] = None,
+    training_size: Annotated[
+        list[int] | None, typer.Option(help="table: sides at which a training step is measured.")
+    ] = None,
+    peer: Annotated[
+        bool,
+        typer.Option(
+            "--peer", help="The same work in diffusers, in turns: needs pip install -e '.\\[reference]'."
+        ),
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=0, help="Runs that count, after one that does not.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are run; the rest of 20 is computed.")] = 20,
+    depth: Annotated[int, typer.Option(min=1, help="Blocks of the transformer; XL/2 has 28.")] = 28,
+    words: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 20,
+    text_layers: Annotated[int, typer.Option(min=1, help="Layers of T5; XXL has 24, of 0.8 GB each.")] = 2,
+    ratio: Annotated[int, typer.Option(min=1, help="KV compression of every block.")] = 1,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the CSV file and the figure.")
+    ] = Path("outputs/bench"),
+) -> None:
+    """Measure PixArt-Sigma XL/2 with random weights in float32, and write the numbers as CSV and as a figure.
+
+    Each system computes in a process of its own, one at a time; seconds are medians of alternating repeats.
+
+    Example: pixart-nb bench denoise --size 256 --size 512 --peer
+    """
+    with one_line_errors():
+        from pixart_nb.core.benchmark import runs
+        from pixart_nb.core.benchmark.shapes import Shapes
+
+        if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
+            raise ValueError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
+        shapes = Shapes(steps=steps, depth=depth, words=words, text_layers=text_layers, ratio=ratio)
+        sizes = [
+            replace(shapes, size=side) for side in size or [256]
+        ]  # all are checked before the first is run
+        if what is Benchmark.table:
+            parts = [runs.table(shapes, [s.size for s in sizes], training_size or [], repeats)]
+        else:
+            parts = (measured(what, each, repeats, peer) for each in sizes)
+        rows, paths = [], []
+        for part in parts:  # what is measured is told and kept, whatever becomes of the next size
+            rows += part
+            typer.echo("\n".join(map(str, part)))
+            paths = written(rows, output, what.value)
+        for path in paths:
+            typer.echo(path)
+
+
+def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
+    """The rows of one benchmark at one size."""
+    from pixart_nb.core.benchmark import runs
+
+    if what is Benchmark.denoise:
+        return runs.denoise(shapes, repeats, peer)
+    if what is Benchmark.block:
+        return runs.block(shapes, max(1, repeats))
+    if what is Benchmark.pipeline:
+        return runs.pipeline(shapes)
+    if what is Benchmark.plan:
+        from pixart_nb.core.benchmark.planned import compared
+
+        return compared(shapes, max(1, repeats))
+    if what is Benchmark.train:
+        return runs.train(shapes, max(1, repeats), peer)
+    if what in (Benchmark.decode, Benchmark.decode_tiled):
+        return runs.decode(shapes, max(1, repeats), peer, what is Benchmark.decode_tiled)
+    apart = what is Benchmark.picture  # of T5 there should be room for as many layers as possible
+    return runs.compare(what.value, shapes, max(1, repeats), peer, apart)
+
+
+def written(rows: list, folder: Path, name: str) -> list[Path]:
+    """Write ``name.csv`` and, where there are seconds to draw, ``name.png``."""
+    from pixart_nb.core.benchmark.runs import write_csv
+    from pixart_nb.viz.benchmark import SECONDS, benchmark_figure
+    from pixart_nb.viz.figures import save_figure
+
+    paths = [write_csv(folder / f"{name}.csv", rows)]
+    if any(row.measure in SECONDS for row in rows):
+        save_figure(benchmark_figure(rows), folder / f"{name}.png")
+        paths.append(folder / f"{name}.png")
+    return paths

@@ -1,0 +1,1 @@
+"""The inference path of each device: the numbers of ``models`` with fewer operations."""

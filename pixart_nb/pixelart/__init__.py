@@ -1,0 +1,1 @@
+"""The drawn world: scenes, captions, their evaluator, and the training of the bundled model."""

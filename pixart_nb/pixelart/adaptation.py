@@ -1,0 +1,165 @@
+"""A short training that lets a model get used to compressed keys and values (PixArt-Sigma, section 4.1), on sprites."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.cost import with_compression
+from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.hooks.recorder import model_mark
+from pixart_nb.core.io import read_json, write_json
+from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.training.loss import add_noise, loss_terms
+from pixart_nb.core.training.trainer import Trainer, TrainerOptions
+from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, draw_scenes, generator
+from pixart_nb.pixelart.sprites import Scene, split_scenes
+from pixart_nb.pixelart.train_text_encoder import CAPTION_TOKENS
+
+#: Pictures that are encoded at once.
+ENCODED = 32
+#: The stream of random numbers that held-out batches are made of.
+HELD_OUT = 1
+
+
+class CompressionAdaptation:
+    """A copy of a pipeline whose transformer compresses, and its training, which can be stopped and resumed.
+
+    The copy starts with the pipeline's weights; a ``conv`` starts as the average of each cell, its norm as ones.
+
+    Args:
+        pipe: of the embedded model, or one that draws 128 x 128 sprites; it is not changed.
+        layers, ratio, operator: what is compressed.
+        folder: where the state of the training lies.
+        steps: of the whole training; ``train`` goes to a step of it.
+        pictures: drawn pictures of scenes to train on, of those that the embedded model was trained with.
+        batch, learning_rate: of a step; the rate rises over the first tenth of the steps, then stays.
+        compile: the step as one graph. Worth its minute only for more than a few dozen steps.
+        like: another adaptation, whose pictures are trained on instead of drawing and encoding them again.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        layers: Sequence[int],
+        ratio: int,
+        operator: str,
+        folder: str | Path,
+        steps: int,
+        pictures: int = 512,
+        batch: int = 16,
+        learning_rate: float = 3e-4,
+        seed: int = 0,
+        compile: bool = True,
+        like: CompressionAdaptation | None = None,
+    ):
+        self.pipe, self.net = copy.copy(pipe), compressed_copy(pipe.transformer, layers, ratio, operator)
+        self.pipe.transformer = self.net
+        if like is None:
+            self.batch = self._batches(split_scenes()[0], pictures, batch, seed)
+            self.held_out = self._batches(split_scenes()[1], batch * 2, batch * 2, (seed, HELD_OUT))
+        else:
+            self.batch, self.held_out = like.batch, like.held_out
+        options = TrainerOptions(
+            steps=steps,
+            start_learning_rate=learning_rate,
+            warmup_steps=max(1, steps // 10),
+            ema_rate=None,
+            save_every=max(1, steps),
+            log_every=1,
+            compile=compile,
+        )
+        parameters = {n: p for n, p in self.net.parameters_and_names() if n != "y_embedder.y_embedding"}
+        identity = {"layers": [int(layer) for layer in layers], "ratio": ratio, "operator": operator}
+        identity |= {"steps": steps, "pictures": pictures, "batch": batch, "learning_rate": learning_rate}
+        identity |= {"seed": seed, "weights": model_mark(pipe.transformer)["weights"]}
+        self.trainer = Trainer(
+            self._loss(), parameters, self.batch, options, folder, names=("mse", "vb"), identity=identity
+        )
+
+    def train(self, until: int) -> list[dict[str, float]]:
+        """Train up to a step; the rows of the log that this added."""
+        return list(self.trainer.steps(until))
+
+    def measured(
+        self, points: Sequence[int], measures: Mapping[str, Callable[[], float]]
+    ) -> dict[str, dict[int, float]]:
+        """Train to each of the steps ``points`` and measure there: by name and step. In the end it stands at the last.
+
+        What was measured is kept in the folder, so a training that is over, or that was stopped, has its whole curve.
+        Raises ValueError for a step that was passed without being measured.
+        """
+        path = self.trainer.folder / "measured.json"
+        known = read_json(path) if path.is_file() else {}
+        for point in sorted(points):
+            found = known.setdefault(str(point), {})
+            if missing := set(measures) - set(found):
+                self.train(point)
+                if self.trainer.step != point:
+                    raise ValueError(
+                        f"the training in {path.parent} stands at step {self.trainer.step}, and {sorted(missing)} was "
+                        f"not measured at step {point}; take another folder"
+                    )
+                found |= {name: float(measures[name]()) for name in missing}
+                write_json(path, known)
+        self.train(max(points))
+        return {name: {int(point): known[str(point)][name] for point in points} for name in measures}
+
+    def held_out_error(self, net: PixArt, batches: int = 2) -> float:
+        """Mean squared error of the predicted noise on pictures of scenes never trained on, the same for every net."""
+        errors = []
+        for number in range(batches):
+            tensors = [ms.Tensor(array) for array in self.held_out(number)]
+            start, noise, table, timesteps, embeddings, mask = tensors
+            noised = add_noise(start, noise, table)
+            mse, _ = loss_terms(net(noised, timesteps, embeddings, mask), start, noised, noise, table)
+            errors.append(float(mse.mean().asnumpy()))
+        return float(np.mean(errors))
+
+    def _loss(self):
+        side = self.net.config.input_size
+        positions, net = self.net.positions(side, side), self.net
+
+        def loss(latents, noise, table, timesteps, embeddings, mask):
+            noised = add_noise(latents, noise, table)
+            output = net.forward(noised, timesteps, embeddings, mask, positions)
+            mse, vb = loss_terms(output, latents, noised, noise, table)
+            return (mse + vb).mean(), mse.mean(), vb.mean()
+
+        return loss
+
+    def _batches(self, scenes: Sequence[Scene], pictures: int, size: int, seed: Any):
+        """Batches of the loss on drawn pictures with captions of one padded length."""
+        rng, pipe = np.random.default_rng(seed), self.pipe
+        numbers = rng.permutation(np.resize(np.arange(len(scenes)), max(pictures, len(scenes))))[:pictures]
+        side = 8 * self.net.config.input_size
+        latents = []
+        for part in np.array_split(numbers, -(-pictures // ENCODED)):
+            drawn = to_signed(draw_scenes([scenes[k] for k in part], rng, side, side))
+            latents.append(pipe.vae.encode(ms.Tensor(drawn))[0].mean.asnumpy())
+        scaled = np.concatenate(latents) * np.float32(pipe.vae.config.scaling_factor)
+        first = int(generator(*np.atleast_1d(seed)).integers(2**31))
+        pool = caption_pool(scenes, numbers, pipe.tokenizer.tokenize, (CAPTION_TOKENS,), 1, first)
+        empty = pipe.tokenizer.tokenize([""], CAPTION_TOKENS)
+
+        def embed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            return pipe.text_encoder(ids, mask).asnumpy()
+
+        return diffusion_batches(scaled, pool, embed, empty, size, 0.1, first)
+
+
+def compressed_copy(net: PixArt, layers: Sequence[int], ratio: int, operator: str) -> PixArt:
+    """A transformer with the weights of ``net``, float32, whose layers compress; what is new starts as the average."""
+    found = PixArt(with_compression(net.config, layers, ratio, operator))
+    weights = dict(net.parameters_and_names())
+    for name, parameter in found.parameters_and_names():
+        if name in weights:
+            parameter.set_data(ms.Tensor(weights[name].astype(ms.float32).asnumpy().copy()))
+        elif name.endswith("norm.weight"):
+            parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
+    return found

@@ -1,0 +1,128 @@
+"""Second part of the embedded model: a tokenizer and a small T5 encoder that learn what the captions say."""
+
+from __future__ import annotations
+
+import io
+import string
+from pathlib import Path
+
+from mindspore import nn, ops
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.io import write_json, written_beside
+from pixart_nb.core.models.layers import Linear, normal
+from pixart_nb.core.models.t5 import T5Config, T5Encoder
+from pixart_nb.core.training.trainer import Trainer, TrainerOptions
+from pixart_nb.pixelart.batches import Tokenize, caption_batches, generator
+from pixart_nb.pixelart.captions import caption
+from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, Scene
+
+PIECES = 256
+EXTRA_IDS = 100
+CAPTION_TOKENS = 52
+CONFIG = T5Config(vocab_size=PIECES + EXTRA_IDS, d_model=128, d_kv=32, d_ff=256, num_heads=4, num_layers=2)
+OPTIONS = TrainerOptions(
+    steps=400,
+    start_learning_rate=2e-3,
+    warmup_steps=50,
+    schedule="cosine",
+    betas=(0.9, 0.95),
+    ema_rate=0.99,
+    save_every=100,
+    log_every=10,
+    compile=False,
+)
+BATCH = 64
+
+
+def train_tokenizer(scenes: list[Scene], folder: Path, seed: int = 0) -> Path:
+    """Learn a unigram vocabulary from captions and write ``spiece.model`` in T5's layout; returns ``folder``.
+
+    Pad is 0, end of text 1, unknown 2, as in T5. Every printable ASCII character is a piece of its own, so that
+    English words which no caption has are still spelled out.
+    """
+    import sentencepiece  # here, since only this training needs it
+
+    if (folder / "spiece.model").is_file():
+        return folder
+    rng = generator(seed, 3)
+    captions = [caption(scenes[i], rng) for i in rng.integers(0, len(scenes), 20_000)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_writer=model,
+        vocab_size=PIECES,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,
+    )
+    settings = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        settings | {"extra_ids": EXTRA_IDS, "model_max_length": 300, "legacy": True},
+    )
+    with written_beside(folder / "spiece.model") as temporary:
+        temporary.write_bytes(model.getvalue())
+    return folder
+
+
+class CaptionReader(nn.Cell):
+    """What the encoder is trained through: heads that read object, colour and setting, and each token's identity."""
+
+    def __init__(self, encoder: T5Encoder):
+        super().__init__()
+        size = encoder.config.d_model
+        self.encoder = encoder
+        self.heads = nn.CellList([Linear(size, len(names)) for names in (OBJECTS, COLOURS, SETTINGS)])
+        self.words = Linear(size, encoder.config.vocab_size)
+
+    def construct(self, ids, mask, buckets):
+        """Logits of the three attributes from the mean over tokens, and of every token's own id."""
+        embedded = self.encoder.forward(ids, mask, buckets)
+        weight = mask.astype(ms.float32).expand_dims(-1)
+        pooled = (embedded * weight).sum(1) / weight.sum(1)
+        return [head(pooled) for head in self.heads], self.words(embedded)
+
+
+def train_text_encoder(scenes: list[Scene], tokenize: Tokenize, work: Path, seed: int = 0) -> T5Encoder:
+    """Train (or finish, or just load) the text encoder in ``work``; returns it with its EMA weights."""
+    encoder = T5Encoder(CONFIG)
+    rng = generator(seed, 4)
+    encoder.initialise(rng)
+    reader = CaptionReader(encoder)
+    for head in [*reader.heads, reader.words]:
+        head.weight.set_data(ms.Tensor(normal(rng, tuple(head.weight.shape))))
+    parameters = dict(reader.parameters_and_names())
+    batches = caption_batches(scenes, tokenize, BATCH, CAPTION_TOKENS, seed)
+    trainer = Trainer(_loss(reader), parameters, batches, OPTIONS, work, names=("attributes", "words"))
+    trainer.run()
+    for parameter, average in zip(parameters.values(), trainer.ema.averages, strict=True):
+        parameter.set_data(ms.Tensor(average))
+    return encoder
+
+
+def _loss(reader: CaptionReader):
+    buckets = reader.encoder.buckets(CAPTION_TOKENS)
+
+    def loss(ids: ms.Tensor, mask: ms.Tensor, attributes: ms.Tensor):
+        logits, words = reader(ids, mask, buckets)
+        told = [ops.cross_entropy(part, attributes[:, i]) for i, part in enumerate(logits)]
+        attribute_loss = told[0] + told[1] + told[2]
+        weight = mask.astype(ms.float32).reshape(-1)
+        each = ops.cross_entropy(words.reshape(-1, words.shape[-1]), ids.reshape(-1), reduction="none")
+        word_loss = (each * weight).sum() / weight.sum()
+        return attribute_loss + word_loss, attribute_loss, word_loss
+
+    return loss

@@ -1,0 +1,153 @@
+"""The embedded model, from nothing: autoencoder, text encoder, transformer, and the folder that holds them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints import components
+from pixart_nb.core.io import load_tensors, written_beside
+from pixart_nb.core.models.t5 import T5Encoder
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.schedulers import DPMSolverMultistepScheduler
+from pixart_nb.core.sampling.text import TextTokenizer
+from pixart_nb.core.training import loss as diffusion
+from pixart_nb.core.training.trainer import Trainer, TrainerOptions
+from pixart_nb.pixelart.batches import cached_latents, caption_pool, diffusion_batches, generator
+from pixart_nb.pixelart.sprites import Scene, split_scenes
+from pixart_nb.pixelart.train_autoencoder import train_autoencoder
+from pixart_nb.pixelart.train_text_encoder import CAPTION_TOKENS, train_text_encoder, train_tokenizer
+
+CONFIG = PixArtConfig(
+    hidden_size=192,
+    num_heads=6,
+    depth=6,
+    caption_channels=128,
+    input_size=16,
+    pe_interpolation=1.0,
+    model_max_length=300,
+)
+#: AdamW with these betas and a high rate that falls to zero; the cross-attention's output starts at random.
+OPTIONS = TrainerOptions(
+    steps=5000,
+    start_learning_rate=1.2e-3,
+    warmup_steps=200,
+    schedule="cosine",
+    betas=(0.9, 0.95),
+    ema_rate=0.998,
+    save_every=250,
+    log_every=10,
+)
+#: Folder in the work folder, and options, of every stage; each starts from the averages of the one before.
+STAGES = {
+    "transformer": OPTIONS,
+    "transformer-2": replace(OPTIONS, steps=6000, start_learning_rate=8e-4, warmup_steps=100),
+    "transformer-3": replace(OPTIONS, steps=5000, start_learning_rate=6e-4, warmup_steps=100),
+}
+BATCH = 32
+PICTURES = 8 * 2160
+CAPTION_DROP = 0.1
+#: Captions are padded to one of these, so that few graphs are compiled and little padding is computed.
+CAPTION_LENGTHS = (14, 24, CAPTION_TOKENS)
+CAPTIONS_PER_PICTURE = 2
+
+
+def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
+    """Train the embedded model and write it to ``folder`` as a diffusers pipeline.
+
+    Everything in between lies in ``work``: run it again after an interruption and it goes on from there. Scenes held
+    out by ``split_scenes`` are never shown.
+    """
+    folder, work = Path(folder), Path(work)
+    scenes = split_scenes()[0]
+    vae = train_autoencoder(scenes, work / "vae", seed)
+    tokenizer = TextTokenizer(train_tokenizer(scenes, work / "tokenizer", seed))
+    encoder = train_text_encoder(scenes, tokenizer.tokenize, work / "text_encoder", seed)
+    transformer = train_transformer(scenes, vae, tokenizer, encoder, work, seed)
+    write_pipeline(folder, work, vae, encoder, transformer)
+    return folder
+
+
+def train_transformer(
+    scenes: list[Scene],
+    vae: AutoencoderKL,
+    tokenizer: TextTokenizer,
+    encoder: T5Encoder,
+    work: Path,
+    seed: int = 0,
+) -> PixArt:
+    """Train (or finish, or just load) the transformer in ``work``; returns it with its EMA weights."""
+    means, numbers = cached_latents(
+        lambda pictures: vae.encode(ms.Tensor(pictures))[0].mean.asnumpy(),
+        scenes,
+        work / "latents",
+        PICTURES,
+        seed,
+    )
+    net = PixArt(CONFIG)
+    net.initialise(generator(seed, 5), zero_cross_attention=False)
+    # y_embedding is the empty caption's embedding, as in the official code; it is set, not trained
+    parameters = {name: p for name, p in net.parameters_and_names() if name != "y_embedder.y_embedding"}
+    latents = means * np.float32(vae.config.scaling_factor)
+    pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_PICTURE, seed)
+    empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
+    for number, (name, options) in enumerate(STAGES.items()):
+        batches = diffusion_batches(
+            latents,
+            pool,
+            lambda ids, mask: encoder(ids, mask).asnumpy(),
+            empty,
+            BATCH,
+            CAPTION_DROP,
+            seed + number,
+        )
+        trainer = Trainer(_loss(net), parameters, batches, options, work / name, names=("mse", "vb"))
+        trainer.run()
+        load_averages(net, trainer.checkpoints()[-1])
+    return net
+
+
+def load_averages(net: PixArt, checkpoint: Path) -> None:
+    """Give ``net`` the EMA weights of a training checkpoint."""
+    averages = load_tensors(checkpoint, keep=lambda name: name.startswith("ema/"))
+    for name, parameter in net.parameters_and_names():
+        if f"ema/{name}" in averages:
+            parameter.set_data(ms.Tensor(averages[f"ema/{name}"]))
+
+
+def _loss(net: PixArt):
+    positions = net.positions(CONFIG.input_size, CONFIG.input_size)
+
+    def loss(latents, noise, table, timesteps, embeddings, mask):
+        x_t = diffusion.add_noise(latents, noise, table)
+        output = net.forward(x_t, timesteps, embeddings, mask, positions)
+        mse, vb = diffusion.loss_terms(output, latents, x_t, noise, table)
+        return (mse + vb).mean(), mse.mean(), vb.mean()
+
+    return loss
+
+
+def write_pipeline(
+    folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt
+) -> None:
+    """Write the four parts (float16 weights), the tokenizer, the scheduler and the training curves."""
+    components.write_vae(folder / "vae", vae, np.float16)
+    components.write_text_encoder(folder / "text_encoder", encoder, np.float16)
+    components.write_transformer(folder / "transformer", transformer, np.float16)
+    for name in ("spiece.model", "tokenizer_config.json"):
+        _copy(work / "tokenizer" / name, folder / "tokenizer" / name)
+    for part in ("vae", "text_encoder", *STAGES):
+        _copy(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
+    components.write_index(folder, DPMSolverMultistepScheduler())
+    tqdm.write(f"wrote {folder}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with written_beside(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -1,0 +1,307 @@
+"""Commands explain themselves, refuse what they cannot use in one line, and write what they say."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pixart_nb.cli import app, commands
+from pixart_nb.core import backend
+from pixart_nb.core.sampling import generate as sample
+from pixart_nb.pixelart.captions import named_scenes, short_caption
+from pixart_nb.pixelart.evaluation import agreement, evaluate_model, held_out_scenes, psnr, reconstruct
+from pixart_nb.pixelart.sprites import UNSEEN_OBJECTS, Scene, all_scenes, draw, split_scenes
+
+CONFIG = "configs/inference/tiny.yaml"
+SCENES = {short_caption(scene): scene for scene in all_scenes()}
+
+
+class Painter:
+    """Called as a pipeline is; draws what the prompts say, or always the same scene."""
+
+    def __init__(self, always=None):
+        self.always, self.calls = always, []
+
+    def __call__(self, prompts, *, generator, height, width, callback=None, **call):
+        self.calls.append({"prompts": prompts, "height": height, "width": width, **call})
+        for step in range(call["num_inference_steps"] if callback else 0):
+            callback(step, 0, None)
+        scenes = [self.always or SCENES[prompt] for prompt in prompts]
+        drawn = [draw(scene, rng, height, width) for scene, rng in zip(scenes, generator, strict=True)]
+        return (np.stack(drawn) / 255.0,)
+
+
+@pytest.fixture
+def painter(monkeypatch):
+    painter = Painter()
+    monkeypatch.setattr(commands, "load_pipeline", lambda model, dtype: painter)
+    monkeypatch.setattr(sample, "load_pipeline", lambda config: painter)
+    return painter
+
+
+@pytest.fixture
+def run(monkeypatch, project):
+    monkeypatch.chdir(project)
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--help"], ["sample", "--help"], ["convert", "--help"], ["evaluate", "--help"], ["tiny", "--help"]],
+)
+def test_help_explains_every_option(run, words):
+    result = run(*words)
+    assert "Traceback" not in result.output
+    assert "--help" in result.output
+    for option in [] if len(words) < 2 else app_options(words[0]):
+        assert option.help, f"{words[0]} {option.name} has no help"
+
+
+def app_options(name):
+    from typer.main import get_command
+
+    return [option for option in get_command(app).commands[name].params if option.name != "help"]
+
+
+def test_help_loads_no_mindspore():
+    check = "import sys, pixart_nb.cli; print('mindspore' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip()
+        == "False"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sample", "-c", "none.yaml"], "none.yaml: cannot be read"),
+        (["sample", "-c", CONFIG, "--image_height", "0"], "command line: image_height: given 0 (int)"),
+        (["sample", "-c", CONFIG, "--prompt", ""], "prompt.0: given '' (str)"),
+        (["sample", "-c", CONFIG, "--model", "/no/such/model"], "/no/such/model"),
+        (["evaluate", "--count", "241"], "count must be between 1 and 240, got 241"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, words, message):
+    result = run(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("pixart-nb: ")]
+    assert len(errors) == 1
+    assert result.stderr.splitlines()[-1] == errors[0]
+
+
+def test_an_error_of_another_kind_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(sample, "load_pipeline", lambda config: 1 / 0)
+    assert isinstance(run("sample", "-c", CONFIG).exception, ZeroDivisionError)
+
+
+def test_sample_draws_the_prompts_of_the_configuration(run, painter, tmp_path):
+    result = run("sample", "-c", CONFIG, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "sample.json").read_text())
+    *paths, time = result.stdout.splitlines()
+    assert paths == [str(tmp_path / name) for name in written["files"]]
+    assert time.endswith(" s from the cold start of this command")
+    assert float(time.split()[0]) == pytest.approx(written["seconds_from_cold_start"], abs=1)
+    assert written["files"][0] == "000_a-red-mushroom-in-a-forest.png"
+    pictures = np.stack([np.asarray(Image.open(tmp_path / name)) for name in written["files"]])
+    assert agreement(pictures, written["prompt"])["all"] == 1.0
+
+
+def test_sample_options_replace_the_values_of_the_configuration(run, painter, tmp_path):
+    words = ["--prompt", "a blue cup at night", "--image_height", 64, "--image-width", 96]
+    words += ["--sampling_steps", 3, "--guidance_scale", 2, "--negative_prompt", "blur", "--seed", 5]
+    result = run("sample", "-c", CONFIG, *words, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    call = painter.calls[0]
+    assert (call["prompts"], call["height"], call["width"]) == (["a blue cup at night"], 64, 96)
+    assert (call["num_inference_steps"], call["guidance_scale"], call["negative_prompt"]) == (3, 2.0, "blur")
+    assert Image.open(tmp_path / "000_a-blue-cup-at-night.png").size == (96, 64)
+    assert json.loads((tmp_path / "sample.json").read_text())["seed"] == 5
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_the_batch(run, painter, tmp_path):
+    words = ["sample", "-c", CONFIG, "--prompt", "a blue cup at night", "--prompt", "a red cup at night"]
+    for folder, seed, batch in (("a", 1, 1), ("b", 1, 8), ("c", 2, 8)):
+        assert run(*words, "--seed", seed, "--batch_size", batch, "-o", tmp_path / folder).exit_code == 0
+    assert [len(call["prompts"]) for call in painter.calls] == [1, 1, 2, 2]
+    first, again, other = (
+        np.asarray(Image.open(tmp_path / folder / "001_a-red-cup-at-night.png")) for folder in "abc"
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_picture_is_repeated_from_itself(run, painter, tmp_path):
+    words = ["--ncols", 2, "--batch_size", 3, "--seed", 4, "-o", tmp_path / "first"]
+    assert run("sample", "-c", CONFIG, *words).exit_code == 0
+    picture = tmp_path / "first" / "003_a-blue-fish-in-the-snow_01.png"
+    assert run("sample", "--like", picture, "-o", tmp_path / "again").exit_code == 0
+    assert np.array_equal(
+        Image.open(tmp_path / "again" / "000_a-blue-fish-in-the-snow.png"), Image.open(picture)
+    )
+    changed = run("sample", "--like", picture, "--sampling_steps", 7, "-o", tmp_path / "changed")
+    assert changed.exit_code == 0
+    assert painter.calls[-1]["num_inference_steps"] == 7
+
+
+def test_a_picture_of_another_program_cannot_be_repeated(run, painter, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    result = run("sample", "--like", tmp_path / "other.png")
+    assert result.exit_code == 2
+    assert "other.png" in result.stderr
+
+
+def test_a_grid_holds_all_the_pictures_of_a_prompt(run, painter, tmp_path):
+    words = ["--prompt", "a red cup at night", "--imagegrid", "--nrows", 2, "--ncols", 3, "--batch_size", 4]
+    assert run("sample", "-c", CONFIG, *words, "-o", tmp_path).exit_code == 0
+    path = tmp_path / "000_a-red-cup-at-night.png"
+    assert Image.open(path).size == (3 * 128, 2 * 128)
+    assert json.loads((tmp_path / "sample.json").read_text())["files"] == [path.name]
+    assert run("sample", "--like", path, "-o", tmp_path / "again").exit_code == 0
+    assert np.array_equal(Image.open(tmp_path / "again" / path.name), Image.open(path))
+
+
+def test_prompts_are_read_from_a_file(run, painter, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cup at night\n\n  a blue cup at night \n")
+    assert (
+        run("sample", "-c", CONFIG, "--prompt_path", tmp_path / "prompts.txt", "-o", tmp_path).exit_code == 0
+    )
+    assert painter.calls[0]["prompts"] == ["a red cup at night", "a blue cup at night"]
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, message in (("empty.txt", "holds no prompt"), ("none.txt", "cannot be read")):
+        result = run("sample", "-c", CONFIG, "--prompt_path", tmp_path / name)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+def test_workers_share_the_prompts_and_draw_what_one_would(run, painter, tmp_path, monkeypatch):
+    assert run("sample", "-c", CONFIG, "-o", tmp_path / "one").exit_code == 0
+    files = json.loads((tmp_path / "one" / "sample.json").read_text())["files"]
+    for rank in range(3):
+        monkeypatch.setattr(backend, "join_workers", lambda rank=rank: (rank, 3))
+        result = run("sample", "-c", CONFIG, "--use_parallel", "True", "-o", tmp_path / "three")
+        assert result.stdout.split()[: len(files[rank::3])] == [
+            str(tmp_path / "three" / f) for f in files[rank::3]
+        ]
+    assert json.loads((tmp_path / "three" / "sample.json").read_text())["files"] == files
+    for name in files:
+        assert np.array_equal(Image.open(tmp_path / "one" / name), Image.open(tmp_path / "three" / name))
+
+
+def test_parallel_sampling_outside_of_msrun_says_so(run, painter):
+    result = run("sample", "-c", CONFIG, "--use_parallel", "True")
+    assert result.exit_code == 2
+    assert "msrun did not start this process" in result.stderr
+
+
+def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
+    words = ["--count", 10, "--steps", 4, "--guidance", 3, "--batch-size", 4, "-o", tmp_path]
+    result = run("evaluate", *words)
+    assert result.exit_code == 0, result.output
+    assert [len(call["prompts"]) for call in painter.calls] == [4, 4, 2]
+    assert "object     100.0%" in result.stdout
+    assert "10 held-out scenes" in result.stdout
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "all": 1.0}
+    assert (report["count"], report["steps"], report["guidance"]) == (10, 4, 3.0)
+    assert Image.open(tmp_path / "pictures.png").size == (10 * 128, 128)
+
+
+def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
+    prompts = ["a red cup at night", "a blue fish in the snow"]
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([{"path": f"{k}.png", "prompt": p} for k, p in enumerate(prompts)]))
+    result = run("evaluate", "--labels", labels, "--steps", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert painter.calls[0]["prompts"] == prompts
+    assert f"2 captions of {labels}" in result.stdout and "all        100.0%" in result.stdout
+    labels.write_text(
+        json.dumps([{"path": "a.png", "prompt": "a cathedral"}, {"path": "b.png", "prompt": ""}])
+    )
+    result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "entry 1: prompt is empty" in result.stderr
+    labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}]))
+    result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "'a cathedral' names no scene" in result.stderr
+
+
+def test_scenes_are_read_back_from_their_captions():
+    scenes = [*all_scenes(), *(Scene(name, "red", "snow") for name in UNSEEN_OBJECTS)]
+    assert named_scenes(map(short_caption, scenes)) == scenes
+
+
+def test_wrong_pictures_are_counted_as_wrong():
+    scenes = [scene for scene in all_scenes() if scene.setting == "snow" and scene.colour == "red"][:4]
+    report = evaluate_model(Painter(always=scenes[0]), scenes, steps=1)
+    assert report["accuracy"] == {"object": 0.25, "colour": 1.0, "setting": 1.0, "all": 0.25}
+    assert report["object_accuracy"][scenes[0].object] == 1.0
+    assert report["object_accuracy"][scenes[1].object] == 0.0
+    assert report["pictures"].shape == (4, 128, 128, 3)
+
+
+def test_agreement_leaves_out_prompts_that_it_cannot_judge():
+    picture = draw(SCENES["a red cup at night"], np.random.default_rng(0))
+    assert agreement(np.stack([picture, picture]), ["a red cup at night", "a cathedral"])["all"] == 1.0
+    assert agreement(picture[None], ["a cathedral"]) == {}
+    with pytest.raises(ValueError, match="as many prompts as pictures, got 1 for 2"):
+        agreement(np.stack([picture, picture]), ["a cathedral"])
+
+
+def test_held_out_scenes_are_never_trained_on_and_spread_over_the_objects():
+    trained = set(split_scenes()[0])
+    scenes = held_out_scenes(30)
+    assert len(set(scenes)) == 30
+    assert not trained.intersection(scenes)
+    assert len({scene.object for scene in scenes}) >= 20
+    assert held_out_scenes(240) == split_scenes()[1]
+
+
+def test_psnr_is_that_of_the_mean_square_error():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert psnr(black, black) == float("inf")
+    assert psnr(black, black + 255) == 0.0
+    assert psnr(black, black + 16) == pytest.approx(24.048, abs=1e-3)
+
+
+def test_a_contact_sheet_keeps_the_order_of_its_pictures():
+    pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 2, 3, 3), np.uint8)
+    sheet = sample.contact_sheet(pictures, columns=3)
+    assert sheet.shape == (4, 9, 3)
+    assert sheet[::2, ::3, 0].tolist() == [[0, 1, 2], [3, 4, 255]]
+
+
+class HalvingAutoencoder:
+    """Keeps every pixel but halves its distance from mid grey; nothing is random."""
+
+    def encode(self, pixels):
+        self.seen = (float(pixels.min()), float(pixels.max()))
+        return (SimpleNamespace(mode=lambda: pixels * 0.5),)
+
+    def decode(self, latents):
+        return (latents,)
+
+
+def test_reconstruction_is_measured_in_the_autoencoders_own_range():
+    vae, pictures = HalvingAutoencoder(), np.zeros((1, 4, 4, 3), np.uint8)
+    pictures[0, 0, 0] = 255
+    rebuilt = reconstruct(vae, pictures)
+    assert vae.seen == (-1.0, 1.0)
+    assert (rebuilt.dtype, rebuilt.shape) == (np.uint8, pictures.shape)
+    assert rebuilt[0, 0, 0].tolist() == [191, 191, 191]
+    assert rebuilt[0, 1, 1].tolist() == [64, 64, 64]
+
+
+def test_evaluate_measures_the_autoencoder_when_asked(run, painter, tmp_path):
+    painter.vae = HalvingAutoencoder()
+    result = run("evaluate", "--count", 2, "--vae", "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    decibels = json.loads((tmp_path / "evaluation.json").read_text())["reconstruction_psnr"]
+    assert 5 < decibels < 20
+    assert f"autoencoder: {decibels:.2f} dB" in result.stdout

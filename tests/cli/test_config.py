@@ -1,0 +1,203 @@
+"""Configuration files are validated, and errors say what was given and what was expected."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pixart_nb import config
+from pixart_nb.config import (
+    ConfigError,
+    InferenceConfig,
+    check_config,
+    load_config,
+    override,
+    project_folder,
+    read_yaml,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MINIMAL = {"model": "m", "image_height": 64, "image_width": 96, "prompt": ["a red cup at night"]}
+TRAINED = "data/tiny-sigma/"
+MOST_BYTES = 1024 * 1024
+
+
+def ids(paths):
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def write(folder, values):
+    path = folder / "some.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def project_files():
+    """Files of the project that a person or a program wrote on purpose, without what is made by running it."""
+    made = re.compile(
+        r"\.venv|\.git|outputs|__pycache__|\.ipynb_checkpoints|\..*_cache|\.hypothesis|.*\.egg-info"
+    )
+    for path in ROOT.rglob("*"):
+        if path.is_file() and not any(made.fullmatch(part) for part in path.relative_to(ROOT).parts):
+            yield path
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "inference").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_inference_configurations_are_valid(path):
+    assert isinstance(load_config(path), InferenceConfig)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids(CONFIGS))
+def test_every_configuration_opens_with_its_command_and_what_to_expect(path):
+    opening = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    assert path.read_text().startswith("# ")
+    assert str(path.relative_to(ROOT)) in opening
+    assert "Expect" in opening
+    assert "easured" in opening
+
+
+def test_defaults_are_those_of_the_published_pipeline():
+    config = check_config(MINIMAL)
+    assert (config.sampling_steps, config.guidance_scale, config.negative_prompt) == (20, 4.5, "")
+    assert (config.sampling_method, config.dtype, config.seed) == ("dpm++", "fp32", 0)
+
+
+def test_an_unknown_key_names_the_nearest_known_one(tmp_path):
+    path = write(tmp_path, MINIMAL | {"sampling_step": 3})
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: unknown key 'sampling_step'; did you mean 'sampling_steps'?"
+
+
+def test_a_key_like_no_other_gets_the_list_of_known_ones():
+    with pytest.raises(ConfigError, match="unknown key 'zzz'; known keys: model, checkpoint, "):
+        check_config(MINIMAL | {"zzz": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sampling_steps", "20", "sampling_steps: given '20' (str); expected a valid integer"),
+        ("sampling_steps", True, "sampling_steps: given True (bool); expected a valid integer"),
+        ("sampling_steps", 0, "sampling_steps: given 0 (int); expected greater than or equal to 1"),
+        ("image_height", 0, "image_height: given 0 (int); expected greater than 0"),
+        ("image_width", -16, "image_width: given -16 (int); expected greater than 0"),
+        ("image_width", 64.0, "image_width: given 64.0 (float); expected a valid integer"),
+        ("guidance_scale", 0.5, "guidance_scale: given 0.5 (float); expected greater than or equal to 1"),
+        ("guidance_scale", float("nan"), "guidance_scale: given nan (float); expected a finite number"),
+        ("dtype", "fp8", "dtype: given 'fp8' (str); expected 'fp32', 'fp16' or 'bf16'"),
+        ("t5_max_length", 77, "t5_max_length: given 77 (int); expected 120 or 300"),
+        ("prompt", "a cup", "prompt: given 'a cup' (str); expected a valid list"),
+        ("prompt", ["a cup", 3], "prompt.1: given 3 (int); expected a valid string"),
+        ("seed", -1, "seed: given -1 (int); expected greater than or equal to 0"),
+        ("negative_prompt", None, "negative_prompt: given nothing; expected a valid string"),
+    ],
+)
+def test_a_wrong_value_says_the_key_what_was_given_and_what_was_expected(key, value, message):
+    with pytest.raises(ConfigError) as caught:
+        check_config(MINIMAL | {key: value}, source="some.yaml")
+    assert str(caught.value) == f"some.yaml: {message}"
+
+
+def test_empty_prompts_are_refused():
+    with pytest.raises(ConfigError, match=r"prompt\.0: given ''"):
+        check_config(MINIMAL | {"prompt": [""]})
+
+
+def test_all_problems_are_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        check_config({"model": "m", "image_height": -3, "prompt": ["a"], "colour": 1})
+    assert all(
+        part in str(caught.value) for part in ("'colour'", "'image_width' is missing", "greater than 0")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": ""}, "expected model, or all of checkpoint, vae_root, text_encoder_root, tokenizer_root"),
+        (
+            {"model": "", "checkpoint": "a.pth", "vae_root": "vae"},
+            "not given: text_encoder_root, tokenizer_root",
+        ),
+        ({"prompt_path": "prompts.txt"}, "either prompt"),
+        ({"prompt": []}, "either prompt"),
+        ({"kv_compress": True}, "at least one layer in kv_compress_layer"),
+        ({"use_resolution_binning": False, "image_height": 100}, "are 100 and 96; expected multiples of 16"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(MINIMAL | change)
+
+
+def test_a_whole_number_serves_as_a_scale():
+    assert check_config(MINIMAL | {"guidance_scale": 5}).guidance_scale == 5.0
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "is not YAML"),
+        ("", "holds nothing"),
+        ("- a", "expected lines of the form"),
+        ("\xff\x00", "is not YAML"),
+    ],
+)
+def test_a_file_that_holds_no_keys_is_refused(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(path)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="kind 'inferense' is not known"):
+        check_config(MINIMAL, "inferense")
+
+
+def test_override_replaces_what_is_given_and_checks_it():
+    config = check_config(MINIMAL)
+    changed = override(config, seed=7, dtype=None)
+    assert changed == check_config(MINIMAL | {"seed": 7})
+    assert config.seed == 0
+    with pytest.raises(ConfigError, match="command line: image_height: given 0"):
+        override(config, image_height=0)
+
+
+def test_the_project_folder_is_found_from_below(tmp_path):
+    below = tmp_path / "a" / "b"
+    below.mkdir(parents=True)
+    assert project_folder(below) == below
+    (tmp_path / "pyproject.toml").touch()
+    assert project_folder(below) == tmp_path
+
+
+def test_no_file_is_large_but_weights_and_fixtures():
+    allowed = (TRAINED, "tests/reference/")
+    large = [str(path.relative_to(ROOT)) for path in project_files() if path.stat().st_size > MOST_BYTES]
+    assert [name for name in large if not name.startswith(allowed)] == []
+
+
+def test_every_yaml_file_is_yaml():
+    for path in project_files():
+        if path.suffix in (".yaml", ".yml"):
+            assert yaml.safe_load(path.read_text(encoding="utf-8")), path
+
+
+def test_the_examples_in_the_docstrings_hold():
+    result = doctest.testmod(config)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,197 @@
+"""Checkpoints: read without PyTorch, matched by name and shape, written whole or not at all."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from reference_data import OFFICIAL, diffusers, official
+from safetensors.numpy import save_file
+
+from pixart_nb.core import PixArtConfig, load_transformer
+from pixart_nb.core.checkpoints import components
+from pixart_nb.core.checkpoints.files import read_tensors
+from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict
+from pixart_nb.core.io import (
+    CheckpointError,
+    load_tensors,
+    remove_temporaries,
+    save_tensors,
+    written_beside,
+    written_together,
+)
+
+
+def test_damaged_files_give_an_error_or_a_right_load_and_never_crash(tmp_path):
+    path, _, _ = official("sigma-256")
+    whole, original = path.read_bytes(), state_dict(read_torch(path))
+    rng = np.random.default_rng(0)
+    damaged = tmp_path / "damaged.pth"
+    errors = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        if rng.random() < 0.3:
+            content = content[: rng.integers(0, len(content))]
+        else:
+            for place in rng.integers(0, len(content), 3):
+                content[place] ^= int(rng.integers(1, 256))
+        damaged.write_bytes(content)
+        try:
+            read = state_dict(read_torch(damaged))
+        except CheckpointError:
+            errors += 1
+            continue
+        same = [name for name in read if name in original and np.array_equal(read[name], original[name])]
+        assert len(same) >= len(original) - 4
+    assert errors > 50
+
+
+def test_a_missing_checkpoint_is_named():
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_transformer("no/such.pth")
+
+
+def test_a_truncated_safetensors_file_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, {"w": np.zeros(100, np.float32)})
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors \(200 bytes\)"):
+        load_tensors(path)
+
+
+def test_a_checkpoint_of_another_size_contradicts_the_configuration():
+    path, config, _ = official("sigma-256")
+    with pytest.raises(CheckpointError, match="shows depth = 4, but the configuration says 28"):
+        load_transformer(path, PixArtConfig(**config | {"depth": 28}))
+    with pytest.raises(CheckpointError, match="shows hidden_size = 24"):
+        load_transformer(path, PixArtConfig(**config | {"hidden_size": 48}))
+
+
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_what_the_configuration_leaves_open_is_read_from_the_checkpoint(case):
+    path, config, _ = official(case)
+    told = {"num_heads": config["num_heads"]}
+    compression = config.get("kv_compress_config")
+    if compression and compression["sampling"] != "conv":
+        told["kv_compress_config"] = compression  # picking tokens leaves no trace in the weights
+    read = load_transformer(path, PixArtConfig(**told)).config
+    expected = PixArtConfig(**config)
+    assert read == replace(expected, class_name="PixArtMS")  # the class leaves no trace either
+
+
+def test_a_diffusers_folder_written_is_read_back_the_same(tmp_path):
+    folder, _, _ = diffusers("sigma")
+    net = load_transformer(folder / "transformer")
+    components.write_transformer(tmp_path, net)
+    again = load_transformer(tmp_path)
+    assert again.config == net.config
+    theirs = load_tensors(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    ours = load_tensors(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_index_that_points_outside_the_folder_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../secret.safetensors"}}')
+    with pytest.raises(CheckpointError, match="secret"):
+        read_tensors(tmp_path)
+
+
+def test_shards_are_joined_and_a_missing_one_is_named(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {"x": np.ones(2, np.float32)})
+    save_tensors(tmp_path / "b.safetensors", {"y": np.zeros(3, np.float32)})
+    (tmp_path / "m.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
+    )
+    assert {name: t.shape for name, t in read_tensors(tmp_path).items()} == {"x": (2,), "y": (3,)}
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks \['b.safetensors'\]"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"x": "/etc/passwd"}}', "/etc/passwd"),
+        ('{"weight_map": {"x": ".."}}', r"names \['..'\]; expected names of checkpoint files inside"),
+        ('{"weight_map": {"x": "m.safetensors.index.json"}}', "expected names of checkpoint files"),
+        ('{"weight_map": {"x": 3}}', "has no weight_map"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('["x"]', "holds a list; expected an object"),
+        ("[" * 100_000, "is not valid JSON"),
+        (
+            '{"weight_map": {"x": "a.safetensors", "z": "a.safetensors"}}',
+            "places z in a.safetensors, which does not",
+        ),
+    ],
+)
+def test_a_wrong_index_is_named(tmp_path, index, message):
+    save_tensors(tmp_path / "a.safetensors", {"x": np.ones(2, np.float32)})
+    (tmp_path / "m.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        read_tensors(tmp_path)
+
+
+def test_only_the_shards_that_are_wanted_are_opened(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", {"x": np.ones(2, np.float32)})
+    (tmp_path / "b.safetensors").write_text("damaged")
+    (tmp_path / "m.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
+    )
+    assert list(read_tensors(tmp_path, keep=lambda name: name == "x")) == ["x"]
+
+
+def test_files_that_belong_together_appear_together_or_not_at_all(tmp_path):
+    paths = [tmp_path / "new" / "deep" / "a.txt", tmp_path / "b.txt"]
+
+    def written(text):
+        with written_together(*paths) as temporaries:
+            for temporary in temporaries:
+                temporary.write_text(text)
+            if text == "bad":
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        written("bad")
+    assert os.listdir(tmp_path) == []
+    written("good")
+    with pytest.raises(OSError, match="full"):
+        written("bad")
+    assert [path.read_text() for path in paths] == ["good", "good"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "b.txt", "deep", "new"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def failing_write():
+        with written_beside(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        failing_write()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_killed_writers_left_is_removed_and_what_is_being_written_stays(tmp_path):
+    gone, here = 2**22 + 1, os.getpid()  # no system has as many processes as the first
+    (tmp_path / f".captions.{gone}.tmp").write_bytes(b"left")
+    (tmp_path / f".a.safetensors.{gone}.tmp").mkdir()
+    (tmp_path / f".a.safetensors.{gone}.tmp" / ".tmpAb12Cd").write_bytes(b"left by safetensors")
+    (tmp_path / f".b.safetensors.{here}.tmp").mkdir()
+    (tmp_path / ".keep.tmp").write_bytes(b"somebody else's")
+    remove_temporaries(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [f".b.safetensors.{here}.tmp", ".keep.tmp"]
+    remove_temporaries(tmp_path, alone=True)
+    assert os.listdir(tmp_path) == [".keep.tmp"]
+
+
+def test_all_that_a_writer_makes_of_its_own_is_in_its_temporary_folder(tmp_path):
+    with written_beside(tmp_path / "a.safetensors") as temporary:
+        save_file({"x": np.ones(3, np.float32)}, temporary)
+        (temporary.parent / ".tmpAb12Cd").write_bytes(b"as safetensors leaves when it is killed")
+        assert [path.name for path in tmp_path.iterdir()] == [f".a.safetensors.{os.getpid()}.tmp"]
+    assert os.listdir(tmp_path) == ["a.safetensors"]

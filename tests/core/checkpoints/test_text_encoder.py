@@ -1,0 +1,111 @@
+"""T5 in little memory: eight bits, streamed layers. The numbers stay what they were, or close and measured."""
+
+import json
+
+import numpy as np
+import pytest
+from reference_data import diffusers, relative_error
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.components import write_text_encoder
+from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder, T5EncoderModel, load_t5
+from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
+from pixart_nb.core.models.quantization import Int8Linear, quantize
+from pixart_nb.core.models.t5 import T5Config, T5Encoder
+
+PIPELINE, CALL, GOLDEN = diffusers("sigma")
+FOLDER = PIPELINE / "text_encoder"
+IDS, MASK = GOLDEN["input_ids"], GOLDEN["prompt_mask"].astype(bool)
+
+
+def bytes_of(net):
+    return sum(p.asnumpy().nbytes for p in net.get_parameters())
+
+
+def sharded(folder, names_per_shard=5):
+    """The reference's encoder in several files with an index, as large ones are published."""
+    folder.mkdir()
+    tensors = load_tensors(FOLDER / "model.safetensors")
+    names, places = sorted(tensors), {}
+    for number, start in enumerate(range(0, len(names), names_per_shard)):
+        file = f"model-{number:05d}.safetensors"
+        save_tensors(folder / file, {name: tensors[name] for name in names[start : start + names_per_shard]})
+        places |= dict.fromkeys(names[start : start + names_per_shard], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (folder / "config.json").write_text((FOLDER / "config.json").read_text())
+    return folder
+
+
+def test_streamed_layers_give_the_same_embeddings(tmp_path):
+    whole = load_t5(FOLDER, ms.float32)(IDS, MASK).asnumpy()
+    assert relative_error(whole, GOLDEN["prompt_embeds"]) < 1e-4
+    assert np.array_equal(StreamedT5Encoder(FOLDER, ms.float32)(IDS, MASK).asnumpy(), whole)
+    assert np.array_equal(StreamedT5Encoder(sharded(tmp_path / "t5"), ms.float32)(IDS, MASK).asnumpy(), whole)
+
+
+def test_a_streamed_encoder_can_be_used_again_and_in_half_precision():
+    streamed = T5EncoderModel.from_pretrained(FOLDER, mindspore_dtype=ms.float16, stream=True)
+    first, again = (streamed(IDS, MASK) for _ in range(2))
+    assert first.dtype == ms.float16
+    assert np.array_equal(first.asnumpy(), again.asnumpy())
+    assert np.array_equal(first.asnumpy(), load_t5(FOLDER, ms.float16)(IDS, MASK).asnumpy())
+
+
+def test_a_streamed_encoder_holds_one_layer_however_many_there_are(tmp_path):
+    sizes = []
+    for layers in (3, 7):
+        net = T5Encoder(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=layers))
+        net.initialise(np.random.default_rng(layers))
+        write_text_encoder(tmp_path / str(layers), net)
+        streamed = StreamedT5Encoder(tmp_path / str(layers), ms.float32)
+        ids = np.array([[5, 9, 1]])
+        assert relative_error(streamed(ids, ids > 0).asnumpy(), net(ids, ids > 0).asnumpy()) < 1e-6
+        sizes.append(sum(p.asnumpy().nbytes for b in streamed.net.encoder.block for p in b.get_parameters()))
+    assert sizes[0] == sizes[1]
+
+
+def test_eight_bits_take_a_quarter_of_the_memory_and_stay_close():
+    whole = load_t5(FOLDER, ms.float32)
+    small = T5EncoderModel.from_pretrained(
+        PIPELINE, subfolder="text_encoder", load_in_8bit=True, device_map="auto"
+    )
+    layers = [bytes_of(net.encoder.block[1]) for net in (small, whole)]
+    assert layers[0] < 0.35 * layers[1]  # rows here are short, so their scales weigh
+    error = relative_error(small(IDS, MASK).asnumpy(), whole(IDS, MASK).asnumpy())
+    assert 1e-5 < error < 0.02
+
+
+def test_rows_are_quantized_to_the_nearest_of_255_values():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((5, 40)).astype(np.float32) * np.array([[1e-6], [1], [100], [0], [3]])
+    values, scale = quantize(weight)
+    assert values.dtype == np.int8
+    assert np.abs(values[:3]).max(1).tolist() == [127, 127, 127]
+    assert (np.abs(values * scale[:, None] - weight) <= 0.5001 * scale[:, None]).all()
+    assert not values[3].any()
+
+
+def test_the_quantized_product_is_that_of_the_dequantized_weight():
+    layer = Int8Linear(40, 5)
+    rng = np.random.default_rng(1)
+    weight, x = (
+        rng.standard_normal((5, 40)).astype(np.float32),
+        rng.standard_normal((2, 3, 40)).astype(np.float32),
+    )
+    layer.take(weight)
+    values, scale = quantize(weight)
+    assert relative_error(layer(ms.Tensor(x)).asnumpy(), x @ (values * scale[:, None]).T) < 1e-6
+
+
+def test_bad_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="at most one of them"):
+        T5EncoderModel.from_pretrained(FOLDER, load_in_8bit=True, stream=True)
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        T5EncoderModel.from_pretrained(tmp_path)
+    folder = sharded(tmp_path / "t5")
+    next(iter(sorted(folder.glob("*.safetensors")))).unlink()
+    for kind in ({}, {"load_in_8bit": True}):
+        with pytest.raises(CheckpointError, match="lacks"):
+            T5EncoderModel.from_pretrained(folder, **kind)
+    with pytest.raises(CheckpointError, match="lacks"):
+        T5EncoderModel.from_pretrained(folder, stream=True)(IDS, MASK)

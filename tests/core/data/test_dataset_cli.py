@@ -1,0 +1,132 @@
+"""The commands of ``pixart-nb dataset`` do what they say, and name what they cannot use with exit code 2."""
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from pixart_nb.cli import app
+from pixart_nb.pixelart.published_sample import write_published
+
+PICTURES = ("000_teal_boat_snow", "001_green_fish_desert", "002_yellow_star_forest", "003_blue_mushroom_lava")
+ROOTS = {
+    "model": "",
+    "checkpoint": "data/none.pth",
+    "vae_root": "a",
+    "text_encoder_root": "b",
+    "tokenizer_root": "c",
+}
+
+
+@pytest.fixture
+def run(monkeypatch, project):
+    monkeypatch.chdir(project)
+    return lambda *words: CliRunner().invoke(app, ["dataset", *(str(word) for word in words)])
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A training on four of the shipped pictures, at the size of the embedded model."""
+    names = [f"{name}.png" for name in PICTURES]
+    (tmp_path / "labels.json").write_text(
+        json.dumps([{"path": name, "prompt": name[4:-4]} for name in names])
+    )
+
+    def write(**more):
+        keys = {
+            "model": "data/tiny-sigma",
+            "json_path": str(tmp_path / "labels.json"),
+            "image_dir": "data/pixelart",
+            "feature_cache": str(tmp_path / "features"),
+            "batch_size": 2,
+        }
+        (tmp_path / "train.yaml").write_text(json.dumps(keys | more))
+        return tmp_path / "train.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("words", [(), ("diffusiondb",), ("folder",), ("check",), ("features",)])
+def test_help_has_an_example_for_each_command(run, words):
+    result = run(*words, "--help")
+    assert result.exit_code == 0
+    assert not words or f"Example: pixart-nb dataset {words[0]}" in " ".join(result.output.split())
+
+
+def test_a_published_data_set_becomes_labels(run, tmp_path):
+    write_published(tmp_path / "source", 10)
+    words = ("diffusiondb", "--source", tmp_path / "source", "--target", tmp_path / "target")
+    result = run(*words, "--max_nsfw", "1", "--test_count", "2")
+    assert result.exit_code == 0, result.output
+    assert "8 pictures to train on, 2 to test on" in result.output
+    assert len(json.loads((tmp_path / "target" / "labels.json").read_text())) == 8
+    result = run(*words)
+    assert result.exit_code == 2 and "test_count is 400" in result.output
+
+
+def test_a_folder_becomes_labels_or_a_list_of_problems(run, tmp_path):
+    for name in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("a cat")
+    result = run("folder", "--source", tmp_path)
+    assert result.exit_code == 2 and "2 problems" in result.output
+    lines = [line.strip() for line in result.output.splitlines()]
+    assert any(line.startswith("b.png has no b.txt") for line in lines)
+    assert any(line.startswith("c.png has no c.txt") for line in lines)
+    result = run("folder", "--source", tmp_path, "--skip")
+    assert result.exit_code == 0 and "1 pictures to train on" in result.output
+
+
+def test_check_tells_the_sizes(run, config):
+    result = run("check", "-c", config())
+    assert result.exit_code == 0, result.output
+    assert "4 pictures, 0 of them with a sharegpt4v caption" in result.output
+    assert "128x128: 4 pictures" in result.output
+    result = run("check", "-c", config(sample_size=32, multi_scale=True))
+    assert (
+        "256x256: 3 pictures" in result.output
+        and "208x304: 1 pictures, fewer than the 2 of a batch" in result.output
+    )
+
+
+def test_check_names_every_problem(run, config, tmp_path):
+    path = config()
+    labels = [{"path": "../x.png", "prompt": "x"}, {"path": "000_teal_boat_snow.png", "prompt": ""}]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    result = run("check", "-c", path)
+    assert result.exit_code == 2
+    assert "leaves the folder" in result.output and "entry 1: prompt is empty" in result.output
+    (tmp_path / "labels.json").write_text(json.dumps([{"path": f"{k}.png", "prompt": ""} for k in range(60)]))
+    said = run("check", "-c", path).output
+    assert all(f"entry {k}: prompt is empty" in said and f"{k}.png" in said for k in range(60))
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"batch_size": 5}, "but there are only 4"),
+        ({"multi_scale": True}, "no table of sizes was published for 128"),
+        ({"json_path": "nothing.json"}, "cannot be read"),
+        ({"jsonpath": "x"}, "did you mean 'json_path'"),
+        (ROOTS, "not found"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_told(run, config, more, expected):
+    result = run("check", "-c", config(**more))
+    assert result.exit_code == 2 and expected in result.output, result.output
+
+
+def test_features_are_made_once_and_again_where_they_are_stale(run, config, tmp_path):
+    result = run("features", "-c", config(), "--batch_size", "4")
+    assert result.exit_code == 0, result.output
+    assert "made 2 of 2 shards (2 missing)" in result.output
+    assert "nothing to do" in run("features", "-c", config()).output
+    result = run("features", "-c", config(clean_caption=False), "--stream")
+    assert "made 1 of 2 shards (1 made from other caption cleaning)" in result.output
+
+
+def test_features_without_a_place_are_refused(run, config):
+    result = run("features", "-c", config(feature_cache=""))
+    assert result.exit_code == 2 and "feature_cache is not given" in result.output

@@ -1,0 +1,354 @@
+"""The feature cache holds what the networks compute, whole after any interruption, and refuses what is stale."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_nb.core.data import features
+from pixart_nb.core.data.buckets import BucketSampler
+from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.features import (
+    FeatureCache,
+    FeatureError,
+    FeatureReader,
+    MadeBy,
+    fingerprint,
+    text_embedder,
+    vae_encoder,
+)
+from pixart_nb.core.data.images import PictureError, load_picture, to_signed
+from pixart_nb.core.data.labels import Label
+from pixart_nb.core.data.reader import PictureReader
+from pixart_nb.core.io import load_tensors
+
+SIZES = ((32, 32), (16, 48))
+MADE_BY = MadeBy("vae", "t5", 8)
+
+
+def encode(pixels):
+    """Eight by eight means, as an autoencoder without weights would make; the spread of each cell."""
+    n, _, height, width = pixels.shape
+    cells = pixels.reshape(n, 3, height // 8, 8, width // 8, 8)
+    return cells.mean((3, 5)), cells.std((3, 5))
+
+
+def embed(captions):
+    """A token for each character, up to eight."""
+    codes = [[ord(c) for c in text[:8]] or [0] for text in captions]
+    mask = np.arange(max(map(len, codes))) < np.array([[len(row)] for row in codes])
+    embeds = np.zeros((*mask.shape, 2), np.float32)
+    embeds[mask] = np.array([[code, 1] for row in codes for code in row])
+    return embeds, mask
+
+
+class Counting:
+    """A network that counts what it was asked, and may fail."""
+
+    def __init__(self, function, fail_after=None):
+        self.function, self.left, self.calls = function, fail_after, []
+
+    def __call__(self, items):
+        if self.left is not None and len(self.calls) >= self.left:
+            raise KeyboardInterrupt
+        self.calls += list(items)
+        return self.function(items)
+
+
+@pytest.fixture
+def labels(tmp_path, monkeypatch):
+    """Ten pictures, of which every third has no description; four fit into a shard."""
+    monkeypatch.setattr(features, "SHARD", 4)
+    return make_labels(tmp_path / "images", 10)
+
+
+def make_labels(folder, count):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        height, width = SIZES[number % 2]
+        path = folder / f"{number}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        described = f"description {number}" if number % 3 else ""
+        found.append(Label(path.name, path, f"p{number}", described, height, width))
+    return found
+
+
+def cache_of(labels, folder, made_by=MADE_BY):
+    return FeatureCache(folder, labels, [SIZES[i % 2] for i in range(len(labels))], made_by)
+
+
+def content(folder):
+    return {path.name: load_tensors(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].keys() == other[name].keys()
+        for part in one[name]:
+            np.testing.assert_array_equal(one[name][part], other[name][part])
+
+
+def test_what_is_read_is_what_the_networks_compute(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    assert cache.write(encode, embed, batch_size=3) == {"missing": 6}
+    for i, label in enumerate(labels):
+        mean, std = encode(to_signed(load_picture(label.file)[None]))
+        for found, expected in zip(cache.latents(i), (mean[0], std[0]), strict=True):
+            assert found.dtype == np.float16
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+        for original, text in ((True, label.prompt), (False, label.sharegpt4v)):
+            if text:
+                embeds, mask = embed([text])
+                np.testing.assert_array_equal(cache.caption(i, original), embeds[mask])
+    assert cache.empty_caption().shape == (1, 2)
+
+
+def test_batches_are_those_of_the_pictures(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    cache.write(encode, embed)
+    sampler = BucketSampler(cache.sizes, 2, 7)
+    cached, direct = FeatureReader(cache, sampler, 0.5), PictureReader(labels, sampler, 0.5)
+    for step in range(12):
+        found, expected = cached.batch(step), direct.batch(step)
+        np.testing.assert_array_equal(found.indices, expected.indices)
+        np.testing.assert_allclose(found.mean, encode(expected.pixels)[0], rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.std, encode(expected.pixels)[1], rtol=1e-3, atol=1e-3)
+        embeds, mask = embed(expected.captions)
+        np.testing.assert_array_equal(found.mask, mask)
+        np.testing.assert_array_equal(found.embeds, embeds)
+        assert found.mean.dtype == found.std.dtype == found.embeds.dtype == np.float32
+
+
+def test_workers_share_the_cached_batch(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    cache.write(encode, embed)
+    alone = FeatureReader(cache, BucketSampler(cache.sizes, 4, 7)).batch(1)
+    halves = [FeatureReader(cache, BucketSampler(cache.sizes, 2, 7, rank, 2)).batch(1) for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate([half.mean for half in halves]), alone.mean)
+
+
+def test_the_embedded_networks_fill_a_cache(tmp_path, project):
+    from pixart_nb import PixArtSigmaPipeline
+    from pixart_nb.core.backend import ms  # here, for the process that is killed does without it
+
+    pipe = PixArtSigmaPipeline.from_pretrained(
+        project / "data" / "tiny-sigma", transformer=None, scheduler=None
+    )
+    folder = project / "data" / "pixelart"
+    labels = [
+        Label(name, folder / name, text, "", 32, 32)
+        for name, text in (
+            ("000_teal_boat_snow.png", "A <b>teal</b> boat"),
+            ("001_green_fish_desert.png", "a fish"),
+        )
+    ]
+    cache = FeatureCache(tmp_path, labels, [(32, 48)] * 2, replace(MADE_BY, dtype="fp32"))
+    cache.write(vae_encoder(pipe.vae), text_embedder(pipe.tokenizer, pipe.text_encoder, 300), batch_size=2)
+    pixels = PictureReader(labels, BucketSampler(cache.sizes, 2, 0)).batch(0)
+    batch = FeatureReader(cache, BucketSampler(cache.sizes, 2, 0), 1.0).batch(0)
+    latents = pipe.vae.encode(ms.Tensor(pixels.pixels))[0]
+    np.testing.assert_allclose(batch.mean, latents.mean.asnumpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(batch.std, np.exp(latents.logvar.asnumpy() / 2), rtol=1e-4, atol=1e-6)
+    embeds, mask, *_ = pipe.encode_prompt(pixels.captions, False, clean_caption=True)
+    length = batch.mask.shape[1]
+    np.testing.assert_array_equal(batch.mask, mask.asnumpy()[:, :length].astype(bool))
+    assert not mask.asnumpy()[:, length:].any()
+    expected = np.where(batch.mask[..., None], embeds.asnumpy()[:, :length], 0)
+    np.testing.assert_allclose(batch.embeds, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_cache_goes_on_after_its_whole_shards(labels, tmp_path):
+    cache_of(labels, tmp_path / "whole").write(encode, embed)
+    cache = cache_of(labels, tmp_path / "features")
+    with pytest.raises(KeyboardInterrupt):
+        cache.write(Counting(encode, fail_after=6), embed, batch_size=1)
+    assert sorted(content(tmp_path / "features")) == ["latents-00000.safetensors"]
+    with pytest.raises(FeatureError, match=r"5 of 6 shards.*5 missing"):
+        FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
+    again = Counting(encode)
+    assert cache.write(again, embed) == {"missing": 5} and len(again.calls) == 6
+    assert_same(content(tmp_path / "features"), content(tmp_path / "whole"))
+
+
+def test_a_whole_cache_is_not_computed_again(labels, tmp_path):
+    cache_of(labels, tmp_path / "features").write(encode, embed)
+    silent = Counting(encode), Counting(embed)
+    assert cache_of(labels, tmp_path / "features").write(*silent) == {}
+    assert not silent[0].calls and not silent[1].calls
+
+
+def repainted(labels, i=5):
+    Image.new("RGB", (32, 32)).save(labels[i].file)
+    return labels
+
+
+def recaptioned(labels, i=5):
+    return [replace(label, prompt="other") if n == i else label for n, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("change", "made_by", "reason", "shards"),
+    [
+        (repainted, {}, "made from other pictures", 1),
+        (recaptioned, {}, "made from other captions", 1),
+        (None, {"vae": "another"}, "made from other vae", 3),
+        (None, {"text_encoder": "another"}, "made from other text encoder", 3),
+        (None, {"max_length": 9}, "made from other caption length", 3),
+        (None, {"clean_caption": False}, "made from other caption cleaning", 3),
+        (None, {"dtype": "fp32"}, "made from other dtype", 6),
+    ],
+)
+def test_what_is_stale_is_named_and_only_that_is_made_again(
+    labels, tmp_path, change, made_by, reason, shards
+):
+    cache_of(labels, tmp_path / "features").write(encode, embed)
+    changed = change(labels) if change else labels
+    cache = cache_of(changed, tmp_path / "features", replace(MADE_BY, **made_by))
+    with pytest.raises(FeatureError, match=f"{shards} of 6 shards.*{shards} {reason}.*dataset features"):
+        FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
+    assert cache.write(encode, embed) == {reason: shards}
+    FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
+    cache_of(changed, tmp_path / "fresh", replace(MADE_BY, **made_by)).write(encode, embed)
+    assert_same(content(tmp_path / "features"), content(tmp_path / "fresh"))
+
+
+def test_another_training_size_is_stale(labels, tmp_path):
+    cache_of(labels, tmp_path / "features").write(encode, embed)
+    cache = FeatureCache(tmp_path / "features", labels, [(32, 32)] * 10, MADE_BY)
+    assert Counter(cache.unusable().values()) == {"made from other sizes": 3}
+
+
+def test_a_damaged_shard_is_made_again(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    cache.write(encode, embed)
+    os.truncate(cache.path("captions", 1), 300)
+    assert cache.unusable() == {("captions", 1): "damaged"}
+    assert cache.write(encode, embed) == {"damaged": 1}
+    cache.check()
+
+
+def test_shards_of_pictures_that_are_gone_are_removed(labels, tmp_path):
+    cache_of(labels, tmp_path / "features").write(encode, embed)
+    (tmp_path / "features" / "mine.txt").write_text("kept")
+    cache_of(labels[:4], tmp_path / "features").write(encode, embed)
+    assert sorted(p.name for p in (tmp_path / "features").iterdir()) == [
+        "captions-00000.safetensors",
+        "latents-00000.safetensors",
+        "mine.txt",
+    ]
+
+
+def test_a_damaged_picture_is_named_and_whole_shards_stay(labels, tmp_path):
+    labels[6].file.write_bytes(b"no picture")
+    with pytest.raises(PictureError, match=r"6\.png"):
+        cache_of(labels, tmp_path / "features").write(encode, embed)
+    assert sorted(content(tmp_path / "features")) == ["latents-00000.safetensors"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_features_that_do_not_fit_the_dtype_are_named(labels, tmp_path, value):
+    with pytest.raises(DataError, match=r"\.png: its features are not finite as fp16.*fp32"):
+        cache_of(labels, tmp_path).write(lambda pixels: [part * value for part in encode(pixels)], embed)
+    assert not content(tmp_path)
+
+
+@contextmanager
+def small_disk(place):
+    """A file system of 256 KB."""
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True
+    ).returncode:
+        pytest.skip("needs the right to mount a file system, as root has")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_told_and_nothing_half_written_stays(labels, tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        cache = cache_of(labels, disk / "features", replace(MADE_BY, dtype="fp32"))
+        wide = Counting(lambda pixels: [np.repeat(part, 100, 1) for part in encode(pixels)])
+        with pytest.raises(DataError, match=r"latents-00001\.safetensors could not be written.*free space"):
+            cache.write(wide, embed)
+        assert [path.name for path in (disk / "features").iterdir()] == ["latents-00000.safetensors"]
+
+
+def test_captions_that_are_cut_give_one_warning(labels, tmp_path):
+    def cutting(captions):
+        for text in captions:
+            warnings.warn(f"prompt {text!r}; cut off", stacklevel=2)
+        return embed(captions)
+
+    with pytest.warns(UserWarning, match=r"cut off \(\d+ more like it\)") as caught:
+        cache_of(labels, tmp_path / "features").write(encode, cutting)
+    assert len(caught) == 1
+
+
+def test_fingerprints_tell_networks_apart_wherever_they_lie(tmp_path):
+    one = tmp_path / "one"
+    one.mkdir()
+    weights = np.random.default_rng(0).bytes(3_000_000)
+    (one / "model.safetensors").write_bytes(weights)
+    other = shutil.copytree(one, tmp_path / "other")
+    os.utime(other / "model.safetensors", (0, 0))
+    assert fingerprint(one) == fingerprint(other) == fingerprint(str(one))
+    trained = bytes(byte ^ 1 for byte in weights)
+    (other / "model.safetensors").write_bytes(trained)
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one, other) != fingerprint(other, one)
+    with pytest.raises(DataError, match="holds no files"):
+        fingerprint(tmp_path / "nothing")
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="fp16, fp32"):
+        MadeBy("vae", "t5", dtype="bf16")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_features as t
+t.features.SHARD = 2
+labels = [t.Label(p.name, p, p.stem, "", 32, 32) for p in sorted(Path(sys.argv[2]).iterdir())]
+cache = t.FeatureCache(sys.argv[3], labels, [(32, 32)] * len(labels), t.MADE_BY)
+print("ready", flush=True)
+cache.write(lambda pixels: [t.np.repeat(part, 20_000, 1) for part in t.encode(pixels)], t.embed)
+"""
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_features(tmp_path):
+    make_labels(tmp_path / "images", 20)
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "images")]
+    rng, killed = np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen([*command, str(tmp_path / "features")], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.random() * 0.25)
+        process.send_signal(signal.SIGKILL)
+        finished = process.wait() == 0
+        killed += not finished
+        if finished or killed == 8:
+            break
+    subprocess.run([*command, str(tmp_path / "features")], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    assert killed > 1
+    assert_same(content(tmp_path / "features"), content(tmp_path / "whole"))
+    assert not list((tmp_path / "features").glob(".*"))

@@ -1,0 +1,317 @@
+"""LoRA files of every layout: read to the same modules, written whole, and refused with a reason."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lora_models import CASES, run, trained, transformer
+from reference_data import REFERENCE, relative_error
+from safetensors.numpy import save_file
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors
+from pixart_nb.core.lora import Adapters
+from pixart_nb.core.lora.files import LoraModule, read_lora, write_lora
+
+TO_Q = "transformer_blocks.0.attn1.to_q"
+DOWN = np.arange(6, dtype=np.float32).reshape(2, 3)
+UP = np.arange(8, dtype=np.float32).reshape(4, 2)
+#: One module of rank 2 and scale 1.5 in every layout that is read.
+LAYOUTS = {
+    "diffusers": {
+        f"transformer.{TO_Q}.lora_A.weight": DOWN,
+        f"transformer.{TO_Q}.lora_B.weight": UP,
+        f"transformer.{TO_Q}.alpha": np.array(3.0, np.float32),
+    },
+    "diffusers of old": {
+        f"transformer.{TO_Q}.lora.down.weight": DOWN,
+        f"transformer.{TO_Q}.lora.up.weight": UP,
+        f"transformer.{TO_Q}.alpha": np.array([3.0], np.float32),
+    },
+    "peft in memory": {
+        f"base_model.model.{TO_Q}.lora_A.default.weight": DOWN,
+        f"base_model.model.{TO_Q}.lora_B.default.weight": UP,
+        f"{TO_Q}.alpha": np.array(3, np.int64),
+    },
+    "kohya": {
+        "lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight": DOWN,
+        "lora_unet_transformer_blocks_0_attn1_to_q.lora_up.weight": UP,
+        "lora_unet_transformer_blocks_0_attn1_to_q.alpha": np.array(3.0, np.float16),
+    },
+    "onetrainer": {
+        "lora_transformer_transformer_blocks_0_attn1_to_q.lora_down.weight": DOWN,
+        "lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight": UP,
+        "lora_transformer_transformer_blocks_0_attn1_to_q.alpha": np.array(3.0, np.float32),
+    },
+}
+
+
+def same_modules(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, module in ours.items():
+        other = theirs[name]
+        assert np.array_equal(module.down, other.down) and np.array_equal(module.up, other.up), name
+        assert module.scale == pytest.approx(other.scale, rel=1e-7), name
+        assert (module.magnitude is None) == (other.magnitude is None), name
+        assert module.magnitude is None or np.array_equal(module.magnitude, other.magnitude), name
+    return True
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_module(layout, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file(LAYOUTS[layout], path)
+    for source in (path, tmp_path, LAYOUTS[layout], {k: ms.Tensor(v) for k, v in LAYOUTS[layout].items()}):
+        (module,) = read_lora(source).modules.values()
+        assert np.array_equal(module.down, DOWN) and np.array_equal(module.up, UP)
+        assert module.scale == 1.5 and module.magnitude is None
+        assert module.down.dtype == np.float32
+
+
+@pytest.mark.parametrize("form", ["transformer_blocks_{}_attn1_to_q", "transformer_blocks.{}.attn1.to_q"])
+def test_names_with_underscores_find_their_layers(form):
+    net = transformer()
+    size = net.config.hidden_size
+    tensors = {}
+    for block in range(3):
+        name = f"lora_unet_{form.format(block)}"
+        tensors[f"{name}.lora_down.weight"] = np.ones((2, size), np.float32)
+        tensors[f"{name}.lora_up.weight"] = np.ones((size, 2), np.float32)
+        tensors[f"{name}.alpha"] = np.array(2.0, np.float32)
+    own = {
+        key.replace("transformer_blocks_", "blocks_").replace("attn1_to_q", "cross_attn_proj"): value
+        for key, value in tensors.items()
+    }
+    file = read_lora(tensors)
+    assert set(Adapters.of(net).load("a", file).branches) == {
+        f"transformer_blocks.{k}.attn1.to_q" for k in range(3)
+    }
+    if "_attn1" in form:
+        assert set(Adapters.of(net).load("b", read_lora(own)).branches) == {
+            f"transformer_blocks.{k}.attn2.to_out.0" for k in range(3)
+        }
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+@pytest.mark.parametrize("key", ["lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale"])
+def test_magnitudes_of_dora_in_every_form(key, shape):
+    magnitude = np.arange(1, 5, dtype=np.float32)
+    tensors = LAYOUTS["diffusers"] | {f"transformer.{TO_Q}.{key}": magnitude.reshape(shape)}
+    assert np.array_equal(read_lora(tensors).modules[TO_Q].magnitude, magnitude)
+
+
+def test_the_alpha_beside_the_weights_goes_before_the_configuration(tmp_path):
+    tensors = {k: v for k, v in LAYOUTS["diffusers"].items() if "alpha" not in k}
+    described = {"transformer.lora_alpha": 8, "transformer.r": 2, "transformer.alpha_pattern": {"attn9": 1}}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(described)})
+    assert read_lora(tmp_path).modules[TO_Q].scale == 4.0
+    save_file(
+        tensors, path, {"lora_adapter_metadata": json.dumps(described | {"transformer.use_rslora": True})}
+    )
+    assert read_lora(tmp_path).modules[TO_Q].scale == pytest.approx(8 / math.sqrt(2))
+    save_file(LAYOUTS["diffusers"], path, {"lora_adapter_metadata": json.dumps(described)})
+    assert read_lora(tmp_path).modules[TO_Q].scale == 1.5
+
+
+def test_an_alpha_that_nobody_says_is_the_rank_with_a_warning():
+    tensors = {k: v for k, v in LAYOUTS["diffusers"].items() if "alpha" not in k}
+    with pytest.warns(UserWarning, match=rf"no alpha for 1 modules \({TO_Q}\)"):
+        assert read_lora(tensors).modules[TO_Q].scale == 1.0
+
+
+def test_the_file_of_a_folder_is_found_or_asked_for(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(LAYOUTS["diffusers"], tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"several files.*a\.safetensors.*weight_name"):
+        read_lora(tmp_path)
+    assert read_lora(tmp_path, "b.safetensors").source.endswith("b.safetensors")
+    save_file(LAYOUTS["kohya"], tmp_path / "pytorch_lora_weights.safetensors")
+    assert "transformer_blocks_0_attn1_to_q" in read_lora(tmp_path).modules
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_peft_saved_is_the_same_when_it_is_saved_again(case, layout, tmp_path):
+    source = REFERENCE / "lora" / case
+    file, net = read_lora(source), transformer()
+    Adapters.of(net).load(case, file).save(tmp_path, layout)
+    same_modules(read_lora(tmp_path).modules, file.modules)
+    if layout == "peft":
+        ours, theirs = (load_tensors(p / "adapter_model.safetensors") for p in (tmp_path, source))
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        wanted = json.loads((source / "adapter_config.json").read_text())
+        assert set(config) <= set(wanted)
+        assert config["use_dora"] == wanted["use_dora"]
+
+
+def test_a_rank_stabilised_adapter_keeps_its_alpha(tmp_path):
+    net = transformer()
+    adapter = trained(
+        net, r=3, lora_alpha=7, use_rslora=True, lora_dropout=0.25, rank_pattern={"attn2.to_q": 5}
+    )
+    expected = run(net)
+    adapter.save(tmp_path, "peft")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["lora_dropout"]) == (
+        3,
+        7,
+        True,
+        0.25,
+    )
+    assert config["alpha_pattern"] == {} and set(config["rank_pattern"].values()) == {5}
+    for layout in ("peft", "diffusers"):
+        again = transformer()
+        Adapters.of(again).load("x", read_lora(adapter.save(tmp_path / layout, layout)))
+        assert relative_error(run(again), expected) < 1e-6
+
+
+names = st.sampled_from(
+    [f"transformer_blocks.{k}.{end}" for k in range(3) for end in ("attn1.to_q", "ff.net.2")]
+)
+numbers = st.floats(-1e3, 1e3, width=32)
+
+
+@st.composite
+def lora_modules(draw):
+    rank, rows, size = (draw(st.integers(1, 4)) for _ in range(3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    down, up = (rng.standard_normal(shape).astype(np.float32) for shape in ((rank, size), (rows, rank)))
+    magnitude = rng.random(rows).astype(np.float32) if draw(st.booleans()) else None
+    alpha = draw(st.sampled_from([1, 4, 0.3, 7.25, 16]) | st.floats(0.01, 100))
+    return LoraModule(down, up, alpha / rank, magnitude)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(names, lora_modules(), min_size=1), st.sampled_from(["peft", "diffusers"]))
+def test_what_is_written_is_read_again(tmp_path, modules, layout):
+    path = write_lora(tmp_path, modules, layout)
+    assert path.is_file() and load_metadata(path)["format"] == "pt"
+    same_modules(read_lora(path).modules, modules)
+    assert not [part for part in tmp_path.iterdir() if part.name.startswith(".")]
+
+
+def test_a_program_that_reads_only_the_metadata_finds_every_alpha(tmp_path):
+    net = transformer()
+    ranks, alphas = {"attn2.to_q": 5}, {"attn1.to_k": 9.5}
+    adapter = trained(net, r=3, lora_alpha=7, use_rslora=True, rank_pattern=ranks, alpha_pattern=alphas)
+    path = adapter.save(tmp_path)
+    tensors = {k: v for k, v in load_tensors(path).items() if not k.endswith(".alpha")}
+    save_file(tensors, path, load_metadata(path))
+    same_modules(read_lora(path).modules, adapter.modules())
+
+
+def test_an_unknown_layout_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="diffusers, peft"):
+        write_lora(tmp_path / "new", {TO_Q: LoraModule(DOWN, UP, 1.0)}, "webui")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- bad input
+
+
+def changed(**parts):
+    return LAYOUTS["diffusers"] | {f"transformer.{TO_Q}.{k.replace('__', '.')}": v for k, v in parts.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "complaint"),
+    [
+        ({}, "it is empty"),
+        ({"transformer.x.weight": DOWN}, r"1 tensors are no part of one \(transformer\.x\.weight\)"),
+        (changed() | {"text_encoder.layer.lora_A.bias": DOWN}, r"text_encoder\.layer"),
+        ({f"transformer.{TO_Q}.lora_A.weight": DOWN}, "has no up"),
+        ({f"transformer.{TO_Q}.alpha": np.ones(1)}, "no down and no up"),
+        (changed(lora_B__weight=np.ones((4, 3), np.float32)), r"\(2, 3\) and \(4, 3\)"),
+        (changed(lora_A__weight=np.ones(3, np.float32)), "expected"),
+        (changed(lora_A__weight=np.ones((0, 3), np.float32)), "expected"),
+        (changed(lora_A__weight=np.array(1.0, np.float32)), "expected"),
+        (changed(lora_A__weight=DOWN.astype(np.int8)), "down of int8"),
+        (changed(lora_A__weight=DOWN * np.nan), "not finite"),
+        (changed(alpha=np.array(np.inf)), "not finite"),
+        (changed(alpha=np.ones(2)), "expected a number"),
+        (changed(lora_magnitude_vector=np.ones(3, np.float32)), "4 numbers"),
+        (changed(dora_scale=np.ones((1, 4), np.float32)), "4 numbers"),
+        (changed(lora_B__weight=UP[:1], dora_scale=np.array(1.0, np.float32)), "1 numbers"),
+        (changed() | {f"base_model.model.{TO_Q}.lora_A.weight": DOWN}, "the down of .*attn1.to_q twice"),
+    ],
+)
+def test_tensors_that_are_no_lora_are_refused_with_a_reason(tensors, complaint):
+    with pytest.raises(CheckpointError, match=complaint):
+        read_lora(tensors)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save"),
+        ({"lora_alpha": "8"}, "an alpha is '8'"),
+        ({"lora_alpha": True}, "an alpha is True"),
+        ({"lora_alpha": float("nan")}, "an alpha is nan"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is"),
+        ({"alpha_pattern": {"to_(q": 1}}, "no regular expression"),
+        ({"use_dora": True, "lora_alpha": 1}, "no lora_magnitude_vector"),
+        ("text", "expected an object"),
+        (None, "not valid JSON"),
+    ],
+)
+def test_a_configuration_that_does_not_describe_a_lora_is_refused(config, complaint, tmp_path):
+    tensors = {k: v for k, v in LAYOUTS["diffusers"].items() if "alpha" not in k}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    text = "{" if config is None else json.dumps(config)
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=complaint):
+        read_lora(tmp_path)
+    save_file(tensors, tmp_path / "other.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(CheckpointError, match=complaint):
+        read_lora(tmp_path / "other.safetensors")
+
+
+def test_what_is_missing_or_damaged_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist.*downloaded first"):
+        read_lora(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"holds no LoRA.*pytorch_lora_weights\.safetensors"):
+        read_lora(tmp_path)
+    with pytest.raises(CheckpointError, match=r"mine\.safetensors does not exist"):
+        read_lora(tmp_path, "mine.safetensors")
+    (tmp_path / "notes.txt").write_text("no")
+    with pytest.raises(CheckpointError, match=r"unknown ending '\.txt'"):
+        read_lora(tmp_path / "notes.txt")
+    path = tmp_path / "cut.safetensors"
+    save_file(LAYOUTS["diffusers"], path)
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+        read_lora(path)
+
+
+keys = st.text(max_size=12) | st.sampled_from(
+    [*LAYOUTS["diffusers"], *LAYOUTS["kohya"], TO_Q + ".dora_scale"]
+)
+arrays = st.builds(
+    lambda shape, kind: np.ones(shape, kind),
+    st.lists(st.integers(0, 3), max_size=5).map(tuple),
+    st.sampled_from([np.float16, np.float32, np.float64, np.int32, np.bool_]),
+)
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(keys, arrays, max_size=5))
+@pytest.mark.filterwarnings("ignore:.*says no alpha")
+def test_any_tensors_are_read_or_refused(tensors):
+    try:
+        file = read_lora(LAYOUTS["diffusers"] | tensors)
+    except CheckpointError:
+        return
+    assert all(m.down.shape[0] == m.up.shape[1] for m in file.modules.values())

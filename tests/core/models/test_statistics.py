@@ -1,0 +1,81 @@
+"""Normalisation by NumPy's statistics gives the numbers of the operators, and of float64."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_data import relative_error
+
+from pixart_nb.core import backend
+from pixart_nb.core.backend import ms
+from pixart_nb.core.fast.normalization import PART, moments, normalised_rows, own_statistics
+from pixart_nb.core.models.layers import GroupNorm, LayerNorm
+
+
+@given(
+    st.integers(1, 3), st.sampled_from([1, 7, PART, 2 * PART + 5]), st.sampled_from([0.0, 1.0, -40.0, 3e3]),
+    st.sampled_from([1e-3, 1.0, 50.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_mean_and_variance_are_those_of_float64(groups, count, centre, spread, seed):
+    rng = np.random.default_rng(seed)
+    rows = (centre + spread * rng.standard_normal((groups, count))).astype(np.float32)
+    mean, variance = moments(rows)
+    wide = rows.astype(np.float64)
+    np.testing.assert_allclose(mean, wide.mean(1), rtol=1e-5, atol=1e-4 * spread + 1e-6 * abs(centre))
+    np.testing.assert_allclose(variance, wide.var(1), rtol=2e-3, atol=1e-12)
+
+
+def norm(groups=4, channels=12):
+    cell = GroupNorm(groups, channels)
+    rng = np.random.default_rng(0)
+    cell.weight.set_data(ms.Tensor(rng.standard_normal(channels).astype(np.float32)))
+    cell.bias.set_data(ms.Tensor(rng.standard_normal(channels).astype(np.float32)))
+    return cell
+
+
+def test_pictures_of_a_batch_are_normalised_each_by_itself_as_by_the_operator():
+    cell, rng = norm(), np.random.default_rng(1)
+    x = ms.Tensor((rng.standard_normal((3, 12, 9, 14)) * [[[[1]]], [[[5]]], [[[30]]]] + 2).astype(np.float32))
+    usual = cell(x).asnumpy()
+    with own_statistics([cell]):
+        found = cell(x).asnumpy()
+    assert relative_error(found, usual) < 2e-6
+    assert cell.shared is None
+    assert np.array_equal(cell(x).asnumpy(), usual)
+
+
+def test_half_precision_stays_half_precision():
+    cell, x = norm(), np.random.default_rng(2).standard_normal((1, 12, 8, 8)).astype(np.float16)
+    with own_statistics([cell]):
+        found = cell(ms.Tensor(x))
+        wide = cell(ms.Tensor(x.astype(np.float32))).asnumpy()
+    assert found.dtype == ms.float16
+    assert relative_error(found.asnumpy().astype(np.float32), wide) < 1e-3
+
+
+def test_an_error_leaves_the_norms_as_they_were():
+    cell = norm()
+    with pytest.raises(RuntimeError), own_statistics([cell]):
+        raise RuntimeError
+    assert cell.shared is None
+
+
+def test_on_ascend_the_operator_stays(monkeypatch):
+    monkeypatch.setattr(backend, "_DEVICE", "Ascend")
+    cell = norm()
+    with own_statistics([cell]):
+        assert cell.shared is None
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=str)
+def test_rows_are_normalised_as_by_the_layer(dtype):
+    rng = np.random.default_rng(3)
+    centres, spreads = np.array([[0.0], [2.0], [-500.0], [0.0]]), np.array([[1.0], [1e-3], [0.5], [1e3]])
+    x = ms.Tensor((centres + spreads * rng.standard_normal((4, 1152))).astype(np.float32)).astype(dtype)
+    layer = LayerNorm(1152, 1e-6, affine=False)
+    found, usual = normalised_rows(layer, x), layer(x)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        *(values.astype(ms.float32).asnumpy() for values in (found, usual)), rtol=2e-3, atol=2e-3
+    )
+    assert relative_error(found.astype(ms.float32).asnumpy(), usual.astype(ms.float32).asnumpy()) < 1e-3

@@ -1,0 +1,131 @@
+"""A picture that grows: sizes and ratios as asked, each from the one before, with the pipeline left as it was."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from reference_data import diffusers
+from typer.testing import CliRunner
+
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.cli import app
+from pixart_nb.config import check_config
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.planning.memory import Run
+from pixart_nb.core.planning.plan import plan_growing
+from pixart_nb.core.sampling import generate_stages as large
+from pixart_nb.core.sampling.stages import run_staged
+from pixart_nb.core.sampling.upscaling import (
+    Size,
+    grow,
+    growing_sizes,
+    shrink_keys,
+    usual_factors,
+    usual_strengths,
+)
+
+FOLDER = diffusers("sigma")[0]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return PixArtSigmaPipeline.from_pretrained(FOLDER)
+
+
+def test_sizes_grow_and_so_does_the_ratio():
+    found = growing_sizes(PixArtConfig(), 4096, 2048, (16, 4, 1), (0.5, 0.25), keys=8)
+    assert found == [Size(256, 128), Size(1024, 512, 0.5, 4), Size(4096, 2048, 0.25, 16)]
+    assert growing_sizes(PixArtConfig(), 4096, 4096, [1], [], keys=1000) == [Size(4096, 4096)]
+
+
+@pytest.mark.parametrize(
+    ("factors", "strengths", "said"),
+    [
+        ((1, 2), (0.5,), r"factors are \[1, 2\]; expected them to fall"),
+        ((2, 1), (), "0 strengths for 2 sizes"),
+        ((2, 1), (1.5,), r"strength is 1\.5"),
+        ((3, 1), (0.5,), "256x256 divided by 3 is no multiple of 16 pixels"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(factors, strengths, said):
+    with pytest.raises(ValueError, match=said):
+        growing_sizes(PixArtConfig(), 256, 256, factors, strengths, keys=8)
+
+
+def test_each_size_begins_with_the_one_before_and_the_pipeline_stays_as_it_was(pipe):
+    before = [(block.attn.ratio, block.attn.operator) for block in pipe.transformer.blocks]
+    sizes = [Size(32, 48), Size(64, 96, 0.5, 2)]
+    small, big = grow(pipe, ["a cup", "a hat"], sizes, counts=(2, 1), steps=4, seed=5)
+    assert small.shape == (2, 4, 4, 6) and big.shape == (1, 4, 8, 12)
+    assert [(block.attn.ratio, block.attn.operator) for block in pipe.transformer.blocks] == before
+    (plain,) = grow(pipe, ["a cup"], [Size(64, 96, 1.0, 2)], steps=4, seed=5)
+    assert not np.array_equal(plain, big)
+
+
+def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
+    call = dict(height=64, width=96, num_inference_steps=2, output_type="latent")
+    expected = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
+    found = {ratio: next(grow(pipe, ["a cup"], [Size(64, 96, 1.0, ratio)], steps=2)) for ratio in (1, 2)}
+    again = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
+    assert np.array_equal(expected, again)
+    assert np.array_equal(found[1], expected)
+    assert not np.array_equal(found[2], expected)
+
+
+def test_what_has_learned_to_compress_keeps_its_ratio(pipe):
+    with pytest.raises(ValueError, match="expected mean, ave or uniform"):
+        shrink_keys(pipe.transformer, 2, "conv")
+
+
+def test_every_size_is_planned_with_its_steps_and_its_keys():
+    from test_plan import SMALL
+
+    sizes = [Size(64, 64), Size(128, 128, 0.5, 2)]
+    small, big = plan_growing(SMALL, Run(128, 128, steps=6), sizes)
+    assert (small.run.steps, big.run.steps, big.run.staged) == (6, 3, True)
+    assert big.networks.transformer.layer_ratio(0) == 2
+    assert big.products["self-attention"] == 3 * 2 * 2 * 64 * 16 * 48
+    assert big.peak > small.peak
+
+
+def test_the_usual_sizes_begin_near_the_models_own():
+    config = PixArtConfig(input_size=16)
+    assert usual_factors(config, 4096, 4096) == [32, 16, 8, 4, 2, 1]
+    assert usual_factors(config, 1024, 512) == [4, 2, 1]
+    assert usual_factors(config, 272, 272) == [1]  # half of it is no multiple of 16
+    assert usual_strengths(1) == []
+    assert len(usual_strengths(9)) == 8
+
+
+def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
+    words = ["grow", "--model", FOLDER, "--image-height", 128, "--image-width", 64, "--sampling-steps", 2]
+    words += ["--prompt", "a cup", "--factors", 2, "--factors", 1, "--keys", 2, "-o", tmp_path / "out"]
+    words = [str(word) if word != "-o" else "--output-path" for word in words]
+    result = CliRunner().invoke(app, [*words, "--memory-limit", "0.01"])
+    assert result.exit_code == 2 and "The least that it can take" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "picture.png").size == (64, 128)
+    assert (tmp_path / "out" / "zoom.html").stat().st_size > 1000
+    assert "64 x 32" in result.output and "128 x 64" in result.output
+
+
+def test_stages_draw_what_growing_draws(tmp_path, pipe):
+    config = check_config(
+        {
+            "model": str(FOLDER),
+            "image_height": 64,
+            "image_width": 96,
+            "prompt": ["a cup"],
+            "sampling_steps": 4,
+            "staged": str(tmp_path),
+            "use_resolution_binning": False,
+        }
+    )
+    sizes = [Size(32, 48), Size(64, 96, 0.5, 2)]
+    pictures = large.growing_pictures(config, sizes)
+    for size, picture in zip(sizes, pictures, strict=True):
+        list(run_staged([picture], lambda names, size=size: large.growing_pipeline(config, size, names)))
+    expected = list(grow(pipe, ["a cup"], sizes, steps=4))[-1]
+    assert np.array_equal(pictures[-1].files.load("latents")["latents"], expected)
+    assert pictures[-1].pixels().shape == (64, 96, 3)

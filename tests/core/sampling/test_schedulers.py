@@ -1,0 +1,286 @@
+"""Schedulers read and write configurations, plan timesteps, and refuse what they cannot do."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_data import diffusers
+
+import pixart_nb
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints import components
+from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
+from pixart_nb.core.sampling.schedulers import (
+    CLASSES,
+    SAMPLING_METHODS,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UniPCMultistepScheduler,
+    scheduler_from_config,
+    scheduler_named,
+)
+from pixart_nb.core.sampling.step import Prediction
+
+# ---- configurations
+
+
+def full(**changes) -> dict:
+    """The configuration of the reference's folder as diffusers wrote it, with changes."""
+    folder = diffusers("sigma")[0]
+    return json.loads((folder / "scheduler" / "scheduler_config.json").read_text()) | changes
+
+
+def test_the_published_configuration_is_read():
+    assert scheduler_from_config(full()) == DPMSolverMultistepScheduler()
+    changed = scheduler_from_config(
+        full(beta_end=0.01, use_karras_sigmas=True, final_sigmas_type="sigma_min")
+    )
+    assert changed.schedule == NoiseSchedule(1e-4, 0.01)
+    assert (changed.use_karras_sigmas, changed.final_sigmas_type) == (True, "sigma_min")
+
+
+@pytest.mark.parametrize("name", SAMPLING_METHODS)
+def test_a_configuration_makes_the_same_scheduler_again(name, tmp_path):
+    scheduler = scheduler_named(name, NoiseSchedule(2e-4, 0.01))
+    assert scheduler_from_config(json.loads(json.dumps(dict(scheduler.config)))) == scheduler
+    assert type(scheduler).from_config(scheduler.config) == scheduler
+    components.write_index(tmp_path, scheduler)
+    assert components.load_component("scheduler", tmp_path, ms.float32) == scheduler
+    assert type(scheduler).from_pretrained(tmp_path, subfolder="scheduler") == scheduler
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", type(scheduler).__name__]
+
+
+def test_a_scheduler_made_of_anothers_configuration_keeps_the_noise_schedule_and_its_own_spacing():
+    source = scheduler_from_config(full(beta_end=0.01, timestep_spacing="linspace"))
+    other = DDIMScheduler.from_config(source.config, steps_offset=1)
+    assert other == DDIMScheduler(beta_end=0.01, timestep_spacing="leading", steps_offset=1)
+    trailing = DPMSolverMultistepScheduler(timestep_spacing="trailing", use_karras_sigmas=True)
+    assert UniPCMultistepScheduler.from_config(trailing.config) == UniPCMultistepScheduler(
+        timestep_spacing="trailing", use_karras_sigmas=True
+    )
+    foreign = {
+        "_class_name": "DDPMScheduler",
+        "beta_end": 0.01,
+        "timestep_spacing": "trailing",
+        "variance": 3,
+    }
+    assert EulerDiscreteScheduler.from_config(foreign).timestep_spacing == "trailing"
+
+
+def test_a_configuration_is_read_only():
+    config = DPMSolverMultistepScheduler().config
+    assert config.beta_end == config["beta_end"] == 0.02
+    assert config["prediction_type"] == "epsilon"
+    with pytest.raises(AttributeError, match="use from_config"):
+        config.beta_end = 0.5
+    with pytest.raises(TypeError):
+        config["beta_end"] = 0.5
+    with pytest.raises(AttributeError, match="no 'gamma'"):
+        _ = config.gamma
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DPMSolverMultistepScheduler().beta_end = 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule is 'scaled_linear'.*supported: 'linear'"),
+        ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'.*'epsilon'"),
+        ({"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type is 'sde-dpmsolver\+\+'"),
+        ({"solver_type": "heun"}, "solver_type is 'heun'.*'midpoint'"),
+        ({"solver_order": 3}, "solver_order is 3.*supported: 1 or 2"),
+        ({"timestep_spacing": "log"}, "'linspace' or 'leading' or 'trailing'"),
+        ({"final_sigmas_type": "none"}, "'zero' or 'sigma_min'"),
+        ({"thresholding": True}, "thresholding is True.*supported: False"),
+        ({"use_lu_lambdas": True}, "use_lu_lambdas is True"),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1.*-inf"),
+        ({"use_karras_sigmas": "yes"}, "supported: False or True"),
+        ({"steps_offset": 0.5}, "steps_offset is 0.5; expected a whole number"),
+        ({"solver_ordre": 2}, "no option 'solver_ordre' .given 2.; did you mean 'solver_order'"),
+        ({"beta_end": 2}, "0 < start <= end < 1"),
+        ({"beta_end": "0.02"}, "beta_end is '0.02'; expected a number"),
+        ({"beta_start": float("nan")}, "beta_start is nan; expected a number"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
+        ({"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler'; expected one of DPMSolver"),
+        ({"_class_name": None}, "expected one of DPMSolver"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "algorithm_type": None},
+            "solver_type is 'midpoint'.*'bh2'",
+        ),
+    ],
+)
+def test_an_option_that_is_not_implemented_is_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        scheduler_from_config(full(**changes))
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(full(**changes)))
+    with pytest.raises(CheckpointError, match=rf"scheduler_config.json: .*{message}"):
+        components.load_component("scheduler", tmp_path, ms.float32)
+
+
+def test_options_of_a_newer_diffusers_that_are_off_are_passed_over():
+    assert scheduler_from_config(full(use_new_trick=False, trick_rate=None)) == DPMSolverMultistepScheduler()
+    with pytest.raises(ValueError, match="no option 'use_new_trick'"):
+        DDIMScheduler.from_config(full(), use_new_trick=False)
+    with pytest.raises(ValueError, match="supported: 1 or 2"):
+        DPMSolverMultistepScheduler(solver_order=3)
+    with pytest.raises(ValueError, match="original_inference_steps is 0; expected 1 to 1000"):
+        LCMScheduler(original_inference_steps=0)
+    with pytest.raises(ValueError, match=r"timestep_scaling is '10'; expected a number, by default 10\.0"):
+        LCMScheduler(timestep_scaling="10")
+    with pytest.raises(ValueError, match="tau_func is 1; expected a function"):
+        scheduler_from_config({"_class_name": "SASolverScheduler", "tau_func": 1})
+    with pytest.raises(ValueError, match="_class_name is None"):
+        scheduler_from_config(["DDIMScheduler"])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("dpm++2", "did you mean 'dpm++'?"), ("Euler", "did you mean 'euler'?"), ("", ", sa-solver")],
+)
+def test_an_unknown_name_lists_all_and_the_nearest(name, hint):
+    with pytest.raises(ValueError, match="is not known; expected one of") as caught:
+        scheduler_named(name)
+    assert str(caught.value).endswith(hint)
+    assert all(f" {known}" in str(caught.value) for known in SAMPLING_METHODS)
+
+
+def test_every_scheduler_can_be_imported_from_the_package():
+    assert {name: getattr(pixart_nb, name) for name in CLASSES} == CLASSES
+    assert pixart_nb.scheduler_named("dpm++") == DPMSolverMultistepScheduler()
+
+
+# ---- timesteps
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(list(SAMPLING_METHODS)),
+    st.integers(1, 999),
+    st.sampled_from(["linspace", "leading", "trailing"]),
+)
+def test_every_plan_has_the_steps_asked_for_and_falls(name, count, spacing):
+    scheduler = scheduler_named(name)
+    if hasattr(scheduler, "timestep_spacing"):
+        scheduler = dataclasses.replace(scheduler, timestep_spacing=spacing)
+    count = {"dmd": 1, "lcm": 1 + count % 50}.get(name, count)
+    plan = scheduler.plan(count)
+    assert len(plan) == count
+    assert (np.diff(plan.timesteps) < 0).all() or name == "dpm++karras"  # whose timesteps are rounded
+    assert plan.timesteps[-1] >= 0
+    assert plan.timesteps[0] <= 999
+    assert (plan.levels[:, 0] >= plan.levels[:, 1]).all()
+    whole = plan.timesteps[plan.timesteps == plan.timesteps.round()].astype(int)
+    if name != "dpm++karras":
+        matching = plan.levels[plan.timesteps == plan.timesteps.round(), 0]
+        assert np.allclose(matching, LINEAR.sigmas[whole], rtol=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(sorted(set(SAMPLING_METHODS) - {"dpm++karras"})),
+    st.lists(st.integers(0, 999), min_size=1, max_size=30, unique=True),
+)
+def test_given_timesteps_are_visited_in_turn(name, timesteps):
+    falling = sorted(timesteps, reverse=True)
+    plan = scheduler_named(name).plan(timesteps=falling)
+    assert plan.timesteps.tolist() == falling
+    assert np.allclose(plan.levels[1:, 0], plan.levels[:-1, 1])
+    if len(falling) > 1:
+        with pytest.raises(ValueError, match="each smaller than the one before"):
+            scheduler_named(name).plan(timesteps=falling[::-1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(["dpm++", "dpm++karras", "unipc", "euler"]),
+    st.lists(st.floats(0.0101, 157), min_size=1, max_size=10, unique=True),
+)
+def test_given_sigmas_are_the_levels_of_the_plan(name, sigmas):
+    falling = [*sorted(sigmas, reverse=True), 0.0]
+    scheduler = scheduler_named(name)
+    plan = scheduler.plan(sigmas=falling)
+    assert plan.levels[:, 0].tolist() == falling[:-1]
+    assert plan.levels[:, 1].tolist() == falling[1:]
+    steps = list(scheduler.steps(lambda x, t: Prediction(np.sin(x)), np.ones((1, 1, 1, 1)), plan))
+    assert np.isfinite(steps[-1].latents).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("dpm++", {}, "give num_inference_steps, timesteps or sigmas"),
+        ("dpm++", {"num_inference_steps": 0}, "num_inference_steps is 0; expected 1 to 999"),
+        ("ddim", {"num_inference_steps": 1001}, "expected 1 to 1000"),
+        ("euler", {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; expected 1 to 1000"),
+        (
+            "lcm",
+            {"num_inference_steps": 51},
+            "expected 1 to 50, the number that the model was distilled with",
+        ),
+        ("dmd", {"num_inference_steps": 20}, "draw in one step, so give 1"),
+        ("dpm++", {"timesteps": [400], "sigmas": [1.0, 0.0]}, "both timesteps and sigmas were given"),
+        ("unipc", {"timesteps": []}, "timesteps are .*; expected a list of at least 1"),
+        ("unipc", {"timesteps": [1, 2]}, "timesteps are .*; expected each smaller than the one before"),
+        ("unipc", {"timesteps": [500, 500]}, "each smaller"),
+        ("iddpm", {"timesteps": [1000, 1]}, r"timesteps go from 1000 to 1; expected them in 999\.\.0"),
+        ("iddpm", {"timesteps": [10, -1]}, "timesteps go from 10 to -1"),
+        ("lcm", {"timesteps": [10.5]}, "this scheduler takes whole numbers"),
+        ("lcm", {"timesteps": ["a"]}, "expected a list of numbers"),
+        ("lcm", {"timesteps": 400}, "expected a list of at least 1"),
+        ("lcm", {"timesteps": [float("nan")]}, "finite numbers"),
+        ("dpm++karras", {"timesteps": [400]}, "use_karras_sigmas chooses its own"),
+        (
+            "ddim",
+            {"sigmas": [1.0, 0.0]},
+            "DDIMScheduler takes no sigmas; those that do are DPMSolverMultistep",
+        ),
+        ("dpm", {"sigmas": [1.0, 0.0]}, "DPMSolverContinuousScheduler takes no sigmas"),
+        ("euler", {"sigmas": [1.0]}, "at least 2 finite numbers; the last is the level at which"),
+        ("euler", {"sigmas": [1.0, 2.0]}, "sigmas are .*; expected each smaller"),
+        ("euler", {"sigmas": [1.0, 0.001, 0.0]}, r"expected them in 157.4\.\.0.01, the last alone down to 0"),
+        ("euler", {"sigmas": [200.0, 0.0]}, "expected them in 157.4"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler_named(name).plan(**arguments)
+
+
+def test_an_offset_that_leaves_the_table_is_refused():
+    with pytest.raises(ValueError, match=r"steps_offset 300 moves 5 timesteps out of 0\.\.999"):
+        DDIMScheduler(steps_offset=300).plan(5)
+    assert DDIMScheduler(steps_offset=1).plan(5).timesteps.tolist() == [801, 601, 401, 201, 1]
+
+
+def test_spacings_are_those_of_the_paper_that_compares_them():
+    """Lin et al. 2023, table 2, for ten of a thousand; DPM-Solver++ leaves out the last of eleven."""
+    plans = {
+        spacing: (
+            DDIMScheduler(timestep_spacing=spacing).plan(10).timesteps.tolist(),
+            DPMSolverMultistepScheduler(timestep_spacing=spacing).plan(10).timesteps.tolist(),
+        )
+        for spacing in ("leading", "trailing", "linspace")
+    }
+    assert plans["leading"] == ([*range(900, -1, -100)], [*range(900, 89, -90)])
+    assert plans["trailing"] == ([*range(999, 0, -100)],) * 2
+    assert plans["linspace"][0] == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+    assert plans["linspace"][1] == [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]
+
+
+def test_lcm_visits_timesteps_of_its_distillation():
+    assert LCMScheduler().plan(4).timesteps.tolist() == [999, 759, 499, 259]
+    assert LCMScheduler(original_inference_steps=4).plan(4).timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_final_sigmas_may_stop_at_the_least_noise_of_the_table():
+    for cls in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler):
+        assert cls(final_sigmas_type="sigma_min").plan(3).levels[-1, 1] == LINEAR.sigmas[0]
+        assert cls().plan(3).levels[-1, 1] == 0

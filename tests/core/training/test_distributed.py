@@ -1,0 +1,145 @@
+"""Several workers train what one would; real processes that msrun starts."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from line_training import losses, trainer
+from small_pipeline import train_options, write_small_pipeline
+from two_workers import RUNS
+
+from pixart_nb.core.io import load_tensors
+from pixart_nb.core.training.distributed import ALONE, EVERYONE, Workers, owners
+
+BIN = str(Path(sys.executable).parent)
+needs_msrun = pytest.mark.skipif(
+    not (shutil.which("msrun", path=BIN) or shutil.which("msrun")),
+    reason="runs once there is MindSpore's msrun",
+)
+
+
+def msrun(log, *task):
+    """The command that starts two workers, and its environment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    start = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
+    start += ["--cluster_time_out=600", f"--log_dir={log}"]
+    return [*start, *map(str, task)], os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def logs(folder):
+    return "".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("worker_*.log"))
+
+
+def test_owners_share_the_numbers_evenly():
+    sizes = {f"p{k}": size for k, size in enumerate([100, 90, 50, 40, 30, 20, 10, 1])}
+    owner = owners(sizes, 3)
+    loads = [sum(size for name, size in sizes.items() if owner[name] == rank) for rank in range(3)]
+    assert set(owner) == set(sizes)
+    assert max(loads) - min(loads) <= 10
+    assert owners(sizes, 1) == dict.fromkeys(sizes, 0)
+    assert owners(dict(reversed(sizes.items())), 3) == owner  # whatever the order
+
+
+def test_small_parameters_are_everyones():
+    sizes = {"large": 100, "larger": 200, "small": 9, "smaller": 1}
+    assert owners(sizes, 2, 10) == {"larger": 0, "large": 1, "small": EVERYONE, "smaller": EVERYONE}
+    assert set(owners(sizes, 2, 1000).values()) == {EVERYONE}
+
+
+def test_rows_are_divided_without_rest():
+    assert [Workers(rank, 3).rows(12) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert ALONE.rows(5) == slice(0, 5)
+    with pytest.raises(ValueError, match="5 cannot be divided among 2"):
+        Workers(0, 2).rows(5)
+
+
+@needs_msrun
+def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
+    command, environment = msrun(tmp_path / "log", Path(__file__).parents[2] / "two_workers.py", tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-1000:] + logs(tmp_path / "log")
+    kept = [json.loads((tmp_path / f"keeps-{rank}.json").read_text()) for rank in (0, 1)]
+    for name, options in RUNS.items():
+        options = dict(steps=8, save_every=3, start_learning_rate=0.01, compile=False) | options
+        alone = trainer(tmp_path / "alone" / name, **options)
+        alone.run()
+        assert np.allclose(losses(tmp_path / name), losses(tmp_path / "alone" / name), rtol=1e-5)
+        ours = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert ours[0] == ours[1]  # the same weights, bit for bit
+        for parameter, master in alone.masters.items():
+            assert np.allclose(ours[0][parameter], master.asnumpy(), atol=1e-5)
+        if "shard_threshold" in options:  # the bias, of two numbers, is everyone's
+            assert "map.bias" in kept[0][name] and "map.bias" in kept[1][name]
+        assert set(kept[0][name] + kept[1][name]) == set(alone.masters)
+        assert sum(map(len, (kept[0][name], kept[1][name]))) == 2 + ("shard_threshold" in options)
+        whole = load_tensors(tmp_path / name / "step-00000008.safetensors")
+        expected = alone.state()
+        assert set(whole) == set(expected)  # one state, as one worker writes it
+        assert all(np.allclose(whole[key], value, atol=1e-4) for key, value in expected.items())
+
+
+@needs_msrun
+def test_the_command_trains_with_two_workers_what_it_trains_with_one(project, tmp_path):
+    model = write_small_pipeline(tmp_path / "model", project)
+    script = Path(sys.executable).with_name("pixart-nb")
+    one = [script, "train", *train_options(project, model, tmp_path / "one", batch_size=4, tensorboard=False)]
+    halves = train_options(project, model, tmp_path / "two", batch_size=2, tensorboard=False)
+    two, environment = msrun(tmp_path / "log", script, "train", *halves, "--use_parallel", "True")
+    for command in (list(map(str, one)), two):
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True, timeout=1800
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + logs(tmp_path / "log")
+    assert np.allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
+    assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()
+
+
+def curve(folder):
+    with (folder / "curve.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@needs_msrun
+def test_a_killed_worker_ends_the_run_with_a_message_and_leaves_a_whole_checkpoint(project, tmp_path):
+    model = write_small_pipeline(tmp_path / "model", project)
+    script = Path(sys.executable).with_name("pixart-nb")
+    output = tmp_path / "out"
+    options = train_options(project, model, output, batch_size=2, steps=100_000, tensorboard=False)
+    command, environment = msrun(tmp_path / "log", script, "train", *options, "--use_parallel", "True")
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(command, cwd=project, env=environment, stdout=said, stderr=said)
+    try:
+        wait_for(lambda: len(list(output.glob("step-*.safetensors"))) > 1, run)
+        workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "train" in p.cmdline()]
+        second = next(p for p in workers if p.environ().get("RANK_ID") == "1")
+        os.kill(second.pid, signal.SIGKILL)
+        assert run.wait(timeout=900) != 0
+    finally:
+        for process in [*psutil.Process(run.pid).children(recursive=True)] if run.poll() is None else []:
+            process.kill()
+        run.kill()
+    message = (tmp_path / "said").read_text(errors="replace")
+    print(message[-3000:])
+    newest = sorted(output.glob("step-*.safetensors"))[-1]
+    assert load_tensors(newest)
+    assert "another worker" in message
+
+
+def wait_for(condition, run, seconds=1800):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert run.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.2)

@@ -1,0 +1,186 @@
+"""Notebooks keep their contract, and run whole with their smoke configuration."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from notebook_contract import (
+    declared_parameters,
+    run_notebook,
+    undeclared_keys,
+    violations,
+    widgets_without_figure,
+)
+from PIL import Image
+
+from pixart_nb.config import InferenceConfig, check_config, read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def names(paths):
+    return [path.stem for path in paths]
+
+
+def sound_notebook():
+    """The smallest notebook that keeps every rule."""
+    cells = [
+        new_markdown_cell(
+            "# Title\n\nGoal: to be the smallest notebook. Cost: none at all, it runs in no time."
+        ),
+        new_code_cell("count = 3  # how many", metadata={"tags": ["parameters"]}),
+        new_code_cell("import sys\n\nsys.version"),
+    ]
+    return new_notebook(cells=cells)
+
+
+def test_there_are_notebooks_to_check():
+    assert "00_quickstart" in names(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_keeps_the_contract(path):
+    assert violations(read(path), path.stat().st_size) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_has_a_smoke_configuration_of_declared_keys(path):
+    values = read_yaml(ROOT / "configs" / "smoke" / f"{path.stem}.yaml")
+    assert undeclared_keys(read(path), values) == []
+
+
+def test_smoke_configurations_are_those_of_notebooks():
+    assert names(sorted((ROOT / "configs" / "smoke").glob("*.yaml"))) == names(NOTEBOOKS)
+
+
+def test_quickstart_takes_the_embedded_models_configuration_and_declares_known_keys():
+    notebook = read(ROOT / "notebooks" / "00_quickstart.ipynb")
+    assert undeclared_keys(notebook, read_yaml(ROOT / "configs" / "inference" / "tiny.yaml")) == []
+    assert set(declared_parameters(notebook)) <= set(InferenceConfig.model_fields)
+
+
+def test_a_sound_notebook_has_no_violations():
+    assert violations(sound_notebook()) == []
+
+
+@pytest.mark.parametrize(
+    ("position", "source", "complaint"),
+    [
+        (
+            0,
+            "Goal and cost, but no title, in many words that say nothing about anything at all",
+            "not a title",
+        ),
+        (
+            0,
+            "# Title\n\nGoal: many words that say nothing about anything at all, one after the other",
+            "cost",
+        ),
+        (1, "count = 3", "no comment"),
+        (1, "count = 3  # how many\nprint(count)  # shown", "does more than assign"),
+        (1, "count = 3  # n = how many", "papermill cannot read"),
+        (1, "count: int | None = 3  # how many", "papermill cannot read"),
+        (1, "first = second = 3  # how many", "does more than assign"),
+        (2, "def version():\n    return 1", "defines version"),
+        (2, "class version:\n    size = 1", "defines version"),
+        (2, "\n".join(["version"] * 26), "26 lines"),
+        (2, "print(1)", "does not show the versions"),
+        (2, "version = [" + "a, b, " * 40 + "]", "words of prose"),
+    ],
+)
+def test_a_broken_rule_is_named(position, source, complaint):
+    notebook = sound_notebook()
+    notebook.cells[position].source = source
+    assert any(complaint in found for found in violations(notebook))
+
+
+def test_code_before_the_parameters_is_found():
+    notebook = sound_notebook()
+    notebook.cells.insert(1, new_code_cell("1 + 1"))
+    assert "there is code before the parameters" in violations(notebook)
+
+
+def test_missing_parameters_are_found():
+    notebook = sound_notebook()
+    notebook.cells[1].metadata = {}
+    assert "0 cells are tagged 'parameters'; expected one" in violations(notebook)
+
+
+def test_stored_outputs_counts_and_widget_state_are_found():
+    notebook = sound_notebook()
+    notebook.cells[1].execution_count = 1
+    notebook.cells[2].outputs = [new_output("stream", text="3.11")]
+    notebook.metadata["widgets"] = {"state": {}}
+    found = violations(notebook)
+    assert sum("stored with outputs" in problem for problem in found) == 2
+    assert "the notebook holds widget state" in found
+
+
+def test_a_large_file_is_found():
+    assert violations(sound_notebook(), 250 * 1024) == []
+    assert "at most 256000" in violations(sound_notebook(), 250 * 1024 + 1)[0]
+
+
+def test_parameters_over_several_lines_are_declared():
+    notebook = sound_notebook()
+    notebook.cells[1].source = 'words = [\n    "ä",\n]  # some\nscale: float = 2.0  # how much'
+    assert declared_parameters(notebook) == ["words", "scale"]
+    assert violations(notebook) == []
+
+
+def test_a_widget_needs_a_static_figure_beside_it():
+    notebook = sound_notebook()
+    widget = new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}})
+    notebook.cells[1].outputs = [widget]
+    assert widgets_without_figure(notebook) == [0]
+    notebook.cells[2].outputs = [new_output("display_data", {"image/png": "AA=="})]
+    assert widgets_without_figure(notebook) == []
+
+
+def test_a_parameter_file_with_an_undeclared_key_fails(tmp_path):
+    path = tmp_path / "sound.ipynb"
+    nbformat.write(sound_notebook(), path)
+    with pytest.raises(ValueError, match=r"sound\.ipynb does not declare cuont"):
+        run_notebook(path, {"cuont": 4}, tmp_path / "out.ipynb", tmp_path)
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+@pytest.mark.notebook
+def test_quickstart_runs_whole_and_writes_what_it_says(project, tmp_path):
+    given = read_yaml(project / "configs" / "smoke" / "00_quickstart.yaml")
+    values = given | {"output_path": str(tmp_path / "out")}
+    config = check_config(values)
+    notebook = project / "notebooks" / "00_quickstart.ipynb"
+    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
+    assert widgets_without_figure(executed) == []
+    check_quickstart_pictures(tmp_path / "out", config)
+    check_quickstart_numbers(json.loads((tmp_path / "out" / "quickstart.json").read_text()), config)
+
+
+def check_quickstart_pictures(folder, config):
+    written = sorted(path.name for path in folder.iterdir())
+    assert written == ["film_strip.png", "guidance.png", "pictures.png", "quickstart.json", "steps.png"]
+    for path in folder.glob("*.png"):
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
+        assert min(pixels.shape[:2]) > 100
+        assert pixels.std() > 10, f"{path.name} shows nothing"
+
+
+def check_quickstart_numbers(numbers, config):
+    assert numbers["config"] == config.model_dump()
+    assert set(numbers["agreement"]["guidance"]) == {"1", "2", "4.5", "7"}
+    assert list(numbers["agreement"]["steps"])[-1] == str(config.sampling_steps)
+    assert numbers["agreement"]["pictures"] == numbers["agreement"]["guidance"]["4.5"]
+    assert all(0.5 < numbers["agreement"]["pictures"][part] <= 1 for part in ("object", "colour", "setting"))
+    assert numbers["film_strip_distance"][0] > numbers["film_strip_distance"][-1] >= 0
+    assert numbers["steps_distance"][str(config.sampling_steps)] < 0.01
+    assert set(numbers["seconds"]) == {"load", "draw", "guidance", "steps"}
+    assert all(value > 0 for value in numbers["seconds"].values())

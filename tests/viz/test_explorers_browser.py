@@ -1,0 +1,249 @@
+"""The explorers as a user meets them: in JupyterLab, and as pages that need no Python, in a browser."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from lab import (
+    SLOW,
+    browser,
+    needs_browser,
+    nothing_cut_or_covered,
+    open_notebook,
+    pixels_of,
+    run_cell,
+    server,
+    watched_page,
+)
+
+pytestmark = needs_browser
+__all__ = ["browser", "server"]  # fixtures
+MODEL = os.environ.get("PLAYGROUND_MODEL", "data/tiny-sigma")
+SCREENSHOTS = Path(os.environ.get("EXPLORER_PICTURES", "") or "outputs/explorers_browser")
+#: Pixels of a screenshot, from the left.
+WIDTH = 900
+#: The large picture of the attention explorer, and the pictures of the compression explorer.
+LARGE = ".pixart-explorer .pixart-clickable img"
+CRISP = ".pixart-explorer .pixart-crisp img, .pixart-explorer img.pixart-crisp"
+SET_UP = """
+import os
+os.chdir({project!r})
+import numpy as np
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.viz.widgets import AttentionExplorer, Choice, CompressionExplorer
+pipe = PixArtSigmaPipeline.from_pretrained({model!r})
+"""
+ATTENTION = """
+from pixart_nb.core import trace
+with trace(pipe) as t:
+    call = dict(num_inference_steps=6, height=128, width=128, generator=np.random.default_rng(1))
+    records = [*pipe.sample("a red mushroom on grass", **call)][1:]
+pictures = pipe.decode_latents(np.concatenate([step.denoised for step in records]))
+explorer = AttentionExplorer(t, pictures[-1], pictures)
+explorer
+"""
+COMPRESSION = """
+from pixart_nb.core.hooks.study import CompressionStudy
+study = CompressionStudy(pipe, "a red mushroom on grass", height=128, width=128, num_inference_steps=6)
+explorer = CompressionExplorer(study, start=(range(3, 6), 2, "mean"))
+explorer
+"""
+
+
+class User:
+    """What a person does with an explorer on a page, and what they see."""
+
+    def __init__(self, page):
+        self.page, self.widget = page, page.locator(".pixart-explorer")
+        self.clickable = self.widget.locator(".pixart-clickable")
+
+    def click_cell(self, row, column, rows=8, columns=8, picture=0):
+        box = self.clickable.nth(picture).bounding_box()
+        place = {"x": (column + 0.5) / columns * box["width"], "y": (row + 0.5) / rows * box["height"]}
+        self.clickable.nth(picture).click(position=place)
+
+    def slide(self, name, keys):
+        handle = self.widget.locator(".widget-slider", has_text=name).locator("[role=slider]").first
+        handle.focus()
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def reads(self, text):
+        self.widget.get_by_text(text).first.wait_for(timeout=SLOW)
+
+    def picture(self, selector=LARGE):
+        return pixels_of(self.page, selector)
+
+    def settled(self):
+        """Wait until the kernel has answered. What it did before it was idle is then on the page."""
+        self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(state="attached", timeout=SLOW)
+
+    def sees(self, text, before=None, selector=LARGE):
+        """Wait for a text that only the new state has; the picture, which must not be ``before``."""
+        self.reads(text)
+        self.settled()
+        after = self.picture(selector)
+        assert before is None or not np.array_equal(after, before), f"{text}: the picture did not change"
+        return after
+
+    def mark(self):
+        """The frame around the chosen patch, in cells of the picture."""
+        frame = self.clickable.first.locator(".pixart-mark").bounding_box()
+        box = self.clickable.first.locator("img").bounding_box()
+        return [round((frame[a] - box[a]) / box[side] * 8) for a, side in (("y", "height"), ("x", "width"))]
+
+    def photograph(self, name):
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.widget.scroll_into_view_if_needed()
+        box = self.widget.bounding_box()
+        clip = box | {"width": min(box["width"], WIDTH)}
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png", clip=clip)
+
+
+def opened(browser, server, project, name, cells):
+    page, complaints = watched_page(browser, 1400, 1100)
+    values = {"project": str(project), "model": MODEL}
+    cells = [SET_UP.strip().format(**values), *(cell.strip() for cell in cells)]
+    open_notebook(page, server, name, cells, ".pixart-explorer")
+    page.keyboard.press("Control+B")  # without the list of files
+    return page, complaints
+
+
+def delay_of(page, act):
+    """Seconds from an action until the large picture has another address."""
+    source = f"document.querySelector({LARGE!r}).src"
+    before = page.evaluate(source)
+    started = time.monotonic()
+    act()
+    page.wait_for_function(f"before => {source} !== before", arg=before, timeout=SLOW, polling=10)
+    return time.monotonic() - started
+
+
+def delays_of_clicks(user, enough, most=40):
+    """Delays of five clicks; of more, up to ``most``, while the machine has other work and none is quick ``enough``."""
+    delays = []
+    while len(delays) < 5 or (min(delays) >= enough and len(delays) < most):
+        row, column = divmod(len(delays), 8)
+        delays.append(delay_of(user.page, lambda row=row, column=column: user.click_cell(row, column)))
+        user.sees(f"Patch ({row}, {column})")
+    return delays
+
+
+def test_a_patch_is_clicked_a_word_chosen_and_a_slider_moved(browser, server, project):
+    save = f"str(explorer.export({str(server[0] / 'attention.html')!r}))"
+    page, complaints = opened(browser, server, project, "explorer.ipynb", [ATTENTION, save])
+    user = User(page)
+    word = user.sees("“mushroom” gets")
+    user.photograph("1_word")
+    user.click_cell(2, 5)
+    patch = user.sees("Patch (2, 5) over 8 x 8 keys", word)
+    assert user.mark() == [2, 5]
+    user.slide("Layer", ["ArrowRight"] * 3)
+    layer = user.sees("layer 2; mean over heads, steps", patch)
+    user.slide("Step", ["ArrowRight"] * 2)
+    step = user.sees("layer 2, step 1; mean over heads", layer)
+    user.photograph("2_patch")
+    page.keyboard.press("Escape")
+    user.clickable.first.focus()
+    page.keyboard.press("ArrowDown")
+    moved = user.sees("Patch (3, 5)", step)
+    user.click_cell(4, 1, 6, 6, picture=1)
+    head = user.sees("layer 4, head 1", moved)
+    user.clickable.nth(1).locator(".pixart-mark").wait_for(timeout=SLOW)
+    user.widget.get_by_role("button", name="mushroom").click()
+    user.sees("“mushroom” gets", head)
+    user.photograph("3_word_of_one_head")
+    nothing_cut_or_covered(user.widget)
+    delays = delays_of_clicks(user, 0.5)
+    print("seconds from click to map:", [round(delay, 3) for delay in delays])
+    assert min(delays) < 0.5
+    user.click_cell(4, 3)
+    user.sees("Patch (4, 3)")
+    run_cell(page, 2)
+    page.locator(".jp-OutputArea-output", has_text="attention.html").wait_for(timeout=SLOW)
+    check_attention_page(browser, server[0] / "attention.html")
+    assert complaints == []
+    page.close()
+
+
+def check_attention_page(browser, path):
+    """The exported page in the same browser, with no server and no network."""
+    page, complaints = watched_page(browser, 1000, 1000)
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready=yes]")
+    page.screenshot(path=SCREENSHOTS / "4_attention_page.png")
+    assert page.get_by_text("Patch (4, 3) over 8 x 8 keys").count()
+    before = page.evaluate("document.getElementById('picture').toDataURL()")
+    page.get_by_role("button", name="mushroom").click()
+    assert page.get_by_text("“mushroom” gets").count()
+    after = page.evaluate("document.getElementById('picture').toDataURL()")
+    assert before != after
+    page.locator("#frame").click(position={"x": 375, "y": 25})
+    assert page.get_by_text("Patch (0, 7) over 8 x 8 keys").count()
+    page.locator("#overview canvas").nth(8).click()
+    assert page.locator("#layer").input_value() == "1"
+    assert page.locator("#overview canvas.chosen").count() == 1
+    page.locator("#threshold").fill("0.5")
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+    page.close()
+
+
+def test_compression_is_chosen_and_picture_error_and_cost_follow(browser, server, project):
+    save = f"str(explorer.export({str(server[0] / 'compression.html')!r}))"
+    page, complaints = opened(browser, server, project, "explorer.ipynb", [COMPRESSION, save])
+    user = User(page)
+    two = user.sees("mean 2, layers 3-5: predictions are off by", None, CRISP)
+    assert "64\t16\t25.0%" in user.widget.locator("table").inner_text()
+    user.widget.get_by_role("button", name="4", exact=True).click()
+    four = user.sees("mean 4, layers 3-5: predictions are off by", two, CRISP)
+    assert "64\t4\t6.2%" in user.widget.locator("table").inner_text()
+    user.widget.get_by_role("button", name="uniform").click()
+    picked = user.sees("uniform 4, layers 3-5: predictions are off by", four, CRISP)
+    user.slide("Layers", ["ArrowLeft"])
+    user.sees("uniform 4, layers 2-5: predictions are off by", picked, CRISP)
+    user.photograph("5_compression")
+    nothing_cut_or_covered(user.widget)
+    run_cell(page, 2)
+    page.locator(".jp-OutputArea-output", has_text="compression.html").wait_for(timeout=SLOW)
+    check_compression_page(browser, server[0] / "compression.html")
+    assert complaints == []
+    page.close()
+
+
+def check_compression_page(browser, path):
+    page, complaints = watched_page(browser, 1000, 900)
+    page.goto(path.as_uri())
+    page.wait_for_selector("body[data-ready=yes]")
+    page.screenshot(path=SCREENSHOTS / "6_compression_page.png")
+    said, picture = (
+        page.locator("#say").inner_text(),
+        page.locator("#pictures img").nth(2).get_attribute("src"),
+    )
+    options = page.locator("#choice option").all_inner_texts()
+    assert options[0] == "mean 2, layers 3, 4, 5"
+    page.locator("#choice").select_option("0")
+    assert page.locator("#say").inner_text() != said
+    assert page.locator("#pictures img").nth(2).get_attribute("src") != picture
+    assert page.locator("#curve polyline").count() >= 3
+    assert complaints == []
+    page.close()
+
+
+def test_it_is_legible_in_a_narrow_window_and_in_the_dark_theme(browser, server, project):
+    page, complaints = opened(browser, server, project, "explorer.ipynb", [ATTENTION])
+    user = User(page)
+    page.set_viewport_size({"width": 760, "height": 1900})
+    page.get_by_role("menuitem", name="Settings").click()
+    page.get_by_text("Theme", exact=True).hover()
+    page.get_by_text("JupyterLab Dark", exact=True).click()
+    user.sees("“mushroom” gets")
+    user.click_cell(4, 4)
+    user.sees("Patch (4, 4)")
+    user.photograph("7_narrow_and_dark")
+    nothing_cut_or_covered(user.widget)
+    assert complaints == []
+    page.close()

@@ -1,0 +1,223 @@
+"""The playground as a user meets it: in JupyterLab, in a browser."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lab import (
+    SLOW,
+    browser,
+    needs_browser,
+    nothing_cut_or_covered,
+    open_notebook,
+    pixels_of,
+    run_cell,
+    server,
+    sync_api,
+    watched_page,
+)
+from PIL import Image, UnidentifiedImageError
+
+from pixart_nb.config import check_config
+from pixart_nb.core.sampling.image_files import read_parameters
+
+pytestmark = needs_browser
+__all__ = ["browser", "server"]  # fixtures
+MODEL = os.environ.get("PLAYGROUND_MODEL", "data/tiny-sigma")
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "outputs" / "playground_browser"
+README_PICTURE = os.environ.get("PLAYGROUND_PICTURE", "")
+CELLS = (
+    """
+import os
+os.chdir({project!r})
+model, folder = {model!r}, {folder!r}
+""",
+    """
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.viz.playground import Playground
+
+pipe = PixArtSigmaPipeline.from_pretrained(model)
+Playground(
+    pipe,
+    sizes=[(128, 128), (128, 192), (192, 128), (120, 100)],
+    schedulers=["dpm++", "ddim", "euler", "unipc"],
+    folder=folder,
+    others={{"model": model}},
+    steps=16,
+)
+""",
+    "6 * 7",
+)
+
+
+@pytest.fixture
+def page(server, browser, project):
+    """A page with the playground, the kernel idle; an error in the browser's console fails the test."""
+    values = {"project": str(project), "model": MODEL, "folder": str(server[0] / "saved")}
+    page, complaints = watched_page(browser)
+    cells = [cell.strip().format(**values) for cell in CELLS]
+    open_notebook(page, server, "play.ipynb", cells, ".pixart-playground")
+    yield page
+    page.close()
+    assert complaints == []  # none is excluded
+
+
+class User:
+    """What a person does with the playground on a page, and what they see."""
+
+    def __init__(self, page):
+        self.page, self.widget = page, page.locator(".pixart-playground")
+
+    def press(self, name):
+        self.widget.get_by_role("button", name=name).click()
+
+    def write(self, name, text):
+        self.widget.get_by_label(name, exact=True).fill(text)
+
+    def choose(self, name, option):
+        self.widget.get_by_label(name, exact=True).select_option(option)
+
+    def slide(self, name, value):
+        """Type into the number beside a slider."""
+        row = self.widget.locator(".widget-slider", has_text=name)
+        number = row.locator(".widget-readout")
+        number.click()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.type(str(value))
+        self.page.keyboard.press("Enter")
+
+    def reads(self, text):
+        self.widget.get_by_text(text).first.wait_for(timeout=SLOW)
+
+    def sees_cards(self, count):
+        sync_api.expect(self.widget.locator(".pixart-card")).to_have_count(count, timeout=SLOW)
+
+    def picture(self):
+        """What the large picture shows, (H, W, 3) uint8."""
+        return pixels_of(self.page, ".pixart-frame img")
+
+    def sees_picture(self, right):
+        """Wait until the large picture is right."""
+        end = time.monotonic() + SLOW / 1000
+        while not self.shows(right):
+            assert time.monotonic() < end, "the picture did not change as it should"
+            time.sleep(0.05)
+
+    def shows(self, right):
+        """Whether the large picture is right now; it is not while it is being replaced."""
+        try:
+            return right(self.picture())
+        except UnidentifiedImageError:
+            return False
+
+    def sees_everything(self):
+        nothing_cut_or_covered(self.widget)
+
+    def photograph(self, name):
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+@pytest.fixture
+def user(page):
+    return User(page)
+
+
+def test_a_prompt_becomes_a_picture_that_can_be_saved_and_come_back_to(user, server):
+    user.photograph("1_empty")
+    user.write("Prompt", "a red mushroom on grass")
+    user.slide("Steps", 30)
+    user.press("Sample")
+    user.sees_picture(lambda pixels: pixels.shape == (128, 128, 3) and pixels.std() > 10)  # a preview
+    user.reads("step ")
+    user.photograph("2_sampling")
+    user.sees_cards(1)
+    user.reads("a red mushroom on grass · 128 x 128 · dpm++, 30 steps · guidance 4.5 · seed 0")
+    user.press("Save")
+    user.reads("Saved ")
+    saved = server[0] / "saved" / "a-red-mushroom-on-grass_seed-0_0.png"
+    assert check_config(read_parameters(saved)).prompt == ["a red mushroom on grass"]
+    user.sees_picture(lambda pixels: np.array_equal(pixels, Image.open(saved)))
+    user.press("Next")
+    user.slide("Steps", 16)
+    user.choose("Size", "192 x 128, wide")
+    user.slide("Pictures", 4)
+    user.press("Sample")
+    user.sees_cards(2)
+    user.sees_picture(lambda pixels: pixels.shape == (262, 390, 3))  # two by two, with gaps
+    user.sees_everything()
+    user.photograph("3_four_wide_pictures")
+    user.press("1: seed 0")
+    user.reads("dpm++, 30 steps · guidance 4.5 · seed 0")
+    user.sees_picture(lambda pixels: np.array_equal(pixels, Image.open(saved)))
+    assert user.widget.get_by_label("Size", exact=True).input_value() == "128 x 128, square"
+    user.photograph("4_history")
+
+
+def test_a_run_can_be_cancelled_and_the_kernel_is_free_meanwhile(user):
+    user.write("Prompt", "a blue fish in the snow")
+    user.slide("Steps", 50)
+    user.slide("Pictures", 8)
+    user.press("Sample")
+    user.reads("step ")
+    run_cell(user.page, 2)
+    user.page.locator(".jp-OutputArea-output", has_text="42").wait_for(timeout=SLOW)
+    assert user.widget.get_by_role("button", name="Cancel").is_enabled(), (
+        "the cell waited for the end of the run"
+    )
+    user.press("Cancel")
+    user.reads("Cancelled after step ")
+    user.photograph("5_cancelled")
+    user.sees_cards(0)
+    assert user.widget.get_by_role("button", name="Sample").is_enabled()
+    user.slide("Steps", 2)
+    user.press("Sample")
+    user.sees_cards(1)
+
+
+def test_what_is_wrong_is_said_in_the_widget(user):
+    user.press("Sample")
+    user.reads("the prompt is empty; write what to draw")
+    user.write("Prompt", "a cup")
+    user.choose("Size", "100 x 120, tall")
+    user.press("Sample")
+    user.reads("height and width are 120x100; both must be positive multiples of 16")
+    user.photograph("6_error")
+    assert not user.page.get_by_text("Traceback").count()
+
+
+def test_it_is_legible_in_a_narrow_window_and_in_the_dark_theme(user):
+    user.page.set_viewport_size({"width": 900, "height": 1500})
+    user.page.get_by_role("menuitem", name="Settings").click()
+    user.page.get_by_text("Theme", exact=True).hover()
+    user.page.get_by_text("JupyterLab Dark", exact=True).click()
+    user.write("Prompt", "a purple potion at night")
+    user.slide("Steps", 4)
+    user.press("Sample")
+    user.sees_cards(1)
+    user.photograph("7_narrow_and_dark")
+    user.sees_everything()
+    assert user.widget.locator(".pixart-frame").bounding_box()["width"] > 400
+
+
+@pytest.mark.skipif(not README_PICTURE, reason="runs when PLAYGROUND_PICTURE names the file to write")
+def test_a_picture_for_the_readme(user):
+    user.page.set_viewport_size({"width": 1180, "height": 900})
+    user.page.keyboard.press("Control+B")  # without the list of files
+    prompts = (
+        "a green dragon on a beach",
+        "a purple potion at night",
+        "a blue fish in the snow",
+        "an orange rocket on grass",
+        "a yellow ghost in the desert",
+        "a red mushroom in a forest",
+    )
+    for number, prompt in enumerate(prompts, 1):
+        user.write("Prompt", prompt)
+        user.press("Sample")
+        user.sees_cards(number)
+    user.reads("red mushroom in a forest · 128 x 128")
+    user.widget.scroll_into_view_if_needed()
+    user.page.screenshot(path=README_PICTURE)
