@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.schedulers import SAMPLING_METHODS
 from pixart_nb.train_config import TrainConfig
 
@@ -19,7 +20,7 @@ Text = Annotated[str, Field(min_length=1)]
 METHODS = tuple(SAMPLING_METHODS)
 
 
-class ConfigError(ValueError):
+class ConfigError(PixArtNBError):
     """A configuration that cannot be used; the message names the file, the key and what was expected."""
 
 
@@ -89,20 +90,22 @@ class InferenceConfig(BaseModel):
     @model_validator(mode="after")
     def _enough_to_draw(self) -> InferenceConfig:
         if bool(self.prompt) == bool(self.prompt_path):
-            raise ValueError("expected either prompt, a list of at least one text, or prompt_path")
+            raise PixArtNBError("expected either prompt, a list of at least one text, or prompt_path")
         roots = ("checkpoint", "vae_root", "text_encoder_root", "tokenizer_root")
         missing = [name for name in roots if not getattr(self, name)]
         if not self.model and missing:
-            raise ValueError(f"expected model, or all of {', '.join(roots)}; not given: {', '.join(missing)}")
+            raise PixArtNBError(
+                f"expected model, or all of {', '.join(roots)}; not given: {', '.join(missing)}"
+            )
         if self.kv_compress and not self.kv_compress_layer:
-            raise ValueError("kv_compress is on, so expected at least one layer in kv_compress_layer")
+            raise PixArtNBError("kv_compress is on, so expected at least one layer in kv_compress_layer")
         if self.enlarge and not self.staged:
-            raise ValueError(
+            raise PixArtNBError(
                 "enlarge is given, so expected staged, the folder to draw the larger pictures in"
             )
         unit = 1 if self.use_resolution_binning else 16
         if self.image_height % unit or self.image_width % unit:
-            raise ValueError(
+            raise PixArtNBError(
                 f"image_height and image_width are {self.image_height} and {self.image_width}; expected multiples of "
                 "16, or use_resolution_binning with a model that has published sizes"
             )

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.schedulers import SAMPLING_METHODS
 
 Text = Annotated[str, Field(min_length=1)]
@@ -155,19 +156,19 @@ class TrainConfig(BaseModel):
         missing = [name for name in roots if not getattr(self, name)]
         if not self.model and (missing or not self.checkpoint):
             wanted = [] if self.checkpoint else ["checkpoint"]
-            raise ValueError(
+            raise PixArtNBError(
                 f"expected model, or all of checkpoint, {', '.join(roots)}; not given: {', '.join([*wanted, *missing])}"
             )
         if self.kv_compress and not (self.kv_compress_layer and self.kv_compress_scale_factor > 1):
-            raise ValueError(
+            raise PixArtNBError(
                 "kv_compress is on, so expected at least one layer in kv_compress_layer, and a "
                 "kv_compress_scale_factor above 1"
             )
         if self.visualize and not self.validation_prompts:
-            raise ValueError("visualize is on, so expected at least one text in validation_prompts")
+            raise PixArtNBError("visualize is on, so expected at least one text in validation_prompts")
         negatives = len(self.validation_negative_prompts)
         if negatives not in (0, len(self.validation_prompts)):
-            raise ValueError(
+            raise PixArtNBError(
                 f"{negatives} validation_negative_prompts for {len(self.validation_prompts)} validation_prompts; "
                 "expected none, or one for each"
             )
@@ -176,11 +177,13 @@ class TrainConfig(BaseModel):
     def _possible(self) -> TrainConfig:
         bad = [b for b in (*self.adamw_betas, *self.came_betas) if not 0 <= b < 1]
         if bad:
-            raise ValueError(f"betas {bad}: expected numbers from 0 to below 1")
+            raise PixArtNBError(f"betas {bad}: expected numbers from 0 to below 1")
         if self.lora_rank and self.from_scratch:
-            raise ValueError("lora_rank and from_scratch exclude each other: a LoRA changes a trained model")
+            raise PixArtNBError(
+                "lora_rank and from_scratch exclude each other: a LoRA changes a trained model"
+            )
         if self.sample_size % 2:
-            raise ValueError(f"sample_size is {self.sample_size}; expected an even number of latent cells")
+            raise PixArtNBError(f"sample_size is {self.sample_size}; expected an even number of latent cells")
         return self
 
 

@@ -15,6 +15,7 @@ from pixart_nb.cli.dataset import dataset
 from pixart_nb.cli.large import compress, grow, plan
 from pixart_nb.cli.options import Switch, with_key_options
 from pixart_nb.config import METHODS, load_config, override
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.train_config import TrainConfig
 
 TINY = "data/tiny-sigma"
@@ -211,7 +212,7 @@ def convert(
 
         said = read_config(config) if config else None
         if target is None and source.is_dir():
-            raise ValueError(f"{source} is a folder; give --target")
+            raise PixArtNBError(f"{source} is a folder; give --target")
         target = target or source.with_suffix(".ckpt")
         plan = conversion.plan_conversion(source, target, said, sample_size, dtype.value)
         typer.echo(f"{plan.audit.table()}\n\n{plan.audit}")

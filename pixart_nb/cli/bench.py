@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pixart_nb.cli.commands import one_line_errors
+from pixart_nb.core.errors import PixArtNBError
 
 
 class Benchmark(StrEnum):
@@ -72,7 +73,7 @@ def bench(
         from pixart_nb.core.benchmark.shapes import Shapes
 
         if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
-            raise ValueError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
+            raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
         shapes = Shapes(steps=steps, depth=depth, words=words, text_layers=text_layers, ratio=ratio)
         sizes = [
             replace(shapes, size=side) for side in size or [256]

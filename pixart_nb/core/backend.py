@@ -19,6 +19,8 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: erro
 import mindspore as ms
 from mindspore import ops
 
+from pixart_nb.core.errors import PixArtNBError
+
 #: Bytes that one chunk of attention scores may take on the CPU. It bounds memory and keeps the chunk near the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
 #: Ascend's flash attention wants a head size that is a multiple of this.
@@ -108,11 +110,11 @@ def dtype_from_name(name: str) -> ms.Type:
         "bfloat16": ms.bfloat16,
     }
     if name not in names:
-        raise ValueError(f"dtype {name!r} is not known; expected one of {', '.join(names)}")
+        raise PixArtNBError(f"dtype {name!r} is not known; expected one of {', '.join(names)}")
     return names[name]
 
 
-class WorkerError(ValueError):
+class WorkerError(PixArtNBError):
     """Another worker ended, or could not be reached."""
 
     def __init__(self, error: Exception):
@@ -132,7 +134,7 @@ def join_workers() -> tuple[int, int]:
     it does not return.
     """
     if "MS_ROLE" not in os.environ:
-        raise ValueError(
+        raise PixArtNBError(
             "use_parallel is on, but msrun did not start this process; start it with msrun, or alone"
         )
     from mindspore import communication

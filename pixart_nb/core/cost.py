@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, split_heads
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
@@ -49,7 +50,9 @@ def step_cost(
     """
     unit, size = 8 * config.patch_size, config.hidden_size
     if height < unit or width < unit or height % unit or width % unit:
-        raise ValueError(f"height and width are {height}x{width}; both must be positive multiples of {unit}")
+        raise PixArtNBError(
+            f"height and width are {height}x{width}; both must be positive multiples of {unit}"
+        )
     grid = (height // unit, width // unit)
     tokens = grid[0] * grid[1]
     keys = [keys_of(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
@@ -67,7 +70,7 @@ def step_cost(
 def keys_of(grid: tuple[int, int], ratio: int) -> int:
     """Keys of a layer that compresses a grid of tokens by ``ratio``; ValueError if none would be left."""
     if ratio > min(grid):
-        raise ValueError(
+        raise PixArtNBError(
             f"compression ratio {ratio} leaves no key of {grid[0]}x{grid[1]} tokens; it may be 1 to {min(grid)}"
         )
     return (grid[0] // ratio) * (grid[1] // ratio)

@@ -15,10 +15,12 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pixart_nb.core.errors import PixArtNBError
+
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PixArtNBError):
     """A checkpoint that cannot be read, or does not fit what it was read for."""
 
 

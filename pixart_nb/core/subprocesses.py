@@ -14,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pixart_nb.core.errors import PixArtNBError
+
 _COMMAND = "import sys; from pixart_nb.core import apart; apart.answer(sys.argv[1])"
 
 
-class ProcessError(ValueError):
+class ProcessError(PixArtNBError):
     """A process of its own did not come to its end."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import with_compression
 from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.recorder import model_mark
 from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.models.transformer import PixArt
@@ -101,7 +102,7 @@ class CompressionAdaptation:
             if missing := set(measures) - set(found):
                 self.train(point)
                 if self.trainer.step != point:
-                    raise ValueError(
+                    raise PixArtNBError(
                         f"the training in {path.parent} stands at step {self.trainer.step}, and {sorted(missing)} was "
                         f"not measured at step {point}; take another folder"
                     )

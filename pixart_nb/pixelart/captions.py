@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene
 
 # A synonym replaces the canonical word in one caption in twenty: enough for a model to meet it, too seldom to
@@ -110,7 +111,7 @@ def named_scenes(captions: Iterable[str]) -> list[Scene]:
     captions = list(captions)
     for caption in captions:
         if caption not in known:
-            raise ValueError(f"{caption!r} names no scene; expected such as 'a red mushroom on grass'")
+            raise PixArtNBError(f"{caption!r} names no scene; expected such as 'a red mushroom on grass'")
     return [known[caption] for caption in captions]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.pixelart.captions import short_caption
@@ -26,7 +27,7 @@ def held_out_scenes(count: int) -> list[Scene]:
     """
     scenes = split_scenes()[1]
     if not 1 <= count <= len(scenes):
-        raise ValueError(f"count must be between 1 and {len(scenes)}, got {count}")
+        raise PixArtNBError(f"count must be between 1 and {len(scenes)}, got {count}")
     return [scenes[k * len(scenes) // count] for k in range(count)]
 
 
@@ -37,7 +38,7 @@ def agreement(images: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
     (``a red mushroom on grass``); other prompts are left out, and without any the answer is empty.
     """
     if len(images) != len(prompts):
-        raise ValueError(f"need as many prompts as pictures, got {len(prompts)} for {len(images)}")
+        raise PixArtNBError(f"need as many prompts as pictures, got {len(prompts)} for {len(images)}")
     rows = [k for k, prompt in enumerate(prompts) if prompt in _scenes_by_caption()]
     if not rows:
         return {}
@@ -102,7 +103,7 @@ def judge(
 
 def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: dict[str, Any]) -> np.ndarray:
     if batch_size < 1 or not prompts:
-        raise ValueError(
+        raise PixArtNBError(
             f"need a batch size of at least 1 and a prompt, got {batch_size} and {len(prompts)} prompts"
         )
     drawn = []

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.sprite_settings import BACKGROUNDS
 from pixart_nb.pixelart.sprite_shapes import MIRRORED, SHAPE_SIZE
 from pixart_nb.pixelart.sprites import (
@@ -156,7 +157,7 @@ class SpriteEvaluator:
     def __init__(self, objects: Sequence[str] = OBJECTS):
         unknown = [name for name in objects if name not in OBJECTS + UNSEEN_OBJECTS]
         if unknown or not objects:
-            raise ValueError(f"objects are {list(objects)}; expected some of {OBJECTS + UNSEEN_OBJECTS}")
+            raise PixArtNBError(f"objects are {list(objects)}; expected some of {OBJECTS + UNSEEN_OBJECTS}")
         self.objects = tuple(objects)
 
     def evaluate(self, picture: np.ndarray) -> Verdict:
@@ -178,7 +179,7 @@ class SpriteEvaluator:
     def accuracy(self, pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
         """Fractions of pictures whose object, colour, setting and all three are those of ``scenes``."""
         if len(pictures) != len(scenes) or not len(scenes):
-            raise ValueError(
+            raise PixArtNBError(
                 f"need one scene per picture and at least one, got {len(pictures)}, {len(scenes)}"
             )
         found = [verdict.scene for verdict in self.evaluate_many(pictures)]
@@ -192,7 +193,7 @@ class SpriteEvaluator:
 
 def _require_picture(picture: np.ndarray) -> None:
     if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"a picture must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
+        raise PixArtNBError(f"a picture must be (H, W, 3) uint8, got {picture.shape} {picture.dtype}")
 
 
 def _batches_of_one_size(pictures: Pictures) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.ndimage import zoom
 from tqdm.auto import tqdm
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.record import Trace
 from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.hooks.selection import Layers, Numbers
@@ -68,7 +69,7 @@ def locate_words(
         threshold: see ``THRESHOLD``.
     """
     if batch_size < 1 or not scenes:
-        raise ValueError(
+        raise PixArtNBError(
             f"need a batch size of at least 1 and a scene, got {batch_size} and {len(scenes)} scenes"
         )
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.captions import long_caption, short_caption
 from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, Scene, draw
 
@@ -44,7 +45,7 @@ def write_dataset(folder: str | os.PathLike[str], count: int = 36, seed: int = 0
     ``labels.json`` appears under its name only when it and all pictures are complete.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise PixArtNBError(f"count must be at least 1, got {count}")
     rng = np.random.default_rng(seed)
     names = zip(*(_balanced(part, count, rng) for part in (OBJECTS, COLOURS, SETTINGS)), strict=True)
     return write_scenes(folder, [Scene(*parts) for parts in names], rng, SIZES)

@@ -6,6 +6,7 @@ highlight shade of the named colour; every other letter is a fixed secondary col
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.shapes_nature import NATURE
 from pixart_nb.pixelart.shapes_things import THINGS
 from pixart_nb.pixelart.shapes_unseen import UNSEEN
@@ -42,7 +43,9 @@ def _indices(drawing: str) -> np.ndarray:
     rows = drawing.split()
     wrong = [row for row in rows if len(row) != SHAPE_SIZE or set(row) - set(LETTERS)]
     if wrong or len(rows) != SHAPE_SIZE:
-        raise ValueError(f"a shape is {SHAPE_SIZE} rows of {SHAPE_SIZE} known letters, got {wrong or rows}")
+        raise PixArtNBError(
+            f"a shape is {SHAPE_SIZE} rows of {SHAPE_SIZE} known letters, got {wrong or rows}"
+        )
     indices = np.array([[LETTERS.index(letter) for letter in row] for row in rows], dtype=np.uint8)
     indices.flags.writeable = False
     return indices

@@ -10,6 +10,7 @@ from itertools import combinations, product
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.sprite_settings import BACKGROUNDS
 from pixart_nb.pixelart.sprite_shapes import (
     LETTERS,
@@ -81,7 +82,7 @@ class Picture:
 
 def _require_name(kind: str, name: str, valid: tuple[str, ...]) -> None:
     if name not in valid:
-        raise ValueError(f"unknown {kind} {name!r}; valid ones: {', '.join(valid)}")
+        raise PixArtNBError(f"unknown {kind} {name!r}; valid ones: {', '.join(valid)}")
 
 
 def _sprite(name: str, colour: str, mirrored: bool) -> np.ndarray:
@@ -122,7 +123,7 @@ def grid_size(height: int, width: int) -> tuple[int, int]:
     """Rows and columns of the cell grid of a picture of ``height`` x ``width`` image pixels."""
     shorter = min(height, width)
     if shorter < GRID:
-        raise ValueError(f"height and width must be at least {GRID} pixels, got {height}x{width}")
+        raise PixArtNBError(f"height and width must be at least {GRID} pixels, got {height}x{width}")
     return round(height * GRID / shorter), round(width * GRID / shorter)
 
 
@@ -138,7 +139,7 @@ def _compose(
 ) -> tuple[np.ndarray, Placement]:
     """The (gh, gw, 3) uint8 grid of a scene, and where its object lies."""
     if min(grid_height, grid_width) < GRID:
-        raise ValueError(f"a grid needs at least {GRID}x{GRID} cells, got {grid_height}x{grid_width}")
+        raise PixArtNBError(f"a grid needs at least {GRID}x{GRID} cells, got {grid_height}x{grid_width}")
     place = _place(scene, rng, grid_height, grid_width)
     shade = 1 + rng.uniform(-COLOUR_VARIATION, COLOUR_VARIATION, size=(2, 3)).astype(np.float32)
     grid = BACKGROUNDS[scene.setting](rng, grid_height, grid_width) * shade[0]
@@ -208,7 +209,7 @@ def split_scenes(seed: int = 0, held_out: int = 240) -> tuple[list[Scene], list[
             chosen.add(scenes[index])
             remaining.update({pair: remaining[pair] - 1 for pair in pairs})
     if len(chosen) < held_out:
-        raise ValueError(
+        raise PixArtNBError(
             f"at most {len(chosen)} scenes can be held out with every pair in training, not {held_out}"
         )
     return [s for s in scenes if s not in chosen], [s for s in scenes if s in chosen]

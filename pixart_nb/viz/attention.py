@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, check_cells, overlay, shrunk, spread_cells
 from pixart_nb.viz.style import (
@@ -62,7 +63,7 @@ def word_heat_maps(
     ['picture', 'red', 'cup']
     """
     if not maps:
-        raise ValueError("there is no word to show; give at least one map")
+        raise PixArtNBError("there is no word to show; give at least one map")
     columns, picture = min(columns or 5, len(maps) + 1), shrunk(picture)
     highest = {word: float(np.max(heat)) for word, heat in maps.items()}
     if not own_scale:
@@ -200,7 +201,9 @@ def overview_grid(
     (['head 0', 'head 1', 'head 2'], ['layer 0', 'layer 14'])
     """
     if maps.shape[:2] != (len(layers), len(heads)):
-        raise ValueError(f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads")
+        raise PixArtNBError(
+            f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads"
+        )
     aspect, cell = maps.shape[2] / maps.shape[3], min(1.3, WIDTH / len(heads))
     picture = None if picture is None else shrunk(picture, 256)
     figure = new_figure(len(heads) * cell + 0.4, len(layers) * cell * aspect + 0.6)
@@ -238,7 +241,7 @@ def attention_statistics(
     ((3, 4), 3)
     """
     if values.ndim != 3 or values.shape[:2] != (len(layers), len(timesteps)):
-        raise ValueError(
+        raise PixArtNBError(
             f"values have shape {values.shape}; expected {len(layers)} layers, {len(timesteps)} steps, heads"
         )
     heads = list(range(values.shape[2])) if heads is None else heads
@@ -341,7 +344,7 @@ def _frame_patch(place: Axes, query: tuple[int, int]) -> None:
 
 def _check_patch(query: tuple[int, int], grid: tuple[int, int]) -> None:
     if not all(0 <= place < side for place, side in zip(query, grid, strict=True)):
-        raise ValueError(
+        raise PixArtNBError(
             f"there is no patch {tuple(query)}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
         )
 

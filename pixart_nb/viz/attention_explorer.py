@@ -12,6 +12,7 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.clickable import ClickablePicture
 from pixart_nb.viz.explorers import (
     Choice,
@@ -62,7 +63,9 @@ class AttentionExplorer:
         choice: Choice | None = None,
     ):
         if by_step is not None and len(by_step) != len(trace.steps):
-            raise ValueError(f"by_step has {len(by_step)} pictures, the trace keeps {len(trace.steps)} steps")
+            raise PixArtNBError(
+                f"by_step has {len(by_step)} pictures, the trace keeps {len(trace.steps)} steps"
+            )
         self.trace, self.row, self.picture = trace, row, as_float(shrunk(picture))
         self._by_step = None if by_step is None else dict(zip(trace.steps, by_step, strict=True))
         self._quiet, self.seconds = False, 0.0

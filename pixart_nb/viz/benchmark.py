@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, new_figure, styled
 from pixart_nb.viz.tables import Table, in_words
 
@@ -58,7 +59,7 @@ def share_figure(rows: Sequence[Any]) -> Figure:
     """
     lines = _share_parts(rows)
     if not lines:
-        raise ValueError("there are no shares to draw; run the benchmark of denoising first")
+        raise PixArtNBError("there are no shares to draw; run the benchmark of denoising first")
     figure = new_figure(WIDTH, 1.1 + 0.45 * len(lines))
     place = styled(figure.subplots())
     left = [0.0] * len(lines)
@@ -105,7 +106,7 @@ def benchmark_figure(rows: Sequence[Any]) -> Figure:
     """
     bars = _bars(rows)
     if not bars:
-        raise ValueError("there are no seconds to draw; run a benchmark first")
+        raise PixArtNBError("there are no seconds to draw; run a benchmark first")
     figure = new_figure(WIDTH, 0.9 + 0.55 * len(bars))
     place = styled(figure.subplots())
     systems = [name for name in NAMES if any(name in values for _, values in bars)]

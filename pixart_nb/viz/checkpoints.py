@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import (
     AMOUNT,
     COLOURS,
@@ -161,7 +162,7 @@ def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("
     'difference: none, bit for bit'
     """
     if expected.shape != found.shape:
-        raise ValueError(
+        raise PixArtNBError(
             f"the predictions have shapes {expected.shape} and {found.shape}; expected two of one shape"
         )
     figure = new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])

@@ -12,6 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, overlay, shrunk
 from pixart_nb.viz.style import (
@@ -54,7 +55,7 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     [[1.0, 1.0], [1.0, 1.0]]
     """
     if not kernels:
-        raise ValueError("there is no kernel to show; only layers compressed by 'conv' have one")
+        raise PixArtNBError("there is no kernel to show; only layers compressed by 'conv' have one")
     scaled = {name: np.asarray(weights) * weights.shape[-1] ** 2 for name, weights in kernels.items()}
     columns = min(7, len(scaled))
     rows, cell = -(-len(scaled) // columns), min(1.8, (WIDTH - 1) / columns)
@@ -145,7 +146,9 @@ def mean_colours(
 
 def _check_ratio(grid: tuple[int, int], ratio: int) -> None:
     if not 1 <= ratio <= min(grid):
-        raise ValueError(f"ratio {ratio} makes no cell of {grid[0]}x{grid[1]} tokens; give 1 to {min(grid)}")
+        raise PixArtNBError(
+            f"ratio {ratio} makes no cell of {grid[0]}x{grid[1]} tokens; give 1 to {min(grid)}"
+        )
 
 
 def _draw_cells(place: Axes, rows: int, columns: int, ratio: int, operator: str) -> None:

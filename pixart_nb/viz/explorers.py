@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.attention import patch_attention, word_heat_maps
 from pixart_nb.viz.overlay import as_float, overlay, shrunk, spread_cells
 
@@ -97,19 +98,19 @@ def _patch_rows(trace: Any, choice: Choice, row: int):
 def check_choice(trace: Any, choice: Choice) -> None:
     """Refuse a choice that the trace does not have, with what it has."""
     if (choice.word is None) == (choice.patch is None):
-        raise ValueError("choose a word or a patch, one of the two")
+        raise PixArtNBError("choose a word or a patch, one of the two")
     if not (layers := layers_of(trace, choice.kind)):
-        raise ValueError(f"the trace keeps no {choice.kind}-attention; it has {', '.join(trace.names)}")
+        raise PixArtNBError(f"the trace keeps no {choice.kind}-attention; it has {', '.join(trace.names)}")
     if choice.layer is not None and choice.layer not in layers:
-        raise ValueError(
+        raise PixArtNBError(
             f"the trace keeps no {choice.kind}-attention of layer {choice.layer}; it has layers {layers}"
         )
     for what, number, known in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
         if number is not None and number not in known:
-            raise ValueError(f"the trace has no {what} {number}; it has {known}")
+            raise PixArtNBError(f"the trace has no {what} {number}; it has {known}")
     patch, grid = choice.patch, trace.grid
     if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
-        raise ValueError(
+        raise PixArtNBError(
             f"there is no patch {patch}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
         )
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import written_beside
 from pixart_nb.viz.style import (
     HEAT,
@@ -47,7 +48,7 @@ def image_grid(
     """
     pictures = [as_picture(image) for image in images]
     if not pictures:
-        raise ValueError("an image grid needs at least one picture, got none")
+        raise PixArtNBError("an image grid needs at least one picture, got none")
     require_as_many("titles", titles, len(pictures), "pictures")
     columns = min(columns or int(np.ceil(np.sqrt(len(pictures)))), len(pictures))
     rows = -(-len(pictures) // columns)
@@ -110,11 +111,11 @@ def picture_differences(
     (['before', 'after', 'difference, rms 1.000'], 1.0)
     """
     if not rows:
-        raise ValueError("there is no pair of pictures to compare")
+        raise PixArtNBError("there is no pair of pictures to compare")
     pairs = [tuple(as_share(picture) for picture in pair) for pair in rows.values()]
     for label, (first, second) in zip(rows, pairs, strict=True):
         if first.shape != second.shape:
-            raise ValueError(
+            raise PixArtNBError(
                 f"the pictures of {label!r} are {first.shape} and {second.shape}; sizes must agree"
             )
     apart = [np.abs(second - first).reshape(*first.shape[:2], -1).mean(2) for first, second in pairs]
@@ -176,11 +177,11 @@ def as_picture(image: np.ndarray) -> np.ndarray:
     """A picture (H, W, 3) or (H, W), uint8 or float clipped to [0, 1]; ValueError for anything else."""
     image = np.asarray(image)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] != 3):
-        raise ValueError(f"a picture must be (H, W, 3) or (H, W), got {image.shape}")
+        raise PixArtNBError(f"a picture must be (H, W, 3) or (H, W), got {image.shape}")
     if image.dtype == np.uint8:
         return image
     if not np.isfinite(image).all():
-        raise ValueError("a picture must have finite values only, got nan or infinity")
+        raise PixArtNBError("a picture must have finite values only, got nan or infinity")
     return np.clip(image, 0, 1)
 
 
@@ -200,7 +201,7 @@ def _on_equal_ground(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
 def require_as_many(what: str, given: Sequence | None, count: int, of_what: str) -> None:
     """Refuse a sequence that does not have ``count`` members; None is fine."""
     if given is not None and len(given) != count:
-        raise ValueError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
+        raise PixArtNBError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
 
 
 def _empty_grid(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.viz.clickable import STATIC
 from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
@@ -81,7 +82,7 @@ def _what_fits(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[in
         size = len(steps) * len(trace.heads) * (words + len(patches) * keys)
         if size <= most:
             return list(steps), list(patches)
-    raise ValueError(
+    raise PixArtNBError(
         f"the maps of one step would take {size / 1e6:.0f} MB, more than {most / 1e6:.0f}; trace fewer layers or "
         "heads, or raise most_bytes"
     )
@@ -103,7 +104,7 @@ def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: i
         name = f"blocks.{layer}.attn"
         cells = {step: trace.key_grid(name, step) for step in steps}
         if len(set(cells.values())) > 1:
-            raise ValueError(f"{name} has keys on different grids, {cells}; export steps with one grid")
+            raise PixArtNBError(f"{name} has keys on different grids, {cells}; export steps with one grid")
         rows = np.stack([trace.rows(name, step, patches, None, row) for step in steps])
         maps = rows.reshape(*rows.shape[:3], *cells[steps[0]])
         ratio = trace.compression(name, steps[0])[1]
@@ -126,7 +127,7 @@ def quantised(maps: np.ndarray) -> dict[str, Any]:
 def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], start: int = 0) -> Path:
     """Write what a compression explorer tried as a page: pictures, errors and costs to choose from."""
     if not outcomes:
-        raise ValueError("nothing was tried yet; there is no outcome to write")
+        raise PixArtNBError("nothing was tried yet; there is no outcome to write")
     run, config = study.reference, study.pipe.transformer.config
     unit = 8 * config.patch_size
     grid = (run.height // unit, run.width // unit)

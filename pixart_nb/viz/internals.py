@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import (
     AMOUNT,
     COLOURS,
@@ -52,10 +53,10 @@ def position_interpolation(
     [(4, 4), (16, 16)]
     """
     if small.ndim != 3 or large.ndim != 3 or small.shape[2] != large.shape[2]:
-        raise ValueError(f"embeddings must be (h, w, D) of one D, got {small.shape} and {large.shape}")
+        raise PixArtNBError(f"embeddings must be (h, w, D) of one D, got {small.shape} and {large.shape}")
     beyond = [channel for channel in channels if not 0 <= channel < small.shape[2]]
     if beyond:
-        raise ValueError(f"there are no channels {beyond}; the embedding has {small.shape[2]}")
+        raise PixArtNBError(f"there are no channels {beyond}; the embedding has {small.shape[2]}")
     figure = new_figure(WIDTH, 3.2)
     left, right = figure.subfigures(1, 2, width_ratios=[2.3, 1])
     axes = axes_grid(left, 2, len(channels) + 1)
@@ -106,7 +107,7 @@ def timestep_modulation(
     (['shift, self-attention', 'scale, self-attention'], (3, 5))
     """
     if values.ndim != 4 or values.shape[2] != len(MODULATION) or len(values) != len(timesteps):
-        raise ValueError(
+        raise PixArtNBError(
             f"values have shape {values.shape}; expected ({len(timesteps)} timesteps, layers, {len(MODULATION)}, D)"
         )
     strength = np.sqrt(np.square(values, dtype=np.float64).mean(-1))

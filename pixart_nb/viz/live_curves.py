@@ -11,6 +11,7 @@ from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, axes_grid, for_curves, legend, new_figure
 
 #: Points of a curve that are drawn at most.
@@ -28,7 +29,9 @@ def dataset_figure(sizes: Sequence[tuple[int, int]], captions: Sequence[str]) ->
     ['width, pixels', 'words of a caption']
     """
     if not len(sizes) or len(sizes) != len(captions):
-        raise ValueError(f"{len(sizes)} sizes and {len(captions)} captions; expected one of each a picture")
+        raise PixArtNBError(
+            f"{len(sizes)} sizes and {len(captions)} captions; expected one of each a picture"
+        )
     figure = new_figure(WIDTH, 2.8)
     left, right = axes_grid(figure, 1, 2)[0]
     different, counts = np.unique(np.asarray(sizes), axis=0, return_counts=True)

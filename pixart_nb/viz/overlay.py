@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.figures import as_share
 from pixart_nb.viz.style import HEAT, heat_colours
 
@@ -84,7 +85,7 @@ def check_cells(cells: tuple[int, int], ratio: int, grid: tuple[int, int] | None
     """The grid of tokens; ValueError where it does not hold these cells."""
     grid = grid or (cells[0] * ratio, cells[1] * ratio)
     if (grid[0] // ratio, grid[1] // ratio) != tuple(cells):
-        raise ValueError(
+        raise PixArtNBError(
             f"a map of {cells[0]}x{cells[1]} cells does not belong to {grid[0]}x{grid[1]} tokens at ratio {ratio}, "
             f"which make {grid[0] // ratio}x{grid[1] // ratio}"
         )

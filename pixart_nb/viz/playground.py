@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.playground_pictures import save_entry
 from pixart_nb.viz.playground_run import Entry, Parameters, Session, State
 from pixart_nb.viz.playground_view import View, make_controls
@@ -40,7 +41,7 @@ class Playground:
         **start: Any,
     ):
         if not sizes or not schedulers:
-            raise ValueError(f"need a size and a scheduler to choose from, got {sizes} and {schedulers}")
+            raise PixArtNBError(f"need a size and a scheduler to choose from, got {sizes} and {schedulers}")
         given = dict(zip(("height", "width"), sizes[0], strict=True)) | {"scheduler": schedulers[0]}
         self.controls = make_controls(Parameters(**{"prompt": ""} | given | start), sizes, schedulers)
         self.view = View(self.controls)
@@ -71,7 +72,7 @@ class Playground:
         for name, control in self.controls.items():
             control.value = (value.height, value.width) if name == "size" else getattr(value, name)
         if self.parameters != value:
-            raise ValueError(f"the controls reach {self.parameters} only; asked for {value}")
+            raise PixArtNBError(f"the controls reach {self.parameters} only; asked for {value}")
 
     @property
     def history(self) -> list[Entry]:
@@ -100,7 +101,7 @@ class Playground:
         entry = self.session.entry
         try:
             if entry is None:
-                raise ValueError("there is no finished picture to save; sample one, or choose one below")
+                raise PixArtNBError("there is no finished picture to save; sample one, or choose one below")
             paths = save_entry(entry, self.folder, self._others)
         except (OSError, ValueError) as error:
             self.view.say(_in_words(error), wrong=True)

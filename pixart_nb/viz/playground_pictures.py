@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.image_files import read_parameters, write_picture
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.playground_run import Entry
@@ -84,7 +85,7 @@ def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:
     (130, 130, 3)
     """
     if not history:
-        raise ValueError("the history is empty; sample something first")
+        raise PixArtNBError("the history is empty; sample something first")
     sheets = [_on_white(tiles(entry.pictures)) for entry in history]
     titles = [f"{entry.number}: {entry.parameters.summary}" for entry in history]
     return image_grid(sheets, titles, columns=columns, cell=2.6)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.randomness import picture_generators
 
 #: A preview is due once the steps since the last one took this many times as long as it did.
@@ -39,11 +40,13 @@ class Parameters:
     def check(self) -> None:
         """Refuse what no pipeline would notice; the rest is the pipeline's to refuse."""
         if not self.prompt.strip():
-            raise ValueError("the prompt is empty; write what to draw, for example 'a red mushroom on grass'")
+            raise PixArtNBError(
+                "the prompt is empty; write what to draw, for example 'a red mushroom on grass'"
+            )
         if self.count < 1:
-            raise ValueError(f"the number of pictures is {self.count}; expected at least 1")
+            raise PixArtNBError(f"the number of pictures is {self.count}; expected at least 1")
         if self.seed < 0:
-            raise ValueError(f"the seed is {self.seed}; expected 0 or more")
+            raise PixArtNBError(f"the seed is {self.seed}; expected 0 or more")
 
     def call(self) -> dict[str, Any]:
         """Arguments of ``pipe.sample``. Picture k of a seed is the same however many are drawn beside it."""

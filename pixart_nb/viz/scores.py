@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import axes_grid, for_curves, legend, line_style, new_figure
 
 
@@ -21,7 +22,9 @@ def score_figure(
     ['128\\n12 pictures', '256\\n6']
     """
     if len(pictures) != len(sizes):
-        raise ValueError(f"need as many numbers of pictures as sizes, got {len(pictures)} for {len(sizes)}")
+        raise PixArtNBError(
+            f"need as many numbers of pictures as sizes, got {len(pictures)} for {len(sizes)}"
+        )
     figure = new_figure(7, 3.4)
     place = for_curves(
         axes_grid(figure, 1, 1)[0, 0], "side in pixels, and pictures judged", "share right in all"

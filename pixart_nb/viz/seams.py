@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, axes_grid, legend, new_figure
 
 #: Edges and other lines of a picture: mean jumps, 0..255, as ``measure_seams`` gives them.
@@ -24,7 +25,7 @@ def seam_figure(jumps: Mapping[str, Jumps]) -> Figure:
     [3, 2]
     """
     if not jumps:
-        raise ValueError("a figure of seams needs at least one picture, got none")
+        raise PixArtNBError("a figure of seams needs at least one picture, got none")
     figure = new_figure(WIDTH, 1.1 + 0.55 * len(jumps))
     place, rng = axes_grid(figure, 1, 1)[0, 0], np.random.default_rng(0)
     for row, (edges, others) in enumerate(jumps.values()):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, axes_grid, legend, new_figure
 
 #: By stage: ``seconds`` and ``peak_bytes``, as ``StageFiles.measured`` gives them.
@@ -23,7 +24,7 @@ def stage_figure(runs: Mapping[str, Measured]) -> Figure:
     ([2.0, 8.0], [1.0])
     """
     if not runs:
-        raise ValueError("a figure of stages needs at least one run, got none")
+        raise PixArtNBError("a figure of stages needs at least one run, got none")
     stages = list(dict.fromkeys(stage for measured in runs.values() for stage in measured))
     figure = new_figure(WIDTH, 1.2 + 0.5 * len(runs))
     (time, memory), names = axes_grid(figure, 1, 2)[0], list(runs)

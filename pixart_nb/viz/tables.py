@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from pixart_nb.core.errors import PixArtNBError
+
 
 class Table:
     """Rows of values under named columns, with a caption; a column's name should say its unit.
@@ -25,7 +27,7 @@ class Table:
         self.columns = list(columns or dict.fromkeys(name for row in self.rows for name in row))
         unknown = [name for row in self.rows for name in row if name not in self.columns]
         if columns is not None and unknown and not any(set(self.columns) & set(row) for row in self.rows):
-            raise ValueError(f"no row has any of the columns {self.columns}; there are {unknown}")
+            raise PixArtNBError(f"no row has any of the columns {self.columns}; there are {unknown}")
 
     def cells(self) -> list[list[str]]:
         """The rows as text."""

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.viz.html_export import page_of
 from pixart_nb.viz.style import MARK, SMALL, TEXT, for_picture
@@ -36,7 +37,7 @@ class ZoomViewer:
 
     def __init__(self, picture: np.ndarray | str | Path, title: str = "", quality: int = QUALITY):
         if not 1 <= quality <= 100:
-            raise ValueError(f"quality is {quality}; expected 1 to 100")
+            raise PixArtNBError(f"quality is {quality}; expected 1 to 100")
         self.picture, self.title, self.quality = as_pixels(picture), title, quality
 
     def levels(self) -> list[dict[str, Any]]:
@@ -90,7 +91,7 @@ def as_pixels(picture: np.ndarray | str | Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     pixels = np.asarray(picture)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise ValueError(f"a picture has shape (H, W, 3), got {pixels.shape}")
+        raise PixArtNBError(f"a picture has shape (H, W, 3), got {pixels.shape}")
     return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
 
 

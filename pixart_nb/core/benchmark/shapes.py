@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from pixart_nb.core.errors import PixArtNBError
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -32,11 +34,11 @@ class Shapes:
     def __post_init__(self):
         for name in ("size", "steps", "words", "depth", "text_layers", "ratio"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise PixArtNBError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.size % 16:
-            raise ValueError(f"size is {self.size}; expected a multiple of 16 pixels")
+            raise PixArtNBError(f"size is {self.size}; expected a multiple of 16 pixels")
         if self.words > self.max_length:
-            raise ValueError(f"words is {self.words}; a prompt has at most {self.max_length} tokens")
+            raise PixArtNBError(f"words is {self.words}; a prompt has at most {self.max_length} tokens")
         object.__setattr__(self, "vae_widths", tuple(self.vae_widths))
 
     @classmethod
@@ -44,7 +46,7 @@ class Shapes:
         """Shapes of a mapping; an unknown key lists the known ones."""
         known = [f.name for f in fields(cls)]
         if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"a benchmark does not know {unknown}; it knows {', '.join(known)}")
+            raise PixArtNBError(f"a benchmark does not know {unknown}; it knows {', '.join(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict:

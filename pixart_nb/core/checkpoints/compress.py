@@ -10,6 +10,7 @@ from pixart_nb.core.checkpoints.configuration import shown_by
 from pixart_nb.core.checkpoints.convert import Plan, plan_conversion
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig
 
@@ -35,7 +36,7 @@ def plan_compression(
     and for a ratio below 2.
     """
     if ratio < 2:
-        raise ValueError(f"compression ratio {ratio} compresses nothing; expected 2 or more")
+        raise PixArtNBError(f"compression ratio {ratio} compresses nothing; expected 2 or more")
     source = Path(source)
     inside = source / "transformer" if (source / "model_index.json").is_file() else source
     shown = shown_by(official_view(open_checkpoint(inside)).tensors, inside)
@@ -65,10 +66,10 @@ def layer_numbers(text: str, depth: int) -> list[int]:
         return list(named[text])
     parts = [_RANGE.fullmatch(part.strip()) for part in text.split(",")]
     if None in parts:
-        raise ValueError(
+        raise PixArtNBError(
             f"layers are {text!r}; expected numbers and ranges, such as 14-27 or 0,2,5-7, or {', '.join(named)}"
         )
     numbers = sorted({n for part in parts for n in range(int(part[1]), int(part[2] or part[1]) + 1)})
     if not numbers or numbers[-1] >= depth:
-        raise ValueError(f"layers are {text!r}; this model has layers 0 to {depth - 1}, and a range rises")
+        raise PixArtNBError(f"layers are {text!r}; this model has layers 0 to {depth - 1}, and a range rises")
     return numbers

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.files import read_tensors
 from pixart_nb.core.checkpoints.load import load_into, unfilled
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import read_json
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.quantization import Int8Linear
@@ -46,7 +47,7 @@ class T5EncoderModel:
         if subfolder:
             folder = component_places(folder_or_hub_id, [subfolder])[subfolder]
         if load_in_8bit and stream:
-            raise ValueError("load_in_8bit and stream are both on; expected at most one of them")
+            raise PixArtNBError("load_in_8bit and stream are both on; expected at most one of them")
         dtype = supported_dtype(mindspore_dtype or ms.float32)
         return StreamedT5Encoder(folder, dtype) if stream else load_t5(folder, dtype, load_in_8bit)
 

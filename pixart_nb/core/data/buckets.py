@@ -11,6 +11,7 @@ import numpy as np
 
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.labels import Label
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.aspect_ratio import ASPECT_RATIO_BINS, bins_for, closest_bin
 
 Size = tuple[int, int]
@@ -60,7 +61,7 @@ class BucketSampler:
 
     def __init__(self, sizes: Sequence[Size], batch_size: int, seed: int, rank: int = 0, world: int = 1):
         if batch_size < 1 or world < 1 or not 0 <= rank < world:
-            raise ValueError(
+            raise PixArtNBError(
                 f"batch_size {batch_size}, rank {rank} of {world}; expected 1 or more, and a rank below"
             )
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
@@ -87,7 +88,7 @@ class BucketSampler:
     def whole_batch(self, step: int) -> tuple[Size, np.ndarray]:
         """Size and picture numbers (batch_size * world,) of batch ``step``, those of all workers."""
         if step < 0:
-            raise ValueError(f"batch {step}; batches are counted from 0")
+            raise PixArtNBError(f"batch {step}; batches are counted from 0")
         epoch = self.epoch(step)
         bucket, number = self._order(epoch)[step - self.batches(epoch)]
         size = list(self.buckets)[bucket]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from pixart_nb.core.errors import PixArtNBError
+
 #: Problems that an error names; the others are counted.
 SHOWN = 20
 
 
-class DataError(ValueError):
+class DataError(PixArtNBError):
     """Data that cannot be used; the message names the file, what is wrong with it and what to do."""
 
 

@@ -23,6 +23,7 @@ from pixart_nb.core.data.images import fit, load_picture, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import Chooser
 from pixart_nb.core.data.writing import writing
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, load_metadata, remove_temporaries, save_tensors
 
 #: Pictures of one shard: an interruption loses the work of one, and the memory holds one.
@@ -58,7 +59,7 @@ class MadeBy:
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            raise ValueError(f"features stored as {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+            raise PixArtNBError(f"features stored as {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 def fingerprint(*places: str | os.PathLike[str], blocks: int = 64, block: int = 65_536) -> str:
@@ -98,7 +99,9 @@ class FeatureCache:
         made_by: MadeBy,
     ):
         if len(labels) != len(sizes):
-            raise ValueError(f"{len(labels)} labels and {len(sizes)} sizes; expected a size for each label")
+            raise PixArtNBError(
+                f"{len(labels)} labels and {len(sizes)} sizes; expected a size for each label"
+            )
         self.folder, self.labels, self.sizes, self.made_by = Path(folder), labels, sizes, made_by
         self._opened = lru_cache(maxsize=OPEN)(lambda path: safe_open(path, framework="numpy"))
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.errors import PixArtNBError
 
 #: What Pillow may read a picture as. Others are refused: some of them start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
@@ -161,7 +162,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"channels of 32 bits (mode {image.mode}); expected 8 or 16")
+        raise PixArtNBError(f"channels of 32 bits (mode {image.mode}); expected 8 or 16")
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")

@@ -10,6 +10,7 @@ import numpy as np
 from pixart_nb.core.data.buckets import BucketSampler
 from pixart_nb.core.data.images import fit, load_picture, to_signed
 from pixart_nb.core.data.labels import Label
+from pixart_nb.core.errors import PixArtNBError
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Chooser:
 
     def __init__(self, labels: Sequence[Label], sampler: BucketSampler, real_prompt_ratio: float = 0.5):
         if not 0 <= real_prompt_ratio <= 1:
-            raise ValueError(f"real_prompt_ratio is {real_prompt_ratio}; expected 0 to 1")
+            raise PixArtNBError(f"real_prompt_ratio is {real_prompt_ratio}; expected 0 to 1")
         self.labels, self.sampler, self.real_prompt_ratio = labels, sampler, real_prompt_ratio
         self._described = np.array([bool(label.sharegpt4v) for label in labels])
 

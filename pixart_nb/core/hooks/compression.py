@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.interventions import ReplaceCompression, check_ratio, made_compression
 from pixart_nb.core.hooks.seam import Call, Compression, Observer, Part, Run, attached, parts_of
 from pixart_nb.core.hooks.selection import Layers, Numbers, check_steps, layer_names, step_numbers
@@ -71,9 +72,9 @@ class CompressionLoss:
 
     def _loss(self, name: str, step: int) -> Loss:
         if name not in self.names:
-            raise ValueError(f"nothing is known of layer {name!r}; there are {', '.join(self.names)}")
+            raise PixArtNBError(f"nothing is known of layer {name!r}; there are {', '.join(self.names)}")
         if (name, step) not in self.losses:
-            raise ValueError(f"nothing is known of step {step!r}; there are {self.steps}")
+            raise PixArtNBError(f"nothing is known of step {step!r}; there are {self.steps}")
         return self.losses[name, step]
 
 
@@ -94,7 +95,7 @@ def compression_loss(
     """
     net, _ = parts_of(model)
     if (ratio is None) != (operator is None):
-        raise ValueError(f"ratio is {ratio!r} and operator {operator!r}; give both or neither")
+        raise PixArtNBError(f"ratio is {ratio!r} and operator {operator!r}; give both or neither")
     names = layer_names(len(net.blocks), layers, ("self",))
     probe = LossProbe(net, names, ratio, operator, steps)
     with attached(model, probe):
@@ -121,7 +122,7 @@ class LossProbe(Part):
         if self.ratio is not None:
             check_ratio(self.ratio, run.grid)
         elif not any(_may_compress(name, run, observer) for name in self.found.names):
-            raise ValueError(
+            raise PixArtNBError(
                 f"none of {', '.join(self.found.names)} compresses its keys; give ratio and operator to see what they "
                 "would lose"
             )

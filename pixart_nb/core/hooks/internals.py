@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.seam import parts_of
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.operators import silu
@@ -29,7 +30,9 @@ def modulation(model: Any, timesteps: Sequence[float]) -> np.ndarray:
     """
     net, _ = parts_of(model)
     if net.config.micro_condition:
-        raise ValueError("the modulation of a model with micro conditions depends on the picture's size too")
+        raise PixArtNBError(
+            "the modulation of a model with micro conditions depends on the picture's size too"
+        )
     t = net.t_embedder(ms.Tensor(np.asarray(timesteps, np.float32)))
     shared = net.t_block[1](silu(t)).reshape(len(timesteps), 1, 6, -1).astype(ms.float32).asnumpy()
     tables = np.stack([block.scale_shift_table.astype(ms.float32).asnumpy() for block in net.blocks])

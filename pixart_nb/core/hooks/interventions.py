@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.seam import (
     Call,
     Compression,
@@ -118,7 +119,9 @@ def scale_word(
     that is no number, is a ValueError, raised before the run.
     """
     if not math.isfinite(factor) or (renormalise and factor < 0):
-        raise ValueError(f"factor is {factor}; expected a number" + (" of at least 0" if renormalise else ""))
+        raise PixArtNBError(
+            f"factor is {factor}; expected a number" + (" of at least 0" if renormalise else "")
+        )
     net, _ = parts_of(model)
     names = layer_names(len(net.blocks), layers, ("cross",))
     numbers = head_numbers(net.config.num_heads, heads)
@@ -226,7 +229,7 @@ class ReplaceCompression(_Change):
 def check_ratio(ratio: int, grid: tuple[int, int]) -> None:
     """Refuse a ratio that leaves no key of a token grid."""
     if ratio > min(grid):
-        raise ValueError(
+        raise PixArtNBError(
             f"compression ratio {ratio} leaves no key of {grid[0]}x{grid[1]} tokens; it may be 1 to {min(grid)}"
         )
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
+
 LARGEST = 32767
 
 
@@ -55,7 +57,7 @@ def pack(array: np.ndarray, rows: Sequence[int], heads: Sequence[int], folder: P
             vectors -= offset[i, j]
             largest = np.abs(vectors).max(-1, keepdims=True)
             if not (np.isfinite(largest).all() and np.isfinite(offset[i, j]).all()):
-                raise ValueError(f"row {row}, head {head}: queries or keys are not finite")
+                raise PixArtNBError(f"row {row}, head {head}: queries or keys are not finite")
             scale[i, j] = np.where(largest > 0, largest / LARGEST, 1)
             values[i, j] = np.rint(vectors / scale[i, j])
     return Packed(values, scale, offset)

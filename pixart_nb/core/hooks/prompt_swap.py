@@ -10,6 +10,7 @@ import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.seam import Call, Observer, Part, Remembered, Run, attached, parts_of
 from pixart_nb.core.hooks.selection import check_steps, is_cross
 from pixart_nb.core.hooks.words import Text, text_of
@@ -36,9 +37,9 @@ def swap_prompt(
     """
     net, tokenizer = parts_of(model)
     if isinstance(at_step, bool) or not isinstance(at_step, (int, np.integer)) or at_step < 0:
-        raise ValueError(f"at_step is {at_step!r}; expected the number of a step, counted from 0")
+        raise PixArtNBError(f"at_step is {at_step!r}; expected the number of a step, counted from 0")
     if (prompt is None) == (prompt_embeds is None):
-        raise ValueError("give either a prompt, or prompt_embeds and prompt_attention_mask")
+        raise PixArtNBError("give either a prompt, or prompt_embeds and prompt_attention_mask")
     if prompt_embeds is None:
         prompts: list[str | None] = [prepare_prompt(text, clean_caption) for text in as_list(prompt)]
         length = max_sequence_length or getattr(model, "max_sequence_length", net.config.model_max_length)
@@ -77,7 +78,7 @@ class SwapPrompt(Part):
 
     def step(self, run: Run, observer: Observer) -> None:
         if len(self.texts) not in (1, run.rows):
-            raise ValueError(
+            raise PixArtNBError(
                 f"{len(self.texts)} prompts to swap in for {run.rows} pictures; give one, or one for each"
             )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks import maps
 from pixart_nb.core.hooks.maps import Kept
 from pixart_nb.core.hooks.selection import Layers, Numbers, as_list, chosen, is_cross
@@ -82,7 +83,7 @@ class Trace:
     def pictures(self, value: Any) -> None:
         array = np.stack([np.asarray(picture) for picture in value])
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[::3] != (len(self.labels), 3):
-            raise ValueError(
+            raise PixArtNBError(
                 f"expected {len(self.labels)} pictures of (H, W, 3) uint8, or PIL images of them; "
                 f"got {array.shape} {array.dtype}"
             )
@@ -92,7 +93,7 @@ class Trace:
         """The prompt of a row, at a step (the first: None), with its tokens and words."""
         self._check_row(row)
         if step is not None and step not in self.timestep_of:
-            raise ValueError(f"the trace has no step {step!r}; it has {self.steps}")
+            raise PixArtNBError(f"the trace has no step {step!r}; it has {self.steps}")
         number = next(iter(self.text_of.values()), 0) if step is None else self.text_of[step]
         return self.texts[number][row] if self.texts else Text()
 
@@ -148,7 +149,7 @@ class Trace:
         names = self._names(layers, kind)
         shapes = {name: self.key_grid(name) for name in names}
         if len(set(shapes.values())) > 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"the layers have keys on different grids, {shapes}; choose layers with one grid"
             )
         found = self._over(names, steps, heads, queries, row, maps.query_mean)
@@ -175,7 +176,7 @@ class Trace:
         """``word_map`` of every word of ``words(row)``: (words, h, w) float32; over the words it sums to one."""
         texts = {step: self.text(row, step) for step in self._steps(steps)}
         if len(set(texts.values())) > 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"the prompt changes during these steps; choose steps of one prompt: {self.text_of}"
             )
         groups = {step: [word.tokens for word in text.words] for step, text in texts.items()}
@@ -251,22 +252,22 @@ class Trace:
 
     def _entry(self, name: str, step: int | None) -> Kept:
         if name not in self.names:
-            raise ValueError(f"the trace has no layer {name!r}; it has {', '.join(self.names)}")
+            raise PixArtNBError(f"the trace has no layer {name!r}; it has {', '.join(self.names)}")
         if (name, step) not in self.kept:
-            raise ValueError(f"the trace has no step {step!r}; it has {self.steps}")
+            raise PixArtNBError(f"the trace has no step {step!r}; it has {self.steps}")
         return self.kept[name, step]
 
     def _names(self, layers: Layers, kind: str | None) -> list[str]:
         own = [n for n in self.names if kind is None or is_cross(n) == (kind == "cross")]
         if not own:
-            raise ValueError(f"the trace has no {kind}-attention; it has {', '.join(self.names)}")
+            raise PixArtNBError(f"the trace has no {kind}-attention; it has {', '.join(self.names)}")
         if layers is None:
             return own
         names = []
         for layer in as_list(layers):
             found = [n for n in own if n == layer or n.split(".")[1] == str(layer)]
             if not found:
-                raise ValueError(f"the trace has no layer {layer!r}; it has {', '.join(own)}")
+                raise PixArtNBError(f"the trace has no layer {layer!r}; it has {', '.join(own)}")
             names += found
         return names
 
@@ -280,7 +281,7 @@ class Trace:
     def _check_row(self, row: int) -> None:
         if not 0 <= row < len(self.labels):
             listed = ", ".join(f"{number}: {label}" for number, label in enumerate(self.labels))
-            raise ValueError(f"the trace has no picture {row!r}; it has {listed or 'none'}")
+            raise PixArtNBError(f"the trace has no picture {row!r}; it has {listed or 'none'}")
 
     def _queries(self, queries) -> np.ndarray:
         total = self.grid[0] * self.grid[1]
@@ -289,13 +290,13 @@ class Trace:
         array = np.asarray(queries)
         if array.dtype == bool:
             if array.shape != self.grid or not array.any():
-                raise ValueError(
+                raise PixArtNBError(
                     f"a mask of queries must be {self.grid} with at least one True, got {array.shape}"
                 )
             return np.flatnonzero(array)
         array = np.atleast_1d(array)
         if array.size == 0 or array.min() < 0 or array.max() >= total:
-            raise ValueError(
+            raise PixArtNBError(
                 f"queries are {queries!r}; expected numbers 0 to {total - 1} of {self.grid} patches"
             )
         return array

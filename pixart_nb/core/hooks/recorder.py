@@ -12,6 +12,7 @@ from typing import Any
 
 from pixart_nb.core import memory
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.maps import Kept
 from pixart_nb.core.hooks.packed import Packed, pack, packed_bytes
 from pixart_nb.core.hooks.record import Trace
@@ -33,7 +34,7 @@ ROWS = ("conditional", "unconditional", "all")
 FREE_SHARE = 0.5
 
 
-class TraceTooLargeError(ValueError):
+class TraceTooLargeError(PixArtNBError):
     """A trace that would take more memory than it may."""
 
 
@@ -88,9 +89,9 @@ class Recorder(Part):
 
     def __init__(self, record: Trace, timesteps, steps, rows: str, limit: int | None, folder, announce):
         if timesteps is not None and steps is not None:
-            raise ValueError("both timesteps and steps were given; give one of them")
+            raise PixArtNBError("both timesteps and steps were given; give one of them")
         if rows not in ROWS:
-            raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
+            raise PixArtNBError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
         self.trace, self.which, self.limit, self.announce = record, rows, limit, announce
         self.timesteps = None if timesteps is None else [float(t) for t in as_list(timesteps)]
         self.steps = step_numbers(steps)
@@ -103,13 +104,13 @@ class Recorder(Part):
 
     def expect(self, run: Run, observer: Observer) -> None:
         if self.trace.kept:
-            raise ValueError(
+            raise PixArtNBError(
                 "this trace already holds a run; open another `with trace(...)` for the next one"
             )
         planned = [float(t) for t in run.timesteps]
         check_steps(self.steps, planned)
         if missing := [t for t in self.timesteps or () if t not in planned]:
-            raise ValueError(f"the run does not visit timesteps {missing}; it visits {planned}")
+            raise PixArtNBError(f"the run does not visit timesteps {missing}; it visits {planned}")
         self._open(run, observer)
         count = sum(self._wants(step, timestep) for step, timestep in enumerate(planned))
         self._admit(count, run, observer)
@@ -122,7 +123,7 @@ class Recorder(Part):
         }
         self.places = list(rows.get(self.which, every))
         if not self.places:
-            raise ValueError(
+            raise PixArtNBError(
                 "rows is 'unconditional', but a run without guidance has none; use 'conditional'"
             )
         names = ["conditional" if place in run.conditional else "unconditional" for place in self.places]
@@ -172,7 +173,7 @@ class Recorder(Part):
     def step(self, run: Run, observer: Observer) -> None:
         if run is not self.run:
             if self.trace.kept:
-                raise ValueError(
+                raise PixArtNBError(
                     "this trace already holds a run; open another `with trace(...)` for the next one"
                 )
             self._open(run, observer)
@@ -217,7 +218,7 @@ class Recorder(Part):
         try:
             return pack(array, self.places, self.trace.heads, self.folder)
         except ValueError as error:
-            raise ValueError(f"{name} at step {self.run.index}: {error}; leave this layer out") from None
+            raise PixArtNBError(f"{name} at step {self.run.index}: {error}; leave this layer out") from None
 
     # ---- after it
 
@@ -239,7 +240,7 @@ class Recorder(Part):
             missing = [s for s in self.steps or () if s not in there]
             missing += [t for t in self.timesteps or () if t not in there.values()]
             if missing:
-                raise ValueError(f"the run never came to {missing}; it had {there} (step: timestep)")
+                raise PixArtNBError(f"the run never came to {missing}; it had {there} (step: timestep)")
 
 
 def model_mark(net: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from mindspore import mint
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.selection import KINDS, is_cross
 from pixart_nb.core.hooks.words import Text, text_of
 from pixart_nb.core.models.attention import SelfAttention, attention
@@ -274,7 +275,7 @@ def parts_of(model: Any) -> tuple[PixArt, Any]:
         return model, None
     net = getattr(model, "transformer", None)
     if not isinstance(net, PixArt):
-        raise ValueError(
+        raise PixArtNBError(
             f"expected a pipeline with a transformer, or a PixArt transformer; got {type(model).__name__}"
         )
     return net, model.tokenizer

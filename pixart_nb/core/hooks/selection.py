@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
+
 #: Kind of attention and the name of its layer in a block.
 KINDS = {"self": "attn", "cross": "cross_attn"}
 Numbers = int | Sequence[int] | None
@@ -26,14 +28,14 @@ def layer_names(depth: int, layers: Layers = None, kinds: Sequence[str] = tuple(
     kinds = [kinds] if isinstance(kinds, str) else list(kinds)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise ValueError(f"kinds is {kinds}; expected one or several of {', '.join(KINDS)}")
+        raise PixArtNBError(f"kinds is {kinds}; expected one or several of {', '.join(KINDS)}")
     parts = [part for kind, part in KINDS.items() if kind in kinds]
     every = [f"blocks.{number}.{part}" for number in range(depth) for part in parts]
     given = range(depth) if layers is None else as_list(layers)
     wanted = {name for layer in given for name in _named(layer, kinds)}
     missing = sorted(wanted - set(every))
     if missing or not wanted:
-        raise ValueError(
+        raise PixArtNBError(
             f"there are no layers {missing or '(none was given)'} to choose; there are blocks.0 to blocks.{depth - 1}, "
             f"each with {' and '.join(parts)}"
         )
@@ -52,7 +54,7 @@ def head_numbers(count: int, heads: Numbers) -> list[int]:
         return list(range(count))
     wanted = sorted({int(head) for head in as_list(heads)})
     if not wanted or wanted[0] < 0 or wanted[-1] >= count:
-        raise ValueError(f"heads is {heads!r}; the model has heads 0 to {count - 1}")
+        raise PixArtNBError(f"heads is {heads!r}; the model has heads 0 to {count - 1}")
     return wanted
 
 
@@ -62,14 +64,14 @@ def step_numbers(steps: Numbers) -> list[int] | None:
         return None
     numbers = [int(step) for step in as_list(steps)]
     if not numbers or min(numbers) < 0:
-        raise ValueError(f"steps is {steps!r}; expected numbers of steps, counted from 0")
+        raise PixArtNBError(f"steps is {steps!r}; expected numbers of steps, counted from 0")
     return numbers
 
 
 def check_steps(steps: list[int] | None, planned: Sequence[float]) -> None:
     """Refuse steps that a run of the ``planned`` timesteps does not have."""
     if missing := [step for step in steps or () if step >= len(planned)]:
-        raise ValueError(f"the run has no steps {missing}; it has steps 0 to {len(planned) - 1}")
+        raise PixArtNBError(f"the run has no steps {missing}; it has steps 0 to {len(planned) - 1}")
 
 
 def as_list(values: Any) -> list:
@@ -82,5 +84,5 @@ def chosen(what: str, wanted: Numbers, there: Sequence[int]) -> list[int]:
     numbers = list(there) if wanted is None else as_list(wanted)
     missing = [number for number in numbers if number not in there]
     if missing or not numbers:
-        raise ValueError(f"the trace has no {what} {missing or '(none was given)'}; it has {list(there)}")
+        raise PixArtNBError(f"the trace has no {what} {missing or '(none was given)'}; it has {list(there)}")
     return [int(number) for number in numbers]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.cost import Cost, step_cost, with_compression
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.compression import CompressionLoss, compression_loss
 from pixart_nb.core.hooks.interventions import replace_compression
 from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
@@ -48,7 +49,7 @@ class CompressionStudy:
 
     def __init__(self, pipe: Any, prompt: str | Sequence[str], seed: int = 0, **call: Any):
         if pipe.transformer.config.kv_layers and pipe.transformer.config.kv_ratio > 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"layers {list(pipe.transformer.config.kv_layers)} of this model compress already; give a model "
                 "that was trained without compression, or open replace_compression(pipe, ratio=1) first"
             )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pixart_nb.core.errors import PixArtNBError
+
 #: SentencePiece's mark of a word's beginning.
 MARK = "\u2581"
 
@@ -102,12 +104,12 @@ def find_word(text: Text, word: str | int) -> tuple[int, ...]:
     words = text.words
     if isinstance(word, int):
         if not 0 <= word < len(words):
-            raise ValueError(f"there is no word number {word}; {_known(text)}")
+            raise PixArtNBError(f"there is no word number {word}; {_known(text)}")
         return words[word].tokens
     wanted, spelt = [_normal(part) for part in word.split()], [_normal(w.text) for w in words]
     starts = [k for k in range(len(spelt)) if wanted and spelt[k : k + len(wanted)] == wanted]
     if not starts:
-        raise ValueError(f"there is no word {word!r}; {_known(text)}")
+        raise PixArtNBError(f"there is no word {word!r}; {_known(text)}")
     found = {t for k in starts for w in words[k : k + len(wanted)] for t in w.tokens}
     return tuple(sorted(found))
 

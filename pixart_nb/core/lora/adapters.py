@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.lora.adapter import Adapter, untrained
 from pixart_nb.core.lora.config import LoraConfig
@@ -75,15 +76,17 @@ class Adapters:
     def _check_new(self, name: str) -> None:
         self._check_unfused("a LoRA can be added")
         if not isinstance(name, str) or not name:
-            raise ValueError(f"the name of an adapter is {name!r}; expected a text")
+            raise PixArtNBError(f"the name of an adapter is {name!r}; expected a text")
         if name in self.adapters:
-            raise ValueError(
+            raise PixArtNBError(
                 f"there is an adapter {name!r} already; choose another name, or delete it first (delete_adapters)"
             )
 
     def _check_unfused(self, what: str) -> None:
         if self.originals:
-            raise ValueError(f"adapters are fused into the weights; unfuse them (unfuse_lora) before {what}")
+            raise PixArtNBError(
+                f"adapters are fused into the weights; unfuse them (unfuse_lora) before {what}"
+            )
 
     def _empty(self, name: str, config: LoraConfig | None) -> Adapter:
         return Adapter(name, self.layers, untrained(np.zeros(1), f"{name}.strength"), config)
@@ -176,11 +179,11 @@ class Adapters:
     def _known(self, names: Sequence[str]) -> list[str]:
         missing = [name for name in names if name not in self.adapters]
         if missing:
-            raise ValueError(
+            raise PixArtNBError(
                 f"no adapter is called {missing[0]!r}; there are {list(self.adapters) or 'none'}"
             )
         if len(set(names)) != len(names):
-            raise ValueError(f"adapters {list(names)}: one of them is named twice")
+            raise PixArtNBError(f"adapters {list(names)}: one of them is named twice")
         return list(names)
 
     def _install(self) -> None:
@@ -208,7 +211,7 @@ class Adapters:
         idle = [name for name in chosen if name not in self.active]
         if idle or not chosen:
             what = f"adapter {idle[0]!r} is not active" if idle else "no adapter is active"
-            raise ValueError(f"{what}; choose the ones to fuse first (set_adapters)")
+            raise PixArtNBError(f"{what}; choose the ones to fuse first (set_adapters)")
         originals = {}
         for layer, cell in self.layers.cells.items():
             matrix = to_matrix(cell.weight.asnumpy())
@@ -223,7 +226,7 @@ class Adapters:
     def unfuse(self) -> None:
         """Give the layers the weights back that they had before, bit for bit."""
         if not self.originals:
-            raise ValueError("no adapter is fused into the weights; there is nothing to take out")
+            raise PixArtNBError("no adapter is fused into the weights; there is nothing to take out")
         for layer, weight in self.originals.items():
             _assign(self.layers.cells[layer].weight, weight)
         self.originals = {}
@@ -235,9 +238,9 @@ def _as_many(weights: float | Sequence[float] | None, count: int) -> list[float]
     try:
         values = [1.0 if value is None else float(value) for value in values]
     except (TypeError, ValueError):
-        raise ValueError(f"the weights of adapters are {weights!r}; expected numbers") from None
+        raise PixArtNBError(f"the weights of adapters are {weights!r}; expected numbers") from None
     if len(values) != count or not np.isfinite(values).all():
-        raise ValueError(f"{values} for {count} adapters; expected a finite weight for each")
+        raise PixArtNBError(f"{values} for {count} adapters; expected a finite weight for each")
     return values
 
 

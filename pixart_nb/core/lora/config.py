@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.files import pattern_value
 
 #: The projections of both attentions: what diffusers' scripts adapt unless told.
@@ -38,14 +39,14 @@ class LoraConfig:
         object.__setattr__(self, "target_modules", _texts(self.target_modules))
         for rank in (self.r, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"a LoRA's rank is {rank!r}; expected a whole number of at least 1")
+                raise PixArtNBError(f"a LoRA's rank is {rank!r}; expected a whole number of at least 1")
         for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
             if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-                raise ValueError(f"a LoRA's alpha is {alpha!r}; expected a number above 0")
+                raise PixArtNBError(f"a LoRA's alpha is {alpha!r}; expected a number above 0")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
+            raise PixArtNBError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
         if self.init_lora_weights not in STARTS:
-            raise ValueError(
+            raise PixArtNBError(
                 f"init_lora_weights is {self.init_lora_weights!r}; expected one of {', '.join(STARTS)}"
             )
 
@@ -63,5 +64,5 @@ class LoraConfig:
 def _texts(targets: str | Sequence[str]) -> tuple[str, ...]:
     texts = (targets,) if isinstance(targets, str) else tuple(targets)
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"target_modules is {targets!r}; expected names of layers, such as {ATTENTION}")
+        raise PixArtNBError(f"target_modules is {targets!r}; expected names of layers, such as {ATTENTION}")
     return texts

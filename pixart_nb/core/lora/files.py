@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import (
     CheckpointError,
     load_metadata,
@@ -292,7 +293,7 @@ def write_lora(
     and its adapter_config.json. The configuration has ``config`` too. Everything is written, or nothing.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
+        raise PixArtNBError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
     folder = Path(folder)
     if layout == "diffusers":
         tensors = {f"transformer.{name}": value for name, value in _tensors(modules, alpha=True).items()}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora import Adapters
 from pixart_nb.core.lora.files import read_lora
 
@@ -16,7 +17,9 @@ class LoraLoaderMixin:
     @property
     def _adapters(self) -> Adapters:
         if self.transformer is None:
-            raise ValueError("this pipeline has no transformer, so there is nothing that a LoRA could change")
+            raise PixArtNBError(
+                "this pipeline has no transformer, so there is nothing that a LoRA could change"
+            )
         return Adapters.of(self.transformer)
 
     def load_lora_weights(
@@ -44,7 +47,9 @@ class LoraLoaderMixin:
         adapters = self._adapters
         if adapter_name is None:
             if len(adapters.active) != 1:
-                raise ValueError(f"active adapters are {adapters.active}; say which to save as adapter_name")
+                raise PixArtNBError(
+                    f"active adapters are {adapters.active}; say which to save as adapter_name"
+                )
             adapter_name = adapters.active[0]
         return adapters.named(adapter_name).save(save_directory, layout)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pixart_nb.core.checkpoints.key_maps import diffusers_names
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.embeddings import PatchProjection
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.transformer import PixArt
@@ -46,7 +47,7 @@ class Layers:
             found = {n: p for n, p in self.diffusers.items() if _ends_with(n, target)}
             found = found or {n: p for n, p in self.official.items() if _ends_with(n, target)}
             if not found:
-                raise ValueError(self._unknown(target))
+                raise PixArtNBError(self._unknown(target))
             chosen |= {self.canonical(place): place for place in found.values()}
         self.check_overlap(chosen)
         return chosen
@@ -61,7 +62,7 @@ class Layers:
         for name, place in modules.items():
             for other, named in taken.setdefault(place.layer, []):
                 if place.start < other.stop and other.start < place.stop:
-                    raise ValueError(
+                    raise PixArtNBError(
                         f"{named} and {name} are both to be adapted, but one is a part of the other"
                     )
             taken[place.layer].append((place, name))

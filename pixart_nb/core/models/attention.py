@@ -7,6 +7,7 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
 from pixart_nb.core.models.operators import attend, transpose, widened
@@ -24,7 +25,7 @@ def check_mask(mask: np.ndarray) -> None:
     """Refuse a (B, M) mask with a row in which no token may be seen: softmax over nothing has no value."""
     empty = np.flatnonzero(~np.asarray(mask, bool).any(axis=1))
     if empty.size:
-        raise ValueError(
+        raise PixArtNBError(
             f"attention mask of shape {tuple(mask.shape)} masks every token in rows {empty.tolist()}; "
             "each row needs at least one token (True)"
         )

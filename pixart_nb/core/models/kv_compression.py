@@ -5,6 +5,7 @@ from __future__ import annotations
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.layers import LayerNorm, parameter
 
 #: ``conv``: learned depthwise convolution, then LayerNorm (the paper's). ``ave`` and ``uniform``: the upper left token
@@ -105,11 +106,13 @@ def shrink_cells(
 def check_compression(operator: str | None, ratio: int, layers: tuple[int, ...], depth: int) -> None:
     """Refuse an operator that is not known, a ratio below 1, and layers that the model does not have."""
     if layers and ratio > 1 and operator not in OPERATORS:
-        raise ValueError(
+        raise PixArtNBError(
             f"KV compression operator {operator!r} is not known; expected one of {', '.join(OPERATORS)}"
         )
     if int(ratio) != ratio or ratio < 1:
-        raise ValueError(f"KV compression scale_factor is {ratio}; expected a whole number of at least 1")
+        raise PixArtNBError(f"KV compression scale_factor is {ratio}; expected a whole number of at least 1")
     outside = [layer for layer in layers if not 0 <= layer < depth]
     if outside:
-        raise ValueError(f"kv_compress_layer names layers {outside}; this model has layers 0 to {depth - 1}")
+        raise PixArtNBError(
+            f"kv_compress_layer names layers {outside}; this model has layers 0 to {depth - 1}"
+        )

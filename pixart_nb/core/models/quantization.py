@@ -6,6 +6,7 @@ import numpy as np
 from mindspore import nn
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.operators import linear
 
 #: Rows that are widened to float32 at a time while a weight is quantized.
@@ -35,7 +36,7 @@ class Int8Linear(nn.Cell):
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         if bias:
-            raise ValueError("Int8Linear has no bias; the layers that T5 quantizes have none")
+            raise PixArtNBError("Int8Linear has no bias; the layers that T5 quantizes have none")
         self.weight = ms.Parameter(
             ms.Tensor(np.zeros((out_features, in_features), np.int8)), name="weight", requires_grad=False
         )

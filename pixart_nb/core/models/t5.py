@@ -11,6 +11,7 @@ from mindspore import mint, nn
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
 from pixart_nb.core.models.operators import gelu_tanh
@@ -36,7 +37,7 @@ class T5Config:
 
     def __post_init__(self):
         if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(
+            raise PixArtNBError(
                 f"feed_forward_proj is {self.feed_forward_proj!r}; PixArt's text encoder has 'gated-gelu'"
             )
 
@@ -175,11 +176,11 @@ class T5Encoder(nn.Cell):
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
         seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
         if ids.ndim != 2 or ids.shape != seen.shape:
-            raise ValueError(
+            raise PixArtNBError(
                 f"input_ids have shape {ids.shape} and mask {seen.shape}; expected the same (N, T)"
             )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(
+            raise PixArtNBError(
                 f"token ids reach {ids.min()}..{ids.max()}, the text encoder knows 0..{self.config.vocab_size - 1}; "
                 "the tokenizer is another model's"
             )

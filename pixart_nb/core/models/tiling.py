@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.layers import GroupNorm
 
 #: Cells of the finer side from which statistics are measured, all at once. It bounds the memory.
@@ -30,7 +31,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
     [0, 30, 60]
     """
     if not 0 <= overlap < tile:
-        raise ValueError(f"tiles of {tile} overlap by {overlap}; expected 0 <= overlap < tile")
+        raise PixArtNBError(f"tiles of {tile} overlap by {overlap}; expected 0 <= overlap < tile")
     if length <= tile:
         return [0]
     count = -(-(length - overlap) // (tile - overlap))

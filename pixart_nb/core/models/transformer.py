@@ -9,6 +9,7 @@ import numpy as np
 from mindspore import mint, nn
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
 from pixart_nb.core.models.embeddings import (
     CaptionEmbedder,
@@ -49,13 +50,13 @@ class PixArtConfig:
 
     def __post_init__(self):
         if self.class_name not in ("PixArt", "PixArtMS"):
-            raise ValueError(f"class_name is {self.class_name!r}; expected 'PixArt' or 'PixArtMS'")
+            raise PixArtNBError(f"class_name is {self.class_name!r}; expected 'PixArt' or 'PixArtMS'")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(
+            raise PixArtNBError(
                 f"hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}"
             )
         if self.micro_condition and self.hidden_size % 3:
-            raise ValueError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
+            raise PixArtNBError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
         check_compression(self.kv_operator, self.kv_ratio, self.kv_layers, self.depth)
 
     def says(self, name: str) -> bool:
@@ -68,7 +69,7 @@ class PixArtConfig:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"PixArtConfig does not know {unknown}; it knows {', '.join(known)}")
+            raise PixArtNBError(f"PixArtConfig does not know {unknown}; it knows {', '.join(known)}")
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -274,19 +275,23 @@ class PixArt(nn.Cell):
     def _check(self, latents, caption, mask) -> None:
         config, p = self.config, self.config.patch_size
         if latents.ndim != 4 or latents.shape[1] != config.in_channels:
-            raise ValueError(f"latents have shape {latents.shape}; expected (N, {config.in_channels}, H, W)")
+            raise PixArtNBError(
+                f"latents have shape {latents.shape}; expected (N, {config.in_channels}, H, W)"
+            )
         if latents.shape[2] % config.patch_size or latents.shape[3] % config.patch_size:
-            raise ValueError(
+            raise PixArtNBError(
                 f"latents are {latents.shape[2]}x{latents.shape[3]}; both sides must be a multiple of {p}"
             )
         if caption.ndim != 3 or caption.shape[-1] != config.caption_channels:
-            raise ValueError(f"caption has shape {caption.shape}; expected (N, T, {config.caption_channels})")
+            raise PixArtNBError(
+                f"caption has shape {caption.shape}; expected (N, T, {config.caption_channels})"
+            )
         if caption.shape[0] != latents.shape[0]:
-            raise ValueError(
+            raise PixArtNBError(
                 f"{latents.shape[0]} latents but {caption.shape[0]} captions; their numbers must agree"
             )
         if mask is not None and tuple(mask.shape) != tuple(caption.shape[:2]):
-            raise ValueError(
+            raise PixArtNBError(
                 f"mask has shape {tuple(mask.shape)}; expected that of the caption, {caption.shape[:2]}"
             )
 

@@ -10,6 +10,7 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast.normalization import own_statistics
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.tiling import TileMap
@@ -80,7 +81,7 @@ class AutoencoderKL(nn.Cell):
         """
         size = tile_sample_min_size or self.tile_sample_min_size
         if size < 2 * self.factor or size % self.factor or not 0 <= tile_overlap_factor < 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"tiles of {size} pixels with overlap {tile_overlap_factor}; expected a multiple of {self.factor} "
                 "and an overlap from 0 to below 1"
             )
@@ -118,11 +119,11 @@ class AutoencoderKL(nn.Cell):
     def encode(self, x: ms.Tensor) -> tuple[DiagonalGaussian]:
         """Pictures (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of the factor."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(
+            raise PixArtNBError(
                 f"pictures have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)"
             )
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(
+            raise PixArtNBError(
                 f"pictures are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}; crop it."
             )
         fine = Stage(self.encoder.fine, self.encoder, shrink=self.factor)
@@ -135,7 +136,7 @@ class AutoencoderKL(nn.Cell):
         """
         z = z if isinstance(z, ms.Tensor) else ms.Tensor(z)
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
-            raise ValueError(
+            raise PixArtNBError(
                 f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)"
             )
         fine = Stage(self.decoder.fine, self.decoder, grow=self.factor)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
 from pixart_nb.core.cost import with_compression
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast.cpu import self_attention
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.t5 import T5Config
@@ -85,7 +86,7 @@ class Timing(NamedTuple):
     later: float
 
 
-class CalibrationError(ValueError):
+class CalibrationError(PixArtNBError):
     """The process that measured this machine did not come to its end."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pixart_nb.core.cost import keys_of, with_compression
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.planning.calibration import Calibration
 from pixart_nb.core.planning.counts import (
@@ -42,7 +43,7 @@ SMALLER: tuple[tuple[dict[str, Any], str], ...] = (
 FAR = 1.5
 
 
-class DoesNotFitError(ValueError):
+class DoesNotFitError(PixArtNBError):
     """A run that takes more memory than there is; the message says what would make it fit."""
 
 
@@ -143,7 +144,7 @@ def plan(
     ``fresh``: in a process that has not drawn yet, where every stage's first call takes longer.
     """
     if calibration is not None and calibration.dtype != run.dtype:
-        raise ValueError(
+        raise PixArtNBError(
             f"a calibration in {calibration.dtype} for a run in {run.dtype}; make one in {run.dtype}"
         )
     held, working = weights(networks, run), activations(networks, run, live)

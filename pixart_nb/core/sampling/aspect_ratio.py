@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
+
 #: Height and width, from the widest to the square, in units of a sixteenth of the base size.
 _SIXTEENTHS = [(8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23)]
 _SIXTEENTHS += [(11, 22), (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17)]
@@ -59,7 +61,7 @@ def checked_size(config: Any, height: int | None, width: int | None) -> tuple[in
     height, width = (side if side is not None else 8 * config.input_size for side in (height, width))
     if height < unit or width < unit or height % unit or width % unit:
         nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))
-        raise ValueError(
+        raise PixArtNBError(
             f"height and width are {height}x{width}; both must be positive multiples of {unit}, "
             f"for example {nearest[0]}x{nearest[1]}"
         )

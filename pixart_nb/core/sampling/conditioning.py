@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import check_mask
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
@@ -32,7 +33,7 @@ def check_embeddings(given: tuple, guided: bool, channels: int) -> None:
     """Refuse embeddings (N, T, channels) and masks (N, T) that are incomplete or do not fit each other."""
     embeds, mask, negative, negative_mask = given
     if mask is None or (guided and (negative is None or negative_mask is None)):
-        raise ValueError(
+        raise PixArtNBError(
             "prompt_embeds needs prompt_attention_mask and, with guidance above 1, negative_prompt_embeds and "
             "negative_prompt_attention_mask"
         )
@@ -40,9 +41,9 @@ def check_embeddings(given: tuple, guided: bool, channels: int) -> None:
     for name, values, seen in pairs:
         expected = (embeds.shape[0], values.shape[1] if values.ndim == 3 else "T", channels)
         if values.ndim != 3 or tuple(values.shape) != expected:
-            raise ValueError(f"{name}_embeds have shape {tuple(values.shape)}; expected {expected}")
+            raise PixArtNBError(f"{name}_embeds have shape {tuple(values.shape)}; expected {expected}")
         if tuple(seen.shape) != tuple(values.shape[:2]):
-            raise ValueError(
+            raise PixArtNBError(
                 f"{name}_attention_mask has shape {tuple(seen.shape)}; expected {tuple(values.shape[:2])}"
             )
 
@@ -51,7 +52,7 @@ def as_list(prompt: str | Sequence[str] | None) -> list[str]:
     """One prompt or several as a list; none at all is an error."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if not prompts or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"prompt is {prompt!r}; expected a text or a list of at least one text")
+        raise PixArtNBError(f"prompt is {prompt!r}; expected a text or a list of at least one text")
     return prompts
 
 
@@ -59,7 +60,7 @@ def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
     """A negative prompt for each of ``count`` prompts; None is the empty one."""
     negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(negatives) != count:
-        raise ValueError(
+        raise PixArtNBError(
             f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each"
         )
     return negatives
@@ -75,7 +76,7 @@ def embed(
 ) -> tuple[ms.Tensor, np.ndarray]:
     """Embeddings (N, T, C) and mask (N, T) of prompts; with ``trim`` T is the longest prompt's, else ``length``."""
     if tokenizer is None or text_encoder is None:
-        raise ValueError(
+        raise PixArtNBError(
             "this pipeline has no text encoder or no tokenizer; give prompt_embeds and prompt_attention_mask, and the "
             "same two for the negative prompt"
         )

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.scheduler import FINAL_SIGMAS, SPACINGS, SWITCH, Scheduler
 from pixart_nb.core.sampling.solvers import ddim, dpm_solver_2m, euler, unipc
 from pixart_nb.core.sampling.step import Plan, Step, chained
@@ -38,7 +39,7 @@ class _SigmaScheduler(Scheduler):
 
     def at_timesteps(self, timesteps: np.ndarray) -> Plan:
         if self.use_karras_sigmas:
-            raise ValueError(
+            raise PixArtNBError(
                 "timesteps were given, but use_karras_sigmas chooses its own; switch it off, or give sigmas"
             )
         return self._ending(timesteps, self.schedule.sigma_at(timesteps))
@@ -187,7 +188,7 @@ class LCMScheduler(Scheduler):
     def __post_init__(self):
         super().__post_init__()
         if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
-            raise ValueError(
+            raise PixArtNBError(
                 f"original_inference_steps is {self.original_inference_steps!r}; expected 1 to "
                 f"{self.num_train_timesteps}"
             )
@@ -211,7 +212,7 @@ class DMDScheduler(LCMScheduler):
 
     def spaced(self, count: int) -> Plan:
         if count != 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"num_inference_steps is {count}; DMD models draw in one step, so give 1 (at timestep 400), or "
                 "timesteps"
             )

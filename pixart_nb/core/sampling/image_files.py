@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import written_beside
 
 #: Keyword of the text chunk that holds the parameters, as JSON.
@@ -33,7 +34,7 @@ def write_picture(path: str | Path, pixels: np.ndarray, parameters: Mapping[str,
     """
     pixels = np.asarray(pixels)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
-        raise ValueError(
+        raise PixArtNBError(
             f"a picture file needs pixels of (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}; "
             "to_uint8 turns floats in [0, 1] into it"
         )
@@ -55,7 +56,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; expected a picture of this project, a PNG file")
     text = _text_of(path)
     if text is None:
-        raise ValueError(
+        raise PixArtNBError(
             f"{path} is a PNG without {KEYWORD!r} among its texts; expected a picture that this project wrote. "
             "Programs that edit or shrink pictures often drop such texts."
         )
@@ -64,7 +65,7 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(
+        raise PixArtNBError(
             f"{path}: its {KEYWORD!r} are {text[:40]!r}; expected a JSON object, so another program wrote them"
         )
     return found
@@ -74,11 +75,11 @@ def _as_json(parameters: Mapping[str, Any]) -> str:
     try:
         text = json.dumps(dict(parameters), allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(
+        raise PixArtNBError(
             f"parameters of a picture must be texts, finite numbers, lists and mappings: {error}"
         ) from error
     if len(text) > MOST_BYTES:
-        raise ValueError(f"parameters of a picture take {len(text)} bytes as JSON; at most {MOST_BYTES}")
+        raise PixArtNBError(f"parameters of a picture take {len(text)} bytes as JSON; at most {MOST_BYTES}")
     return text
 
 
@@ -87,4 +88,4 @@ def _text_of(path: Path) -> str | None:
         with Image.open(path, formats=["PNG"]) as image:
             return image.text.get(KEYWORD)  # reads to the end, so a file that was cut is noticed
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a PNG: {error}. Expected a whole PNG file.") from error
+        raise PixArtNBError(f"{path} cannot be read as a PNG: {error}. Expected a whole PNG file.") from error

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
@@ -55,7 +56,7 @@ def finished(pictures: np.ndarray, output_type: str) -> list[Image.Image] | np.n
 def check_output_type(output_type: str) -> None:
     """Refuse an ``output_type`` that is not known."""
     if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
+        raise PixArtNBError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
 
 
 def enlarged(latents: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -65,7 +66,7 @@ def enlarged(latents: np.ndarray, height: int, width: int) -> np.ndarray:
     """
     rows, columns = latents.shape[2:]
     if not 0.9 < (height / width) / (rows / columns) < 1.1:
-        raise ValueError(
+        raise PixArtNBError(
             f"a picture of {8 * rows}x{8 * columns} is to be enlarged to {8 * height}x{8 * width}, which would stretch "
             "it; give a size of the same ratio"
         )
@@ -83,6 +84,6 @@ def downscaled(pictures: np.ndarray | Sequence[np.ndarray], height: int, width: 
     pictures = np.asarray(pictures)
     n, rows, columns, channels = pictures.shape
     if rows % height or columns % width:
-        raise ValueError(f"pictures of {rows}x{columns} are no whole multiple of {height}x{width}")
+        raise PixArtNBError(f"pictures of {rows}x{columns} are no whole multiple of {height}x{width}")
     blocks = pictures.reshape(n, height, rows // height, width, columns // width, channels)
     return blocks.mean((2, 4), dtype=np.float32)

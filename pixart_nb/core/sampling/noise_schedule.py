@@ -8,6 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
+
 TIMESTEPS = 1000
 
 
@@ -24,12 +26,12 @@ class NoiseSchedule:
 
     def __post_init__(self):
         if not isinstance(self.steps, int) or self.steps < 2:
-            raise ValueError(
+            raise PixArtNBError(
                 f"num_train_timesteps is {self.steps!r}; expected an integer of at least 2, in PixArt 1000"
             )
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, (int, float)) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"betas go from {betas[0]!r} to {betas[1]!r}; expected numbers, 0 < start <= end < 1"
             )
 

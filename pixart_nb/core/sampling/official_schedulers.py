@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.scheduler import SWITCH, Scheduler
 from pixart_nb.core.sampling.solvers import ddim, dpm_solver_2m
 from pixart_nb.core.sampling.step import Plan, Step, chained
@@ -101,7 +102,9 @@ class SASolverScheduler(_ContinuousScheduler):
     def __post_init__(self):
         super().__post_init__()
         if self.tau_func is not None and not callable(self.tau_func):
-            raise ValueError(f"tau_func is {self.tau_func!r}; expected a function of the timestep, or None")
+            raise PixArtNBError(
+                f"tau_func is {self.tau_func!r}; expected a function of the timestep, or None"
+            )
 
     def tau(self, timestep: float) -> float:
         """How much noise a step that ends at ``timestep`` draws."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.components import load_components
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.pipeline import LoraLoaderMixin
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
@@ -136,7 +137,7 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
     def _checked_prompts(prompt: str | Sequence[str] | None, given: tuple) -> list[str]:
         """The prompts, of which no embeddings may be given beside them."""
         if any(part is not None for part in given):
-            raise ValueError(
+            raise PixArtNBError(
                 "embeddings or masks were given without prompt_embeds; give a prompt, or all of prompt_embeds and "
                 "prompt_attention_mask and, for guidance, the two of the negative prompt"
             )
@@ -191,12 +192,12 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         guided = guidance_scale > 1.0
         given = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
         if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}; expected at least 1")
+            raise PixArtNBError(f"num_images_per_prompt is {num_images_per_prompt}; expected at least 1")
         if prompt_embeds is None:
             prompts = self._checked_prompts(prompt, given)
             negatives = per_prompt(negative_prompt, len(prompts)) if guided else None
         elif prompt is not None:
-            raise ValueError("both prompt and prompt_embeds were given; give one of them")
+            raise PixArtNBError("both prompt and prompt_embeds were given; give one of them")
         else:
             check_embeddings(given, guided, self.transformer.config.caption_channels)
         rows = (len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]) * num_images_per_prompt
@@ -226,14 +227,16 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
     def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> Plan:
         """The scheduler's plan of a run (see ``Scheduler.plan``); its length is the number of steps."""
         if self.scheduler is None:
-            raise ValueError("this pipeline has no scheduler; set pipe.scheduler, for example to 'dpm++'")
+            raise PixArtNBError("this pipeline has no scheduler; set pipe.scheduler, for example to 'dpm++'")
         check_eta(eta)
         return self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the model's own where None; both must be multiples of 16 (VAE x patch)."""
         if self.transformer is None:
-            raise ValueError("this pipeline has no transformer, so it cannot sample; it can encode prompts")
+            raise PixArtNBError(
+                "this pipeline has no transformer, so it cannot sample; it can encode prompts"
+            )
         return checked_size(self.transformer.config, height, width)
 
     def binned_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -252,7 +255,7 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         if latents is not None:
             latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
             if latents.shape != shape:
-                raise ValueError(
+                raise PixArtNBError(
                     f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels"
                 )
             return latents
@@ -264,7 +267,7 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
 
     def _decoded(self, latents: np.ndarray | ms.Tensor) -> np.ndarray:
         if self.vae is None:
-            raise ValueError("this pipeline has no VAE; ask for output_type='latent'")
+            raise PixArtNBError("this pipeline has no VAE; ask for output_type='latent'")
         return to_pictures(self.vae.decode(latents / self.vae.config.scaling_factor)[0])
 
     def __call__(
@@ -304,7 +307,7 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         """
         check_output_type(output_type)
         if callback_steps < 1:
-            raise ValueError(f"callback_steps is {callback_steps}; expected at least 1")
+            raise PixArtNBError(f"callback_steps is {callback_steps}; expected at least 1")
         drawn = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
         steps = self.sample(
             prompt,

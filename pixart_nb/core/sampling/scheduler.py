@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import read_json
 from pixart_nb.core.sampling.noise_schedule import LINEAR, TIMESTEPS, NoiseSchedule
 from pixart_nb.core.sampling.step import (
@@ -162,7 +163,7 @@ class Scheduler:
             if key not in known and key not in only and key not in _IDLE | cls.idle:
                 near = difflib.get_close_matches(key, [*known, *only], 1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"
-                raise ValueError(f"{cls.__name__} has no option {key!r} (given {value!r}){hint}")
+                raise PixArtNBError(f"{cls.__name__} has no option {key!r} (given {value!r}){hint}")
         # null in a file stands for the default
         return {k: v for k, v in options.items() if k in known and not (v is None and known[k] is not None)}
 
@@ -187,10 +188,10 @@ class Scheduler:
         ValueError for both, for neither, and for what the scheduler cannot follow.
         """
         if timesteps is not None and sigmas is not None:
-            raise ValueError("both timesteps and sigmas were given; give one of them")
+            raise PixArtNBError("both timesteps and sigmas were given; give one of them")
         if sigmas is not None:
             if not self.takes_sigmas:
-                raise ValueError(
+                raise PixArtNBError(
                     f"{type(self).__name__} takes no sigmas; those that do are "
                     f"{', '.join(name for name, part in scheduler_classes().items() if part.takes_sigmas)}"
                 )
@@ -201,7 +202,7 @@ class Scheduler:
                 custom_timesteps(timesteps, self.num_train_timesteps, self.takes_fractions)
             )
         if num_inference_steps is None:
-            raise ValueError("give num_inference_steps, timesteps or sigmas")
+            raise PixArtNBError("give num_inference_steps, timesteps or sigmas")
         return self.spaced(num_inference_steps)
 
     def spaced(self, count: int) -> Plan:
@@ -244,7 +245,7 @@ class Scheduler:
 def check_eta(eta: float) -> None:
     """Refuse a share of DDPM's noise outside 0..1."""
     if not isinstance(eta, (int, float, np.number)) or not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta!r}; expected 0 (no noise) to 1 (as much as DDPM)")
+        raise PixArtNBError(f"eta is {eta!r}; expected 0 (no noise) to 1 (as much as DDPM)")
 
 
 def scheduler_classes() -> dict[str, type[Scheduler]]:
@@ -260,9 +261,11 @@ def _check_number(cls: type[Scheduler], name: str, value: Any, default: Any) -> 
         return
     kind, said = (int, "whole number") if isinstance(default, int) else ((int, float), "number")
     if isinstance(value, bool) or not isinstance(value, kind) or not np.isfinite(value):
-        raise ValueError(f"{cls.__name__}: {name} is {value!r}; expected a {said}, by default {default}")
+        raise PixArtNBError(f"{cls.__name__}: {name} is {value!r}; expected a {said}, by default {default}")
 
 
-def _not_implemented(cls: type[Scheduler], name: str, value: Any, values: tuple) -> ValueError:
+def _not_implemented(cls: type[Scheduler], name: str, value: Any, values: tuple) -> PixArtNBError:
     expected = " or ".join(repr(v) for v in values)
-    return ValueError(f"{cls.__name__}: {name} is {value!r}, which is not implemented; supported: {expected}")
+    return PixArtNBError(
+        f"{cls.__name__}: {name} is {value!r}, which is not implemented; supported: {expected}"
+    )

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.diffusers_schedulers import (
     DDIMScheduler,
     DMDScheduler,
@@ -58,7 +59,7 @@ def scheduler_named(name: str, schedule: NoiseSchedule = LINEAR) -> Scheduler:
     if name not in SAMPLING_METHODS:
         near = difflib.get_close_matches(str(name).lower(), SAMPLING_METHODS, 1, 0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
+        raise PixArtNBError(
             f"scheduler {name!r} is not known; expected one of {', '.join(SAMPLING_METHODS)}{hint}"
         )
     cls, options = SAMPLING_METHODS[name]
@@ -69,7 +70,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> Scheduler:
     """The scheduler that a ``scheduler_config.json`` describes; its ``_class_name`` decides which."""
     name = config.get("_class_name") if isinstance(config, Mapping) else None
     if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(
+        raise PixArtNBError(
             f"_class_name is {name!r}; expected one of {', '.join(CLASSES)}. Give another scheduler by name, for "
             f"example scheduler='dpm++' (a DMD checkpoint wants 'dmd')"
         )
@@ -81,7 +82,7 @@ def as_scheduler(value: Scheduler | str | None, present: Scheduler | None = None
     if isinstance(value, str):
         return scheduler_named(value, present.schedule if present else LINEAR)
     if value is not None and not isinstance(value, Scheduler):
-        raise ValueError(
+        raise PixArtNBError(
             f"scheduler is {value!r}; expected one of {', '.join(CLASSES)}, or a name: "
             f"{', '.join(SAMPLING_METHODS)}"
         )

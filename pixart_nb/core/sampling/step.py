@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
+
 
 @dataclass(frozen=True)
 class Step:
@@ -62,7 +64,9 @@ class Plan:
 def steps_taken(count: int, strength: float) -> int:
     """How many of ``count`` steps image-to-image takes. Refuses a strength outside 0..1."""
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength!r}; expected above 0 (the picture stays) to 1 (all steps)")
+        raise PixArtNBError(
+            f"strength is {strength!r}; expected above 0 (the picture stays) to 1 (all steps)"
+        )
     return max(1, int(count * strength))
 
 
@@ -88,12 +92,12 @@ def check_generators(generator: Generators, rows: int) -> None:
     if generator is None or isinstance(generator, np.random.Generator):
         return
     if not isinstance(generator, Sequence) or not all(isinstance(g, np.random.Generator) for g in generator):
-        raise ValueError(
+        raise PixArtNBError(
             f"generator is {generator!r}; expected a numpy.random.Generator, as numpy.random.default_rng(seed) "
             "makes it, or a list with one for each picture"
         )
     if len(generator) != rows:
-        raise ValueError(f"{len(generator)} generators for {rows} pictures; give one, or one for each")
+        raise PixArtNBError(f"{len(generator)} generators for {rows} pictures; give one, or one for each")
 
 
 def draw_noise(shape: Sequence[int], generator: Generators) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.noise_schedule import RespacedSchedule
 from pixart_nb.core.sampling.step import (
     Generators,
@@ -37,7 +38,7 @@ def iddpm_moments(latents: np.ndarray, prediction: Prediction, row: int, spaced:
     The model's variance, -1..1, lies between the logarithms of the posterior variance and of beta.
     """
     if prediction.variance is None:
-        raise ValueError(
+        raise PixArtNBError(
             "iddpm needs the variance that the model predicts, but this model has none (pred_sigma is off); "
             "use another scheduler, for example 'ddim-official'"
         )

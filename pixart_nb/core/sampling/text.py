@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -145,7 +146,7 @@ class TextTokenizer:
         Warns of what was cut from a prompt that is too long, and of characters that the tokenizer does not know.
         """
         if max_length < 1:
-            raise ValueError(f"max_sequence_length is {max_length}; expected at least 1")
+            raise PixArtNBError(f"max_sequence_length is {max_length}; expected at least 1")
         full = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         self._warn(prompts, full, max_length)
         end = self.tokenizer.eos_token_id

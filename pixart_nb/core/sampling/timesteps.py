@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.noise_schedule import NoiseSchedule
 
 #: Karras et al. 2022, section 3.1.
@@ -15,7 +16,7 @@ _KARRAS_RHO = 7.0
 def check_count(count: int, most: int, why: str = "") -> None:
     """Refuse a number of steps outside 1..most."""
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
-        raise ValueError(f"num_inference_steps is {count!r}; expected 1 to {most}{why}")
+        raise PixArtNBError(f"num_inference_steps is {count!r}; expected 1 to {most}{why}")
 
 
 def multistep_timesteps(count: int, total: int, spacing: str, offset: int = 0) -> np.ndarray:
@@ -54,7 +55,7 @@ def _trailing(count: int, total: int) -> np.ndarray:
 
 def _in_table(timesteps: np.ndarray, total: int, offset: int) -> np.ndarray:
     if timesteps[0] > total - 1 or timesteps[-1] < 0:
-        raise ValueError(
+        raise PixArtNBError(
             f"steps_offset {offset} moves {len(timesteps)} timesteps out of 0..{total - 1}; choose a smaller one"
         )
     return timesteps
@@ -90,11 +91,11 @@ def custom_timesteps(values: Sequence[float], total: int, fractions: bool = Fals
     """The caller's timesteps as float64 (N,); ValueError unless they fall strictly and lie in 0..total - 1."""
     timesteps = _falling(values, "timesteps", 1)
     if timesteps[0] > total - 1 or timesteps[-1] < 0:
-        raise ValueError(
+        raise PixArtNBError(
             f"timesteps go from {timesteps[0]:g} to {timesteps[-1]:g}; expected them in {total - 1}..0"
         )
     if not fractions and (timesteps != timesteps.round()).any():
-        raise ValueError(f"timesteps are {timesteps.tolist()}; this scheduler takes whole numbers")
+        raise PixArtNBError(f"timesteps are {timesteps.tolist()}; this scheduler takes whole numbers")
     return timesteps
 
 
@@ -104,7 +105,7 @@ def custom_sigmas(values: Sequence[float], schedule: NoiseSchedule) -> np.ndarra
     low, high = schedule.sigmas[[0, -1]]
     slack = 1e-3  # published lists are rounded
     if sigmas[0] > high * (1 + slack) or sigmas[-2] < low * (1 - slack) or sigmas[-1] < 0:
-        raise ValueError(
+        raise PixArtNBError(
             f"sigmas are {sigmas.tolist()}; expected them in {high:.4g}..{low:.4g}, the last alone down to 0"
         )
     return sigmas
@@ -114,10 +115,12 @@ def _falling(values: Sequence[float], name: str, least: int) -> np.ndarray:
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} are {values!r}; expected a list of numbers") from None
+        raise PixArtNBError(f"{name} are {values!r}; expected a list of numbers") from None
     if array.ndim != 1 or len(array) < least or not np.isfinite(array).all():
         more = "; the last is the level at which sampling ends, usually 0" if least > 1 else ""
-        raise ValueError(f"{name} are {values!r}; expected a list of at least {least} finite numbers{more}")
+        raise PixArtNBError(
+            f"{name} are {values!r}; expected a list of at least {least} finite numbers{more}"
+        )
     if (np.diff(array) >= 0).any():
-        raise ValueError(f"{name} are {array.tolist()}; expected each smaller than the one before")
+        raise PixArtNBError(f"{name} are {array.tolist()}; expected each smaller than the one before")
     return array

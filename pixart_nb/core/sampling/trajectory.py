@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import guided_prediction
 
@@ -81,7 +82,7 @@ def predictions(pipe: Any, run: Trajectory, guidance_scale: float | None = None)
 def guidance_directions(pipe: Any, run: Trajectory) -> np.ndarray:
     """Conditional minus unconditional prediction along a guided run: (S, N, C, h, w)."""
     if run.condition.negative_embeds is None:
-        raise ValueError(
+        raise PixArtNBError(
             f"the run has guidance_scale {run.guidance_scale}, so nothing was predicted without the prompt; "
             "follow one with a scale above 1"
         )

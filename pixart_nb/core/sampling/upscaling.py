@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling.images import enlarged
 from pixart_nb.core.sampling.randomness import picture_generators
@@ -72,9 +73,9 @@ def growing_sizes(
     ``strengths``: of every size but the first. ``keys``: a side of a picture is never more keys than about these.
     """
     if list(factors) != sorted(set(factors), reverse=True) or not factors or factors[-1] < 1:
-        raise ValueError(f"factors are {list(factors)}; expected them to fall, for example 4, 2, 1")
+        raise PixArtNBError(f"factors are {list(factors)}; expected them to fall, for example 4, 2, 1")
     if len(strengths) != len(factors) - 1:
-        raise ValueError(
+        raise PixArtNBError(
             f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first"
         )
     for strength in strengths:
@@ -82,7 +83,7 @@ def growing_sizes(
     unit, found = 8 * config.patch_size, []
     for factor, strength in zip(factors, [1.0, *strengths], strict=True):
         if height % (unit * factor) or width % (unit * factor):
-            raise ValueError(f"{height}x{width} divided by {factor} is no multiple of {unit} pixels")
+            raise PixArtNBError(f"{height}x{width} divided by {factor} is no multiple of {unit} pixels")
         sides = height // factor, width // factor
         found.append(Size(*sides, strength, max(1, min(sides) // unit // keys)))
     return found
@@ -96,9 +97,9 @@ def shrink_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
     """
     layers = [block.attn for block in net.blocks]
     if operator not in ("mean", "ave", "uniform") or ratio < 1:
-        raise ValueError(f"{operator!r} by {ratio}: expected mean, ave or uniform, by at least 1")
+        raise PixArtNBError(f"{operator!r} by {ratio}: expected mean, ave or uniform, by at least 1")
     if any(layer.sr is not None for layer in layers):
-        raise ValueError("this transformer has learned to compress by one ratio, which cannot be changed")
+        raise PixArtNBError("this transformer has learned to compress by one ratio, which cannot be changed")
     for layer in layers:
         layer.ratio, layer.operator = ratio, operator
 

@@ -10,6 +10,7 @@ from mindspore import ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Workers:
     def rows(self, count: int) -> slice:
         """This worker's rows of a batch of ``count``, which must be a multiple of the number of workers."""
         if count % self.size:
-            raise ValueError(f"a batch of {count} cannot be divided among {self.size} workers")
+            raise PixArtNBError(f"a batch of {count} cannot be divided among {self.size} workers")
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 

@@ -9,9 +9,10 @@ import numpy as np
 from mindspore import nn
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 
 
-class DivergenceError(FloatingPointError):
+class DivergenceError(PixArtNBError, FloatingPointError):
     """The loss or a gradient is not finite. The weights were not updated."""
 
 

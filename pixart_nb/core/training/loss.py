@@ -8,6 +8,7 @@ import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 
 #: Columns of ``coefficients``.
@@ -18,7 +19,7 @@ def coefficients(timestep: np.ndarray, schedule: NoiseSchedule = LINEAR) -> np.n
     """What the loss needs of the schedule at (N,) integer timesteps: (N, 9) float32, columns named above."""
     t = np.asarray(timestep)
     if t.ndim != 1 or not np.issubdtype(t.dtype, np.integer) or t.min() < 0 or t.max() >= schedule.steps:
-        raise ValueError(f"timesteps must be (N,) integers in 0..{schedule.steps - 1}, got {t!r}")
+        raise PixArtNBError(f"timesteps must be (N,) integers in 0..{schedule.steps - 1}, got {t!r}")
     alpha = schedule.alphas_cumprod
     start, current = schedule.posterior_mean_coefficients
     columns = [

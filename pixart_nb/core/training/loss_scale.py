@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pixart_nb.core.errors import PixArtNBError
+
 
 @dataclass
 class LossScale:
@@ -21,7 +23,7 @@ class LossScale:
 
     def __post_init__(self):
         if self.value < 1 or self.factor <= 1 or self.window < 1:
-            raise ValueError(
+            raise PixArtNBError(
                 f"loss scale {self.value}, factor {self.factor}, window {self.window}; expected a scale of at least 1, "
                 "a factor above 1 and a window of at least 1"
             )

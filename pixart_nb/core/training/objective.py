@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 from pixart_nb.core.training.loss import add_noise, loss_terms
@@ -35,7 +36,7 @@ def min_snr_weights(gamma: float, schedule: NoiseSchedule = LINEAR) -> Callable[
     Signal to noise: alpha_bar / (1 - alpha_bar). The bound of the variance is not weighed.
     """
     if gamma <= 0:
-        raise ValueError(f"snr_gamma is {gamma}; expected a number above 0 (5 in the paper)")
+        raise PixArtNBError(f"snr_gamma is {gamma}; expected a number above 0 (5 in the paper)")
     ratio = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     table = np.minimum(ratio, gamma) / ratio
     return lambda timesteps: table[np.asarray(timesteps, np.int64)]

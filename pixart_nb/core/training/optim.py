@@ -10,6 +10,7 @@ from mindspore import ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 
 #: Numbers that the average of the weights works on at a time: what fits a processor's cache.
@@ -26,7 +27,7 @@ def learning_rate(
     ``constant``: ``peak`` for ever. ``cosine``, ``linear``: falling to ``end`` at step ``total``.
     """
     if shape not in ("constant", "cosine", "linear"):
-        raise ValueError(
+        raise PixArtNBError(
             f"learning-rate schedule {shape!r} is not known; expected 'constant', 'cosine' or 'linear'"
         )
     if step < warmup:
@@ -41,7 +42,7 @@ def learning_rate(
 def scaled_rate(rate: float, pictures: int, rule: str) -> float:
     """A learning rate for updates of ``pictures`` pictures: ``linear``, ``sqrt`` of their ratio to 256, or as it is."""
     if rule not in ("", "linear", "sqrt"):
-        raise ValueError(f"auto_lr {rule!r} is not known; expected 'linear', 'sqrt' or nothing")
+        raise PixArtNBError(f"auto_lr {rule!r} is not known; expected 'linear', 'sqrt' or nothing")
     ratio = pictures / BASE_BATCH
     return rate * {"": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[rule]
 
@@ -150,7 +151,7 @@ class EMA:
 
     def __init__(self, parameters: Sequence[ms.Parameter], rate: float):
         if not 0 <= rate < 1:
-            raise ValueError(f"EMA rate is {rate}; expected 0 <= rate < 1")
+            raise PixArtNBError(f"EMA rate is {rate}; expected 0 <= rate < 1")
         self.rate, self.updates = rate, 0
         self.parameters = list(parameters)
         self.averages = [

@@ -1,0 +1,11 @@
+"""Base class of the kit's exceptions."""
+
+from __future__ import annotations
+
+
+class PixArtNBError(ValueError):
+    """Base class of all exceptions that the kit raises on purpose.
+
+    The message says what was given, what was expected and what to do. The command line prints it as one line; any
+    other exception is a bug and shows its traceback.
+    """
