@@ -13,13 +13,14 @@ PYTHON := $(shell for name in python3.11 python3 python; do \
 export PATH := $(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help demo test lint format lab tiny
+.PHONY: help demo test lint structure format lab tiny
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    pictures from the embedded model, by notebooks/00_quickstart.ipynb"
 	@echo "make test    lint and tests"
 	@echo "make lint    ruff on code and notebooks, notebooks without outputs"
+	@echo "make structure  lines, import cycles, words and other measurements of the package"
 	@echo "make format  what make lint asks for, done"
 	@echo "make lab     JupyterLab in notebooks/"
 	@echo "make tiny    train the embedded model again from nothing; goes on where it stopped"
@@ -43,6 +44,9 @@ lint: $(STAMP)
 	ruff check .
 	ruff format --check .
 	nbstripout --verify --keep-id notebooks/*.ipynb
+
+structure: $(STAMP)
+	python tests/structure.py
 
 format: $(STAMP)
 	ruff check --fix .
