@@ -26,9 +26,9 @@ from pixart_nb.core.data.buckets import training_sizes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError, ProblemsError
 from pixart_nb.core.data.folder import import_folder
-from pixart_nb.core.data.images import fit, load_picture
+from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import load_labels
-from pixart_nb.pixelart.published_sample import sample_rows, write_part, write_table
+from pixart_nb.pixelart.datasets import sample_rows, write_part, write_table
 
 KINDS = ("label file", "entries", "pictures", "texts", "table", "zip part", "parquet")
 #: Values that no key of an entry may have.
@@ -99,7 +99,7 @@ def check_usable(json_path: Path, image_dir: Path) -> None:
     """Whatever was taken can be trained on."""
     labels = load_labels(json_path, image_dir, decode=True)
     for label, size in zip(labels, training_sizes(labels, 256, True), strict=True):
-        assert fit(load_picture(label.file), *size).shape == (*size, 3)
+        assert fit(load_image(label.file), *size).shape == (*size, 3)
         assert label.file.resolve().is_relative_to(image_dir.resolve())
 
 

@@ -311,7 +311,7 @@ def tiny(
 ) -> None:
     """Train the embedded model from nothing on drawn pixel art. If it was stopped, it goes on where it was."""
     with one_line_errors():
-        from pixart_nb.pixelart.training import train_tiny
+        from pixart_nb.pixelart.bundled_model import train_tiny
 
         train_tiny(folder=folder, work=work)
         typer.echo(folder)

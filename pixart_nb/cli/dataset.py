@@ -103,3 +103,19 @@ def features(
         from pixart_nb.core.training.data import write_features
 
         typer.echo(write_features(load_config(config, "train"), batch_size, stream))
+
+
+@dataset.command()
+def sample(
+    target: Annotated[Path, typer.Option(help="Folder for the published files.")],
+    count: Annotated[int, typer.Option(min=4, help="Number of scenes.")] = 120,
+    side: Annotated[int, typer.Option(min=16, help="Height of the images in pixels.")] = 128,
+) -> None:
+    """Write a sample of drawn scenes in the published forms of diffusiondb-pixelart.
+
+    Example: pixart-nb dataset sample --target outputs/finetune/raw
+    """
+    with one_line_errors():
+        from pixart_nb.pixelart.datasets import write_sample
+
+        typer.echo(f"wrote {write_sample(target, count, side)} images to {target}")

@@ -19,8 +19,8 @@ from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import add_noise, loss_terms
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, draw_scenes, generator
-from pixart_nb.pixelart.sprites import Scene, split_scenes
-from pixart_nb.pixelart.train_text_encoder import CAPTION_TOKENS
+from pixart_nb.pixelart.scenes import Scene, split_scenes
+from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS
 
 #: Pictures that are encoded at once.
 ENCODED = 32

@@ -13,7 +13,7 @@ from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.io import load_tensors, save_tensors
 from pixart_nb.core.training.loss import coefficients
 from pixart_nb.pixelart.captions import caption
-from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, Scene, draw
+from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, Scene, draw
 
 SHARD = 2048
 

@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene
+from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene
 
 # A synonym replaces the canonical word in one caption in twenty: enough for a model to meet it, too seldom to
 # blur the ten colours. Words not listed here have no synonym.

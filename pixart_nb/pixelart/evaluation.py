@@ -16,7 +16,7 @@ from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.sprites import OBJECTS, Scene, all_scenes, draw, split_scenes
+from pixart_nb.pixelart.scenes import OBJECTS, Scene, all_scenes, draw, split_scenes
 
 
 def held_out_scenes(count: int) -> list[Scene]:

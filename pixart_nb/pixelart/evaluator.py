@@ -12,9 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.sprite_settings import BACKGROUNDS
-from pixart_nb.pixelart.sprite_shapes import MIRRORED, SHAPE_SIZE
-from pixart_nb.pixelart.sprites import (
+from pixart_nb.pixelart.backgrounds import BACKGROUNDS
+from pixart_nb.pixelart.scenes import (
     COLOURS,
     JITTER,
     OBJECTS,
@@ -27,6 +26,7 @@ from pixart_nb.pixelart.sprites import (
     sprite_colours,
     sprite_mask,
 )
+from pixart_nb.pixelart.shapes import MIRRORED, SHAPE_SIZE
 
 # Samples inside a cell, as fractions of its side: its edges may be blurred into the neighbours.
 SAMPLES = np.array([0.3, 0.43, 0.57, 0.7])

@@ -18,7 +18,7 @@ from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.sprites import Scene
+from pixart_nb.pixelart.scenes import Scene
 
 #: A map's threshold lies this far between its least and its greatest value.
 THRESHOLD = 0.5

@@ -15,7 +15,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.pixelart.captions import named_scenes, short_caption
 from pixart_nb.pixelart.evaluation import agreement, evaluate_model, held_out_scenes, psnr, reconstruct
-from pixart_nb.pixelart.sprites import UNSEEN_OBJECTS, Scene, all_scenes, draw, split_scenes
+from pixart_nb.pixelart.scenes import UNSEEN_OBJECTS, Scene, all_scenes, draw, split_scenes
 
 CONFIG = "configs/inference/tiny.yaml"
 SCENES = {short_caption(scene): scene for scene in all_scenes()}

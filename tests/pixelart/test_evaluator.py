@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from pixart_nb.pixelart.backgrounds import BACKGROUNDS
 from pixart_nb.pixelart.evaluator import SpriteEvaluator, cell_means
-from pixart_nb.pixelart.sprite_settings import BACKGROUNDS
-from pixart_nb.pixelart.sprites import (
+from pixart_nb.pixelart.scenes import (
     COLOURS,
     OBJECTS,
     SETTINGS,
@@ -14,7 +14,7 @@ from pixart_nb.pixelart.sprites import (
     all_scenes,
     draw,
     draw_grid,
-    draw_picture,
+    draw_with_mask,
     enlarge,
 )
 
@@ -85,7 +85,7 @@ def test_shuffled_scenes_agree_only_by_chance():
 
 def test_placement_and_mask_are_those_of_the_drawing():
     for k, scene in enumerate(all_scenes()[::37]):
-        picture = draw_picture(scene, np.random.default_rng(k), 128, 192)
+        picture = draw_with_mask(scene, np.random.default_rng(k), 128, 192)
         verdict = EVALUATOR.evaluate(picture.pixels)
         assert verdict.placement == picture.placement, scene
         assert np.array_equal(verdict.mask, picture.mask), scene

@@ -9,7 +9,7 @@ import pytest
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.pixelart.evaluation import held_out_scenes
 from pixart_nb.pixelart.localisation import Located, locate_words, mean_overlaps, overlap, thresholded
-from pixart_nb.pixelart.sprites import Scene
+from pixart_nb.pixelart.scenes import Scene
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from PIL import Image
 
 from pixart_nb.core.sampling.images import finished
 from pixart_nb.pixelart.captions import short_caption
+from pixart_nb.pixelart.datasets import write_scenes
 from pixart_nb.pixelart.evaluation import evaluate_model
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.sprite_dataset import write_scenes
-from pixart_nb.pixelart.sprites import (
+from pixart_nb.pixelart.scenes import (
     COLOURS,
     OBJECTS,
     SETTINGS,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pixart_nb.core.data.errors import DataError, ProblemsError
-from pixart_nb.core.data.images import check_picture
+from pixart_nb.core.data.images import check_image
 from pixart_nb.core.data.labels import caption_problem
 from pixart_nb.core.data.published_forms import Row, open_source
 from pixart_nb.core.data.writing import Report, write_once, writing
@@ -90,7 +90,7 @@ def _take(row: Row, target: Path, entries: dict[str, Entry], report: Report, max
         if problem := caption_problem("prompt", row.prompt):
             raise DataError(problem)
         content = row.content()
-        ending, height, width = check_picture(content, "its picture")
+        ending, height, width = check_image(content, "its picture")
     except DataError as error:
         report.left_out["that cannot be used:"] += 1
         report.problems.append(f"{row.where}: {error}")

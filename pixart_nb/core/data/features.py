@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.data.buckets import BucketSampler, Size
 from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.data.images import fit, load_picture, to_signed
+from pixart_nb.core.data.images import fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import Chooser
 from pixart_nb.core.data.writing import writing
@@ -171,7 +171,7 @@ class FeatureCache:
         """Make every shard that is missing or was made from something else; how many, by reason.
 
         Stopped at any moment, it leaves whole shards, and the next call goes on after them. Shards of pictures that
-        are no longer there are removed. Raises ``PictureError`` for a picture that cannot be read and ``DataError``
+        are no longer there are removed. Raises ``ImageError`` for a picture that cannot be read and ``DataError``
         for a full disk and for features that are not finite.
         """
         remove_temporaries(self.folder)
@@ -194,7 +194,7 @@ class FeatureCache:
 
     def _latents(self, number: int, encode: Encode, batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
         for size, rows in _grouped(self._rows(number), self.sizes.__getitem__, batch_size):
-            pixels = np.stack([fit(load_picture(self.labels[i].file), *size) for i in rows])
+            pixels = np.stack([fit(load_image(self.labels[i].file), *size) for i in rows])
             for i, mean, std in zip(rows, *encode(to_signed(pixels)), strict=True):
                 yield f"{i}/mean", self._stored(mean, self.labels[i].path)
                 yield f"{i}/std", self._stored(std, self.labels[i].path)
@@ -259,7 +259,7 @@ class FeatureBatch:
 
 
 class FeatureReader(Chooser):
-    """The batches of ``PictureReader``, the same pictures and captions, as features from a cache."""
+    """The batches of ``ImageReader``, the same pictures and captions, as features from a cache."""
 
     def __init__(self, cache: FeatureCache, sampler: BucketSampler, real_prompt_ratio: float = 0.5):
         cache.check()

@@ -40,32 +40,32 @@ _ENDING = {"JPEG": ".jpg", "MPO": ".jpg"}
 Taken = TypeVar("Taken")
 
 
-class PictureError(DataError):
+class ImageError(DataError):
     """A picture that cannot be read."""
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(height, width) in pixels of the upright picture, from the file's header alone.
 
     Raises:
-        PictureError: it is missing, no picture, of a kind that is not read, or too large.
+        ImageError: it is missing, no picture, of a kind that is not read, or too large.
     """
     return _read(path, _upright_size)
 
 
-def load_picture(path: str | os.PathLike[str]) -> np.ndarray:
+def load_image(path: str | os.PathLike[str]) -> np.ndarray:
     """The upright picture as (height, width, 3) uint8.
 
     Palettes, greys, CMYK and 16-bit channels become 8-bit RGB; what is transparent is laid over white; an animation
-    gives its first frame. Raises ``PictureError`` as ``picture_size`` does, and for a file that is cut or damaged.
+    gives its first frame. Raises ``ImageError`` as ``read_image_size`` does, and for a file that is cut or damaged.
     """
     return _read(path, lambda image: np.asarray(_upright(image)))
 
 
-def check_picture(content: bytes, name: str) -> tuple[str, int, int]:
+def check_image(content: bytes, name: str) -> tuple[str, int, int]:
     """Ending of the file format, height and width of the picture that ``content`` holds, decoded whole.
 
-    Raises ``PictureError``, which calls it by ``name``, as ``load_picture`` does.
+    Raises ``ImageError``, which calls it by ``name``, as ``load_image`` does.
     """
 
     def check(image: Image.Image) -> tuple[str, int, int]:
@@ -112,18 +112,18 @@ def _read(
     try:
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise PictureError(_too_large(path, f"{image.height}x{image.width} pixels"))
+                raise ImageError(_too_large(path, f"{image.height}x{image.width} pixels"))
             return take(image)
-    except PictureError:
+    except ImageError:
         raise
     except FileNotFoundError:
-        raise PictureError(f"{path}: there is no such file") from None
+        raise ImageError(f"{path}: there is no such file") from None
     except Image.DecompressionBombError as error:
-        raise PictureError(_too_large(path, str(error))) from None
+        raise ImageError(_too_large(path, str(error))) from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{path}: is no picture; expected {', '.join(FORMATS)}") from None
+        raise ImageError(f"{path}: is no picture; expected {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged files Pillow raises nearly anything
-        raise PictureError(
+        raise ImageError(
             f"{path}: cut or damaged ({type(error).__name__}: {error}); copy it again or leave it out"
         ) from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pixart_nb.core.data.errors import DataError, ProblemsError, shortened
-from pixart_nb.core.data.images import PictureError, load_picture, picture_size
+from pixart_nb.core.data.images import ImageError, load_image, read_image_size
 
 #: Characters of the longest caption that is read; the text encoder reads some hundred words of it.
 MOST_CHARACTERS = 20_000
@@ -189,8 +189,8 @@ class _Check:
         problems = [problem for problem in self._captions(entry) + self._numbers(entry) if problem]
         try:
             file = inside(self.folder, entry.get("path"))
-            size = load_picture(file).shape[:2] if self.decode else picture_size(file)
-        except PictureError as error:
+            size = load_image(file).shape[:2] if self.decode else read_image_size(file)
+        except ImageError as error:
             return None, [*problems, f"path {entry['path']!r}: {error}"], True
         except DataError as error:
             return None, [*problems, str(error)], True

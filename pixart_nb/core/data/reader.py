@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pixart_nb.core.data.buckets import BucketSampler
-from pixart_nb.core.data.images import fit, load_picture, to_signed
+from pixart_nb.core.data.images import fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.errors import PixArtNBError
 
 
 @dataclass(frozen=True)
-class PictureBatch:
+class ImageBatch:
     """``pixels`` (N, 3, height, width) float32 in -1..1, ``captions`` N texts, ``indices`` (N,) of the labels."""
 
     pixels: np.ndarray
@@ -58,11 +58,11 @@ class Chooser:
         return [self.labels[i].prompt if original else self.labels[i].sharegpt4v for i, original in pairs]
 
 
-class PictureReader(Chooser):
+class ImageReader(Chooser):
     """Batches decoded from the picture files, scaled and cut to their training size."""
 
-    def batch(self, step: int) -> PictureBatch:
-        """This worker's part of batch ``step``; ``PictureError`` names a file that cannot be read."""
+    def batch(self, step: int) -> ImageBatch:
+        """This worker's part of batch ``step``; ``ImageError`` names a file that cannot be read."""
         choice = self.choose(step)
-        pixels = np.stack([fit(load_picture(self.labels[i].file), *choice.size) for i in choice.indices])
-        return PictureBatch(to_signed(pixels), self.captions(choice), choice.indices)
+        pixels = np.stack([fit(load_image(self.labels[i].file), *choice.size) for i in choice.indices])
+        return ImageBatch(to_signed(pixels), self.captions(choice), choice.indices)

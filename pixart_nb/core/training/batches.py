@@ -11,7 +11,7 @@ import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.features import Embed, Encode, FeatureBatch, padded
-from pixart_nb.core.data.reader import PictureBatch
+from pixart_nb.core.data.reader import ImageBatch
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import coefficients
 from pixart_nb.pixelart.batches import middle_timesteps
@@ -34,7 +34,7 @@ class Features(Protocol):
 class LiveFeatures:
     """Features computed when they are asked for, of pictures that were read ahead."""
 
-    def __init__(self, read: Callable[[int], PictureBatch], encode: Encode, embed: Embed):
+    def __init__(self, read: Callable[[int], ImageBatch], encode: Encode, embed: Embed):
         self.read, self.encode, self.embed = read, encode, embed
 
     def batch(self, step: int) -> FeatureBatch:

@@ -18,7 +18,7 @@ from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.data.buckets import BucketSampler, training_sizes
 from pixart_nb.core.data.features import FeatureCache, FeatureReader, MadeBy, fingerprint, vae_encoder
 from pixart_nb.core.data.labels import Label, load_labels
-from pixart_nb.core.data.reader import PictureReader
+from pixart_nb.core.data.reader import ImageReader
 from pixart_nb.core.data.writing import writing
 from pixart_nb.core.io import write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
@@ -126,7 +126,7 @@ class Training:
 
     def _live(self, labels: list[Label], sampler: BucketSampler, ahead: int = 0) -> LiveFeatures:
         """Features computed as they are needed, of pictures of which some are read ahead."""
-        reader = PictureReader(labels, sampler, self.config.real_prompt_ratio)
+        reader = ImageReader(labels, sampler, self.config.real_prompt_ratio)
         read = ReadAhead(reader.batch, ahead) if ahead else reader.batch
         return LiveFeatures(read, vae_encoder(self.networks.vae), self.networks.embed)
 

@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
-from pixart_nb.pixelart.published_sample import write_published
+from pixart_nb.pixelart.datasets import write_published
 
 PICTURES = ("000_teal_boat_snow", "001_green_fish_desert", "002_yellow_star_forest", "003_blue_mushroom_lava")
 ROOTS = {

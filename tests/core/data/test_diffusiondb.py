@@ -20,19 +20,19 @@ from PIL import Image
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.labels import load_labels
-from pixart_nb.pixelart.published_sample import (
+from pixart_nb.pixelart.datasets import (
     METADATA,
     TABLE,
-    about,
-    drawn_anew,
     finetuning_scenes,
+    part_json,
+    repeat_scenes,
     sample_rows,
     write_metadata,
     write_part,
     write_published,
     write_table,
 )
-from pixart_nb.pixelart.sprites import UNSEEN_OBJECTS, split_scenes
+from pixart_nb.pixelart.scenes import UNSEEN_OBJECTS, split_scenes
 
 COUNT = 12
 
@@ -191,7 +191,7 @@ def test_a_picture_of_the_test_set_is_never_trained_on(tmp_path):
 
 def test_a_zip_part_whose_json_names_what_is_not_there(tmp_path):
     rows = sample_rows(3)
-    said = about(rows) | {"gone.png": {"p": "a cat"}, "odd.png": 5, "../../../etc/passwd": {"p": "a cat"}}
+    said = part_json(rows) | {"gone.png": {"p": "a cat"}, "odd.png": 5, "../../../etc/passwd": {"p": "a cat"}}
     path = write_part(tmp_path / "part-000001.zip", [])
     with zipfile.ZipFile(path, "w") as archive:
         for row in rows:
@@ -210,7 +210,7 @@ def test_a_bomb_in_a_zip_part_is_refused(tmp_path, monkeypatch):
         archive.writestr("bomb.png", bytes(10**7))
     with zipfile.ZipFile(path, "r") as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
-    contents["part-000001.json"] = json.dumps(about(rows) | {"bomb.png": {"p": "a bomb"}}).encode()
+    contents["part-000001.json"] = json.dumps(part_json(rows) | {"bomb.png": {"p": "a bomb"}}).encode()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
@@ -325,11 +325,11 @@ def test_a_sample_to_finetune_on_shows_each_scene_once_and_keeps_the_held_out_on
     assert sum(scene.object == UNSEEN_OBJECTS[0] for scene in scenes) == 40
     assert not set(scenes) & set(split_scenes()[1])
     assert finetuning_scenes(60, seed=1) == scenes != finetuning_scenes(60, seed=2)
-    rows = drawn_anew(scenes, 15, 3)
+    rows = repeat_scenes(scenes, 15, 3)
     assert len(rows) == 3 * 45 + 15
     assert rows[-15:] == scenes[-15:]
     assert not set(rows[:-15]) & set(rows[-15:])
-    assert drawn_anew(scenes[:2], 5, 3) == scenes[:2]
+    assert repeat_scenes(scenes[:2], 5, 3) == scenes[:2]
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_data(tmp_path):

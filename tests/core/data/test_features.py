@@ -28,9 +28,9 @@ from pixart_nb.core.data.features import (
     text_embedder,
     vae_encoder,
 )
-from pixart_nb.core.data.images import PictureError, load_picture, to_signed
+from pixart_nb.core.data.images import ImageError, load_image, to_signed
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.data.reader import PictureReader
+from pixart_nb.core.data.reader import ImageReader
 from pixart_nb.core.io import load_tensors
 
 SIZES = ((32, 32), (16, 48))
@@ -106,7 +106,7 @@ def test_what_is_read_is_what_the_networks_compute(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     assert cache.write(encode, embed, batch_size=3) == {"missing": 6}
     for i, label in enumerate(labels):
-        mean, std = encode(to_signed(load_picture(label.file)[None]))
+        mean, std = encode(to_signed(load_image(label.file)[None]))
         for found, expected in zip(cache.latents(i), (mean[0], std[0]), strict=True):
             assert found.dtype == np.float16
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
@@ -121,7 +121,7 @@ def test_batches_are_those_of_the_pictures(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     cache.write(encode, embed)
     sampler = BucketSampler(cache.sizes, 2, 7)
-    cached, direct = FeatureReader(cache, sampler, 0.5), PictureReader(labels, sampler, 0.5)
+    cached, direct = FeatureReader(cache, sampler, 0.5), ImageReader(labels, sampler, 0.5)
     for step in range(12):
         found, expected = cached.batch(step), direct.batch(step)
         np.testing.assert_array_equal(found.indices, expected.indices)
@@ -158,7 +158,7 @@ def test_the_embedded_networks_fill_a_cache(tmp_path, project):
     ]
     cache = FeatureCache(tmp_path, labels, [(32, 48)] * 2, replace(MADE_BY, dtype="fp32"))
     cache.write(vae_encoder(pipe.vae), text_embedder(pipe.tokenizer, pipe.text_encoder, 300), batch_size=2)
-    pixels = PictureReader(labels, BucketSampler(cache.sizes, 2, 0)).batch(0)
+    pixels = ImageReader(labels, BucketSampler(cache.sizes, 2, 0)).batch(0)
     batch = FeatureReader(cache, BucketSampler(cache.sizes, 2, 0), 1.0).batch(0)
     latents = pipe.vae.encode(ms.Tensor(pixels.pixels))[0]
     np.testing.assert_allclose(batch.mean, latents.mean.asnumpy(), rtol=1e-4, atol=1e-5)
@@ -254,7 +254,7 @@ def test_shards_of_pictures_that_are_gone_are_removed(labels, tmp_path):
 
 def test_a_damaged_picture_is_named_and_whole_shards_stay(labels, tmp_path):
     labels[6].file.write_bytes(b"no picture")
-    with pytest.raises(PictureError, match=r"6\.png"):
+    with pytest.raises(ImageError, match=r"6\.png"):
         cache_of(labels, tmp_path / "features").write(encode, embed)
     assert sorted(content(tmp_path / "features")) == ["latents-00000.safetensors"]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from pixart_nb.core.data.buckets import BucketSampler, training_sizes
-from pixart_nb.core.data.images import PictureError, fit, load_picture, to_signed
+from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import load_labels
-from pixart_nb.core.data.reader import PictureReader
+from pixart_nb.core.data.reader import ImageReader
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def labels(project):
 
 def reader(labels, batch_size=4, rank=0, world=1, ratio=0.5, seed=0):
     sizes = training_sizes(labels, 256, True)
-    return PictureReader(labels, BucketSampler(sizes, batch_size, seed, rank, world), ratio)
+    return ImageReader(labels, BucketSampler(sizes, batch_size, seed, rank, world), ratio)
 
 
 def test_a_batch_has_the_pixels_and_captions_of_its_labels(labels):
@@ -27,7 +27,7 @@ def test_a_batch_has_the_pixels_and_captions_of_its_labels(labels):
     assert {batch.pixels.shape for batch in batches} == {(4, 3, 256, 256), (4, 3, 208, 304), (4, 3, 304, 208)}
     for batch in batches:
         size = batch.pixels.shape[2:]
-        expected = to_signed(np.stack([fit(load_picture(labels[i].file), *size) for i in batch.indices]))
+        expected = to_signed(np.stack([fit(load_image(labels[i].file), *size) for i in batch.indices]))
         np.testing.assert_array_equal(batch.pixels, expected)
         assert batch.pixels.dtype == np.float32
         for i, caption in zip(batch.indices, batch.captions, strict=True):
@@ -57,7 +57,7 @@ def test_two_workers_read_what_one_would(labels):
 
 def test_a_picture_that_went_away_is_named(labels, tmp_path):
     gone = [replace(label, file=tmp_path / label.path) for label in labels]
-    with pytest.raises(PictureError, match=str(tmp_path)):
+    with pytest.raises(ImageError, match=str(tmp_path)):
         reader(gone).batch(0)
 
 

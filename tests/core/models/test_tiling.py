@@ -15,7 +15,7 @@ from pixart_nb.core.models.layers import GroupNorm
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.pixelart.batches import to_signed
 from pixart_nb.pixelart.evaluation import psnr
-from pixart_nb.pixelart.sprites import draw, split_scenes
+from pixart_nb.pixelart.scenes import draw, split_scenes
 
 TINY = Path(__file__).parents[3] / "data" / "tiny-sigma"
 

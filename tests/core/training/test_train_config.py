@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pixart_nb.config import ConfigError, check_config, load_config
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.labels import load_labels
-from pixart_nb.pixelart.published_sample import write_published
+from pixart_nb.pixelart.datasets import write_published
 from pixart_nb.train_config import TrainConfig, identity
 
 LEAST = {"model": "m", "json_path": "labels.json", "image_dir": "pictures"}

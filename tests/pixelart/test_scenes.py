@@ -19,9 +19,8 @@ from pixart_nb.pixelart.captions import (
     short_caption,
     with_article,
 )
-from pixart_nb.pixelart.sprite_dataset import write_dataset
-from pixart_nb.pixelart.sprite_shapes import MIRRORED, SHAPE_SIZE, SHAPES
-from pixart_nb.pixelart.sprites import (
+from pixart_nb.pixelart.datasets import write_dataset
+from pixart_nb.pixelart.scenes import (
     COLOURS,
     OBJECTS,
     RAMPS,
@@ -30,11 +29,12 @@ from pixart_nb.pixelart.sprites import (
     all_scenes,
     draw,
     draw_grid,
-    draw_picture,
+    draw_with_mask,
     grid_size,
     split_scenes,
     sprite_mask,
 )
+from pixart_nb.pixelart.shapes import MIRRORED, SHAPE_SIZE, SHAPES
 
 SHIPPED = Path(__file__).parents[2] / "data" / "pixelart"
 MUSHROOM = Scene("mushroom", "red", "grass")
@@ -85,7 +85,7 @@ def test_too_small_a_picture_or_grid_is_refused():
 @given(st.integers(16, 300), st.integers(16, 300), st.integers(0, 2**31))
 def test_any_size_shows_the_whole_object_near_the_middle(height, width, seed):
     scene = some_scenes(1, seed)[0]
-    picture = draw_picture(scene, generator(seed), height, width)
+    picture = draw_with_mask(scene, generator(seed), height, width)
     assert picture.pixels.shape == (height, width, 3) and picture.pixels.dtype == np.uint8
     assert picture.mask.shape == (height, width) and picture.mask.any()
     assert np.array_equal(picture.pixels, draw(scene, generator(seed), height, width))
@@ -104,7 +104,7 @@ def test_a_picture_of_twice_the_size_shows_the_same_scene_scaled():
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (128, 192), (192, 128), (256, 256), (64, 64)])
 def test_an_object_has_as_many_cells_at_every_size(height, width):
     for scene in some_scenes(10):
-        mask = draw_picture(scene, generator(1), height, width).mask
+        mask = draw_with_mask(scene, generator(1), height, width).mask
         assert mask.sum() == sprite_mask(scene.object).sum() * (min(height, width) // 16) ** 2
 
 
@@ -117,7 +117,7 @@ def test_the_grid_is_the_picture_at_one_value_per_cell():
 def test_objects_take_all_nine_places_and_only_some_are_mirrored():
     for name in OBJECTS:
         placements = [
-            draw_picture(Scene(name, "red", "cave"), generator(k), 16, 16).placement for k in range(120)
+            draw_with_mask(Scene(name, "red", "cave"), generator(k), 16, 16).placement for k in range(120)
         ]
         assert {(p.row, p.column) for p in placements} == set(product((1, 2, 3), repeat=2))
         assert {p.mirrored for p in placements} == ({False, True} if name in MIRRORED else {False})
@@ -126,7 +126,7 @@ def test_objects_take_all_nine_places_and_only_some_are_mirrored():
 def test_most_lit_pixels_of_an_object_are_nearest_to_its_own_colour():
     shades = np.array([RAMPS[colour][1:4] for colour in COLOURS], dtype=float).reshape(-1, 3)
     for name, (number, colour) in product(OBJECTS, enumerate(COLOURS)):
-        picture = draw_picture(Scene(name, colour, "cave"), generator(number), 64, 64)
+        picture = draw_with_mask(Scene(name, colour, "cave"), generator(number), 64, 64)
         pixels = picture.pixels[picture.mask].astype(float)
         lit = pixels[pixels.max(axis=1) > 100]
         nearest = np.square(lit[:, None] - shades).sum(axis=-1).argmin(axis=1) // 3
@@ -142,7 +142,7 @@ def test_colours_are_far_apart_and_their_shades_grow_lighter():
 
 def test_every_object_stands_out_from_every_setting():
     for name, colour, setting in product(OBJECTS, COLOURS, SETTINGS):
-        picture = draw_picture(Scene(name, colour, setting), generator(2), 16, 16)
+        picture = draw_with_mask(Scene(name, colour, setting), generator(2), 16, 16)
         rows = [row[~gone].mean(axis=0) for row, gone in zip(picture.pixels, picture.mask, strict=True)]
         off = picture.pixels - np.array(rows)[:, None]
         assert np.sqrt(np.square(off[picture.mask]).mean()) > 35, (name, colour, setting)
@@ -264,7 +264,7 @@ def test_a_written_dataset_has_complete_labels_and_nothing_unfinished(tmp_path):
 
 def test_an_interrupted_rewrite_leaves_the_old_labels(tmp_path, monkeypatch):
     old = write_dataset(tmp_path, count=2).read_bytes()
-    monkeypatch.setattr("pixart_nb.pixelart.sprite_dataset.short_caption", lambda scene: 1 / 0)
+    monkeypatch.setattr("pixart_nb.pixelart.datasets.short_caption", lambda scene: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path, count=3, seed=1)
     assert (tmp_path / "labels.json").read_bytes() == old

@@ -19,10 +19,10 @@ from pixart_nb.core.sampling.schedulers import DPMSolverMultistepScheduler
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training import loss as diffusion
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
+from pixart_nb.pixelart.autoencoder import train_autoencoder
 from pixart_nb.pixelart.batches import cached_latents, caption_pool, diffusion_batches, generator
-from pixart_nb.pixelart.sprites import Scene, split_scenes
-from pixart_nb.pixelart.train_autoencoder import train_autoencoder
-from pixart_nb.pixelart.train_text_encoder import CAPTION_TOKENS, train_text_encoder, train_tokenizer
+from pixart_nb.pixelart.scenes import Scene, split_scenes
+from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, train_text_encoder, train_tokenizer
 
 CONFIG = PixArtConfig(
     hidden_size=192,

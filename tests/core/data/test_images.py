@@ -15,11 +15,11 @@ from PIL import Image
 
 from pixart_nb.core.data.images import (
     MOST_PIXELS,
-    PictureError,
-    check_picture,
+    ImageError,
+    check_image,
     fit,
-    load_picture,
-    picture_size,
+    load_image,
+    read_image_size,
     to_signed,
 )
 
@@ -55,21 +55,21 @@ def test_turned_pictures_are_upright(tmp_path, ending, orientation):
     options = {"lossless": True} if ending == "webp" else {}
     path = saved(tmp_path / f"a.{ending}", pixels, exif=exif, **options)
     upright = TURNS[orientation](pixels)
-    np.testing.assert_array_equal(load_picture(path), upright)
-    assert picture_size(path) == upright.shape[:2]
-    assert check_picture(path.read_bytes(), "a")[1:] == upright.shape[:2]
+    np.testing.assert_array_equal(load_image(path), upright)
+    assert read_image_size(path) == upright.shape[:2]
+    assert check_image(path.read_bytes(), "a")[1:] == upright.shape[:2]
 
 
 def test_a_turned_photograph_has_its_size_turned_too(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     path = saved(tmp_path / "a.jpg", noise(16, 40), exif=exif)
-    assert picture_size(path) == load_picture(path).shape[:2] == (40, 16)
+    assert read_image_size(path) == load_image(path).shape[:2] == (40, 16)
 
 
 def test_a_damaged_orientation_counts_as_upright(tmp_path):
     path = saved(tmp_path / "a.jpg", noise(16, 40), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xffgarbage")
-    assert picture_size(path) == load_picture(path).shape[:2] == (16, 40)
+    assert read_image_size(path) == load_image(path).shape[:2] == (16, 40)
 
 
 def test_what_is_transparent_is_laid_over_white(tmp_path):
@@ -77,36 +77,36 @@ def test_what_is_transparent_is_laid_over_white(tmp_path):
     path = saved(tmp_path / "a.png", pixels)
     alpha = pixels[..., 3:] / 255
     expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
-    assert np.abs(load_picture(path) - expected).max() <= 1
+    assert np.abs(load_image(path) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["P", "RGB", "L", "1"])
 def test_a_transparent_colour_becomes_white(tmp_path, mode):
     image = Image.new(mode, (4, 4), 0)
     path = saved(tmp_path / "a.png", image, transparency=(0, 0, 0) if mode == "RGB" else 0)
-    assert (load_picture(path) == 255).all()
+    assert (load_image(path) == 255).all()
 
 
 def test_cmyk_is_converted(tmp_path):
     path = saved(tmp_path / "a.tif", Image.new("CMYK", (4, 4), (0, 255, 255, 0)))
-    assert (load_picture(path) == (255, 0, 0)).all()
+    assert (load_image(path) == (255, 0, 0)).all()
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     path = saved(tmp_path / "a.png", np.array([[0, 257, 32768, 65535]], np.uint16))
-    np.testing.assert_array_equal(load_picture(path)[0, :, 0], [0, 1, 128, 255])
+    np.testing.assert_array_equal(load_image(path)[0, :, 0], [0, 1, 128, 255])
 
 
 def test_channels_of_32_bits_are_refused(tmp_path):
     path = saved(tmp_path / "a.tif", np.ones((4, 4), np.float32))
-    with pytest.raises(PictureError, match="32 bits"):
-        load_picture(path)
+    with pytest.raises(ImageError, match="32 bits"):
+        load_image(path)
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):
     first, second = Image.fromarray(noise(8, 8)), Image.fromarray(noise(8, 8, seed=1))
     path = saved(tmp_path / "a.png", first, save_all=True, append_images=[second])
-    np.testing.assert_array_equal(load_picture(path), np.asarray(first))
+    np.testing.assert_array_equal(load_image(path), np.asarray(first))
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "tif", "bmp", "avif"])
@@ -114,21 +114,21 @@ def test_a_cut_file_has_a_size_but_is_named_when_it_is_decoded(tmp_path, ending)
     path = saved(tmp_path / f"a.{ending}", noise(64, 64))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) * 2 // 3])
-    with pytest.raises(PictureError, match=rf"a\.{ending}"):
-        load_picture(path)
+    with pytest.raises(ImageError, match=rf"a\.{ending}"):
+        load_image(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
 def test_what_is_no_picture_is_named(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(PictureError, match="no picture"):
-        picture_size(path)
+    with pytest.raises(ImageError, match="no picture"):
+        read_image_size(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(PictureError, match="no such file"):
-        picture_size(tmp_path / "b.png")
+    with pytest.raises(ImageError, match="no such file"):
+        read_image_size(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize("side", [10_000, 100_000])
@@ -142,8 +142,8 @@ def test_a_bomb_is_refused_before_it_is_unpacked(side):
     pixels = zlib.compress(bytes(10**6))
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
     tracemalloc.start()
-    with pytest.raises(PictureError, match=f"at most {MOST_PIXELS} pixels"):
-        load_picture(io.BytesIO(b"\x89PNG\r\n\x1a\n" + parts))
+    with pytest.raises(ImageError, match=f"at most {MOST_PIXELS} pixels"):
+        load_image(io.BytesIO(b"\x89PNG\r\n\x1a\n" + parts))
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
 
@@ -200,8 +200,8 @@ def test_threads_may_be_the_first_to_read(tmp_path):
         saved(tmp_path / f"{number:02d}.{ending}", noise(8, 8))
     code = (
         "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path\n"
-        "from pixart_nb.core.data.images import load_picture\n"
-        "with ThreadPoolExecutor(16) as pool: print(len(list(pool.map(load_picture, Path(sys.argv[1]).iterdir()))))"
+        "from pixart_nb.core.data.images import load_image\n"
+        "with ThreadPoolExecutor(16) as pool: print(len(list(pool.map(load_image, Path(sys.argv[1]).iterdir()))))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120

@@ -11,8 +11,8 @@ from itertools import combinations, product
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.sprite_settings import BACKGROUNDS
-from pixart_nb.pixelart.sprite_shapes import (
+from pixart_nb.pixelart.backgrounds import BACKGROUNDS
+from pixart_nb.pixelart.shapes import (
     LETTERS,
     MIRRORED,
     RAMP_LETTERS,
@@ -175,7 +175,7 @@ def draw(scene: Scene, rng: np.random.Generator, height: int = 128, width: int =
     return enlarge(draw_grid(scene, rng, *grid_size(height, width)), height, width)
 
 
-def draw_picture(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> Picture:
+def draw_with_mask(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> Picture:
     """As ``draw``, the same pixels from the same generator state, with the object's mask and placement."""
     cells = grid_size(height, width)
     grid, place = _compose(scene, rng, *cells)

@@ -8,7 +8,7 @@ from pixart_nb.config import check_config
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.pixelart.evaluation import evaluate_model, held_out_scenes
-from pixart_nb.pixelart.scores import train_and_score
+from pixart_nb.pixelart.scored_training import train_and_score
 
 DRAWING = {"steps": 2, "batch_size": 2, "seed": 5}
 

@@ -6,10 +6,10 @@ import pytest
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.pixelart import batches as tiny_data
-from pixart_nb.pixelart import training as tiny
+from pixart_nb.pixelart import bundled_model as tiny
 from pixart_nb.pixelart.captions import short_caption
-from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, split_scenes
-from pixart_nb.pixelart.train_text_encoder import CAPTION_TOKENS, PIECES, train_tokenizer
+from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, split_scenes
+from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, PIECES, train_tokenizer
 
 SCENES = split_scenes()[0]
 

@@ -15,7 +15,7 @@ from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import Tokenize, caption_batches, generator
 from pixart_nb.pixelart.captions import caption
-from pixart_nb.pixelart.sprites import COLOURS, OBJECTS, SETTINGS, Scene
+from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, Scene
 
 PIECES = 256
 EXTRA_IDS = 100

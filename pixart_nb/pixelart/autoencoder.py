@@ -12,7 +12,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import autoencoder_batches, draw_scenes, generator, to_signed
-from pixart_nb.pixelart.sprites import Scene
+from pixart_nb.pixelart.scenes import Scene
 
 # Four groups: a group for each channel would take every channel's mean away, and with it the colours.
 CONFIG = VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4, sample_size=128)

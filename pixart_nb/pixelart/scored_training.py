@@ -24,7 +24,7 @@ from pixart_nb.core.training.curve_log import read_curve
 from pixart_nb.core.training.networks import scheduler_of
 from pixart_nb.core.training.run import Training
 from pixart_nb.pixelart.evaluation import evaluate_model
-from pixart_nb.pixelart.sprites import Scene
+from pixart_nb.pixelart.scenes import Scene
 from pixart_nb.train_config import TrainConfig
 
 
