@@ -1,11 +1,17 @@
-"""Files that are whole or not there: everything is written beside its place, synced, and renamed."""
+"""Files that are complete or absent: atomic writes, locks of folders, and JSON and safetensors files.
+
+Every file is written to a temporary name beside its target, synced to the disk and renamed.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,44 +21,65 @@ import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import FolderInUseError, PixArtNBError, WriteError
 
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+_HOST = re.sub(r"[^\w-]", "-", platform.node()) or "host"
+_TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[\w-]+))?\.(?P<pid>\d+)\.tmp")
+_DAY = 24 * 3600
+#: Folders in which this process has removed what dead writers left.
+_swept: set[Path] = set()
 
 
 class CheckpointError(PixArtNBError):
     """A checkpoint that cannot be read, or does not fit what it was read for."""
 
 
+# ---- atomic writes
+
+
 @contextmanager
-def written_beside(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path on the same disk; on success it replaces ``path``, on any error it is removed."""
-    with written_together(path) as (temporary,):
+def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
+    """Yield a temporary path; it replaces ``path`` on success and is removed on any error.
+
+    Raises ``WriteError`` if the file cannot be written. ``sync=False`` leaves it to the system when the bytes reach
+    the disk: for thousands of small files.
+    """
+    with atomic_write_together(path, sync=sync) as (temporary,):
         yield temporary
 
 
 @contextmanager
-def written_together(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
-    """Yield a temporary path for each of ``paths``, to be written whole.
+def atomic_write_together(*paths: str | Path, sync: bool = True) -> Iterator[tuple[Path, ...]]:
+    """Yield a temporary path for each of ``paths``; all replace their targets on success, none on any error.
 
-    Each has its name, and is in a folder of its own beside its place: a writer that makes temporary files itself, as
-    safetensors does, makes them there. On success all are put in place, once all are on the disk. On any error all are
-    removed, and the folders that were made for them.
+    Each temporary file has the name of its target and is in a folder of its own beside it, so that a writer that
+    makes further temporary files, as safetensors does, makes them there. Files get the mode that the umask gives.
+    Folders that are missing are made, and removed on an error. Raises ``WriteError``.
     """
     targets = [Path(path) for path in paths]
     temporaries = tuple(temporary_beside(path) / path.name for path in targets)
     made: list[Path] = []
     try:
-        for path, temporary in zip(targets, temporaries, strict=True):
-            made += _make_folders(path.parent)
-            temporary.parent.mkdir(exist_ok=True)
-        yield temporaries
-        for temporary in temporaries:
-            _sync(temporary)
-        for temporary, path in zip(temporaries, targets, strict=True):
-            os.replace(temporary, path)
-        for folder in {path.parent for path in targets}:
-            _sync(folder)
+        with write_errors(targets[0], tuple(path.parent for path in targets)):
+            for path, temporary in zip(targets, temporaries, strict=True):
+                made += _make_folders(path.parent)
+                _sweep_once(path.parent)
+                temporary.parent.mkdir(exist_ok=True)
+            yield temporaries
+            for temporary in temporaries:
+                temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # the folder's mode obeys the umask
+                if sync:
+                    _sync(temporary)
+            for temporary, path in zip(temporaries, targets, strict=True):
+                os.replace(temporary, path)
+            for folder in {path.parent for path in targets} if sync else ():
+                _sync(folder)
     finally:
         for temporary in temporaries:
             shutil.rmtree(temporary.parent, ignore_errors=True)
@@ -61,55 +88,204 @@ def written_together(*paths: str | Path) -> Iterator[tuple[Path, ...]]:
                 folder.rmdir()
 
 
+@contextmanager
+def write_errors(path: str | Path, folders: tuple[Path, ...] = ()) -> Iterator[None]:
+    """Turn the system's errors while ``path`` is written into a ``WriteError`` that names it.
+
+    ``folders``: errors that name a file outside of them are left alone, as errors of reading something else.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        source = Path(getattr(error, "filename", None) or path)
+        if folders and not any(a.is_relative_to(b) for f in folders for a, b in ((source, f), (f, source))):
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(
+            f"{path} could not be written ({reason}). Files that were complete before are unchanged, and no incomplete "
+            "file is left. Free space or choose another folder, and run the command again."
+        ) from error
+
+
+def ensure_writable(folder: str | Path, needed: int = 0) -> Path:
+    """Check before work begins that files can be written into ``folder``; returns it as a path.
+
+    A folder that does not exist is tried and not left behind. ``needed``: bytes that must be free.
+    Raises ``WriteError``.
+    """
+    folder = Path(folder).expanduser()
+    made: list[Path] = []
+    try:
+        with write_errors(folder):
+            made = _make_folders(folder)
+            probe = temporary_beside(folder / "probe")
+            probe.write_bytes(b"")
+            probe.unlink()
+        free = shutil.disk_usage(folder).free
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):
+                path.rmdir()
+    if free < needed:
+        raise WriteError(
+            f"{folder} needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; free space or choose another"
+        )
+    return folder
+
+
 def temporary_beside(path: Path) -> Path:
-    """Where this process writes what is to replace ``path``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Return the temporary name under which this process writes what is to replace ``path``."""
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
 
 
 def temporaries_in(folder: Path) -> list[Path]:
-    """What is being written into ``folder``, or was when its process died."""
+    """Return the temporary files and folders in ``folder``, of living writers and of dead ones."""
     return [path for path in folder.glob(".*.tmp") if _TEMPORARY.fullmatch(path.name)]
 
 
-def remove_temporaries(folder: Path, alone: bool = False) -> None:
-    """Remove what processes that were killed while they wrote into ``folder`` have left.
-
-    ``alone``: no process is writing there, so that an id in use is of another that has nothing to do with it.
-    """
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporaries of processes of this machine that have died, and any that is older than a day."""
     for path in temporaries_in(folder):
-        if not alone and psutil.pid_exists(int(_TEMPORARY.fullmatch(path.name)[1])):
+        if not _is_abandoned(path):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink()
 
 
+def _is_abandoned(path: Path) -> bool:
+    """Return whether the process that made a temporary is gone; a process id may have been given again since."""
+    parts = _TEMPORARY.fullmatch(path.name)
+    try:
+        written = path.stat().st_mtime
+        if parts["host"] not in (None, _HOST):
+            return time.time() - written > _DAY
+        return psutil.Process(int(parts["pid"])).create_time() > written + 1
+    except psutil.NoSuchProcess:
+        return True
+    except (OSError, psutil.Error, OverflowError):
+        return False
+
+
+def _sweep_once(folder: Path) -> None:
+    if folder.resolve() not in _swept:
+        _swept.add(folder.resolve())
+        remove_temporaries(folder)
+
+
 def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; the ones that were not there before, the outer first."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()][::-1]
+    """Make a folder and those above it; returns those that did not exist, the outer first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle of a folder to sync
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
+# ---- locks
+
+
+@contextmanager
+def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> Iterator[Path]:
+    """Hold a folder for this process alone, from before the first byte is written until the ``with`` block ends.
+
+    Makes the folder, checks that it can be written, and removes what dead writers left in it. The lock is the
+    operating system's: it ends with the process, however that ends, and its file is removed. It is not reentrant: a
+    second lock of the same folder in the same process is refused too. A command that writes a single file takes
+    ``folder_lock(path.parent, name=f".{path.name}.lock")``, so that other files of the folder can be written.
+
+    ``wait``: wait until the other process has finished, instead of raising ``FolderInUseError``.
+    Raises ``WriteError`` for a folder that cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    path = folder / name
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while (handle := _try_lock(path)) is None:
+            if not wait:
+                raise FolderInUseError(
+                    f"process {_holder(path)} is writing into {folder}; wait for it, stop it, or choose another folder"
+                )
+            time.sleep(0.2)
+    try:
+        remove_temporaries(folder)
+        yield folder
+    finally:
+        if fcntl is not None:
+            with suppress(OSError):
+                path.unlink()  # while the lock is held: see _try_lock
+        os.close(handle)
+        if fcntl is None:
+            with suppress(OSError):  # an open file cannot be removed there
+                path.unlink()
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return a handle that holds the lock of ``path``, or None if another has it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            _lock(handle)
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            return None
+        except OSError as error:  # a file system without locks
+            warnings.warn(f"{path} cannot be locked ({error.strerror}): start one process only", stacklevel=3)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):  # not one that its holder has just removed
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{os.getpid()} on {_HOST}".encode())
+                return handle
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        os.lseek(handle, 1024, os.SEEK_SET)  # beyond the text, which others may read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        os.lseek(handle, 0, os.SEEK_SET)
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace") or "?"
+    return "?"
+
+
+# ---- JSON and safetensors files
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file whole."""
-    with written_beside(path) as temporary:
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write a JSON file whole, readable by people."""
+    """Write a JSON file atomically, indented."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file atomically unless it exists with this content. It is not synced."""
+    if path.is_file() and path.read_bytes() == content:
+        return
+    with atomic_write(path, sync=False) as temporary:
+        temporary.write_bytes(content)
 
 
 def read_json(path: str | Path) -> dict:
@@ -131,7 +307,7 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file whole."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(contiguous, temporary, dict(metadata or {}))
 
 

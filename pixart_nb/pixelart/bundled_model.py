@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.io import load_tensors, written_beside
+from pixart_nb.core.io import atomic_write, load_tensors
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -149,5 +149,5 @@ def write_pipeline(
 
 
 def _copy(source: Path, target: Path) -> None:
-    with written_beside(target) as temporary:
+    with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)

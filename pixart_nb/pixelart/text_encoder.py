@@ -9,7 +9,7 @@ from pathlib import Path
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.io import write_json, written_beside
+from pixart_nb.core.io import atomic_write, write_json
 from pixart_nb.core.models.layers import Linear, normal
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
@@ -73,7 +73,7 @@ def train_tokenizer(scenes: list[Scene], folder: Path, seed: int = 0) -> Path:
         folder / "tokenizer_config.json",
         settings | {"extra_ids": EXTRA_IDS, "model_max_length": 300, "legacy": True},
     )
-    with written_beside(folder / "spiece.model") as temporary:
+    with atomic_write(folder / "spiece.model") as temporary:
         temporary.write_bytes(model.getvalue())
     return folder
 

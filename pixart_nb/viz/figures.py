@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import written_beside
+from pixart_nb.core.io import atomic_write
 from pixart_nb.viz.style import (
     HEAT,
     SMALL,
@@ -168,7 +168,7 @@ def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithm
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> Figure:
     """Write a figure as a PNG, whole or not at all; returns the figure, so that a notebook shows it too."""
-    with written_beside(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
     return figure
 

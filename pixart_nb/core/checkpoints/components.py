@@ -19,10 +19,10 @@ from pixart_nb.core.checkpoints.load import load_into, load_transformer, unfille
 from pixart_nb.core.checkpoints.text_encoder import load_t5
 from pixart_nb.core.io import (
     CheckpointError,
+    atomic_write,
     read_json,
     save_tensors,
     write_json,
-    written_beside,
 )
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
@@ -148,7 +148,7 @@ def write_transformer(folder: Path, net: PixArt, dtype: type[np.floating] = np.f
     """Write a transformer in the diffusers layout, without the learned empty caption, which sampling does not use."""
     weights = {name: value for name, value in _weights(net, dtype).items() if name not in key_maps.OPTIONAL}
     tensors = target_tensors({name: Stored.of(value, name) for name, value in weights.items()}, "diffusers")
-    with written_beside(folder / WEIGHTS) as temporary:
+    with atomic_write(folder / WEIGHTS) as temporary:
         write_safetensors(temporary, tensors)
     write_json(folder / "config.json", diffusers_config(net.config))
 

@@ -25,7 +25,7 @@ from pixart_nb.core.checkpoints.layouts import Transformer, official_view, start
 from pixart_nb.core.checkpoints.lazy_tensor import Stored
 from pixart_nb.core.checkpoints.load import load_transformer, shapes_of, transformer_of
 from pixart_nb.core.checkpoints.torch_writer import write_torch
-from pixart_nb.core.io import CheckpointError, write_json, written_beside, written_together
+from pixart_nb.core.io import CheckpointError, atomic_write, atomic_write_together, write_json
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
@@ -196,7 +196,7 @@ def convert(plan: Plan) -> Audit:
     needed = sum(tensor.nbytes for tensor in plan.tensors.values())
     try:
         _check_space(plan.target, needed)
-        with written_together(*plan.files) as paths:
+        with atomic_write_together(*plan.files) as paths:
             WRITERS.get(plan.target.suffix, WRITERS[".safetensors"])(paths[0], plan.tensors)
             if len(paths) == 3:
                 write_json(paths[1], _folder_config(plan))
@@ -282,5 +282,5 @@ def write_random(path: str | Path, config: PixArtConfig, seed: int = 0, dtype: s
     side = config.input_size // config.patch_size
     positions = sincos_positions(config.hidden_size, side, side, side, config.pe_interpolation)[None]
     tensors["pos_embed"] = Stored.of(positions, "pos_embed")
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         write_torch(temporary, {name: t.read_as(DTYPES[dtype] or t.dtype) for name, t in tensors.items()})

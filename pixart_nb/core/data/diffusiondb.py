@@ -14,8 +14,8 @@ from pixart_nb.core.data.errors import DataError, ProblemsError
 from pixart_nb.core.data.images import check_image
 from pixart_nb.core.data.labels import caption_problem
 from pixart_nb.core.data.published_forms import Row, open_source
-from pixart_nb.core.data.writing import Report, write_once, writing
-from pixart_nb.core.io import remove_temporaries, written_together
+from pixart_nb.core.data.writing import Report
+from pixart_nb.core.io import atomic_write_together, remove_temporaries, write_once
 
 LABELS, TEST_LABELS, IMAGES = "labels.json", "labels_test.json", "images"
 #: Pictures are named after what is in them, so that what was written before an interruption is known again.
@@ -112,7 +112,7 @@ def _unsafe(row: Row, max_nsfw: float) -> str:
 
 def _write_labels(paths: list[Path], parts: list[list[Entry]]) -> None:
     os.sync()  # the pictures are on the disk before the labels name them
-    with writing(paths[0]), written_together(*paths) as temporaries:
+    with atomic_write_together(*paths) as temporaries:
         for temporary, part in zip(temporaries, parts, strict=False):
             temporary.write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
 

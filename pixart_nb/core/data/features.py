@@ -22,7 +22,6 @@ from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.images import fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import Chooser
-from pixart_nb.core.data.writing import writing
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, load_metadata, remove_temporaries, save_tensors
 
@@ -185,8 +184,7 @@ class FeatureCache:
                 parts = self._latents(number, encode, batch_size) if kind == LATENTS else None
                 tensors = dict(parts or self._captions(number, embed, batch_size))
                 path = self.path(kind, number)
-                with writing(path):
-                    save_tensors(path, tensors, self.key(kind, number))
+                save_tensors(path, tensors, self.key(kind, number))
                 bar.update(len(self._rows(number)))
         self._opened.cache_clear()
         self._remove_others()

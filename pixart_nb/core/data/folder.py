@@ -11,8 +11,8 @@ from pathlib import Path
 from pixart_nb.core.data.errors import DataError, shortened
 from pixart_nb.core.data.images import ENDINGS
 from pixart_nb.core.data.labels import LabelError, check_entries
-from pixart_nb.core.data.writing import Report, writing
-from pixart_nb.core.io import remove_temporaries, written_beside
+from pixart_nb.core.data.writing import Report
+from pixart_nb.core.io import atomic_write, remove_temporaries
 
 #: Columns of a table of captions; the first that is there is taken.
 PATHS = ("path", "file_name", "filename", "file", "image", "image_path")
@@ -138,5 +138,5 @@ def _write(target: Path, text: str, overwrite: bool) -> None:
             return
         raise DataError(f"{target} is there already and says something else; --overwrite replaces it")
     remove_temporaries(target.parent)
-    with writing(target), written_beside(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

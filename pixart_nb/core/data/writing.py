@@ -1,48 +1,12 @@
-"""Data sets and caches on the disk: whole or not there, and what became of them."""
+"""Report of a data set that was imported."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from pixart_nb.core.data.errors import DataError, listed
-from pixart_nb.core.io import temporary_beside
-
-
-@contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A disk that is full, or a place that may not be written, becomes a ``DataError`` that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"{path} could not be written ({reason}). Nothing half-written was left, and what was whole before stays: "
-            "free space or choose another place, and give the same command again."
-        ) from error
-
-
-def write_once(path: Path, content: bytes) -> None:
-    """Write a file whole, unless it is there with this content.
-
-    It is not synced: for thousands of small files that takes minutes. Sync before anything relies on them.
-    """
-    if path.is_file() and path.read_bytes() == content:
-        return
-    temporary = temporary_beside(path)
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+from pixart_nb.core.data.errors import listed
 
 
 @dataclass

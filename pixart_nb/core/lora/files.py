@@ -21,11 +21,11 @@ from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import (
     CheckpointError,
+    atomic_write_together,
     load_metadata,
     read_json,
     save_tensors,
     write_json,
-    written_together,
 )
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -301,7 +301,7 @@ def write_lora(
         save_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt", METADATA: json.dumps(told)})
         return folder / DIFFUSERS_FILE
     tensors = {f"base_model.model.{name}": value for name, value in _tensors(modules, alpha=False).items()}
-    with written_together(folder / PEFT_FILE, folder / PEFT_CONFIG) as (weights, description):
+    with atomic_write_together(folder / PEFT_FILE, folder / PEFT_CONFIG) as (weights, description):
         save_tensors(weights, tensors, {"format": "pt"})
         write_json(description, peft_config(modules, config or {}))
     return folder / PEFT_FILE

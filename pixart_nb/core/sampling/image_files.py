@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import written_beside
+from pixart_nb.core.io import atomic_write
 
 #: Keyword of the text chunk that holds the parameters, as JSON.
 KEYWORD = "parameters"
@@ -40,7 +40,7 @@ def write_picture(path: str | Path, pixels: np.ndarray, parameters: Mapping[str,
         )
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(KEYWORD, _as_json(parameters))
-    with written_beside(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
 
 

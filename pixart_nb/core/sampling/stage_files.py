@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.data.writing import writing
 from pixart_nb.core.io import (
     CheckpointError,
     load_metadata,
@@ -20,6 +19,7 @@ from pixart_nb.core.io import (
     read_json,
     remove_temporaries,
     save_tensors,
+    write_errors,
     write_json,
 )
 
@@ -56,10 +56,10 @@ class StageFiles:
     def opened(self) -> Iterator[None]:
         """Have the folder for this process alone.
 
-        Raises ``CheckpointError`` if it is of another run, naming what differs, or in use; ``DataError`` if it cannot
+        Raises ``CheckpointError`` if it is of another run, naming what differs, or in use; ``WriteError`` if it cannot
         be written.
         """
-        with writing(self.folder / RUN):
+        with write_errors(self.folder / RUN):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("a+")
         with lock:
@@ -77,8 +77,7 @@ class StageFiles:
     def _claim(self) -> None:
         path = self.folder / RUN
         if not path.is_file():
-            with writing(path):
-                write_json(path, self.identity)
+            write_json(path, self.identity)
             return
         known = read_json(path)
         differences = [
@@ -101,10 +100,9 @@ class StageFiles:
         return self.path(name).is_file()
 
     def save(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write a part whole; ``DataError`` if that fails, and what was there before stays."""
+        """Write a part whole; ``WriteError`` if that fails, and what was there before stays."""
         path = self.path(name)
-        with writing(path):
-            save_tensors(path, tensors, {"run": self.fingerprint})
+        save_tensors(path, tensors, {"run": self.fingerprint})
 
     def load(self, name: str) -> dict[str, np.ndarray]:
         """Read a part; one that is damaged or of another run is a ``CheckpointError`` that says what to do."""
@@ -134,5 +132,4 @@ class StageFiles:
         for name, value in seconds.items():
             found[name] += value
         found["peak_bytes"] = max(found["peak_bytes"], peak_bytes)
-        with writing(self.folder / MEASURED):
-            write_json(self.folder / MEASURED, known)
+        write_json(self.folder / MEASURED, known)

@@ -109,7 +109,7 @@ class CheckpointFolder:
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
-            remove_temporaries(self.folder, alone=True)
+            remove_temporaries(self.folder)
             yield
 
 

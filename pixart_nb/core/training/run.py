@@ -19,8 +19,7 @@ from pixart_nb.core.data.buckets import BucketSampler, training_sizes
 from pixart_nb.core.data.features import FeatureCache, FeatureReader, MadeBy, fingerprint, vae_encoder
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import ImageReader
-from pixart_nb.core.data.writing import writing
-from pixart_nb.core.io import write_json
+from pixart_nb.core.io import write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.training.batches import DiffusionBatches, Features, LiveFeatures, Noise, ReadAhead
 from pixart_nb.core.training.curve_log import CurveLog
@@ -348,7 +347,7 @@ def train(config: TrainConfig) -> Path | None:
 def _trained(training: Training) -> Path | None:
     for name, value in training.report.items():
         tqdm.write(f"before the first step: {name} {value:.4g}")
-    with writing(training.folder):
+    with write_errors(training.folder):
         for row in training.steps(bar=True):
             for path in row.get("pictures", ()):
                 tqdm.write(str(path))

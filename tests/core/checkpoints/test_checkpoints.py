@@ -1,12 +1,10 @@
-"""Checkpoints: read without PyTorch, matched by name and shape, written whole or not at all."""
+"""Checkpoints: read without PyTorch, matched by name and shape, written in the diffusers layout."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from reference_data import OFFICIAL, diffusers, official
-from safetensors.numpy import save_file
 
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.checkpoints import components
@@ -15,10 +13,7 @@ from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict
 from pixart_nb.core.io import (
     CheckpointError,
     load_tensors,
-    remove_temporaries,
     save_tensors,
-    written_beside,
-    written_together,
 )
 
 
@@ -139,59 +134,3 @@ def test_only_the_shards_that_are_wanted_are_opened(tmp_path):
         '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
     )
     assert list(read_tensors(tmp_path, keep=lambda name: name == "x")) == ["x"]
-
-
-def test_files_that_belong_together_appear_together_or_not_at_all(tmp_path):
-    paths = [tmp_path / "new" / "deep" / "a.txt", tmp_path / "b.txt"]
-
-    def written(text):
-        with written_together(*paths) as temporaries:
-            for temporary in temporaries:
-                temporary.write_text(text)
-            if text == "bad":
-                raise OSError("disk full")
-
-    with pytest.raises(OSError, match="full"):
-        written("bad")
-    assert os.listdir(tmp_path) == []
-    written("good")
-    with pytest.raises(OSError, match="full"):
-        written("bad")
-    assert [path.read_text() for path in paths] == ["good", "good"]
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "b.txt", "deep", "new"]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def failing_write():
-        with written_beside(path) as temporary:
-            temporary.write_text("half")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="full"):
-        failing_write()
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_what_killed_writers_left_is_removed_and_what_is_being_written_stays(tmp_path):
-    gone, here = 2**22 + 1, os.getpid()  # no system has as many processes as the first
-    (tmp_path / f".captions.{gone}.tmp").write_bytes(b"left")
-    (tmp_path / f".a.safetensors.{gone}.tmp").mkdir()
-    (tmp_path / f".a.safetensors.{gone}.tmp" / ".tmpAb12Cd").write_bytes(b"left by safetensors")
-    (tmp_path / f".b.safetensors.{here}.tmp").mkdir()
-    (tmp_path / ".keep.tmp").write_bytes(b"somebody else's")
-    remove_temporaries(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [f".b.safetensors.{here}.tmp", ".keep.tmp"]
-    remove_temporaries(tmp_path, alone=True)
-    assert os.listdir(tmp_path) == [".keep.tmp"]
-
-
-def test_all_that_a_writer_makes_of_its_own_is_in_its_temporary_folder(tmp_path):
-    with written_beside(tmp_path / "a.safetensors") as temporary:
-        save_file({"x": np.ones(3, np.float32)}, temporary)
-        (temporary.parent / ".tmpAb12Cd").write_bytes(b"as safetensors leaves when it is killed")
-        assert [path.name for path in tmp_path.iterdir()] == [f".a.safetensors.{os.getpid()}.tmp"]
-    assert os.listdir(tmp_path) == ["a.safetensors"]

@@ -20,6 +20,7 @@ from PIL import Image
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.labels import load_labels
+from pixart_nb.core.errors import WriteError
 from pixart_nb.pixelart.datasets import (
     METADATA,
     TABLE,
@@ -301,7 +302,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(tmp_path, small_disk
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
         row["png"] = file.getvalue()
-    with pytest.raises(DataError, match=r"No space left on device.*free space"):
+    with pytest.raises(WriteError, match=r"No space left on device.*Free space"):
         import_diffusiondb(write_table(tmp_path / "t.parquet", rows), small_disk, test_count=0)
     written = [path for path in small_disk.rglob("*") if path.is_file()]
     known = {hashlib.sha256(row["png"]).hexdigest()[:16] for row in rows}

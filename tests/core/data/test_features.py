@@ -31,6 +31,7 @@ from pixart_nb.core.data.features import (
 from pixart_nb.core.data.images import ImageError, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import ImageReader
+from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import load_tensors
 
 SIZES = ((32, 32), (16, 48))
@@ -284,7 +285,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(labels, tmp_path):
     with small_disk(tmp_path / "disk") as disk:
         cache = cache_of(labels, disk / "features", replace(MADE_BY, dtype="fp32"))
         wide = Counting(lambda pixels: [np.repeat(part, 100, 1) for part in encode(pixels)])
-        with pytest.raises(DataError, match=r"latents-00001\.safetensors could not be written.*free space"):
+        with pytest.raises(WriteError, match=r"latents-00001\.safetensors could not be written.*Free space"):
             cache.write(wide, embed)
         assert [path.name for path in (disk / "features").iterdir()] == ["latents-00000.safetensors"]
 

@@ -13,7 +13,7 @@ import pytest
 from staged_run import load, picture
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
 from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
 from pixart_nb.core.sampling.images import to_pictures, to_uint8
@@ -215,20 +215,20 @@ def test_two_processes_do_not_draw_in_one_folder(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="could not be written"):
+    with pytest.raises(WriteError, match="could not be written"):
         next(run_staged([picture(tmp_path / "file" / "run")], lambda names: pytest.fail("loaded")))
 
 
 def test_a_full_disk_is_said_and_leaves_the_stage_as_it_was(tmp_path, monkeypatch):
     drawing = picture(tmp_path)
 
-    def full(path, tensors, metadata=None):
+    def full(tensors, path, metadata=None):
         raise OSError(28, "No space left on device")
 
     stages = run_staged([drawing], load)
     next(part for part in stages if (part.stage, part.done) == ("denoise", 2))
-    monkeypatch.setattr("pixart_nb.core.sampling.stage_files.save_tensors", full)
-    with pytest.raises(DataError, match=r"prediction-0002.*No space left on device"):
+    monkeypatch.setattr("pixart_nb.core.io.save_file", full)
+    with pytest.raises(WriteError, match=r"prediction-0002.*No space left on device"):
         next(stages)
     monkeypatch.undo()
     assert len(list(tmp_path.glob("prediction-*"))) == 2
