@@ -14,9 +14,8 @@ from pixart_nb.cli.commands import one_line_errors
 from pixart_nb.cli.dataset import dataset
 from pixart_nb.cli.large import compress, grow, plan
 from pixart_nb.cli.options import Switch, with_key_options
-from pixart_nb.config import METHODS, load_config, override
+from pixart_nb.config import SAMPLING_METHODS, TrainConfig, load_config
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.train_config import TrainConfig
 
 TINY = "data/tiny-sigma"
 
@@ -34,7 +33,7 @@ app.command()(plan)
 app.command()(grow)
 app.command()(bench)
 
-Method = StrEnum("Method", {name: name for name in METHODS})
+Method = StrEnum("Method", {name: name for name in SAMPLING_METHODS})
 
 
 TextEncoder = StrEnum("TextEncoder", {name: name for name in ("whole", "stream", "int8")})
@@ -87,15 +86,17 @@ def sample(
         Switch | None,
         typer.Option(case_sensitive=False, help="Under msrun: divide the prompts among the workers."),
     ] = None,
-    staged: Annotated[
+    stages_path: Annotated[
         Path | None,
         typer.Option(
             help="Draw in stages whose state lies in this folder: less memory, and the same command goes on."
         ),
     ] = None,
-    enlarge: Annotated[
+    upscale_from: Annotated[
         Path | None,
-        typer.Option(help="The folder of such a run, smaller, to begin with its pictures; with --staged."),
+        typer.Option(
+            help="The folder of such a run, smaller, to begin with its pictures; with --stages_path."
+        ),
     ] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much of an enlarged picture is drawn anew, above 0 to 1.")
@@ -137,8 +138,8 @@ def sample(
         "ncols": ncols,
         "dtype": dtype and dtype.value,
         "use_parallel": use_parallel and use_parallel is Switch.true,
-        "staged": staged and str(staged),
-        "enlarge": enlarge and str(enlarge),
+        "stages_path": stages_path and str(stages_path),
+        "upscale_from": upscale_from and str(upscale_from),
         "strength": strength,
         "t5_load": t5_load and t5_load.value,
         "tile_size": tile_size,
@@ -151,7 +152,9 @@ def sample(
         given["prompt"] = []
     with one_line_errors():
         settings = (
-            command.like(like, **given) if like else override(load_config(config, "inference"), **given)
+            command.like(like, **given)
+            if like
+            else load_config(config, "inference", {k: v for k, v in given.items() if v is not None})
         )
         for path in command.sample(settings):
             typer.echo(path)
@@ -249,7 +252,7 @@ def train(
         from pixart_nb.core.training.divergence import DivergenceError
 
         try:
-            result = command.train(override(load_config(config, "train"), "train", **given))
+            result = command.train(load_config(config, "train", given))
         except DivergenceError as error:
             typer.echo(f"pixart-nb: {error}", err=True)
             raise typer.Exit(1) from None

@@ -10,7 +10,7 @@ import typer
 
 from pixart_nb.cli.commands import one_line_errors
 from pixart_nb.cli.options import with_key_options
-from pixart_nb.config import InferenceConfig, load_config, override
+from pixart_nb.config import InferenceConfig, load_config
 from pixart_nb.core.io import write_json
 
 Operator = StrEnum("Operator", {name: name for name in ("conv", "ave", "uniform", "mean")})
@@ -54,7 +54,7 @@ def plan(
     with one_line_errors():
         from pixart_nb.core.planning import report as command
 
-        settings = override(load_config(config, "inference"), **given)
+        settings = load_config(config, "inference", given)
         if check:
             rows = command.checked(settings, repeats=repeats)
             typer.echo(command.check_table(rows))
@@ -99,7 +99,7 @@ def grow(
         from pixart_nb.core.sampling import generate_stages as large
         from pixart_nb.viz.tables import Table
 
-        settings = override(load_config(config, "inference"), **given)
+        settings = load_config(config, "inference", given)
         paths, rows = large.grow(settings, factors or (), strengths or (), keys)
         columns = ["size", "stage", "measured s", "loading s", "planned GB", "measured GB"]
         typer.echo(Table([{name: row[name] for name in columns} for row in rows], "What it took"))

@@ -59,6 +59,8 @@ def _help(field: FieldInfo) -> str:
 
 def _kind(name: str, annotation: Any) -> type | UnionType:
     """What typer reads a key of this kind as."""
+    if isinstance(annotation, UnionType):
+        return str
     if annotation is bool:
         return Switch
     if get_origin(annotation) is Literal:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.io import (
@@ -25,7 +26,6 @@ from pixart_nb.core.training.networks import scheduler_of
 from pixart_nb.core.training.run import Training
 from pixart_nb.pixelart.evaluation import evaluate_model
 from pixart_nb.pixelart.scenes import Scene
-from pixart_nb.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

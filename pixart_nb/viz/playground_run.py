@@ -73,7 +73,7 @@ class Parameters:
             "sampling_steps": self.steps,
             "guidance_scale": self.guidance,
             "seed": self.seed,
-            "first_picture": number,
+            "first_image": number,
         }
 
     @property

@@ -409,7 +409,7 @@ def test_the_plan_of_a_configuration_is_of_what_it_would_draw(project, monkeypat
     run = command.run_of(config, networks)
     assert notes == []
     assert (run.height, run.width, run.batch, run.rows, run.staged) == (128, 128, 8, 16, False)
-    staged = command.run_of(config.model_copy(update={"staged": "state"}), networks)
+    staged = command.run_of(config.model_copy(update={"stages_path": "state"}), networks)
     assert (staged.batch, staged.tile, staged.staged) == (1, 512, True)
 
 

@@ -205,7 +205,7 @@ def test_the_history_keeps_the_latest_entries_and_goes_back_to_any():
 def test_parameters_are_a_configuration_that_the_command_understands():
     config = check_config(replace(CUP, scheduler="dpm++").configuration(2) | {"model": "m"})
     assert (config.prompt, config.image_height, config.image_width) == (["a red cup"], 32, 48)
-    assert (config.seed, config.first_picture, config.sampling_steps) == (3, 2, 5)
+    assert (config.seed, config.first_image, config.sampling_steps) == (3, 2, 5)
     assert not config.use_resolution_binning
 
 

@@ -36,7 +36,7 @@ SMALLER: tuple[tuple[dict[str, Any], str], ...] = (
     ({"batch": 1}, "--batch-size 1"),
     ({"tile": 512}, "--tile-size 512"),
     ({"t5_load": "stream"}, "--t5-load stream"),
-    ({"staged": True}, "--staged FOLDER"),
+    ({"staged": True}, "--stages_path FOLDER"),
     ({"dtype": "fp16"}, "--dtype fp16"),
 )
 #: Sides further than this factor from those that a checkpoint was trained at are warned of.

@@ -59,13 +59,13 @@ def run_of(config: InferenceConfig, networks: Any) -> Any:
     return Run(
         height,
         width,
-        batch=1 if config.staged else min(config.batch_size, pictures),
-        steps=steps_taken(config.sampling_steps, config.strength if config.enlarge else 1),
+        batch=1 if config.stages_path else min(config.batch_size, pictures),
+        steps=steps_taken(config.sampling_steps, config.strength if config.upscale_from else 1),
         guided=config.guidance_scale > 1,
         dtype=_computed(config.dtype),
         t5_load=config.t5_load,
-        tile=config.tile_size or (sample.TILE if config.staged else 0),
-        staged=bool(config.staged),
+        tile=config.tile_size or (sample.TILE if config.stages_path else 0),
+        staged=bool(config.stages_path),
         caption_tokens=_tokens(max(prompts, key=len), config),
         negative_tokens=_tokens(config.negative_prompt, config),
     )
@@ -160,7 +160,7 @@ def checked(config: InferenceConfig, steps: int = 2, repeats: int = 1) -> list[d
     from pixart_nb.core.subprocesses import apart
 
     config = config.model_copy(
-        update={"staged": "a folder", "sampling_steps": steps, "nrows": 1, "ncols": 1, "batch_size": 1}
+        update={"stages_path": "a folder", "sampling_steps": steps, "nrows": 1, "ncols": 1, "batch_size": 1}
     )
     networks, _ = networks_of(config)
     run = run_of(config, networks)
@@ -184,7 +184,7 @@ def medians(repeats: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 def drawn_for_check(config: InferenceConfig) -> dict[str, Any]:
     """Draw the first picture of a configuration in a folder that is removed: what ``StageFiles.measured`` says."""
     with tempfile.TemporaryDirectory() as folder:
-        config = config.model_copy(update={"staged": folder})
+        config = config.model_copy(update={"stages_path": folder})
         prompts = sample.prompts_of(config)[:1]
         (drawing,) = large.staged_pictures(config, prompts, sample.pictures_of(config, 1))
         large.show([drawing], lambda names: sample.load_pipeline(config, names))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from pixart_nb.config import ConfigError, InferenceConfig, check_config, override
+from pixart_nb.config import ConfigError, InferenceConfig, changed_config, check_config
 from pixart_nb.core.io import write_json
 from pixart_nb.core.sampling.image_files import read_parameters, write_picture
 from pixart_nb.core.sampling.randomness import picture_generators
@@ -52,7 +52,7 @@ def pictures_of(config: InferenceConfig, prompts: int, rank: int = 0, workers: i
     """What worker ``rank`` of ``workers`` draws: whole prompts, every ``workers``-th of them."""
     copies = config.nrows * config.ncols
     return [
-        Picture(prompt, copy, config.first_picture + prompt * copies + copy)
+        Picture(prompt, copy, config.first_image + prompt * copies + copy)
         for prompt in range(rank, prompts, workers)
         for copy in range(copies)
     ]
@@ -70,7 +70,7 @@ def sample(config: InferenceConfig) -> list[Path]:
     prompts = prompts_of(config)
     wanted = pictures_of(config, len(prompts), rank, workers)
     check_memory(config)
-    if config.staged:
+    if config.stages_path:
         from pixart_nb.core.sampling.generate_stages import draw_staged
 
         drawn = draw_staged(config, prompts, wanted)
@@ -89,7 +89,7 @@ def sample(config: InferenceConfig) -> list[Path]:
 
 def like(picture: str | Path, **changes: Any) -> InferenceConfig:
     """The configuration that repeats a picture which ``sample`` wrote, with changes."""
-    return override(check_config(read_parameters(picture), source=str(picture)), **changes)
+    return changed_config(check_config(read_parameters(picture), source=str(picture)), **changes)
 
 
 def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> Any:
@@ -202,12 +202,12 @@ def write_pictures(
 
 def parameters(config: InferenceConfig, prompt: str, picture: Picture) -> dict[str, Any]:
     """The configuration that draws one picture, or one grid, again."""
-    alone = {"prompt": [prompt], "prompt_path": "", "first_picture": picture.stream, "use_parallel": False}
+    alone = {"prompt": [prompt], "prompt_path": "", "first_image": picture.stream, "use_parallel": False}
     grid = {} if config.imagegrid else {"nrows": 1, "ncols": 1}
     # stages draw what the pipeline draws by tiles, so the picture can be repeated without their folder, unless it
     # begins with another one's
-    tiles = {"tile_size": config.tile_size or TILE} if config.staged else {}
-    tiles |= {} if config.enlarge else {"staged": ""}
+    tiles = {"tile_size": config.tile_size or TILE} if config.stages_path else {}
+    tiles |= {} if config.upscale_from else {"stages_path": ""}
     return config.model_dump() | alone | grid | tiles
 
 

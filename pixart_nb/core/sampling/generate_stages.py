@@ -49,20 +49,20 @@ def show(drawings: Sequence[Any], load: Callable[[Sequence[str]], Any]) -> None:
 def staged_pictures(
     config: InferenceConfig, prompts: Sequence[str], wanted: Sequence[sample.Picture]
 ) -> list[Any]:
-    """The ``StagedPicture`` of every picture, each in a folder of its own in ``config.staged``."""
+    """The ``StagedPicture`` of every picture, each in a folder of its own in ``config.stages_path``."""
     from pixart_nb.core.sampling.stages import StagedPicture
 
     drawn, models = drawn_size(config), identity_of(config)
     return [
         StagedPicture(
-            Path(config.staged) / f"{picture.stream:03d}",
+            Path(config.stages_path) / f"{picture.stream:03d}",
             prompts[picture.prompt],
             drawn,
             (config.image_height, config.image_width),
             seed=(config.seed, picture.stream),
             models=models,
             **_how(config),
-            enlarge=Path(config.enlarge) / f"{picture.stream:03d}" if config.enlarge else None,
+            enlarge=Path(config.upscale_from) / f"{picture.stream:03d}" if config.upscale_from else None,
             strength=config.strength,
         )
         for picture in wanted
@@ -83,7 +83,7 @@ def _how(config: InferenceConfig) -> dict[str, Any]:
 def growing_pictures(config: InferenceConfig, sizes: Sequence[Any]) -> list[Any]:
     """The ``StagedPicture``s of a picture that grows through ``sizes`` (``core.sampling.growing.Size``), one prompt.
 
-    Each has a folder named after its size in ``config.staged``, and begins with the one before.
+    Each has a folder named after its size in ``config.stages_path``, and begins with the one before.
     """
     from pixart_nb.core.sampling.stages import StagedPicture
 
@@ -92,11 +92,11 @@ def growing_pictures(config: InferenceConfig, sizes: Sequence[Any]) -> list[Any]
         drawn = (size.height, size.width)
         found.append(
             StagedPicture(
-                Path(config.staged) / f"{size.height}x{size.width}-keys-{size.ratio}",
+                Path(config.stages_path) / f"{size.height}x{size.width}-keys-{size.ratio}",
                 sample.prompts_of(config)[0],
                 drawn,
                 drawn,
-                seed=(config.seed, config.first_picture),
+                seed=(config.seed, config.first_image),
                 **_how(config),
                 models=models | {"keys": f"mean of {size.ratio} x {size.ratio}"},
                 enlarge=found[-1].folder if size.strength < 1 else None,
@@ -130,7 +130,7 @@ def grow(
     """Draw a picture of a configuration through growing sizes, and write it with a page to zoom into it.
 
     ``factors``, ``strengths``, ``keys``: as ``growing_sizes`` takes them, what is usual where they are not given. Its
-    stages lie in ``config.staged``, else in the folder of the picture. -> paths, and rows of what was planned and
+    stages lie in ``config.stages_path``, else in the folder of the picture. -> paths, and rows of what was planned and
     measured for every size.
 
     Raises ``DoesNotFitError`` before anything is drawn.
@@ -142,7 +142,9 @@ def grow(
     from pixart_nb.core.sampling.image_files import write_picture
     from pixart_nb.viz.zoom import ZoomViewer
 
-    config = config.model_copy(update={"staged": config.staged or str(Path(config.output_path) / "stages")})
+    config = config.model_copy(
+        update={"stages_path": config.stages_path or str(Path(config.output_path) / "stages")}
+    )
     networks, _ = planner.networks_of(config)
     height, width = drawn_size(config, networks.transformer)
     factors = list(factors) or growing.usual_factors(networks.transformer, height, width)

@@ -20,7 +20,7 @@ from pixart_nb.pixelart.batches import middle_timesteps
 _LENGTH_STEP = 20
 TIMESTEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "uniform": lambda rng, count: rng.integers(0, 1000, count),
-    "middle": middle_timesteps,
+    "logit_normal": middle_timesteps,
 }
 
 

@@ -26,6 +26,10 @@ _ADAPTATION = {
     "steps": 100,
     "start_learning_rate": 2e-5,
     "warmup_steps": 0,
+    "auto_lr": "",
+    "optim": "adamw",
+    "clip_grad": False,
+    "use_ema": False,
     "batch_size": 8,
     "start_report": False,
 }

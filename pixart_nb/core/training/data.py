@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pixart_nb.config import ConfigError
+from pixart_nb.config import ConfigError, TrainConfig
 from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.data.buckets import BucketSampler, Size, training_sizes
 from pixart_nb.core.data.features import FeatureCache, MadeBy, text_embedder, vae_encoder
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.io import read_json
 from pixart_nb.core.training.networks import Networks, places_of
-from pixart_nb.train_config import TrainConfig
 
 #: Image pixels of a latent cell.
 FACTOR = 8

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, component_places
 from pixart_nb.core.data.features import fingerprint, text_embedder
@@ -15,7 +16,6 @@ from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_named
-from pixart_nb.train_config import TrainConfig
 
 
 class Networks:

@@ -13,6 +13,7 @@ from typing import Any
 from mindspore import ops
 from tqdm.auto import tqdm
 
+from pixart_nb.config import TrainConfig, training_identity
 from pixart_nb.core import backend
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.data.buckets import BucketSampler, training_sizes
@@ -39,7 +40,6 @@ from pixart_nb.core.training.weak_to_strong import (
     start_report,
     start_stage,
 )
-from pixart_nb.train_config import TrainConfig, identity
 
 #: Moments are kept in float32.
 _NUMBERS_PER_KB = 1024 // 4
@@ -251,7 +251,7 @@ class Training:
     def identity(self) -> dict[str, Any]:
         """What a run that goes on with this one must share: settings, data, networks, architecture."""
         told = json.dumps([label.as_json() for label in self.labels])
-        return identity(self.config, self.workers.size) | {
+        return training_identity(self.config, self.workers.size) | {
             "labels": hashlib.sha256(told.encode()).hexdigest()[:16],
             "starting weights": fingerprint(self.networks.places["transformer"]),
             "architecture": self.net.config.to_dict(),

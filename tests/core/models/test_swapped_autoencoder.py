@@ -35,6 +35,10 @@ def training(project, model):
             "steps": 2,
             "batch_size": 2,
             "warmup_steps": 0,
+            "optim": "adamw",
+            "auto_lr": "",
+            "clip_grad": False,
+            "use_ema": False,
             "tensorboard": False,
             "output_path": str(output),
         }

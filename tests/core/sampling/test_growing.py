@@ -118,7 +118,7 @@ def test_stages_draw_what_growing_draws(tmp_path, pipe):
             "image_width": 96,
             "prompt": ["a cup"],
             "sampling_steps": 4,
-            "staged": str(tmp_path),
+            "stages_path": str(tmp_path),
             "use_resolution_binning": False,
         }
     )

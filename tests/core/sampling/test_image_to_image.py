@@ -5,7 +5,7 @@ import pytest
 from reference_data import diffusers
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.config import METHODS
+from pixart_nb.config import SAMPLING_METHODS
 from pixart_nb.core.sampling.images import enlarged
 from pixart_nb.core.sampling.schedulers import as_scheduler
 from pixart_nb.core.sampling.step import Prediction, scales
@@ -22,7 +22,7 @@ def latents(seed, height=8, width=12):
     return np.random.default_rng(seed).standard_normal((1, 4, height, width), np.float32)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dmd"}))
+@pytest.mark.parametrize("method", sorted(set(SAMPLING_METHODS) - {"dmd"}))
 def test_the_model_first_sees_the_picture_as_noisy_as_the_first_step_that_is_taken(method):
     scheduler, seen = as_scheduler(method), []
     plan = scheduler.plan(8).last(0.5)

@@ -32,15 +32,15 @@ def drawn(tmp_path, name, **changes):
 
 
 def test_stages_draw_what_the_pipeline_draws(tmp_path):
-    staged = drawn(tmp_path, "staged", staged=str(tmp_path / "state"))
+    staged = drawn(tmp_path, "staged", stages_path=str(tmp_path / "state"))
     for ours, theirs in zip(staged, drawn(tmp_path, "whole"), strict=True):
         assert np.array_equal(ours, theirs)
 
 
 def test_the_picture_is_repeated_from_its_file_without_the_stages(tmp_path):
-    (first, _) = drawn(tmp_path, "staged", staged=str(tmp_path / "state"))
+    (first, _) = drawn(tmp_path, "staged", stages_path=str(tmp_path / "state"))
     (path,) = (tmp_path / "staged").glob("000*.png")
-    assert read_parameters(path)["staged"] == ""
+    assert read_parameters(path)["stages_path"] == ""
     again = sample.sample(sample.like(path, output_path=str(tmp_path / "again")))
     assert np.array_equal(np.asarray(Image.open(again[0])), first)
 
@@ -48,26 +48,34 @@ def test_the_picture_is_repeated_from_its_file_without_the_stages(tmp_path):
 @pytest.mark.parametrize("how", ["whole", "stream"])
 def test_a_finished_run_is_not_drawn_again_and_t5_may_be_streamed(tmp_path, monkeypatch, how):
     state = str(tmp_path / "state")
-    first = drawn(tmp_path, "staged", staged=state, t5_load=how)
+    first = drawn(tmp_path, "staged", stages_path=state, t5_load=how)
     monkeypatch.setattr(sample, "load_pipeline", lambda *given: pytest.fail("loaded"))
-    assert np.array_equal(drawn(tmp_path, "again", staged=state, t5_load="whole")[0], first[0])
+    assert np.array_equal(drawn(tmp_path, "again", stages_path=state, t5_load="whole")[0], first[0])
 
 
 def test_a_picture_is_enlarged_from_the_stages_of_a_smaller_one_and_repeated_from_its_file(tmp_path):
-    (small, _) = drawn(tmp_path, "small", staged=str(tmp_path / "state"), image_height=48, image_width=32)
-    changes = {"staged": str(tmp_path / "larger"), "enlarge": str(tmp_path / "state"), "strength": 0.5}
+    (small, _) = drawn(
+        tmp_path, "small", stages_path=str(tmp_path / "state"), image_height=48, image_width=32
+    )
+    changes = {
+        "stages_path": str(tmp_path / "larger"),
+        "upscale_from": str(tmp_path / "state"),
+        "strength": 0.5,
+    }
     (first, second) = drawn(tmp_path, "large", **changes)
     assert small.shape == (48, 32, 3) and first.shape == (96, 64, 3)
     path = next((tmp_path / "large").glob("001*.png"))
-    again = sample.sample(sample.like(path, output_path=str(tmp_path / "again"), staged=str(tmp_path / "b")))
+    again = sample.sample(
+        sample.like(path, output_path=str(tmp_path / "again"), stages_path=str(tmp_path / "b"))
+    )
     assert np.array_equal(np.asarray(Image.open(again[0])), second)
 
 
 def test_enlarging_needs_a_folder_for_its_stages_and_costs_only_the_steps_that_it_takes(tmp_path):
-    with pytest.raises(ConfigError, match="enlarge is given, so expected staged"):
-        check_config(VALUES | {"enlarge": "state"})
+    with pytest.raises(ConfigError, match="upscale_from is given, so expected stages_path"):
+        check_config(VALUES | {"upscale_from": "state"})
     config = check_config(
-        VALUES | {"enlarge": "state", "staged": "new", "sampling_steps": 20, "strength": 0.3}
+        VALUES | {"upscale_from": "state", "stages_path": "new", "sampling_steps": 20, "strength": 0.3}
     )
     networks, _ = plan.networks_of(config)
     assert plan.run_of(config, networks).steps == 6
@@ -80,7 +88,7 @@ def command(*words):
 
 def test_the_command_refuses_the_folder_of_another_run_in_one_line(tmp_path):
     words = ["sample", "--model", FOLDER, "--image-height", 64, "--image-width", 64, "--sampling-steps", 2]
-    words += ["--staged", tmp_path / "state", "-o", tmp_path / "out"]
+    words += ["--stages_path", tmp_path / "state", "-o", tmp_path / "out"]
     assert command(*words, "--prompt", "a red cup")[0] == 0
     code, said = command(*words, "--prompt", "a blue cup")
     assert code == 2

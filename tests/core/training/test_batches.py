@@ -104,7 +104,9 @@ def test_timesteps_reach_all_of_the_schedule():
     assert drawn.min() < 5
     assert drawn.max() > 994
     assert np.histogram(drawn, 4, (0, 1000))[0].min() > 850
-    middle = np.concatenate([Noise(0, "middle").draw(number, 0, (64, 1, 1, 1))[0] for number in range(20)])
+    middle = np.concatenate(
+        [Noise(0, "logit_normal").draw(number, 0, (64, 1, 1, 1))[0] for number in range(20)]
+    )
     assert ((middle > 350) & (middle < 800)).mean() > 0.5
 
 

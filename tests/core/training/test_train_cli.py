@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.cli import app
-from pixart_nb.config import check_config, load_config
+from pixart_nb.config import TrainConfig, check_config, load_config
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import load_tensors
 from pixart_nb.core.sampling.image_files import read_parameters
 from pixart_nb.core.training.curve_log import read_curve
 from pixart_nb.core.training.run import Training
-from pixart_nb.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,7 @@ def test_a_training_that_blows_up_names_layer_and_pictures_and_keeps_its_checkpo
             "recompute": True,
             "scheduler": "cosine_decay",
             "auto_lr": "sqrt",
-            "timestep_sampling": "middle",
+            "timestep_sampling": "logit_normal",
         },
         {"from_scratch": True, "zero_cross_attention": False, "multi_scale": False, "weight_decay": 0.01},
     ],

@@ -1,0 +1,293 @@
+"""Configuration files: YAML with the keys of ``config.keys``, for ``pixart-nb -c`` and for papermill at once."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import os
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pixart_nb.config.keys import (
+    GUIDANCE_SCALE,
+    IGNORED_KEYS,
+    RENAMED_KEYS,
+    ROOTS,
+    SAMPLING_METHOD,
+    SAMPLING_METHODS,
+    SAMPLING_STEPS,
+    InferenceConfig,
+    ModelKeys,
+    TrainConfig,
+    bundled_path,
+    training_identity,
+)
+from pixart_nb.core.errors import PixArtNBError
+
+__all__ = [
+    "CONFIG_KINDS",
+    "GUIDANCE_SCALE",
+    "SAMPLING_METHOD",
+    "SAMPLING_METHODS",
+    "SAMPLING_STEPS",
+    "ConfigError",
+    "InferenceConfig",
+    "TrainConfig",
+    "bundled_path",
+    "changed_config",
+    "check_config",
+    "check_parameters",
+    "load_config",
+    "notebook_config",
+    "project_folder",
+    "read_yaml",
+    "training_identity",
+]
+
+CONFIG_KINDS: dict[str, type[ModelKeys]] = {"inference": InferenceConfig, "train": TrainConfig}
+_COMMANDS = {"inference": "sample", "train": "train"}
+_MOST_BYTES = 1024 * 1024
+#: First line of the cell that papermill inserts.
+_INJECTED = "# Parameters"
+COMMAND_LINE = "command line"
+
+
+class ConfigError(PixArtNBError):
+    """A configuration that cannot be used. The message names the file, the key and what was expected."""
+
+
+def load_config(
+    path: str | os.PathLike[str], kind: str = "inference", options: Mapping[str, Any] | None = None
+) -> Any:
+    """Read a YAML file, complete it with ``options`` of the command line, and validate both together.
+
+    Args:
+        path: a file, or the name of one that comes with the package (``configs/inference/tiny.yaml``).
+        kind: ``inference`` or ``train``.
+        options: values that replace those of the file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or a key or value cannot be used.
+    """
+    return check_config(read_yaml(path), kind, str(path), options)
+
+
+def check_config(
+    values: Mapping[str, Any],
+    kind: str = "inference",
+    source: str = "parameters",
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """Validate values; ``options`` replace them, and ``source`` names in an error where the other values came from.
+
+    >>> check_config({"model": "m", "image_height": 64, "image_width": 64, "prompt": ["a"]}).sampling_steps
+    20
+    """
+    if kind not in CONFIG_KINDS:
+        raise ConfigError(
+            f"configuration kind {kind!r} is not known; expected one of {', '.join(CONFIG_KINDS)}"
+        )
+    options = _translated(options or {}, kind)
+    values = _replaced(_translated(values, kind), options)
+    try:
+        return CONFIG_KINDS[kind].model_validate(values)
+    except ValidationError as error:
+        problems = error.errors()
+    unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
+    _refuse_other_kind(unknown, kind, source)
+    described: dict[str, list[str]] = {}
+    for problem in problems:
+        origin = COMMAND_LINE if problem["loc"] and problem["loc"][0] in options else source
+        described.setdefault(origin, []).append(_problem(problem, list(CONFIG_KINDS[kind].model_fields)))
+    raise ConfigError(
+        "; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items())
+    )
+
+
+def changed_config(config: ModelKeys, **changes: Any) -> Any:
+    """Return a configuration with ``changes``, validated again; a change to None keeps the value."""
+    kind = next(kind for kind, cls in CONFIG_KINDS.items() if isinstance(config, cls))
+    given = {key: value for key, value in changes.items() if value is not None}
+    return check_config(config.model_dump(), kind, options=given)
+
+
+def _translated(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Rename mindone's keys to those of this package, and leave out with one line those without meaning here."""
+    values = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+    ignored = [key for key in values if key in IGNORED_KEYS or (key == "mode" and kind == "inference")]
+    if ignored:
+        reasons = [
+            f"{key} ({IGNORED_KEYS.get(key, 'the execution mode is chosen by device')})" for key in ignored
+        ]
+        print(f"Ignored, without meaning here: {', '.join(reasons)}", file=sys.stderr)
+    return {key: value for key, value in values.items() if key not in ignored}
+
+
+def _replaced(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with ``options`` in their place. What an option takes the place of leaves too."""
+    takes_place = {
+        "prompt": ["prompt_path"],
+        "prompt_path": ["prompt"],
+        "model": ["checkpoint", *ROOTS, "sd_scale_factor"],
+    }
+    replaced = {other for key in options for other in takes_place.get(key, ())} - set(options)
+    return {key: value for key, value in values.items() if key not in replaced} | dict(options)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the keys and values of a YAML file as they stand there.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or does not hold keys and values.
+    """
+    try:
+        with bundled_path(path).open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected a YAML file") from error
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path}: larger than {_MOST_BYTES} bytes; expected a configuration file")
+    try:
+        values = yaml.load(content, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {_shown(values)}; expected lines of the form 'key: value'")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key is given twice and no alias stands for a collection, which could expand without limit."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
+                raise yaml.YAMLError(
+                    f"the alias *{event.anchor} stands for a list or a mapping; write it out"
+                )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {twice!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+# ---- messages
+
+
+def _refuse_other_kind(unknown: Iterable[str], kind: str, source: str) -> None:
+    """Name a training file that is given for sampling, and the reverse."""
+    for other, model in CONFIG_KINDS.items():
+        keys = [key for key in unknown if key in model.model_fields]
+        if other != kind and len(keys) >= 2:
+            raise ConfigError(
+                f"{source}: is a configuration of `pixart-nb {_COMMANDS[other]}` ({', '.join(keys[:3])}); "
+                f"expected one of `pixart-nb {_COMMANDS[kind]}`"
+            )
+
+
+def _problem(error: Mapping[str, Any], keys: list[str]) -> str:
+    loc = [part for part in error["loc"] if part not in ("str", "list[str]")]  # branches of a union
+    key = ".".join(str(part) for part in loc)
+    if error["type"] == "value_error" and not loc:  # several keys together
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {closest(key, keys)}"
+    if error["type"] == "missing":
+        return f"key {key!r} is missing"
+    if loc != list(error["loc"]):
+        return f"{key}: given {_shown(error['input'])}; expected a string or a list of strings"
+    expected = error["msg"].replace("Input should be ", "expected ").replace("Input should ", "expected to ")
+    expected = expected.replace("expected greater", "expected a number greater").replace(
+        "expected less", "expected a number less"
+    )
+    expected = (
+        expected.replace("a valid integer", "an integer")
+        .replace("a valid boolean", "true or false")
+        .replace("a valid ", "a ")
+    )
+    return f"{key}: given {_shown(error['input'])}; {expected}"
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Return the question for the closest valid name, or the list of all."""
+    names = list(names)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"valid: {', '.join(names)}"
+
+
+# ---- notebooks
+
+
+def project_folder(start: str | os.PathLike[str] = ".") -> Path:
+    """Return the folder that relative paths of a notebook refer to: that of pyproject.toml at or above ``start``.
+
+    Without one it is ``start`` itself.
+    """
+    start = Path(start).resolve()
+    return next(
+        (folder for folder in (start, *start.parents) if (folder / "pyproject.toml").is_file()), start
+    )
+
+
+def notebook_config(namespace: Mapping[str, Any], **values: Any) -> InferenceConfig:
+    """Return the sampling configuration that a notebook's parameters describe; call it with ``globals()``.
+
+    Args:
+        namespace: the notebook's variables.
+        values: keys that the notebook sets by itself.
+
+    Raises:
+        ConfigError: as ``check_config`` and ``check_parameters``.
+    """
+    check_parameters(namespace)
+    parameters = {name: namespace[name] for name in InferenceConfig.model_fields if name in namespace}
+    return check_config(parameters | values)
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> None:
+    """Refuse parameters that papermill inserted but the notebook does not declare; papermill itself only warns.
+
+    papermill inserts its cell right after the one tagged ``parameters``. IPython keeps the source of every cell that
+    ran in the variable ``In``, so the names that both cells assign can be compared.
+
+    Raises:
+        ConfigError: a parameter is not declared.
+    """
+    cells = [source for source in namespace.get("In", ()) if source.strip()]
+    injected = [number for number, source in enumerate(cells) if source.lstrip().startswith(_INJECTED)]
+    if not injected:
+        return
+    declared = _assigned(cells[: injected[-1]])
+    for name in _assigned([cells[injected[-1]]]):
+        if name not in declared:
+            raise ConfigError(
+                f"parameter {name!r} is not declared by this notebook; {closest(name, declared)}"
+            )
+
+
+def _assigned(cells: Iterable[str]) -> list[str]:
+    """Names that the statements of cells assign, in order."""
+    names: list[str] = []
+    for source in cells:
+        body = ast.parse(
+            "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+        ).body
+        for node in body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
