@@ -29,8 +29,8 @@ def watched(monkeypatch, run) -> list[dict]:
     """Every attention that ``run()`` computes without being traced: q, k, v (float64), mask or None, and output."""
     calls, original = [], layers.attention
 
-    def attention(q, k, v, mask=None, *rest):
-        out = original(q, k, v, mask, *rest)
+    def attention(q, k, v, mask=None, *rest, **options):
+        out = original(q, k, v, mask, *rest, **options)
         arrays = [part.asnumpy().astype(np.float64) for part in (q, k, v, out)]
         seen = None if mask is None else mask.asnumpy().astype(bool)
         calls.append(dict(zip(("q", "k", "v", "out"), arrays, strict=True)) | {"mask": seen})

@@ -10,12 +10,12 @@ _PUBLIC = {
     "load_transformer": "pixart_nb.core.checkpoints.load",
     "training_losses": "pixart_nb.core.training.loss",
     "trace": "pixart_nb.core.hooks.recorder",
-    "Trace": "pixart_nb.core.hooks.record",
+    "Trace": "pixart_nb.core.hooks.trace",
     "TraceTooLargeError": "pixart_nb.core.hooks.recorder",
-    "heads_off": "pixart_nb.core.hooks.interventions",
-    "scale_word": "pixart_nb.core.hooks.interventions",
+    "ablate_heads": "pixart_nb.core.hooks.interventions",
+    "reweight_token": "pixart_nb.core.hooks.interventions",
     "replace_compression": "pixart_nb.core.hooks.interventions",
-    "swap_prompt": "pixart_nb.core.hooks.prompt_swap",
+    "swap_prompt": "pixart_nb.core.hooks.interventions",
     "compression_loss": "pixart_nb.core.hooks.compression",
 }
 __all__ = list(_PUBLIC)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class PixArtNBError(ValueError):
     """Base class of all exceptions that the kit raises on purpose.
@@ -17,3 +20,13 @@ class WriteError(PixArtNBError, OSError):
 
 class FolderInUseError(PixArtNBError):
     """A folder that another process is writing into."""
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" with the closest of ``names``, or nothing if none is close.
+
+    >>> did_you_mean("guidence", ["guidance", "steps"]), did_you_mean("x", ["guidance"])
+    ("; did you mean 'guidance'?", '')
+    """
+    match = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -13,7 +13,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import with_compression
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.recorder import model_mark
+from pixart_nb.core.hooks.trace_files import model_fingerprint
 from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import add_noise, loss_terms
@@ -78,7 +78,7 @@ class CompressionAdaptation:
         parameters = {n: p for n, p in self.net.parameters_and_names() if n != "y_embedder.y_embedding"}
         identity = {"layers": [int(layer) for layer in layers], "ratio": ratio, "operator": operator}
         identity |= {"steps": steps, "pictures": pictures, "batch": batch, "learning_rate": learning_rate}
-        identity |= {"seed": seed, "weights": model_mark(pipe.transformer)["weights"]}
+        identity |= {"seed": seed, "weights": model_fingerprint(pipe.transformer)["weights"]}
         self.trainer = Trainer(
             self._loss(), parameters, self.batch, options, folder, names=("mse", "vb"), identity=identity
         )

@@ -11,9 +11,9 @@ from scipy.ndimage import zoom
 from tqdm.auto import tqdm
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.record import Trace
 from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.hooks.selection import Layers, Numbers
+from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.pixelart.captions import short_caption
@@ -79,7 +79,7 @@ def locate_words(
             batch = scenes[first : first + batch_size]
             rngs = picture_generators(seed, range(first, first + len(batch)))
             prompts = [short_caption(scene) for scene in batch]
-            with trace(pipe, layers, kinds=("cross",), steps=kept_steps, announce=None) as t:
+            with trace(pipe, layers, attention="cross", steps=kept_steps, announce=None) as t:
                 images = pipe(
                     prompts, generator=rngs, use_resolution_binning=False, output_type="np", **call
                 )[0]

@@ -127,7 +127,7 @@ class CompressionExplorer:
         say(
             self.message,
             f"{_name(self.outcome)}: predictions are off by {self.outcome.error:.1%} on average, pictures by "
-            f"{self.outcome.picture_error:.3f} (rms of colours 0..1). {self.seconds:.1f} s.",
+            f"{self.outcome.image_error:.3f} (rms of colours 0..1). {self.seconds:.1f} s.",
         )
 
     def _pictures(self) -> np.ndarray:
@@ -136,7 +136,7 @@ class CompressionExplorer:
         unit = 8 * self.study.pipe.transformer.config.patch_size
         grid = (run.height // unit, run.width // unit)
         rows = []
-        for full, small in list(zip(self.study.pictures, self.outcome.pictures, strict=True))[:3]:
+        for full, small in list(zip(self.study.images, self.outcome.images, strict=True))[:3]:
             apart = colormaps[HEAT](np.abs(small - full).mean(2))[..., :3]
             plain = [enlarged(as_bytes(pixels), 256) for pixels in (small, apart)]
             rows.append([with_cells(full, grid, self.outcome.ratio), *plain])
@@ -180,7 +180,7 @@ class CompressionExplorer:
 
     def figure(self) -> Figure:
         """The pictures that are shown, as a figure."""
-        pairs = list(zip(self.study.pictures, self.outcome.pictures, strict=True))[:3]
+        pairs = list(zip(self.study.images, self.outcome.images, strict=True))[:3]
         return picture_differences(
             {f"picture {k}": pair for k, pair in enumerate(pairs)}, ("full", _name(self.outcome))
         )

@@ -161,11 +161,10 @@ def figure_of(trace: Any, picture: np.ndarray, choice: Choice, row: int = 0) -> 
     A word's map over the picture; a patch's view, for each head where all heads are asked for and one layer and step.
 
     >>> from pixart_nb.core import Trace
-    >>> from pixart_nb.core.hooks.maps import Kept
-    >>> from pixart_nb.core.hooks.packed import pack
+    >>> from pixart_nb.core.hooks.attention_maps import LayerRecord, pack
     >>> trace = Trace(["blocks.3.attn"], [0, 1], grid=(4, 4), labels=["conditional 0"])
     >>> patches = pack(np.random.default_rng(0).standard_normal((1, 2, 16, 8)), [0], [0, 1])
-    >>> trace.timestep_of, trace.kept = {0: 999.0}, {("blocks.3.attn", 0): Kept(patches, patches)}
+    >>> trace.timestep_of, trace.records = {0: 999.0}, {("blocks.3.attn", 0): LayerRecord(patches, patches)}
     >>> figure = figure_of(trace, np.zeros((64, 64, 3)), Choice(patch=(1, 2), layer=3, step=0))
     >>> [place.get_title() for place in figure.axes[:2]]
     ['layer 3, head 0', 'layer 3, head 1']

@@ -135,7 +135,7 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
         "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
         "timesteps": [float(t) for t in study.timesteps],
         "full": {
-            "pictures": [picture_address(as_bytes(p)) for p in study.pictures],
+            "pictures": [picture_address(as_bytes(p)) for p in study.images],
             "cost": study.cost.to_dict(),
         },
         "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
@@ -147,10 +147,10 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
 def _outcome(outcome: Any, study: Any, grid: tuple[int, int]) -> dict[str, Any]:
     return {
         "name": f"{outcome.operator} {outcome.ratio}, layers {', '.join(map(str, outcome.layers)) or 'none'}",
-        "cells": [picture_address(with_cells(p, grid, outcome.ratio)) for p in study.pictures],
-        "pictures": [picture_address(as_bytes(p)) for p in outcome.pictures],
+        "cells": [picture_address(with_cells(p, grid, outcome.ratio)) for p in study.images],
+        "pictures": [picture_address(as_bytes(p)) for p in outcome.images],
         "errors": [float(error) for error in outcome.errors],
-        "pictureError": outcome.picture_error,
+        "pictureError": outcome.image_error,
         "cost": outcome.cost.to_dict(),
     }
 

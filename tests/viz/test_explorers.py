@@ -12,7 +12,7 @@ from traced_models import MASK, compressing, inputs
 
 from pixart_nb.core import trace
 from pixart_nb.core.hooks.interventions import replace_compression
-from pixart_nb.core.hooks.words import Text
+from pixart_nb.core.hooks.selection import Text
 from pixart_nb.viz import explorers
 from pixart_nb.viz.clickable import ClickablePicture
 from pixart_nb.viz.explorers import Choice, figure_of, in_words, map_of, map_pixels, overview_of
@@ -98,7 +98,7 @@ def test_what_the_trace_does_not_have_is_refused_with_what_it_has(run, choice, m
 def test_a_trace_of_one_kind_says_that_it_has_no_other(run):
     net = compressing(None)
     latents, _, caption, _ = inputs()
-    with trace(net, kinds=("cross",), announce=None) as words_only:
+    with trace(net, attention="cross", announce=None) as words_only:
         net(latents, np_timesteps(900), caption, MASK)
     with pytest.raises(ValueError, match=r"keeps no self-attention; it has blocks\.0\.cross_attn"):
         map_of(words_only, Choice(patch=(0, 0)))

@@ -44,7 +44,7 @@ explorer = AttentionExplorer(t, pictures[-1], pictures)
 explorer
 """
 COMPRESSION = """
-from pixart_nb.core.hooks.study import CompressionStudy
+from pixart_nb.core.hooks.compression import CompressionStudy
 study = CompressionStudy(pipe, "a red mushroom on grass", height=128, width=128, num_inference_steps=6)
 explorer = CompressionExplorer(study, start=(range(3, 6), 2, "mean"))
 explorer

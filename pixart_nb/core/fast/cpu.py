@@ -48,14 +48,14 @@ def self_attention(
     qkv: one matrix (B N, 3 D), or queries, keys and values, (B N, D) each. The list is emptied, as of a large picture
     every matrix is a good part of a gigabyte.
     """
-    heads_of = _heads_of if layer.probe is None else _watched_part
+    heads_of = _heads_of if layer.hook_point is None else _watched_part
     heads = []
     for number in range(3):
         x, of = (qkv[0], (3, number)) if qkv[0].shape[1] > layer.size else (qkv.pop(0), (1, 0))
         heads.append(heads_of(layer, x, of, number, batch, height, width))
     qkv.clear()
     del x
-    return merged(attention(*heads) if layer.probe is None else layer.probe.attend(*heads, None))
+    return merged(attention(*heads, hook_point=layer.hook_point))
 
 
 def _heads_of(
@@ -100,7 +100,7 @@ class Denoiser:
     """``PixArt.denoise`` for one caption of each row and one timestep for all: ``step(latents, timestep)``.
 
     Made for one run: weights that change later are not seen everywhere. caption (B, T, C), mask (B, T) bool
-    or None. While the model is watched (``net.observer``) the probes are shown every attention; what they leave as
+    or None. While the model is watched (``net.hook_manager``) the probes are shown every attention; what they leave as
     it is, is computed in the same way as without them, so a trace does not change a bit.
     """
 
@@ -130,8 +130,8 @@ class Denoiser:
         net, patch = self.net, self.net.config.patch_size
         batch, _, height, width = latents.shape
         grid = (height // patch, width // patch)
-        if net.observer is not None:
-            net.observer.step(ms.Tensor(np.full(batch, timestep, np.float32)), *grid)
+        if net.hook_manager is not None:
+            net.hook_manager.on_step(ms.Tensor(np.full(batch, timestep, np.float32)), *grid)
             self._show()
         places = self._outer_places(batch, grid[0] * grid[1])
         x = self._embedded(latents, places)
@@ -184,7 +184,7 @@ class Denoiser:
             parts.append(_part(x, rows) + rows_like(gate, out) * out)
         del seen
         instead = None
-        if block.cross_attn.probe is not None:
+        if block.cross_attn.hook_point is not None:
             instead = self._watched_cross(number, _joined(parts))
         for index, (rows, reads) in enumerate(plan.places):
             if instead is None:
@@ -206,8 +206,8 @@ class Denoiser:
         """Let the probe see a cross-attention: what it makes of it, (B N, D), None where it leaves it as it is."""
         layer, (keys_values, mask) = self.net.blocks[number].cross_attn, self.shown
         q = layer.q_linear(x).reshape(self.caption.shape[0], -1, layer.size)
-        out = layer.probe.attend(split_heads(q, layer.heads), *keys_values[number], mask)
-        return layer.proj(merged(out)) if self.net.observer.changed else None
+        out = attention(split_heads(q, layer.heads), *keys_values[number], mask, hook_point=layer.hook_point)
+        return layer.proj(merged(out)) if self.net.hook_manager.changed else None
 
 
 @dataclass(frozen=True)

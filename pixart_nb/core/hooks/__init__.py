@@ -1,1 +1,1 @@
-"""Look inside: tracing of attention, and interventions on it."""
+"""Hooks: attention traces and interventions."""

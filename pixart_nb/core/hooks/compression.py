@@ -1,7 +1,8 @@
-"""What token compression loses: full keys and outputs beside the compressed ones, layer by layer, in a real run."""
+"""Error of token compression: keys, outputs, predictions and images with and without it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,22 +11,43 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.cost import Cost, step_cost, with_compression
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.interventions import ReplaceCompression, check_ratio, made_compression
-from pixart_nb.core.hooks.seam import Call, Compression, Observer, Part, Run, attached, parts_of
-from pixart_nb.core.hooks.selection import Layers, Numbers, check_steps, layer_names, step_numbers
+from pixart_nb.core.hooks.hook_points import (
+    AttentionCall,
+    Hook,
+    HookedRun,
+    LayerCompression,
+    attached,
+    transformer_of,
+)
+from pixart_nb.core.hooks.interventions import (
+    CompressionReplacement,
+    check_ratio,
+    compressions_of,
+    replace_compression,
+)
+from pixart_nb.core.hooks.selection import (
+    Layers,
+    Numbers,
+    check_steps,
+    layer_names,
+    step_numbers,
+)
 from pixart_nb.core.models.attention import attention, merge_heads, split_heads
-from pixart_nb.core.models.kv_compression import check_compression
+from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
+
+# ---- keys and outputs, layer by layer
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Of one layer at one step, for each row that follows a prompt.
+class LayerLoss:
+    """Error of one layer at one step, for each row that follows a prompt.
 
-    ``key_similarity``: cosine between each token's full key and the compressed key of its cell, (rows, h, w); NaN for
-    tokens in rows and columns that fill no whole cell. ``output_similarity``: cosine between what the layer gives with
-    full and with compressed keys and values, (rows, h, w). ``key_error`` and ``output_error``: the same as
-    ||compressed - full|| / ||full|| over all tokens, (rows,).
+    ``key_similarity``: cosine between each token's key and the compressed key of its cell, (rows, h, w); NaN for
+    tokens that are in no whole cell. ``output_similarity``: cosine between the layer's outputs with full and with
+    compressed keys and values, (rows, h, w). ``key_error`` and ``output_error``: ||compressed - full|| / ||full|| over
+    all tokens, (rows,).
     """
 
     key_similarity: np.ndarray
@@ -36,45 +58,36 @@ class Loss:
 
 @dataclass
 class CompressionLoss:
-    """The losses of a run. ``by_layer`` and ``maps`` average over the steps unless one is named."""
+    """Errors of the layers ``names`` in a run; ``compression`` holds operator and ratio of each."""
 
     names: list[str]
     grid: tuple[int, int] = (0, 0)
-    #: Operator and ratio that were looked at, by layer.
     compression: dict[str, tuple[str | None, int]] = field(default_factory=dict)
     timestep_of: dict[int, float] = field(default_factory=dict)
-    losses: dict[tuple[str, int], Loss] = field(default_factory=dict)
+    losses: dict[tuple[str, int], LayerLoss] = field(default_factory=dict)
 
     @property
     def steps(self) -> list[int]:
-        """Numbers of the steps."""
+        """Step numbers."""
         return list(self.timestep_of)
 
-    def values(self, what: str, row: int = 0) -> np.ndarray:
-        """(layers, steps): a field of ``Loss``, mean over tokens where it has them."""
-        found = [[np.nanmean(getattr(self._loss(n, s), what)[row]) for s in self.steps] for n in self.names]
-        return np.array(found, np.float64).reshape(len(self.names), len(self.steps))
-
-    def map(self, what: str, name: str, steps: Numbers = None, row: int = 0) -> np.ndarray:
-        """(h, w): ``key_similarity`` or ``output_similarity`` of one layer, mean over steps (all: None)."""
-        numbers = self.steps if steps is None else step_numbers(steps)
-        return np.mean([getattr(self._loss(name, step), what)[row] for step in numbers], axis=0)
-
-    def table(self, row: int = 0) -> list[dict[str, Any]]:
-        """One record for each layer: its name, operator, ratio, and the four numbers, mean over steps and tokens."""
-        fields = ("key_similarity", "output_similarity", "key_error", "output_error")
-        columns = {what: self.values(what, row).mean(1) for what in fields}
-        return [
-            {"layer": name, "operator": self.compression[name][0], "ratio": self.compression[name][1]}
-            | {what: float(column[number]) for what, column in columns.items()}
-            for number, name in enumerate(self.names)
+    def values(self, measure: str, row: int = 0) -> np.ndarray:
+        """Return a field of ``LayerLoss``, mean over tokens: (layers, steps)."""
+        means = [
+            [np.nanmean(getattr(self._loss(n, s), measure)[row]) for s in self.steps] for n in self.names
         ]
+        return np.array(means, np.float64).reshape(len(self.names), len(self.steps))
 
-    def _loss(self, name: str, step: int) -> Loss:
+    def map(self, measure: str, name: str, steps: Numbers = None, row: int = 0) -> np.ndarray:
+        """Return ``key_similarity`` or ``output_similarity`` of a layer, mean over steps (None is all): (h, w)."""
+        numbers = self.steps if steps is None else step_numbers(steps)
+        return np.mean([getattr(self._loss(name, step), measure)[row] for step in numbers], axis=0)
+
+    def _loss(self, name: str, step: int) -> LayerLoss:
         if name not in self.names:
-            raise PixArtNBError(f"nothing is known of layer {name!r}; there are {', '.join(self.names)}")
+            raise PixArtNBError(f"layer {name!r} was not measured; measured were {', '.join(self.names)}")
         if (name, step) not in self.losses:
-            raise PixArtNBError(f"nothing is known of step {step!r}; there are {self.steps}")
+            raise PixArtNBError(f"step {step!r} was not measured; measured were {self.steps}")
         return self.losses[name, step]
 
 
@@ -86,101 +99,93 @@ def compression_loss(
     operator: str | None = None,
     steps: Numbers = None,
 ) -> Iterator[CompressionLoss]:
-    """Measure, during a run, what compression loses in each self-attention layer. The run itself is not changed.
+    """Measure the error of compression in each self-attention layer during a run, which is not changed.
 
-    Given ``ratio`` and ``operator``, what they would lose, in layers of a model that may not compress at all; the
-    weights of ``conv`` are those of ``replace_compression``. Given neither, what the layers' own compression (or
-    one that ``replace_compression`` put in its place) loses; None of the layers compressing is a ValueError.
-    Both attentions are computed, so a large picture takes as long as without compression.
+    With ``ratio`` and ``operator``, the error that they would make, in a model that need not compress; the weights of
+    ``conv`` are those of ``replace_compression``. With neither, the error of the layers' own compression (or of an open
+    ``replace_compression``); if no layer compresses, PixArtNBError is raised. Both attentions are computed, so a large
+    image takes as long as without compression.
     """
-    net, _ = parts_of(model)
+    net = transformer_of(model)
     if (ratio is None) != (operator is None):
         raise PixArtNBError(f"ratio is {ratio!r} and operator {operator!r}; give both or neither")
-    names = layer_names(len(net.blocks), layers, ("self",))
-    probe = LossProbe(net, names, ratio, operator, steps)
-    with attached(model, probe):
-        yield probe.found
+    hook = LossHook(net, layer_names(len(net.blocks), layers, "self"), ratio, operator, steps)
+    with attached(model, hook):
+        yield hook.result
 
 
-class LossProbe(Part):
+class LossHook(Hook):
     """Fills a ``CompressionLoss``."""
 
     order = 2
 
     def __init__(self, net, names: Sequence[str], ratio: int | None, operator: str | None, steps: Numbers):
-        self.found, self.steps, self.ratio = CompressionLoss(list(names)), step_numbers(steps), ratio
-        self.net, self.given, self.full = net, {}, {}
-        if ratio is not None:
-            check_compression(operator, ratio, tuple(range(len(net.blocks))), len(net.blocks))
-            self.given = {name: made_compression(_layer(net, name), ratio, operator) for name in names}
+        self.result, self.steps, self.ratio = CompressionLoss(list(names)), step_numbers(steps), ratio
+        self.compressions = {} if ratio is None else compressions_of(net, names, ratio, operator)
+        self.uncompressed: dict[str, list[ms.Tensor]] = {}
 
-    def expect(self, run: Run, observer: Observer) -> None:
+    def on_plan(self, run: HookedRun) -> None:
         check_steps(self.steps, run.timesteps)
-        self.step(run, observer)
+        self.on_step(run)
 
-    def step(self, run: Run, observer: Observer) -> None:
+    def on_step(self, run: HookedRun) -> None:
+        names = self.result.names
         if self.ratio is not None:
             check_ratio(self.ratio, run.grid)
-        elif not any(_may_compress(name, run, observer) for name in self.found.names):
+        elif not any(self._may_compress(name, run) for name in names):
             raise PixArtNBError(
-                f"none of {', '.join(self.found.names)} compresses its keys; give ratio and operator to see what they "
-                "would lose"
+                f"none of {', '.join(names)} compresses its keys; give ratio and operator to measure what they would do"
             )
-        self.found.grid = run.grid
-        self.full.clear()
+        self.result.grid = run.grid
+        self.uncompressed.clear()
 
-    def _wants(self, name: str, run: Run) -> bool:
-        return name in self.found.names and (self.steps is None or run.index in self.steps)
+    def _may_compress(self, name: str, run: HookedRun) -> bool:
+        """Return True if the layer compresses, or a ``replace_compression`` may make it compress at some step."""
+        replaced = any(isinstance(h, CompressionReplacement) and name in h.names for h in self.manager.hooks)
+        return replaced or self.manager.compression(name, run).ratio > 1
 
-    def uncompressed(self, name: str, x: ms.Tensor) -> None:
-        if name in self.found.names:
-            self.full.setdefault(name, []).append(x)
+    def on_tokens(self, name: str, x: ms.Tensor) -> None:
+        if name in self.result.names:
+            self.uncompressed.setdefault(name, []).append(x)
 
-    def before(self, call: Call) -> None:
-        full = self.full.pop(call.name, None)
-        if not self._wants(call.name, call.run):
+    def before(self, call: AttentionCall) -> None:
+        name, run, result = call.name, call.run, self.result
+        keys_values = self.uncompressed.pop(name, None)
+        if name not in result.names or (self.steps is not None and run.index not in self.steps):
             return
-        compression = self.given.get(call.name, call.compression)
-        self.found.compression[call.name] = compression.operator, compression.ratio
-        self.found.timestep_of[call.run.index] = call.run.timestep
-        self.found.losses[call.name, call.run.index] = self._measure(call, *full, compression)
+        compression = self.compressions.get(name, call.compression)
+        result.compression[name] = compression.operator, compression.ratio
+        result.timestep_of[run.index] = run.timestep
+        result.losses[name, run.index] = self._measure(call, *keys_values, compression)
 
-    def _measure(self, call: Call, k: ms.Tensor, v: ms.Tensor, compression: Compression) -> Loss:
+    def _measure(
+        self, call: AttentionCall, k: ms.Tensor, v: ms.Tensor, compression: LayerCompression
+    ) -> LayerLoss:
+        grid, count = call.run.grid, call.run.rows
         if compression.ratio == 1:
-            return _no_loss(call.run)
-        layer, rows, grid = _layer(self.net, call.name), slice(call.run.conditional[0], None), call.run.grid
+            return LayerLoss(*[np.ones((count, *grid), np.float32)] * 2, *[np.zeros(count)] * 2)
+        layer, rows = self.manager.layers[call.name], slice(call.run.conditional[0], None)
         k, v, q = k[rows], v[rows], call.q[rows]
         small_k, small_v = compression(k, *grid), compression(v, *grid)
 
         def output(keys: ms.Tensor, values: ms.Tensor) -> np.ndarray:
             heads = [split_heads(part, layer.heads) for part in (keys, values)]
-            return _numbers(layer.proj(merge_heads(attention(q, *heads, None, call.scale))))
+            return _array(layer.proj(merge_heads(attention(q, *heads, None, call.scale))))
 
-        whole, lossy = output(k, v), output(small_k, small_v)
-        keys = _numbers(k).reshape(len(whole), *grid, -1)
-        near = spread(_numbers(small_k), grid, compression.ratio)
-        covered = ~np.isnan(near[0, ..., 0])
-        return Loss(
-            cosine(keys, near),
-            cosine(whole, lossy).reshape(-1, *grid),
-            _error(near[:, covered], keys[:, covered]),
-            _error(lossy, whole),
+        full, compressed = output(k, v), output(small_k, small_v)
+        keys = _array(k).reshape(count, *grid, -1)
+        cells = spread(_array(small_k), grid, compression.ratio)
+        covered = ~np.isnan(cells[0, ..., 0])
+        return LayerLoss(
+            cosine(keys, cells),
+            cosine(full, compressed).reshape(-1, *grid),
+            _row_errors(cells[:, covered], keys[:, covered]),
+            _row_errors(compressed, full),
         )
 
 
-def _may_compress(name: str, run: Run, observer: Observer) -> bool:
-    """Whether a layer compresses, or another part may make it compress at some step."""
-    changed = any(isinstance(part, ReplaceCompression) and name in part.names for part in observer.parts)
-    return changed or observer.compression(name, run).ratio > 1
-
-
-def _no_loss(run: Run) -> Loss:
-    ones = np.ones((run.rows, *run.grid), np.float32)
-    return Loss(ones, ones, np.zeros(run.rows), np.zeros(run.rows))
-
-
 def spread(compressed: np.ndarray, grid: tuple[int, int], ratio: int) -> np.ndarray:
-    """Compressed tokens (rows, M, D) at every token of their cell, (rows, h, w, D); NaN where no whole cell is."""
+    """Repeat compressed tokens (rows, M, D) at every token of their cell, (rows, h, w, D); NaN outside whole cells."""
     height, width = grid[0] // ratio, grid[1] // ratio
     cells = compressed.reshape(len(compressed), height, width, -1)
     out = np.full((len(compressed), *grid, cells.shape[-1]), np.nan, np.float32)
@@ -189,21 +194,138 @@ def spread(compressed: np.ndarray, grid: tuple[int, int], ratio: int) -> np.ndar
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of the angle between vectors of the last axis; 0 where one of them is zero."""
+    """Return the cosine between vectors of the last axis; 0 where one of them is zero."""
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.einsum("...d,...d->...", a, b) / np.where(norms == 0, 1, norms)
 
 
-def _error(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    rows = (len(ours), -1)
-    return np.linalg.norm((ours - theirs).reshape(rows), axis=1) / np.linalg.norm(
-        theirs.reshape(rows), axis=1
-    )
+def _row_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    rows = (len(actual), -1)
+    differences = np.linalg.norm((actual - expected).reshape(rows), axis=1)
+    return differences / np.linalg.norm(expected.reshape(rows), axis=1)
 
 
-def _layer(net: Any, name: str) -> Any:
-    return net.blocks[int(name.split(".")[1])].attn
-
-
-def _numbers(x: ms.Tensor) -> np.ndarray:
+def _array(x: ms.Tensor) -> np.ndarray:
     return x.astype(ms.float32).asnumpy()
+
+
+# ---- predictions and images
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionOutcome:
+    """Effect of one choice of compression on a run.
+
+    ``errors`` (S,): ||predicted - reference|| / ||reference|| of the guided noise at the latents of the reference run,
+    over all images. ``images`` (N, H, W, 3) float: images from the same noise with compression in every step;
+    ``image_error`` is their root mean square distance from the reference's. ``seconds`` of the sampling.
+    """
+
+    layers: tuple[int, ...]
+    ratio: int
+    operator: str
+    errors: np.ndarray
+    images: np.ndarray
+    image_error: float
+    cost: Cost
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """Mean of ``errors`` over the steps."""
+        return float(self.errors.mean())
+
+
+class CompressionStudy:
+    """A reference run of a model, and the outcome of any compression against it. Outcomes are cached.
+
+    ``call``: arguments of ``pipe.sample``, height and width among them. A model that compresses already is refused.
+    """
+
+    def __init__(self, pipe: Any, prompt: str | Sequence[str], seed: int = 0, **call: Any):
+        if pipe.transformer.config.kv_layers and pipe.transformer.config.kv_ratio > 1:
+            raise PixArtNBError(
+                f"layers {list(pipe.transformer.config.kv_layers)} of this model compress already; give a model "
+                "that was trained without compression, or open replace_compression(pipe, ratio=1) first"
+            )
+        self.pipe, self.seed, self.prompt, self.call = pipe, seed, prompt, call
+        self.reference, self.seconds = self._sample()
+        self.images = pipe.decode_latents(self.reference.latents[-1])
+        self.predicted = predictions(pipe, self.reference)
+        self._outcomes: dict[tuple, CompressionOutcome] = {}
+
+    @property
+    def layers(self) -> range:
+        """Numbers of the model's layers."""
+        return range(self.pipe.transformer.config.depth)
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """Timesteps of the run, (S,)."""
+        return self.reference.timesteps
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of a step without compression."""
+        return self._cost(self.pipe.transformer.config)
+
+    def outcome(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome:
+        """Return the outcome of compressing these layers in one run."""
+        key = (tuple(sorted(set(layers))), ratio, operator)
+        if key not in self._outcomes:
+            self._outcomes[key] = self._compressed(*key)
+        return self._outcomes[key]
+
+    def table(self) -> list[dict[str, Any]]:
+        """Return a record for each outcome so far, in the order of the calls."""
+        return [
+            {
+                "operator": outcome.operator,
+                "ratio": outcome.ratio,
+                "layers": ", ".join(map(str, outcome.layers)),
+                "keys": outcome.cost.keys,
+                "error of the prediction": outcome.error,
+                "rms distance of images": outcome.image_error,
+                "seconds of the run": outcome.seconds,
+            }
+            for outcome in self._outcomes.values()
+        ]
+
+    def errors_of(self, pipe: Any) -> np.ndarray:
+        """Return ``errors`` of another pipeline of the same latents, such as a finetuned one: (S,)."""
+        return relative_errors(predictions(pipe, self.reference), self.predicted)
+
+    def loss(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionLoss:
+        """Return the ``compression_loss`` of these layers along the reference run."""
+        with compression_loss(self.pipe, list(layers), ratio, operator) as loss:
+            predictions(self.pipe, self.reference)
+        return loss
+
+    def _compressed(self, layers: tuple[int, ...], ratio: int, operator: str) -> CompressionOutcome:
+        cost = self._cost(with_compression(self.pipe.transformer.config, layers, ratio, operator))
+        if not layers or ratio == 1:
+            zeros = np.zeros(len(self.timesteps))
+            return CompressionOutcome(layers, ratio, operator, zeros, self.images, 0.0, cost, self.seconds)
+        with replace_compression(self.pipe, layers, ratio, operator):
+            predicted = predictions(self.pipe, self.reference)
+            run, seconds = self._sample()
+        images = self.pipe.decode_latents(run.latents[-1])
+        distance = float(np.sqrt(np.square(images - self.images).mean()))
+        errors = relative_errors(predicted, self.predicted)
+        return CompressionOutcome(layers, ratio, operator, errors, images, distance, cost, seconds)
+
+    def _sample(self) -> tuple[Trajectory, float]:
+        start = time.perf_counter()
+        run = follow(self.pipe, self.prompt, generator=np.random.default_rng(self.seed), **self.call)
+        return run, time.perf_counter() - start
+
+    def _cost(self, config: Any) -> Cost:
+        run = self.reference
+        return step_cost(config, run.height, run.width, int(run.condition.prompt_attention_mask.sum(1).max()))
+
+
+def relative_errors(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return ||predicted - reference|| / ||reference|| of each step, (S, ...) -> (S,)."""
+    rows = (len(predicted), -1)
+    differences = np.linalg.norm((predicted - reference).reshape(rows).astype(np.float64), axis=1)
+    return differences / np.linalg.norm(reference.reshape(rows).astype(np.float64), axis=1)

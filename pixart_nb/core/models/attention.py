@@ -39,14 +39,17 @@ def attention(
     scale: float | None = None,
     bias: ms.Tensor | None = None,
     chunk: int | None = None,
+    hook_point=None,
 ) -> ms.Tensor:
     """``softmax(scale q k^T + bias) v`` over the tokens that ``mask`` allows, softmax in float32.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool with True = token, bias (B or 1, H, N, M) added to the
     scores -> (B, H, N, d). ``scale`` is d ** -0.5 unless told. On the CPU ``chunk`` queries are worked on at a time, or
     as many heads and queries as the memory budget allows, so that no N x M matrix exists; on Ascend the fused
-    operator is used.
+    operator is used. A ``hook_point`` (core.hooks) takes over when the layer is traced or changed.
     """
+    if hook_point is not None:
+        return hook_point(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend.on_ascend() and bias is None:
         return backend.flash_attention(q, k, v, mask, scale)
@@ -149,15 +152,13 @@ class SelfAttention(nn.Cell):
         learned = operator == "conv" and ratio > 1
         self.sr = DepthwiseReduction(size, ratio) if learned else None
         self.norm = LayerNorm(size) if learned else None
-        self.probe = None  # set while the layer is traced or changed (core.tracing), never in a graph
+        self.hook_point = None  # a HookPoint while the layer is traced or changed, never in a compiled graph
 
     def construct(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """x (B, height * width, D) -> the same shape; height and width count tokens."""
         q, k, v = self.project(x, height, width)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-        if self.probe is not None:
-            return self.proj(merge_heads(self.probe.attend(q, k, v, None)))
-        return self.proj(merge_heads(attention(q, k, v)))
+        return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point)))
 
     def project(self, x: ms.Tensor, height: int, width: int) -> tuple[ms.Tensor, ms.Tensor, ms.Tensor]:
         """Queries (B, N, D) and the, possibly compressed, keys and values (B, M, D)."""
@@ -169,8 +170,8 @@ class SelfAttention(nn.Cell):
 
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Keys or values (B, N, D) on the shrunk grid: (B, M, D)."""
-        if self.probe is not None:
-            return self.probe.compress(self, x, height, width)
+        if self.hook_point is not None:
+            return self.hook_point.compress(x, height, width)
         if self.ratio == 1:
             return x
         return compress_tokens(x, height, width, self.ratio, self.operator, self.sr, self.norm)
@@ -187,7 +188,7 @@ class CrossAttention(nn.Cell):
             Linear(size, 2 * size),
             Linear(size, size),
         )
-        self.probe = None  # as in SelfAttention
+        self.hook_point = None  # as in SelfAttention
 
     def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """Projected caption (B, T, D) -> keys and values (B, H, T, d). They do not depend on the timestep."""
@@ -197,6 +198,4 @@ class CrossAttention(nn.Cell):
     def construct(self, x: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
         """x (B, N, D), k and v of ``keys_values``, mask (B, T) bool or None -> (B, N, D)."""
         q = split_heads(self.q_linear(x), self.heads)
-        if self.probe is not None:
-            return self.proj(merge_heads(self.probe.attend(q, k, v, mask)))
-        return self.proj(merge_heads(attention(q, k, v, mask)))
+        return self.proj(merge_heads(attention(q, k, v, mask, hook_point=self.hook_point)))

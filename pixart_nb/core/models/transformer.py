@@ -193,7 +193,7 @@ class PixArt(nn.Cell):
         self.blocks = nn.CellList([Block(config, layer) for layer in range(config.depth)])
         self.final_layer = FinalLayer(size, config.patch_size**2 * config.out_channels)
         self._positions: dict[tuple, ms.Tensor] = {}
-        self.observer = None  # set while the model is traced or changed (core.tracing): then compile nothing
+        self.hook_manager = None  # a HookManager while hooks (core.hooks) are attached: then compile nothing
 
     @property
     def dtype(self) -> ms.Type:
@@ -230,8 +230,8 @@ class PixArt(nn.Cell):
         """One step with the caption already projected: -> (N, out_channels, H, W)."""
         patch = self.config.patch_size
         height, width = latents.shape[2] // patch, latents.shape[3] // patch
-        if self.observer is not None:
-            self.observer.step(timestep, height, width)
+        if self.hook_manager is not None:
+            self.hook_manager.on_step(timestep, height, width)
         x = self.x_embedder(latents.astype(self.dtype)) + repeat_batch(positions, latents.shape[0])
         t = self.t_embedder(timestep)
         if micro is not None:

@@ -20,8 +20,8 @@ def guided_prediction(
     Salimans 2022) goes from the unconditional prediction towards the conditional one, ``guidance_scale`` times as far.
     """
     guided = condition.negative_embeds is not None
-    if net.observer is not None:
-        net.observer.begin(condition, height // 8, width // 8)
+    if net.hook_manager is not None:
+        net.hook_manager.on_prompts(condition, height // 8, width // 8)
     caption, mask = (
         both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
     )

@@ -206,8 +206,10 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
             plan = plan.last(strength)
             begin = scheduler.noised(self.initial_latents(rows, height, width, None, start), begin, plan)
         length = max_sequence_length or self.max_sequence_length
-        if self.transformer.observer is not None:
-            self.transformer.observer.expect(plan.timesteps, rows, guided, height // 8, width // 8, length)
+        if self.transformer.hook_manager is not None:
+            self.transformer.hook_manager.on_plan(
+                plan.timesteps, rows, guided, height // 8, width // 8, length
+            )
 
         def steps() -> Iterator[Conditioning | Step]:
             if prompt_embeds is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from reference_data import relative_error
-from test_tracing import CALL, draw, pipe  # noqa: F401 - a fixture
+from test_trace import CALL, draw, pipe  # noqa: F401 - a fixture
 from traced_models import compressing, direct_maps, inputs, watched
 
 from pixart_nb.core import compression_loss, replace_compression, trace
@@ -60,10 +60,6 @@ def test_similarities_and_errors_are_those_of_the_direct_formulas(monkeypatch, s
     expected = [np.linalg.norm(near[r] - covered[r]) / np.linalg.norm(covered[r]) for r in range(2)]
     assert np.allclose(loss.key_error, expected, rtol=1e-4)
 
-    record = found.table(row=1)[0]
-    assert (record["layer"], record["operator"], record["ratio"]) == (NAME, "mean", 2)
-    assert record["output_similarity"] == pytest.approx(cosines(whole, lossy)[1].mean(), abs=1e-5)
-    assert record["key_similarity"] == pytest.approx(cosines(covered, near)[1].mean(), abs=1e-5)
     assert found.map("output_similarity", NAME, row=1).shape == (height, width)
 
 
@@ -74,7 +70,7 @@ def test_measuring_changes_nothing(pipe):  # noqa: F811
     assert found.steps == [0, 2]
     assert found.values("output_error").shape == (3, 2)
     assert (found.values("output_error") > 0).all()
-    assert pipe.transformer.observer is None
+    assert pipe.transformer.hook_manager is None
 
 
 def test_along_a_kept_run_only_rows_of_the_prompts_are_measured(pipe):  # noqa: F811
@@ -127,7 +123,7 @@ def test_what_changes_little_loses_little(pipe):  # noqa: F811
         ({"ratio": 2, "operator": "max"}, "'max' is not known"),
         ({"ratio": 9, "operator": "mean"}, "leaves no key of 4x6 tokens"),
         ({"ratio": 2, "operator": "mean", "steps": 5}, "it has steps 0 to 2"),
-        ({"ratio": 2, "operator": "mean", "layers": 4}, "there are blocks.0 to blocks.2"),
+        ({"ratio": 2, "operator": "mean", "layers": 4}, "it has blocks.0 to blocks.2"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(pipe, options, message):  # noqa: F811
@@ -140,7 +136,7 @@ def test_what_was_not_measured_is_refused_with_what_was():
     net = compressing("ave")
     with compression_loss(net, layers=1) as found:
         net(*inputs())
-    with pytest.raises(ValueError, match=r"layer 'blocks.0.attn'; there are blocks.1.attn"):
+    with pytest.raises(ValueError, match=r"layer 'blocks.0.attn' was not measured; measured were blocks.1.attn"):
         found.map("key_similarity", NAME)
-    with pytest.raises(ValueError, match=r"step 3; there are \[0\]"):
+    with pytest.raises(ValueError, match=r"step 3 was not measured; measured were \[0\]"):
         found.map("key_similarity", "blocks.1.attn", steps=3)

@@ -9,8 +9,8 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import PixArtConfig, cost, replace_compression
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import cost_by_size, measure_self_attention, step_cost, with_compression
-from pixart_nb.core.hooks.internals import learned_kernels, modulation, positions
-from pixart_nb.core.hooks.study import CompressionStudy, relative_errors
+from pixart_nb.core.hooks.compression import CompressionStudy, relative_errors
+from pixart_nb.core.hooks.weights import learned_kernels, modulation, positions
 from pixart_nb.core.models.transformer import modulation_rows
 from pixart_nb.core.sampling.trajectory import follow, guidance_directions, predictions
 
@@ -68,10 +68,10 @@ def test_an_outcome_is_that_of_the_replaced_compression(pipe, study):
         predicted = predictions(pipe, study.reference)
         drawn = follow(pipe, "a red cup", generator=np.random.default_rng(5), **SIZE)
     np.testing.assert_allclose(outcome.errors, relative_errors(predicted, study.predicted), rtol=1e-6)
-    np.testing.assert_allclose(outcome.pictures, pipe.decode_latents(drawn.latents[-1]), atol=1e-6)
+    np.testing.assert_allclose(outcome.images, pipe.decode_latents(drawn.latents[-1]), atol=1e-6)
     assert outcome.error > 0
-    assert outcome.picture_error == pytest.approx(
-        np.sqrt(np.mean((outcome.pictures - study.pictures) ** 2)), rel=1e-4
+    assert outcome.image_error == pytest.approx(
+        np.sqrt(np.mean((outcome.images - study.images) ** 2)), rel=1e-4
     )
     assert study.outcome([1, 2], 2, "mean") is outcome
     assert [row["layers"] for row in study.table()] == ["1, 2"]
@@ -80,7 +80,7 @@ def test_an_outcome_is_that_of_the_replaced_compression(pipe, study):
 
 def test_no_compression_changes_nothing(study):
     outcome = study.outcome([0, 1], 1, "conv")
-    assert (outcome.error, outcome.picture_error) == (0, 0)
+    assert (outcome.error, outcome.image_error) == (0, 0)
     assert outcome.cost == study.cost
 
 

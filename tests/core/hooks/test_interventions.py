@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from reference_data import relative_error
 from test_attention import flash_stand_in
-from test_tracing import CALL, assert_untouched, draw, never, pipe  # noqa: F401 - a fixture
+from test_trace import CALL, assert_untouched, draw, never, pipe  # noqa: F401 - a fixture
 from test_transformer import small_net
 from traced_models import compressing, inputs
 
-from pixart_nb.core import backend, heads_off, replace_compression, scale_word, swap_prompt, trace
+from pixart_nb.core import ablate_heads, backend, replace_compression, reweight_token, swap_prompt, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import Denoiser
-from pixart_nb.core.hooks.seam import Part, attached
+from pixart_nb.core.hooks.hook_points import Hook, attached
 
 FIRST = "blocks.0.cross_attn"
 
@@ -43,7 +43,7 @@ def draw_with(pipe, *changes):  # noqa: F811
 @pytest.mark.parametrize(("kind", "part"), [("self", "attn"), ("cross", "cross_attn")])
 def test_a_head_that_is_off_gives_what_a_projection_without_it_gives(net, kind, part):
     plain = net(*inputs()).asnumpy()
-    with heads_off(net, layers=1, heads=1, kinds=kind):
+    with ablate_heads(net, layers=1, heads=1, attention=kind):
         off = net(*inputs()).asnumpy()
     projection = getattr(net.blocks[1], part).proj.weight
     weight = projection.asnumpy().copy()
@@ -55,8 +55,8 @@ def test_a_head_that_is_off_gives_what_a_projection_without_it_gives(net, kind, 
 
 def test_heads_are_off_at_the_chosen_steps_only(pipe):  # noqa: F811
     before, _, _ = maps(pipe, name="blocks.2.attn", step=1)
-    during, _, _ = maps(pipe, lambda p: heads_off(p, 0, steps=1), name="blocks.2.attn", step=1)
-    first, _, _ = maps(pipe, lambda p: heads_off(p, 0, steps=1), name="blocks.2.attn", step=0)
+    during, _, _ = maps(pipe, lambda p: ablate_heads(p, 0, steps=1), name="blocks.2.attn", step=1)
+    first, _, _ = maps(pipe, lambda p: ablate_heads(p, 0, steps=1), name="blocks.2.attn", step=0)
     assert np.abs(during - before).max() > 1e-4
     assert np.array_equal(first, maps(pipe, name="blocks.2.attn")[0])
 
@@ -66,7 +66,7 @@ def test_heads_are_off_at_the_chosen_steps_only(pipe):  # noqa: F811
 
 def test_a_scaled_word_gets_so_much_more_and_rows_still_sum_to_one(pipe):  # noqa: F811
     before, plain, t = maps(pipe)
-    after, out, _ = maps(pipe, lambda p: scale_word(p, "mushroom", 3.0))
+    after, out, _ = maps(pipe, lambda p: reweight_token(p, "mushroom", 3.0))
     tokens = list(t.word_tokens()[2].tokens)
     factors = np.ones(before.shape[-1])
     factors[tokens] = 3.0
@@ -79,31 +79,31 @@ def test_a_scaled_word_gets_so_much_more_and_rows_still_sum_to_one(pipe):  # noq
 
 def test_rows_without_a_prompt_are_left_alone(pipe):  # noqa: F811
     before, _, _ = maps(pipe, rows="unconditional")
-    after, _, _ = maps(pipe, lambda p: scale_word(p, "red", 5.0), rows="unconditional")
+    after, _, _ = maps(pipe, lambda p: reweight_token(p, "red", 5.0), rows="unconditional")
     assert np.array_equal(before, after)
 
 
 def test_a_factor_of_zero_takes_a_word_away_and_one_changes_nothing(pipe):  # noqa: F811
     before, plain, _ = maps(pipe)
-    without, _, t = maps(pipe, lambda p: scale_word(p, "red mushroom", 0))
+    without, _, t = maps(pipe, lambda p: reweight_token(p, "red mushroom", 0))
     tokens = [token for word in t.word_tokens()[1:3] for token in word.tokens]
     assert (without[0][..., tokens] == 0).all()
     assert np.allclose(without.sum(-1), 1, atol=1e-5)
-    same, out, _ = maps(pipe, lambda p: scale_word(p, "red", 1.0))
+    same, out, _ = maps(pipe, lambda p: reweight_token(p, "red", 1.0))
     assert np.allclose(same, before, atol=1e-6)
     assert relative_error(out, plain) < 1e-5
 
 
 def test_scaling_is_of_the_chosen_heads_and_layers(pipe):  # noqa: F811
     before, _, _ = maps(pipe)
-    after, _, _ = maps(pipe, lambda p: scale_word(p, "red", 4.0, layers=0, heads=1))
+    after, _, _ = maps(pipe, lambda p: reweight_token(p, "red", 4.0, layers=0, heads=1))
     assert np.array_equal(after[0][0], before[0][0])
     assert np.abs(after[0][1] - before[0][1]).max() > 1e-2
-    later, _, _ = maps(pipe, lambda p: scale_word(p, "red", 4.0, layers=1))
+    later, _, _ = maps(pipe, lambda p: reweight_token(p, "red", 4.0, layers=1))
     assert np.array_equal(later, before)
 
 
-class Outputs(Part):
+class Outputs(Hook):
     """Keeps what the first cross-attention gives, and its values."""
 
     order = 2
@@ -119,7 +119,7 @@ def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):  #
     with attached(pipe, plain):
         before, _, t = maps(pipe)
     with attached(pipe, scaled):
-        after, _, _ = maps(pipe, lambda p: scale_word(p, "grass", -2.0, renormalise=False))
+        after, _, _ = maps(pipe, lambda p: reweight_token(p, "grass", -2.0, renormalize=False))
     tokens = list(t.word_tokens()[4].tokens)
     share = before[0][..., tokens] @ plain.v[2][:, tokens]
     assert np.allclose(scaled.out[2] - plain.out[2], -3 * share, atol=1e-4)
@@ -128,13 +128,13 @@ def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):  #
 
 
 def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):  # noqa: F811
-    expected, _, _ = maps(pipe, lambda p: scale_word(p, "grass", 0.25))
+    expected, _, _ = maps(pipe, lambda p: reweight_token(p, "grass", 0.25))
     on_the_cpu, on_ascend = Outputs(), Outputs()
-    with attached(pipe, on_the_cpu), scale_word(pipe, "grass", 0.25):
+    with attached(pipe, on_the_cpu), reweight_token(pipe, "grass", 0.25):
         draw(pipe)
     monkeypatch.setattr(backend, "on_ascend", lambda: True)
     monkeypatch.setattr(backend, "flash_attention_score", flash_stand_in)
-    with attached(pipe, on_ascend), scale_word(pipe, "grass", 0.25):
+    with attached(pipe, on_ascend), reweight_token(pipe, "grass", 0.25):
         draw(pipe)
     assert relative_error(on_ascend.out, on_the_cpu.out) < 2e-2  # the fused operator works in half precision
     assert np.allclose(expected.sum(-1), 1, atol=1e-5)
@@ -143,7 +143,7 @@ def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):  # noqa:
 def test_tokens_are_named_by_number_where_only_embeddings_are_known(net):
     with trace(net, announce=None) as before:
         net(*inputs())
-    with scale_word(net, 1, 0), trace(net, announce=None) as t:
+    with reweight_token(net, 1, 0), trace(net, announce=None) as t:
         net(*inputs())
     assert t.word_map(1, layers=0).max() == 0 < before.word_map(1, layers=0).min()
 
@@ -249,12 +249,12 @@ def test_a_trace_knows_which_prompt_is_in_force(pipe):  # noqa: F811
 
 def everything(pipe):  # noqa: F811
     return [
-        lambda p: scale_word(p, "key", 2.0),
-        lambda p: heads_off(p, 2, 0),
+        lambda p: reweight_token(p, "key", 2.0),
+        lambda p: ablate_heads(p, 2, 0),
         lambda p: swap_prompt(p, 1, "a green key"),
         lambda p: replace_compression(p, [0, 1], 2, "mean"),
-        lambda p: scale_word(p, "green", 0.5, renormalise=False),
-        lambda p: scale_word(p, "a", 0),
+        lambda p: reweight_token(p, "green", 0.5, renormalize=False),
+        lambda p: reweight_token(p, "a", 0),
     ]
 
 
@@ -292,25 +292,25 @@ def test_after_an_error_the_model_is_as_it_was(pipe):  # noqa: F811
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: heads_off(p, 9), "there are blocks.0 to blocks.2"),
-        (lambda p: heads_off(p, heads=5), "the model has heads 0 to 1"),
-        (lambda p: heads_off(p, steps=[3]), r"no steps \[3\]; it has steps 0 to 2"),
+        (lambda p: ablate_heads(p, 9), "it has blocks.0 to blocks.2"),
+        (lambda p: ablate_heads(p, heads=5), "the model has heads 0 to 1"),
+        (lambda p: ablate_heads(p, steps=[3]), r"no steps \[3\]; it has steps 0 to 2"),
         (
-            lambda p: scale_word(p, "moon", 2),
+            lambda p: reweight_token(p, "moon", 2),
             "no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a'",
         ),
-        (lambda p: scale_word(p, "red", -1), "at least 0"),
-        (lambda p: scale_word(p, "red", float("nan"), renormalise=False), "expected a number"),
+        (lambda p: reweight_token(p, "red", -1), "at least 0"),
+        (lambda p: reweight_token(p, "red", float("nan"), renormalize=False), "expected a number"),
         (lambda p: replace_compression(p, operator="max"), "'max' is not known; expected one of conv, ave"),
         (lambda p: replace_compression(p, ratio=0), "whole number of at least 1"),
         (lambda p: replace_compression(p, ratio=5), "ratio 5 leaves no key of 4x6 tokens; it may be 1 to 4"),
         (
             lambda p: replace_compression(p, "blocks.0.cross_attn"),
-            r"\['blocks.0.cross_attn'\].*each with attn$",
+            r"\['blocks.0.cross_attn'\].*each with attn; did you mean 'blocks.0.attn'",
         ),
         (lambda p: swap_prompt(p, 3, "a cat"), r"no steps \[3\]; it has steps 0 to 2"),
         (lambda p: swap_prompt(p, -1, "a cat"), "at_step is -1"),
-        (lambda p: swap_prompt(p, 1, ["a", "b", "c"]), "3 prompts to swap in for 2 pictures"),
+        (lambda p: swap_prompt(p, 1, ["a", "b", "c"]), "3 prompts to swap in for 2 images"),
         (lambda p: swap_prompt(p, 1), "give either a prompt"),
         (lambda p: swap_prompt(p.transformer, 1, "a cat"), "no text encoder or no tokenizer"),
     ],
@@ -320,13 +320,13 @@ def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change
     with pytest.raises(ValueError, match=message):  # noqa: SIM117
         with change(pipe):
             draw(pipe)
-    assert pipe.transformer.observer is None
+    assert pipe.transformer.hook_manager is None
 
 
 def test_a_word_of_a_prompt_without_words_is_refused(pipe):  # noqa: F811
     with (
         pytest.raises(ValueError, match="the prompt '' has no words, only 0: '</s>'"),
-        scale_word(pipe, "cat", 2),
+        reweight_token(pipe, "cat", 2),
     ):
         draw(pipe, prompt=["", ""])
 

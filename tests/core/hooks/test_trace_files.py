@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tracing import draw, pipe  # noqa: F401 - a fixture
+from test_trace import draw, pipe  # noqa: F401 - a fixture
 from traced_models import compressing, inputs
 
-from pixart_nb.core import Trace, scale_word, trace
+from pixart_nb.core import Trace, reweight_token, trace
 from pixart_nb.core.io import CheckpointError, save_tensors
 
 
 @pytest.fixture(scope="module")
 def saved(pipe, tmp_path_factory):  # noqa: F811
     path = tmp_path_factory.mktemp("trace") / "run.safetensors"
-    with trace(pipe, announce=None) as t, scale_word(pipe, "grass", 2.0):
+    with trace(pipe, announce=None) as t, reweight_token(pipe, "grass", 2.0):
         draw(pipe)
-    t.pictures = [np.full((64, 96, 3), shade, np.uint8) for shade in (7, 200)]
+    t.images = [np.full((64, 96, 3), shade, np.uint8) for shade in (7, 200)]
     t.save(path)
     return t, path
 
@@ -30,7 +30,7 @@ def test_what_is_read_back_is_what_was_saved(pipe, saved):  # noqa: F811
     assert (again.timestep_of, again.text_of, again.changes) == (t.timestep_of, t.text_of, t.changes)
     assert again.prompts == t.prompts and again.words(1) == t.words(1)
     assert again.nbytes == t.nbytes
-    assert np.array_equal(again.pictures, t.pictures)
+    assert np.array_equal(again.images, t.images)
     for name in t.names:
         assert np.array_equal(again.rows(name, 1, [0, 23], row=1), t.rows(name, 1, [0, 23], row=1))
     assert np.array_equal(again.word_maps(), t.word_maps())
@@ -38,7 +38,7 @@ def test_what_is_read_back_is_what_was_saved(pipe, saved):  # noqa: F811
 
 def test_keys_that_steps_share_are_written_once(saved):
     t, path = saved
-    assert path.stat().st_size < t.nbytes + t.pictures.nbytes + 20_000
+    assert path.stat().st_size < t.nbytes + t.images.nbytes + 20_000
 
 
 def test_compressed_layers_keep_their_grid(tmp_path):
@@ -90,7 +90,7 @@ def test_a_file_that_was_cut_off_is_refused(saved, share):
 
 def test_what_is_no_trace_is_refused(tmp_path):
     save_tensors(tmp_path / "weights.safetensors", {"weight": np.zeros(3)})
-    with pytest.raises(CheckpointError, match="is no trace"):
+    with pytest.raises(CheckpointError, match="is not a trace"):
         Trace.load(tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError, match="does not exist"):
         Trace.load(tmp_path / "none.safetensors")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_nb.core.hooks.words import MARK, Text, find_word, merge_pieces, text_of
+from pixart_nb.core.hooks.selection import MARK, Text, find_word, merge_pieces, text_of
 from pixart_nb.core.sampling.text import TextTokenizer
 
 

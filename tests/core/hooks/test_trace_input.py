@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_tracing import NAMES, draw, pipe, traced  # noqa: F401 - fixtures
+from test_trace import NAMES, draw, pipe, traced  # noqa: F401 - fixtures
 from traced_models import compressing, inputs
 
 from pixart_nb.core import trace
@@ -15,12 +15,12 @@ from pixart_nb.core import trace
     [
         (
             {"layers": 7},
-            r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\] to choose; there are blocks.0 to blocks.2",
+            r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\]; it has blocks.0 to blocks.2",
         ),
         ({"layers": "blocks.0.mlp"}, r"blocks.0.mlp.*each with attn and cross_attn"),
         ({"layers": ()}, "none was given"),
         ({"heads": [0, 9]}, r"heads is \[0, 9\]; the model has heads 0 to \d"),
-        ({"kinds": ("self", "both")}, r"\['both'\]|kinds is"),
+        ({"attention": ("self", "both")}, r"expected 'self', 'cross' or both"),
         ({"steps": 8}, r"no steps \[8\]; it has steps 0 to 2"),
         ({"steps": -1}, "counted from 0"),
         ({"timesteps": [998.0]}, r"does not visit timesteps \[998.0\]; it visits \[999.0, "),
@@ -31,7 +31,7 @@ from pixart_nb.core import trace
 def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, message):  # noqa: F811
     with pytest.raises(ValueError, match=message), trace(pipe, announce=None, **options):
         draw(pipe)
-    assert pipe.transformer.observer is None
+    assert pipe.transformer.hook_manager is None
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, mes
         (lambda t: t.rows(NAMES[0], 0, 0, heads=99), r"no head \[99\]; it has \[0, 1"),
         (lambda t: t.rows(NAMES[0], 0, 24), r"numbers 0 to 23 of \(4, 6\) patches"),
         (lambda t: t.rows(NAMES[0], 0, np.zeros((4, 6), bool)), "at least one True"),
-        (lambda t: t.rows(NAMES[0], 0, 0, row=2), "no picture 2; it has 0: conditional 0, 1: conditional 1"),
+        (lambda t: t.rows(NAMES[0], 0, 0, row=2), "no image 2; it has 0: conditional 0, 1: conditional 1"),
         (
             lambda t: t.word_map("moon"),
             r"no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a', 1: 'red'",
@@ -54,7 +54,7 @@ def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, mes
             r"no layer 4; it has blocks.0.cross_attn, ",
         ),
         (lambda t: t.word_map("red", steps=[]), "no step"),
-        (lambda t: setattr(t, "pictures", [np.zeros((4, 4, 3), np.uint8)]), "expected 2 pictures"),
+        (lambda t: setattr(t, "images", [np.zeros((4, 4, 3), np.uint8)]), "expected 2 images"),
     ],
 )
 def test_what_a_trace_does_not_have_is_refused_with_what_it_has(traced, ask, message):  # noqa: F811
@@ -85,7 +85,7 @@ def test_a_block_in_which_nothing_ran_says_so(pipe):  # noqa: F811
 
 def test_steps_that_never_came_are_named():
     net = compressing(None)
-    with pytest.raises(ValueError, match=r"never came to \[4\]"), trace(net, steps=[0, 4], announce=None):
+    with pytest.raises(ValueError, match=r"never reached \[4\]"), trace(net, steps=[0, 4], announce=None):
         net(*inputs())
 
 

@@ -13,8 +13,8 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import TraceTooLargeError, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import Denoiser
-from pixart_nb.core.hooks import maps
-from pixart_nb.core.hooks.seam import Observer, attention_layers
+from pixart_nb.core.hooks import attention_maps as maps
+from pixart_nb.core.hooks.hook_points import HookManager, attention_layers
 from pixart_nb.pixelart.adaptation import compressed_copy
 
 NAMES = ["blocks.0.attn", "blocks.0.cross_attn", "blocks.1.attn", "blocks.1.cross_attn"]
@@ -140,7 +140,7 @@ def test_chosen_layers_heads_and_steps_are_kept(pipe, traced):
     assert (t.heads, t.steps, t.timesteps) == ([1], [1, 2], traced.timesteps[1:])
     found = t.rows("blocks.1.attn", 2, [3], heads=1)
     assert np.array_equal(found, traced.rows("blocks.1.attn", 2, [3], heads=[1]))
-    with trace(pipe, kinds="cross", steps=0, announce=None) as t:
+    with trace(pipe, attention="cross", steps=0, announce=None) as t:
         draw(pipe)
     assert t.names == [*NAMES[1::2], "blocks.2.cross_attn"]
     assert t.steps == [0]
@@ -200,7 +200,7 @@ def test_means_entropy_and_distance_are_those_of_the_whole_matrices():
     region = np.zeros(t.grid, bool)
     region[1, 2:4] = True
     cross = t.rows("blocks.0.cross_attn", 0, [width + 2, width + 3])
-    assert np.allclose(t.mean_map(0, queries=region, kind="cross")[0], cross.mean((0, 1)), atol=1e-6)
+    assert np.allclose(t.mean_map(0, queries=region, attention="cross")[0], cross.mean((0, 1)), atol=1e-6)
     with pytest.raises(ValueError, match="different grids"):
         t.mean_map()
 
@@ -232,11 +232,11 @@ def test_queries_for_large_pictures_are_spread_evenly(traced):
 
 def test_memory_is_announced_before_the_run_and_bounds_what_is_taken(pipe):
     said = []
-    with trace(pipe, kinds="self", announce=said.append) as t:
+    with trace(pipe, attention="self", announce=said.append) as t:
         steps = pipe.sample(
             **{k: v for k, v in CALL.items() if k not in ("output_type", "use_resolution_binning")}
         )
-        assert len(said) == 1 and not t.kept
+        assert len(said) == 1 and not t.records
         list(steps)
     assert f"trace: {t.nbytes / 1e3:.1f} kB (3 layers x 3 steps x 2 of 4 rows" in said[0]
     with trace(pipe, announce=said.append) as t:
@@ -246,7 +246,7 @@ def test_memory_is_announced_before_the_run_and_bounds_what_is_taken(pipe):
 
 
 def test_keys_of_a_caption_are_kept_once(traced):
-    arrays = {id(traced.kept[name, step].keys) for name in NAMES[1::2] for step in traced.steps}
+    arrays = {id(traced.records[name, step].keys) for name in NAMES[1::2] for step in traced.steps}
     assert len(arrays) == 2
 
 
@@ -258,7 +258,7 @@ def test_a_trace_that_is_too_large_is_refused_before_the_run(pipe, monkeypatch):
         trace(pipe, memory_limit=1000),
     ):
         draw(pipe)
-    assert pipe.transformer.observer is None
+    assert pipe.transformer.hook_manager is None
 
 
 def test_calls_of_a_transformer_stop_at_the_limit():
@@ -277,7 +277,7 @@ def test_arrays_may_lie_on_the_disk_and_go_with_the_trace(pipe, traced, tmp_path
     folder = tmp_path / "scratch"
     with trace(pipe, folder=folder, announce=None) as t:
         draw(pipe)
-    assert isinstance(t.kept["blocks.1.attn", 2].queries.values, np.memmap)
+    assert isinstance(t.records["blocks.1.attn", 2].queries.values, np.memmap)
     assert np.array_equal(t.word_maps(), traced.word_maps())
     assert list(folder.iterdir()) == []
 
@@ -286,8 +286,8 @@ def test_arrays_may_lie_on_the_disk_and_go_with_the_trace(pipe, traced, tmp_path
 
 
 def assert_untouched(net, names):
-    assert net.observer is None
-    assert all(layer.probe is None for _, layer in attention_layers(net))
+    assert net.hook_manager is None
+    assert all(layer.hook_point is None for _, layer in attention_layers(net))
     assert [name for name, _ in net.parameters_and_names()] == names
 
 
@@ -307,18 +307,18 @@ def test_after_an_error_the_model_is_as_it_was(pipe):
 
 
 def test_a_step_in_whose_middle_the_run_was_stopped_is_not_kept(pipe, monkeypatch):
-    original = Observer.attend
+    original = HookManager.attention
 
     def attend(self, name, *args):
         if name == "blocks.1.cross_attn" and self.run.index == 1:
             raise KeyboardInterrupt
         return original(self, name, *args)
 
-    monkeypatch.setattr(Observer, "attend", attend)
+    monkeypatch.setattr(HookManager, "attention", attend)
     with pytest.raises(KeyboardInterrupt), trace(pipe, announce=None) as t:
         draw(pipe)
     assert t.steps == [0]
-    assert {step for _, step in t.kept} == {0}
+    assert {step for _, step in t.records} == {0}
 
 
 def test_traces_may_be_nested_and_leave_one_by_one(pipe):
@@ -326,7 +326,7 @@ def test_traces_may_be_nested_and_leave_one_by_one(pipe):
     with trace(pipe, announce=None) as outer:
         with trace(pipe, layers=0, announce=None) as inner:
             pass_through = draw(pipe)
-        assert pipe.transformer.observer is not None
+        assert pipe.transformer.hook_manager is not None
     assert np.array_equal(outer.rows(NAMES[0], 1, [4]), inner.rows(NAMES[0], 1, [4]))
     assert pass_through.shape[0] == 2
     assert_untouched(pipe.transformer, names)
