@@ -136,7 +136,9 @@ def test_what_was_not_measured_is_refused_with_what_was():
     net = compressing("ave")
     with compression_loss(net, layers=1) as found:
         net(*inputs())
-    with pytest.raises(ValueError, match=r"layer 'blocks.0.attn' was not measured; measured were blocks.1.attn"):
+    with pytest.raises(
+        ValueError, match=r"layer 'blocks.0.attn' was not measured; measured were blocks.1.attn"
+    ):
         found.map("key_similarity", NAME)
     with pytest.raises(ValueError, match=r"step 3 was not measured; measured were \[0\]"):
         found.map("key_similarity", "blocks.1.attn", steps=3)
