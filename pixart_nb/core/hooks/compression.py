@@ -27,13 +27,7 @@ from pixart_nb.core.hooks.interventions import (
     compressions_of,
     replace_compression,
 )
-from pixart_nb.core.hooks.selection import (
-    Layers,
-    Numbers,
-    check_steps,
-    layer_names,
-    step_numbers,
-)
+from pixart_nb.core.hooks.selection import Layers, Numbers, check_steps, layer_names, step_numbers
 from pixart_nb.core.models.attention import attention, merge_heads, split_heads
 from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
 

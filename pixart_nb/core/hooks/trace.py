@@ -228,12 +228,7 @@ class Trace:
         return self._measure(attention_maps.entropy, names, steps, heads, queries, row)
 
     def mean_distance(
-        self,
-        layers: Layers = None,
-        steps: Numbers = None,
-        heads: Numbers = None,
-        queries=None,
-        row: int = 0,
+        self, layers: Layers = None, steps: Numbers = None, heads: Numbers = None, queries=None, row: int = 0
     ) -> np.ndarray:
         """Return the mean distance in tokens from a query to the keys it attends to: (layers, steps, heads)."""
         measure = partial(attention_maps.mean_distance, grid=self.grid)

@@ -92,9 +92,7 @@ def write_trace(
     save_tensors(path, tensors, metadata)
 
 
-def read_trace(
-    path: str | Path,
-) -> tuple[TraceHeader, dict[tuple[str, int], LayerRecord], np.ndarray | None]:
+def read_trace(path: str | Path) -> tuple[TraceHeader, dict[tuple[str, int], LayerRecord], np.ndarray | None]:
     """Read what ``write_trace`` wrote; a damaged or foreign file raises CheckpointError."""
     metadata = load_metadata(path)
     if metadata.get("format") != FORMAT:
