@@ -1,4 +1,4 @@
-"""``pixart-nb bench``: speed and memory on this machine, alone or against diffusers on PyTorch. A thin function."""
+"""``pixart-nb bench``: speed and memory on this machine, alone or beside diffusers on PyTorch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
-from pixart_nb.cli.commands import one_line_errors
+from pixart_nb.config import SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 
 
 class Benchmark(StrEnum):
-    """What can be measured."""
+    """Parts of the model that can be measured."""
 
     table = "table"
     denoise = "denoise"
@@ -26,7 +26,6 @@ class Benchmark(StrEnum):
     train = "train"
     block = "block"
     pipeline = "pipeline"
-    plan = "plan"
 
 
 def bench(
@@ -35,60 +34,67 @@ def bench(
         typer.Argument(
             help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
             "encode: T5. decode, decode-tiled: the autoencoder. picture: prompt to picture. train: a training step. "
-            "block: one block, plain and compressed. pipeline: peak memory of a whole picture, T5 streamed. "
-            "plan: each stage as `pixart-nb plan` has it and as it runs, in turns."
+            "block: one block, plain and compressed. pipeline: peak memory of a whole picture, T5 streamed."
         ),
     ] = Benchmark.denoise,
     size: Annotated[
         list[int] | None,
-        typer.Option(help="Side of the picture in pixels; give it again for more. 256 unless told."),
+        typer.Option(help="Sides of the image in pixels. \\[default: 256]"),
     ] = None,
     training_size: Annotated[
-        list[int] | None, typer.Option(help="table: sides at which a training step is measured.")
+        list[int] | None, typer.Option(help="Sides in pixels at which table measures a training step.")
     ] = None,
     peer: Annotated[
         bool,
         typer.Option(
-            "--peer", help="The same work in diffusers, in turns: needs pip install -e '.\\[reference]'."
+            "--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."
         ),
     ] = False,
-    repeats: Annotated[int, typer.Option(min=0, help="Runs that count, after one that does not.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are run; the rest of 20 is computed.")] = 20,
-    depth: Annotated[int, typer.Option(min=1, help="Blocks of the transformer; XL/2 has 28.")] = 28,
-    words: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 20,
-    text_layers: Annotated[int, typer.Option(min=1, help="Layers of T5; XXL has 24, of 0.8 GB each.")] = 2,
-    ratio: Annotated[int, typer.Option(min=1, help="KV compression of every block.")] = 1,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the CSV file and the figure.")
+    repeats: Annotated[int, typer.Option(min=0, help="Number of measured runs, after one warm-up run.")] = 3,
+    sampling_steps: Annotated[
+        int,
+        typer.Option(
+            min=1, max=20, help="Number of denoising steps that run; the rest of 20 is extrapolated."
+        ),
+    ] = SAMPLING_STEPS,
+    depth: Annotated[int, typer.Option(min=1, help="Number of transformer blocks; XL/2 has 28.")] = 28,
+    words: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 20,
+    text_layers: Annotated[
+        int, typer.Option(min=1, help="Number of T5 layers; XXL has 24, of 0.8 GB each.")
+    ] = 2,
+    ratio: Annotated[int, typer.Option(min=1, help="Ratio of token compression in every block.")] = 1,
+    output_path: Annotated[
+        Path,
+        typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure."),
     ] = Path("outputs/bench"),
 ) -> None:
     """Measure PixArt-Sigma XL/2 with random weights in float32, and write the numbers as CSV and as a figure.
 
-    Each system computes in a process of its own, one at a time; seconds are medians of alternating repeats.
+    Each system runs in a process of its own, one at a time. Times are medians of
+    alternating runs.
 
-    Example: pixart-nb bench denoise --size 256 --size 512 --peer
+    Example: pixart-nb bench denoise --size 256 512 --peer
     """
-    with one_line_errors():
-        from pixart_nb.core.benchmark import runs
-        from pixart_nb.core.benchmark.shapes import Shapes
+    from pixart_nb.core.benchmark import runs
+    from pixart_nb.core.benchmark.shapes import Shapes
 
-        if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
-            raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
-        shapes = Shapes(steps=steps, depth=depth, words=words, text_layers=text_layers, ratio=ratio)
-        sizes = [
-            replace(shapes, size=side) for side in size or [256]
-        ]  # all are checked before the first is run
-        if what is Benchmark.table:
-            parts = [runs.table(shapes, [s.size for s in sizes], training_size or [], repeats)]
-        else:
-            parts = (measured(what, each, repeats, peer) for each in sizes)
-        rows, paths = [], []
-        for part in parts:  # what is measured is told and kept, whatever becomes of the next size
-            rows += part
-            typer.echo("\n".join(map(str, part)))
-            paths = written(rows, output, what.value)
-        for path in paths:
-            typer.echo(path)
+    if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
+        raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
+    shapes = Shapes(steps=sampling_steps, depth=depth, words=words, text_layers=text_layers, ratio=ratio)
+    sizes = [
+        replace(shapes, size=side) for side in size or [256]
+    ]  # all are validated before the first one runs
+    if what is Benchmark.table:
+        parts = [runs.table(shapes, [s.size for s in sizes], training_size or [], repeats)]
+    else:
+        parts = (measured(what, each, repeats, peer) for each in sizes)
+    rows, paths = [], []
+    for part in parts:  # each size is printed and written before the next one runs
+        rows += part
+        typer.echo("\n".join(map(str, part)))
+        paths = written(rows, output_path, what.value)
+    for path in paths:
+        typer.echo(path)
 
 
 def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
@@ -101,10 +107,6 @@ def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
         return runs.block(shapes, max(1, repeats))
     if what is Benchmark.pipeline:
         return runs.pipeline(shapes)
-    if what is Benchmark.plan:
-        from pixart_nb.core.benchmark.planned import compared
-
-        return compared(shapes, max(1, repeats))
     if what is Benchmark.train:
         return runs.train(shapes, max(1, repeats), peer)
     if what in (Benchmark.decode, Benchmark.decode_tiled):

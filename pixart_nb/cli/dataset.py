@@ -1,4 +1,4 @@
-"""``pixart-nb dataset``: bring in data, check it, compute its features. Thin functions."""
+"""``pixart-nb dataset``: import images with captions, check them, compute their features."""
 
 from __future__ import annotations
 
@@ -7,115 +7,127 @@ from typing import Annotated
 
 import typer
 
-from pixart_nb.cli.commands import one_line_errors
+from pixart_nb.cli.options import Command
 from pixart_nb.config import load_config
 
 dataset = typer.Typer(
-    no_args_is_help=True, help="Bring in pictures with captions, check them, compute their features once."
+    no_args_is_help=True, help="Import images with captions, check them, compute their features."
 )
-Config = Annotated[Path, typer.Option("--config", "-c", help="Configuration file of a training.")]
+TrainingConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", metavar="file", help="Configuration file of a training.")
+]
 
 
-@dataset.command()
+@dataset.command(cls=Command)
+def sample(
+    output_path: Annotated[
+        Path, typer.Option("--output-path", "-o", "--target", help="Folder for the published files.")
+    ],
+    count: Annotated[int, typer.Option(min=4, max=10000, help="Number of scenes.")] = 120,
+    side: Annotated[int, typer.Option(min=16, max=4096, help="Height of the images in pixels.")] = 128,
+) -> None:
+    """Write a sample of drawn scenes in the published forms of diffusiondb-pixelart.
+
+    Example: pixart-nb dataset sample -o outputs/finetune/raw
+    """
+    from pixart_nb.pixelart.datasets import write_sample
+
+    typer.echo(f"wrote {write_sample(output_path, count, side)} images to {output_path}")
+
+
+@dataset.command(cls=Command)
 def diffusiondb(
     source: Annotated[
         Path,
         typer.Option(
-            help="What was downloaded: the parquet file, a zip part, metadata.parquet, or their folder."
+            "--source", "-s", help="Downloaded parquet file, zip part or metadata.parquet, or their folder."
         ),
     ],
-    target: Annotated[Path, typer.Option(help="Folder for labels.json, labels_test.json and images/.")],
+    output_path: Annotated[
+        Path,
+        typer.Option(
+            "--output-path", "-o", "--target", help="Folder for labels.json, labels_test.json and images/."
+        ),
+    ],
     max_nsfw: Annotated[
-        float, typer.Option(min=0, max=2, help="Leave out pictures and prompts with a higher NSFW score.")
+        float, typer.Option(min=0, max=2, help="Leave out images and prompts with a higher NSFW score.")
     ] = 0.5,
-    test_count: Annotated[int, typer.Option(min=0, help="The last rows, which are kept for testing.")] = 400,
+    test_count: Annotated[
+        int, typer.Option(min=0, help="Number of last rows that are kept for testing.")
+    ] = 400,
 ) -> None:
-    """Turn diffusiondb-pixelart, in any of its published forms, into labels and pictures.
+    """Turn diffusiondb-pixelart, in any of its published forms, into labels and images.
 
-    User names are not read. Rows without a readable picture or a prompt are
-    left out and named. Stopped, the same command goes on.
+    User names are not read. Rows without a readable image or a prompt are left
+    out and named. The same command resumes a stopped import.
 
-    Example: pixart-nb dataset diffusiondb --source 0000.parquet --target data/diffusiondb
+    Example: pixart-nb dataset diffusiondb --source 0000.parquet -o data/diffusiondb-pixelart
     """
-    with one_line_errors():
-        from pixart_nb.core.data.diffusiondb import import_diffusiondb
+    from pixart_nb.core.data.diffusiondb import import_diffusiondb
 
-        typer.echo(import_diffusiondb(source, target, max_nsfw, test_count))
+    typer.echo(import_diffusiondb(source, output_path, max_nsfw, test_count))
 
 
-@dataset.command()
+@dataset.command(cls=Command)
 def folder(
-    source: Annotated[Path, typer.Option(help="Folder of pictures; image_dir of the training.")],
+    source: Annotated[
+        Path, typer.Option("--source", "-s", help="Folder of images, the image_dir of the training.")
+    ],
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV or JSONL table of captions. Else metadata.jsonl or .csv, or cat.txt beside cat.png."
+            help="CSV or JSONL table of captions. By default metadata.jsonl or .csv, or cat.txt beside cat.png."
         ),
     ] = None,
-    output: Annotated[
+    output_path: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The label file; labels.json in the folder unless told."),
+        typer.Option(
+            "--output-path", "-o", help="Label file to write. By default, labels.json in the folder."
+        ),
     ] = None,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out what cannot be used, and name it.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a label file that is there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing label file.")] = False,
 ) -> None:
-    """Write the label file of your own pictures and captions, all of them checked.
+    """Write the label file of your own images and captions, and check all of them.
 
-    Example: pixart-nb dataset folder --source my-pictures
+    Example: pixart-nb dataset folder --source my-images
     """
-    with one_line_errors():
-        from pixart_nb.core.data.folder import import_folder
+    from pixart_nb.core.data.folder import import_folder
 
-        typer.echo(import_folder(source, captions, output, skip, overwrite))
+    typer.echo(import_folder(source, captions, output_path, skip, overwrite))
 
 
-@dataset.command()
-def check(config: Config) -> None:
-    """Check the labels and pictures of a training, all of them, and tell the sizes that it is trained at.
+@dataset.command(cls=Command)
+def check(config: TrainingConfigFile) -> None:
+    """Check all labels and images of a training, and list the resolutions that it trains at.
 
     Example: pixart-nb dataset check -c configs/train/tiny.yaml
     """
-    with one_line_errors():
-        from pixart_nb.core.training.data import describe
+    from pixart_nb.core.training.data import describe
 
-        typer.echo(describe(load_config(config, "train")))
+    typer.echo(describe(load_config(config, "train")))
 
 
-@dataset.command()
+@dataset.command(cls=Command)
 def features(
-    config: Config,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions computed at once.")] = 8,
+    config: TrainingConfigFile,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=4096, help="Number of images or captions per batch.")
+    ] = 8,
     stream: Annotated[
         bool,
-        typer.Option("--stream", help="Keep one layer of the text encoder at a time: less memory, slower."),
+        typer.Option(
+            "--stream", help="Load T5 one layer at a time, which needs less memory and takes longer."
+        ),
     ] = False,
 ) -> None:
-    """Compute latents and caption embeddings once, into the feature_cache of a training's configuration.
+    """Compute latents and caption embeddings once, into the feature_cache of a training configuration.
 
-    Only what is missing, or was made from other data or networks, is
-    computed. Stopped, the same command goes on.
+    Only what is missing, or was made from other data or networks, is computed.
+    The same command resumes.
 
-    Example: pixart-nb dataset features -c configs/train/tiny.yaml
+    Example: pixart-nb dataset features -c configs/train/tiny-256.yaml
     """
-    with one_line_errors():
-        from pixart_nb.core.training.data import write_features
+    from pixart_nb.core.training.data import write_features
 
-        typer.echo(write_features(load_config(config, "train"), batch_size, stream))
-
-
-@dataset.command()
-def sample(
-    target: Annotated[Path, typer.Option(help="Folder for the published files.")],
-    count: Annotated[int, typer.Option(min=4, help="Number of scenes.")] = 120,
-    side: Annotated[int, typer.Option(min=16, help="Height of the images in pixels.")] = 128,
-) -> None:
-    """Write a sample of drawn scenes in the published forms of diffusiondb-pixelart.
-
-    Example: pixart-nb dataset sample --target outputs/finetune/raw
-    """
-    with one_line_errors():
-        from pixart_nb.pixelart.datasets import write_sample
-
-        typer.echo(f"wrote {write_sample(target, count, side)} images to {target}")
+    typer.echo(write_features(load_config(config, "train"), batch_size, stream))

@@ -1,85 +1,189 @@
-"""Options of a command from the keys of a configuration: one for each, named and described alike."""
+"""Options of a command, generated from the fields of a configuration, and how their values are read.
+
+typer rather than the command line of pydantic-settings: that one splits "a cat, 8k" into two prompts, and refuses
+``--prompt a b``, ``--image_height`` beside ``--image-height``, and ``--imagegrid`` without a value.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from enum import StrEnum
-from types import UnionType
+from collections.abc import Callable, Container
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from typer.core import TyperArgument, TyperCommand
+
+_BOOLEAN = "true|false"
+_WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+_MOST_CHOICES = 4
 
 
-class Switch(StrEnum):
-    """On or off, said as mindone's options say it."""
+class Command(TyperCommand):
+    """A command whose options take underscores or hyphens, several values for a list, and none for a boolean."""
 
-    true = "true"
-    false = "false"
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Bring ``args`` into the form that typer reads, and parse them."""
+        if "--debug" in args:
+            ctx.meta["debug"] = True
+            args = [word for word in args if word != "--debug"]
+        return super().parse_args(ctx, self._expanded(args))
+
+    @property
+    def takes_arguments(self) -> bool:
+        """True if words that belong to no option are allowed."""
+        return any(isinstance(parameter, TyperArgument) for parameter in self.params)
+
+    def _expanded(self, args: list[str]) -> list[str]:
+        options = {name: option for option in self.params for name in option.opts}
+        words, rest = [], list(args)
+        while rest:
+            name, equals, value = rest.pop(0).partition("=")
+            if name == "--":
+                return [*words, name, *rest]
+            if not name.startswith("-"):
+                words.append(name + equals + value)
+                continue
+            name = name.replace("_", "-")
+            option = options.get(name) or options.get(f"--{name.removeprefix('--no-')}")
+            if option is None:
+                words.append(name + equals + value)
+            elif option.metavar == _BOOLEAN or getattr(option, "is_flag", False):
+                words += _boolean(name, option, [value] if equals else rest, self.takes_arguments)
+            elif option.multiple:
+                words += _several(name, [value] if equals else rest)
+            else:
+                words += [name, value] if equals else [name, *rest[:1]]
+                rest = rest if equals else rest[1:]
+        return words
 
 
-def with_key_options(model: type[BaseModel]) -> Callable[[Callable], Callable]:
-    """Give a command the option ``--start-learning-rate`` for the key ``start_learning_rate``, and so on.
+def _boolean(name: str, option: Any, rest: list[str], arguments: bool) -> list[str]:
+    """Words of a boolean option: ``--imagegrid``, ``--imagegrid True``, ``--no-imagegrid``."""
+    if (
+        option.metavar == _BOOLEAN
+        and not arguments
+        and rest
+        and not rest[0].startswith("-")
+        and rest[0].lower() not in _WORDS
+    ):
+        return [name, rest.pop(0)]  # its error message says what was expected
+    on = _WORDS[rest.pop(0).lower()] if rest and rest[0].lower() in _WORDS else True
+    if name not in option.opts:
+        name, on = f"--{name.removeprefix('--no-')}", not on
+    if option.metavar == _BOOLEAN:
+        return [name, str(on).lower()]
+    return [name] if on else []
 
-    The command gets them as ``given``, a mapping of what was given; its own parameters come first.
+
+def _several(name: str, rest: list[str]) -> list[str]:
+    """Words of a list: the option once for each of its values, of which there is at least one."""
+    values = rest[:1]
+    del rest[:1]
+    while rest and (not rest[0].startswith("-") or _is_number(rest[0])):
+        values.append(rest.pop(0))
+    return [word for value in values for word in (name, value)] or [name]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def config_options(
+    model: type[BaseModel], only: Container[str] | None = None, without: Container[str] = ()
+) -> Callable[[Callable], Callable]:
+    """Give a command an option for each field of ``model``: ``--image-height`` for ``image_height``.
+
+    The command receives the given ones as ``options``, a mapping of key to value. Its own options come first.
     """
+    fields = {
+        name: field
+        for name, field in model.model_fields.items()
+        if (not only or name in only) and name not in without
+    }
 
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function, eval_str=True)
-        own = [p for name, p in signature.parameters.items() if name != "given"]
-        keys = [_parameter(name, field) for name, field in model.model_fields.items()]
+        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
+        generated = [_parameter(name, field) for name, field in fields.items()]
 
         def command(**values: Any) -> Any:
-            mine = {p.name: values.pop(p.name) for p in own}
-            return function(**mine, given={key: v for key, v in map(_plain, values.items()) if v is not None})
+            mine = {parameter.name: values.pop(parameter.name) for parameter in own}
+            options = {key: _value(value, fields[key].annotation) for key, value in values.items() if value}
+            return function(**mine, options=options)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = signature.replace(parameters=[*own, *keys])
-        command.__annotations__ = {p.name: p.annotation for p in (*own, *keys)}
+        command.__signature__ = signature.replace(parameters=[*own, *generated])
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *generated)}
         return command
 
     return decorate
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    panel = (field.json_schema_extra or {}).get("panel")
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=_help(field), rich_help_panel=panel, case_sensitive=False
+    choices = (
+        [str(choice) for choice in get_args(field.annotation)]
+        if get_origin(field.annotation) is Literal
+        else []
     )
-    annotation = Annotated[_kind(name, field.annotation) | None, option]
+    several = _is_list(field.annotation)
+    names = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output_path" else [])
+    help_text = (field.description or "").replace("[", "\\[")
+    help_text += f" One of: {', '.join(choices)}." if len(choices) > _MOST_CHOICES else ""
+    option = typer.Option(
+        *names,
+        help=help_text + _default(field),
+        metavar=_metavar(field.annotation, choices) + (" ..." if several else ""),
+        show_default=False,
+        rich_help_panel=(field.json_schema_extra or {}).get("panel"),
+        autocompletion=lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)],
+    )
+    annotation = Annotated[list[str] | None if several else str | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _help(field: FieldInfo) -> str:
-    words = field.description or ""
-    return f"{words[:1].upper()}{words[1:]}." if words else ""
+def _default(field: FieldInfo) -> str:
+    default = field.get_default(call_default_factory=True)
+    if field.is_required() or default is False or default == "" or isinstance(default, list):
+        return ""
+    return f" [dim]\\[default: {'true' if default is True else default}][/dim]"
 
 
-def _kind(name: str, annotation: Any) -> type | UnionType:
-    """What typer reads a key of this kind as."""
-    if isinstance(annotation, UnionType):
-        return str
+def _is_list(annotation: Any) -> bool:
+    return get_origin(annotation) is list or any(get_origin(part) is list for part in get_args(annotation))
+
+
+def _metavar(annotation: Any, choices: list[str]) -> str:
+    if choices:
+        return "|".join(filter(None, choices)) if len(choices) <= _MOST_CHOICES else "name"
     if annotation is bool:
-        return Switch
+        return _BOOLEAN
+    part = str(annotation)
+    return "integer" if "int" in part else "number" if "float" in part else "text"
+
+
+def _value(given: Any, annotation: Any) -> Any:
+    """Value of an option as the configuration takes it; a text that cannot be read stays for its error message."""
+    if isinstance(given, list):
+        part = get_args(annotation)[0]
+        return [_value(value, part) for value in given] if get_origin(annotation) is list else given
     if get_origin(annotation) is Literal:
-        values = get_args(annotation)
-        if all(isinstance(value, int) for value in values):
-            return int
-        return StrEnum(name, {str(value) or "none": str(value) for value in values})
-    if get_origin(annotation) is list:
-        return list[_kind(name, get_args(annotation)[0])]
-    if get_origin(annotation) is Annotated:
-        return get_args(annotation)[0]
-    return annotation
-
-
-def _plain(item: tuple[str, Any]) -> tuple[str, Any]:
-    """A value as the configuration takes it; an option that was not given is None, or an empty list."""
-    key, value = item
-    if isinstance(value, Switch):
-        return key, value is Switch.true
-    if isinstance(value, StrEnum):
-        return key, value.value
-    return key, value if value != [] else None
+        return next((choice for choice in get_args(annotation) if str(choice) == given), given)
+    try:
+        return TypeAdapter(annotation).validate_python(given)
+    except ValidationError:
+        return given

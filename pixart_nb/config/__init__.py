@@ -216,6 +216,10 @@ def _problem(error: Mapping[str, Any], keys: list[str]) -> str:
         .replace("a valid boolean", "true or false")
         .replace("a valid ", "a ")
     )
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        choices = error["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        match = difflib.get_close_matches(repr(error["input"]), choices, n=1, cutoff=0.5)
+        expected += f"; did you mean {match[0]}?" if match else ""
     return f"{key}: given {_shown(error['input'])}; {expected}"
 
 

@@ -169,7 +169,7 @@ def test_a_process_that_ends_is_reported():
     ],
 )
 def test_work_that_cannot_be_is_refused_before_it_starts(options, message, tmp_path):
-    result = CliRunner().invoke(app, ["bench", *options, "--output", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["bench", *options, "--output-path", str(tmp_path / "out")])
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "out").exists()

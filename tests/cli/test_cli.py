@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from pixart_nb.cli import app, commands
+from pixart_nb.cli import app
 from pixart_nb.core import backend
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.pixelart.captions import named_scenes, short_caption
@@ -39,7 +39,6 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch):
     painter = Painter()
-    monkeypatch.setattr(commands, "load_pipeline", lambda model, dtype: painter)
     monkeypatch.setattr(sample, "load_pipeline", lambda config: painter)
     return painter
 
@@ -202,7 +201,7 @@ def test_parallel_sampling_outside_of_msrun_says_so(run, painter):
 
 
 def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
-    words = ["--count", 10, "--steps", 4, "--guidance", 3, "--batch-size", 4, "-o", tmp_path]
+    words = ["--count", 10, "--sampling_steps", 4, "--guidance_scale", 3, "--batch-size", 4, "-o", tmp_path]
     result = run("evaluate", *words)
     assert result.exit_code == 0, result.output
     assert [len(call["prompts"]) for call in painter.calls] == [4, 4, 2]
@@ -211,14 +210,14 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     report = json.loads((tmp_path / "evaluation.json").read_text())
     assert report["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "all": 1.0}
     assert (report["count"], report["steps"], report["guidance"]) == (10, 4, 3.0)
-    assert Image.open(tmp_path / "pictures.png").size == (10 * 128, 128)
+    assert Image.open(tmp_path / "images.png").size == (10 * 128, 128)
 
 
 def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
     prompts = ["a red cup at night", "a blue fish in the snow"]
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps([{"path": f"{k}.png", "prompt": p} for k, p in enumerate(prompts)]))
-    result = run("evaluate", "--labels", labels, "--steps", 1, "-o", tmp_path / "out")
+    result = run("evaluate", "--labels", labels, "--sampling_steps", 1, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert painter.calls[0]["prompts"] == prompts
     assert f"2 captions of {labels}" in result.stdout and "all        100.0%" in result.stdout
@@ -304,4 +303,4 @@ def test_evaluate_measures_the_autoencoder_when_asked(run, painter, tmp_path):
     assert result.exit_code == 0, result.output
     decibels = json.loads((tmp_path / "evaluation.json").read_text())["reconstruction_psnr"]
     assert 5 < decibels < 20
-    assert f"autoencoder: {decibels:.2f} dB" in result.stdout
+    assert f"VAE reconstruction: {decibels:.2f} dB" in result.stdout

@@ -97,7 +97,7 @@ def test_the_usual_sizes_begin_near_the_models_own():
 
 
 def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
-    words = ["grow", "--model", FOLDER, "--image-height", 128, "--image-width", 64, "--sampling-steps", 2]
+    words = ["upscale", "--model", FOLDER, "--image-height", 128, "--image-width", 64, "--sampling-steps", 2]
     words += ["--prompt", "a cup", "--factors", 2, "--factors", 1, "--keys", 2, "-o", tmp_path / "out"]
     words = [str(word) if word != "-o" else "--output-path" for word in words]
     result = CliRunner().invoke(app, [*words, "--memory-limit", "0.01"])

@@ -189,25 +189,37 @@ def test_the_command_prints_the_errors(tmp_path):
         SIGMA,
         "--target",
         tmp_path / "kv.safetensors",
-        "--layers",
+        "--kv_compress_layer",
         "1",
         "--model",
         SIGMA,
     ]
-    words += ["--prompt", "a cup", "--steps", 2, "--height", 64, "--width", 64]
+    words += ["--prompt", "a cup", "--sampling_steps", 2, "--image_height", 64, "--image_width", 64]
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     assert "Relative error of the prediction" in result.output
     assert "mean" in result.output
-    refused = CliRunner().invoke(app, [str(word) for word in [*words, "--layers", "7-9"]])
+    refused = CliRunner().invoke(app, [str(word) for word in [*words, "--kv_compress_layer", "7-9"]])
     assert refused.exit_code == 2
     assert "this model has layers 0 to" in " ".join(refused.output.split())
 
 
 def test_the_target_is_beside_the_source_unless_told(tmp_path):
     shutil.copytree(TRANSFORMER, tmp_path / "net")
-    words = ["compress", "--source", tmp_path / "net", "--layers", "0-1", "--ratio", 2, "--operator", "conv"]
-    result = CliRunner().invoke(app, [str(word) for word in [*words, "--height", 64, "--width", 64]])
+    words = [
+        "compress",
+        "--source",
+        tmp_path / "net",
+        "--kv_compress_layer",
+        "0-1",
+        "--kv_compress_scale_factor",
+        2,
+        "--kv_compress_sampling",
+        "conv",
+    ]
+    result = CliRunner().invoke(
+        app, [str(word) for word in [*words, "--image_height", 64, "--image_width", 64]]
+    )
     assert result.exit_code == 0, result.output
     assert load_transformer(tmp_path / "net-kv2.safetensors").config.kv_layers == (0, 1)
 

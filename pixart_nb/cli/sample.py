@@ -1,0 +1,41 @@
+"""``pixart-nb sample``: images of prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pixart_nb.cli.options import config_options
+from pixart_nb.config import InferenceConfig, load_config
+
+#: The option of a configuration file, for all commands that read one.
+ConfigFile = Annotated[
+    Path,
+    typer.Option("--config", "-c", metavar="file", help="YAML file. The options below replace its values."),
+]
+INFERENCE_CONFIG = Path("configs/inference/tiny.yaml")
+
+
+@config_options(InferenceConfig)
+def sample(
+    options: dict,
+    config: ConfigFile = INFERENCE_CONFIG,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="file", help="Image of this command to generate again, with the options below changed."
+        ),
+    ] = None,
+) -> None:
+    """Generate images of prompts, as PNG files that hold the settings to repeat them.
+
+    Example: pixart-nb sample --prompt "a red mushroom on grass" -o outputs/mushroom
+    """
+    from pixart_nb.core.sampling import generate
+
+    settings = generate.like(like, **options) if like else load_config(config, "inference", options)
+    for path in generate.sample(settings):
+        typer.echo(path)
+    typer.echo(f"{generate.seconds_of_this_process():.1f} s from the cold start of this command")

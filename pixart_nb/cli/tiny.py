@@ -1,0 +1,23 @@
+"""``pixart-nb tiny``: the training of the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def tiny(
+    output_path: Annotated[
+        Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the trained pipeline.")
+    ] = Path("data/tiny-sigma"),
+    work_path: Annotated[
+        Path, typer.Option(metavar="folder", help="Folder for the state of an unfinished training.")
+    ] = Path("outputs/tiny"),
+) -> None:
+    """Train the bundled model from scratch on drawn pixel art. The same command resumes a stopped training."""
+    from pixart_nb.pixelart.bundled_model import train_tiny
+
+    train_tiny(folder=output_path, work=work_path)
+    typer.echo(output_path)

@@ -1,0 +1,28 @@
+"""``pixart-nb train``: finetuning, LoRA and weak-to-strong training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from pixart_nb.cli.options import config_options
+from pixart_nb.cli.sample import ConfigFile
+from pixart_nb.config import TrainConfig, load_config
+
+
+@config_options(TrainConfig)
+def train(options: dict, config: ConfigFile = Path("configs/train/tiny.yaml")) -> None:
+    """Train the transformer, or a LoRA, on images with captions. The same command resumes a stopped training.
+
+    Writes checkpoints, curve.csv, validation images and, at the end, the folder
+    pipeline, which `sample --model` takes. On several devices, run it under
+    msrun with --use_parallel True.
+
+    Example: pixart-nb train -c configs/train/tiny.yaml --steps 40
+    """
+    settings = load_config(config, "train", options)
+    from pixart_nb.core.training import run
+
+    if result := run.train(settings):
+        typer.echo(result)
