@@ -83,6 +83,11 @@ def _layers(value: Any) -> Any:
     return layers
 
 
+def _one_text(value: str | list[str]) -> str | list[str]:
+    """A list of one negative prompt stands for all prompts, as the text itself does."""
+    return value if isinstance(value, str) or len(value) > 1 else "".join(value)
+
+
 def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -91,6 +96,7 @@ InputPath = Annotated[str, AfterValidator(_input_path)]
 OutputPath = Annotated[str, AfterValidator(lambda text: os.path.expanduser(text))]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]], BeforeValidator(_layers)]
+NegativePrompt = Annotated[str | list[str], AfterValidator(_one_text)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_list)]
 
 
@@ -153,7 +159,7 @@ class InferenceConfig(ModelKeys):
 
     prompt: Texts = _sampling([], "Prompts that guide the image generation.")
     prompt_path: InputPath = _sampling("", "Text file with one prompt per line, in place of prompt.")
-    negative_prompt: str | list[str] = _sampling("", "Negative prompt: one for all prompts, or one for each of them.")
+    negative_prompt: NegativePrompt = _sampling("", "Negative prompt: one for all prompts, or one for each of them.")
     image_height: int = _sampling(..., "Height of the generated image in pixels.", gt=0, le=_MOST_SIDE)
     image_width: int = _sampling(..., "Width of the generated image in pixels.", gt=0, le=_MOST_SIDE)
     use_resolution_binning: bool = _sampling(True, "Generate at the nearest published resolution, then resize and crop.")

@@ -120,7 +120,11 @@ def test_sample_options_replace_the_values_of_the_configuration(run, painter, tm
     assert result.exit_code == 0, result.output
     call = painter.calls[0]
     assert (call["prompts"], call["height"], call["width"]) == (["a blue cup at night"], 64, 96)
-    assert (call["num_inference_steps"], call["guidance_scale"], call["negative_prompt"]) == (3, 2.0, "blur")
+    assert (call["num_inference_steps"], call["guidance_scale"], call["negative_prompt"]) == (
+        3,
+        2.0,
+        ["blur"],
+    )
     assert Image.open(tmp_path / "000_a-blue-cup-at-night.png").size == (96, 64)
     assert json.loads((tmp_path / "sample.json").read_text())["seed"] == 5
 

@@ -359,20 +359,6 @@ def test_the_command_plans_published_checkpoints_that_are_not_here(project, monk
     assert len(numbers["overview"]) == 30
 
 
-def test_the_command_draws_and_compares_with_what_it_planned(project, monkeypatch, tmp_path):
-    monkeypatch.chdir(project)
-    words = ["plan", "--image-height", 64, "--image-width", 128, "--check", "-o", tmp_path / "check.json"]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    assert "Planned and measured" in result.output
-    rows = json.loads((tmp_path / "check.json").read_text())["checks"]
-    assert [row["stage"] for row in rows] == list(STAGES)
-    for row in rows:
-        assert row["size"] == "64 x 128"
-        assert row["measured GB"] == pytest.approx(row["planned GB"], rel=0.25)
-        assert min(row["planned s"], row["measured s"], row["loading s"]) > 0
-
-
 def test_a_check_that_is_repeated_gives_medians(project, monkeypatch):
     monkeypatch.chdir(project)
     drawn = [

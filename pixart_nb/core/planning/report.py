@@ -67,7 +67,7 @@ def run_of(config: InferenceConfig, networks: Any) -> Any:
         tile=config.tile_size or (sample.TILE if config.stages_path else 0),
         staged=bool(config.stages_path),
         caption_tokens=_tokens(max(prompts, key=len), config),
-        negative_tokens=_tokens(config.negative_prompt, config),
+        negative_tokens=_tokens(max(sample.negative_prompts_of(config, len(prompts)), key=len), config),
     )
 
 

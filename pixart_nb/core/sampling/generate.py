@@ -48,6 +48,18 @@ def prompts_of(config: InferenceConfig) -> list[str]:
     return prompts
 
 
+def negative_prompts_of(config: InferenceConfig, count: int) -> list[str]:
+    """Return the negative prompt of each of ``count`` prompts."""
+    negatives = config.negative_prompt
+    if isinstance(negatives, str):
+        return [negatives] * count
+    if len(negatives) != count:
+        raise ConfigError(
+            f"{len(negatives)} negative prompts for {count} prompts; expected one, or one for each"
+        )
+    return negatives
+
+
 def pictures_of(config: InferenceConfig, prompts: int, rank: int = 0, workers: int = 1) -> list[Picture]:
     """What worker ``rank`` of ``workers`` draws: whole prompts, every ``workers``-th of them."""
     copies = config.nrows * config.ncols
@@ -159,6 +171,7 @@ def draw(pipe: Any, config: InferenceConfig, prompts: Sequence[str], wanted: Seq
     from pixart_nb.core.sampling.images import to_uint8
 
     copies, size = config.nrows * config.ncols, config.batch_size
+    negatives = negative_prompts_of(config, len(prompts))
     done: list[tuple[Picture, np.ndarray]] = []
     with tqdm(total=len(wanted) * config.sampling_steps, desc="draw", unit="step") as bar:
         for first in range(0, len(wanted), size):
@@ -166,7 +179,7 @@ def draw(pipe: Any, config: InferenceConfig, prompts: Sequence[str], wanted: Seq
             count = len(batch)
             images = pipe(
                 [prompts[picture.prompt] for picture in batch],
-                negative_prompt=config.negative_prompt,
+                negative_prompt=[negatives[picture.prompt] for picture in batch],
                 num_inference_steps=config.sampling_steps,
                 guidance_scale=config.guidance_scale,
                 height=config.image_height,

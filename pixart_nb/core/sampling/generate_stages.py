@@ -53,6 +53,7 @@ def staged_pictures(
     from pixart_nb.core.sampling.stages import StagedPicture
 
     drawn, models = drawn_size(config), identity_of(config)
+    negatives = sample.negative_prompts_of(config, len(prompts))
     return [
         StagedPicture(
             Path(config.stages_path) / f"{picture.stream:03d}",
@@ -61,7 +62,7 @@ def staged_pictures(
             (config.image_height, config.image_width),
             seed=(config.seed, picture.stream),
             models=models,
-            **_how(config),
+            **_how(config) | {"negative_prompt": negatives[picture.prompt]},
             enlarge=Path(config.upscale_from) / f"{picture.stream:03d}" if config.upscale_from else None,
             strength=config.strength,
         )
@@ -72,7 +73,7 @@ def staged_pictures(
 def _how(config: InferenceConfig) -> dict[str, Any]:
     """What a ``StagedPicture`` takes of a configuration as it stands there, whatever its prompt and size."""
     return {
-        "negative_prompt": config.negative_prompt,
+        "negative_prompt": sample.negative_prompts_of(config, len(sample.prompts_of(config)))[0],
         "steps": config.sampling_steps,
         "guidance_scale": config.guidance_scale,
         "max_sequence_length": config.t5_max_length,
