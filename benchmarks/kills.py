@@ -39,7 +39,7 @@ OPTIMIZERS = {
 def trainer(folder: Path, steps: int, optimizer: str) -> Trainer:
     """A transformer of 40,000 weights, on noise."""
     net = PixArt(CONFIG)
-    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     positions = net.positions(8, 8)
 
     def batch(number: int):

@@ -23,7 +23,7 @@ def block(options: argparse.Namespace) -> None:
     """A step of a transformer of one block, as sampling takes it, without guidance."""
     from pixart_nb.core import PixArt, PixArtConfig
     from pixart_nb.core.backend import ms
-    from pixart_nb.core.fast.cpu import Denoiser
+    from pixart_nb.core.fast import denoiser
 
     compression = {"sampling": "conv", "scale_factor": options.ratio, "kv_compress_layer": [0]}
     net = PixArt(
@@ -34,9 +34,9 @@ def block(options: argparse.Namespace) -> None:
         )
     )
     rng = np.random.default_rng(0)
-    net.initialise(rng, zero_cross_attention=False)
+    net.initialize(rng, zero_cross_attention=False)
     caption = ms.Tensor(rng.standard_normal((1, 20, net.config.caption_channels), dtype=np.float32))
-    denoise = Denoiser(net.set_train(False), caption, np.ones((1, 20), bool))
+    denoise = denoiser(net.set_train(False), caption, np.ones((1, 20), bool))
     latents = rng.standard_normal((1, 4, options.side // 8, options.side // 8), dtype=np.float32)
     denoise(ms.Tensor(latents), 500.0).asnumpy()
 
@@ -46,7 +46,7 @@ def decode(options: argparse.Namespace) -> None:
     from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 
     vae, rng = AutoencoderKL(VAEConfig()).set_train(False), np.random.default_rng(0)
-    vae.initialise(rng)
+    vae.initialize(rng)
     vae.enable_tiling(options.tile)
     cells = options.side // vae.factor
     coarse, tiles = (

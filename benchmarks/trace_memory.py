@@ -51,7 +51,7 @@ def random_pipeline(options: argparse.Namespace):
         kv_compress_config=compression if options.ratio > 1 else None,
     )
     net = PixArt(config)
-    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     return PixArtSigmaPipeline(None, None, None, net, "dpm++")
 
 

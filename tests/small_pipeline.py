@@ -22,7 +22,7 @@ CONFIG = PixArtConfig(
 def write_small_pipeline(folder, project, config=CONFIG):
     """Write it; the folder. It draws 64 x 64 pixels of noise."""
     net = PixArt(config)
-    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     components.write_transformer(folder / "transformer", net)
     for name in ("vae", "text_encoder", "tokenizer"):
         os.symlink(project / "data" / "tiny-sigma" / name, folder / name)

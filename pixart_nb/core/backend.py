@@ -48,18 +48,14 @@ _DEVICE = _set_up()
 
 
 @cache
-def settle_threads() -> None:
+def pin_threads() -> None:
     """On the CPU, give each thread of MindSpore's pool a core of its own. To be called before long work.
 
     The thread that calls an operator waits by spinning, and the system keeps moving the ones that compute out of its
     way: products of matrices then take 10-30% longer. Where there are more cores than threads, as on large machines,
-    nothing is done; nor outside of Linux, nor with ``PIXART_NB_SETTLE_THREADS=0``.
+    nothing is done; nor outside of Linux, nor with ``PIXART_NB_PIN_THREADS=0``.
     """
-    if (
-        on_ascend()
-        or os.environ.get("PIXART_NB_SETTLE_THREADS") == "0"
-        or not hasattr(os, "sched_setaffinity")
-    ):
+    if on_ascend() or os.environ.get("PIXART_NB_PIN_THREADS") == "0" or not hasattr(os, "sched_setaffinity"):
         return
     ops.silu(ms.Tensor([0.0], ms.float32)).asnumpy()  # MindSpore starts the pool with the first result
     cores = sorted(os.sched_getaffinity(0))

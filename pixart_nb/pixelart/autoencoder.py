@@ -38,7 +38,7 @@ LATENT_SPREAD = 3.0
 def train_autoencoder(scenes: list[Scene], work: Path, seed: int = 0) -> AutoencoderKL:
     """Train (or finish, or just load) the autoencoder in ``work``: EMA weights, measured scaling factor."""
     net = AutoencoderKL(CONFIG)
-    net.initialise(generator(seed, 1))
+    net.initialize(generator(seed, 1))
     parameters = dict(net.parameters_and_names())
     batches = autoencoder_batches(scenes, BATCH, CROP, CONFIG.latent_channels, seed)
     trainer = Trainer(_loss(net), parameters, batches, OPTIONS, work, names=("squared_error", "kl"))

@@ -91,7 +91,7 @@ def train_transformer(
         seed,
     )
     net = PixArt(CONFIG)
-    net.initialise(generator(seed, 5), zero_cross_attention=False)
+    net.initialize(generator(seed, 5), zero_cross_attention=False)
     # y_embedding is the empty caption's embedding, as in the official code; it is set, not trained
     parameters = {name: p for name, p in net.parameters_and_names() if name != "y_embedder.y_embedding"}
     latents = means * np.float32(vae.config.scaling_factor)

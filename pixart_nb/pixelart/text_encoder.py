@@ -100,7 +100,7 @@ def train_text_encoder(scenes: list[Scene], tokenize: Tokenize, work: Path, seed
     """Train (or finish, or just load) the text encoder in ``work``; returns it with its EMA weights."""
     encoder = T5Encoder(CONFIG)
     rng = generator(seed, 4)
-    encoder.initialise(rng)
+    encoder.initialize(rng)
     reader = CaptionReader(encoder)
     for head in [*reader.heads, reader.words]:
         head.weight.set_data(ms.Tensor(normal(rng, tuple(head.weight.shape))))

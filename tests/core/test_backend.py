@@ -14,7 +14,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from mindspore import ops
 os.sched_setaffinity(0, set(json.loads(sys.argv[1])))
-backend.settle_threads()
+backend.pin_threads()
 rows = ms.Tensor(np.random.default_rng(0).standard_normal((256, 512), np.float32))
 sum = float(np.abs(ops.MatMul(transpose_b=True)(rows, rows).asnumpy()).sum())
 places = [sorted(os.sched_getaffinity(thread)) for thread in backend._pool_threads()]
@@ -44,7 +44,7 @@ def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same(
     settled, main, sum_settled = places(cores)
     assert settled == [[cores[0]], [cores[1]]]
     assert main == cores
-    left, _, sum_left = places(cores, PIXART_NB_SETTLE_THREADS="0")
+    left, _, sum_left = places(cores, PIXART_NB_PIN_THREADS="0")
     assert left == [cores, cores]
     assert sum_settled == sum_left
 

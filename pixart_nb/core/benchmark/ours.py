@@ -16,7 +16,7 @@ import numpy as np
 from pixart_nb.core.backend import device_name, ms
 from pixart_nb.core.benchmark.shapes import Shapes
 from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder
-from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.fast import denoiser
 from pixart_nb.core.io import save_tensors, write_json
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -51,7 +51,7 @@ def transformer_config(shapes: Shapes) -> PixArtConfig:
 def transformer(shapes: Shapes) -> PixArt:
     """The transformer with random weights."""
     net = PixArt(transformer_config(shapes))
-    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     return net.set_train(False)
 
 
@@ -70,7 +70,7 @@ def text_config(shapes: Shapes) -> T5Config:
 def text_encoder(shapes: Shapes) -> T5Encoder:
     """T5 with random weights."""
     net = T5Encoder(text_config(shapes))
-    net.initialise(np.random.default_rng(0))
+    net.initialize(np.random.default_rng(0))
     return net.set_train(False)
 
 
@@ -82,7 +82,7 @@ def autoencoder_config(shapes: Shapes) -> VAEConfig:
 def autoencoder(shapes: Shapes) -> AutoencoderKL:
     """The autoencoder with random weights."""
     net = AutoencoderKL(autoencoder_config(shapes))
-    net.initialise(np.random.default_rng(0))
+    net.initialize(np.random.default_rng(0))
     return net.set_train(False)
 
 
@@ -209,7 +209,7 @@ class Block:
         self.net = transformer(replace(shapes, depth=1))
         rng = np.random.default_rng(1)
         caption = ms.Tensor(rng.standard_normal((1, shapes.words, shapes.caption_channels), np.float32))
-        self.denoiser = Denoiser(self.net, caption, None)
+        self.denoiser = denoiser(self.net, caption, None)
         side = shapes.size // 8
         self.latents = ms.Tensor(rng.standard_normal((1, 4, side, side), np.float32))
 

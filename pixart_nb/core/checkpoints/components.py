@@ -26,7 +26,7 @@ from pixart_nb.core.io import (
 )
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig, modernise_names
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
@@ -116,7 +116,7 @@ def _load_transformer(folder: Path, dtype: ms.Type) -> PixArt:
 def _load_vae(folder: Path, dtype: ms.Type) -> AutoencoderKL:
     config = VAEConfig.from_dict(read_json(folder / "config.json"))
     net = unfilled(lambda: AutoencoderKL(config), dtype)
-    load_into(net, modernise_names(read_tensors(folder)), folder)
+    load_into(net, key_maps.rename_former_vae(read_tensors(folder)), folder)
     return net.set_train(False)
 
 

@@ -49,7 +49,9 @@ def plan_compression(
     numbers = layer_numbers(layers, shown["depth"]) if isinstance(layers, str) else list(map(int, layers))
     compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": numbers}
     said = (
-        {} if config is None else {name: getattr(config, name) for name in vars(config) if config.says(name)}
+        {}
+        if config is None
+        else {name: getattr(config, name) for name in vars(config) if config.is_set(name)}
     )
     given = PixArtConfig(**said | {"depth": shown["depth"], "kv_compress_config": compression})
     return plan_conversion(inside, target, given, sample_size, dtype)

@@ -36,7 +36,7 @@ _HEAD = 72
 class Description:
     """What is known of a transformer.
 
-    ``config`` says (``config.says``) what is known, but for ``assumed``, fields that had to have some value.
+    ``config`` says (``config.is_set``) what is known, but for ``assumed``, fields that had to have some value.
     ``family``: ``alpha``, ``sigma``, or empty if not known. ``notes``: sentences on where the values come from.
     """
 
@@ -47,7 +47,7 @@ class Description:
 
     def knows(self, name: str) -> bool:
         """Whether the value of a field is known, rather than a default."""
-        return self.config.says(name) and name not in self.assumed
+        return self.config.is_set(name) and name not in self.assumed
 
 
 def describe(
@@ -69,14 +69,14 @@ def describe(
     family = _family(shown, said, source)
     if sample_size is not None:
         positions = positions_of(sample_size, family)
-        positions = {n: v for n, v in positions.items() if n != "class_name" or not said.says(n)}
+        positions = {n: v for n, v in positions.items() if n != "class_name" or not said.is_set(n)}
         said = merge(PixArtConfig(**positions), said, "sample_size")
     size, note = _size_shown(view, source, family)
-    found = {name: value for name, value in size.items() if not said.says(name)}
-    if family and "model_max_length" not in shown and not said.says("model_max_length"):
+    found = {name: value for name, value in size.items() if not said.is_set(name)}
+    if family and "model_max_length" not in shown and not said.is_set("model_max_length"):
         found["model_max_length"] = next(count for count, name in FAMILIES.items() if name == family)
     assumed = frozenset()
-    if any_heads and shown["hidden_size"] % _HEAD and not said.says("num_heads"):
+    if any_heads and shown["hidden_size"] % _HEAD and not said.is_set("num_heads"):
         found["num_heads"], assumed = 1, frozenset({"num_heads"})
     config = reconcile(PixArtConfig(**_said_by(said) | found), shown, source)
     return Description(config, family, assumed, notes + [note] * ("input_size" in found))
@@ -102,7 +102,7 @@ def _said(source: Path, given: PixArtConfig | None) -> tuple[PixArtConfig, list[
 
 def _family(shown: Mapping, said: PixArtConfig, source: Path) -> str:
     """``alpha`` or ``sigma``, or empty: by caption tokens, micro conditions, published name or the pipeline around."""
-    tokens = shown.get("model_max_length") or (said.says("model_max_length") and said.model_max_length)
+    tokens = shown.get("model_max_length") or (said.is_set("model_max_length") and said.model_max_length)
     if tokens in FAMILIES:
         return FAMILIES[tokens]
     if shown["micro_condition"]:
@@ -228,7 +228,7 @@ def read_config(path: str | Path) -> PixArtConfig:
 def merge(written: PixArtConfig, given: PixArtConfig, source: str | Path) -> PixArtConfig:
     """The configuration of a folder, completed by the one that the caller gives; what both say must be the same."""
     for name, value in _said_by(given).items():
-        if written.says(name) and getattr(written, name) != value:
+        if written.is_set(name) and getattr(written, name) != value:
             raise CheckpointError(
                 f"{source} says {name} = {getattr(written, name)}, the configuration given says {value}"
             )
@@ -241,18 +241,18 @@ def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixAr
     for name, value in shown.items():
         said = getattr(config, name)
         same = said == value or (name == "kv_compress_config" and _same_compression(config, value))
-        if not same and config.says(name):
+        if not same and config.is_set(name):
             contradiction = f"{source} shows {name} = {value}, but the configuration says {said}."
             raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
         values[name] = said if same else value
-    if not config.says("num_heads") and not config.says("hidden_size"):
+    if not config.is_set("num_heads") and not config.is_set("hidden_size"):
         values["num_heads"] = heads_of_width(shown["hidden_size"])
     return PixArtConfig(**values)
 
 
 def _said_by(config: PixArtConfig) -> dict:
     """The fields that a configuration says."""
-    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.says(f.name)}
+    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.is_set(f.name)}
 
 
 def _same_compression(config: PixArtConfig, shown: Mapping) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,19 @@ def origins(names: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], list[str]
         else:
             rest += parts.values()
     return whole, rest
+
+
+#: Attention names of the first Stable Diffusion autoencoders, and their present names.
+FORMER_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def rename_former_vae(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give the tensors of an old autoencoder their present names; attention weights (C, C, 1, 1) become (C, C)."""
+    renamed = {}
+    for name, value in tensors.items():
+        if "attentions." in name:
+            prefix, module, leaf = name.rsplit(".", 2)
+            name = f"{prefix}.{FORMER_VAE.get(module, module)}.{leaf}"
+            value = value.reshape(value.shape[:2]) if value.ndim == 4 else value
+        renamed[name] = value
+    return renamed

@@ -1,7 +1,7 @@
-"""Cross-attention of one run: what depends on the captions alone is computed once, not at every step.
+"""Cross-attention of one run: what depends on the captions alone is computed once instead of at every step.
 
-A short caption's cross-attention is two matrix products with matrices made of its keys and values; over a caption of
-one token, such as an empty prompt, it is a constant.
+The cross-attention to a short caption is two products with matrices made of its keys and values; to a caption of one
+token, such as an empty prompt, it is a constant.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 from mindspore import ops
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.row_orders import gather, head_rows, merged
+from pixart_nb.core.fast.head_rows import gather, head_rows, merge_heads
 from pixart_nb.core.models.attention import MASKED_SCORE, attention
-from pixart_nb.core.models.operators import repeat_rows
+from pixart_nb.core.models.operators import repeat_tokens
 from pixart_nb.core.models.transformer import Block
 
 _softmax = ops.Softmax(-1)
@@ -24,101 +24,101 @@ _batched = ops.BatchMatMul()
 
 
 @dataclass(frozen=True)
-class Group:
-    """Neighbouring rows of a batch, ``start`` to ``stop``, and their captions: (G, T, C), each of as many rows.
+class CaptionGroup:
+    """Images ``start`` to ``stop`` of a batch and their captions (G, T, C), each for equally many images.
 
-    ``seen`` (G, T) bool tells tokens from padding.
+    ``mask`` (G, T) bool is True for tokens and False for padding.
     """
 
     start: int
     stop: int
     caption: ms.Tensor
-    seen: np.ndarray
+    mask: np.ndarray
 
     @property
     def tokens(self) -> int:
-        """Tokens of the longest caption."""
+        """Number of tokens of the longest caption."""
         return self.caption.shape[1]
 
 
-def caption_groups(caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None) -> list[Group]:
-    """caption (B, T, C) and mask (B, T) bool or None, by neighbours with the same tokens; padding is left out."""
+def caption_groups(caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None) -> list[CaptionGroup]:
+    """Group neighbours with the same tokens, without padding: caption (B, T, C), mask (B, T) bool or None."""
     values = caption.astype(ms.float32).asnumpy()
-    seen = np.ones(values.shape[:2], bool) if mask is None else mask
-    seen = np.asarray(seen.asnumpy() if isinstance(seen, ms.Tensor) else seen, bool)
-    rows = [row[keep] for row, keep in zip(values, seen, strict=True)]
+    mask = np.ones(values.shape[:2], bool) if mask is None else mask
+    mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask, bool)
+    rows = [row[keep] for row, keep in zip(values, mask, strict=True)]
     starts = [0] + [i for i in range(1, len(rows)) if not np.array_equal(rows[i - 1], rows[i])] + [len(rows)]
-    return [_group(a, b, [rows[a]], caption.dtype) for a, b in itertools.pairwise(starts)]
+    return [_padded_group(a, b, [rows[a]], caption.dtype) for a, b in itertools.pairwise(starts)]
 
 
-def _group(start: int, stop: int, captions: list[np.ndarray], dtype: ms.Type) -> Group:
-    """Captions (T, C) of different lengths as one group, padded with zeros."""
+def _padded_group(start: int, stop: int, captions: list[np.ndarray], dtype: ms.Type) -> CaptionGroup:
+    """Make a group of captions (T, C) of different lengths, padded with zeros."""
     length = max(map(len, captions))
-    padded = [np.pad(text, ((0, length - len(text)), (0, 0))) for text in captions]
-    seen = np.arange(length) < np.array([len(text) for text in captions])[:, None]
-    return Group(start, stop, ms.Tensor(np.stack(padded)).astype(dtype), seen)
+    padded = [np.pad(caption, ((0, length - len(caption)), (0, 0))) for caption in captions]
+    mask = np.arange(length) < np.array([len(caption) for caption in captions])[:, None]
+    return CaptionGroup(start, stop, ms.Tensor(np.stack(padded)).astype(dtype), mask)
 
 
-def few_row_groups(groups: list[Group], tokens: int, head_size: int, most: int) -> list[Group]:
-    """The groups, with neighbours of few rows together: batched products instead of many small ones.
+def merge_small_groups(
+    groups: list[CaptionGroup], tokens: int, head_size: int, limit: int
+) -> list[CaptionGroup]:
+    """Merge neighbouring groups of few tokens: batched products instead of many small ones.
 
-    ``tokens`` are those of a picture, ``most`` the rows that go together. Captions of one token stay alone, and so do
-    short ones among long ones.
+    ``tokens`` are those of an image, ``limit`` the largest number of tokens of a merged group. Captions of one token
+    are not merged, nor are short captions (fewer tokens than the head size) with long ones.
     """
-    found: list[list[Group]] = []
+    runs: list[list[CaptionGroup]] = []
     for group in groups:
-        last = found[-1] if found else []
-        count = group.stop - group.start
-        fits = count * tokens * (len(last) + 1) <= most and group.tokens > 1
-        alike = [(g.stop - g.start, g.tokens < head_size) for g in last[:1]] == [
+        count, run = group.stop - group.start, runs[-1] if runs else []
+        fits = count * tokens * (len(run) + 1) <= limit and group.tokens > 1
+        alike = [(g.stop - g.start, g.tokens < head_size) for g in run[:1]] == [
             (count, group.tokens < head_size)
         ]
-        if fits and alike and last[0].tokens > 1:
-            last.append(group)
+        if fits and alike and run[0].tokens > 1:
+            run.append(group)
         else:
-            found.append([group])
-    return [g[0] if len(g) == 1 else _together(g) for g in found]
+            runs.append([group])
+    return [run[0] if len(run) == 1 else _merge(run) for run in runs]
 
 
-def _together(groups: list[Group]) -> Group:
+def _merge(groups: list[CaptionGroup]) -> CaptionGroup:
     captions = [group.caption.astype(ms.float32).asnumpy()[0] for group in groups]
-    return _group(groups[0].start, groups[-1].stop, captions, groups[0].caption.dtype)
+    return _padded_group(groups[0].start, groups[-1].stop, captions, groups[0].caption.dtype)
 
 
-class ConstantCaption:
-    """Cross-attention over one token: softmax over it is 1, so every query gets that token's projected value."""
+class OneTokenAttention:
+    """Cross-attention to one token: softmax over it is 1, so every query gets the token's projected value."""
 
     def __init__(self, block: Block, caption: ms.Tensor):
         layer = block.cross_attn
-        self.row = layer.proj(layer.kv_linear(caption)[0, :, layer.size :].contiguous()).reshape(-1)
+        self.value = layer.proj(layer.kv_linear(caption)[0, :, layer.size :].contiguous()).reshape(-1)
 
     def __call__(self, x: ms.Tensor) -> ms.Tensor:
-        """x (M, D) -> x and what it reads, the same shape."""
-        return ops.bias_add(x, self.row)
+        """Add the attention to x (M, D)."""
+        return ops.bias_add(x, self.value)
 
 
-class ShortCaption:
-    """Cross-attention over T tokens as ``softmax(x K + b) V + c``: K (D, H T) is the query's projection and the keys,
-    V (H T, D) the values and the output's projection. Less work than both where T is below the head size.
+class ShortCaptionAttention:
+    """Cross-attention to T tokens as ``softmax(x K + b) V + c``: less work where T is below the head size.
 
-    Of G captions (G, T, D) there are as many K and V, each for as many rows of x."""
+    K (D, H T) is the query projection times the keys, V (H T, D) the values times the output projection. G captions
+    (G, T, D) have as many K and V, each for equally many tokens of x.
+    """
 
-    def __init__(self, block: Block, caption: ms.Tensor, seen: np.ndarray):
+    def __init__(self, block: Block, caption: ms.Tensor, mask: np.ndarray):
         layer = block.cross_attn
         heads, size, dtype = layer.heads, layer.size, layer.q_linear.weight.dtype
         self.captions, self.tokens, _ = caption.shape
-        by_head = layer.q_linear.matrix().astype(ms.float32).reshape(heads, size // heads, size)
+        q_matrix = layer.q_linear.matrix().astype(ms.float32).reshape(heads, size // heads, size)
+        q_bias = layer.q_linear.bias.astype(ms.float32).reshape(heads, -1, 1)
         out = layer.proj.matrix().astype(ms.float32).asnumpy().reshape(size, heads, size // heads)
-        k, v = (self._by_head(part) for part in layer.keys_values(caption))  # (H, G T, d)
+        k, v = (self._by_head(x) for x in layer.keys_values(caption))  # (H, G T, d)
         k = k * (size // heads) ** -0.5
-        keys = self._of_captions(ops.BatchMatMul()(k, by_head))
-        bias = self._of_captions(
-            ops.BatchMatMul()(k, layer.q_linear.bias.astype(ms.float32).reshape(heads, -1, 1))
-        )
-        bias = bias + np.where(seen, 0.0, MASKED_SCORE)[:, None, :, None]
+        keys, bias = (self._by_caption(_batched(k, x)) for x in (q_matrix, q_bias))
+        bias = bias + np.where(mask, 0.0, MASKED_SCORE)[:, None, :, None]
         values = ops.BatchMatMul(transpose_b=True)(v, ms.Tensor(np.ascontiguousarray(out.transpose(1, 0, 2))))
         self.keys = self._tensor(keys.transpose(0, 3, 1, 2), size, -1).astype(dtype)
-        self.values = self._tensor(self._of_captions(values), -1, size).astype(dtype)
+        self.values = self._tensor(self._by_caption(values), -1, size).astype(dtype)
         self.bias, self.out_bias = self._tensor(bias, 1, -1), layer.proj.bias
 
     def _by_head(self, x: ms.Tensor) -> ms.Tensor:
@@ -126,54 +126,52 @@ class ShortCaption:
         array = x.astype(ms.float32).asnumpy().transpose(1, 0, 2, 3)
         return ms.Tensor(np.ascontiguousarray(array).reshape(array.shape[0], -1, array.shape[3]))
 
-    def _of_captions(self, x: ms.Tensor) -> np.ndarray:
+    def _by_caption(self, x: ms.Tensor) -> np.ndarray:
         """(H, G T, n) -> (G, H, T, n)."""
         heads, _, size = x.shape
         return x.asnumpy().reshape(heads, self.captions, self.tokens, size).transpose(1, 0, 2, 3)
 
     def _tensor(self, x: np.ndarray, *shape: int) -> ms.Tensor:
-        """The numbers of all captions in matrices of this shape."""
         return ms.Tensor(np.ascontiguousarray(x, np.float32).reshape(self.captions, *shape))
 
     def __call__(self, x: ms.Tensor) -> ms.Tensor:
-        """x (M, D), M / G rows for each caption -> x and what it reads, the same shape."""
+        """Add the attention to x (M, D), M / G tokens for each caption."""
         scores = self._product(x, self.keys).astype(ms.float32)
-        scores = scores + repeat_rows(self.bias, x.shape[0] // self.captions).reshape(scores.shape)
+        scores = scores + repeat_tokens(self.bias, x.shape[0] // self.captions).reshape(scores.shape)
         weights = _softmax(scores.reshape(-1, self.tokens)).astype(x.dtype)
         return x + ops.bias_add(self._product(weights.reshape(scores.shape), self.values), self.out_bias)
 
     def _product(self, x: ms.Tensor, matrices: ms.Tensor) -> ms.Tensor:
-        """Rows (M, n) times their caption's matrix, matrices (G, n, m) -> (M, m)."""
+        """Multiply x (M, n) by the matrix of its caption, matrices (G, n, m) -> (M, m)."""
         if self.captions == 1:
             return _matmul(x, matrices[0])
         rows = x.reshape(self.captions, -1, x.shape[1])
         return _batched(rows, matrices).reshape(x.shape[0], -1)
 
 
-class LongCaption:
-    """Cross-attention by its own projections, with keys and values computed once. caption (G, T, D)."""
+class LongCaptionAttention:
+    """Cross-attention by the layer's own projections, with keys and values computed once. caption (G, T, D)."""
 
-    def __init__(self, block: Block, caption: ms.Tensor, seen: np.ndarray):
+    def __init__(self, block: Block, caption: ms.Tensor, mask: np.ndarray):
         self.layer = block.cross_attn
         self.k, self.v = self.layer.keys_values(caption)
-        self.mask = None if seen.all() else ms.Tensor(seen)
+        self.mask = None if mask.all() else ms.Tensor(mask)
 
     def __call__(self, x: ms.Tensor) -> ms.Tensor:
-        """x (M, D), M / G rows for each caption -> x and what it reads, the same shape."""
+        """Add the attention to x (M, D), M / G tokens for each caption."""
         heads, captions = self.layer.heads, self.k.shape[0]
         q = self.layer.q_linear(x).reshape(-1, self.layer.size // heads)
         tokens = x.shape[0] // captions
         q = gather(q, head_rows(captions, tokens, heads), 0).reshape(captions, heads, tokens, -1)
-        return x + self.layer.proj(merged(attention(q, self.k, self.v, self.mask)))
+        return x + self.layer.proj(merge_heads(attention(q, self.k, self.v, self.mask)))
 
 
-CaptionLayer = ConstantCaption | ShortCaption | LongCaption
+CaptionAttention = OneTokenAttention | ShortCaptionAttention | LongCaptionAttention
 
 
-def caption_layer(block: Block, caption: ms.Tensor, seen: np.ndarray) -> CaptionLayer:
-    """The cheapest of the three for projected captions (G, T, D)."""
-    layer = block.cross_attn
+def caption_attention(block: Block, caption: ms.Tensor, mask: np.ndarray) -> CaptionAttention:
+    """Return the cheapest cross-attention to projected captions (G, T, D) with mask (G, T)."""
     if caption.shape[:2] == (1, 1):
-        return ConstantCaption(block, caption)
-    short = caption.shape[1] < layer.size // layer.heads
-    return (ShortCaption if short else LongCaption)(block, caption, seen)
+        return OneTokenAttention(block, caption)
+    short = caption.shape[1] < block.cross_attn.size // block.cross_attn.heads
+    return (ShortCaptionAttention if short else LongCaptionAttention)(block, caption, mask)

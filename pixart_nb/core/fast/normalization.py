@@ -1,61 +1,42 @@
-"""Group and layer normalisation on the CPU, several times as fast as by MindSpore's own operators (2.8).
+"""Group and layer normalization on the CPU, several times as fast as by MindSpore's own operators (2.8).
 
-Mean and variance come from NumPy, which reads the tensor's memory where it is; batch normalisation with given
-statistics does the rest. It has no gradient, so it is for sampling, decoding and encoding, not for training.
+NumPy computes mean and variance from the tensor's memory; batch normalization with given statistics does the rest. It
+has no gradient, so it is for sampling, decoding and encoding, not for training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import numpy as np
 from mindspore import mint, ops
 
-from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import GroupNorm, LayerNorm
 
-#: Numbers whose squares are summed in float32 at a time; the sums of these parts are added in float64.
+#: Elements whose squares are summed in float32 at a time; the sums of these parts are added in float64.
 PART = 2**15
-#: With a mean of more than so many deviations, the mean of squares minus the squared mean is too coarse.
+#: With a mean above this many standard deviations, the mean of squares minus the squared mean is too coarse.
 FAR = 30.0
 
 
-@contextmanager
-def own_statistics(norms: Sequence[GroupNorm]) -> Iterator[None]:
-    """Within it the norms compute this way, on the CPU. On Ascend nothing changes."""
-    measured = OwnStatistics()
-    for norm in norms:
-        norm.shared = None if backend.on_ascend() else measured
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.shared = None
+class ImageStatistics:
+    """Mean and variance of each image of a batch, for ``GroupNorm.statistics``."""
 
-
-class OwnStatistics:
-    """Each picture normalised by its own mean and variance."""
-
-    def normalise(self, norm: GroupNorm, x: ms.Tensor) -> ms.Tensor:
-        """Group normalisation of x (N, C, H, W)."""
+    def normalize(self, norm: GroupNorm, x: ms.Tensor) -> ms.Tensor:
+        """Group normalization of x (N, C, H, W)."""
         n, c, height, width = x.shape
         wide = x.astype(ms.float32)
         mean, variance = (
             ms.Tensor(np.repeat(values, c // norm.groups).astype(np.float32))
             for values in moments(wide.asnumpy().reshape(n * norm.groups, -1))
         )
-        weight, bias = (ops.tile(part.astype(ms.float32), (n,)) for part in (norm.weight, norm.bias))
+        weight, bias = (ops.tile(vector.astype(ms.float32), (n,)) for vector in (norm.weight, norm.bias))
         batch_norm = ops.BatchNorm(is_training=False, epsilon=norm.eps)
         rows = wide.reshape(1, n * c, height, width)
         return batch_norm(rows, weight, bias, mean, variance)[0].reshape(x.shape).astype(x.dtype)
 
 
-def normalised_rows(norm: LayerNorm, x: ms.Tensor) -> ms.Tensor:
-    """Layer normalisation without weights of x (M, D): the numbers of ``norm``, which is what Ascend computes."""
-    if backend.on_ascend():
-        return norm(x)
+def layer_norm(norm: LayerNorm, x: ms.Tensor) -> ms.Tensor:
+    """Layer normalization of x (M, D) without weights."""
     wide = x.astype(ms.float32)
     mean, variance = (ms.Tensor(values.astype(np.float32)) for values in moments(wide.asnumpy()))
     batch_norm = ops.BatchNorm(is_training=False, epsilon=norm.eps)
@@ -65,7 +46,7 @@ def normalised_rows(norm: LayerNorm, x: ms.Tensor) -> ms.Tensor:
 
 
 def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of every row of (G, K) float32, each (G,) float64.
+    """Return mean and variance of every row of (G, K) float32, each (G,) float64.
 
     >>> [values.tolist() for values in moments(np.array([[1, 3], [5, 5]], np.float32))]
     [[2.0, 5.0], [1.0, 0.0]]

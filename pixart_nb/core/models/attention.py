@@ -1,4 +1,4 @@
-"""Attention: one function through which every attention of the kit goes, and PixArt's two attention layers."""
+"""Attention: the one function that computes every attention of the kit, and PixArt's two attention layers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
-from pixart_nb.core.models.operators import attend, transpose, widened
+from pixart_nb.core.models.operators import scaled_dot_product_attention, transpose, upcast
 
-#: Added to the score of a token that must not be seen. Finite, so that it also passes through a matrix product.
+#: Added to the score of a masked token. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9
 MASKED_SCORE_HALF = -6e4
-#: Queries that go together if the memory budget allows it.
+#: Queries per chunk if the memory budget allows it.
 CHUNK_QUERIES = 2048
 _scores = ops.BatchMatMul(transpose_b=True)
-_weighted = ops.BatchMatMul()
+_weighted_sum = ops.BatchMatMul()
 
 
 def check_mask(mask: np.ndarray) -> None:
-    """Refuse a (B, M) mask with a row in which no token may be seen: softmax over nothing has no value."""
+    """Refuse a (B, M) mask with a row that masks every token: softmax over nothing has no value."""
     empty = np.flatnonzero(~np.asarray(mask, bool).any(axis=1))
     if empty.size:
         raise PixArtNBError(
@@ -38,15 +38,16 @@ def attention(
     mask: ms.Tensor | None = None,
     scale: float | None = None,
     bias: ms.Tensor | None = None,
-    chunk: int | None = None,
     hook_point=None,
 ) -> ms.Tensor:
-    """``softmax(scale q k^T + bias) v`` over the tokens that ``mask`` allows, softmax in float32.
+    """Return ``softmax(scale q k^T + bias) v`` over the tokens that ``mask`` allows, softmax in float32.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool with True = token, bias (B or 1, H, N, M) added to the
-    scores -> (B, H, N, d). ``scale`` is d ** -0.5 unless told. On the CPU ``chunk`` queries are worked on at a time, or
-    as many heads and queries as the memory budget allows, so that no N x M matrix exists; on Ascend the fused
-    operator is used. A ``hook_point`` (core.hooks) takes over when the layer is traced or changed.
+    scores -> (B, H, N, d). ``scale`` is d ** -0.5 by default. On the CPU as many heads and queries are computed at a
+    time as the memory budget allows, so that no N x M matrix exists; on Ascend the fused operator is used.
+
+    ``hook_point`` (``core.hooks``) takes over when the layer is traced or changed. It computes the
+    attention by this function too, so a trace does not change a bit.
     """
     if hook_point is not None:
         return hook_point(q, k, v, mask)
@@ -56,40 +57,37 @@ def attention(
     if mask is not None:
         q, k = _append_mask(q * scale, k, mask)
         scale = 1.0
-    batch, heads, queries, _ = q.shape
-    if chunk is None and bias is None:
-        return _in_chunks(q, k, v, scale)
-    chunk = chunk or max(1, backend.ATTENTION_CHUNK_BYTES // (4 * batch * heads * k.shape[2]))
-    if chunk >= queries:
-        return _attend(q, k, v, scale, bias)
-    parts = []
-    for start in range(0, queries, chunk):
-        rows = None if bias is None else bias[:, :, start : start + chunk]
-        parts.append(_attend(q[:, :, start : start + chunk], k, v, scale, rows))
-    return mint.cat(parts, 2)
+    return _attention_in_chunks(q, k, v, scale, bias)
 
 
-def _in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float) -> ms.Tensor:
-    """Attention by some heads at a time and, of them, by some queries."""
+def _attention_in_chunks(
+    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None
+) -> ms.Tensor:
     batch, heads, queries, _ = q.shape
-    some_heads, some = chunk_shape(batch * heads, queries, k.shape[2])
-    if some_heads == batch * heads and some == queries:
-        return _attend(q, k, v, scale)
-    q, k, v = (x.reshape(1, batch * heads, x.shape[2], x.shape[3]) for x in (q, k, v))
-    of_heads = []
-    for first in range(0, batch * heads, some_heads):
-        last = first + some_heads
+    rows = batch * heads
+    if bias is None:
+        group, chunk = chunk_shape(rows, queries, k.shape[2])
+    else:
+        group, chunk = rows, max(1, backend.ATTENTION_CHUNK_BYTES // (4 * rows * k.shape[2]))
+    if group == rows and chunk >= queries:
+        return _attention(q, k, v, scale, bias)
+    if group < rows:
+        q, k, v = (x.reshape(1, rows, x.shape[2], x.shape[3]) for x in (q, k, v))
+    outputs = []
+    for first in range(0, q.shape[1], group):
+        last = first + group
         keys, values = k[:, first:last], v[:, first:last]
-        parts = [
-            _attend(q[:, first:last, i : i + some], keys, values, scale) for i in range(0, queries, some)
-        ]
-        of_heads.append(parts[0] if len(parts) == 1 else mint.cat(parts, 2))
-    out = of_heads[0] if len(of_heads) == 1 else mint.cat(of_heads, 1)
+        parts = []
+        for start in range(0, queries, chunk):
+            part_bias = None if bias is None else bias[:, :, start : start + chunk]
+            parts.append(_attention(q[:, first:last, start : start + chunk], keys, values, scale, part_bias))
+        outputs.append(parts[0] if len(parts) == 1 else mint.cat(parts, 2))
+    out = outputs[0] if len(outputs) == 1 else mint.cat(outputs, 1)
     return out.reshape(batch, heads, queries, v.shape[3])
 
 
 def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
-    """How many heads and how many of their queries go together, so that their scores keep to the memory budget.
+    """Return how many heads and queries to compute at a time, so that their scores keep to the memory budget.
 
     Fewer heads are better than fewer queries: each product with few queries prepares all keys again.
 
@@ -97,24 +95,24 @@ def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
     ((1, 2048), (32, 256))
     """
     rows = max(1, backend.ATTENTION_CHUNK_BYTES // (4 * keys))
-    some = min(queries, rows, max(CHUNK_QUERIES, rows // heads))
-    return max(1, min(heads, rows // some)), some
+    chunk = min(queries, rows, max(CHUNK_QUERIES, rows // heads))
+    return max(1, min(heads, rows // chunk)), chunk
 
 
-def _attend(
+def _attention(
     q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None = None
 ) -> ms.Tensor:
     dtype = v.dtype
-    q, k, v = widened(q), widened(k), widened(v)
+    q, k, v = upcast(q), upcast(k), upcast(v)
     q = q if scale == 1.0 else q * scale
     if bias is None:
-        return attend(q, k, v).astype(dtype)
+        return scaled_dot_product_attention(q, k, v).astype(dtype)
     scores = _scores(q, k).astype(ms.float32) + bias
-    return _weighted(ops.softmax(scores, -1).astype(v.dtype), v).astype(dtype)
+    return _weighted_sum(ops.softmax(scores, -1).astype(v.dtype), v).astype(dtype)
 
 
 def _append_mask(q: ms.Tensor, k: ms.Tensor, mask: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
-    """Mask by one more column: q's is 1, k's is 0 for a token and hugely negative for padding. Adds nothing else."""
+    """Mask by one more column: 1 in q, and in k 0 for a token and a very negative number for padding."""
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     masked = MASKED_SCORE if q.dtype == ms.float32 else MASKED_SCORE_HALF
@@ -138,7 +136,7 @@ def merge_heads(x: ms.Tensor) -> ms.Tensor:
 class SelfAttention(nn.Cell):
     """Self-attention with optional query-key norm and KV token compression (PixArt-Sigma, section 3.2).
 
-    With ``ratio`` R > 1 keys and values live on a grid shrunk by R in each direction; queries keep theirs.
+    With ``ratio`` R > 1 keys and values are on a grid that is R times coarser in each direction; queries are not.
     """
 
     def __init__(
@@ -156,20 +154,16 @@ class SelfAttention(nn.Cell):
 
     def construct(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """x (B, height * width, D) -> the same shape; height and width count tokens."""
-        q, k, v = self.project(x, height, width)
-        q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-        return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point)))
-
-    def project(self, x: ms.Tensor, height: int, width: int) -> tuple[ms.Tensor, ms.Tensor, ms.Tensor]:
-        """Queries (B, N, D) and the, possibly compressed, keys and values (B, M, D)."""
         qkv = self.qkv(x)
         q, k, v = qkv[..., : self.size], qkv[..., self.size : 2 * self.size], qkv[..., 2 * self.size :]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, self.compress(k, height, width), self.compress(v, height, width)
+        k, v = self.compress(k, height, width), self.compress(v, height, width)
+        q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+        return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point)))
 
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
-        """Keys or values (B, N, D) on the shrunk grid: (B, M, D)."""
+        """Return keys or values (B, N, D) on the coarser grid: (B, M, D)."""
         if self.hook_point is not None:
             return self.hook_point.compress(x, height, width)
         if self.ratio == 1:
@@ -183,15 +177,12 @@ class CrossAttention(nn.Cell):
     def __init__(self, size: int, heads: int):
         super().__init__()
         self.heads, self.size = heads, size
-        self.q_linear, self.kv_linear, self.proj = (
-            Linear(size, size),
-            Linear(size, 2 * size),
-            Linear(size, size),
-        )
+        self.q_linear, self.kv_linear = Linear(size, size), Linear(size, 2 * size)
+        self.proj = Linear(size, size)
         self.hook_point = None  # as in SelfAttention
 
     def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
-        """Projected caption (B, T, D) -> keys and values (B, H, T, d). They do not depend on the timestep."""
+        """Project a caption (B, T, D) to keys and values (B, H, T, d). They do not depend on the timestep."""
         kv = self.kv_linear(caption)
         return split_heads(kv[..., : self.size], self.heads), split_heads(kv[..., self.size :], self.heads)
 

@@ -1,4 +1,4 @@
-"""What enters the transformer: patches, positions, timestep, picture size and caption."""
+"""Embeddings of the transformer's inputs: patches, positions, timestep, image size and caption."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ FREQUENCIES = 256
 def sincos_positions(
     size: int, height: int, width: int, base_size: int, pe_interpolation: float
 ) -> np.ndarray:
-    """Sine-cosine positions of a token grid, (height * width, size) float32.
+    """Return the sine-cosine positions of a token grid, (height * width, size) float32.
 
-    A grid of any size spans the coordinates 0 .. base_size / pe_interpolation, so a larger picture interpolates. As
-    in the official code the first half of the channels belongs to the column, the second to the row.
+    A grid of any size spans the coordinates 0 .. base_size / pe_interpolation, so a larger image interpolates. As in
+    the official code the first half of the channels belongs to the column, the second to the row.
     """
     rows = np.arange(height, dtype=np.float32) / (height / base_size) / pe_interpolation
     columns = np.arange(width, dtype=np.float32) / (width / base_size) / pe_interpolation
-    column_grid, row_grid = np.meshgrid(columns, rows)
-    halves = [_sincos(size // 2, grid.reshape(-1)) for grid in (column_grid, row_grid)]
-    return np.concatenate(halves, axis=1).astype(np.float32)
+    grid = np.empty((height, width, size), np.float32)
+    grid[:, :, : size // 2] = _sincos(size // 2, columns)
+    grid[:, :, size // 2 :] = _sincos(size // 2, rows)[:, None]
+    return grid.reshape(height * width, size)
 
 
 def _sincos(size: int, position: np.ndarray) -> np.ndarray:
@@ -36,7 +37,7 @@ def _sincos(size: int, position: np.ndarray) -> np.ndarray:
 
 
 def sincos_frequencies(value: ms.Tensor) -> ms.Tensor:
-    """Cosines, then sines of ``value`` at 128 frequencies: (N,) float -> (N, 256) float32."""
+    """Return cosines, then sines of ``value`` at 128 frequencies: (N,) float -> (N, 256) float32."""
     half = FREQUENCIES // 2
     rates = ms.Tensor(np.exp(-math.log(10000) * np.arange(half, dtype=np.float32) / half).astype(np.float32))
     angle = value.astype(ms.float32).reshape(-1, 1) * rates.reshape(1, half)
@@ -59,7 +60,7 @@ class PatchEmbed(nn.Cell):
 
 
 class PatchProjection(nn.Cell):
-    """The convolution's weight (D, C, p, p) and bias, applied to flattened patches (..., p p C)."""
+    """Weight (D, C, p, p) and bias of the convolution, applied to flattened patches (..., p p C)."""
 
     def __init__(self, patch: int, channels: int, size: int):
         super().__init__()
@@ -72,24 +73,18 @@ class PatchProjection(nn.Cell):
 
 
 class FrequencyMLP(nn.Cell):
-    """A number as sines and cosines, then Linear, SiLU, Linear (names ``mlp.0``, ``mlp.2``): (N,) -> (N, D)."""
+    """Embed a number: sines and cosines, Linear, SiLU, Linear (names ``mlp.0``, ``mlp.2``), (N,) -> (N, D).
+
+    An input (N, k), such as the micro conditions of alpha-1024, gives the embeddings of its k numbers, (N, k D).
+    """
 
     def __init__(self, size: int):
         super().__init__()
         self.mlp = nn.CellList([Linear(FREQUENCIES, size), nn.SiLU(), Linear(size, size)])
 
     def construct(self, value: ms.Tensor) -> ms.Tensor:
-        embedded = sincos_frequencies(value).astype(self.mlp[0].weight.dtype)
-        return self.mlp[2](silu(self.mlp[0](embedded)))
-
-
-class SizeEmbedder(FrequencyMLP):
-    """Micro condition of alpha-1024: (N, k) numbers, each embedded alone -> (N, k D)."""
-
-    def construct(self, value: ms.Tensor) -> ms.Tensor:
-        n = value.shape[0]
         embedded = sincos_frequencies(value.reshape(-1)).astype(self.mlp[0].weight.dtype)
-        return self.mlp[2](silu(self.mlp[0](embedded))).reshape(n, -1)
+        return self.mlp[2](silu(self.mlp[0](embedded))).reshape(value.shape[0], -1)
 
 
 class CaptionProjection(nn.Cell):
@@ -104,7 +99,7 @@ class CaptionProjection(nn.Cell):
 
 
 class CaptionEmbedder(nn.Cell):
-    """Projects captions; ``y_embedding`` (T, caption_channels) stands in for a caption that is dropped in training."""
+    """Project captions; ``y_embedding`` (T, caption_channels) replaces a caption that is dropped in training."""
 
     def __init__(self, channels: int, size: int, max_length: int):
         super().__init__()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from mindspore import nn, ops
 from mindspore.common.initializer import initializer
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.operators import linear, repeat_rows, standardise
+from pixart_nb.core.models.operators import linear, normalize, repeat_tokens
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:
-    """A float32 parameter; ``init`` is a name of mindspore's initializers or a number."""
+    """Return a float32 parameter; ``init`` is a name of mindspore's initializers or a number."""
     return ms.Parameter(initializer(init, shape, ms.float32), name=name)
 
 
@@ -34,38 +37,38 @@ class Linear(nn.Cell):
         return linear(x, self.weight, self.bias)
 
     def matrix(self) -> ms.Tensor:
-        """What the input is multiplied with, (out, in): the weight. A LoRA's layer adds its changes."""
+        """Return the matrix that multiplies the input, (out, in): the weight, plus the update of a LoRA layer."""
         return self.weight
 
     def in_float32(self, x: ms.Tensor) -> ms.Tensor:
-        """The same computed in float32, whatever the weights: for inputs that overflow half precision."""
+        """Compute in float32, whatever the dtype of the weights: for inputs that overflow half precision."""
         bias = self.bias if self.bias is None else self.bias.astype(ms.float32)
         return linear(x.astype(ms.float32), self.weight.astype(ms.float32), bias)
 
 
 class LayerNorm(nn.Cell):
-    """Layer normalisation over the last axis; without ``affine`` it has no parameters (adaLN supplies them)."""
+    """Layer normalization over the last axis; without ``affine`` it has no parameters (adaLN supplies them)."""
 
     def __init__(self, size: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
-        self.standardise, self.eps = standardise(eps), eps
+        self.normalize, self.eps = normalize(eps), eps
         self.weight = parameter((size,), "ones") if affine else None
         self.bias = parameter((size,), name="bias") if affine else None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        rows = self.standardise(x.astype(ms.float32).reshape(-1, x.shape[-1]))
+        rows = self.normalize(x.astype(ms.float32).reshape(-1, x.shape[-1]))
         if self.weight is not None:
-            rows = rows * self._written_out(self.weight, rows) + self._written_out(self.bias, rows)
+            rows = rows * self._repeat(self.weight, rows) + self._repeat(self.bias, rows)
         return rows.reshape(x.shape).astype(x.dtype)
 
     @staticmethod
-    def _written_out(vector: ms.Tensor, rows: ms.Tensor) -> ms.Tensor:
+    def _repeat(vector: ms.Tensor, rows: ms.Tensor) -> ms.Tensor:
         count, size = rows.shape
-        return repeat_rows(vector.astype(ms.float32).reshape(1, 1, size), count).reshape(count, size)
+        return repeat_tokens(vector.astype(ms.float32).reshape(1, 1, size), count).reshape(count, size)
 
 
 class RMSNorm(nn.Cell):
-    """T5's normalisation: no mean, no bias, variance in float32."""
+    """Normalization of T5: no mean, no bias, variance in float32."""
 
     def __init__(self, size: int, eps: float = 1e-6):
         super().__init__()
@@ -79,7 +82,7 @@ class RMSNorm(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """A table of vectors: integer (...,) -> (..., size)."""
+    """Table of vectors: integers (...,) -> (..., size)."""
 
     def __init__(self, count: int, size: int):
         super().__init__()
@@ -90,7 +93,7 @@ class Embedding(nn.Cell):
 
 
 class Conv2d(nn.Cell):
-    """2-D convolution with torch's conventions: bias, symmetric ``padding``, weight (out, in, k, k)."""
+    """2-D convolution with PyTorch's conventions: bias, symmetric ``padding``, weight (out, in, k, k)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
@@ -105,29 +108,42 @@ class Conv2d(nn.Cell):
 
 
 class GroupNorm(nn.Cell):
-    """Group normalisation of (N, C, H, W) with per-channel weight and bias.
+    """Group normalization of (N, C, H, W) with per-channel weight and bias.
 
-    ``shared`` replaces each picture's own statistics, for tiles of one picture (see ``tiling``).
+    ``statistics`` is an object with ``normalize(norm, x)`` that takes over: for tiles that share the statistics of one
+    image (``models.tiling``), and for a faster computation without a gradient (``fast.normalization``).
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-6):
         super().__init__()
         self.weight, self.bias = parameter((channels,), "ones"), parameter((channels,), name="bias")
-        self.groups, self.eps, self.shared = groups, eps, None
+        self.groups, self.eps, self.statistics = groups, eps, None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        if self.shared is not None:
-            return self.shared.normalise(self, x)
+        if self.statistics is not None:
+            return self.statistics.normalize(self, x)
         return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 
+@contextmanager
+def norm_statistics(norms: Sequence[GroupNorm], statistics: Sequence[Any]) -> Iterator[None]:
+    """Set ``norm.statistics`` of each norm inside the block."""
+    for norm, values in zip(norms, statistics, strict=True):
+        norm.statistics = values
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.statistics = None
+
+
 def xavier_uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Glorot's uniform initialisation of a (out, in, ...) weight, float32; trailing axes count as inputs."""
+    """Return a weight (out, in, ...) of Glorot's uniform initialization, float32; trailing axes count as inputs."""
     fan_out, fan_in = shape[0], int(np.prod(shape[1:]))
     bound = math.sqrt(6.0 / (fan_in + fan_out))
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], std: float = 0.02) -> np.ndarray:
-    """Normal initialisation with standard deviation ``std``, float32."""
+    """Return normal numbers with standard deviation ``std``, float32."""
     return (rng.standard_normal(shape) * std).astype(np.float32)

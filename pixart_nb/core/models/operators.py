@@ -1,8 +1,7 @@
-"""Operators written for the CPU: the same functions as MindSpore's, without its slow broadcasts and reductions.
+"""Operators that are fast on the CPU. They compute what MindSpore's own operators compute.
 
-What is slow on the CPU (MindSpore 2.8): broadcasting arithmetic, reductions over any but the last axis of a matrix,
-the gradients of softmax and LayerNorm, and a bias that is broadcast. Each operator here has its gradient beside it,
-where the automatic one is slow; a test compares both with a float64 reference.
+Slow on the CPU (MindSpore 2.8): broadcasting arithmetic, reductions over any but the last axis of a matrix, and the
+gradients of softmax and LayerNorm. An operator whose automatic gradient is slow defines its own.
 """
 
 from __future__ import annotations
@@ -12,46 +11,40 @@ from mindspore import nn, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 
-_by_rows = ops.MatMul(transpose_b=True)
+_matmul = ops.MatMul(transpose_b=True)
 _scores = ops.BatchMatMul(transpose_b=True)
-_weighted = ops.BatchMatMul()
-_back = ops.BatchMatMul(transpose_a=True)
+_weighted_sum = ops.BatchMatMul()
+_batch_matmul_transposed = ops.BatchMatMul(transpose_a=True)
 _softmax = ops.Softmax(-1)
-_append = ops.Concat(-1)
+_concat = ops.Concat(-1)
 _ones = ops.Ones()
 _tile = ops.Tile()
 _row_mean = ops.ReduceMean(keep_dims=True)
 _column_sum = ops.ReduceSum()
 _row_sum = ops.ReduceSum(keep_dims=True)
 
-
-#: Up to so many rows a product with a weight of at least so many numbers is computed as its transpose.
+#: A product of at most FEW_ROWS rows with a weight of at least LARGE_WEIGHT elements is computed as its transpose.
 FEW_ROWS, LARGE_WEIGHT = 64, 2**22
 
 
 def linear(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor | None = None) -> ms.Tensor:
-    """``x @ weight.T + bias``. x (..., in), weight (out, in), bias (out,) -> (..., out).
+    """Return ``x @ weight.T + bias``: x (..., in), weight (out, in), bias (out,) -> (..., out).
 
-    A matrix product and ``bias_add``: on the CPU three times as fast as ``ops.dense``, whose bias is broadcast.
+    A matrix product and ``bias_add`` are three times as fast on the CPU as ``ops.dense``, which broadcasts its bias.
+    With few rows and a large weight, ``weight @ x.T`` is another three to four times as fast.
     """
     rows = x.reshape(-1, x.shape[-1])
-    few = 1 < rows.shape[0] <= FEW_ROWS and weight.size >= LARGE_WEIGHT and not backend.on_ascend()
-    rows = _transposed_product(rows, weight) if few else _by_rows(rows, weight)
+    if 1 < rows.shape[0] <= FEW_ROWS and weight.size >= LARGE_WEIGHT and not backend.on_ascend():
+        rows = transpose(_matmul(weight, rows), 1, 0)
+    else:
+        rows = _matmul(rows, weight)
     if bias is not None:
         rows = _add_bias(rows, bias)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _transposed_product(rows: ms.Tensor, weight: ms.Tensor) -> ms.Tensor:
-    """``rows @ weight.T`` as the transpose of ``weight @ rows.T``.
-
-    For 20 rows and a large weight three to four times as fast on the CPU, which would else turn the weight first.
-    """
-    return transpose(_by_rows(weight, rows), 1, 0)
-
-
 class _AddBias(nn.Cell):
-    """(M, D) + (D,); the bias' gradient is a sum over rows."""
+    """(M, D) + (D,), with the sum over rows as the gradient of the bias."""
 
     def construct(self, x, bias):
         return ops.bias_add(x, bias)
@@ -64,56 +57,56 @@ _add_bias = _AddBias()
 
 
 def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
-    """GELU with the tanh approximation, any shape.
+    """Return the tanh approximation of GELU, any shape.
 
-    ``0.5 x (1 + tanh(u))`` is ``x sigmoid(2u)``, which the CPU computes several times faster than its own GELU.
+    ``0.5 x (1 + tanh(u))`` equals ``x sigmoid(2u)``, which is several times faster on the CPU than ``ops.gelu``.
     """
-    wide = widened(x)
+    wide = upcast(x)
     gate = ops.sigmoid(wide * (1.5957691216057308 + 0.07135481627260025 * (wide * wide)))
     return (wide * gate).astype(x.dtype)
 
 
 def silu(x: ms.Tensor) -> ms.Tensor:
-    """``x sigmoid(x)``, any shape."""
-    return ops.silu(widened(x)).astype(x.dtype)
+    """Return ``x sigmoid(x)``, any shape."""
+    return ops.silu(upcast(x)).astype(x.dtype)
 
 
-def widened(x: ms.Tensor) -> ms.Tensor:
-    """Half precision as float32 on the CPU, which would compute functions of it, and softmax, up to 15 times slower."""
+def upcast(x: ms.Tensor) -> ms.Tensor:
+    """Return half precision as float32 on the CPU, where functions of it and softmax are up to 15 times slower."""
     return x.astype(ms.float32) if x.dtype == ms.float16 and not backend.on_ascend() else x
 
 
 def transpose(x: ms.Tensor, *axes: int) -> ms.Tensor:
-    """``x.transpose(axes)``, copied. Reshaping a transposed view can corrupt the heap on the CPU (MindSpore 2.8)."""
+    """Return a contiguous transpose. Reshaping a transposed view can corrupt the heap on the CPU (MindSpore 2.8)."""
     return x.transpose(*axes).contiguous()
 
 
-class _RepeatRows(nn.Cell):
-    """(B, 1, D) -> (B, count, D); the gradient is a product with ones, ten times as fast as the sum over an axis."""
+class _RepeatTokens(nn.Cell):
+    """(B, 1, D) -> (B, count, D). The gradient, a product with ones, is ten times as fast as a sum over an axis."""
 
     def construct(self, x, count):
         return _tile(x, (1, count, 1))
 
     def bprop(self, x, count, out, dout):
         ones = _ones((dout.shape[0], 1, dout.shape[1]), dout.dtype)
-        return _weighted(ones, dout), 0
+        return _weighted_sum(ones, dout), 0
 
 
-_repeat_rows = _RepeatRows()
+_repeat_tokens = _RepeatTokens()
 
 
-def repeat_rows(x: ms.Tensor, count: int) -> ms.Tensor:
-    """(B, 1, D) -> (B, count, D). Written out: broadcasting arithmetic is 20 times slower on the CPU."""
-    return _repeat_rows(x, count)
+def repeat_tokens(x: ms.Tensor, count: int) -> ms.Tensor:
+    """Repeat (B, 1, D) to (B, count, D) in memory: broadcasting arithmetic is 20 times slower on the CPU."""
+    return _repeat_tokens(x, count)
 
 
-def rows_like(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
-    """A vector of D numbers, written out as every row of a matrix (M, D) of the shape of x."""
+def repeat_vector(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
+    """Repeat a vector of D elements in memory, as the rows of a matrix of the shape (M, D) of x."""
     return _tile(vector.reshape(1, -1), (x.shape[0], 1))
 
 
-class _Standardise(nn.Cell):
-    """Rows (M, D) to mean 0 and variance 1."""
+class _Normalize(nn.Cell):
+    """Rows (M, D) with mean 0 and variance 1."""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -136,8 +129,8 @@ class _Standardise(nn.Cell):
         return (self.inverse_deviation(centred) * (dout - mean - out * along),)
 
 
-class _FusedStandardise(nn.Cell):
-    """The same by Ascend's own operator. **Not run on Ascend.**"""
+class _FusedNormalize(nn.Cell):
+    """Rows (M, D) with mean 0 and variance 1, by Ascend's own operator. **Not run on Ascend.**"""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -148,20 +141,20 @@ class _FusedStandardise(nn.Cell):
         return self.norm(x, _ones((size,), x.dtype), ops.zeros_like(x[0]))[0]
 
 
-def standardise(eps: float) -> nn.Cell:
-    """A cell that brings rows (M, D) to mean 0 and variance 1: layer normalisation without weights."""
-    return _FusedStandardise(eps) if backend.on_ascend() else _Standardise(eps)
+def normalize(eps: float) -> nn.Cell:
+    """Return a cell that brings rows (M, D) to mean 0 and variance 1: layer normalization without weights."""
+    return _FusedNormalize(eps) if backend.on_ascend() else _Normalize(eps)
 
 
-class _Attend(nn.Cell):
-    """softmax(q k^T) v for q (B, H, N, d), k and v (B, H, M, d), softmax in float32.
+class _ScaledDotProductAttention(nn.Cell):
+    """softmax(q k^T) v for q (B, H, N, d), k and v (B, H, M, d), softmax in float32. The scale is already in q.
 
-    The gradient computes the weights again instead of keeping them. With D = sum(dout out) of each query,
-    the gradient of the scores is P (dout v^T - D); D is subtracted inside the product, as one more column.
+    The gradient recomputes the weights P instead of storing them. With D = sum(dout out) of each query, the gradient
+    of the scores is P (dout v^T - D); D is subtracted inside the product, as one more column.
     """
 
     def construct(self, q, k, v):
-        return _weighted(self.weights(q, k).astype(v.dtype), v)
+        return _weighted_sum(self.weights(q, k).astype(v.dtype), v)
 
     def weights(self, q, k):
         return _softmax(_scores(q, k).astype(ms.float32))
@@ -171,8 +164,12 @@ class _Attend(nn.Cell):
         batch, heads, queries, size = dout.shape
         delta = _row_sum((dout * out).reshape(-1, size), 1).reshape(batch, heads, queries, 1)
         ones = _ones((batch, heads, v.shape[2], 1), v.dtype)
-        scores = weights * _scores(_append((dout, -delta)), _append((v, ones)))
-        return _weighted(scores, k), _back(scores, q), _back(weights, dout)
+        scores = weights * _scores(_concat((dout, -delta)), _concat((v, ones)))
+        return (
+            _weighted_sum(scores, k),
+            _batch_matmul_transposed(scores, q),
+            _batch_matmul_transposed(weights, dout),
+        )
 
 
-attend = _Attend()
+scaled_dot_product_attention = _ScaledDotProductAttention()

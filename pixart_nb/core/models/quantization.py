@@ -1,4 +1,4 @@
-"""Weights in eight bits: a quarter of float32's memory, computed with in float32."""
+"""8-bit weights: a quarter of the memory of float32, computed in float32."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.operators import linear
 
-#: Rows that are widened to float32 at a time while a weight is quantized.
+#: Rows that are upcast to float32 at a time while a weight is quantized.
 ROWS = 256
 
 
 def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(out, in) floats -> int8 of the same shape and the scale of each row, (out,) float32: symmetric, nearest."""
+    """Quantize (out, in) floats to int8 and a scale for each row, (out,) float32: symmetric, nearest."""
     values, scale = np.empty(weight.shape, np.int8), np.ones(len(weight), np.float32)
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
@@ -28,7 +28,7 @@ def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Int8Linear(nn.Cell):
     """``Linear`` without bias whose weight is int8 with a scale for each output: (..., in) -> (..., out) float32.
 
-    The weight is widened for the product and dropped after it: one layer's worth of float32 at a time.
+    The weight is upcast for each product: the float32 memory of one layer at a time.
     """
 
     dtype = ms.float32
@@ -48,11 +48,11 @@ class Int8Linear(nn.Cell):
         return linear(x.astype(ms.float32), self.weight.astype(ms.float32)) * self.scale
 
     def in_float32(self, x: ms.Tensor) -> ms.Tensor:
-        """As ``construct``; the counterpart of ``Linear.in_float32``."""
+        """Compute ``construct``; the counterpart of ``Linear.in_float32``."""
         return self(x)
 
     def take(self, weight: np.ndarray) -> None:
-        """Quantize a weight (out, in) and keep it."""
+        """Quantize a weight (out, in) and store it."""
         values, scale = quantize(weight)
         self.weight.set_data(ms.Tensor(values))
         self.scale.set_data(ms.Tensor(scale))

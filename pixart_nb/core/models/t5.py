@@ -43,32 +43,27 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> T5Config:
-        """Configuration of a published mapping; keys that do not concern the encoder are ignored."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        """Make a configuration from a published mapping; other keys are ignored."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in names})
 
 
 def relative_position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of every query-key distance, (length, length) int32 (Raffel et al. 2020, bidirectional).
+    """Return the bucket of every query-key distance, (length, length) int32 (Raffel et al. 2020, bidirectional).
 
-    Half of the buckets are for keys after the query. Small distances have one each, larger ones share them
+    Half of the buckets are for keys after the query. Small distances have one bucket each, larger ones share buckets
     logarithmically up to ``max_distance``.
     """
-    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
-    half = buckets // 2
+    offset = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half, distance = buckets // 2, np.abs(offset)
     exact = half // 2
-    away = np.abs(distance)
-    scaled = (
-        np.log(np.maximum(away, 1).astype(np.float32) / exact)
-        / math.log(max_distance / exact)
-        * (half - exact)
-    )
-    far = np.minimum(exact + scaled.astype(np.int64), half - 1)
-    return ((distance > 0) * half + np.where(away < exact, away, far)).astype(np.int32)
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / math.log(max_distance / exact)
+    far = np.minimum(exact + (ratio * (half - exact)).astype(np.int64), half - 1)
+    return ((offset > 0) * half + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
 class T5Attention(nn.Cell):
-    """Self-attention without scaling; the first layer holds the table of relative positions that all layers use."""
+    """Self-attention without scaling; the first layer holds the relative positions that all layers use."""
 
     def __init__(self, config: T5Config, with_positions: bool, linear: LinearClass):
         super().__init__()
@@ -76,10 +71,8 @@ class T5Attention(nn.Cell):
         self.heads = config.num_heads
         self.q, self.k, self.v = (linear(config.d_model, inner, bias=False) for _ in range(3))
         self.o = linear(inner, config.d_model, bias=False)
-        positions = (
-            Embedding(config.relative_attention_num_buckets, config.num_heads) if with_positions else None
-        )
-        self.relative_attention_bias = positions
+        positions = config.relative_attention_num_buckets, config.num_heads
+        self.relative_attention_bias = Embedding(*positions) if with_positions else None
 
     def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
         q, k, v = (split_heads(part(x), self.heads) for part in (self.q, self.k, self.v))
@@ -150,7 +143,7 @@ class T5Stack(nn.Cell):
 class T5Encoder(nn.Cell):
     """Token ids (N, T) and mask (N, T) -> embeddings (N, T, d_model).
 
-    ``linear`` is the class of the projections in its layers: ``Linear``, or ``Int8Linear`` for weights in eight bits.
+    ``linear`` is the class of the projections in its layers: ``Linear``, or ``Int8Linear`` for 8-bit weights.
     """
 
     def __init__(self, config: T5Config, linear: LinearClass = Linear):
@@ -166,31 +159,31 @@ class T5Encoder(nn.Cell):
         return self.shared.weight.dtype
 
     def construct(self, input_ids, mask) -> ms.Tensor:
-        """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token; every row needs a token."""
-        ids, seen = self.checked(input_ids, mask)
-        return self.forward(ms.Tensor(ids), ms.Tensor(seen), self.buckets(ids.shape[1]))
+        """Encode input_ids (N, T), integers, with mask (N, T) bool, True = token; every row needs a token."""
+        ids, mask = self.validated(input_ids, mask)
+        return self.forward(ms.Tensor(ids), ms.Tensor(mask), self.buckets(ids.shape[1]))
 
-    def checked(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 and mask bool, or why they cannot be. Apart from ``construct``, which a compiler parses."""
-        backend.settle_threads()
+    def validated(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids int32 and mask bool, or refuse them. Outside of ``construct``, which a compiler parses."""
+        backend.pin_threads()
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
-        seen = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
-        if ids.ndim != 2 or ids.shape != seen.shape:
+        mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
+        if ids.ndim != 2 or ids.shape != mask.shape:
             raise PixArtNBError(
-                f"input_ids have shape {ids.shape} and mask {seen.shape}; expected the same (N, T)"
+                f"input_ids have shape {ids.shape} and mask {mask.shape}; expected the same (N, T)"
             )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise PixArtNBError(
-                f"token ids reach {ids.min()}..{ids.max()}, the text encoder knows 0..{self.config.vocab_size - 1}; "
-                "the tokenizer is another model's"
+                f"token ids are {ids.min()}..{ids.max()}; the text encoder has ids 0..{self.config.vocab_size - 1}. "
+                "Use the tokenizer of this model."
             )
-        check_mask(seen)
-        return ids.astype(np.int32), seen
+        check_mask(mask)
+        return ids.astype(np.int32), mask
 
     def forward(self, input_ids: ms.Tensor, mask: ms.Tensor, buckets: ms.Tensor) -> ms.Tensor:
-        """``construct`` on tensors alone, so that it can be compiled.
+        """Compute ``construct`` on tensors alone, so that it can be compiled.
 
-        The sum over layers is kept in float32, whatever the weights: in XXL it leaves the range of half precision.
+        The residual stream is float32 for weights of any dtype: in XXL it leaves the range of half precision.
         """
         x = self.shared(input_ids).astype(ms.float32)
         bias = self.position_bias(buckets)
@@ -199,7 +192,7 @@ class T5Encoder(nn.Cell):
         return self.encoder.final_layer_norm(x).astype(self.shared.weight.dtype)
 
     def buckets(self, length: int) -> ms.Tensor:
-        """Buckets of relative positions for ``length`` tokens, computed once."""
+        """Return the buckets of relative positions for ``length`` tokens, computed once."""
         if length not in self._buckets:
             config = self.config
             table = relative_position_buckets(
@@ -209,12 +202,12 @@ class T5Encoder(nn.Cell):
         return self._buckets[length]
 
     def position_bias(self, buckets: ms.Tensor) -> ms.Tensor:
-        """What relative positions add to the attention scores: (1, H, T, T) float32."""
+        """Return the bias of relative positions on the attention scores: (1, H, T, T) float32."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(buckets)
         return mint.permute(table, (2, 0, 1)).expand_dims(0).astype(ms.float32)
 
-    def initialise(self, rng: np.random.Generator) -> None:
-        """Draw fresh weights by T5's own scheme."""
+    def initialize(self, rng: np.random.Generator) -> None:
+        """Draw new weights by T5's own scheme."""
         config = self.config
         inner = config.num_heads * config.d_kv
         spread = {
@@ -224,7 +217,9 @@ class T5Encoder(nn.Cell):
             "shared": 1.0,
         }
         for name, weight in self.parameters_and_names():
-            std = spread.get(name.split(".")[-2], config.d_model**-0.5)
-            norm = "layer_norm" in name
-            value = np.ones(weight.shape, np.float32) if norm else normal(rng, tuple(weight.shape), std)
+            if "layer_norm" in name:
+                value = np.ones(weight.shape, np.float32)
+            else:
+                std = spread.get(name.split(".")[-2], config.d_model**-0.5)
+                value = normal(rng, tuple(weight.shape), std)
             weight.set_data(ms.Tensor(value))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
-from functools import wraps
 
 import numpy as np
 from mindspore import mint, nn
@@ -11,21 +10,18 @@ from mindspore import mint, nn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
-from pixart_nb.core.models.embeddings import (
-    CaptionEmbedder,
-    FrequencyMLP,
-    PatchEmbed,
-    SizeEmbedder,
-    sincos_positions,
-)
+from pixart_nb.core.models.embeddings import CaptionEmbedder, FrequencyMLP, PatchEmbed, sincos_positions
 from pixart_nb.core.models.kv_compression import check_compression
 from pixart_nb.core.models.layers import LayerNorm, Linear, normal, parameter, xavier_uniform
-from pixart_nb.core.models.operators import gelu_tanh, repeat_rows, silu, transpose
+from pixart_nb.core.models.operators import gelu_tanh, repeat_tokens, silu, transpose
+
+#: Image sizes whose positional embeddings a network keeps.
+CACHED_SIZES = 4
 
 
 @dataclass(frozen=True)
 class PixArtConfig:
-    """What a PixArt transformer is made of; the defaults are PixArt-Sigma XL/2 at 512.
+    """Architecture of a PixArt transformer; the defaults are those of PixArt-Sigma XL/2 at 512.
 
     ``input_size`` is the latent side of the training resolution (image side / 8); ``pe_interpolation`` stretches the
     positions to it (0.5 at 256, 1 at 512, 2 at 1024, 4 at 2048). ``kv_compress_config`` has ``sampling`` (conv, ave,
@@ -48,6 +44,13 @@ class PixArtConfig:
     qk_norm: bool = False
     kv_compress_config: dict | None = field(default=None, hash=False)
 
+    def __new__(cls, *args, **values):
+        """Remember which fields are given: a checkpoint may fill in the others."""
+        config = super().__new__(cls)
+        names = [f.name for f in fields(cls)]
+        object.__setattr__(config, "_set", frozenset(names[: len(args)]) | frozenset(values))
+        return config
+
     def __post_init__(self):
         if self.class_name not in ("PixArt", "PixArtMS"):
             raise PixArtNBError(f"class_name is {self.class_name!r}; expected 'PixArt' or 'PixArtMS'")
@@ -59,21 +62,21 @@ class PixArtConfig:
             raise PixArtNBError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
         check_compression(self.kv_operator, self.kv_ratio, self.kv_layers, self.depth)
 
-    def says(self, name: str) -> bool:
-        """Whether the field was given, rather than left at its default."""
-        return name in self._given
+    def is_set(self, name: str) -> bool:
+        """Return True if the field was given rather than left at its default."""
+        return name in self._set
 
     @classmethod
     def from_dict(cls, values: dict) -> PixArtConfig:
-        """Configuration of a mapping; an unknown key is an error that lists the known ones."""
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        """Make a configuration from a mapping; an unknown key is an error that lists the valid ones."""
+        names = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(names))
         if unknown:
-            raise PixArtNBError(f"PixArtConfig does not know {unknown}; it knows {', '.join(known)}")
+            raise PixArtNBError(f"PixArtConfig has no field {unknown}; its fields are {', '.join(names)}")
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """All fields as a mapping that JSON can hold."""
+        """Return all fields as a mapping that JSON can hold."""
         return asdict(self)
 
     @property
@@ -101,23 +104,6 @@ class PixArtConfig:
         return self.kv_ratio if layer in self.kv_layers else 1
 
 
-def _remember_given(cls):
-    """Let a dataclass know which of its fields were given: a checkpoint may fill in the others."""
-    construct = cls.__init__
-    names = [f.name for f in fields(cls)]
-
-    @wraps(construct)
-    def __init__(self, *args, **values):
-        object.__setattr__(self, "_given", frozenset(names[: len(args)]) | frozenset(values))
-        construct(self, *args, **values)
-
-    cls.__init__ = __init__
-    return cls
-
-
-_remember_given(PixArtConfig)
-
-
 class MLP(nn.Cell):
     """Linear, GELU (tanh), Linear: (..., D) -> (..., D)."""
 
@@ -130,19 +116,19 @@ class MLP(nn.Cell):
 
 
 def modulate(x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    """x (B, N, D), shift and scale (B, 1, D) -> x (1 + scale) + shift."""
+    """Return x (1 + scale) + shift for x (B, N, D), shift and scale (B, 1, D)."""
     tokens = x.shape[1]
-    return x * repeat_rows(1 + scale, tokens) + repeat_rows(shift, tokens)
+    return x * repeat_tokens(1 + scale, tokens) + repeat_tokens(shift, tokens)
 
 
 def modulation_rows(table: ms.Tensor, t: ms.Tensor, count: int) -> list[ms.Tensor]:
-    """A block's own table (count, D) plus the timestep's (B, count or 1, D): ``count`` tensors (B, 1, D)."""
+    """Add a block's table (count, D) and the timestep's (B, count or 1, D): ``count`` tensors (B, 1, D)."""
     rows = table.reshape(1, count, -1) + t
     return [rows[:, i : i + 1] for i in range(count)]
 
 
 class Block(nn.Cell):
-    """A PixArt block: adaLN-single self-attention, cross-attention to the caption, adaLN-single MLP."""
+    """One block: adaLN-single self-attention, cross-attention to the caption, adaLN-single MLP."""
 
     def __init__(self, config: PixArtConfig, layer: int):
         super().__init__()
@@ -158,13 +144,17 @@ class Block(nn.Cell):
         """x (B, N, D), caption keys and values, t0 (B, 6, D), token grid height x width -> (B, N, D)."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation_rows(self.scale_shift_table, t0, 6)
         tokens = x.shape[1]
-        x = x + repeat_rows(gate, tokens) * self.attn(modulate(self.pre_norm(x), shift, scale), height, width)
+        x = x + repeat_tokens(gate, tokens) * self.attn(
+            modulate(self.pre_norm(x), shift, scale), height, width
+        )
         x = x + self.cross_attn(x, k, v, mask)
-        return x + repeat_rows(gate_mlp, tokens) * self.mlp(modulate(self.pre_norm(x), shift_mlp, scale_mlp))
+        return x + repeat_tokens(gate_mlp, tokens) * self.mlp(
+            modulate(self.pre_norm(x), shift_mlp, scale_mlp)
+        )
 
 
 class FinalLayer(nn.Cell):
-    """Modulated norm and the projection to patches: (B, N, D) -> (B, N, p p out_channels)."""
+    """Modulated norm and projection to patches: (B, N, D) -> (B, N, p p out_channels)."""
 
     def __init__(self, size: int, out: int):
         super().__init__()
@@ -189,11 +179,11 @@ class PixArt(nn.Cell):
         self.t_block = nn.CellList([nn.SiLU(), Linear(size, 6 * size)])  # adaLN-single's shared projection
         self.y_embedder = CaptionEmbedder(config.caption_channels, size, config.model_max_length)
         if config.micro_condition:
-            self.csize_embedder, self.ar_embedder = SizeEmbedder(size // 3), SizeEmbedder(size // 3)
+            self.csize_embedder, self.ar_embedder = FrequencyMLP(size // 3), FrequencyMLP(size // 3)
         self.blocks = nn.CellList([Block(config, layer) for layer in range(config.depth)])
         self.final_layer = FinalLayer(size, config.patch_size**2 * config.out_channels)
         self._positions: dict[tuple, ms.Tensor] = {}
-        self.hook_manager = None  # a HookManager while hooks (core.hooks) are attached: then compile nothing
+        self.hook_manager = None  # a HookManager while traced or changed: then compile nothing
 
     @property
     def dtype(self) -> ms.Type:
@@ -216,18 +206,18 @@ class PixArt(nn.Cell):
         return self.forward(latents, timestep, caption, mask, positions, micro, drop)
 
     def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None):
-        """``construct`` on tensors alone, so that it can be compiled: nothing is checked, nothing is looked up."""
+        """Compute ``construct`` on tensors alone, so that it can be compiled: without checks and caches."""
         return self.denoise(
             latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro
         )
 
     def caption_keys_values(self, caption, drop=None):
-        """Keys and values of every block's cross-attention, [(k, v)]; they serve all steps of a prompt."""
+        """Return keys and values of every block's cross-attention, [(k, v)]; all steps of a prompt use them."""
         projected = self.y_embedder(caption.astype(self.dtype), drop)
         return [block.cross_attn.keys_values(projected) for block in self.blocks]
 
     def denoise(self, latents, timestep, keys_values, mask, positions, micro=None):
-        """One step with the caption already projected: -> (N, out_channels, H, W)."""
+        """Compute one step from the keys and values of the caption: -> (N, out_channels, H, W)."""
         patch = self.config.patch_size
         height, width = latents.shape[2] // patch, latents.shape[3] // patch
         if self.hook_manager is not None:
@@ -249,22 +239,24 @@ class PixArt(nn.Cell):
         return transpose(rows.reshape(n, height * p, width * p, c), 0, 3, 1, 2)
 
     def positions(self, height: int, width: int) -> ms.Tensor:
-        """Positional embedding of latents height x width: (1, N, D), computed once per size."""
+        """Return the positional embedding of latents height x width: (1, N, D), cached for the last sizes."""
         key = (height, width, self.dtype)
         if key not in self._positions:
-            patch = self.config.patch_size
+            if len(self._positions) >= CACHED_SIZES:
+                del self._positions[next(iter(self._positions))]
+            config, patch = self.config, self.config.patch_size
             grid = sincos_positions(
-                self.config.hidden_size,
+                config.hidden_size,
                 height // patch,
                 width // patch,
-                self.config.input_size // patch,
-                self.config.pe_interpolation,
+                config.input_size // patch,
+                config.pe_interpolation,
             )
             self._positions[key] = ms.Tensor(grid[None]).astype(self.dtype)
         return self._positions[key]
 
     def micro_conditions(self, latents: ms.Tensor, size=None) -> ms.Tensor | None:
-        """(N, 3) height, width, height / width in pixels; None for a model without micro conditions."""
+        """Return (N, 3): height and width in pixels and their ratio; None for a model without micro conditions."""
         if not self.config.micro_condition:
             return None
         if size is None:
@@ -278,7 +270,7 @@ class PixArt(nn.Cell):
             raise PixArtNBError(
                 f"latents have shape {latents.shape}; expected (N, {config.in_channels}, H, W)"
             )
-        if latents.shape[2] % config.patch_size or latents.shape[3] % config.patch_size:
+        if latents.shape[2] % p or latents.shape[3] % p:
             raise PixArtNBError(
                 f"latents are {latents.shape[2]}x{latents.shape[3]}; both sides must be a multiple of {p}"
             )
@@ -288,25 +280,23 @@ class PixArt(nn.Cell):
             )
         if caption.shape[0] != latents.shape[0]:
             raise PixArtNBError(
-                f"{latents.shape[0]} latents but {caption.shape[0]} captions; their numbers must agree"
+                f"got {latents.shape[0]} latents and {caption.shape[0]} captions; expected as many captions as latents"
             )
         if mask is not None and tuple(mask.shape) != tuple(caption.shape[:2]):
             raise PixArtNBError(
                 f"mask has shape {tuple(mask.shape)}; expected that of the caption, {caption.shape[:2]}"
             )
 
-    def initialise(self, rng: np.random.Generator, zero_cross_attention: bool = True) -> None:
-        """Draw fresh weights as the official code does.
+    def initialize(self, rng: np.random.Generator, zero_cross_attention: bool = True) -> None:
+        """Draw new weights as the official code does.
 
-        Xavier uniform for linear layers, normal 0.02 for the embedders, zero for the final layer and, unless
-        ``zero_cross_attention`` is off, for the output of the cross-attention (small models learn to read the caption
-        much sooner without it).
+        Xavier uniform for linear layers, normal 0.02 for the embedders, zero for the final layer and for the output of
+        the cross-attention. Small models learn to read the caption much sooner with ``zero_cross_attention=False``.
         """
         size = self.config.hidden_size
         for name, weight in self.parameters_and_names():
-            weight.set_data(
-                ms.Tensor(_initial_value(rng, name, weight.shape, size, zero_cross_attention), weight.dtype)
-            )
+            value = _initial_value(rng, name, weight.shape, size, zero_cross_attention)
+            weight.set_data(ms.Tensor(value, weight.dtype))
 
 
 def _initial_value(
@@ -328,17 +318,18 @@ def _initial_value(
 
 
 def repeat_batch(x: ms.Tensor, count: int) -> ms.Tensor:
-    """(1, N, D) -> (count, N, D), written out."""
+    """Repeat (1, N, D) to (count, N, D) in memory."""
     return mint.tile(x, (count, 1, 1))
 
 
 def trim_caption(caption: ms.Tensor, mask) -> tuple[ms.Tensor, ms.Tensor | None]:
-    """Leave out the tokens that no row sees; the mask too where every row then sees all. Exact.
+    """Drop the tokens that every row masks, and the mask if no masked token remains. The result is exact.
 
-    caption (N, T, C), mask (N, T) bool -> (N, L, C) and (N, L) or None, L the longest row's last token.
+    caption (N, T, C), mask (N, T) bool -> (N, L, C) and (N, L) or None; L is the position after the longest row's last
+    token.
     """
-    seen = mask.asnumpy().astype(bool) if isinstance(mask, ms.Tensor) else np.asarray(mask, bool)
-    check_mask(seen)
-    length = int(np.flatnonzero(seen.any(axis=0))[-1]) + 1
-    seen = seen[:, :length]
-    return caption[:, :length], None if seen.all() else ms.Tensor(seen)
+    keep = mask.asnumpy().astype(bool) if isinstance(mask, ms.Tensor) else np.asarray(mask, bool)
+    check_mask(keep)
+    length = int(np.flatnonzero(keep.any(axis=0))[-1]) + 1
+    keep = keep[:, :length]
+    return caption[:, :length], None if keep.all() else ms.Tensor(keep)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
 from mindspore import mint, nn, ops
@@ -11,46 +10,36 @@ from mindspore import mint, nn, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.fast.normalization import own_statistics
+from pixart_nb.core.fast import fast_group_norms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.tiling import TileMap
 from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 
-#: Latent cells a side up to which the coarse stage, with its attention, is computed whole even when tiling.
+#: Largest side, in latent cells, of the coarse stage (with the attention) that is computed whole in tiled mode.
 COARSE_TILE = 128
-#: How much more a cell takes there than a pixel of the fine parts: more channels, and more of them alive at once.
+#: Memory of a cell there relative to that of a pixel of the fine stage.
 COARSE_CHANNELS = 4
 
 
 class DiagonalGaussian:
-    """What the encoder says of the latents: ``mean`` and ``logvar``, each (N, C, h, w)."""
+    """Distribution of the latents: ``mean`` and ``logvar``, each (N, C, h, w)."""
 
     def __init__(self, moments: ms.Tensor):
         self.mean, logvar = mint.chunk(moments, 2, 1)
         self.logvar = mint.clamp(logvar, -30.0, 20.0)
 
     def sample(self, rng: np.random.Generator) -> ms.Tensor:
-        """Latents drawn with ``rng``."""
+        """Draw latents with ``rng``."""
         noise = ms.Tensor(rng.standard_normal(self.mean.shape, dtype=np.float32)).astype(self.mean.dtype)
         return self.mean + ops.exp(0.5 * self.logvar) * noise
 
     def mode(self) -> ms.Tensor:
-        """The most likely latents: the mean."""
+        """Return the most likely latents: the mean."""
         return self.mean
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the autoencoder that can be computed in tiles; ``cell`` holds its norms."""
-
-    function: Callable[[ms.Tensor], ms.Tensor]
-    cell: nn.Cell
-    grow: int = 1
-    shrink: int = 1
-
-
 class AutoencoderKL(nn.Cell):
-    """The autoencoder. ``encode(x)[0]`` is a ``DiagonalGaussian``, ``decode(z)[0]`` pictures, as in diffusers."""
+    """The autoencoder. ``encode(x)[0]`` is a ``DiagonalGaussian``, ``decode(z)[0]`` images, as in diffusers."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -63,21 +52,21 @@ class AutoencoderKL(nn.Cell):
         self.tile_sample_min_size, self.tile_overlap_factor = min(config.sample_size, 512), 0.25
 
     def enable_slicing(self) -> None:
-        """Encode and decode one picture after another: memory of one, the same numbers."""
+        """Encode and decode the images of a batch one by one: the memory of one, the same numbers."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Encode and decode a batch at once again."""
+        """Encode and decode a batch at once."""
         self.use_slicing = False
 
     def enable_tiling(
         self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25
     ) -> None:
-        """Encode and decode what is larger than a tile (``tile_sample_min_size`` image pixels a side) in tiles.
+        """Encode and decode images larger than a tile (``tile_sample_min_size`` pixels a side) in tiles.
 
         Neighbours overlap by ``tile_overlap_factor`` of a tile and are blended there; all use the same statistics in
-        their norms. Memory is that of a few tiles and of the picture. The numbers come close to the whole's, but are
-        not equal: the statistics are measured on a sample of the tiles.
+        their norms. This takes the memory of a few tiles and of the image. The result is close to the untiled one, but
+        not equal: the statistics are measured on a sample of the image.
         """
         size = tile_sample_min_size or self.tile_sample_min_size
         if size < 2 * self.factor or size % self.factor or not 0 <= tile_overlap_factor < 1:
@@ -88,7 +77,7 @@ class AutoencoderKL(nn.Cell):
         self.use_tiling, self.tile_sample_min_size, self.tile_overlap_factor = True, size, tile_overlap_factor
 
     def disable_tiling(self) -> None:
-        """Encode and decode pictures of every size whole again."""
+        """Encode and decode images of every size whole."""
         self.use_tiling = False
 
     @property
@@ -102,11 +91,11 @@ class AutoencoderKL(nn.Cell):
         return self.decoder.conv_out.weight.dtype
 
     def moments(self, x: ms.Tensor) -> ms.Tensor:
-        """Mean and log-variance stacked: (N, 3, H, W) -> (N, 2 C, H/8, W/8). A tensor function, to be compiled."""
+        """Return mean and log-variance stacked: (N, 3, H, W) -> (N, 2 C, H/8, W/8). Can be compiled."""
         return self._encode_coarse(self.encoder.fine(x))
 
     def reconstruct(self, z: ms.Tensor) -> ms.Tensor:
-        """Latents (N, C, h, w) -> pictures (N, 3, 8h, 8w). A tensor function, to be compiled."""
+        """Return the images (N, 3, 8h, 8w) of latents (N, C, h, w). Can be compiled."""
         return self.decoder.fine(self._decode_coarse(z))
 
     def _encode_coarse(self, x: ms.Tensor) -> ms.Tensor:
@@ -117,79 +106,76 @@ class AutoencoderKL(nn.Cell):
         return self.decoder.coarse(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def encode(self, x: ms.Tensor) -> tuple[DiagonalGaussian]:
-        """Pictures (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of the factor."""
+        """Images (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of ``factor``."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise PixArtNBError(
-                f"pictures have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)"
+                f"images have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)"
             )
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise PixArtNBError(
-                f"pictures are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}; crop it."
+                f"images are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}. Crop them."
             )
-        fine = Stage(self.encoder.fine, self.encoder, shrink=self.factor)
-        return (DiagonalGaussian(self._in_parts(x, fine, Stage(self._encode_coarse, self.encoder))),)
+        fine = self._stage(self.encoder.fine, self.encoder, downscale=self.factor)
+        return (DiagonalGaussian(self._run(x, fine, self._stage(self._encode_coarse, self.encoder))),)
 
     def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False) -> tuple[ms.Tensor]:
-        """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(pictures,)``, (N, 3, 8h, 8w).
+        """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(images,)``, (N, 3, 8h, 8w).
 
-        ``return_dict`` is there for calls written for diffusers; the answer is a tuple either way.
+        ``return_dict`` is accepted for calls written for diffusers; the result is a tuple either way.
         """
         z = z if isinstance(z, ms.Tensor) else ms.Tensor(z)
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise PixArtNBError(
                 f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)"
             )
-        fine = Stage(self.decoder.fine, self.decoder, grow=self.factor)
-        return (self._in_parts(z, Stage(self._decode_coarse, self.decoder), fine),)
+        return (self._run(z, self._stage(self._decode_coarse, self.decoder), self.decode_fine()),)
 
-    def _in_parts(self, x: ms.Tensor, *stages: Stage) -> ms.Tensor:
-        """One stage after the other, by slices and tiles as they are enabled."""
+    def _run(self, x: ms.Tensor, *stages: TileMap) -> ms.Tensor:
+        """Run the stages one after another, in slices and tiles as enabled."""
         if (self.use_slicing or self.use_tiling) and x.shape[0] > 1:
-            return mint.cat([self._in_parts(row, *stages) for row in mint.split(x, 1)])
+            return mint.cat([self._run(row, *stages) for row in mint.split(x, 1)])
+        backend.pin_threads()
         x = x.astype(self.dtype)
         for stage in stages:
-            tiles = self._tiles(stage)
-            whole = not self.use_tiling or max(x.shape[2:]) // stage.shrink <= tiles.tile
-            if whole:
-                with own_statistics(tiles.norms):
-                    x = stage.function(x)
+            if self.use_tiling and max(x.shape[2:]) // stage.downscale > stage.tile:
+                x = ms.Tensor(stage(_array(x))).astype(self.dtype)
             else:
-                x = ms.Tensor(tiles(_array(x))).astype(self.dtype)
+                with fast_group_norms(stage.norms):
+                    x = stage.function(x)
         return x
 
-    def _tiles(self, stage: Stage) -> TileMap:
-        backend.settle_threads()
-        fine = stage.grow * stage.shrink > 1
+    def _stage(self, function: Callable, cell: nn.Cell, upscale: int = 1, downscale: int = 1) -> TileMap:
+        """Return a part of the autoencoder that can be computed in tiles; ``cell`` holds its norms."""
+        fine = upscale * downscale > 1
         tile = self.tile_sample_min_size // self.factor if fine else COARSE_TILE
-        norms = [cell for _, cell in stage.cell.cells_and_names() if isinstance(cell, GroupNorm)]
-        overlap = int(tile * self.tile_overlap_factor)
+        norms = [norm for _, norm in cell.cells_and_names() if isinstance(norm, GroupNorm)]
+        overlap, channels = int(tile * self.tile_overlap_factor), 1 if fine else COARSE_CHANNELS
 
-        def function(piece: ms.Tensor) -> ms.Tensor:
-            return stage.function(piece.astype(self.dtype))
+        def compute(x: ms.Tensor) -> ms.Tensor:
+            return function(x.astype(self.dtype))
 
-        channels = 1 if fine else COARSE_CHANNELS
-        return TileMap(function, norms, tile, overlap, stage.grow, stage.shrink, channels)
+        return TileMap(compute, norms, tile, overlap, upscale, downscale, channels)
 
     def decode_coarse(self, z: np.ndarray) -> np.ndarray:
-        """The first part of ``decode``, at the resolution of the latents: z (1, C, h, w) -> (1, C', h, w) float32."""
-        return _array(self._in_parts(ms.Tensor(z), Stage(self._decode_coarse, self.decoder)))
+        """Run the first part of ``decode``, at the resolution of the latents: (1, C, h, w) -> (1, C', h, w) float32."""
+        return _array(self._run(ms.Tensor(z), self._stage(self._decode_coarse, self.decoder)))
 
     def decode_fine(self) -> TileMap:
-        """The second part of ``decode``, of what ``decode_coarse`` gives, to be taken row of tiles by row of tiles."""
-        return self._tiles(Stage(self.decoder.fine, self.decoder, grow=self.factor))
+        """Return the second part of ``decode``, from the result of ``decode_coarse``, to be run by rows of tiles."""
+        return self._stage(self.decoder.fine, self.decoder, upscale=self.factor)
 
     def construct(self, x: ms.Tensor, noise: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
-        """One training pass: pictures and unit noise of the latents' shape -> reconstruction and moments."""
+        """Run a training pass: images and unit noise of the latents' shape -> reconstruction and moments."""
         moments = self.moments(x)
         mean, logvar = mint.chunk(moments, 2, 1)
         z = mean + ops.exp(0.5 * mint.clamp(logvar, -30.0, 20.0)) * noise
         return self.reconstruct(z), moments
 
-    def initialise(self, rng: np.random.Generator) -> None:
-        """Draw fresh weights so that the net starts as average pooling and nearest upsampling of random colours.
+    def initialize(self, rng: np.random.Generator) -> None:
+        """Draw new weights: the net starts as average pooling and nearest upsampling of random colors.
 
         Residual branches end in zeros, downsampling is the mean of 2 x 2, the other convolutions of the main path see
-        one pixel. The blocks of a pixel-art picture are then sharp from the first step.
+        one pixel. The blocks of a pixel-art image are then sharp from the first step.
         """
         for name, weight in self.parameters_and_names():
             weight.set_data(ms.Tensor(_initial_value(rng, name, tuple(weight.shape))))
@@ -215,19 +201,3 @@ def _initial_value(rng: np.random.Generator, name: str, shape: tuple[int, ...]) 
 
 def _array(x: ms.Tensor) -> np.ndarray:
     return x.astype(ms.float32).asnumpy()
-
-
-#: Names that Stable Diffusion's first autoencoders use in the attention of the middle block.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
-def modernise_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Tensors of an older autoencoder under today's names; attention weights (C, C, 1, 1) lose their last axes."""
-    out = {}
-    for name, value in tensors.items():
-        if "attentions." in name:
-            prefix, part, leaf = name.rsplit(".", 2)
-            name = f"{prefix}.{OLD_NAMES.get(part, part)}.{leaf}"
-            value = value.reshape(value.shape[:2]) if value.ndim == 4 else value
-        out[name] = value
-    return out

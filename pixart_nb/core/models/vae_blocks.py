@@ -1,4 +1,4 @@
-"""The layers of AutoencoderKL, with the parameter names of published checkpoints, and its configuration."""
+"""Layers of AutoencoderKL, with the parameter names of published checkpoints, and its configuration."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> VAEConfig:
-        """Configuration of a published mapping; keys that do not concern the numbers are ignored."""
-        known = {f.name for f in fields(cls)}
-        given = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in known}
-        return cls(**given)
+        """Make a configuration from a published mapping; other keys are ignored."""
+        names = {f.name for f in fields(cls)}
+        return cls(
+            **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in names}
+        )
 
 
 class ResnetBlock(nn.Cell):
@@ -85,7 +86,7 @@ class Downsample(nn.Cell):
 
 
 class Upsample(nn.Cell):
-    """Every pixel doubled in each direction, then a convolution: (N, C, H, W) -> (N, C, 2H, 2W)."""
+    """Nearest upsampling, then a convolution: (N, C, H, W) -> (N, C, 2H, 2W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -113,36 +114,23 @@ class MidBlock(nn.Cell):
         return self.resnets[1](x)
 
 
-class DownBlock(nn.Cell):
-    """Resnets, and a downsampling unless it is the last block."""
+class ResnetStage(nn.Cell):
+    """Resnets of one resolution, then a downsampling or an upsampling, or neither."""
 
-    def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
+    def __init__(
+        self, channels: int, out: int, layers: int, groups: int, down: bool = False, up: bool = False
+    ):
         super().__init__()
         self.resnets = nn.CellList(
             [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
         )
-        self.downsamplers = nn.CellList([] if last else [Downsample(out)])
+        self.downsamplers = nn.CellList([Downsample(out)] if down else [])
+        self.upsamplers = nn.CellList([Upsample(out)] if up else [])
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         for layer in self.resnets:
             x = layer(x)
         for layer in self.downsamplers:
-            x = layer(x)
-        return x
-
-
-class UpBlock(nn.Cell):
-    """Resnets, and an upsampling unless it is the last block."""
-
-    def __init__(self, channels: int, out: int, layers: int, groups: int, last: bool):
-        super().__init__()
-        self.resnets = nn.CellList(
-            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
-        )
-        self.upsamplers = nn.CellList([] if last else [Upsample(out)])
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        for layer in self.resnets:
             x = layer(x)
         for layer in self.upsamplers:
             x = layer(x)
@@ -150,65 +138,54 @@ class UpBlock(nn.Cell):
 
 
 class Encoder(nn.Cell):
-    """Pictures (N, 3, H, W) in -1..1 -> (N, 2 latent_channels, H/8, W/8)."""
+    """Images (N, 3, H, W) in -1..1 -> (N, 2 latent_channels, H/8, W/8)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
+        widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        before = (widths[0], *widths[:-1])
+        pairs = list(zip((widths[0], *widths[:-1]), widths, strict=True))
         self.down_blocks = nn.CellList(
-            [
-                DownBlock(a, b, config.layers_per_block, groups, i == len(widths) - 1)
-                for i, (a, b) in enumerate(zip(before, widths, strict=True))
-            ]
+            [ResnetStage(a, b, layers, groups, down=i < len(widths) - 1) for i, (a, b) in enumerate(pairs)]
         )
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def fine(self, x: ms.Tensor) -> ms.Tensor:
-        """From pictures to the lowest resolution: what sees a neighbourhood only, norms apart."""
+        """Go from images to the lowest resolution. But for the norms, a cell depends on its neighbourhood only."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
         return x
 
     def coarse(self, x: ms.Tensor) -> ms.Tensor:
-        """At the lowest resolution, where every cell attends to every other."""
+        """Finish at the lowest resolution, where every cell attends to every other."""
         return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        return self.coarse(self.fine(x))
 
 
 class Decoder(nn.Cell):
-    """Latents (N, latent_channels, h, w) -> pictures (N, 3, 8h, 8w), about -1..1."""
+    """Latents (N, latent_channels, h, w) -> images (N, 3, 8h, 8w), about -1..1."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        layers = config.layers_per_block + 1
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
-        before = (widths[0], *widths[:-1])
+        pairs = list(zip((widths[0], *widths[:-1]), widths, strict=True))
         self.up_blocks = nn.CellList(
-            [
-                UpBlock(a, b, config.layers_per_block + 1, groups, i == len(widths) - 1)
-                for i, (a, b) in enumerate(zip(before, widths, strict=True))
-            ]
+            [ResnetStage(a, b, layers, groups, up=i < len(widths) - 1) for i, (a, b) in enumerate(pairs)]
         )
         self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def coarse(self, z: ms.Tensor) -> ms.Tensor:
-        """At the resolution of the latents, where every cell attends to every other."""
+        """Start at the resolution of the latents, where every cell attends to every other."""
         return self.mid_block(self.conv_in(z))
 
     def fine(self, x: ms.Tensor) -> ms.Tensor:
-        """Up to pictures: what sees a neighbourhood only, norms apart."""
+        """Go up to images. But for the norms, a pixel depends on its neighbourhood only."""
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(silu(self.conv_norm_out(x)))
-
-    def construct(self, z: ms.Tensor) -> ms.Tensor:
-        return self.fine(self.coarse(z))

@@ -15,10 +15,11 @@ import numpy as np
 from mindspore import nn
 from tqdm import tqdm
 
-from pixart_nb.core.backend import dtype_from_name, ms, settle_threads, supported_dtype
+from pixart_nb.core.backend import dtype_from_name, ms, pin_threads, supported_dtype
 from pixart_nb.core.cost import with_compression
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.fast.cpu import self_attention
+from pixart_nb.core.fast.cpu import _heads
+from pixart_nb.core.fast.head_rows import merge_heads
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -105,7 +106,7 @@ def calibrate(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibra
 
 def measure(networks: Networks, run: Run, keys: Iterable[int] = ()) -> Calibration:
     """As ``calibrate``, in this process, with a bar."""
-    settle_threads()
+    pin_threads()
     started = time.perf_counter()
     transformer = networks.transformer
     largest = max(1, int(run.tokens(transformer) ** 0.5))
@@ -198,7 +199,11 @@ def _shrinking(config: PixArtConfig, pair: dict[int, float], run: Run) -> float:
     for ratio in (1, RATIO):
         layer = SelfAttention(size, config.num_heads, operator="mean", ratio=ratio)
         keys = (side // ratio) ** 2
-        whole = _timing(lambda layer=layer: self_attention(layer, [qkv], run.rows, side, side).asnumpy())
+        whole = _timing(
+            lambda layer=layer: merge_heads(
+                attention(*[_heads(layer, n, [qkv], run.rows, side, side) for n in range(3)])
+            ).asnumpy()
+        )
         found.append(whole.later / tokens - (pair.get(keys) or _pair(config, keys, run)) * keys)
     return max(found[1] - found[0], 0.0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pixart_nb.core import backend
-from pixart_nb.core.fast.cpu import turned_numbers
+from pixart_nb.core.fast.cpu import transposed_elements
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.attention import chunk_shape
 from pixart_nb.core.models.t5 import T5Config
@@ -109,7 +109,7 @@ def _turned(config: PixArtConfig, run: Run) -> int:
     """Numbers in the weights that a run of few rows keeps a second time."""
     if run.dtype != "fp32":
         return 0
-    return turned_numbers(config.hidden_size, config.depth, config.mlp_ratio, run.rows * run.tokens(config))
+    return transposed_elements(config, run.rows * run.tokens(config))
 
 
 def _text_encoder_bytes(config: T5Config, run: Run) -> float:

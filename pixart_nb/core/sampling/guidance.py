@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.fast import denoiser
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.conditioning import Conditioning, both_rows
 from pixart_nb.core.sampling.step import Predict, Prediction
@@ -25,7 +25,7 @@ def guided_prediction(
     caption, mask = (
         both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
     )
-    denoise, channels = Denoiser(net, caption, mask), net.config.in_channels
+    denoise, channels = denoiser(net, caption, mask), net.config.in_channels
 
     def predict(latents: np.ndarray, timestep: float) -> Prediction:
         x = ms.Tensor(np.concatenate([latents, latents]) if guided else latents)

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import nn, ops
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import ms, settle_threads
+from pixart_nb.core.backend import ms, pin_threads
 from pixart_nb.core.training.came import CAME
 from pixart_nb.core.training.checkpoint import CheckpointFolder, State, check_fits, read_state
 from pixart_nb.core.training.curve_log import CurveLog
@@ -119,7 +119,7 @@ class Trainer:
             CheckpointError: a state could not be written, or another process trains in the folder.
         """
         last = self._last(until)
-        settle_threads()
+        pin_threads()
         with self._alone(), _on_signal(self._request_stop), self._bar(last, bar) as shown:
             try:
                 while self.step < last and not self._stop:

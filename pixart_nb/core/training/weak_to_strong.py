@@ -92,7 +92,7 @@ def start_afresh(
     """The architecture of ``start_stage`` with fresh weights; the embedding of the empty caption is kept."""
     view, previous, notes = _previous(checkpoint, stage, tokens)
     net = PixArt(stage.config(previous))
-    net.initialise(np.random.default_rng((seed, 4)), zero_cross_attention)
+    net.initialize(np.random.default_rng((seed, 4)), zero_cross_attention)
     if EMPTY in view.tensors:
         net.y_embedder.y_embedding.set_data(ms.Tensor(np.asarray(view.tensors[EMPTY], np.float32)))
     return Start(net, previous, (), notes)

@@ -55,7 +55,7 @@ def test_a_streamed_encoder_holds_one_layer_however_many_there_are(tmp_path):
     sizes = []
     for layers in (3, 7):
         net = T5Encoder(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=layers))
-        net.initialise(np.random.default_rng(layers))
+        net.initialize(np.random.default_rng(layers))
         write_text_encoder(tmp_path / str(layers), net)
         streamed = StreamedT5Encoder(tmp_path / str(layers), ms.float32)
         ids = np.array([[5, 9, 1]])

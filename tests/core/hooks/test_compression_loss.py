@@ -120,7 +120,7 @@ def test_what_changes_little_loses_little(pipe):  # noqa: F811
     [
         ({}, "none of blocks.0.attn, .* compresses its keys; give ratio and operator"),
         ({"ratio": 2}, "give both or neither"),
-        ({"ratio": 2, "operator": "max"}, "'max' is not known"),
+        ({"ratio": 2, "operator": "max"}, "'max' is unknown"),
         ({"ratio": 9, "operator": "mean"}, "leaves no key of 4x6 tokens"),
         ({"ratio": 2, "operator": "mean", "steps": 5}, "it has steps 0 to 2"),
         ({"ratio": 2, "operator": "mean", "layers": 4}, "it has blocks.0 to blocks.2"),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from reference_data import relative_error
-from test_attention import flash_stand_in
+from test_attention import flash_attention_substitute
 from test_trace import CALL, assert_untouched, draw, never, pipe  # noqa: F401 - a fixture
 from test_transformer import small_net
 from traced_models import compressing, inputs
 
 from pixart_nb.core import ablate_heads, backend, replace_compression, reweight_token, swap_prompt, trace
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.hooks.hook_points import Hook, attached
 
 FIRST = "blocks.0.cross_attn"
@@ -133,7 +133,7 @@ def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):  # noqa:
     with attached(pipe, on_the_cpu), reweight_token(pipe, "grass", 0.25):
         draw(pipe)
     monkeypatch.setattr(backend, "on_ascend", lambda: True)
-    monkeypatch.setattr(backend, "flash_attention_score", flash_stand_in)
+    monkeypatch.setattr(backend, "flash_attention_score", flash_attention_substitute)
     with attached(pipe, on_ascend), reweight_token(pipe, "grass", 0.25):
         draw(pipe)
     assert relative_error(on_ascend.out, on_the_cpu.out) < 2e-2  # the fused operator works in half precision
@@ -301,7 +301,7 @@ def test_after_an_error_the_model_is_as_it_was(pipe):  # noqa: F811
         ),
         (lambda p: reweight_token(p, "red", -1), "at least 0"),
         (lambda p: reweight_token(p, "red", float("nan"), renormalize=False), "expected a number"),
-        (lambda p: replace_compression(p, operator="max"), "'max' is not known; expected one of conv, ave"),
+        (lambda p: replace_compression(p, operator="max"), "'max' is unknown; expected one of conv, ave"),
         (lambda p: replace_compression(p, ratio=0), "whole number of at least 1"),
         (lambda p: replace_compression(p, ratio=5), "ratio 5 leaves no key of 4x6 tokens; it may be 1 to 4"),
         (
@@ -316,7 +316,7 @@ def test_after_an_error_the_model_is_as_it_was(pipe):  # noqa: F811
     ],
 )
 def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change, message):  # noqa: F811
-    monkeypatch.setattr(Denoiser, "__call__", never)
+    monkeypatch.setattr(CPUDenoiser, "__call__", never)
     with pytest.raises(ValueError, match=message):  # noqa: SIM117
         with change(pipe):
             draw(pipe)

@@ -12,7 +12,7 @@ from traced_models import compressing, direct_maps, inputs, watched
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import TraceTooLargeError, trace
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.hooks import attention_maps as maps
 from pixart_nb.core.hooks.hook_points import HookManager, attention_layers
 from pixart_nb.pixelart.adaptation import compressed_copy
@@ -251,7 +251,7 @@ def test_keys_of_a_caption_are_kept_once(traced):
 
 
 def test_a_trace_that_is_too_large_is_refused_before_the_run(pipe, monkeypatch):
-    monkeypatch.setattr(Denoiser, "__call__", never)
+    monkeypatch.setattr(CPUDenoiser, "__call__", never)
     monkeypatch.setattr(pipe, "_encoded", never)
     with (
         pytest.raises(TraceTooLargeError, match=r"would take \d+\.\d kB.*the limit is 1\.0 kB.*fewer layers"),

@@ -11,7 +11,7 @@ from reference_data import diffusers, relative_error
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import load_component
 from pixart_nb.core.models import tiling
-from pixart_nb.core.models.layers import GroupNorm
+from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.pixelart.batches import to_signed
 from pixart_nb.pixelart.evaluation import psnr
@@ -99,9 +99,9 @@ def test_what_is_smaller_than_a_tile_is_not_cut(trained):
 
 def test_norms_are_their_own_again_after_an_error():
     norm = GroupNorm(1, 2)
-    with pytest.raises(RuntimeError, match="stop"), tiling.shared_statistics([norm], []):
+    with pytest.raises(RuntimeError, match="stop"), norm_statistics([norm], [None]):
         raise RuntimeError("stop")
-    assert norm.shared is None
+    assert norm.statistics is None
 
 
 @pytest.mark.parametrize("arguments", [(100, 0.25), (8, 0.25), (128, 1.0), (128, -0.1)])

@@ -7,7 +7,8 @@ from reference_data import FORWARD, diffusers, relative_error
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import load_component, write_vae
-from pixart_nb.core.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig, modernise_names
+from pixart_nb.core.checkpoints.key_maps import rename_former_vae
+from pixart_nb.core.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
 
 
 def autoencoder(name="sigma"):
@@ -37,7 +38,7 @@ def test_samples_of_the_latents_have_the_mean_and_spread_that_were_said():
 
 def test_a_fresh_autoencoder_keeps_the_blocks_of_a_picture():
     net = AutoencoderKL(VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4))
-    net.initialise(np.random.default_rng(0))
+    net.initialize(np.random.default_rng(0))
     cells = np.random.default_rng(1).uniform(-1, 1, (1, 3, 4, 6)).astype(np.float32)
     picture = ms.Tensor(cells.repeat(8, 2).repeat(8, 3))
     out = net.decode(net.encode(picture)[0].mode())[0].asnumpy()
@@ -62,7 +63,7 @@ def test_latents_of_another_width_are_refused():
 
 def test_names_of_older_autoencoders_are_understood():
     weight = np.arange(4.0).reshape(2, 2, 1, 1)
-    out = modernise_names(
+    out = rename_former_vae(
         {"decoder.mid_block.attentions.0.proj_attn.weight": weight, "decoder.conv_in.weight": weight}
     )
     assert out["decoder.mid_block.attentions.0.to_out.0.weight"].shape == (2, 2)

@@ -38,7 +38,7 @@ class Rows:
 @pytest.fixture(scope="module")
 def net():
     net = PixArt(CONFIG)
-    net.initialise(np.random.default_rng(0), zero_cross_attention=False)
+    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     return net
 
 

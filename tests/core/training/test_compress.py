@@ -94,7 +94,7 @@ def test_the_error_is_that_of_the_guided_prediction_along_the_sources_own_run():
     pipe = PixArtSigmaPipeline.from_pretrained(SIGMA, vae=None)
     run = reference_run(pipe, ["a cup"], 3, height=64, width=64)
     other = PixArt(pipe.transformer.config)
-    other.initialise(np.random.default_rng(1))
+    other.initialize(np.random.default_rng(1))
     own = pipe.transformer
     assert errors_along(pipe, run, own).max() == 0
     found = errors_along(pipe, run, other)

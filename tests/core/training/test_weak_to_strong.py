@@ -32,7 +32,7 @@ def weak(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weak") / "transformer"
     net = PixArt(CONFIG)
     rng = np.random.default_rng(0)
-    net.initialise(rng, zero_cross_attention=False)
+    net.initialize(rng, zero_cross_attention=False)
     last = net.final_layer.linear.weight
     last.set_data(ms.Tensor(rng.standard_normal(last.shape).astype(np.float32)))
     components.write_transformer(folder, net)

@@ -6,9 +6,8 @@ from reference_data import OFFICIAL, official, relative_error
 
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast import cpu as inference
-from pixart_nb.core.fast.cpu import Denoiser
-from pixart_nb.core.fast.cross_attention import ConstantCaption, caption_groups, few_row_groups
+from pixart_nb.core.fast import cpu, denoiser
+from pixart_nb.core.fast.cross_attention import OneTokenAttention, caption_groups, merge_small_groups
 from pixart_nb.core.models.kv_compression import compress_tokens
 from pixart_nb.core.models.transformer import PixArt, trim_caption
 
@@ -36,7 +35,7 @@ def both_ways(net, lengths, height=8, width=12, timestep=811.0, seed=4):
     micro, positions = net.micro_conditions(latents), net.positions(height, width)
     trimmed, seen = trim_caption(caption, mask)
     slow = net.denoise(latents, time, net.caption_keys_values(trimmed), seen, positions, micro)
-    return slow.asnumpy(), Denoiser(net, caption, mask)(latents, timestep).asnumpy()
+    return slow.asnumpy(), denoiser(net, caption, mask)(latents, timestep).asnumpy()
 
 
 @pytest.mark.parametrize(
@@ -70,18 +69,18 @@ def test_every_kind_of_attention_gives_the_numbers_of_denoise(changes):
     assert relative_error(fast, slow) < CLOSE
 
 
-def test_turned_weights_give_the_numbers_of_denoise(monkeypatch):
-    monkeypatch.setattr(inference, "TURNED_WEIGHT", 48**2)
+def test_transposed_weights_give_the_numbers_of_denoise(monkeypatch):
+    monkeypatch.setattr(cpu, "TRANSPOSED_WEIGHT", 48**2)
     net = small_net()
     slow, fast = both_ways(net, (1, 7))
     assert relative_error(fast, slow) < CLOSE
-    layers = inference.RowLayers.of(net.blocks[0], inference.TURNED_ROWS)
-    turned = [layer for layer in layers if isinstance(layer, inference.TurnedLinear)]
-    assert turned == [layers.qkv, layers.proj, layers.fc2]
-    turned = sum(layer.weight.size for layer in turned)
-    assert inference.turned_numbers(48, 2, 4.0, inference.TURNED_ROWS) == 2 * turned
-    assert inference.turned_numbers(48, 2, 4.0, inference.TURNED_ROWS + 1) == 0
-    many = inference.RowLayers.of(net.blocks[0], inference.TURNED_ROWS + 1)
+    layers = cpu.BlockLinears.of(net.blocks[0], cpu.TRANSPOSED_TOKENS)
+    transposed = [layer for layer in layers if isinstance(layer, cpu.TransposedLinear)]
+    assert transposed == [layers.qkv, layers.proj, layers.fc2]
+    transposed = sum(layer.weight.size for layer in transposed)
+    assert cpu.transposed_elements(net.config, cpu.TRANSPOSED_TOKENS) == 2 * transposed
+    assert cpu.transposed_elements(net.config, cpu.TRANSPOSED_TOKENS + 1) == 0
+    many = cpu.BlockLinears.of(net.blocks[0], cpu.TRANSPOSED_TOKENS + 1)
     assert many.fc2 is net.blocks[0].mlp.fc2
 
 
@@ -109,12 +108,12 @@ def test_pictures_of_the_same_prompts_give_the_numbers_of_denoise():
     caption = rng.standard_normal((3, 6, 12)).astype(np.float32).repeat(2, 0)
     mask = (np.arange(6)[None] < np.array([1, 6, 4])[:, None]).repeat(2, 0)
     latents = ms.Tensor(rng.standard_normal((6, 4, 8, 8)).astype(np.float32))
-    denoiser = Denoiser(net, ms.Tensor(caption), mask)
-    together = denoiser(latents, 300.0).asnumpy()
-    assert [layer.captions for layer in denoiser.plan.captions[0][1:]] == [2]
-    assert isinstance(denoiser.plan.captions[0][0], ConstantCaption)
+    denoise = denoiser(net, ms.Tensor(caption), mask)
+    together = denoise(latents, 300.0).asnumpy()
+    assert [layer.captions for layer in denoise.plan.cross_attentions[0][1:]] == [2]
+    assert isinstance(denoise.plan.cross_attentions[0][0], OneTokenAttention)
     alone = [
-        Denoiser(net, ms.Tensor(caption[i : i + 1]), mask[i : i + 1])(latents[i : i + 1], 300.0).asnumpy()
+        denoiser(net, ms.Tensor(caption[i : i + 1]), mask[i : i + 1])(latents[i : i + 1], 300.0).asnumpy()
         for i in range(6)
     ]
     assert relative_error(together, np.concatenate(alone)) < CLOSE
@@ -125,27 +124,29 @@ def test_neighbours_of_few_rows_go_together_and_captions_of_one_token_stay_alone
     caption = np.random.default_rng(0).standard_normal((6, 31, 3)).astype(np.float32)
     mask = np.arange(31)[None] < np.array(lengths)[:, None]
     groups = caption_groups(ms.Tensor(caption), mask)
-    found = few_row_groups(groups, 64, 24, 128)
-    assert [(g.start, g.stop, g.tokens, g.seen.sum()) for g in found] == [
+    found = merge_small_groups(groups, 64, 24, 128)
+    assert [(g.start, g.stop, g.tokens, g.mask.sum()) for g in found] == [
         (0, 1, 1, 1), (1, 3, 4, 7), (3, 5, 31, 61), (5, 6, 1, 1)
     ]  # fmt: skip
-    assert [(g.start, g.stop) for g in few_row_groups(groups, 65, 24, 128)] == [(i, i + 1) for i in range(6)]
+    assert [(g.start, g.stop) for g in merge_small_groups(groups, 65, 24, 128)] == [
+        (i, i + 1) for i in range(6)
+    ]
 
 
 def test_a_denoiser_serves_pictures_of_another_size():
     net, rng = small_net(), np.random.default_rng(6)
     caption, mask = ms.Tensor(rng.standard_normal((2, 5, 12)).astype(np.float32)), np.ones((2, 5), bool)
-    denoiser = Denoiser(net, caption, mask)
+    denoise = denoiser(net, caption, mask)
     for height, width in ((8, 8), (4, 12)):
         latents = ms.Tensor(rng.standard_normal((2, 4, height, width)).astype(np.float32))
-        fresh = Denoiser(net, caption, mask)(latents, 7.0).asnumpy()
-        assert np.array_equal(denoiser(latents, 7.0).asnumpy(), fresh)
+        fresh = denoiser(net, caption, mask)(latents, 7.0).asnumpy()
+        assert np.array_equal(denoise(latents, 7.0).asnumpy(), fresh)
 
 
 def test_parts_of_the_rows_give_the_numbers_of_the_whole(monkeypatch):
     net = small_net()
     _, whole = both_ways(net, (1, 7, 30))
-    monkeypatch.setattr(inference, "ROWS", 5)
+    monkeypatch.setattr(cpu, "MICRO_BATCH", 5)
     _, parts = both_ways(net, (1, 7, 30))
     assert relative_error(parts, whole) < CLOSE
 
@@ -153,9 +154,9 @@ def test_parts_of_the_rows_give_the_numbers_of_the_whole(monkeypatch):
 @KINDS
 def test_queries_keys_and_values_kept_apart_change_no_bit(monkeypatch, changes):
     net = small_net(**changes)
-    monkeypatch.setattr(inference, "ROWS", 50)
+    monkeypatch.setattr(cpu, "MICRO_BATCH", 50)
     _, together = both_ways(net, (1, 7), height=12, width=20)
-    monkeypatch.setattr(inference, "APART_ROWS", 0)
+    monkeypatch.setattr(cpu, "SEPARATE_QKV_TOKENS", 0)
     _, apart = both_ways(net, (1, 7), height=12, width=20)
     assert np.array_equal(apart, together)
 

@@ -8,7 +8,8 @@ from reference_data import relative_error
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.normalization import PART, moments, normalised_rows, own_statistics
+from pixart_nb.core.fast import fast_group_norms
+from pixart_nb.core.fast.normalization import PART, layer_norm, moments
 from pixart_nb.core.models.layers import GroupNorm, LayerNorm
 
 
@@ -37,16 +38,16 @@ def test_pictures_of_a_batch_are_normalised_each_by_itself_as_by_the_operator():
     cell, rng = norm(), np.random.default_rng(1)
     x = ms.Tensor((rng.standard_normal((3, 12, 9, 14)) * [[[[1]]], [[[5]]], [[[30]]]] + 2).astype(np.float32))
     usual = cell(x).asnumpy()
-    with own_statistics([cell]):
+    with fast_group_norms([cell]):
         found = cell(x).asnumpy()
     assert relative_error(found, usual) < 2e-6
-    assert cell.shared is None
+    assert cell.statistics is None
     assert np.array_equal(cell(x).asnumpy(), usual)
 
 
 def test_half_precision_stays_half_precision():
     cell, x = norm(), np.random.default_rng(2).standard_normal((1, 12, 8, 8)).astype(np.float16)
-    with own_statistics([cell]):
+    with fast_group_norms([cell]):
         found = cell(ms.Tensor(x))
         wide = cell(ms.Tensor(x.astype(np.float32))).asnumpy()
     assert found.dtype == ms.float16
@@ -55,16 +56,16 @@ def test_half_precision_stays_half_precision():
 
 def test_an_error_leaves_the_norms_as_they_were():
     cell = norm()
-    with pytest.raises(RuntimeError), own_statistics([cell]):
+    with pytest.raises(RuntimeError), fast_group_norms([cell]):
         raise RuntimeError
-    assert cell.shared is None
+    assert cell.statistics is None
 
 
 def test_on_ascend_the_operator_stays(monkeypatch):
     monkeypatch.setattr(backend, "_DEVICE", "Ascend")
     cell = norm()
-    with own_statistics([cell]):
-        assert cell.shared is None
+    with fast_group_norms([cell]):
+        assert cell.statistics is None
 
 
 @pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=str)
@@ -73,7 +74,7 @@ def test_rows_are_normalised_as_by_the_layer(dtype):
     centres, spreads = np.array([[0.0], [2.0], [-500.0], [0.0]]), np.array([[1.0], [1e-3], [0.5], [1e3]])
     x = ms.Tensor((centres + spreads * rng.standard_normal((4, 1152))).astype(np.float32)).astype(dtype)
     layer = LayerNorm(1152, 1e-6, affine=False)
-    found, usual = normalised_rows(layer, x), layer(x)
+    found, usual = layer_norm(layer, x), layer(x)
     assert found.dtype == dtype
     np.testing.assert_allclose(
         *(values.astype(ms.float32).asnumpy() for values in (found, usual)), rtol=2e-3, atol=2e-3
