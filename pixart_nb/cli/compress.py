@@ -86,7 +86,7 @@ def compress(
         adapt = {"steps": adapt_steps, "start_learning_rate": start_learning_rate, "batch_size": batch_size}
         adapt |= {"json_path": str(json_path or ""), "image_dir": str(image_dir or "")}
     report = compression.compress(
-        compression.Compression(
+        compression.CompressOptions(
             source=source,
             target=target,
             layers=",".join(kv_compress_layer or ["deep"]),
@@ -104,5 +104,18 @@ def compress(
             adapt=adapt,
         )
     )
-    typer.echo(compression.table(report))
+    typer.echo(_error_table(report))
     typer.echo(f"{target}\n{target}.errors.json")
+
+
+def _error_table(report: dict) -> str:
+    """Return the errors of a compressed checkpoint as text."""
+    from pixart_nb.viz.tables import Table
+
+    names = ["before", "after"] if "after" in report else ["before"]
+    rows = [
+        {"timestep": round(timestep), **{name: report[name][k] for name in names}}
+        for k, timestep in enumerate(report["timesteps"])
+    ]
+    mean = {"timestep": "mean", **{name: sum(report[name]) / len(report[name]) for name in names}}
+    return str(Table([*rows, mean], "Relative error of the prediction against the uncompressed model"))

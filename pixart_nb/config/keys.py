@@ -226,7 +226,7 @@ class TrainConfig(ModelKeys):
     start_report: bool = _stage(True, "Measure the loss before the first step and write start.json.")
 
     epochs: int = _rate(100, "Number of passes over the data.", ge=1, le=10**6)
-    steps: int = _rate(0, "Number of updates, in place of epochs.", ge=0, le=_MOST_STEPS)
+    steps: int | None = _rate(None, "Number of updates, in place of epochs.", ge=1, le=_MOST_STEPS)
     scheduler: Literal["constant", "cosine_decay", "linear_decay"] = _rate("constant", "Schedule after the warm-up.")
     start_learning_rate: Number = _rate(2e-5, "Learning rate after the warm-up.", gt=0)
     end_learning_rate: Number = _rate(0.0, "Learning rate at the end of a decaying schedule.", ge=0)

@@ -16,7 +16,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.trace_files import model_fingerprint
 from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.training.loss import add_noise, loss_terms
+from pixart_nb.core.training.loss import NAMES, add_noise, diffusion_loss, loss_terms
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, draw_scenes, generator
 from pixart_nb.pixelart.scenes import Scene, split_scenes
@@ -76,11 +76,18 @@ class CompressionAdaptation:
             compile=compile,
         )
         parameters = {n: p for n, p in self.net.parameters_and_names() if n != "y_embedder.y_embedding"}
+        side = self.net.config.input_size
         identity = {"layers": [int(layer) for layer in layers], "ratio": ratio, "operator": operator}
         identity |= {"steps": steps, "pictures": pictures, "batch": batch, "learning_rate": learning_rate}
         identity |= {"seed": seed, "weights": model_fingerprint(pipe.transformer)["weights"]}
         self.trainer = Trainer(
-            self._loss(), parameters, self.batch, options, folder, names=("mse", "vb"), identity=identity
+            diffusion_loss(self.net, self.net.positions(side, side)),
+            parameters,
+            self.batch,
+            options,
+            folder,
+            NAMES,
+            identity=identity,
         )
 
     def train(self, until: int) -> list[dict[str, float]]:
@@ -121,18 +128,6 @@ class CompressionAdaptation:
             mse, _ = loss_terms(net(noised, timesteps, embeddings, mask), start, noised, noise, table)
             errors.append(float(mse.mean().asnumpy()))
         return float(np.mean(errors))
-
-    def _loss(self):
-        side = self.net.config.input_size
-        positions, net = self.net.positions(side, side), self.net
-
-        def loss(latents, noise, table, timesteps, embeddings, mask):
-            noised = add_noise(latents, noise, table)
-            output = net.forward(noised, timesteps, embeddings, mask, positions)
-            mse, vb = loss_terms(output, latents, noised, noise, table)
-            return (mse + vb).mean(), mse.mean(), vb.mean()
-
-        return loss
 
     def _batches(self, scenes: Sequence[Scene], pictures: int, size: int, seed: Any):
         """Batches of the loss on drawn pictures with captions of one padded length."""

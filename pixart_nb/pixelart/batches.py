@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.io import load_tensors, save_tensors
+from pixart_nb.core.training.batches import logit_normal
 from pixart_nb.core.training.loss import coefficients
 from pixart_nb.pixelart.captions import caption
 from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, Scene, draw
@@ -96,16 +97,6 @@ def _encode_shard(encode, scenes: Sequence[Scene], shard: int, seed: int) -> dic
     return {"mean": means.astype(np.float16), "scene": numbers.astype(np.int32)}
 
 
-def middle_timesteps(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Timesteps (size,) int64, most of them where shapes are decided: 1000 sigmoid(1.1 n + 0.4).
-
-    One in seven is uniform, so that the ends, where sampling starts and stops, are seen too.
-    """
-    middle = 1000 / (1 + np.exp(-1.1 * rng.standard_normal(size) - 0.4))
-    anywhere = rng.random(size) * 1000
-    return np.where(rng.random(size) < 1 / 7, anywhere, middle).astype(np.int64).clip(0, 999)
-
-
 @dataclass(frozen=True)
 class CaptionPool:
     """Captions of cached pictures, sorted into few lengths, so that a batch carries little padding.
@@ -163,7 +154,7 @@ def diffusion_batches(
         dropped = (rng.random(size) < caption_drop)[:, None]
         ids = np.where(dropped, empty[0][:, :length], pool.ids[chosen, :length])
         mask = np.where(dropped, empty[1][:, :length], pool.mask[chosen, :length])
-        timesteps = middle_timesteps(rng, size)
+        timesteps = logit_normal(rng, size)
         noise = rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32)
         start = latents[pool.picture[chosen]]
         return start, noise, coefficients(timesteps), timesteps.astype(np.float32), embed(ids, mask), mask

@@ -17,7 +17,7 @@ from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.schedulers import DPMSolverMultistepScheduler
 from pixart_nb.core.sampling.text import TextTokenizer
-from pixart_nb.core.training import loss as diffusion
+from pixart_nb.core.training.loss import diffusion_loss
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.autoencoder import train_autoencoder
 from pixart_nb.pixelart.batches import cached_latents, caption_pool, diffusion_batches, generator
@@ -97,6 +97,7 @@ def train_transformer(
     latents = means * np.float32(vae.config.scaling_factor)
     pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_PICTURE, seed)
     empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
+    positions = net.positions(CONFIG.input_size, CONFIG.input_size)
     for number, (name, options) in enumerate(STAGES.items()):
         batches = diffusion_batches(
             latents,
@@ -107,7 +108,9 @@ def train_transformer(
             CAPTION_DROP,
             seed + number,
         )
-        trainer = Trainer(_loss(net), parameters, batches, options, work / name, names=("mse", "vb"))
+        trainer = Trainer(
+            diffusion_loss(net, positions), parameters, batches, options, work / name, names=("mse", "vb")
+        )
         trainer.run()
         load_averages(net, trainer.checkpoints()[-1])
     return net
@@ -119,18 +122,6 @@ def load_averages(net: PixArt, checkpoint: Path) -> None:
     for name, parameter in net.parameters_and_names():
         if f"ema/{name}" in averages:
             parameter.set_data(ms.Tensor(averages[f"ema/{name}"]))
-
-
-def _loss(net: PixArt):
-    positions = net.positions(CONFIG.input_size, CONFIG.input_size)
-
-    def loss(latents, noise, table, timesteps, embeddings, mask):
-        x_t = diffusion.add_noise(latents, noise, table)
-        output = net.forward(x_t, timesteps, embeddings, mask, positions)
-        mse, vb = diffusion.loss_terms(output, latents, x_t, noise, table)
-        return (mse + vb).mean(), mse.mean(), vb.mean()
-
-    return loss
 
 
 def write_pipeline(

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
+from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
 from pixart_nb.pixelart.scenes import OBJECTS, Scene, all_scenes, draw, split_scenes
@@ -124,19 +124,6 @@ def _object_accuracy(
     for verdict, scene in zip(evaluator.evaluate_many(pictures), scenes, strict=True):
         right.setdefault(scene.object, []).append(verdict.object == scene.object)
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
-
-
-def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in decibels of two uint8 pictures, or batches, of one shape."""
-    error = np.mean(np.square(image.astype(np.float64) - other.astype(np.float64)))
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def reconstruct(vae: Any, pictures: np.ndarray) -> np.ndarray:
-    """Encode pictures (N, H, W, 3) uint8, take the mode and decode it again: the same shape and dtype."""
-    pixels = ms.Tensor(pictures.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-    decoded = vae.decode(vae.encode(pixels)[0].mode())[0]
-    return to_uint8(decoded.astype(ms.float32).asnumpy().transpose(0, 2, 3, 1) / 2 + 0.5)
 
 
 def reconstruction_psnr(

@@ -21,8 +21,7 @@ from pixart_nb.core.io import (
     save_tensors,
 )
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
-from pixart_nb.core.training.curve_log import read_curve
-from pixart_nb.core.training.networks import scheduler_of
+from pixart_nb.core.training.log import read_curve
 from pixart_nb.core.training.run import Training
 from pixart_nb.pixelart.evaluation import evaluate_model
 from pixart_nb.pixelart.scenes import Scene
@@ -72,8 +71,6 @@ def train_and_score(
     for row in training.steps(bar=bar):
         if row["step"] in wanted:
             judge.at(row["step"])
-    if trainer.step < trainer.options.steps:
-        raise KeyboardInterrupt(f"stopped at step {trainer.step}; run it again to go on")
     start = training.folder / "start.json"
     return ScoredRun(
         training.finish(),
@@ -94,9 +91,9 @@ class _Judge:
         self.folder = training.folder / "scores"
         for path in self.folder.glob("*.safetensors"):
             self._score(path)
-        networks, places = training.networks, training.networks.places
+        networks, places = training.networks, training.networks.paths
         parts = [LOADERS[name](places[name], ms.float32) for name in ("tokenizer", "text_encoder")]
-        self.pipe = PixArtSigmaPipeline(*parts, networks.vae, training.net, scheduler_of(training.config))
+        self.pipe = PixArtSigmaPipeline(*parts, networks.vae, training.net, networks.scheduler())
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
@@ -115,7 +112,7 @@ class _Judge:
         if self._path(step).exists():
             return
         net = self.training.net
-        with self.training.trainer.averaged():
+        with self.training.trainer.ema_scope():
             net.set_train(False)
             found = evaluate_model(self.pipe, self.scenes, **self.drawing)
             net.set_train(True)

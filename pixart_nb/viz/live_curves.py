@@ -101,6 +101,8 @@ def live_curves(
                 drawn = time.monotonic()
             yield row
     finally:
+        if hasattr(rows, "close"):  # an interrupted training saves its state now, not when it is collected
+            rows.close()
         if shown:
             shown.update(training_figure(seen, total))
 

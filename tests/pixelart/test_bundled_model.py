@@ -5,6 +5,7 @@ import pytest
 
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.text import TextTokenizer
+from pixart_nb.core.training.batches import logit_normal
 from pixart_nb.pixelart import batches as tiny_data
 from pixart_nb.pixelart import bundled_model as tiny
 from pixart_nb.pixelart.captions import short_caption
@@ -79,7 +80,7 @@ def test_a_picture_keeps_its_own_caption(pool, tokenizer):
 
 
 def test_timesteps_gather_where_shapes_are_decided_and_reach_both_ends():
-    timesteps = tiny_data.middle_timesteps(np.random.default_rng(0), 100_000)
+    timesteps = logit_normal(np.random.default_rng(0), 100_000)
     assert timesteps.min() == 0
     assert timesteps.max() == 999
     assert 0.5 < np.mean((timesteps > 350) & (timesteps < 800)) < 0.75

@@ -177,9 +177,8 @@ class Train:
     """A training step of one picture: loss, gradients, clipping, AdamW."""
 
     def __init__(self, shapes: Shapes):
-        from pixart_nb.core.training.loss import coefficients
-        from pixart_nb.core.training.objective import diffusion_loss
-        from pixart_nb.core.training.optim import AdamW
+        from pixart_nb.core.training.loss import coefficients, diffusion_loss
+        from pixart_nb.core.training.optimizers import AdamW
 
         net, side, rng = transformer(shapes).set_train(True), shapes.size // 8, np.random.default_rng(1)
         arrays = [rng.standard_normal((1, 4, side, side), np.float32) for _ in range(2)]
@@ -194,7 +193,7 @@ class Train:
         self.gradient = ms.value_and_grad(diffusion_loss(net), None, weights, has_aux=True)
 
     def __call__(self) -> dict:
-        from pixart_nb.core.training.optim import clip_by_norm, global_norm
+        from pixart_nb.core.training.optimizers import clip_by_norm, global_norm
 
         (loss, *_), gradients = self.gradient(*self.batch)
         gradients = clip_by_norm(gradients, global_norm(gradients), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,18 @@ def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
     return {name: p.asnumpy().astype(dtype) for name, p in net.parameters_and_names()}
 
 
-def write_transformer(folder: Path, net: PixArt, dtype: type[np.floating] = np.float32) -> None:
-    """Write a transformer in the diffusers layout, without the learned empty caption, which sampling does not use."""
-    weights = {name: value for name, value in _weights(net, dtype).items() if name not in key_maps.OPTIONAL}
+def write_transformer(
+    folder: Path,
+    net: PixArt,
+    dtype: type[np.floating] = np.float32,
+    weights: Mapping[str, np.ndarray] | None = None,
+) -> None:
+    """Write a transformer in the diffusers layout, without the learned empty caption, which sampling does not use.
+
+    ``weights`` are written in place of those of ``net``, by the same names.
+    """
+    weights = _weights(net, dtype) if weights is None else weights
+    weights = {name: value for name, value in weights.items() if name not in key_maps.OPTIONAL}
     tensors = target_tensors({name: Stored.of(value, name) for name, value in weights.items()}, "diffusers")
     with atomic_write(folder / WEIGHTS) as temporary:
         write_safetensors(temporary, tensors)
@@ -173,8 +182,8 @@ def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = 
     write_json(folder / "config.json", {**extra, **asdict(net.config)})
 
 
-def write_index(folder: Path, scheduler: Scheduler) -> None:
-    """Write ``model_index.json`` and the scheduler's configuration of a sigma pipeline."""
+def write_index(folder: Path, scheduler: Scheduler, class_name: str = "PixArtSigmaPipeline") -> None:
+    """Write ``model_index.json`` and the scheduler's configuration of a pipeline."""
     parts = {
         "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "T5EncoderModel"],
@@ -182,5 +191,5 @@ def write_index(folder: Path, scheduler: Scheduler) -> None:
         "transformer": ["diffusers", "PixArtTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    write_json(folder / "model_index.json", {"_class_name": "PixArtSigmaPipeline", **parts})
+    write_json(folder / "model_index.json", {"_class_name": class_name, **parts})
     write_json(folder / "scheduler" / "scheduler_config.json", dict(scheduler.config))

@@ -1,1 +1,1 @@
-"""From pictures and captions to weights: losses, optimizers, the trainer."""
+"""Training: loss, optimizers, trainer, checkpoints, data parallelism, and the commands built on them."""

@@ -1,4 +1,4 @@
-"""Batches of a diffusion training: features of pictures and captions, with the noise that belongs to them."""
+"""Batches of a diffusion training: features of images and captions, with the noise that belongs to them."""
 
 from __future__ import annotations
 
@@ -14,39 +14,50 @@ from pixart_nb.core.data.features import Embed, Encode, FeatureBatch, padded
 from pixart_nb.core.data.reader import ImageBatch
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import coefficients
-from pixart_nb.pixelart.batches import middle_timesteps
 
-#: Caption lengths of compiled graphs are multiples of this: few graphs, little padding.
+#: Caption lengths are padded to multiples of this for compiled graphs: few graphs, little padding.
 _LENGTH_STEP = 20
+
+
+def logit_normal(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Draw timesteps (count,) int64 that favour the middle of the schedule: 1000 sigmoid(1.1 n + 0.4).
+
+    One in seven is uniform, so that both ends of the schedule are trained too.
+    """
+    middle = 1000 / (1 + np.exp(-1.1 * rng.standard_normal(count) - 0.4))
+    anywhere = rng.random(count) * 1000
+    return np.where(rng.random(count) < 1 / 7, anywhere, middle).astype(np.int64).clip(0, 999)
+
+
 TIMESTEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "uniform": lambda rng, count: rng.integers(0, 1000, count),
-    "logit_normal": middle_timesteps,
+    "logit_normal": logit_normal,
 }
 
 
-class Features(Protocol):
-    """What gives the features of a batch: ``FeatureReader``, or ``LiveFeatures``."""
+class FeatureSource(Protocol):
+    """Source of the features of a batch: ``FeatureReader`` or ``LiveFeatures``."""
 
     def batch(self, step: int) -> FeatureBatch:
-        """Features of this worker's part of batch ``step``."""
+        """Return the features of this worker's part of batch ``step``."""
 
 
 class LiveFeatures:
-    """Features computed when they are asked for, of pictures that were read ahead."""
+    """Features that are computed when they are needed."""
 
     def __init__(self, read: Callable[[int], ImageBatch], encode: Encode, embed: Embed):
         self.read, self.encode, self.embed = read, encode, embed
 
     def batch(self, step: int) -> FeatureBatch:
-        """Features of this worker's part of batch ``step``."""
-        pictures = self.read(step)
-        mean, std = self.encode(pictures.pixels)
-        embeds, mask = self.embed(pictures.captions)
-        return FeatureBatch(mean, std, embeds, mask, pictures.indices)
+        """Return the features of this worker's part of batch ``step``."""
+        images = self.read(step)
+        mean, std = self.encode(images.pixels)
+        embeds, mask = self.embed(images.captions)
+        return FeatureBatch(mean, std, embeds, mask, images.indices)
 
 
 class ReadAhead:
-    """A function of the number of a batch, the next ``depth`` of which are computed in threads meanwhile."""
+    """Calls ``function(number)`` in threads for the next ``depth`` batches."""
 
     def __init__(self, function: Callable[[int], Any], depth: int):
         self.function, self.depth = function, depth
@@ -54,10 +65,10 @@ class ReadAhead:
         self._pending: dict[int, Future] = {}
 
     def __call__(self, number: int) -> Any:
-        wanted = range(number, number + self.depth + 1)
-        for other in [n for n in self._pending if n not in wanted]:
+        numbers = range(number, number + self.depth + 1)
+        for other in [n for n in self._pending if n not in numbers]:
             self._pending.pop(other).cancel()
-        for n in wanted:
+        for n in numbers:
             if n not in self._pending:
                 self._pending[n] = self._pool.submit(self.function, n)
         return self._pending.pop(number).result()
@@ -65,11 +76,15 @@ class ReadAhead:
 
 @dataclass(frozen=True)
 class Noise:
-    """How a batch is noised. Row by row, from a generator keyed by seed, batch and the row in the whole batch.
+    """Noise, timesteps and dropped captions of a batch.
 
-    So a batch is the same whoever computes which part of it. ``timesteps``: ``uniform`` as in the official code, or
-    ``middle``, most of them where shapes are decided. ``offset`` is added to whole channels; ``caption_drop``: chance
-    that a caption is replaced by the empty one.
+    Each row has a random generator keyed by seed, batch and row in the whole batch, so that a batch does not depend on
+    the number of workers.
+
+    Args:
+        timesteps: ``uniform`` as in the official code, or ``logit_normal``.
+        offset: scale of the noise that is added to whole channels.
+        caption_drop: probability that a caption is replaced by the empty one.
     """
 
     seed: int
@@ -78,7 +93,7 @@ class Noise:
     caption_drop: float = 0.1
 
     def draw(self, number: int, first_row: int, shape: Sequence[int]) -> tuple[np.ndarray, ...]:
-        """Timesteps (N,), dropped (N,) bool; noise of the latents themselves, and noise to predict, of ``shape``."""
+        """Return timesteps (N,), dropped (N,) bool, noise of the latents and noise to predict, both of ``shape``."""
         rows = [self._row(number, first_row + i, tuple(shape[1:])) for i in range(shape[0])]
         return tuple(np.stack(parts) for parts in zip(*rows, strict=True))
 
@@ -92,11 +107,20 @@ class Noise:
 
 
 class DiffusionBatches:
-    """``batch(number)`` for the trainer: what ``objective.diffusion_loss`` takes."""
+    """``batch(number)`` of a ``Trainer``: the arguments of ``diffusion_loss``.
+
+    Args:
+        features: latents and caption embeddings of a batch.
+        empty: embedding (tokens, C) of the empty caption.
+        first_row: first row of this worker in the whole batch.
+        weights: function from timesteps (N,) to weights of the squared error (N,).
+        fixed_lengths: pad captions to multiples of 20 tokens, for compiled graphs.
+        micro: function from indices (N,) of the labels to micro conditions (N, 3), for models that have them.
+    """
 
     def __init__(
         self,
-        features: Features,
+        features: FeatureSource,
         noise: Noise,
         net: PixArt,
         scaling_factor: float,
@@ -104,23 +128,19 @@ class DiffusionBatches:
         first_row: int = 0,
         weights: Callable[[np.ndarray], np.ndarray] | None = None,
         fixed_lengths: bool = False,
+        micro: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
-        """``empty``: embedding (tokens, C) of the empty caption. ``first_row``: of this worker in the whole batch.
-
-        ``weights``: timesteps (N,) -> weights of the squared error (N,). ``fixed_lengths`` pads captions to multiples
-        of 20, for compiled graphs.
-        """
         self.features, self.noise, self.net, self.empty = features, noise, net, empty
         self.scaling_factor, self.first_row = scaling_factor, first_row
-        self.weights, self.fixed_lengths = weights or np.ones_like, fixed_lengths
+        self.weights, self.fixed_lengths, self.micro = weights or np.ones_like, fixed_lengths, micro
 
     def __call__(self, number: int) -> tuple[np.ndarray | ms.Tensor, ...]:
         part = self.features.batch(number)
         timesteps, dropped, own, noise = self.noise.draw(number, self.first_row, part.mean.shape)
         latents = (part.mean + part.std * own) * np.float32(self.scaling_factor)
         embeds, mask = self._captions(part, dropped)
-        height, width = latents.shape[2:]
-        arrays = [
+        micro = [self.micro(part.indices)] if self.micro else []
+        return (
             latents,
             noise,
             coefficients(timesteps.astype(np.int64)),
@@ -128,12 +148,9 @@ class DiffusionBatches:
             embeds,
             mask,
             self.weights(timesteps).astype(np.float32),
-            self.net.positions(height, width),
-        ]
-        if self.net.config.micro_condition:
-            size = [8 * height, 8 * width, height / width]
-            arrays.append(np.tile(np.array([size], np.float32), (len(latents), 1)))
-        return tuple(arrays)
+            self.net.positions(*latents.shape[2:]),
+            *micro,
+        )
 
     def _captions(self, part: FeatureBatch, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = [
@@ -141,6 +158,20 @@ class DiffusionBatches:
             for embeds, seen, drop in zip(part.embeds, part.mask, dropped, strict=True)
         ]
         embeds, mask = padded(rows)
-        length = mask.shape[1]
-        more = -length % _LENGTH_STEP if self.fixed_lengths else 0
+        more = -mask.shape[1] % _LENGTH_STEP if self.fixed_lengths else 0
         return np.pad(embeds, ((0, 0), (0, more), (0, 0))), np.pad(mask, ((0, 0), (0, more)))
+
+
+def micro_conditions(
+    sizes: Sequence[tuple[int, int]], trained: Sequence[tuple[int, int]], ratios: dict[tuple[int, int], float]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the micro conditions of images by index: (N,) -> (N, 3) float32, height, width, ratio.
+
+    As in the official ``InternalDataMS``: height and width are those of the original image (``sizes``), the ratio is
+    that of the training size (``trained``) as the published table rounds it (``ratios``), 1 for squares.
+    """
+    rows = [
+        (*size, ratios.get(train, train[0] / train[1])) for size, train in zip(sizes, trained, strict=True)
+    ]
+    table = np.array(rows, np.float32)
+    return lambda indices: table[indices]

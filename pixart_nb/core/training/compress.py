@@ -1,4 +1,4 @@
-"""``pixart-nb compress``: a compressed checkpoint, its error at every timestep, and a short training that lowers it."""
+"""``pixart-nb compress``: a checkpoint with compressed keys and values, its error, and a training that reduces it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import ConfigError, check_config
@@ -17,11 +15,11 @@ from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import write_json
 from pixart_nb.core.sampling.output_error import TIMESTEPS, errors_along, errors_on_noise, reference_run
-from pixart_nb.viz.tables import Table
+from pixart_nb.core.training.run import train
 
-#: What the error is measured on unless told.
+#: Default prompts of the measurement.
 PROMPTS = ("a red mushroom in a forest", "a white cat on a beach", "a blue fish in the snow")
-#: The training of an adaptation where it is not told otherwise: the rate of the paper's stages, all the time.
+#: Defaults of the adaptation: the learning rate of the paper's stages, constant.
 _ADAPTATION = {
     "steps": 100,
     "start_learning_rate": 2e-5,
@@ -36,12 +34,17 @@ _ADAPTATION = {
 
 
 @dataclass(frozen=True)
-class Compression:
-    """What is compressed, and how the error is measured and lowered.
+class CompressOptions:
+    """Options of ``compress``.
 
-    ``model``: folder of a pipeline whose text encoder reads the ``prompts``; without it the error is measured on random
-    latents and captions. ``height`` and ``width`` of the pictures in pixels, 0 for the model's own. ``adapt``: keys of
-    a training configuration (``steps``, ``json_path``, ``image_dir``, ...); empty for none.
+    Args:
+        source, target: checkpoint to compress, and file or folder to write.
+        layers, ratio, operator: what is compressed, as ``plan_compression`` takes it.
+        config, sample_size: what the tensors of the source do not show.
+        model: folder of a pipeline whose text encoder reads ``prompts``. Without it the error is measured on random
+            latents and captions.
+        height, width: size of the images in pixels; 0 is the model's size.
+        adapt: keys of a training configuration (``steps``, ``json_path``, ``image_dir``, ...); empty for no training.
     """
 
     source: Path
@@ -62,7 +65,7 @@ class Compression:
 
 
 def default_target(source: Path, ratio: int) -> Path:
-    """Where a compressed checkpoint goes unless told: beside its source.
+    """Return the default path of a compressed checkpoint, beside its source.
 
     >>> default_target(Path("models/PixArt-Sigma-XL-2-1024-MS.pth"), 2).as_posix()
     'models/PixArt-Sigma-XL-2-1024-MS-kv2.safetensors'
@@ -71,93 +74,72 @@ def default_target(source: Path, ratio: int) -> Path:
     return source.with_name(f"{stem}-kv{ratio}.safetensors")
 
 
-def compress(wanted: Compression) -> dict[str, Any]:
-    """Write the compressed checkpoint, and beside it TARGET.errors.json, which is also returned.
+def compress(options: CompressOptions) -> dict[str, Any]:
+    """Write the compressed checkpoint and TARGET.errors.json, and return the content of the latter.
 
-    ``timesteps``, and by them the relative errors of the prediction against the uncompressed model: ``before`` any
-    adaptation and, if there was one, ``after``. A training that was stopped goes on when this is called again.
+    ``before`` and ``after`` are the relative errors of the prediction against the uncompressed model at each of
+    ``timesteps``, before and after the adaptation. An adaptation that was interrupted resumes.
     """
-    target = Path(wanted.target)
+    target = Path(options.target)
     work = target.with_name(f"{target.name}.adapt")
-    start = work / "start" if wanted.adapt else target  # a folder says what its tensors do not show
-    said = read_config(wanted.config) if wanted.config else None
+    start = work / "start" if options.adapt else target  # a folder also keeps what tensors do not show
+    given = read_config(options.config) if options.config else None
+    layers, ratio, operator = options.layers, options.ratio, options.operator
     plan = plan_compression(
-        wanted.source,
-        start,
-        wanted.layers,
-        wanted.ratio,
-        wanted.operator,
-        said,
-        wanted.sample_size,
-        wanted.dtype,
+        options.source, start, layers, ratio, operator, given, options.sample_size, options.dtype
     )
-    training = _training(wanted, start, work) if wanted.adapt else None
+    training = _training(options, start, work) if options.adapt else None
     convert(plan)
-    errors = _Errors(wanted, plan.source, said)
+    errors = _CompressionErrors(options, plan.source, given)
     report = {
-        "source": str(wanted.source),
+        "source": str(options.source),
         "compression": plan.config.kv_compress_config,
         "measured_on": errors.measured_on,
-        "adaptation": wanted.adapt,
+        "adaptation": options.adapt,
         "timesteps": errors.timesteps,
         "before": errors.of(start, plan.config),
     }
     if training:
-        from pixart_nb.core.training.run import train
-
-        convert(plan_conversion(train(training) / "transformer", target, dtype=wanted.dtype))
+        convert(plan_conversion(train(training) / "transformer", target, dtype=options.dtype))
         report["after"] = errors.of(target, plan.config)
     write_json(target.with_name(f"{target.name}.errors.json"), report)
     return report
 
 
-def _training(wanted: Compression, start: Path, work: Path) -> Any:
-    """The training configuration of the adaptation, checked before anything is written."""
-    if not wanted.model:
+def _training(options: CompressOptions, start: Path, work: Path) -> Any:
+    """Return the training configuration of the adaptation, validated before anything is written."""
+    if not options.model:
         raise ConfigError(
-            "an adaptation trains on pictures and captions, for which it needs the autoencoder and the text encoder: "
-            "give --model, the folder of their pipeline"
+            "the adaptation trains on images and captions and needs a VAE and a text encoder: give --model, the folder "
+            "of a pipeline"
         )
-    own = {"model": wanted.model, "checkpoint": str(start), "output_path": str(work / "training")}
-    return check_config(_ADAPTATION | wanted.adapt | own, "train", "adaptation")
+    own = {"model": options.model, "checkpoint": str(start), "output_path": str(work / "training")}
+    return check_config(_ADAPTATION | options.adapt | own, "train", "adaptation")
 
 
-class _Errors:
-    """Errors of compressed checkpoints against the source: along a run with prompts, or on random latents."""
+class _CompressionErrors:
+    """Relative errors of compressed checkpoints against the source."""
 
-    def __init__(self, wanted: Compression, source: Path, said: Any):
-        self.net = load_transformer(source, said)
+    def __init__(self, options: CompressOptions, source: Path, given: Any):
+        self.net = load_transformer(source, given)
         side = 8 * self.net.config.input_size
-        self.size = (wanted.height or side, wanted.width or side)
+        height, width = self.size = (options.height or side, options.width or side)
         self.pipe = self.run = None
-        if wanted.model:
-            self.pipe = PixArtSigmaPipeline.from_pretrained(wanted.model, transformer=self.net, vae=None)
-            prompts = list(wanted.prompts) or list(PROMPTS)
-            height, width = self.size
+        self.timesteps = list(TIMESTEPS)
+        self.measured_on: dict[str, Any] = {"random": "latents and captions", "size": self.size}
+        if options.model:
+            self.pipe = PixArtSigmaPipeline.from_pretrained(options.model, transformer=self.net, vae=None)
+            prompts = list(options.prompts) or list(PROMPTS)
             self.run = reference_run(
-                self.pipe, prompts, wanted.steps, wanted.seed, height=height, width=width
+                self.pipe, prompts, options.steps, options.seed, height=height, width=width
             )
             self.pipe.text_encoder = None
-            self.measured_on = {"prompts": prompts, "seed": wanted.seed, "size": self.size}
+            self.measured_on = {"prompts": prompts, "seed": options.seed, "size": self.size}
             self.timesteps = [float(timestep) for timestep in self.run.timesteps]
-        else:
-            self.measured_on = {"random": "latents and captions", "size": self.size}
-            self.timesteps = list(TIMESTEPS)
 
     def of(self, checkpoint: Path, config: Any) -> list[float]:
-        """The relative error at each of ``timesteps``."""
+        """Return the relative error of a checkpoint at each of ``timesteps``."""
         other = load_transformer(checkpoint, config)
         if self.run is None:
             return errors_on_noise(self.net, other, *self.size).tolist()
         return errors_along(self.pipe, self.run, other).tolist()
-
-
-def table(report: dict[str, Any]) -> Table:
-    """The errors as a table that a terminal and a notebook show."""
-    names = ["before", "after"] if "after" in report else ["before"]
-    rows = [
-        {"timestep": round(timestep), **{name: report[name][k] for name in names}}
-        for k, timestep in enumerate(report["timesteps"])
-    ]
-    mean = {"timestep": "mean", **{name: float(np.mean(report[name])) for name in names}}
-    return Table([*rows, mean], "Relative error of the prediction against the uncompressed model")

@@ -1,4 +1,4 @@
-"""Several workers, each with its share of every batch: means over all of them, and who keeps which moments."""
+"""Data parallelism under msrun: collectives, and the worker that keeps the optimizer state of each parameter."""
 
 from __future__ import annotations
 
@@ -10,56 +10,52 @@ from mindspore import ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
 
 
 @dataclass(frozen=True)
 class Workers:
-    """This worker's ``rank`` among ``size`` workers that msrun started. Everything below is called by all of them."""
+    """Rank of this worker and number of workers. The methods are collectives: every worker has to call them."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def writes(self) -> bool:
-        """Whether this worker writes the files: the first one does."""
+    def is_main(self) -> bool:
+        """Return whether this is the worker that writes files."""
         return self.rank == 0
 
-    def rows(self, count: int) -> slice:
-        """This worker's rows of a batch of ``count``, which must be a multiple of the number of workers."""
-        if count % self.size:
-            raise PixArtNBError(f"a batch of {count} cannot be divided among {self.size} workers")
-        share = count // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def mean(self, tensors: Sequence[ms.Tensor]) -> list[ms.Tensor]:
-        """The mean of each tensor over all workers, in float32."""
+    def all_reduce_mean(self, tensors: Sequence[ms.Tensor]) -> list[ms.Tensor]:
+        """Return the mean of each tensor over the workers, in float32."""
         if self.size == 1:
             return list(tensors)
         reduce = ops.AllReduce()
         return [reduce(tensor.astype(ms.float32)) * (1.0 / self.size) for tensor in tensors]
 
-    def total(self, numbers: Sequence[float]) -> list[float]:
-        """The sums of a few numbers over all workers, added in float32."""
+    def all_reduce(self, values: Sequence[float]) -> list[float]:
+        """Return the sums of a few numbers over the workers, in float32."""
         if self.size == 1:
-            return list(numbers)
-        return ops.AllReduce()(ms.Tensor(np.array(numbers, np.float32))).asnumpy().tolist()
+            return list(values)
+        return ops.AllReduce()(ms.Tensor(np.array(values, np.float32))).asnumpy().tolist()
 
-    def sent(self, array: np.ndarray, root: int = 0) -> np.ndarray:
-        """The float32 array of worker ``root``; the others give one of the same shape."""
+    def broadcast(self, array: np.ndarray, root: int = 0) -> np.ndarray:
+        """Return the float32 array of worker ``root``; the others pass one of the same shape."""
         if self.size == 1:
             return array
         return ops.Broadcast(root)((ms.Tensor(array, ms.float32),))[0].asnumpy()
 
-    def send(self, parameter: ms.Parameter, root: int = 0) -> None:
-        """Give every worker the parameter of worker ``root``."""
+    def broadcast_parameter(self, parameter: ms.Parameter, root: int = 0) -> None:
+        """Set a parameter to the value that it has on worker ``root``."""
         if self.size > 1:
             ops.assign(parameter, ops.Broadcast(root)((parameter,))[0])
 
+    def barrier(self) -> None:
+        """Wait for all workers."""
+        self.all_reduce([0.0])
 
-ALONE = Workers()
-#: The owner of a parameter that every worker updates by itself.
-EVERYONE = -1
+
+SINGLE = Workers()
+#: Owner of a parameter whose optimizer state every worker keeps.
+ALL = -1
 
 
 def join() -> Workers:
@@ -68,15 +64,15 @@ def join() -> Workers:
 
 
 def owners(sizes: Mapping[str, int], workers: int, threshold: int = 0) -> dict[str, int]:
-    """Which worker keeps the moments of each parameter (ZeRO stage 1), so that all keep about as many numbers.
+    """Return the rank that keeps the optimizer state of each parameter (ZeRO stage 1), with balanced sizes.
 
-    Whole parameters, not slices: an optimizer that looks at rows and columns takes the same steps as one worker's.
-    Parameters of fewer numbers than ``threshold`` are ``EVERYONE``'s: what they take is less than what sending costs.
+    Whole parameters are assigned, not slices, so that factored optimizers take the same steps as with one worker.
+    Parameters with fewer than ``threshold`` elements belong to ``ALL``: broadcasting them costs more than it saves.
     """
     loads, owner = [0] * workers, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         if sizes[name] < threshold:
-            owner[name] = EVERYONE
+            owner[name] = ALL
             continue
         owner[name] = loads.index(min(loads))
         loads[owner[name]] += sizes[name]

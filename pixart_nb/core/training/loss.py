@@ -1,22 +1,64 @@
-"""The official training loss: mean squared error of the noise plus the variational bound for the learned variance."""
+"""Training loss of the official code: squared error of the noise plus the bound for the learned variance."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 
 #: Columns of ``coefficients``.
 SIGNAL, NOISE, START_FROM_X, START_FROM_NOISE, MEAN_START, MEAN_X, LOG_MIN, LOG_MAX, IS_FIRST = range(9)
+#: Names of the values that ``diffusion_loss`` returns beside the loss.
+NAMES = ("mse", "vb")
+#: Index of the positions among the arguments of ``diffusion_loss``.
+POSITIONS = 7
+
+
+def diffusion_loss(net: PixArt, positions: ms.Tensor | None = None) -> Callable:
+    """Return the loss function of a transformer for ``Trainer``.
+
+    Args:
+        net: the transformer to train.
+        positions: embeddings (1, N, D) for batches that do not carry their own.
+
+    Returns:
+        ``loss(latents, noise, table, timesteps, embeddings, mask, weights, positions, micro) -> (loss, mse, vb)``,
+        means over the batch. The last three arguments are optional; ``weights`` (N,) multiply the squared error.
+    """
+    own = positions
+
+    def loss(latents, noise, table, timesteps, embeddings, mask, weights=None, positions=None, micro=None):
+        x_t = add_noise(latents, noise, table)
+        grid = own if positions is None else positions
+        output = net.forward(x_t, timesteps, embeddings, mask, grid, micro)
+        mse, vb = loss_terms(output, latents, x_t, noise, table)
+        weighted = mse if weights is None else weights * mse
+        return (weighted + vb).mean(), mse.mean(), vb.mean()
+
+    return loss
+
+
+def min_snr_weights(gamma: float, schedule: NoiseSchedule = LINEAR) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function from timesteps (N,) to weights of the squared error (N,): min(SNR, gamma) / SNR.
+
+    Hang et al. 2023 (arXiv 2303.09556), section 3.4, with SNR = alpha_bar / (1 - alpha_bar).
+    """
+    if gamma <= 0:
+        raise PixArtNBError(f"snr_gamma is {gamma}; expected a number above 0 (5 in the paper)")
+    ratio = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    table = np.minimum(ratio, gamma) / ratio
+    return lambda timesteps: table[np.asarray(timesteps, np.int64)]
 
 
 def coefficients(timestep: np.ndarray, schedule: NoiseSchedule = LINEAR) -> np.ndarray:
-    """What the loss needs of the schedule at (N,) integer timesteps: (N, 9) float32, columns named above."""
+    """Return the coefficients of the loss at integer timesteps (N,): (N, 9) float32, columns as named above."""
     t = np.asarray(timestep)
     if t.ndim != 1 or not np.issubdtype(t.dtype, np.integer) or t.min() < 0 or t.max() >= schedule.steps:
         raise PixArtNBError(f"timesteps must be (N,) integers in 0..{schedule.steps - 1}, got {t!r}")
@@ -39,11 +81,16 @@ def coefficients(timestep: np.ndarray, schedule: NoiseSchedule = LINEAR) -> np.n
 def training_losses(
     model, x_start, timestep, noise, schedule: NoiseSchedule = LINEAR
 ) -> dict[str, ms.Tensor]:
-    """Loss terms of a noise prediction with learned variance (Nichol and Dhariwal 2021; official ``IDDPM``).
+    """Compute the loss terms of a noise prediction with learned variance (official ``IDDPM``; arXiv 2102.09672).
 
-    ``model(x_t, timestep)`` maps (N, C, H, W) and (N,) to (N, 2 C, H, W). x_start and noise (N, C, H, W), timestep
-    (N,) integers. -> ``{"mse", "vb", "loss"}``, each (N,): the error of the noise, the bound in bits per dimension,
-    their sum. The bound's gradient reaches the variance alone, not the noise.
+    Args:
+        model: ``model(x_t, timestep)`` maps (N, C, H, W) and (N,) to (N, 2 C, H, W).
+        x_start, noise: (N, C, H, W).
+        timestep: (N,) integers.
+
+    Returns:
+        ``{"mse", "vb", "loss"}``, each (N,): squared error of the noise, variational bound in bits per dimension, and
+        their sum. The gradient of the bound reaches the variance only.
     """
     steps = timestep.asnumpy() if isinstance(timestep, ms.Tensor) else np.asarray(timestep)
     table = ms.Tensor(coefficients(steps.astype(np.int64), schedule))
@@ -58,7 +105,7 @@ def add_noise(x_start: ms.Tensor, noise: ms.Tensor, table: ms.Tensor) -> ms.Tens
 
 
 def loss_terms(output, x_start, x_t, noise, table) -> tuple[ms.Tensor, ms.Tensor]:
-    """Error of the noise and variational bound, each (N,), of a model's output (N, 2 C, H, W)."""
+    """Return squared error and variational bound, each (N,), of a model's output (N, 2 C, H, W)."""
     channels = x_start.shape[1]
     output = output.astype(ms.float32)
     predicted, variance = output[:, :channels], output[:, channels:]
@@ -67,10 +114,10 @@ def loss_terms(output, x_start, x_t, noise, table) -> tuple[ms.Tensor, ms.Tensor
 
 
 def variational_bound(predicted, variance, x_start, x_t, table) -> ms.Tensor:
-    """Bound of the transition at each row's timestep, (N,) in bits per dimension.
+    """Return the bound of the transition at each row's timestep, (N,) in bits per dimension.
 
-    The KL divergence from the true posterior; at the first timestep the likelihood of x_start discretised to 256
-    levels. The variance, in [-1, 1], interpolates between the logarithms of the posterior variance and of beta.
+    KL divergence from the true posterior; at the first timestep the likelihood of x_start in 256 levels. The variance,
+    in [-1, 1], interpolates between the logarithms of the posterior variance and of beta.
     """
     share = (variance + 1) / 2
     log_variance = share * _column(table, LOG_MAX) + (1 - share) * _column(table, LOG_MIN)
@@ -78,7 +125,7 @@ def variational_bound(predicted, variance, x_start, x_t, table) -> ms.Tensor:
     mean = _column(table, MEAN_START) * start + _column(table, MEAN_X) * x_t
     true_mean = _column(table, MEAN_START) * x_start + _column(table, MEAN_X) * x_t
     kl = _normal_kl(true_mean, _column(table, LOG_MIN), mean, log_variance).mean((1, 2, 3))
-    likelihood = _discretised_log_likelihood(x_start, mean, 0.5 * log_variance).mean((1, 2, 3))
+    likelihood = _discretized_log_likelihood(x_start, mean, 0.5 * log_variance).mean((1, 2, 3))
     first = table[:, IS_FIRST]
     return (first * -likelihood + (1 - first) * kl) / math.log(2.0)
 
@@ -88,7 +135,6 @@ def _column(table: ms.Tensor, index: int) -> ms.Tensor:
 
 
 def _normal_kl(mean_a, log_variance_a, mean_b, log_variance_b):
-    """KL divergence between two diagonal normals, element by element, in nats."""
     ratio = ops.exp(log_variance_a - log_variance_b)
     return 0.5 * (
         log_variance_b - log_variance_a - 1.0 + ratio + (mean_a - mean_b) ** 2 * ops.exp(-log_variance_b)
@@ -96,12 +142,11 @@ def _normal_kl(mean_a, log_variance_a, mean_b, log_variance_b):
 
 
 def _normal_cdf(x):
-    """0.5 (1 + tanh(u)) of the official code, as sigmoid(2u): the CPU's tanh is off by up to 1e-4."""
+    """0.5 (1 + tanh(u)) of the official code as sigmoid(2 u): tanh on the CPU is off by up to 1e-4."""
     return ops.sigmoid(2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x))
 
 
-def _discretised_log_likelihood(x, mean, log_scale):
-    """Log-probability of x in [-1, 1], rounded to 256 levels, under a normal, element by element."""
+def _discretized_log_likelihood(x, mean, log_scale):
     centred, inverse = x - mean, ops.exp(-log_scale)
     above = _normal_cdf(inverse * (centred + 1.0 / 255.0))
     below = _normal_cdf(inverse * (centred - 1.0 / 255.0))

@@ -1,4 +1,4 @@
-"""The networks of a training that are not trained: where they lie, loaded when they are first asked for."""
+"""Networks that a training uses and does not train: VAE, text encoder and tokenizer."""
 
 from __future__ import annotations
 
@@ -10,71 +10,127 @@ from pathlib import Path
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, component_places
-from pixart_nb.core.data.features import fingerprint, text_embedder
-from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
+from pixart_nb.core.data.features import FeatureCache, MadeBy, fingerprint, text_embedder, vae_encoder
+from pixart_nb.core.data.labels import Label
+from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_named
 
+#: Class of a pipeline by the family of its transformer.
+PIPELINES = {"alpha": "PixArtAlphaPipeline", "sigma": "PixArtSigmaPipeline"}
 
-class Networks:
-    """The networks that are not trained, loaded when they are first asked for."""
+
+class FrozenNetworks:
+    """VAE and text encoder of a training, loaded at the first use and freed by ``release``."""
 
     def __init__(self, config: TrainConfig):
-        self.config, self.places = config, places_of(config)
+        self.config, self.paths = config, component_paths(config)
 
     @cached_property
     def vae(self) -> AutoencoderKL:
-        """The autoencoder, in float32: in half precision SDXL's overflows."""
-        vae = LOADERS["vae"](self.places["vae"], ms.float32)
+        """The VAE in float32; in half precision SDXL's overflows."""
+        vae = LOADERS["vae"](self.paths["vae"], ms.float32)
         if self.config.sd_scale_factor:
             vae.config = replace(vae.config, scaling_factor=self.config.sd_scale_factor)
         return vae
 
+    @cached_property
+    def embed(self) -> Callable:
+        """Function from captions to embeddings (N, T, C) and mask (N, T)."""
+        return self._embedder(
+            LOADERS["text_encoder"](self.paths["text_encoder"], dtype_from_name(self.config.dtype))
+        )
+
+    def _embedder(self, text_encoder) -> Callable:
+        tokenizer = LOADERS["tokenizer"](self.paths["tokenizer"], ms.float32)
+        return text_embedder(tokenizer, text_encoder, self.config.t5_max_length, self.config.clean_caption)
+
+    def release(self, *names: str) -> None:
+        """Free the networks ``vae`` and ``embed``, or those named; they are loaded again when they are used."""
+        for name in names or ("vae", "embed"):
+            vars(self).pop(name, None)
+
+    @property
+    def scaling_factor(self) -> float:
+        """Scaling factor of the latents: the configuration's, or that of the VAE."""
+        return self.config.sd_scale_factor or self._vae_config.scaling_factor
+
+    @cached_property
+    def _vae_config(self) -> VAEConfig:
+        return VAEConfig.from_dict(read_json(self.paths["vae"] / "config.json"))
+
     def check_latents(self, net: PixArtConfig) -> None:
-        """Refuse an autoencoder whose latents the transformer does not take."""
-        channels = self.vae.config.latent_channels
+        """Refuse a VAE whose latents have another number of channels than the transformer takes."""
+        channels = self._vae_config.latent_channels
         if channels != net.in_channels:
             raise CheckpointError(
-                f"the latents of the autoencoder {self.places['vae']} have {channels} channels; the transformer takes "
+                f"the latents of the autoencoder {self.paths['vae']} have {channels} channels; the transformer takes "
                 f"{net.in_channels}"
             )
 
-    @cached_property
-    def embed(self) -> Callable:
-        """Captions -> embeddings and mask."""
-        tokenizer = LOADERS["tokenizer"](self.places["tokenizer"], ms.float32)
-        encoder = LOADERS["text_encoder"](self.places["text_encoder"], dtype_from_name(self.config.dtype))
-        return text_embedder(tokenizer, encoder, self.config.t5_max_length, self.config.clean_caption)
-
     def fingerprints(self) -> dict[str, str]:
-        """Short texts that tell the autoencoder, and the text encoder with its tokenizer, from others."""
-        places = self.places
+        """Fingerprints of the VAE, and of the text encoder with its tokenizer."""
+        paths = self.paths
         return {
-            "vae": fingerprint(places["vae"]),
-            "text_encoder": fingerprint(places["text_encoder"], places["tokenizer"]),
+            "vae": fingerprint(paths["vae"]),
+            "text_encoder": fingerprint(paths["text_encoder"], paths["tokenizer"]),
         }
 
+    def feature_cache(self, labels: list[Label], sizes: list[tuple[int, int]]) -> FeatureCache:
+        """Return the feature cache of the configuration, whether or not it is filled."""
+        config = self.config
+        made_by = MadeBy(
+            **self.fingerprints(),
+            max_length=config.t5_max_length,
+            clean_caption=config.clean_caption,
+            dtype=config.feature_dtype,
+        )
+        return FeatureCache(config.feature_cache, labels, sizes, made_by)
 
-def places_of(config: TrainConfig) -> dict[str, Path]:
-    """Where the components lie: ``model``'s, with those replaced that are given one by one."""
+    def fill(self, cache: FeatureCache, batch_size: int = 8, stream: bool = False) -> dict[str, int]:
+        """Compute what is missing in a feature cache; return the number of shards made, by reason.
+
+        The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time.
+        """
+        embedders: list[Callable] = []
+
+        def embed(captions: list[str]):
+            if not embedders:  # latents are computed first
+                self.release("vae")
+                path = self.paths["text_encoder"]
+                encoder = T5EncoderModel.from_pretrained(path, stream=True) if stream else None
+                embedders.append(self._embedder(encoder) if stream else self.embed)
+            return embedders[0](captions)
+
+        return cache.write(lambda pixels: vae_encoder(self.vae)(pixels), embed, batch_size)
+
+    def scheduler(self) -> Scheduler:
+        """Return the scheduler of ``model``, or that of the published models."""
+        paths = component_places(self.config.model, ["scheduler"]) if self.config.model else {}
+        return LOADERS["scheduler"](paths["scheduler"], ms.float32) if paths else scheduler_named("dpm++")
+
+    def pipeline_class(self, family: str) -> str:
+        """Return the class name of the pipeline to write: that of ``model``, or that of the transformer's family."""
+        index = self.paths["vae"].parent / "model_index.json"
+        name = read_json(index).get("_class_name") if self.config.model and index.is_file() else None
+        return name if name in PIPELINES.values() else PIPELINES.get(family, PIPELINES["sigma"])
+
+
+def component_paths(config: TrainConfig) -> dict[str, Path]:
+    """Return the paths of the components: those of ``model``, replaced by those that are given one by one."""
     given = {
         "transformer": config.checkpoint,
         "vae": config.vae_root,
         "text_encoder": config.text_encoder_root,
         "tokenizer": config.tokenizer_root,
     }
-    wanted = [name for name, place in given.items() if not place]
-    found = component_places(config.model, wanted) if wanted else {}
-    places = found | {name: Path(place) for name, place in given.items() if place}
-    lost = [f"{name} {place}" for name, place in places.items() if not place.exists()]
-    if lost:
-        raise CheckpointError(f"not found: {', '.join(lost)}; expected files or folders there")
-    return places
-
-
-def scheduler_of(config: TrainConfig) -> Scheduler:
-    """The scheduler of ``model``, or the published models' own."""
-    found = component_places(config.model, ["scheduler"]) if config.model else {}
-    return LOADERS["scheduler"](found["scheduler"], ms.float32) if found else scheduler_named("dpm++")
+    rest = [name for name, path in given.items() if not path]
+    paths = component_places(config.model, rest) if rest else {}
+    paths |= {name: Path(path) for name, path in given.items() if path}
+    missing = [f"{name} {path}" for name, path in paths.items() if not path.exists()]
+    if missing:
+        raise CheckpointError(f"not found: {', '.join(missing)}; expected files or folders there")
+    return paths

@@ -1,22 +1,32 @@
-"""How a trainer trains."""
+"""Options of a trainer, and how they follow from a training configuration."""
 
 from __future__ import annotations
 
+import math
+import sys
+import warnings
 from dataclasses import dataclass
 
-from pixart_nb.core.training.loss_scale import LossScale
+from pixart_nb.config import TrainConfig
+from pixart_nb.core.data.buckets import BucketSampler
+from pixart_nb.core.training.optimizers import LossScale, learning_rate, scaled_rate
+
+#: Float32 elements per KB of optimizer state.
+_ELEMENTS_PER_KB = 1024 // 4
 
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """How to train. Steps count from 0; ``save_every`` and ``log_every`` count steps.
+    """Options of a ``Trainer``. Steps count from 0.
 
-    ``optimizer``: adamw or came (then ``betas`` are three and ``eps`` two numbers). ``max_grad_norm``: None clips
-    nothing. ``ema_rate``: None keeps no average. ``accumulate``: batches of one step. ``loss_scale``: of the first
-    step; with ``dynamic_loss_scale`` it follows the overflows, which skip their step. ``pictures``: of one step, for
-    the speed in the log. ``shard_threshold``: a parameter of fewer numbers has its moments kept by
-    every worker, not by one. ``compile``: the gradients as one graph. Off for convolutions on the CPU, whose graphs
-    were seen never to end.
+    Args:
+        optimizer: ``adamw``, or ``came`` with three ``betas`` and two ``eps``.
+        max_grad_norm: None clips nothing. ``ema_rate``: None keeps no average.
+        accumulate: batches per step.
+        loss_scale: scale of the first step; with ``dynamic_loss_scale`` an overflow skips its step and reduces it.
+        images: images per step, for the speed in the log.
+        shard_threshold: elements below which every worker keeps the optimizer state of a parameter.
+        compile: compute loss and gradients as one graph. Off for convolutions on the CPU, whose graphs never finish.
     """
 
     steps: int
@@ -39,11 +49,65 @@ class TrainerOptions:
     dynamic_loss_scale: bool = False
     loss_scale_factor: float = 2.0
     loss_scale_window: int = 1000
-    pictures: int = 0
+    images: int = 0
     shard_threshold: int = 0
 
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        peak, warmup, end = self.start_learning_rate, self.warmup_steps, self.end_learning_rate
+        return learning_rate(step, peak, warmup, self.steps, self.schedule, end)
+
     def new_loss_scale(self) -> LossScale:
-        """The loss scale of the first step."""
+        """Return the loss scale of the first step."""
         return LossScale(
             self.loss_scale, self.dynamic_loss_scale, self.loss_scale_factor, self.loss_scale_window
         )
+
+
+def steps_per_epoch(config: TrainConfig, sampler: BucketSampler) -> int:
+    """Return the number of steps in which every image is seen about once."""
+    return max(1, sampler.batches(1) // config.gradient_accumulation_steps)
+
+
+def trainer_options(config: TrainConfig, sampler: BucketSampler) -> TrainerOptions:
+    """Return the trainer's options of a configuration, with epochs turned into steps.
+
+    Warns if the warm-up is not over before the training is.
+    """
+    accumulate, came = config.gradient_accumulation_steps, config.optim == "came"
+    images, half = sampler.whole * accumulate, config.dtype == "fp16"
+    epochs = math.ceil(sampler.batches(config.epochs) / accumulate)
+    options = TrainerOptions(
+        steps=epochs if config.steps is None else config.steps,
+        start_learning_rate=scaled_rate(config.start_learning_rate, images, config.auto_lr),
+        end_learning_rate=config.end_learning_rate,
+        warmup_steps=config.warmup_steps,
+        schedule=config.scheduler.removesuffix("_decay"),
+        optimizer=config.optim,
+        betas=tuple(config.came_betas if came else config.adamw_betas),
+        eps=tuple(config.came_eps) if came else config.adamw_eps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm if config.clip_grad else None,
+        ema_rate=config.ema_rate if config.use_ema else None,
+        save_every=config.ckpt_save_steps or steps_per_epoch(config, sampler) * config.ckpt_save_interval,
+        log_every=config.log_loss_interval,
+        keep=config.ckpt_max_keep,
+        compile=config.mode == 0,
+        accumulate=accumulate,
+        loss_scale=config.init_loss_scale if half else 1.0,
+        dynamic_loss_scale=half and config.loss_scaler_type == "dynamic",
+        loss_scale_factor=config.loss_scale_factor,
+        loss_scale_window=config.scale_window,
+        images=images,
+        shard_threshold=sys.maxsize
+        if config.hsdp_shard_size == 1
+        else config.hsdp_threshold * _ELEMENTS_PER_KB,
+    )
+    if options.warmup_steps >= options.steps > 0:
+        warnings.warn(
+            f"warmup_steps is {options.warmup_steps} and the training has {options.steps} steps: the learning rate "
+            f"ends at {options.rate(options.steps - 1):.2g}, below the {options.start_learning_rate:.2g} that it warms "
+            "up to",
+            stacklevel=2,
+        )
+    return options

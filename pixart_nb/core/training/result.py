@@ -1,56 +1,69 @@
-"""What a training leaves: a pipeline in the diffusers layout, whose other parts are those that it was trained with."""
+"""Result folder of a training: a complete pipeline in the diffusers layout, or a LoRA."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from mindspore import ops
+from pixart_nb.config import ConfigError
+from pixart_nb.core.io import atomic_write, read_json, remove_temporaries, write_json
 
-from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints import components
-from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.models.vae import AutoencoderKL
-from pixart_nb.core.sampling.scheduler import Scheduler
+#: File that says which training wrote a result folder.
+MARK = "training.json"
 
 
-def write_pipeline(
-    folder: str | Path,
-    net: PixArt,
-    weights: Mapping[str, np.ndarray],
-    others: Mapping[str, Path],
-    scheduler: Scheduler,
-    vae: AutoencoderKL | None = None,
-) -> Path:
-    """Write ``net`` with these weights, float32, into a folder that ``from_pretrained`` loads; the folder.
+def check_result(folder: Path, sources: Iterable[Path]) -> None:
+    """Refuse to write a result over files that no training wrote, or over the model that is trained.
 
-    ``others``: where the other components lie; the folder gets links to them (copies, where links cannot be made).
-    ``vae`` is written in place of a link, if its configuration is not that of its folder.
+    Raises ``ConfigError``.
     """
-    folder = Path(folder)
-    for name, parameter in net.parameters_and_names():
-        if name in weights:
-            parameter.set_dtype(ms.float32)
-            ops.assign(parameter, ms.Tensor(weights[name]))
-    components.write_transformer(folder / "transformer", net)
-    for name, place in others.items():
-        _link(Path(place).resolve(), folder / name)
-    if vae is not None:
-        components.write_vae(folder / "vae", vae)
-    components.write_index(folder, scheduler)
+    for source in sources:
+        if source.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{source} lies in {folder}, where the result of this training is written; choose another output_path"
+            )
+    files = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if folder.is_symlink() or (files and not (folder / MARK).is_file()):
+        raise ConfigError(
+            f"{folder} exists and was not written by this version of `pixart-nb train`, which would write its result "
+            "there; move it, or choose another output_path"
+        )
+
+
+def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
+    """Write a result with ``write(folder)``, unless the folder holds the complete result of the same training.
+
+    Nothing is removed; ``mark`` says what was trained.
+    """
+    path = folder / MARK
+    if path.is_file() and read_json(path) == {"complete": True, **mark}:
+        return folder
+    check_result(folder, ())
+    write_json(path, {"complete": False, **mark})
+    for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
+        remove_temporaries(part)
+    write(folder)
+    write_json(path, {"complete": True, **mark})
     return folder
 
 
-def _link(place: Path, link: Path) -> None:
-    if link.is_symlink():
-        link.unlink()
-    elif link.is_dir():
-        shutil.rmtree(link)
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.symlink(place, link, target_is_directory=True)
-    except OSError:  # some file systems have no links
-        shutil.copytree(place, link)
+def add_files(source: Path, target: Path) -> None:
+    """Add the files of a component to a folder, as hard links where the file system has them, else as copies.
+
+    Files that exist in ``target`` are left alone.
+    """
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    for path in files:
+        relative = Path(path.name) if path == source else path.relative_to(source)
+        copy = target / relative
+        if copy.exists() or any(part.startswith(".") for part in relative.parts):
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), copy)
+        except OSError:  # another file system, or one without hard links
+            with atomic_write(copy) as temporary:
+                shutil.copyfile(path, temporary)

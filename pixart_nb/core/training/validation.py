@@ -1,9 +1,9 @@
-"""Validation pictures: the same prompts from the same noise, as the training goes on."""
+"""Validation: images of fixed prompts, the loss on held-out images, and the reconstruction error of the VAE."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.features import Embed, padded
+from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.data.labels import Label
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.image_files import write_picture
@@ -19,24 +22,30 @@ from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.randomness import picture_generators
 
+#: Held-out images that are measured at most; each measurement is a forward pass of all of them.
+MAX_HELD_OUT = 128
+
 
 @dataclass(frozen=True)
 class Validation:
-    """What is drawn. ``embeds`` (2N, T, C) and ``mask`` are those of ``embed_prompts``; height and width in pixels."""
+    """Images of the same prompts from the same noise at every validation.
+
+    ``embeds`` (2N, T, C) and ``mask`` (2N, T) come from ``embed_prompts``; ``height`` and ``width`` are in pixels.
+    """
 
     prompts: tuple[str, ...]
     embeds: np.ndarray
     mask: np.ndarray
     height: int
     width: int
-    method: str = "dpm"
-    steps: int = 20
-    guidance: float = 4.5
+    method: str
+    steps: int
+    guidance: float
     seed: int = 0
-    told: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
 
-    def draw(self, net: PixArt, vae: AutoencoderKL) -> np.ndarray:
-        """Pictures of all prompts by a transformer as it is now: (N, height, width, 3) uint8."""
+    def sample(self, net: PixArt, vae: AutoencoderKL) -> np.ndarray:
+        """Return one image per prompt, (N, height, width, 3) uint8, with the present weights of ``net``."""
         count = len(self.prompts)
         pipe = PixArtSigmaPipeline(None, None, vae, net, self.method)
         images = [
@@ -53,27 +62,77 @@ class Validation:
                 use_resolution_binning=False,
                 output_type="np",
             )[0]
-            for i in range(count)  # one after the other: the memory of one
+            for i in range(count)  # one at a time, to save memory
         ]
         return to_uint8(np.concatenate(images))
 
-    def write(self, folder: str | Path, step: int, pictures: np.ndarray) -> list[Path]:
-        """Write pictures of a step as ``step-00000100/000_a-red-cup.png``; their paths."""
-        paths = []
-        for number, (prompt, pixels) in enumerate(zip(self.prompts, pictures, strict=True)):
-            words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-            path = Path(folder) / f"step-{step:08d}" / f"{number:03d}_{words}.png"
-            write_picture(path, pixels, {"prompt": prompt, "step": step, **self.told})
-            paths.append(path)
+    def paths(self, folder: Path, step: int) -> list[Path]:
+        """Return the files of the images of a step, such as ``step-00000100/000_a-red-cup.png``."""
+        names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in self.prompts]
+        return [folder / f"step-{step:08d}" / f"{n:03d}_{name}.png" for n, name in enumerate(names)]
+
+    def write(self, folder: Path, step: int, images: np.ndarray) -> list[Path]:
+        """Write the images of a step and return their paths."""
+        paths = self.paths(folder, step)
+        for path, prompt, pixels in zip(paths, self.prompts, images, strict=True):
+            write_picture(path, pixels, {"prompt": prompt, "step": step, **self.parameters})
         return paths
 
 
 def embed_prompts(
     embed: Embed, prompts: Sequence[str], negatives: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (2N, T, C) and mask (2N, T) of N prompts, then N negative prompts, one at a time."""
+    """Return embeddings (2N, T, C) and mask (2N, T) of N prompts, followed by N negative prompts."""
     rows = []
-    for text in (*prompts, *negatives):
+    for text in (*prompts, *negatives):  # one at a time: the longest of them must not change the others
         embeds, mask = embed([text])
         rows.append(embeds[0][mask[0]])
     return padded(rows)
+
+
+class HeldOut:
+    """Batches that are drawn once and measured at every validation: the same images, noise and timesteps.
+
+    Args:
+        batches: ``batches(number)`` as a ``Trainer`` takes it.
+        count: number of batches.
+    """
+
+    def __init__(self, batches: Callable[[int], tuple[np.ndarray | ms.Tensor, ...]], count: int):
+        self.batches = [batches(number) for number in range(count)]
+
+    def loss(self, loss: Callable) -> float:
+        """Return the mean of ``loss(*tensors)[0]`` over the batches, with the present weights."""
+        return mean_loss(loss, self.batches)
+
+
+def mean_loss(loss: Callable, batches: Sequence[Sequence[np.ndarray | ms.Tensor]]) -> float:
+    """Return the mean of ``loss(*tensors)[0]`` over batches."""
+    tensors = ([p if isinstance(p, ms.Tensor) else ms.Tensor(p) for p in batch] for batch in batches)
+    return float(np.mean([loss(*batch)[0].asnumpy() for batch in tensors]))
+
+
+def require_disjoint(training: Sequence[Label], held_out: Sequence[Label]) -> None:
+    """Raise ``DataError`` if a held-out image is also trained on."""
+    trained = {label.file for label in training}
+    both = [label.path for label in held_out if label.file in trained]
+    if both:
+        raise DataError(
+            f"validation_json_path: {len(both)} of its {len(held_out)} images are trained on too, such as {both[0]}; "
+            "expected images that json_path does not name"
+        )
+
+
+def psnr(image: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB of two uint8 images, or batches, of one shape."""
+    error = np.mean(np.square(image.astype(np.float64) - other.astype(np.float64)))
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Encode images (N, H, W, 3) uint8 and decode the mode of their latents: (N, H, W, 3) uint8.
+
+    A model cannot draw details better than its VAE reconstructs them.
+    """
+    decoded = vae.decode(vae.encode(ms.Tensor(to_signed(images)))[0].mode())[0]
+    return to_uint8(decoded.astype(ms.float32).asnumpy().transpose(0, 2, 3, 1) / 2 + 0.5)

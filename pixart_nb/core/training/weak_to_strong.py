@@ -1,4 +1,4 @@
-"""From weak to strong (PixArt-Sigma, section 4): a stage of training starts from the checkpoint of the one before."""
+"""Weak-to-strong training (PixArt-Sigma, section 4): each stage starts from the checkpoint of the one before."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.configuration import describe, positions_of
+from pixart_nb.core.checkpoints.configuration import Description, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import official_view, started_compression
 from pixart_nb.core.checkpoints.lazy_tensor import Stored
@@ -18,22 +19,24 @@ from pixart_nb.core.checkpoints.load import transformer_of
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.training.loss import add_noise
-from pixart_nb.core.training.objective import POSITIONS
+from pixart_nb.core.training.loss import POSITIONS, add_noise
+from pixart_nb.core.training.validation import mean_loss
 
-#: The empty caption's embedding, which training drops captions to.
+#: Embedding of the empty caption, which replaces dropped captions.
 EMPTY = "y_embedder.y_embedding"
 #: Batches over which the loss before the first step is measured.
 START_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a stage changes of the model before it; each is left as it was unless given.
+class TrainingStage:
+    """Changes of a stage to the model before it; what is not given stays.
 
-    ``sample_size``: latent side of the training size. ``pe_interpolation``: stretch of the positions; 0 lets a picture
-    span the coordinates that it spanned before, whatever its size. ``compression``: a ``kv_compress_config``;
-    ``compression_init``: new convolutions start as ``average`` (section 3.2) or at ``random``.
+    Args:
+        sample_size: latent side of the training size.
+        pe_interpolation: interpolation of the positions; 0 keeps the span of coordinates, whatever the size.
+        compression: a ``kv_compress_config``.
+        compression_init: new convolutions start as the ``average`` (section 3.2) or at ``random``.
     """
 
     sample_size: int = 0
@@ -42,10 +45,10 @@ class Stage:
     compression_init: str = "average"
 
     def config(self, previous: PixArtConfig) -> PixArtConfig:
-        """The model of this stage."""
+        """Return the model configuration of this stage."""
         side = self.sample_size or previous.input_size
-        stretch = self.pe_interpolation or previous.pe_interpolation * side / previous.input_size
-        changes = {"input_size": side, "pe_interpolation": stretch}
+        interpolation = self.pe_interpolation or previous.pe_interpolation * side / previous.input_size
+        changes = {"input_size": side, "pe_interpolation": interpolation}
         if side != previous.input_size:
             changes["class_name"] = "PixArtMS"
         if self.compression:
@@ -55,57 +58,87 @@ class Stage:
 
 @dataclass(frozen=True)
 class Start:
-    """A stage that can begin: its model, the one before, and which layers are newly compressed."""
+    """Model at the start of a stage, configuration of the model before, and newly compressed layers.
+
+    ``family`` is ``alpha``, ``sigma`` or empty; ``notes`` say where values were taken from.
+    """
 
     net: PixArt
     previous: PixArtConfig
     new_layers: tuple[int, ...]
+    family: str
     notes: tuple[str, ...]
 
 
-def start_stage(checkpoint: str | Path, stage: Stage, tokens: int | None = None, seed: int = 0) -> Start:
-    """Load the transformer of the stage before as that of this one, in float32.
+def start_from_config(config: TrainConfig, checkpoint: Path) -> Start:
+    """Return the start of the stage that a training configuration describes."""
+    compression = {
+        "sampling": config.kv_compress_sampling,
+        "scale_factor": config.kv_compress_scale_factor,
+        "kv_compress_layer": config.kv_compress_layer,
+    }
+    stage = TrainingStage(
+        config.sample_size,
+        config.pe_interpolation,
+        compression if config.kv_compress else None,
+        config.kv_compress_init,
+    )
+    tokens, seed = config.t5_max_length, config.seed
+    if config.from_scratch:
+        return start_from_scratch(checkpoint, stage, tokens, seed, config.zero_cross_attention)
+    return start_stage(checkpoint, stage, tokens, seed)
 
-    ``tokens``: of a caption, where the checkpoint does not show them. A checkpoint that does not say the size that it
-    was trained at is taken to be of this stage's size.
 
-    Raises ``CheckpointError`` where checkpoint and stage contradict each other.
+def start_stage(
+    checkpoint: str | Path, stage: TrainingStage, tokens: int | None = None, seed: int = 0
+) -> Start:
+    """Load the transformer of the stage before as that of this stage, in float32.
+
+    Args:
+        tokens: caption tokens, if the checkpoint does not show them.
+        seed: seed of ``random`` convolutions.
+
+    Raises ``CheckpointError`` if checkpoint and stage contradict each other. A checkpoint that does not show its
+    training size is taken to be of this stage's size.
     """
-    view, previous, notes = _previous(checkpoint, stage, tokens)
-    config = stage.config(previous)
-    _check_compression(previous, config, checkpoint)
-    new = _new_layers(previous, config)
+    view, before = _previous(checkpoint, stage, tokens)
+    config = stage.config(before.config)
+    _check_compression(before.config, config, checkpoint)
+    new = _new_layers(before.config, config)
     added = started_compression(view.tensors, new, config.kv_ratio) if config.kv_operator == "conv" else {}
     if stage.compression_init == "random":
         added = _at_random(added, config.kv_ratio, np.random.default_rng((seed, 5)))
     net = transformer_of(view.complete | view.rest | added, config, checkpoint, ms.float32)
-    return Start(net, previous, new, notes)
+    return Start(net, before.config, new, before.family, tuple(before.notes))
 
 
-def start_afresh(
+def start_from_scratch(
     checkpoint: str | Path,
-    stage: Stage,
+    stage: TrainingStage,
     tokens: int | None = None,
     seed: int = 0,
     zero_cross_attention: bool = True,
 ) -> Start:
-    """The architecture of ``start_stage`` with fresh weights; the embedding of the empty caption is kept."""
-    view, previous, notes = _previous(checkpoint, stage, tokens)
-    net = PixArt(stage.config(previous))
-    net.initialize(np.random.default_rng((seed, 4)), zero_cross_attention)
+    """Return the architecture of ``start_stage`` with new weights; the embedding of the empty caption is kept."""
+    view, before = _previous(checkpoint, stage, tokens)
+    net = PixArt(stage.config(before.config))
+    net.initialise(np.random.default_rng((seed, 4)), zero_cross_attention)
     if EMPTY in view.tensors:
         net.y_embedder.y_embedding.set_data(ms.Tensor(np.asarray(view.tensors[EMPTY], np.float32)))
-    return Start(net, previous, (), notes)
+    return Start(net, before.config, (), before.family, tuple(before.notes))
 
 
-def _previous(checkpoint: str | Path, stage: Stage, tokens: int | None):
+def _previous(checkpoint: str | Path, stage: TrainingStage, tokens: int | None) -> tuple:
+    """Return the tensors of a checkpoint under official names, and the description of its model."""
     view = official_view(open_checkpoint(checkpoint))
-    known = describe(view, checkpoint, PixArtConfig(model_max_length=tokens) if tokens else None)
-    if known.knows("input_size") or not stage.sample_size:
-        return view, known.config, tuple(known.notes)
-    note = f"{checkpoint} does not say its size; taken to be latents of {stage.sample_size}."
-    previous = replace(known.config, **positions_of(stage.sample_size, known.family))
-    return view, previous, (*known.notes, note)
+    before: Description = describe(
+        view, checkpoint, PixArtConfig(model_max_length=tokens) if tokens else None
+    )
+    if stage.sample_size and not before.knows("input_size"):
+        note = f"{checkpoint} does not say its size; taken to be latents of {stage.sample_size}."
+        config = replace(before.config, **positions_of(stage.sample_size, before.family))
+        before = replace(before, config=config, notes=[*before.notes, note])
+    return view, before
 
 
 def _new_layers(previous: PixArtConfig, config: PixArtConfig) -> tuple[int, ...]:
@@ -114,7 +147,7 @@ def _new_layers(previous: PixArtConfig, config: PixArtConfig) -> tuple[int, ...]
 
 
 def _check_compression(previous: PixArtConfig, config: PixArtConfig, source: str | Path) -> None:
-    """Layers that learned to compress keep their ratio, and go on compressing."""
+    """Refuse a stage that changes or drops the compression of layers that have learned it."""
     if previous.kv_operator != "conv" or not previous.kv_layers:
         return
     lost = sorted(set(previous.kv_layers) - set(config.kv_layers))
@@ -127,7 +160,7 @@ def _check_compression(previous: PixArtConfig, config: PixArtConfig, source: str
 
 
 def _at_random(added: dict[str, Stored], ratio: int, rng: np.random.Generator) -> dict[str, Stored]:
-    """Convolutions as any other would start: uniform within 1 / sqrt(fan in), which is 1 / ratio."""
+    """Replace new convolutions by uniform values within 1 / sqrt(fan in), which is 1 / ratio."""
     return {
         name: Stored.of(rng.uniform(-1 / ratio, 1 / ratio, part.shape).astype(np.float32), name)
         if ".attn.sr." in name
@@ -136,44 +169,42 @@ def _at_random(added: dict[str, Stored], ratio: int, rng: np.random.Generator) -
     }
 
 
-# ---- the error at step 0
-
-
 def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> dict[str, float]:
-    """The loss before the first step, mean over batches of ``DiffusionBatches``, and what it is without what is new.
+    """Measure the loss before the first step, with and without what is new in the stage.
 
-    ``loss``: of the model as it starts. Where the size is new, ``loss_interpolated`` and ``loss_not_interpolated``:
-    positions that span what they spanned before, or that go on beyond. Where layers are newly compressed,
-    ``loss_without_compression``, and ``compression_error``, ||a - b|| / ||b|| of the outputs with and without.
-    ``latent_std``: about 1 for latents as the published models know them; it tells of a swapped autoencoder.
+    Args:
+        loss: loss function of the model at its start.
+        batches: batches of ``DiffusionBatches``.
+
+    Returns:
+        ``loss``, mean over the batches, and ``latent_std``, about 1 with the VAE that the model was trained with. If
+        the size is new, ``loss_interpolated`` and ``loss_not_interpolated``: with positions that keep their span, or
+        continue beyond. If layers are newly compressed, ``loss_without_compression``, and ``compression_error``:
+        ||a - b|| / ||b|| of the outputs with and without compression.
     """
     net, previous = start.net, start.previous
     tensors = [[part if isinstance(part, ms.Tensor) else ms.Tensor(part) for part in b] for b in batches]
-    report = {"loss": _mean_loss(loss, tensors)}
+    report = {"loss": mean_loss(loss, tensors)}
     report["latent_std"] = float(np.std(np.concatenate([b[0].asnumpy().reshape(-1) for b in tensors])))
     if net.config.input_size != previous.input_size:
         span = previous.pe_interpolation * net.config.input_size / previous.input_size
-        for name, stretch in (("", span), ("not_", previous.pe_interpolation)):
-            moved = [_with_positions(net, batch, stretch) for batch in tensors]
-            report[f"loss_{name}interpolated"] = _mean_loss(loss, moved)
+        for name, interpolation in (("", span), ("not_", previous.pe_interpolation)):
+            moved = [_with_positions(net, batch, interpolation) for batch in tensors]
+            report[f"loss_{name}interpolated"] = mean_loss(loss, moved)
     if start.new_layers:
-        found = _outputs(net, tensors[0])
+        compressed = _outputs(net, tensors[0])
         with uncompressed(net, start.new_layers):
-            report["loss_without_compression"] = _mean_loss(loss, tensors)
+            report["loss_without_compression"] = mean_loss(loss, tensors)
             exact = _outputs(net, tensors[0])
-        report["compression_error"] = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        report["compression_error"] = float(np.linalg.norm(compressed - exact) / np.linalg.norm(exact))
     return report
 
 
-def _mean_loss(loss: Callable, batches: Sequence[Sequence[ms.Tensor]]) -> float:
-    return float(np.mean([loss(*batch)[0].asnumpy() for batch in batches]))
-
-
-def _with_positions(net: PixArt, batch: Sequence[ms.Tensor], stretch: float) -> list[ms.Tensor]:
-    """A batch whose positions are stretched otherwise."""
+def _with_positions(net: PixArt, batch: Sequence[ms.Tensor], interpolation: float) -> list[ms.Tensor]:
+    """Return a batch with positions of another interpolation."""
     config, patch = net.config, net.config.patch_size
     height, width = (side // patch for side in batch[0].shape[2:])
-    grid = sincos_positions(config.hidden_size, height, width, config.input_size // patch, stretch)
+    grid = sincos_positions(config.hidden_size, height, width, config.input_size // patch, interpolation)
     return [*batch[:POSITIONS], ms.Tensor(grid[None]), *batch[POSITIONS + 1 :]]
 
 
@@ -185,7 +216,7 @@ def _outputs(net: PixArt, batch: Sequence[ms.Tensor]) -> np.ndarray:
 
 @contextmanager
 def uncompressed(net: PixArt, layers: Sequence[int]) -> Iterator[None]:
-    """Let some layers look at all keys and values for a while. Not inside compiled graphs."""
+    """Let some layers attend to all keys and values for a while. Not inside compiled graphs."""
     ratios = [net.blocks[layer].attn.ratio for layer in layers]
     try:
         for layer in layers:

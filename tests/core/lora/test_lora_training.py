@@ -7,7 +7,7 @@ from lora_models import run, same_weights, transformer, weights
 from pixart_nb.core.backend import ms
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.lora.layers import PHASES, Dropout
-from pixart_nb.core.training.loss import add_noise, coefficients, loss_terms
+from pixart_nb.core.training.loss import NAMES, coefficients, diffusion_loss
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
 CAPTION = 24
@@ -25,19 +25,12 @@ def batch(step):
 def train(net, config, folder, batches=batch, until=None, **values):
     """An adapter trained as ``pixart-nb train`` does it, and its trainer."""
     adapter = Adapters.of(net).add("style", config, seed=1)
-    positions = net.positions(8, 12)
-
-    def loss(latents, noise, table, timesteps, embeddings, mask):
-        x_t = add_noise(latents, noise, table)
-        output = net.forward(x_t, timesteps, embeddings, mask, positions)
-        mse, vb = loss_terms(output, latents, x_t, noise, table)
-        return (mse + vb).mean(), mse.mean(), vb.mean()
-
+    loss = diffusion_loss(net, net.positions(8, 12))
     given = {"steps": 6, "start_learning_rate": 1e-2, "ema_rate": None, "save_every": 2, "log_every": 1}
     options = TrainerOptions(**given | values)
     net.set_train(True)
     dropping = adapter.with_dropout(batches, 1)
-    trainer = Trainer(loss, adapter.parameters(), dropping, options, folder, names=("mse", "vb"))
+    trainer = Trainer(loss, adapter.parameters(), dropping, options, folder, NAMES)
     trainer.run(until)
     net.set_train(False)
     return adapter

@@ -11,7 +11,7 @@ from pixart_nb.core.data.features import FeatureBatch
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling.noise_schedule import LINEAR
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, ReadAhead
-from pixart_nb.core.training.objective import diffusion_loss, min_snr_weights
+from pixart_nb.core.training.loss import diffusion_loss, min_snr_weights
 
 CONFIG = PixArtConfig(hidden_size=32, num_heads=2, depth=1, caption_channels=6, input_size=8)
 EMPTY = np.full((2, 6), 9.0, np.float16)

@@ -5,7 +5,7 @@ import pytest
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
-from pixart_nb.core.training.came import CAME
+from pixart_nb.core.training.optimizers import CAME
 
 SHAPES = {"matrix": (6, 10), "wide": (3, 70), "vector": (7,), "kernel": (5, 2, 2, 3), "one": (4, 1)}
 BETAS, EPS = (0.9, 0.999, 0.9999), (1e-30, 1e-16)

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.training.loss_scale import LossScale
-from pixart_nb.core.training.optim import EMA, AdamW, clip_by_norm, global_norm, learning_rate, scaled_rate
+from pixart_nb.core.training.optimizers import (
+    EMA,
+    AdamW,
+    LossScale,
+    clip_by_norm,
+    global_norm,
+    learning_rate,
+    scaled_rate,
+)
 
 
 @pytest.mark.parametrize(("decay", "eps"), [(0.0, 1e-10), (0.1, 1e-8), (0.01, 1e-2)])

@@ -17,7 +17,7 @@ from pixart_nb.config import TrainConfig, check_config, load_config
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import load_tensors
 from pixart_nb.core.sampling.image_files import read_parameters
-from pixart_nb.core.training.curve_log import read_curve
+from pixart_nb.core.training.log import read_curve
 from pixart_nb.core.training.run import Training
 
 
@@ -72,7 +72,7 @@ def test_everything_is_written_that_tells_of_the_training(whole):
     folder, said = whole
     assert len(losses(folder)) == 4
     report = json.loads((folder / "start.json").read_text())
-    assert set(report) == {"loss", "latent_std"}
+    assert set(report) == {"loss", "latent_std", "reconstruction_psnr"}
     assert f"before the first step: loss {report['loss']:.4g}" in said
     assert check_config(json.loads((folder / "config.json").read_text()), "train").batch_size == 4
     assert [path.name for path in sorted((folder / "samples").iterdir())] == [
@@ -268,6 +268,6 @@ def test_a_notebook_sees_rows_and_pictures_as_they_come(project, model, tmp_path
     training = Training(check_config(values, "train"))
     rows = list(training.steps())
     assert [row["step"] for row in rows] == [0, 1]
-    assert all(path.is_file() for row in rows for path in row["pictures"])
+    assert all(path.is_file() for row in rows for path in row["images"])
     assert rows[1]["images_per_second"] > 0
     assert list((tmp_path / "out" / "tensorboard").iterdir())

@@ -37,9 +37,8 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path):
 
 def test_steps_that_are_done_again_stand_once_in_the_log(tmp_path):
     run = trainer(tmp_path)
-    run.run(until=20)
-    for _ in range(5):  # five steps more, then the process is gone without having saved
-        run.log.write(run._one_step())
+    run.run(until=25)
+    run.checkpoints()[-1].unlink()  # as if the process had been killed before it wrote the state of step 25
     assert len(losses(tmp_path)) == 25
     trainer(tmp_path).run()
     whole = trainer(tmp_path / "whole")
@@ -77,6 +76,46 @@ def test_a_signal_saves_before_it_stops(tmp_path):
     assert trainer(tmp_path).step == 18
 
 
+def test_an_interrupt_of_a_notebook_cell_saves_and_the_same_object_resumes(tmp_path):
+    def interrupted(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(step)
+
+    run = trainer(tmp_path, interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 8"):
+        list(run.steps())
+    assert [path.name for path in run.checkpoints()] == ["step-00000008.safetensors"]
+    assert [row["step"] for row in run.steps()] == list(range(9, 41))
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_interrupts_reach_other_cells_while_steps_are_held(tmp_path):
+    run = trainer(tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    rows = run.steps()
+    next(rows)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert next(rows)["step"] == 2
+    rows.close()
+    assert trainer(tmp_path).step == 2
+
+
+def test_averages_are_lent_to_the_network_and_taken_back(tmp_path):
+    run = trainer(tmp_path)
+    run.run(until=9)
+    own = {name: p.asnumpy().copy() for name, p in run.parameters.items()}
+    with run.ema_scope():
+        for name, average in run.weights().items():
+            assert np.array_equal(run.parameters[name].asnumpy(), average)
+            assert not np.array_equal(average, own[name])
+    assert all(np.array_equal(p.asnumpy(), own[name]) for name, p in run.parameters.items())
+
+
 def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path):
     def poisoned(step):
         x, y = batch(step)
@@ -101,7 +140,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_steps_are_yielded_one_by_one_and_saved_when_nobody_asks_for_more(tmp_path):
-    run = trainer(tmp_path, pictures=16, steps=30)
+    run = trainer(tmp_path, images=16, steps=30)
     for row in run.steps():
         assert list(row)[:5] == ["step", "loss", "grad_norm", "learning_rate", "twice"]
         assert row["twice"] == pytest.approx(2 * row["loss"], rel=1e-5)
@@ -213,6 +252,6 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path):
     trainer(tmp_path, more={"identity": told}).run(until=3)
     assert trainer(tmp_path, more={"identity": told}).step == 3
     with pytest.raises(
-        CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Take"
+        CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Use"
     ):
         trainer(tmp_path, more={"identity": told | {"seed": 1, "batch_size": 8}})

@@ -11,11 +11,10 @@ from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import CheckpointError, save_tensors
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.training.loss import coefficients
-from pixart_nb.core.training.objective import diffusion_loss
+from pixart_nb.core.training.loss import coefficients, diffusion_loss
 from pixart_nb.core.training.weak_to_strong import (
-    Stage,
-    start_afresh,
+    TrainingStage,
+    start_from_scratch,
     start_report,
     start_stage,
     uncompressed,
@@ -61,7 +60,7 @@ def predicted(net, height=16, width=16):
 
 
 def test_a_larger_picture_spans_the_positions_that_the_smaller_one_spanned(weak):
-    start = start_stage(weak, Stage(sample_size=16))
+    start = start_stage(weak, TrainingStage(sample_size=16))
     assert (start.net.config.input_size, start.net.config.pe_interpolation) == (16, 1.0)
     ours = start.net.positions(16, 16).asnumpy()[0].reshape(8, 8, 48)
     small = sincos_positions(48, 4, 4, 4, 0.5).reshape(4, 4, 48)
@@ -70,13 +69,13 @@ def test_a_larger_picture_spans_the_positions_that_the_smaller_one_spanned(weak)
 
 
 def test_a_stretch_that_is_given_is_taken(weak):
-    net = start_stage(weak, Stage(sample_size=16, pe_interpolation=0.5)).net
+    net = start_stage(weak, TrainingStage(sample_size=16, pe_interpolation=0.5)).net
     assert net.config.pe_interpolation == 0.5
     assert not np.allclose(predicted(net), predicted(load_transformer(weak)), atol=1e-2)
 
 
 def test_compression_starts_as_the_average_in_the_chosen_layers(weak):
-    start = start_stage(weak, Stage(compression=COMPRESSION))
+    start = start_stage(weak, TrainingStage(compression=COMPRESSION))
     assert start.new_layers == (1, 2)
     assert start.net.blocks[0].attn.sr is None
     for layer in (1, 2):
@@ -90,7 +89,7 @@ def test_compression_starts_as_the_average_in_the_chosen_layers(weak):
 
 
 def test_compression_may_start_at_random_by_seed(weak):
-    stage = Stage(compression=COMPRESSION, compression_init="random")
+    stage = TrainingStage(compression=COMPRESSION, compression_init="random")
     first, again, other = (start_stage(weak, stage, seed=seed).net.blocks[1].attn.sr for seed in (0, 0, 1))
     weights = first.weight.asnumpy()
     assert np.array_equal(weights, again.weight.asnumpy())
@@ -101,37 +100,39 @@ def test_compression_may_start_at_random_by_seed(weak):
 
 
 def test_layers_that_learned_to_compress_go_on(weak, tmp_path):
-    net = start_stage(weak, Stage(compression=COMPRESSION), seed=0).net
+    net = start_stage(weak, TrainingStage(compression=COMPRESSION), seed=0).net
     net.blocks[1].attn.sr.weight.set_data(ms.Tensor(np.full((48, 1, 2, 2), 0.3, np.float32)))
     components.write_transformer(tmp_path / "next", net)
-    more = start_stage(tmp_path / "next", Stage(compression=COMPRESSION | {"kv_compress_layer": [0, 1, 2]}))
+    more = start_stage(
+        tmp_path / "next", TrainingStage(compression=COMPRESSION | {"kv_compress_layer": [0, 1, 2]})
+    )
     assert more.new_layers == (0,)
     assert np.allclose(more.net.blocks[1].attn.sr.weight.asnumpy(), 0.3)
     assert np.allclose(more.net.blocks[0].attn.sr.weight.asnumpy(), 0.25)
-    assert start_stage(tmp_path / "next", Stage()).net.config.kv_layers == (1, 2)
+    assert start_stage(tmp_path / "next", TrainingStage()).net.config.kv_layers == (1, 2)
     for changes in ({"scale_factor": 4}, {"kv_compress_layer": [1]}, {"sampling": "mean"}):
         with pytest.raises(CheckpointError, match=r"compresses layers \[1, 2\] by 2 with 'conv'.*Keep"):
-            start_stage(tmp_path / "next", Stage(compression=COMPRESSION | changes))
+            start_stage(tmp_path / "next", TrainingStage(compression=COMPRESSION | changes))
 
 
 def test_layers_that_the_model_does_not_have_are_refused(weak):
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        start_stage(weak, Stage(compression=COMPRESSION | {"kv_compress_layer": [3]}))
+        start_stage(weak, TrainingStage(compression=COMPRESSION | {"kv_compress_layer": [3]}))
 
 
 def test_a_checkpoint_that_does_not_say_its_size_is_of_this_stage(tmp_path):
     net = PixArt(PixArtConfig(hidden_size=72, num_heads=1, depth=1, caption_channels=6))
     save_tensors(tmp_path / "w.safetensors", {name: p.asnumpy() for name, p in net.parameters_and_names()})
-    start = start_stage(tmp_path / "w.safetensors", Stage(sample_size=32))
+    start = start_stage(tmp_path / "w.safetensors", TrainingStage(sample_size=32))
     assert (start.net.config.input_size, start.net.config.pe_interpolation) == (32, 0.5)
     assert "does not say its size" in " ".join(start.notes)
     with pytest.raises(CheckpointError, match="model_max_length"):
-        start_stage(tmp_path / "w.safetensors", Stage(sample_size=32), tokens=120)
+        start_stage(tmp_path / "w.safetensors", TrainingStage(sample_size=32), tokens=120)
 
 
 def test_a_fresh_start_takes_the_architecture_alone(weak):
-    stage = Stage(sample_size=16, compression=COMPRESSION)
-    first, again = (start_afresh(weak, stage, seed=3, zero_cross_attention=False).net for _ in range(2))
+    stage = TrainingStage(sample_size=16, compression=COMPRESSION)
+    first, again = (start_from_scratch(weak, stage, seed=3, zero_cross_attention=False).net for _ in range(2))
     assert first.config.kv_layers == (1, 2)
     assert first.config.pe_interpolation == 1.0
     for (name, a), (_, b) in zip(first.parameters_and_names(), again.parameters_and_names(), strict=True):
@@ -141,7 +142,7 @@ def test_a_fresh_start_takes_the_architecture_alone(weak):
 
 
 def test_the_error_before_the_first_step_is_told_with_and_without_what_is_new(weak):
-    start = start_stage(weak, Stage(sample_size=16, compression=COMPRESSION))
+    start = start_stage(weak, TrainingStage(sample_size=16, compression=COMPRESSION))
     report = start_report(start, diffusion_loss(start.net), [[*batch(), start.net.positions(16, 16)]])
     assert list(report) == [
         "loss",
@@ -164,13 +165,13 @@ def test_the_error_before_the_first_step_is_told_with_and_without_what_is_new(we
 
 
 def test_the_same_model_at_its_own_size_has_nothing_to_compare(weak):
-    start = start_stage(weak, Stage())
+    start = start_stage(weak, TrainingStage())
     report = start_report(start, diffusion_loss(start.net), [[*batch(8, 8), start.net.positions(8, 8)]])
     assert list(report) == ["loss", "latent_std"]
 
 
 def test_pictures_need_not_be_square(weak):
-    start = start_stage(weak, Stage(sample_size=16))
+    start = start_stage(weak, TrainingStage(sample_size=16))
     report = start_report(start, diffusion_loss(start.net), [[*batch(8, 24), start.net.positions(8, 24)]])
     assert report["loss_interpolated"] == pytest.approx(report["loss"])
     assert replace(start.previous, input_size=16, pe_interpolation=1.0) == start.net.config

@@ -1,0 +1,153 @@
+"""Training states on disk: written whole, verified by checksums, the newest few kept."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors, save_tensors
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Tensors of a training state by name, and its metadata."""
+
+    path: Path
+    step: int
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+class CheckpointFolder:
+    """States of one training, ``step-00000250.safetensors``, in one folder."""
+
+    def __init__(self, folder: str | Path, keep: int):
+        self.folder, self.keep = Path(folder), keep
+        self._whole: dict[Path, tuple[int, int]] = {}  # size and time of change when a state was verified
+
+    def paths(self) -> list[Path]:
+        """Return the states in the folder, oldest first."""
+        return sorted(self.folder.glob("step-*.safetensors"))
+
+    def path(self, step: int) -> Path:
+        """Return the path of the state of a step."""
+        return self.folder / f"step-{step:08d}.safetensors"
+
+    def save(self, step: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Path:
+        """Write a state with a checksum of every tensor; then remove states older than the newest ``keep`` whole ones.
+
+        Raises ``WriteError`` if it cannot be written; the older states are kept then.
+        """
+        path = self.path(step)
+        metadata = {"step": str(step), **metadata}
+        metadata["checksums"] = json.dumps(_checksums(tensors, metadata))
+        save_tensors(path, tensors, metadata)
+        self._whole[path] = _version(path)
+        self._remove_old(path)
+        return path
+
+    def newest(self) -> TrainingState | None:
+        """Return the newest state that is whole, or None; print a line for each damaged one that is skipped."""
+        for path in reversed(self.paths()):
+            try:
+                state = read_state(path)
+            except CheckpointError as error:
+                tqdm.write(f"skipped: {error}")
+            else:
+                self._whole[path] = _version(path)
+                return state
+        return None
+
+    def _remove_old(self, newest: Path) -> None:
+        """Remove the states below the last ``keep`` whole ones up to ``newest``; damaged ones do not count."""
+        older = [path for path in reversed(self.paths()) if path.name < newest.name]
+        kept = 1
+        for path in older:
+            if kept >= self.keep:
+                path.unlink(missing_ok=True)
+            elif self._is_whole(path):
+                kept += 1
+
+    def _is_whole(self, path: Path) -> bool:
+        if self._whole.get(path) != _version(path):
+            try:
+                read_state(path)
+            except CheckpointError:
+                return False
+            self._whole[path] = _version(path)
+        return True
+
+
+def checksum(value: np.ndarray) -> int:
+    """Return the CRC-32 of the dtype, shape and bytes of an array."""
+    start = zlib.crc32(f"{value.dtype} {value.shape}".encode())
+    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8), start)
+
+
+def _checksums(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, int]:
+    """Return the checksum of each tensor, and of the metadata under the empty name."""
+    text = json.dumps(dict(metadata), sort_keys=True)
+    return {name: checksum(value) for name, value in tensors.items()} | {"": zlib.crc32(text.encode())}
+
+
+def _version(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def read_state(path: str | Path) -> TrainingState:
+    """Read and verify a training state. Raises ``CheckpointError`` if it is damaged or no training state.
+
+    States of the first version of this kit have no checksums; only their structure is verified.
+    """
+    path = Path(path)
+    metadata, tensors = load_metadata(path), load_tensors(path)
+    try:
+        expected = json.loads(metadata.pop("checksums", "{}"))
+        step = int(metadata["step"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is no training state: its step or checksums are missing") from error
+    actual = _checksums(tensors, metadata)
+    wrong = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
+    if expected and wrong:
+        raise CheckpointError(
+            f"{path} is damaged: {wrong[0] or 'its metadata'} is not what was written ({len(wrong)} in all)"
+        )
+    return TrainingState(path, step, tensors, metadata)
+
+
+def check_fits(
+    state: TrainingState,
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: Sequence[str],
+    identity: Mapping[str, Any],
+) -> None:
+    """Refuse the state of another model (shapes of the parameters in each group), or of another ``identity``."""
+    missing = [key for group in groups for name in shapes if (key := f"{group}/{name}") not in state.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{state.path} is of another model: it lacks {missing[:3]} ({len(missing)} in all)"
+        )
+    for name, shape in shapes.items():
+        actual = state.tensors[f"model/{name}"].shape
+        if actual != shape:
+            raise CheckpointError(f"{state.path} is of another model: {name} is {actual}, expected {shape}")
+    before, now = json.loads(state.metadata.get("identity", "{}")), json.loads(json.dumps(identity))
+    keys = sorted({*before, *now}) if before and now else []
+    differences = [
+        f"{key}: {before.get(key, 'nothing')!r} there, {now.get(key, 'nothing')!r} here"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{state.path} is of a run with another configuration: {'; '.join(differences)}. Use the same "
+            "configuration, or another output folder"
+        )

@@ -1,0 +1,282 @@
+"""AdamW, CAME, exponential moving average, learning-rate schedules, gradient clipping and loss scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import ops
+
+from pixart_nb.core import backend
+from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import CheckpointError
+
+#: Elements that the EMA updates at a time, chosen to fit the cache of a CPU core.
+_CHUNK = 1 << 16
+#: Images per update for which ``start_learning_rate`` is meant when ``auto_lr`` scales it.
+BASE_BATCH = 256
+_batch_matmul = ops.BatchMatMul()
+
+
+def learning_rate(
+    step: int, peak: float, warmup: int, total: int, shape: str = "cosine", end: float = 0.0
+) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, then a schedule.
+
+    ``constant`` keeps ``peak``; ``cosine`` and ``linear`` fall to ``end`` at step ``total``.
+    """
+    if shape not in ("constant", "cosine", "linear"):
+        raise PixArtNBError(f"learning-rate schedule {shape!r}; expected 'constant', 'cosine' or 'linear'")
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if shape == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1 - done
+    return end + (peak - end) * left
+
+
+def scaled_rate(rate: float, images: int, rule: str) -> float:
+    """Scale a learning rate by ``images`` per update over 256 (``linear``), by its root (``sqrt``), or not at all."""
+    if rule not in ("", "linear", "sqrt"):
+        raise PixArtNBError(f"auto_lr {rule!r}; expected 'linear', 'sqrt' or nothing")
+    ratio = images / BASE_BATCH
+    return rate * {"": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[rule]
+
+
+def global_norm(gradients: Sequence[ms.Tensor]) -> float:
+    """Return the Euclidean norm over all gradients; not finite if any element is not."""
+    if backend.on_ascend():  # the gradients stay on the device. Not run on Ascend
+        squares = [(wide := gradient.astype(ms.float32)).mul(wide).sum() for gradient in gradients]
+        return math.sqrt(float(sum(squares[1:], squares[0]).asnumpy()))
+    flat = (gradient.asnumpy().reshape(-1).astype(np.float32, copy=False) for gradient in gradients)
+    return math.sqrt(sum(float(np.dot(part, part)) for part in flat))
+
+
+def clip_by_norm(
+    gradients: Sequence[ms.Tensor], norm: float, max_norm: float | None, scale: float = 1.0
+) -> list[ms.Tensor]:
+    """Return ``scale`` times the gradients, in float32, clipped to a global norm of ``max_norm``.
+
+    ``norm`` is the norm of the gradients before they are scaled; ``max_norm`` None clips nothing.
+    """
+    if max_norm is not None:
+        scale *= min(1.0, max_norm / (scale * norm + 1e-6))
+    wide = [gradient.astype(ms.float32) for gradient in gradients]
+    return wide if scale == 1.0 else [gradient * scale for gradient in wide]
+
+
+class Optimizer:
+    """Base class: state tensors in groups such as ``exp_avg``, by parameter name."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, ms.Parameter],
+        betas: Sequence[float],
+        eps: float | Sequence[float],
+        weight_decay: float = 0.0,
+    ):
+        self.parameters, self.updates = dict(parameters), 0
+        self.betas, self.eps, self.weight_decay = tuple(betas), eps, weight_decay
+        self.groups: dict[str, dict[str, ms.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            for group, shape in self.state_shapes(tuple(parameter.shape)).items():
+                zeros = ms.Parameter(ms.Tensor(np.zeros(shape, np.float32)), name=f"{group}.{name}")
+                self.groups.setdefault(group, {})[name] = zeros
+
+    @staticmethod
+    def state_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the state tensors of a parameter of this shape, by group."""
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+
+    def state(self) -> dict[str, ms.Parameter]:
+        """State tensors by name, such as ``exp_avg/blocks.0.attn.qkv.weight``, without the number of updates."""
+        return {f"{group}/{name}": t for group, tensors in self.groups.items() for name, t in tensors.items()}
+
+    def restore(self, tensors: Mapping[str, np.ndarray], updates: int, source: object = "state") -> None:
+        """Load what ``state`` returned. Raises ``CheckpointError`` for a missing tensor or another shape."""
+        own = self.state()
+        for name, parameter in own.items():
+            if name not in tensors or tensors[name].shape != tuple(parameter.shape):
+                shape = tensors[name].shape if name in tensors else "nothing"
+                raise CheckpointError(
+                    f"{source} holds {shape} for the optimizer state {name}; expected {tuple(parameter.shape)}. It was "
+                    "written with another optimizer or model"
+                )
+        for name, parameter in own.items():
+            parameter.set_data(ms.Tensor(tensors[name]))
+        self.updates = updates
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, Algorithm 2).
+
+    MindSpore's fused operator has no bias correction. A learning rate of ``lr sqrt(1 - b2^t) / (1 - b1^t)``, an epsilon
+    of ``eps sqrt(1 - b2^t)`` and a decay divided by the change of the rate give the corrected step.
+    """
+
+    def __init__(self, parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(parameters, betas, eps, weight_decay)
+        self._step = ops.AdamWeightDecay()
+
+    def update(self, gradients: Mapping[str, ms.Tensor], rate: float) -> None:
+        """Update every parameter with its gradient (float32)."""
+        self.updates += 1
+        first, second = self.betas
+        root = math.sqrt(1 - second**self.updates)
+        corrected = rate * root / (1 - first**self.updates)
+        decay = self.weight_decay * rate / corrected if corrected else 0.0
+        for name, parameter in self.parameters.items():
+            moments = (self.groups[group][name] for group in ("exp_avg", "exp_avg_sq"))
+            self._step(parameter, *moments, corrected, first, second, self.eps * root, decay, gradients[name])
+
+
+class CAME(Optimizer):
+    """Confidence-guided Adafactor (Luo et al. 2023, arXiv 2307.02047, Algorithm 2), as in its authors' code.
+
+    Squared gradients and the instability of the update are kept as means over rows and columns. A tensor with more
+    than two axes is a stack of matrices; a vector keeps its squares whole and has no confidence term. No bias
+    correction; decoupled weight decay.
+    """
+
+    def __init__(
+        self,
+        parameters,
+        betas=(0.9, 0.999, 0.9999),
+        eps=(1e-30, 1e-16),
+        weight_decay=0.0,
+        clip_threshold: float = 1.0,
+    ):
+        super().__init__(parameters, betas, tuple(eps), weight_decay)
+        self.clip_threshold = clip_threshold
+
+    @staticmethod
+    def state_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the averages of the update, and of rows and columns of the squares and of the instability."""
+        if len(shape) < 2:
+            return {"exp_avg": shape, "exp_avg_sq": shape}
+        rows, columns = shape[:-1], shape[:-2] + shape[-1:]
+        factored = {
+            f"exp_avg_{what}_{axis}": s
+            for what in ("sq", "res")
+            for axis, s in (("row", rows), ("col", columns))
+        }
+        return {"exp_avg": shape, **factored}
+
+    def update(self, gradients: Mapping[str, ms.Tensor], rate: float) -> None:
+        """Update every parameter with its gradient (float32)."""
+        self.updates += 1
+        for name, parameter in self.parameters.items():
+            step = self._step(name, gradients[name])
+            kept = parameter * (1 - self.weight_decay * rate) if self.weight_decay else parameter
+            ops.assign(parameter, kept - step * rate)  # methods such as sub_ do nothing on the CPU
+
+    def _step(self, name: str, gradient: ms.Tensor) -> ms.Tensor:
+        first, second, third = self.betas
+        average, factored = self.groups["exp_avg"][name], gradient.ndim > 1
+        squares = gradient * gradient + self.eps[0]
+        if factored:
+            step = gradient * self._inverse_root("sq", name, squares, second)
+        else:
+            step = gradient * ops.rsqrt(_blend(self.groups["exp_avg_sq"][name], squares, second))
+        rms = math.sqrt(float((step * step).mean().asnumpy()))
+        step = step * (1.0 / max(1.0, rms / self.clip_threshold))
+        _blend(average, step, first)
+        if not factored:
+            return average
+        distance = step - average
+        return average * self._inverse_root("res", name, distance * distance + self.eps[1], third)
+
+    def _inverse_root(self, what: str, name: str, values: ms.Tensor, beta: float) -> ms.Tensor:
+        """1 / sqrt(R C / mean(R)) from the running means R and C of the rows and columns of ``values``."""
+        matrix = values.reshape(-1, *values.shape[-2:])  # (S, R, C)
+        count, rows, columns = matrix.shape
+        # means as matrix products: on the CPU, reducing any axis but the last is slow, and so is broadcasting
+        row_means = _batch_matmul(matrix, _full(count, columns, 1, 1.0 / columns))
+        column_means = _batch_matmul(_full(count, 1, rows, 1.0 / rows), matrix)
+        row, column = (self.groups[f"exp_avg_{what}_{axis}"][name] for axis in ("row", "col"))
+        _blend(row, row_means.reshape(row.shape), beta)
+        _blend(column, column_means.reshape(column.shape), beta)
+        share = row / row.mean(-1, keep_dims=True)
+        left = ops.rsqrt(share).reshape(count, rows, 1)
+        return _batch_matmul(left, ops.rsqrt(column).reshape(count, 1, columns)).reshape(values.shape)
+
+
+def _blend(average: ms.Parameter, values: ms.Tensor, beta: float) -> ms.Parameter:
+    """Move a running average towards values, in place."""
+    ops.assign(average, average * beta + values * (1 - beta))
+    return average
+
+
+def _full(count: int, rows: int, columns: int, value: float) -> ms.Tensor:
+    return ms.Tensor(np.full((count, rows, columns), value, np.float32))
+
+
+class EMA:
+    """Exponential moving average of parameters, float32 in host memory.
+
+    The decay rate rises with the number of updates, ``min(rate, (1 + n) / (10 + n))``, so that the average of a short
+    training does not keep its initial weights.
+    """
+
+    def __init__(self, parameters: Sequence[ms.Parameter], rate: float):
+        if not 0 <= rate < 1:
+            raise PixArtNBError(f"EMA rate is {rate}; expected 0 <= rate < 1")
+        self.rate, self.updates, self.parameters = rate, 0, list(parameters)
+        # copies: asnumpy of a parameter is a view of its memory
+        self.averages = [np.array(p.asnumpy(), np.float32) for p in self.parameters]
+
+    def update(self) -> None:
+        """Add the present parameters to the average."""
+        self.updates += 1
+        share = np.float32(1 - min(self.rate, (1 + self.updates) / (10 + self.updates)))
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            flat, values = average.reshape(-1), parameter.asnumpy().reshape(-1)
+            for start in range(0, flat.size, _CHUNK):  # in chunks: twenty times as fast as whole
+                part = slice(start, start + _CHUNK)
+                distance = values[part] - flat[part]
+                distance *= share
+                flat[part] += distance
+
+
+@dataclass
+class LossScale:
+    """Scale of a half-precision loss (Micikevicius et al. 2018, section 3.2).
+
+    A ``dynamic`` scale is divided by ``factor`` when a gradient overflows and multiplied by it after ``window`` updates
+    without an overflow.
+    """
+
+    value: float = 1.0
+    dynamic: bool = False
+    factor: float = 2.0
+    window: int = 1000
+    good: int = 0  # updates since the scale last changed
+
+    def __post_init__(self):
+        if self.value < 1 or self.factor <= 1 or self.window < 1:
+            raise PixArtNBError(
+                f"loss scale {self.value}, factor {self.factor}, window {self.window}; expected a scale of at least 1, "
+                "a factor above 1 and a window of at least 1"
+            )
+
+    @property
+    def used(self) -> bool:
+        """Return whether the loss is multiplied at all."""
+        return self.dynamic or self.value != 1.0
+
+    def succeeded(self) -> None:
+        """Count an update without an overflow."""
+        self.good += 1
+        if self.dynamic and self.good >= self.window:
+            self.value, self.good = self.value * self.factor, 0
+
+    def overflowed(self) -> bool:
+        """Reduce the scale after an overflow; return False if it cannot be reduced."""
+        if not self.dynamic or self.value == 1.0:
+            return False
+        self.value, self.good = max(1.0, self.value / self.factor), 0
+        return True
