@@ -227,7 +227,7 @@ def test_a_lora_comes_out_alone(run, model, tmp_path):
     [
         ({"json_path": "nowhere.json"}, "nowhere.json"),
         ({"image_dir": "nowhere"}, "nowhere"),
-        ({"validation_json_path": "data/pixelart/labels.json"}, "36 of its 36 pictures are trained on too"),
+        ({"validation_json_path": "data/pixelart/labels.json"}, "36 of its 36 images are trained on too"),
         ({"batch_size": 37}, "a batch has 37 = 37 pictures, but there are only 36"),
         ({"model": "nowhere"}, "nowhere"),
         ({"vae_root": "nowhere"}, "vae nowhere"),
