@@ -158,7 +158,13 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    if field.is_required() or default in (None, False, "") or isinstance(default, list):
+    if (
+        field.is_required()
+        or default is None
+        or default is False
+        or default == ""
+        or isinstance(default, list)
+    ):
         return ""
     return f" [dim]\\[default: {'true' if default is True else default}][/dim]"
 

@@ -15,6 +15,8 @@ from pixart_nb.core.errors import PixArtNBError
 class DivergenceError(PixArtNBError):
     """The loss or a gradient is not finite. The weights were not updated."""
 
+    exit_code = 1
+
 
 def find_divergence(
     loss: Callable,
