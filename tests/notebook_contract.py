@@ -64,7 +64,7 @@ def violations(notebook: nbformat.NotebookNode, size: int = 0) -> list[str]:
     ]
     if size > MOST_BYTES:
         found.append(f"the file has {size} bytes; at most {MOST_BYTES}")
-    return found + _prose(notebook)
+    return found
 
 
 def _opening(notebook: nbformat.NotebookNode) -> Iterable[str]:
@@ -84,6 +84,10 @@ def _parameters(notebook: nbformat.NotebookNode) -> Iterable[str]:
         return
     if code_cells(notebook)[0] is not tagged[0]:
         yield "there is code before the parameters"
+    if not re.search(
+        r"check_parameters\(globals\(\)|notebook_config\(globals\(\)", code_cells(notebook)[1].source
+    ):
+        yield "the cell after the parameters does not check them"
     for node in ast.parse(tagged[0].source).body:
         yield from _parameter(node, tagged[0].source.splitlines())
 
@@ -127,14 +131,6 @@ def _ending(notebook: nbformat.NotebookNode) -> Iterable[str]:
         yield "the last cell does not show the versions of what ran"
 
 
-def _prose(notebook: nbformat.NotebookNode) -> list[str]:
-    prose, code = (
-        sum(len(re.findall(r"\w+", cell.source)) for cell in notebook.cells if cell.cell_type == kind)
-        for kind in ("markdown", "code")
-    )
-    return [f"{prose} words of prose for {code} of code; expected at least as many"] if prose < code else []
-
-
 def widgets_without_figure(executed: nbformat.NotebookNode) -> list[int]:
     """Numbers of code cells that show a widget with no static figure in the same or a neighbouring code cell.
 
@@ -158,12 +154,8 @@ def run_notebook(
     """Run a notebook whole by papermill in ``folder``, with this Python, and return it with its outputs.
 
     Raises:
-        ValueError: a parameter is not declared by the notebook.
         papermill.PapermillExecutionError: a cell failed.
     """
-    unknown = undeclared_keys(nbformat.read(path, as_version=4), parameters)
-    if unknown:
-        raise ValueError(f"{path.name} does not declare {', '.join(unknown)}")
     bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with mock.patch.dict(os.environ, {"PATH": bin_first, "JUPYTER_PREFER_ENV_PATH": "1"}):
         return papermill.execute_notebook(

@@ -1,10 +1,12 @@
 """Notebooks keep their contract, and run whole with their smoke configuration."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from notebook_contract import (
@@ -37,9 +39,11 @@ def sound_notebook():
             "# Title\n\nGoal: to be the smallest notebook. Cost: none at all, it runs in no time."
         ),
         new_code_cell("count = 3  # how many", metadata={"tags": ["parameters"]}),
+        new_code_cell("from pixart_nb.config import check_parameters\n\ncheck_parameters(globals())"),
         new_code_cell("import sys\n\nsys.version"),
     ]
-    return new_notebook(cells=cells)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
 
 def test_there_are_notebooks_to_check():
@@ -89,11 +93,11 @@ def test_a_sound_notebook_has_no_violations():
         (1, "count = 3  # n = how many", "papermill cannot read"),
         (1, "count: int | None = 3  # how many", "papermill cannot read"),
         (1, "first = second = 3  # how many", "does more than assign"),
-        (2, "def version():\n    return 1", "defines version"),
-        (2, "class version:\n    size = 1", "defines version"),
-        (2, "\n".join(["version"] * 26), "26 lines"),
-        (2, "print(1)", "does not show the versions"),
-        (2, "version = [" + "a, b, " * 40 + "]", "words of prose"),
+        (2, "from pixart_nb.config import check_parameters", "does not check them"),
+        (3, "def version():\n    return 1", "defines version"),
+        (3, "class version:\n    size = 1", "defines version"),
+        (3, "\n".join(["version"] * 26), "26 lines"),
+        (3, "print(1)", "does not show the versions"),
     ],
 )
 def test_a_broken_rule_is_named(position, source, complaint):
@@ -117,7 +121,7 @@ def test_missing_parameters_are_found():
 def test_stored_outputs_counts_and_widget_state_are_found():
     notebook = sound_notebook()
     notebook.cells[1].execution_count = 1
-    notebook.cells[2].outputs = [new_output("stream", text="3.11")]
+    notebook.cells[3].outputs = [new_output("stream", text="3.11")]
     notebook.metadata["widgets"] = {"state": {}}
     found = violations(notebook)
     assert sum("stored with outputs" in problem for problem in found) == 2
@@ -145,12 +149,28 @@ def test_a_widget_needs_a_static_figure_beside_it():
     assert widgets_without_figure(notebook) == []
 
 
-def test_a_parameter_file_with_an_undeclared_key_fails(tmp_path):
-    path = tmp_path / "sound.ipynb"
-    nbformat.write(sound_notebook(), path)
-    with pytest.raises(ValueError, match=r"sound\.ipynb does not declare cuont"):
-        run_notebook(path, {"cuont": 4}, tmp_path / "out.ipynb", tmp_path)
-    assert not (tmp_path / "out.ipynb").exists()
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"cuont": 4}, "parameter 'cuont' is not declared by this notebook; did you mean 'count'?"),
+        ({"count": 4, "derived": 5}, "parameter 'derived' is not declared by this notebook"),
+        ({"count": 4}, ""),
+        ({}, ""),
+    ],
+    ids=["misspelt", "set by a later cell", "declared", "none"],
+)
+def test_an_undeclared_parameter_stops_the_notebook(tmp_path, parameters, message):
+    notebook = sound_notebook()
+    notebook.cells[2].source += "\nderived = 2 * count"
+    nbformat.write(notebook, tmp_path / "sound.ipynb")
+    run = partial(run_notebook, tmp_path / "sound.ipynb", parameters, tmp_path / "out.ipynb", tmp_path)
+    if not message:
+        assert run()
+        return
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        run()
+    assert message in str(caught.value)
 
 
 @pytest.mark.notebook
