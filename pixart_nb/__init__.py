@@ -1,28 +1,52 @@
-"""PixArt-NB: read, run, look into, finetune and scale PixArt-Sigma on MindSpore, in notebooks."""
+"""PixArt-NB: read, run, look into, finetune and scale PixArt-Sigma on MindSpore, in notebooks.
+
+Names are imported on first use, so that ``import pixart_nb`` is quick. More is in ``pixart_nb.core``
+(models, sampling, training, hooks), ``pixart_nb.viz`` (figures, widgets) and ``pixart_nb.pixelart`` (the drawn world of
+the bundled model).
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 __version__ = "0.1.0"
-_PIPELINES = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
-_SCHEDULERS = (
-    "DPMSolverMultistepScheduler",
-    "DDIMScheduler",
-    "EulerDiscreteScheduler",
-    "UniPCMultistepScheduler",
-    "LCMScheduler",
-    "DMDScheduler",
-    "IDDPMScheduler",
-    "OfficialDDIMScheduler",
-    "DPMSolverContinuousScheduler",
-    "SASolverScheduler",
-    "scheduler_named",
-    "SAMPLING_METHODS",
-)
-_PUBLIC = dict.fromkeys(_PIPELINES, "pixart_nb.core.sampling.pipeline")
-_PUBLIC |= {"T5EncoderModel": "pixart_nb.core.checkpoints.text_encoder"}
-_PUBLIC |= dict.fromkeys(_SCHEDULERS, "pixart_nb.core.sampling.schedulers")
+
+_MODULES = {
+    # pipelines, their components and schedulers
+    "core.sampling.pipeline": ("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+    "core.checkpoints.text_encoder": ("T5EncoderModel",),
+    "core.sampling.schedulers": (
+        "DPMSolverMultistepScheduler",
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+        "LCMScheduler",
+        "DMDScheduler",
+        "IDDPMScheduler",
+        "OfficialDDIMScheduler",
+        "DPMSolverContinuousScheduler",
+        "SASolverScheduler",
+        "scheduler_named",
+        "SAMPLING_METHODS",
+    ),
+    # tracing and interventions
+    "core.hooks.recorder": ("trace",),
+    "core.hooks.trace": ("Trace",),
+    "core.hooks.interventions": ("ablate_heads", "reweight_token", "replace_compression", "swap_prompt"),
+    # training
+    "core.training.run": ("Training", "train"),
+    "core.lora": ("LoraConfig",),
+    # checkpoints and conversion
+    "core.models.transformer": ("PixArtConfig",),
+    "core.checkpoints.load": ("load_transformer",),
+    "core.checkpoints.convert": ("plan_conversion", "convert"),
+    # figures and widgets
+    "viz.figures": ("image_grid", "comparison_grid", "film_strip", "training_curves", "save_figure"),
+    "viz.attention": ("word_heat_maps",),
+    "viz.playground": ("Playground",),
+    "viz.widgets": ("AttentionExplorer", "CompressionExplorer"),
+}
+_PUBLIC = {name: f"pixart_nb.{module}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PUBLIC, "__version__"]
 
 
@@ -30,3 +54,7 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

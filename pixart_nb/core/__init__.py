@@ -1,4 +1,4 @@
-"""The model, its training and its sampling, on MindSpore. Knows nothing of pictures on a screen (``viz`` does)."""
+"""Models, sampling, training and hooks on MindSpore. Names are imported on first use."""
 
 from __future__ import annotations
 
@@ -25,3 +25,7 @@ def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,7 +1,7 @@
-"""Which device this is, and the operators that depend on it.
+"""Device, dtype, threads, and the operators that depend on the device. No other file asks MindSpore for the device.
 
-Every other module of ``core`` takes MindSpore from here (``from pixart_nb.core.backend import ms``), so that the
-set-up below has run before the first operator does. No other file asks for the device.
+Every other module of ``core`` imports MindSpore from here (``from pixart_nb.core.backend import ms``), so that it is
+set up before the first operator runs.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from pathlib import Path
 os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: errors only
 
 import mindspore as ms
+import numpy as np
 from mindspore import ops
 
 from pixart_nb.core.errors import PixArtNBError
 
-#: Bytes that one chunk of attention scores may take on the CPU. It bounds memory and keeps the chunk near the cache.
+#: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
-#: Ascend's flash attention wants a head size that is a multiple of this.
+#: The head size of Ascend's flash attention must be a multiple of this.
 FLASH_HEAD_MULTIPLE = 16
-#: Seconds within which the threads that MindSpore has started bear their names, also on a busy machine.
-_NAMED = 0.2
+#: Seconds within which MindSpore's new threads take their names, also on a busy machine.
+_NAMING_SECONDS = 0.2
 
 
 def _set_up() -> str:
-    """Choose the device (``PIXART_NB_DEVICE``, or what MindSpore found) and return its name."""
+    """Choose the device (``PIXART_NB_DEVICE``, or MindSpore's default) and return its name."""
     device = os.environ.get("PIXART_NB_DEVICE") or ms.get_context("device_target")
     ms.set_device(device)
     if device == "CPU":
@@ -49,13 +50,14 @@ _DEVICE = _set_up()
 
 @cache
 def pin_threads() -> None:
-    """On the CPU, give each thread of MindSpore's pool a core of its own. To be called before long work.
+    """Pin each thread of MindSpore's pool on the CPU to a core of its own. Call it before long work.
 
-    The thread that calls an operator waits by spinning, and the system keeps moving the ones that compute out of its
-    way: products of matrices then take 10-30% longer. Where there are more cores than threads, as on large machines,
-    nothing is done; nor outside of Linux, nor with ``PIXART_NB_PIN_THREADS=0``.
+    The thread that calls an operator waits by spinning, and the system keeps moving the computing threads out of its
+    way, which makes matrix products 10-30% slower. Nothing is done where there are more cores than threads, outside of
+    Linux, and with ``PIXART_NB_PIN_THREADS=0``.
     """
-    if on_ascend() or os.environ.get("PIXART_NB_PIN_THREADS") == "0" or not hasattr(os, "sched_setaffinity"):
+    switched_off = os.environ.get("PIXART_NB_PIN_THREADS") == "0"
+    if on_ascend() or switched_off or not hasattr(os, "sched_setaffinity"):
         return
     ops.silu(ms.Tensor([0.0], ms.float32)).asnumpy()  # MindSpore starts the pool with the first result
     cores = sorted(os.sched_getaffinity(0))
@@ -66,48 +68,48 @@ def pin_threads() -> None:
                 os.sched_setaffinity(thread, {core})
 
 
-def _pool_threads(wanted: int = 0) -> list[int]:
-    """The system's numbers of the threads that compute; waits a moment for ``wanted``, as each takes its name late."""
-    end = time.monotonic() + _NAMED
+def _pool_threads(expected: int = 0) -> list[int]:
+    """Return the ids of the computing threads; waits a moment for ``expected``, as each takes its name late."""
+    end = time.monotonic() + _NAMING_SECONDS
     while True:
-        found = []
+        threads = []
         for task in Path("/proc/self/task").glob("*"):
             with suppress(OSError):  # it has ended
                 if (task / "comm").read_text().startswith(("ActorThread", "KernelThread")):
-                    found.append(int(task.name))
-        if len(found) >= wanted or time.monotonic() > end:
-            return sorted(found)
+                    threads.append(int(task.name))
+        if len(threads) >= expected or time.monotonic() > end:
+            return sorted(threads)
         time.sleep(0.002)
 
 
 def device_name() -> str:
-    """Name of the device in use: ``"CPU"`` or ``"Ascend"``."""
+    """Return the name of the device in use: ``"CPU"`` or ``"Ascend"``."""
     return _DEVICE
 
 
 def on_ascend() -> bool:
-    """Whether the fused Ascend operators are used."""
+    """Return True if the fused Ascend operators are used."""
     return _DEVICE == "Ascend"
 
 
-def supported_dtype(dtype: ms.Type) -> ms.Type:
-    """The dtype to compute in: on the CPU bfloat16 exists for storage only and becomes float32."""
+def supported_dtype(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
+    """Return the dtype to compute in: the CPU only stores bfloat16, so it becomes float32 there."""
+    dtype = dtype_from_name(dtype)
     return ms.float32 if dtype == ms.bfloat16 and not on_ascend() else dtype
 
 
-def dtype_from_name(name: str) -> ms.Type:
-    """MindSpore dtype of a configuration's ``fp32`` | ``fp16`` | ``bf16`` (or the long names)."""
-    names = {
-        "fp32": ms.float32,
-        "float32": ms.float32,
-        "fp16": ms.float16,
-        "float16": ms.float16,
-        "bf16": ms.bfloat16,
-        "bfloat16": ms.bfloat16,
-    }
-    if name not in names:
-        raise PixArtNBError(f"dtype {name!r} is not known; expected one of {', '.join(names)}")
-    return names[name]
+def dtype_from_name(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
+    """Return the MindSpore dtype of a name (``fp32``, ``fp16``, ``bf16``, a long name) or of a dtype of any library."""
+    names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    name = str(name).lower().rpartition(".")[2]
+    name = names.get(name, name)
+    if name not in names.values():
+        raise PixArtNBError(
+            f"dtype {dtype!r} is unknown; expected float32, float16 or bfloat16 (or fp32, fp16, bf16), as a name, a "
+            "NumPy dtype or a MindSpore dtype"
+        )
+    return getattr(ms, name)
 
 
 class WorkerError(PixArtNBError):
@@ -117,21 +119,21 @@ class WorkerError(PixArtNBError):
         reason = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
         # msrun shows the lines of its coordinating process that have the word Error
         super().__init__(
-            "Error: this worker cannot go on, probably because another worker ended or could not be reached "
-            f"({reason}). The logs in msrun's log_dir tell why. What was saved is whole: give the same command again "
-            "to go on."
+            "Error: this worker cannot continue, probably because another worker ended or could not be reached "
+            f"({reason}). The logs in msrun's log_dir tell why. The saved state is complete: run the same command "
+            "again to resume."
         )
 
 
 def join_workers() -> tuple[int, int]:
-    """Join the other workers that ``msrun`` started; the rank of this one and their number.
+    """Join the other workers that ``msrun`` started; return the rank of this one and their number.
 
-    Raises ``ValueError`` outside of ``msrun``, and ``WorkerError``. In the process that only coordinates the workers
+    Raises ``PixArtNBError`` outside of ``msrun``, and ``WorkerError``. In the process that only coordinates the workers
     it does not return.
     """
     if "MS_ROLE" not in os.environ:
         raise PixArtNBError(
-            "use_parallel is on, but msrun did not start this process; start it with msrun, or alone"
+            "use_parallel is on, but msrun did not start this process; start it with msrun, or leave use_parallel out"
         )
     from mindspore import communication
 
@@ -145,18 +147,18 @@ def join_workers() -> tuple[int, int]:
 def flash_attention(
     q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float
 ) -> ms.Tensor:
-    """Fused attention of Ascend. **Not run on Ascend**; its contract is tested with a stand-in.
+    """Compute attention by Ascend's fused operator. **Not run on Ascend**; a substitute tests the call.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, True = token. Heads are zero-padded to a multiple of 16
-    (72 -> 80), which changes no number; the operator's own mask says 1 = discard.
+    (72 -> 80), which is exact; in the operator's own mask 1 means discard.
     """
     head_size = q.shape[-1]
     pad = -head_size % FLASH_HEAD_MULTIPLE
     if pad:
-        q, k, v = (ops.pad(part, (0, pad)) for part in (q, k, v))
+        q, k, v = (ops.pad(x, (0, pad)) for x in (q, k, v))
     dtype = q.dtype
-    if dtype == ms.float32:  # the operator knows half precision only
-        q, k, v = (part.astype(ms.bfloat16) for part in (q, k, v))
+    if dtype == ms.float32:  # the operator takes half precision only
+        q, k, v = (x.astype(ms.bfloat16) for x in (q, k, v))
     discard = None
     if mask is not None:
         batch, keys = mask.shape
@@ -169,5 +171,5 @@ def flash_attention(
 
 
 def flash_attention_score(q, k, v, head_num, **options):
-    """The operator itself, behind a name that a test can replace."""
+    """Call the operator, by a name that a test can replace."""
     return ops.flash_attention_score(q, k, v, head_num, **options)

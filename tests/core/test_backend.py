@@ -1,11 +1,14 @@
-"""What the kit does to the machine that it computes on."""
+"""Device, dtypes and threads."""
 
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
 
 PLACES = """
 import json, os, sys
@@ -20,7 +23,7 @@ sum = float(np.abs(ops.MatMul(transpose_b=True)(rows, rows).asnumpy()).sum())
 places = [sorted(os.sched_getaffinity(thread)) for thread in backend._pool_threads()]
 print(json.dumps([places, sorted(os.sched_getaffinity(0)), sum]))
 """
-pytestmark = pytest.mark.skipif(
+two_cores = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
     reason="runs once the system has two cores and can bind threads to them",
 )
@@ -39,6 +42,7 @@ def places(cores, **environment):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@two_cores
 def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same():
     cores = sorted(os.sched_getaffinity(0))[:2]
     settled, main, sum_settled = places(cores)
@@ -49,6 +53,26 @@ def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same(
     assert sum_settled == sum_left
 
 
+@two_cores
 def test_threads_are_left_alone_where_there_are_fewer_cores():
     core = sorted(os.sched_getaffinity(0))[:1]
     assert places(core)[0] == [core, core]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["fp16", "float16", "ms.float16", np.float16, np.dtype("float16"), ms.float16], ids=repr
+)
+def test_a_dtype_may_be_a_name_or_a_dtype_of_any_library(dtype):
+    assert dtype_from_name(dtype) == ms.float16
+    assert supported_dtype(dtype) == ms.float16
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", ms.bfloat16], ids=repr)
+def test_bfloat16_is_computed_in_float32_on_the_cpu(dtype):
+    assert supported_dtype(dtype) == ms.float32
+
+
+@pytest.mark.parametrize("dtype", ["int8", np.int32, None, "half"], ids=repr)
+def test_an_unknown_dtype_says_what_was_expected(dtype):
+    with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
+        supported_dtype(dtype)
