@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import StrEnum
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,7 @@ from pixart_nb.config import SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 
 
-class Benchmark(StrEnum):
+class Benchmark(str, Enum):
     """Parts of the model that can be measured."""
 
     table = "table"

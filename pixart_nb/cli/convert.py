@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,7 @@ import typer
 
 from pixart_nb.core.errors import PixArtNBError
 
-StoredDtype = StrEnum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")})
+StoredDtype = Enum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")}, type=str)
 ModelConfigFile = Annotated[
     Path | None,
     typer.Option(

@@ -83,7 +83,7 @@ def _boolean(name: str, option: Any, rest: list[str], arguments: bool) -> list[s
         name, on = f"--{name.removeprefix('--no-')}", not on
     if option.metavar == _BOOLEAN:
         return [name, str(on).lower()]
-    return [name] if on else []
+    return [name] if on else option.secondary_opts[:1]
 
 
 def _several(name: str, rest: list[str]) -> list[str]:
