@@ -27,7 +27,7 @@ ATTENTION_CHUNK_BYTES = 32 * 2**20
 #: The head size of Ascend's flash attention must be a multiple of this.
 FLASH_HEAD_MULTIPLE = 16
 #: Seconds within which MindSpore's new threads take their names, also on a busy machine.
-_NAMING_SECONDS = 0.2
+_NAMING_SECONDS = 0.5
 
 
 def _set_up() -> str:

@@ -8,8 +8,8 @@ import numpy as np
 from mindspore import mint, nn, ops
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.layers import Linear, parameter
-from pixart_nb.core.models.operators import gelu_tanh, linear, silu, transpose
+from pixart_nb.core.models.layers import MLP, Linear, parameter
+from pixart_nb.core.models.operators import linear, silu, transpose
 
 FREQUENCIES = 256
 
@@ -87,23 +87,12 @@ class FrequencyMLP(nn.Cell):
         return self.mlp[2](silu(self.mlp[0](embedded))).reshape(value.shape[0], -1)
 
 
-class CaptionProjection(nn.Cell):
-    """Linear, GELU, Linear (names ``fc1``, ``fc2``): (N, T, caption_channels) -> (N, T, D)."""
-
-    def __init__(self, channels: int, size: int):
-        super().__init__()
-        self.fc1, self.fc2 = Linear(channels, size), Linear(size, size)
-
-    def construct(self, caption: ms.Tensor) -> ms.Tensor:
-        return self.fc2(gelu_tanh(self.fc1(caption)))
-
-
 class CaptionEmbedder(nn.Cell):
     """Project captions; ``y_embedding`` (T, caption_channels) replaces a caption that is dropped in training."""
 
     def __init__(self, channels: int, size: int, max_length: int):
         super().__init__()
-        self.y_proj = CaptionProjection(channels, size)
+        self.y_proj = MLP(channels, size, size)
         self.y_embedding = parameter((max_length, channels), name="y_embedding")
 
     def construct(self, caption: ms.Tensor, drop: ms.Tensor | None = None) -> ms.Tensor:

@@ -12,7 +12,7 @@ from mindspore import nn, ops
 from mindspore.common.initializer import initializer
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.operators import linear, normalize, repeat_tokens
+from pixart_nb.core.models.operators import gelu_tanh, linear, normalize, repeat_tokens
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:
@@ -44,6 +44,17 @@ class Linear(nn.Cell):
         """Compute in float32, whatever the dtype of the weights: for inputs that overflow half precision."""
         bias = self.bias if self.bias is None else self.bias.astype(ms.float32)
         return linear(x.astype(ms.float32), self.weight.astype(ms.float32), bias)
+
+
+class MLP(nn.Cell):
+    """Linear, GELU (tanh), Linear: (..., in_features) -> (..., out_features)."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(in_features, hidden), Linear(hidden, out_features)
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
 
 class LayerNorm(nn.Cell):

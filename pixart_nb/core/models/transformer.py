@@ -12,8 +12,8 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
 from pixart_nb.core.models.embeddings import CaptionEmbedder, FrequencyMLP, PatchEmbed, sincos_positions
 from pixart_nb.core.models.kv_compression import check_compression
-from pixart_nb.core.models.layers import LayerNorm, Linear, normal, parameter, xavier_uniform
-from pixart_nb.core.models.operators import gelu_tanh, repeat_tokens, silu, transpose
+from pixart_nb.core.models.layers import MLP, LayerNorm, Linear, normal, parameter, xavier_uniform
+from pixart_nb.core.models.operators import repeat_tokens, silu, transpose
 
 #: Image sizes whose positional embeddings a network keeps.
 CACHED_SIZES = 4
@@ -104,17 +104,6 @@ class PixArtConfig:
         return self.kv_ratio if layer in self.kv_layers else 1
 
 
-class MLP(nn.Cell):
-    """Linear, GELU (tanh), Linear: (..., D) -> (..., D)."""
-
-    def __init__(self, size: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = Linear(size, hidden), Linear(hidden, size)
-
-    def construct(self, x: ms.Tensor) -> ms.Tensor:
-        return self.fc2(gelu_tanh(self.fc1(x)))
-
-
 def modulate(x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
     """Return x (1 + scale) + shift for x (B, N, D), shift and scale (B, 1, D)."""
     tokens = x.shape[1]
@@ -136,7 +125,7 @@ class Block(nn.Cell):
         ratio = config.layer_ratio(layer)
         self.attn = SelfAttention(size, config.num_heads, config.qk_norm, config.kv_operator, ratio)
         self.cross_attn = CrossAttention(size, config.num_heads)
-        self.mlp = MLP(size, int(size * config.mlp_ratio))
+        self.mlp = MLP(size, int(size * config.mlp_ratio), size)
         self.pre_norm = LayerNorm(size, 1e-6, affine=False)
         self.scale_shift_table = parameter((6, size), name="scale_shift_table")
 
@@ -265,27 +254,17 @@ class PixArt(nn.Cell):
         return ms.Tensor(size, ms.float32) if isinstance(size, np.ndarray) else size
 
     def _check(self, latents, caption, mask) -> None:
-        config, p = self.config, self.config.patch_size
-        if latents.ndim != 4 or latents.shape[1] != config.in_channels:
+        """Refuse inputs of a wrong shape."""
+        channels, size, p = self.config.in_channels, self.config.caption_channels, self.config.patch_size
+        shape = latents.shape
+        if latents.ndim != 4 or shape[1] != channels or shape[2] % p or shape[3] % p:
             raise PixArtNBError(
-                f"latents have shape {latents.shape}; expected (N, {config.in_channels}, H, W)"
+                f"latents have shape {shape}; expected (N, {channels}, H, W), H and W multiples of {p}"
             )
-        if latents.shape[2] % p or latents.shape[3] % p:
-            raise PixArtNBError(
-                f"latents are {latents.shape[2]}x{latents.shape[3]}; both sides must be a multiple of {p}"
-            )
-        if caption.ndim != 3 or caption.shape[-1] != config.caption_channels:
-            raise PixArtNBError(
-                f"caption has shape {caption.shape}; expected (N, T, {config.caption_channels})"
-            )
-        if caption.shape[0] != latents.shape[0]:
-            raise PixArtNBError(
-                f"got {latents.shape[0]} latents and {caption.shape[0]} captions; expected as many captions as latents"
-            )
+        if caption.ndim != 3 or caption.shape[-1] != size or caption.shape[0] != shape[0]:
+            raise PixArtNBError(f"caption has shape {caption.shape}; expected ({shape[0]}, T, {size})")
         if mask is not None and tuple(mask.shape) != tuple(caption.shape[:2]):
-            raise PixArtNBError(
-                f"mask has shape {tuple(mask.shape)}; expected that of the caption, {caption.shape[:2]}"
-            )
+            raise PixArtNBError(f"mask has shape {tuple(mask.shape)}; expected {tuple(caption.shape[:2])}")
 
     def initialize(self, rng: np.random.Generator, zero_cross_attention: bool = True) -> None:
         """Draw new weights as the official code does.

@@ -117,15 +117,12 @@ class MidBlock(nn.Cell):
 class ResnetStage(nn.Cell):
     """Resnets of one resolution, then a downsampling or an upsampling, or neither."""
 
-    def __init__(
-        self, channels: int, out: int, layers: int, groups: int, down: bool = False, up: bool = False
-    ):
+    def __init__(self, channels: int, out: int, layers: int, groups: int, resampling: str):
         super().__init__()
-        self.resnets = nn.CellList(
-            [ResnetBlock(channels if i == 0 else out, out, groups) for i in range(layers)]
-        )
-        self.downsamplers = nn.CellList([Downsample(out)] if down else [])
-        self.upsamplers = nn.CellList([Upsample(out)] if up else [])
+        inputs = [channels] + [out] * (layers - 1)
+        self.resnets = nn.CellList([ResnetBlock(size, out, groups) for size in inputs])
+        self.downsamplers = nn.CellList([Downsample(out)] if resampling == "down" else [])
+        self.upsamplers = nn.CellList([Upsample(out)] if resampling == "up" else [])
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         for layer in self.resnets:
@@ -137,17 +134,22 @@ class ResnetStage(nn.Cell):
         return x
 
 
+def _stages(widths: tuple[int, ...], layers: int, groups: int, resampling: str) -> nn.CellList:
+    """Return a stage for each width; all but the last have the ``resampling``, down or up."""
+    last, pairs = len(widths) - 1, zip((widths[0], *widths[:-1]), widths, strict=True)
+    return nn.CellList(
+        [ResnetStage(a, b, layers, groups, resampling if i < last else "") for i, (a, b) in enumerate(pairs)]
+    )
+
+
 class Encoder(nn.Cell):
     """Images (N, 3, H, W) in -1..1 -> (N, 2 latent_channels, H/8, W/8)."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
+        widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        pairs = list(zip((widths[0], *widths[:-1]), widths, strict=True))
-        self.down_blocks = nn.CellList(
-            [ResnetStage(a, b, layers, groups, down=i < len(widths) - 1) for i, (a, b) in enumerate(pairs)]
-        )
+        self.down_blocks = _stages(widths, config.layers_per_block, groups, "down")
         self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -170,13 +172,9 @@ class Decoder(nn.Cell):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        layers = config.layers_per_block + 1
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
-        pairs = list(zip((widths[0], *widths[:-1]), widths, strict=True))
-        self.up_blocks = nn.CellList(
-            [ResnetStage(a, b, layers, groups, up=i < len(widths) - 1) for i, (a, b) in enumerate(pairs)]
-        )
+        self.up_blocks = _stages(widths, config.layers_per_block + 1, groups, "up")
         self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 

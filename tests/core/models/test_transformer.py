@@ -79,9 +79,9 @@ def test_a_mask_without_any_token_is_refused():
     ("change", "message"),
     [
         (lambda x, t, c: (x[:, :3], t, c), r"\(N, 4, H, W\)"),
-        (lambda x, t, c: (x[:, :, :, :7], t, c), "multiple of 2"),
-        (lambda x, t, c: (x, t, c[:, :, :5]), r"\(N, T, 12\)"),
-        (lambda x, t, c: (x, t, c[:1]), "as many captions as latents"),
+        (lambda x, t, c: (x[:, :, :, :7], t, c), "multiples of 2"),
+        (lambda x, t, c: (x, t, c[:, :, :5]), r"\(2, T, 12\)"),
+        (lambda x, t, c: (x, t, c[:1]), r"shape \(1, 6, 12\); expected \(2, T, 12\)"),
     ],
 )
 def test_inputs_of_a_wrong_shape_say_what_was_expected(change, message):
