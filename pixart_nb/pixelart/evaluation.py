@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
@@ -55,8 +56,8 @@ def evaluate_model(
     pipe: Any,
     scenes: Sequence[Scene],
     *,
-    steps: int = 20,
-    guidance: float = 4.5,
+    steps: int = SAMPLING_STEPS,
+    guidance: float = GUIDANCE_SCALE,
     batch_size: int = 24,
     seed: int = 0,
     height: int = 128,

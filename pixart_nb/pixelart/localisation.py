@@ -10,6 +10,7 @@ import numpy as np
 from scipy.ndimage import zoom
 from tqdm.auto import tqdm
 
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.hooks.selection import Layers, Numbers
@@ -48,8 +49,8 @@ def locate_words(
     pipe: Any,
     scenes: Sequence[Scene],
     *,
-    steps: int = 20,
-    guidance: float = 4.5,
+    steps: int = SAMPLING_STEPS,
+    guidance: float = GUIDANCE_SCALE,
     batch_size: int = 12,
     seed: int = 0,
     height: int = 128,

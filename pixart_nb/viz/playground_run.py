@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.randomness import picture_generators
 
@@ -31,9 +32,9 @@ class Parameters:
     height: int
     width: int
     negative_prompt: str = ""
-    steps: int = 20
-    guidance: float = 4.5
-    scheduler: str = "dpm++"
+    steps: int = SAMPLING_STEPS
+    guidance: float = GUIDANCE_SCALE
+    scheduler: str = SAMPLING_METHOD
     seed: int = 0
     count: int = 1
 

@@ -38,7 +38,7 @@ def write(folder, values):
 def project_files():
     """Files of the project that a person or a program wrote on purpose, without what is made by running it."""
     made = re.compile(
-        r"\.venv|\.git|outputs|__pycache__|\.ipynb_checkpoints|\..*_cache|\.hypothesis|.*\.egg-info"
+        r"\.venv|\.git|build|outputs|__pycache__|\.ipynb_checkpoints|\..*_cache|\.hypothesis|.*\.egg-info"
     )
     for path in ROOT.rglob("*"):
         if path.is_file() and not any(made.fullmatch(part) for part in path.relative_to(ROOT).parts):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,10 @@ def command(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, project]
+    built_before = (project / "build").exists()
     subprocess.run(pip, check=True, env=environment)
+    if not built_before:
+        shutil.rmtree(project / "build", ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from pixart_nb.config import SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 
 
@@ -17,7 +18,7 @@ class Shapes:
     """
 
     size: int = 256
-    steps: int = 20
+    steps: int = SAMPLING_STEPS
     words: int = 20
     max_length: int = 300
     hidden_size: int = 1152

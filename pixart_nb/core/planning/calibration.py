@@ -15,6 +15,7 @@ import numpy as np
 from mindspore import nn
 from tqdm import tqdm
 
+from pixart_nb.config import GUIDANCE_SCALE
 from pixart_nb.core.backend import dtype_from_name, ms, pin_threads, supported_dtype
 from pixart_nb.core.cost import with_compression
 from pixart_nb.core.errors import PixArtNBError
@@ -242,7 +243,7 @@ def _step(config: PixArtConfig, grid: int, run: Run) -> Callable[[], object]:
     seen = np.ones(caption.shape[:2], bool)
     empty = (ms.Tensor(caption[:, :1]), seen[:, :1]) if run.guided else (None, None)
     condition = Conditioning(ms.Tensor(caption), seen, *empty)
-    predict = guided_prediction(net, condition, 4.5 if run.guided else 1.0, side, side)
+    predict = guided_prediction(net, condition, GUIDANCE_SCALE if run.guided else 1.0, side, side)
     latents = np.zeros((run.batch, config.in_channels, side // 8, side // 8), np.float32)
     return lambda: predict(latents, 500.0)
 

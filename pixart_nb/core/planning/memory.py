@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pixart_nb.config import SAMPLING_STEPS
 from pixart_nb.core import backend
 from pixart_nb.core.fast.cpu import transposed_elements
 from pixart_nb.core.memory import in_use
@@ -41,7 +42,7 @@ class Run:
     height: int
     width: int
     batch: int = 1
-    steps: int = 20
+    steps: int = SAMPLING_STEPS
     guided: bool = True
     dtype: str = "fp32"
     t5_load: str = "whole"

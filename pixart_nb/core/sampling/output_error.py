@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import SAMPLING_STEPS
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.randomness import picture_generators
@@ -29,7 +30,7 @@ def errors_along(pipe: Any, run: Trajectory, other: PixArt) -> np.ndarray:
 
 
 def reference_run(
-    pipe: Any, prompts: Sequence[str], steps: int = 20, seed: int = 0, **call: Any
+    pipe: Any, prompts: Sequence[str], steps: int = SAMPLING_STEPS, seed: int = 0, **call: Any
 ) -> Trajectory:
     """A run of the pipeline's own transformer with these prompts, a stream of noise for each."""
     rngs = picture_generators(seed, range(len(prompts)))

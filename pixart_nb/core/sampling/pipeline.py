@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints.components import load_components
 from pixart_nb.core.errors import PixArtNBError
@@ -159,10 +160,10 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = "",
-        num_inference_steps: int = 20,
+        num_inference_steps: int = SAMPLING_STEPS,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.5,
+        guidance_scale: float = GUIDANCE_SCALE,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -276,10 +277,10 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         self,
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = "",
-        num_inference_steps: int = 20,
+        num_inference_steps: int = SAMPLING_STEPS,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.5,
+        guidance_scale: float = GUIDANCE_SCALE,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,

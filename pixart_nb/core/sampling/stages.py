@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.memory import PeakMemory, release
@@ -54,8 +55,8 @@ class StagedPicture:
     drawn: tuple[int, int]
     size: tuple[int, int]
     negative_prompt: str = ""
-    steps: int = 20
-    guidance_scale: float = 4.5
+    steps: int = SAMPLING_STEPS
+    guidance_scale: float = GUIDANCE_SCALE
     seed: tuple[int, int] = (0, 0)
     max_sequence_length: int = 300
     tile: int = 512

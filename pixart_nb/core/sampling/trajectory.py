@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import GUIDANCE_SCALE
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import guided_prediction
@@ -36,7 +37,7 @@ def follow(
     *,
     height: int | None = None,
     width: int | None = None,
-    guidance_scale: float = 4.5,
+    guidance_scale: float = GUIDANCE_SCALE,
     generator: Any = None,
     num_images_per_prompt: int = 1,
     **call: Any,

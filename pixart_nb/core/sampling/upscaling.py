@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling.images import enlarged
@@ -109,8 +110,8 @@ def grow(
     prompts: Sequence[str],
     sizes: Sequence[Size],
     counts: Sequence[int] | None = None,
-    steps: int = 20,
-    guidance: float = 4.5,
+    steps: int = SAMPLING_STEPS,
+    guidance: float = GUIDANCE_SCALE,
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yield the latents (n, C, height / 8, width / 8) of every size, of the first ``counts`` prompts, by default all.

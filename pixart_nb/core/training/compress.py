@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.config import ConfigError, check_config
+from pixart_nb.config import SAMPLING_STEPS, ConfigError, check_config
 from pixart_nb.core.checkpoints.compress import plan_compression
 from pixart_nb.core.checkpoints.configuration import read_config
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
@@ -57,7 +57,7 @@ class CompressOptions:
     dtype: str = "keep"
     model: str = ""
     prompts: Sequence[str] = ()
-    steps: int = 20
+    steps: int = SAMPLING_STEPS
     height: int = 0
     width: int = 0
     seed: int = 0
