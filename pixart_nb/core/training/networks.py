@@ -46,7 +46,14 @@ class FrozenNetworks:
 
     def _embedder(self, text_encoder) -> Callable:
         tokenizer = LOADERS["tokenizer"](self.paths["tokenizer"], ms.float32)
-        return text_embedder(tokenizer, text_encoder, self.config.t5_max_length, self.config.clean_caption)
+        return text_embedder(tokenizer, text_encoder, self.max_length, self.config.clean_caption)
+
+    @property
+    def max_length(self) -> int:
+        """Number of caption tokens: ``t5_max_length`` if it is given, or that of the model's pipeline."""
+        config = self.config
+        is_alpha = "t5_max_length" not in config.model_fields_set and self._index_class == PIPELINES["alpha"]
+        return 120 if is_alpha else config.t5_max_length
 
     def release(self, *names: str) -> None:
         """Free the networks ``vae`` and ``embed``, or those named; they are loaded again when they are used."""
@@ -84,7 +91,7 @@ class FrozenNetworks:
         config = self.config
         made_by = MadeBy(
             **self.fingerprints(),
-            max_length=config.t5_max_length,
+            max_length=self.max_length,
             clean_caption=config.clean_caption,
             dtype=config.feature_dtype,
         )
@@ -114,9 +121,14 @@ class FrozenNetworks:
 
     def pipeline_class(self, family: str) -> str:
         """Return the class name of the pipeline to write: that of ``model``, or that of the transformer's family."""
+        return self._index_class or PIPELINES.get(family, PIPELINES["sigma"])
+
+    @cached_property
+    def _index_class(self) -> str:
+        """PixArt class in the ``model_index.json`` of ``model``; empty if there is none."""
         index = self.paths["vae"].parent / "model_index.json"
-        name = read_json(index).get("_class_name") if self.config.model and index.is_file() else None
-        return name if name in PIPELINES.values() else PIPELINES.get(family, PIPELINES["sigma"])
+        name = read_json(index).get("_class_name") if self.config.model and index.is_file() else ""
+        return name if name in PIPELINES.values() else ""
 
 
 def component_paths(config: TrainConfig) -> dict[str, Path]:

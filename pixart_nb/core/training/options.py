@@ -103,7 +103,7 @@ def trainer_options(config: TrainConfig, sampler: BucketSampler) -> TrainerOptio
         if config.hsdp_shard_size == 1
         else config.hsdp_threshold * _ELEMENTS_PER_KB,
     )
-    if options.warmup_steps >= options.steps > 0:
+    if options.warmup_steps > options.steps:
         warnings.warn(
             f"warmup_steps is {options.warmup_steps} and the training has {options.steps} steps: the learning rate "
             f"ends at {options.rate(options.steps - 1):.2g}, below the {options.start_learning_rate:.2g} that it warms "

@@ -69,7 +69,9 @@ class Training:
         self.networks = FrozenNetworks(config)
         self.result = self.folder / ("lora" if config.lora_rank else "pipeline")
         check_result(self.result, self.networks.paths.values())
-        self.start: Start = start_from_config(config, self.networks.paths["transformer"])
+        self.start: Start = start_from_config(
+            config, self.networks.paths["transformer"], self.networks.max_length
+        )
         self.net, self.report = self.start.net, {}
         self.networks.check_latents(self.net.config)
         self.side = 8 * self.net.config.input_size

@@ -70,8 +70,8 @@ class Start:
     notes: tuple[str, ...]
 
 
-def start_from_config(config: TrainConfig, checkpoint: Path) -> Start:
-    """Return the start of the stage that a training configuration describes."""
+def start_from_config(config: TrainConfig, checkpoint: Path, tokens: int) -> Start:
+    """Return the start of the stage that a training configuration describes, with ``tokens`` per caption."""
     compression = {
         "sampling": config.kv_compress_sampling,
         "scale_factor": config.kv_compress_scale_factor,
@@ -83,7 +83,7 @@ def start_from_config(config: TrainConfig, checkpoint: Path) -> Start:
         compression if config.kv_compress else None,
         config.kv_compress_init,
     )
-    tokens, seed = config.t5_max_length, config.seed
+    seed = config.seed
     if config.from_scratch:
         return start_from_scratch(checkpoint, stage, tokens, seed, config.zero_cross_attention)
     return start_stage(checkpoint, stage, tokens, seed)

@@ -1,0 +1,265 @@
+"""Behaviour of a training from its configuration to its result: files, locks, interruptions, conditions."""
+
+import csv
+import json
+import shutil
+from itertools import islice
+
+import numpy as np
+import pytest
+from PIL import Image
+from reference_data import diffusers
+from small_pipeline import CONFIG, write_small_pipeline
+
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.config import ConfigError, check_config
+from pixart_nb.core.errors import FolderInUseError
+from pixart_nb.core.training.log import read_curve
+from pixart_nb.core.training.run import Training, train
+
+
+@pytest.fixture(scope="module")
+def folder(project, tmp_path_factory):
+    """A small model, labels to train on, labels held out, and a feature cache."""
+    folder = tmp_path_factory.mktemp("training")
+    write_small_pipeline(folder / "model", project)
+    labels = json.loads((project / "data/pixelart/labels.json").read_text())
+    (folder / "train.json").write_text(json.dumps(labels[:8]))
+    (folder / "test.json").write_text(json.dumps(labels[8:10]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder, project):
+    def make(output, **changes):
+        values = {
+            "model": str(folder / "model"),
+            "json_path": str(folder / "train.json"),
+            "image_dir": str(project / "data/pixelart"),
+            "feature_cache": str(folder / "features"),
+            "steps": 6,
+            "batch_size": 2,
+            "optim": "adamw",
+            "start_learning_rate": 1e-3,
+            "warmup_steps": 1,
+            "ckpt_save_steps": 1,
+            "start_report": False,
+            "tensorboard": False,
+            "output_path": str(output),
+        }
+        return check_config(values | changes, "train")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def looked(folder, config):
+    """A training with a validation every three steps."""
+
+    def make(output):
+        return config(
+            output,
+            validation_json_path=str(folder / "test.json"),
+            visualize=True,
+            visualize_steps=3,
+            validation_prompts=["a red cup"],
+            sampling_steps=1,
+        )
+
+    return make
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def losses(folder):
+    return [row["loss"] for row in csv.DictReader((folder / "curve.csv").open())]
+
+
+# ---- results
+
+
+def test_a_result_is_a_complete_folder_that_can_be_moved(config, project, tmp_path):
+    model = tmp_path / "model"
+    write_small_pipeline(model, project)
+    result = train(config(tmp_path / "out", model=str(model), steps=1))
+    assert not any(path.is_symlink() for path in [result, *result.rglob("*")])
+    moved = shutil.move(result, tmp_path / "elsewhere")
+    shutil.rmtree(model)
+    pipe = PixArtSigmaPipeline.from_pretrained(moved)
+    assert pipe("a red cup", num_inference_steps=1, height=64, width=64)[0][0].size == (64, 64)
+
+
+@pytest.mark.parametrize("component", [{}, {"model": None}])
+def test_a_model_in_the_place_of_the_result_is_refused_and_unchanged(config, project, tmp_path, component):
+    own = tmp_path / "out" / "pipeline"
+    own.parent.mkdir()
+    write_small_pipeline(own, project)
+    before = contents(tmp_path)
+    changes = {"model": str(own)} if not component else {}
+    with pytest.raises(ConfigError, match="choose another output_path"):
+        train(config(tmp_path / "out", **changes))
+    assert contents(tmp_path) == before
+
+
+def test_a_result_that_is_complete_is_left_alone_and_a_longer_training_replaces_it(config, tmp_path):
+    result = train(config(tmp_path / "out", steps=1))
+    note, scheduler = result / "note.txt", result / "scheduler" / "scheduler_config.json"
+    note.write_text("mine")
+    scheduler.write_text(scheduler.read_text() + "\n")
+    before = contents(result)
+    assert train(config(tmp_path / "out", steps=1)) == result
+    assert contents(result) == before
+    train(config(tmp_path / "out", steps=2))
+    assert note.read_text() == "mine"
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (result / weights).read_bytes() != before[next(p for p in before if str(p) == weights)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"dtype": "fp16", "init_loss_scale": 1024.0}])
+def test_steps_after_a_result_was_written_continue_from_the_live_weights(config, tmp_path, changes):
+    training = Training(config(tmp_path / "out", use_ema=True, **changes))
+    rows = training.steps()
+    list(islice(rows, 3))
+    training.finish()
+    list(rows)
+    whole = Training(config(tmp_path / "whole", use_ema=True, **changes))
+    list(whole.steps())
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+def test_a_pipeline_finetuned_from_alpha_is_an_alpha_pipeline(config, tmp_path):
+    alpha = diffusers("alpha")[0]
+    changes = {"model": str(alpha), "sample_size": 8, "feature_cache": ""}
+    training = Training(config(tmp_path / "out", steps=1, batch_size=1, **changes))
+    assert training.networks.max_length == 120
+    list(training.steps())
+    index = json.loads((training.finish() / "model_index.json").read_text())
+    assert index["_class_name"] == "PixArtAlphaPipeline"
+
+
+# ---- one process at a time
+
+
+def test_a_second_training_is_refused_before_it_writes_anything(looked, tmp_path):
+    first = Training(looked(tmp_path / "out"))
+    rows = first.steps()
+    list(islice(rows, 3))
+    before = contents(tmp_path)
+    with pytest.raises(FolderInUseError, match="is writing into"):
+        train(looked(tmp_path / "out"))
+    second = Training(looked(tmp_path / "out"))
+    for call in (lambda: next(second.steps()), second.finish):
+        with pytest.raises(FolderInUseError):
+            call()
+    assert contents(tmp_path) == before
+    list(rows)
+    assert [row["step"] for row in read_curve(tmp_path / "out" / "curve.csv")] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- interruptions
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it is written."""
+
+
+@pytest.mark.parametrize(("step", "after"), [(0, False), (0, True), (3, False), (3, True), (6, False)])
+def test_a_validation_is_complete_after_a_kill(looked, tmp_path, monkeypatch, step, after):
+    validate = Training.validate
+
+    def killed(self, at):
+        if at == step and not after:
+            raise Killed
+        results = validate(self, at)
+        if at == step:
+            raise Killed
+        return results
+
+    monkeypatch.setattr(Training, "validate", killed)
+    with pytest.raises(Killed):
+        list(Training(looked(tmp_path / "out")).steps())
+    monkeypatch.undo()
+    for name in ("out", "whole"):
+        train(looked(tmp_path / name))
+    assert [row["step"] for row in read_curve(tmp_path / "out" / "held_out.csv")] == [0, 3, 6]
+    for name in ("held_out.csv", "samples", "pipeline/transformer"):
+        one, other = (tmp_path / run / name for run in ("out", "whole"))
+        assert (contents(one) == contents(other)) if one.is_dir() else (one.read_text() == other.read_text())
+
+
+def test_an_interrupted_validation_leaves_the_weights_and_the_state(looked, tmp_path, monkeypatch):
+    training = Training(looked(tmp_path / "out"))
+
+    def interrupted(loss):
+        raise KeyboardInterrupt
+
+    rows = training.steps()
+    list(islice(rows, 3))
+    monkeypatch.setattr(training.held_out, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(rows)
+    assert training.trainer.step == 3
+    again = Training(looked(tmp_path / "out"))
+    assert again.trainer.step == 3
+    for name, parameter in again.trainer.parameters.items():
+        assert np.array_equal(parameter.asnumpy(), training.trainer.parameters[name].asnumpy())
+
+
+# ---- conditions, memory, reports
+
+
+def test_micro_conditions_are_those_of_the_original_images(config, project, tmp_path):
+    """Height and width of the image, and the ratio as the published table rounds it (official ``InternalDataMS``)."""
+    sizes = [(300, 400), (520, 310), (256, 256)]
+    labels = []
+    for number, (height, width) in enumerate(sizes):
+        Image.new("RGB", (width, height), (40 * number, 90, 20)).save(tmp_path / f"{number}.png")
+        labels.append({"path": f"{number}.png", "prompt": "a cup"})
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    net = type(CONFIG)(
+        **CONFIG.to_dict() | {"micro_condition": True, "input_size": 32, "pe_interpolation": 0.5}
+    )
+    write_small_pipeline(tmp_path / "model", project, net)
+    data = {
+        "model": str(tmp_path / "model"),
+        "json_path": str(tmp_path / "labels.json"),
+        "image_dir": str(tmp_path),
+        "feature_cache": "",
+        "batch_size": 1,
+    }
+    for multi_scale, ratios in ((True, [0.72, 1.67, 1.0]), (False, [1.0, 1.0, 1.0])):
+        training = Training(config(tmp_path / "out", multi_scale=multi_scale, **data))
+        micro = {training.sampler.batch(number)[1][0]: training.batches(number)[-1] for number in range(9)}
+        expected = [[*size, ratio] for size, ratio in zip(sizes, ratios, strict=True)]
+        assert np.array_equal(np.concatenate([micro[i] for i in range(3)]), np.array(expected, np.float32))
+
+
+def test_networks_that_a_training_no_longer_needs_are_released(looked, config, tmp_path):
+    training = Training(looked(tmp_path / "out"))
+    assert not {"vae", "embed"} & set(vars(training.networks))
+    list(training.steps())
+    training.finish()
+    assert not {"vae", "embed"} & set(vars(training.networks))
+    live = Training(config(tmp_path / "live", feature_cache=""))
+    assert {"vae", "embed"} <= set(vars(live.networks))
+
+
+def test_the_start_report_says_how_well_the_autoencoder_shows_the_images(config, tmp_path):
+    training = Training(config(tmp_path / "out", start_report=True))
+    assert not (tmp_path / "out").exists()
+    with training.session():
+        report = json.loads((tmp_path / "out" / "start.json").read_text())
+    assert report == training.report
+    assert 8 < report["reconstruction_psnr"] < 60
+
+
+def test_a_warm_up_that_is_longer_than_the_training_is_named(config, tmp_path):
+    with pytest.warns(UserWarning, match=r"warmup_steps is 1000 and the training has 6 steps.*ends at 6e-06"):
+        Training(config(tmp_path / "out", warmup_steps=1000))
+
+
+def test_no_steps_are_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match="steps: given 0"):
+        config(tmp_path / "out", steps=0)
