@@ -79,11 +79,11 @@ def same_numbers(source: Path, target: Path, dtype: str) -> bool:
     """Whether the target holds the source's numbers, rounded if another dtype was asked for, under official names."""
     from pixart_nb.core.checkpoints.convert import DTYPES
     from pixart_nb.core.checkpoints.files import open_checkpoint
-    from pixart_nb.core.checkpoints.layouts import official_view
+    from pixart_nb.core.checkpoints.layouts import to_official_names
     from pixart_nb.core.checkpoints.lazy_tensor import same_bits
 
-    first, second = (official_view(open_checkpoint(path)).tensors for path in (source, target))
-    return same_bits({name: t.read_as(DTYPES[dtype] or t.dtype) for name, t in first.items()}, second)
+    first, second = (to_official_names(open_checkpoint(path)).tensors for path in (source, target))
+    return same_bits({name: t.astype(DTYPES[dtype] or t.dtype) for name, t in first.items()}, second)
 
 
 def report(size: float, found: Mapping[str, float]) -> str:

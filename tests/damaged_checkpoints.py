@@ -22,8 +22,8 @@ from torch_files import as_saved, write_legacy, write_pickle
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.checkpoints.configuration import shown_by
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
-from pixart_nb.core.checkpoints.layouts import official_view
-from pixart_nb.core.checkpoints.torch_unpickler import LEAST_SIZE, MOST_VIEWS
+from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.pickle_program import MAX_VIEWS, MIN_SIZE
 from pixart_nb.core.io import CheckpointError
 
 PATIENCE = 20
@@ -84,9 +84,9 @@ def outcome(path: Path, load: bool) -> str:
     except CheckpointError as error:
         return named(error, path, "refused")
     read = sum(np.asarray(tensor).nbytes for tensor in opened.tensors.values())
-    assert read <= 2 * MOST_VIEWS * max(size_of(path), LEAST_SIZE)
+    assert read <= 2 * MAX_VIEWS * max(size_of(path), MIN_SIZE)
     try:
-        view = official_view(opened)
+        view = to_official_names(opened)
         shown_by(view.complete, path)
         if load:
             load_transformer(path, PixArtConfig(num_heads=2))

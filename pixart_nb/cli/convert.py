@@ -60,13 +60,14 @@ def convert(
     """
     from pixart_nb.core.checkpoints import convert as conversion
     from pixart_nb.core.checkpoints.configuration import read_config
+    from pixart_nb.viz.tables import Table
 
     if target is None and source.is_dir():
         raise PixArtNBError(f"{source} is a folder; give --target")
     target = target or source.with_suffix(".ckpt")
     fields = read_config(config) if config else None
     conversion_plan = conversion.plan_conversion(source, target, fields, sample_size, dtype.value)
-    typer.echo(f"{conversion_plan.audit.table()}\n\n{conversion_plan.audit}")
+    typer.echo(f"{Table(conversion_plan.audit.rows())}\n\n{conversion_plan.audit}")
     conversion.convert(conversion_plan)
     typer.echo("\n".join(map(str, conversion_plan.files)))
     if verify:

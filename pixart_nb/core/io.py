@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,10 @@ except ImportError:  # Windows
 _HOST = re.sub(r"[^\w-]", "-", platform.node()) or "host"
 _TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[\w-]+))?\.(?P<pid>\d+)\.tmp")
 _DAY = 24 * 3600
+_POINTER = b"version https://git-lfs"
+_MAX_JSON = 64 * 2**20
+#: Key of a safetensors file's metadata that holds the checksums of its tensors.
+CRC = "crc32"
 #: Folders in which this process has removed what dead writers left.
 _swept: set[Path] = set()
 
@@ -83,9 +88,7 @@ def atomic_write_together(*paths: str | Path, sync: bool = True) -> Iterator[tup
     finally:
         for temporary in temporaries:
             shutil.rmtree(temporary.parent, ignore_errors=True)
-        for folder in reversed(made):
-            with suppress(OSError):  # it holds what was written
-                folder.rmdir()
+        _remove_empty(made)
 
 
 @contextmanager
@@ -125,9 +128,7 @@ def ensure_writable(folder: str | Path, needed: int = 0) -> Path:
             probe.unlink()
         free = shutil.disk_usage(folder).free
     finally:
-        for path in reversed(made):
-            with suppress(OSError):
-                path.rmdir()
+        _remove_empty(made)
     if free < needed:
         raise WriteError(
             f"{folder} needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; free space or choose another"
@@ -184,6 +185,12 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in reversed(folders):
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+
+
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # Windows has no handle of a folder to sync
@@ -210,9 +217,9 @@ def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> 
     Raises ``WriteError`` for a folder that cannot be written.
     """
     folder = Path(folder).expanduser()
-    path = folder / name
+    path, made = folder / name, []
     with write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        made = _make_folders(folder)
         while (handle := _try_lock(path)) is None:
             if not wait:
                 raise FolderInUseError(
@@ -230,6 +237,7 @@ def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> 
         if fcntl is None:
             with suppress(OSError):  # an open file cannot be removed there
                 path.unlink()
+        _remove_empty(made)
 
 
 def _try_lock(path: Path) -> int | None:
@@ -245,8 +253,9 @@ def _try_lock(path: Path) -> int | None:
             warnings.warn(f"{path} cannot be locked ({error.strerror}): start one process only", stacklevel=3)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):  # not one that its holder has just removed
-                os.ftruncate(handle, 0)
-                os.write(handle, f"{os.getpid()} on {_HOST}".encode())
+                with suppress(OSError):  # a full disk; the text is for messages
+                    os.ftruncate(handle, 0)
+                    os.write(handle, f"{os.getpid()} on {_HOST}".encode())
                 return handle
         os.close(handle)
 
@@ -288,11 +297,29 @@ def write_once(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a JSON file; one that is missing or damaged is a ``CheckpointError`` that names it."""
-    path = Path(path)
+def check_file(path: Path, expected: str) -> None:
+    """Refuse a file that is missing, or only a pointer of Git LFS to the real one. ``expected``: what it should be."""
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a JSON file there")
+        raise CheckpointError(f"{path} does not exist; expected {expected}")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    if start == _POINTER:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file"
+        )
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object; raises ``CheckpointError`` for a file that is missing or damaged."""
+    path = Path(path).expanduser()
+    check_file(path, "a JSON file")
+    if path.stat().st_size > _MAX_JSON:
+        raise CheckpointError(
+            f"{path} has {path.stat().st_size} bytes; expected a JSON file of at most {_MAX_JSON}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # damaged, not UTF-8, or nested without end
@@ -305,30 +332,61 @@ def read_json(path: str | Path) -> dict:
 def save_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file whole."""
+    """Write a safetensors file atomically, with a checksum of every tensor in its metadata."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    sums = {name: f"{_crc(value):08x}" for name, value in contiguous.items()}
     with atomic_write(path) as temporary:
-        save_file(contiguous, temporary, dict(metadata or {}))
+        save_file(contiguous, temporary, {**(metadata or {}), CRC: json.dumps(sums)})
 
 
 def load_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """Tensors of a safetensors file whose names ``keep`` accepts; a damaged file is a ``CheckpointError``."""
-    with opened(path) as content:
-        return {name: content.get_tensor(name) for name in content.keys() if keep(name)}  # noqa: SIM118
+    """Return the tensors of a safetensors file whose names ``keep`` accepts.
+
+    Checksums that ``save_tensors`` wrote are compared. Raises ``CheckpointError`` for a damaged file.
+    """
+    with open_tensors(path) as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys() if keep(name)}  # noqa: SIM118
+        sums = (content.metadata() or {}).get(CRC)
+    if sums is not None:
+        check_sums(path, sums, {name: _crc(value) for name, value in tensors.items()})
+    return tensors
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """The text metadata of a safetensors file."""
-    with opened(path) as content:
-        return dict(content.metadata() or {})
+    """Return the text metadata of a safetensors file, without the checksums."""
+    with open_tensors(path) as content:
+        return {key: value for key, value in (content.metadata() or {}).items() if key != CRC}
+
+
+def crc_seed(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the CRC-32 with which the checksum of a tensor begins; ``dtype`` under safetensors' name (F32)."""
+    return zlib.crc32(f"{dtype} {list(shape)}".encode())
+
+
+def _crc(value: np.ndarray) -> int:
+    letter = {"f": "F", "i": "I", "u": "U"}.get(value.dtype.kind, "BF")
+    dtype = "BOOL" if value.dtype.kind == "b" else f"{letter}{8 * value.dtype.itemsize}"
+    return zlib.crc32(value.reshape(-1).view(np.uint8), crc_seed(dtype, value.shape))
+
+
+def check_sums(path: str | Path, sums: str, computed: Mapping[str, int]) -> None:
+    """Compare checksums of tensors with those of the file's metadata. Raises ``CheckpointError``."""
+    try:
+        expected = json.loads(sums)
+        wrong = sorted(name for name, value in computed.items() if expected.get(name) != f"{value:08x}")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its checksums cannot be read. Copy it again.") from error
+    if wrong:
+        raise CheckpointError(
+            f"{path} is damaged: {wrong[0]} does not match its checksum ({len(wrong)} in all). Copy it again."
+        )
 
 
 @contextmanager
-def opened(path: str | Path):
-    """A safetensors file, its header checked by the library; a damaged one is a ``CheckpointError``."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; expected a safetensors file there")
+def open_tensors(path: str | Path):
+    """Open a safetensors file, whose header the library checks. Raises ``CheckpointError`` for a damaged one."""
+    path = Path(path).expanduser()
+    check_file(path, "a safetensors file")
     try:
         with safe_open(path, framework="numpy") as content:
             yield content

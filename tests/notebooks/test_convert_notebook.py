@@ -51,9 +51,9 @@ def test_it_converts_a_small_checkpoint_to_every_layout(ran):
     assert len(numbers["layouts"]) == 9
     for row in numbers["layouts"]:
         assert (folder / row["file"]).stat().st_size == row["MB"] * 1e6
-        assert {t.dtype for t in open_checkpoint(folder / row["file"]).tensors.values()} == {row["numbers"]}
+        assert {t.dtype for t in open_checkpoint(folder / row["file"]).tensors.values()} == {row["dtype"]}
         error = row["relative error"]
-        assert error == 0 if row["numbers"] == "F32" else 1e-5 < error < 1e-2
+        assert error == 0 if row["dtype"] == "F32" else 1e-5 < error < 1e-2
     assert {name.split(".")[0] for name in numbers["differences"]} == {
         *("y_embedder", "csize_embedder", "ar_embedder"),
     }

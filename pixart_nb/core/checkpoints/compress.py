@@ -1,4 +1,4 @@
-"""A checkpoint made to compress keys and values: the same weights, and compression that starts as the average."""
+"""Conversion of a checkpoint into one that compresses keys and values: same weights, compression as an average."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pixart_nb.core.checkpoints.configuration import shown_by
-from pixart_nb.core.checkpoints.convert import Plan, plan_conversion
+from pixart_nb.core.checkpoints.configuration import explicit_values, shown_by
+from pixart_nb.core.checkpoints.convert import ConversionPlan, plan_conversion, transformer_folder
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import official_view
+from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -26,39 +26,34 @@ def plan_compression(
     config: PixArtConfig | None = None,
     sample_size: int | None = None,
     dtype: str = "keep",
-) -> Plan:
-    """Decide the conversion of a checkpoint into one whose ``layers`` compress by ``ratio`` with ``operator``.
+) -> ConversionPlan:
+    """Plan the conversion of a checkpoint into one whose ``layers`` compress by ``ratio`` with ``operator``.
 
     Convolutions start as the average of each cell, their norm as ones (PixArt-Sigma, section 3.2); nothing else
-    changes. ``layers``: numbers, or as ``layer_numbers`` reads them. The other arguments are ``plan_conversion``'s.
+    changes. ``layers``: numbers, or a text as in ``layer_numbers``. The other arguments are ``plan_conversion``'s.
 
-    Raises ``CheckpointError`` for a source that compresses already, and ``ValueError`` for layers that it does not have
+    Raises ``CheckpointError`` for a source that compresses already, and ``PixArtNBError`` for layers that do not exist
     and for a ratio below 2.
     """
     if ratio < 2:
         raise PixArtNBError(f"compression ratio {ratio} compresses nothing; expected 2 or more")
-    source = Path(source)
-    inside = source / "transformer" if (source / "model_index.json").is_file() else source
-    shown = shown_by(official_view(open_checkpoint(inside)).tensors, inside)
+    source = transformer_folder(Path(source).expanduser())
+    shown = shown_by(to_official_names(open_checkpoint(source)).tensors, source)
     if "kv_compress_config" in shown:
-        known = shown["kv_compress_config"]
+        compressed = shown["kv_compress_config"]
         raise CheckpointError(
-            f"{source} compresses layers {known['kv_compress_layer']} by {known['scale_factor']} already; give a "
-            "checkpoint without compression"
+            f"{source} compresses layers {compressed['kv_compress_layer']} by {compressed['scale_factor']} already; "
+            "give a checkpoint without compression"
         )
     numbers = layer_numbers(layers, shown["depth"]) if isinstance(layers, str) else list(map(int, layers))
     compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": numbers}
-    said = (
-        {}
-        if config is None
-        else {name: getattr(config, name) for name in vars(config) if config.is_set(name)}
-    )
-    given = PixArtConfig(**said | {"depth": shown["depth"], "kv_compress_config": compression})
-    return plan_conversion(inside, target, given, sample_size, dtype)
+    values = {"depth": shown["depth"], "kv_compress_config": compression}
+    given = PixArtConfig(**(explicit_values(config) if config else {}) | values)
+    return plan_conversion(source, target, given, sample_size, dtype)
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:
-    """Layers as people write them, for a model of ``depth`` layers: ``14-27``, ``0,2,5-7``, ``deep``, ``all``.
+    """Parse layers of a model of ``depth`` layers: ``14-27``, ``0,2,5-7``, ``deep``, ``shallow`` or ``all``.
 
     >>> layer_numbers("0,2,4-5", 6), layer_numbers("deep", 6)
     ([0, 2, 4, 5], [3, 4, 5])

@@ -1,4 +1,4 @@
-"""What a transformer is made of: read from its tensors, from a diffusers ``config.json``, or given; put together."""
+"""Configuration of a transformer: read from its tensors, from JSON files, or given by the caller; and combined."""
 
 from __future__ import annotations
 
@@ -10,34 +10,51 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.layouts import Transformer
-from pixart_nb.core.checkpoints.lazy_tensor import Stored
+from pixart_nb.core.checkpoints.layouts import TransformerTensors
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
 
 #: Caption tokens of the published checkpoints.
 FAMILIES = {120: "alpha", 300: "sigma"}
-#: What to do about the contradictions that people meet.
 _HINTS = {
     "model_max_length": "Alpha's checkpoints have 120 caption tokens, sigma's 300: take a configuration of the same.",
     "micro_condition": "Of the published models only alpha-1024 has micro conditions (csize_embedder, ar_embedder).",
-    "kv_compress_config": "Which layers are compressed, and how much, is what the weights were trained for.",
+    "kv_compress_config": "The compressed layers and their ratio are those that the weights were trained for.",
 }
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
-#: Names of the published files, and the latent side (picture side / 8) that they were trained at.
+#: Names of the published files, and the latent side (image side / 8) of their training size.
 _PUBLISHED = re.compile(r"PixArt-(Sigma-)?XL-2-(?:SAM-)?(256x256|512x512|512-MS|1024-MS|2K-MS)")
 _SIDES = {"256x256": 32, "512x512": 64, "512-MS": 64, "1024-MS": 128, "2K-MS": 256}
 #: Channels of a head in every published model.
-_HEAD = 72
+_HEAD_DIM = 72
+#: Types and bounds of the numbers in a diffusers ``config.json``.
+_NUMBERS: dict[str, tuple[type, float, float]] = {
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim"), (int, 1, 4096)),
+    **dict.fromkeys(("caption_channels", "cross_attention_dim", "model_max_length"), (int, 1, 100_000)),
+    **dict.fromkeys(("in_channels", "out_channels", "patch_size", "sample_size"), (int, 1, 4096)),
+    "num_layers": (int, 1, 1000),
+    "interpolation_scale": (float, 1e-3, 1e3),
+    **dict.fromkeys(("use_additional_conditions", "qk_norm"), (bool, False, True)),
+}
+#: Settings that this transformer has in one way only.
+_FIXED = {
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_type": "default",
+}
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a transformer.
+    """Configuration of a checkpoint, as far as it is certain.
 
-    ``config`` says (``config.is_set``) what is known, but for ``assumed``, fields that had to have some value.
-    ``family``: ``alpha``, ``sigma``, or empty if not known. ``notes``: sentences on where the values come from.
+    ``config.is_set(name)`` is True for the values that are certain, and for those in ``assumed``, which had to have some
+    value. ``family``: ``alpha``, ``sigma``, or empty. ``notes``: sentences on where the values come from.
     """
 
     config: PixArtConfig
@@ -45,92 +62,98 @@ class Description:
     assumed: frozenset[str]
     notes: list[str]
 
-    def knows(self, name: str) -> bool:
-        """Whether the value of a field is known, rather than a default."""
+    def is_certain(self, name: str) -> bool:
+        """Return whether a field has its value from the checkpoint or the caller, rather than a default."""
         return self.config.is_set(name) and name not in self.assumed
 
 
 def describe(
-    view: Transformer,
+    view: TransformerTensors,
     source: str | Path,
-    given: PixArtConfig | None = None,
+    config: PixArtConfig | None = None,
     sample_size: int | None = None,
     any_heads: bool = False,
 ) -> Description:
-    """Put together what is known of a checkpoint: ``given`` and ``sample_size``, the config.json with it, its tensors.
+    """Combine ``config`` and ``sample_size`` of the caller, the config.json of a checkpoint, and its tensors.
 
-    What the tensors show must not contradict what is said. Sizes that nobody says are taken from ``pos_embed``, or
-    from the published name of the file. ``any_heads`` allows for a number of heads that is not known.
+    They must not contradict each other. A training size that is not given is read from ``pos_embed``, or from the
+    published name of the file. ``any_heads`` accepts an unknown number of heads.
 
     Raises ``CheckpointError`` for a contradiction, and for tensors that are no PixArt transformer's.
     """
     source, shown = Path(source), shown_by(view.tensors, source)
-    said, notes = _said(source, given)
-    family = _family(shown, said, source)
+    explicit, notes = _explicit_config(source, config)
+    family = _family(shown, explicit, source)
     if sample_size is not None:
         positions = positions_of(sample_size, family)
-        positions = {n: v for n, v in positions.items() if n != "class_name" or not said.is_set(n)}
-        said = merge(PixArtConfig(**positions), said, "sample_size")
-    size, note = _size_shown(view, source, family)
-    found = {name: value for name, value in size.items() if not said.is_set(name)}
-    if family and "model_max_length" not in shown and not said.is_set("model_max_length"):
-        found["model_max_length"] = next(count for count, name in FAMILIES.items() if name == family)
+        positions = {n: v for n, v in positions.items() if n != "class_name" or not explicit.is_set(n)}
+        explicit = merge(PixArtConfig(**positions), explicit, "sample_size")
+    size, note = _training_size(view, source, family)
+    values = {name: value for name, value in size.items() if not explicit.is_set(name)}
+    notes += [note] * ("input_size" in values)
+    if family and "model_max_length" not in shown and not explicit.is_set("model_max_length"):
+        values["model_max_length"] = next(count for count, name in FAMILIES.items() if name == family)
     assumed = frozenset()
-    if any_heads and shown["hidden_size"] % _HEAD and not said.is_set("num_heads"):
-        found["num_heads"], assumed = 1, frozenset({"num_heads"})
-    config = reconcile(PixArtConfig(**_said_by(said) | found), shown, source)
-    return Description(config, family, assumed, notes + [note] * ("input_size" in found))
+    if any_heads and shown["hidden_size"] % _HEAD_DIM and not explicit.is_set("num_heads"):
+        values["num_heads"], assumed = 1, frozenset({"num_heads"})
+    complete = _with_shown(PixArtConfig(**explicit_values(explicit) | values), shown, source)
+    return Description(complete, family, assumed, notes)
 
 
-def _said(source: Path, given: PixArtConfig | None) -> tuple[PixArtConfig, list[str]]:
-    """The configuration as the caller says it, or the files: a folder's own, else the audit or config.json beside.
+def _explicit_config(source: Path, config: PixArtConfig | None) -> tuple[PixArtConfig, list[str]]:
+    """Return the configuration of the caller or of the files: of a folder, or the audit or config.json beside a file.
 
-    A folder's own must agree with the one that is given; what lies beside a file is only read if none is given.
+    That of a folder must agree with the caller's; a file beside a checkpoint is only read without one.
     """
     own = source / "config.json"
-    if source.is_dir() and (given is None or own.is_file()):
-        return merge(config_from_diffusers(read_json(own), own), given or PixArtConfig(), own), []
+    if source.is_dir() and (config is None or own.is_file()):
+        return merge(config_from_diffusers(read_json(own), own), config or PixArtConfig(), own), []
     beside = (source.with_name(f"{source.name}.audit.json"), source.with_name("config.json"))
     path = next((path for path in beside if path.is_file()), None)
-    if given is not None or path is None:
-        return given or PixArtConfig(), []
+    if config is not None or path is None:
+        return config or PixArtConfig(), []
     try:
-        return read_config(path), [f"What the tensors do not show is taken from {path}."]
+        return read_config(path), [f"The values that the tensors do not show are those of {path}."]
     except CheckpointError as error:
         return PixArtConfig(), [f"The configuration beside the file was not used: {error}."]
 
 
-def _family(shown: Mapping, said: PixArtConfig, source: Path) -> str:
-    """``alpha`` or ``sigma``, or empty: by caption tokens, micro conditions, published name or the pipeline around."""
-    tokens = shown.get("model_max_length") or (said.is_set("model_max_length") and said.model_max_length)
+def _family(shown: Mapping, explicit: PixArtConfig, source: Path) -> str:
+    """Return ``alpha`` or ``sigma``, by caption tokens, micro conditions, published name or pipeline; or nothing."""
+    tokens = shown.get("model_max_length") or (
+        explicit.is_set("model_max_length") and explicit.model_max_length
+    )
     if tokens in FAMILIES:
         return FAMILIES[tokens]
     if shown["micro_condition"]:
         return "alpha"
+    published = _PUBLISHED.match(source.name)
+    if published and not tokens:
+        return "sigma" if published[1] else "alpha"
     index = (source if source.is_dir() else source.parent).parent / "model_index.json"
-    kind = str(read_json(index).get("_class_name")) if index.is_file() else ""
-    name = _PUBLISHED.match(source.name)
-    if name and not tokens:
-        return "sigma" if name[1] else "alpha"
-    return {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}.get(kind, "")
+    pipeline = str(read_json(index).get("_class_name")) if index.is_file() else ""
+    return {"PixArtAlphaPipeline": "alpha", "PixArtSigmaPipeline": "sigma"}.get(pipeline, "")
 
 
-def _size_shown(view: Transformer, source: Path, family: str) -> tuple[dict, str]:
-    """The training size, if ``pos_embed`` or the published name of the file tells it, and a sentence on that."""
-    sentence = "The training size, latents of {}, is the one that {}."
-    for stored in view.recomputed.values():
-        shown = positions_shown(stored, view.tensors["x_embedder.proj.weight"].shape[-1])
+def _training_size(view: TransformerTensors, source: Path, family: str) -> tuple[dict, str]:
+    """Return the training size that ``pos_embed`` or the published name of the file shows, and a sentence on it."""
+    sentence = "The training size, latents of {}, is that of {}."
+    for tensor in view.recomputed.values():
+        shown = positions_shown(tensor, view.tensors["x_embedder.proj.weight"].shape[-1])
         if "pe_interpolation" in shown:
-            return shown, sentence.format(shown["input_size"], "pos_embed shows")
-    name = _PUBLISHED.match(source.name)
-    if name:
-        side = _SIDES[name[2]]
-        return positions_of(side, family), sentence.format(side, "the file's name says")
+            return shown, sentence.format(shown["input_size"], "pos_embed")
+    published = _PUBLISHED.match(source.name)
+    if published:
+        side = _SIDES[published[2]]
+        return positions_of(side, family), sentence.format(side, "the published file of this name")
     return {}, ""
 
 
-def shown_by(tensors: Mapping[str, Stored], source: str | Path = "checkpoint") -> dict:
-    """Configuration values that the tensors (official names; only shapes are looked at) themselves show."""
+# ---- from tensors
+
+
+def shown_by(tensors: Mapping[str, LazyTensor], source: str | Path = "checkpoint") -> dict:
+    """Return the configuration values that the shapes of tensors (official names) show."""
     width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, source)
     mlp = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, source)[0]
     outputs = _shape(tensors, "final_layer.linear.weight", 2, source)[0]
@@ -151,15 +174,12 @@ def shown_by(tensors: Mapping[str, Stored], source: str | Path = "checkpoint") -
     ratios = {int(block[1]): _shape(tensors, name, 4, source)[2] for block, name in compressed if block}
     if ratios:
         layers = sorted(ratios)
-        shown["kv_compress_config"] = {
-            "sampling": "conv",
-            "scale_factor": ratios[layers[0]],
-            "kv_compress_layer": layers,
-        }
+        ratio = ratios[layers[0]]
+        shown["kv_compress_config"] = {"sampling": "conv", "scale_factor": ratio, "kv_compress_layer": layers}
     return shown
 
 
-def _shape(tensors: Mapping[str, Stored], name: str, axes: int, source: str | Path) -> tuple[int, ...]:
+def _shape(tensors: Mapping[str, LazyTensor], name: str, axes: int, source: str | Path) -> tuple[int, ...]:
     if name not in tensors:
         raise CheckpointError(f"{source} is no PixArt transformer: it has no tensor {name}")
     shape = tuple(tensors[name].shape)
@@ -168,9 +188,9 @@ def _shape(tensors: Mapping[str, Stored], name: str, axes: int, source: str | Pa
     return shape
 
 
-def _depth(tensors: Mapping[str, Stored], width: int, source: str | Path) -> int:
-    """Number of blocks, which must be numbered without gaps; each has a projection of the model's width."""
-    blocks = {int(found[1]) for found in map(_BLOCK.match, tensors) if found}
+def _depth(tensors: Mapping[str, LazyTensor], width: int, source: str | Path) -> int:
+    """Return the number of blocks, which must be numbered without gaps and have the model's width."""
+    blocks = {int(match[1]) for match in map(_BLOCK.match, tensors) if match}
     lost = sorted(set(range(max(blocks) + 1)) - blocks)
     if lost:
         raise CheckpointError(
@@ -178,137 +198,170 @@ def _depth(tensors: Mapping[str, Stored], width: int, source: str | Path) -> int
         )
     for block in blocks:
         name = f"blocks.{block}.attn.qkv.weight"
-        if name in tensors and tuple(tensors[name].shape) != (3 * width, width):
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(tensors[name].shape)}; expected {(3 * width, width)}"
-            )
+        shape = tuple(tensors[name].shape) if name in tensors else (3 * width, width)
+        if shape != (3 * width, width):
+            raise CheckpointError(f"{source}: {name} has shape {shape}; expected {(3 * width, width)}")
     return len(blocks)
 
 
 def positions_of(sample_size: int, family: str) -> dict:
-    """What the published models of a latent side (image side / 8) have: class, side, stretching of the positions.
+    """Return class, latent side and interpolation of the positions of a published model of latent side ``sample_size``.
 
-    Positions are stretched by size / 64; alpha's 256 model, unlike sigma's, has those of 512.
+    The interpolation is size / 64; alpha's 256 model, unlike sigma's, has that of 512.
     """
-    if sample_size < 1:
+    if not 1 <= sample_size <= 4096:
         raise CheckpointError(f"sample_size is {sample_size}; expected the latent side: 32, 64, 128 or 256")
-    stretch = sample_size / 64
+    scale = sample_size / 64
     return {
         "class_name": "PixArt" if sample_size == 32 else "PixArtMS",
         "input_size": sample_size,
-        "pe_interpolation": max(stretch, 1.0) if family == "alpha" else stretch,
+        "pe_interpolation": max(scale, 1.0) if family == "alpha" else scale,
     }
 
 
-def positions_shown(pos_embed: Stored, patch: int) -> dict:
-    """``input_size`` and ``pe_interpolation`` as a stored ``pos_embed`` (1, N, D) shows them, where it does."""
+def positions_shown(pos_embed: LazyTensor, patch: int) -> dict:
+    """Return ``input_size`` and ``pe_interpolation`` as far as a stored ``pos_embed`` (1, N, D) shows them."""
     _, tokens, width = pos_embed.shape if len(pos_embed.shape) == 3 else (0, 0, 0)
     side = math.isqrt(tokens)
     if not tokens or side**2 != tokens or width % 4:
         return {}
     row = np.asarray(replace(pos_embed, parts=(pos_embed.parts[0][0, :side],)))
     shown = {"input_size": side * patch}
-    for stretch in (0.5, 1.0, 2.0, 4.0, 8.0):
-        if np.allclose(row, sincos_positions(width, 1, side, side, stretch), atol=2e-2):
-            shown["pe_interpolation"] = stretch
+    for scale in (0.5, 1.0, 2.0, 4.0, 8.0):
+        if np.allclose(row, sincos_positions(width, 1, side, side, scale), atol=2e-2):
+            shown["pe_interpolation"] = scale
     return shown
 
 
+# ---- combining
+
+
+def explicit_values(config: PixArtConfig) -> dict:
+    """Return the fields that a configuration was given."""
+    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.is_set(f.name)}
+
+
+def merge(first: PixArtConfig, second: PixArtConfig, source: str | Path) -> PixArtConfig:
+    """Combine two configurations, which must not contradict each other; ``source`` names the first in messages."""
+    for name, value in explicit_values(second).items():
+        if first.is_set(name) and getattr(first, name) != value:
+            raise CheckpointError(
+                f"{source} says {name} = {getattr(first, name)}, the given configuration {value}"
+            )
+    return PixArtConfig(**explicit_values(first) | explicit_values(second))
+
+
+def _with_shown(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixArtConfig:
+    """Complete a configuration by what the tensors show; a contradiction is an error."""
+    values = explicit_values(config)
+    for name, value in shown.items():
+        explicit = getattr(config, name)
+        same = explicit == value or (name == "kv_compress_config" and _same_compression(config, value))
+        if not same and config.is_set(name):
+            contradiction = f"{source} shows {name} = {value}, but the configuration says {explicit}."
+            raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
+        values[name] = explicit if same else value
+    if not config.is_set("num_heads") and not config.is_set("hidden_size"):
+        values["num_heads"] = _heads_of_width(shown["hidden_size"])
+    try:
+        return PixArtConfig(**values)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _same_compression(config: PixArtConfig, shown: Mapping) -> bool:
+    explicit = (config.kv_operator, config.kv_ratio, sorted(config.kv_layers))
+    return explicit == (shown["sampling"], shown["scale_factor"], shown["kv_compress_layer"])
+
+
+def _heads_of_width(width: int) -> int:
+    """Return the number of heads of 72 channels, as in all published models; tensors do not show it."""
+    if width % _HEAD_DIM:
+        raise CheckpointError(
+            f"the number of heads is unknown: hidden_size {width} is no multiple of {_HEAD_DIM}. Give num_heads in the "
+            "configuration (--config of `pixart-nb convert`), or a config.json beside the checkpoint"
+        )
+    return width // _HEAD_DIM
+
+
+# ---- JSON
+
+
 def read_config(path: str | Path) -> PixArtConfig:
-    """A configuration from JSON: ``PixArtConfig``'s fields, a diffusers ``config.json``, or an audit of ``convert``."""
+    """Read ``PixArtConfig``'s fields, a diffusers ``config.json``, or an audit of ``convert``."""
     values = read_json(path)
     if "_class_name" in values:
         return config_from_diffusers(values, path)
     try:
         return PixArtConfig.from_dict(values["config"] if isinstance(values.get("config"), dict) else values)
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def merge(written: PixArtConfig, given: PixArtConfig, source: str | Path) -> PixArtConfig:
-    """The configuration of a folder, completed by the one that the caller gives; what both say must be the same."""
-    for name, value in _said_by(given).items():
-        if written.is_set(name) and getattr(written, name) != value:
-            raise CheckpointError(
-                f"{source} says {name} = {getattr(written, name)}, the configuration given says {value}"
+def check_numbers(
+    values: Mapping, bounds: Mapping[str, tuple[type, float, float]], source: str | Path
+) -> None:
+    """Compare numbers of a JSON file with their types and bounds; None and absent keys are accepted."""
+    for name, (number, low, high) in bounds.items():
+        value = values.get(name)
+        types = (int, float) if number is float else (number,)
+        if value is not None and not (type(value) in types and low <= value <= high):
+            expected = (
+                "true or false" if number is bool else f"{'an integer' * (number is int) or 'a number'}"
             )
-    return PixArtConfig(**_said_by(written) | _said_by(given))
-
-
-def reconcile(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixArtConfig:
-    """The configuration completed by what a checkpoint shows; a value said and shown differently is an error."""
-    values = _said_by(config)
-    for name, value in shown.items():
-        said = getattr(config, name)
-        same = said == value or (name == "kv_compress_config" and _same_compression(config, value))
-        if not same and config.is_set(name):
-            contradiction = f"{source} shows {name} = {value}, but the configuration says {said}."
-            raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
-        values[name] = said if same else value
-    if not config.is_set("num_heads") and not config.is_set("hidden_size"):
-        values["num_heads"] = heads_of_width(shown["hidden_size"])
-    return PixArtConfig(**values)
-
-
-def _said_by(config: PixArtConfig) -> dict:
-    """The fields that a configuration says."""
-    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.is_set(f.name)}
-
-
-def _same_compression(config: PixArtConfig, shown: Mapping) -> bool:
-    said = (config.kv_operator, config.kv_ratio, sorted(config.kv_layers))
-    return said == (shown["sampling"], shown["scale_factor"], shown["kv_compress_layer"])
-
-
-def heads_of_width(width: int) -> int:
-    """Number of heads of the published models' size, 72; tensors do not show it, so another size must be said."""
-    if width % _HEAD:
-        raise CheckpointError(
-            f"the number of heads cannot be told: hidden_size {width} is no multiple of {_HEAD}. Give num_heads in the "
-            "configuration (--config of `pixart-nb convert`), or a config.json beside the checkpoint"
-        )
-    return width // _HEAD
+            expected += f" from {low:g} to {high:g}" * (number is not bool)
+            raise CheckpointError(f"{source}: {name} is {value!r:.60}; expected {expected}")
 
 
 def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -> PixArtConfig:
-    """``PixArtConfig`` of a diffusers ``transformer/config.json``."""
+    """Convert a diffusers ``transformer/config.json``."""
     if values.get("_class_name") not in ("PixArtTransformer2DModel", "Transformer2DModel"):
         raise CheckpointError(
-            f"{source} is of {values.get('_class_name')!r}; expected PixArtTransformer2DModel"
+            f"{source} is of {values.get('_class_name')!r:.60}; expected PixArtTransformer2DModel"
         )
+    missing = [
+        n for n in ("num_attention_heads", "attention_head_dim", "num_layers") if values.get(n) is None
+    ]
+    if missing:
+        raise CheckpointError(f"{source} has no {missing[0]}; expected a PixArt transformer's")
+    check_numbers(values, _NUMBERS, source)
+    for name, expected in _FIXED.items():
+        if values.get(name, expected) != expected:
+            raise CheckpointError(
+                f"{source}: {name} is {values[name]!r:.60}; PixArt's transformer has {expected!r}"
+            )
     try:
         return _from_diffusers(values)
-    except KeyError as error:
-        raise CheckpointError(f"{source} has no {error.args[0]}; expected a PixArt transformer's") from error
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{source} is no PixArt transformer's: {error}") from error
 
 
 def _from_diffusers(values: Mapping) -> PixArtConfig:
-    size, channels = values.get("sample_size", 128), values.get("in_channels", 4)
+    size, channels = values.get("sample_size") or 128, values.get("in_channels") or 4
+    width = values["num_attention_heads"] * values["attention_head_dim"]
     micro, scale = values.get("use_additional_conditions"), values.get("interpolation_scale")
-    own = {
-        name: values[name]
-        for name in ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
-        if values.get(name) is not None
-    }
+    if values.get("cross_attention_dim") not in (None, width):
+        raise ValueError(
+            f"cross_attention_dim is {values['cross_attention_dim']}; expected the width, {width}"
+        )
+    own = ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
     return PixArtConfig(
-        hidden_size=values["num_attention_heads"] * values["attention_head_dim"],
+        hidden_size=width,
         num_heads=values["num_attention_heads"],
         depth=values["num_layers"],
-        patch_size=values.get("patch_size", 2),
+        patch_size=values.get("patch_size") or 2,
         in_channels=channels,
-        caption_channels=values.get("caption_channels", 4096),
+        caption_channels=values.get("caption_channels") or 4096,
         input_size=size,
         pe_interpolation=float(scale if scale is not None else max(size // 64, 1)),
-        pred_sigma=values.get("out_channels", 8) == 2 * channels,
+        pred_sigma=(values.get("out_channels") or 8) == 2 * channels,
         micro_condition=size == 128 if micro is None else micro,
-        **own,
+        **{name: values[name] for name in own if values.get(name) is not None},
     )
 
 
 def diffusers_config(config: PixArtConfig) -> dict:
-    """The ``transformer/config.json`` of a configuration; what diffusers has no field for is added under our names."""
+    """Return the ``transformer/config.json`` of a configuration; fields that diffusers lacks keep their names."""
     return {
         "_class_name": "PixArtTransformer2DModel",
         "num_attention_heads": config.num_heads,
@@ -322,11 +375,7 @@ def diffusers_config(config: PixArtConfig) -> dict:
         "sample_size": config.input_size,
         "interpolation_scale": config.pe_interpolation,
         "use_additional_conditions": config.micro_condition,
-        "norm_type": "ada_norm_single",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-6,
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
+        **{name: value for name, value in _FIXED.items() if name != "attention_type"},
         "class_name": config.class_name,
         "model_max_length": config.model_max_length,
         "qk_norm": config.qk_norm,

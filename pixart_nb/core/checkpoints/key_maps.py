@@ -1,123 +1,119 @@
-"""Names of the same tensors in the official layout, which the model uses, and in diffusers'. Tables, no weights."""
+"""Names of the same tensors in the official layout, which the model uses, and in diffusers' layout."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-
-@dataclass(frozen=True)
-class Rule:
-    """One official module prefix and the diffusers prefixes that hold it; several are stacked along axis 0."""
-
-    official: str
-    diffusers: tuple[str, ...]
-
-
-def _rules(*pairs: tuple[str, str | tuple[str, ...]]) -> tuple[Rule, ...]:
-    return tuple(Rule(a, (b,) if isinstance(b, str) else b) for a, b in pairs)
-
-
-#: ``{i}`` stands for a block number. The longest prefixes that fit win, so order does not matter.
-RULES = _rules(
-    ("x_embedder.proj", "pos_embed.proj"),
-    ("t_embedder.mlp.0", "adaln_single.emb.timestep_embedder.linear_1"),
-    ("t_embedder.mlp.2", "adaln_single.emb.timestep_embedder.linear_2"),
-    ("csize_embedder.mlp.0", "adaln_single.emb.resolution_embedder.linear_1"),
-    ("csize_embedder.mlp.2", "adaln_single.emb.resolution_embedder.linear_2"),
-    ("ar_embedder.mlp.0", "adaln_single.emb.aspect_ratio_embedder.linear_1"),
-    ("ar_embedder.mlp.2", "adaln_single.emb.aspect_ratio_embedder.linear_2"),
-    ("t_block.1", "adaln_single.linear"),
-    ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
-    ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),
-    ("final_layer.linear", "proj_out"),
-    ("blocks.{i}.attn.qkv", tuple(f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv")),
-    ("blocks.{i}.attn.proj", "transformer_blocks.{i}.attn1.to_out.0"),
-    ("blocks.{i}.attn.q_norm", "transformer_blocks.{i}.attn1.norm_q"),
-    ("blocks.{i}.attn.k_norm", "transformer_blocks.{i}.attn1.norm_k"),
-    ("blocks.{i}.attn.sr", "transformer_blocks.{i}.attn1.sr"),
-    ("blocks.{i}.attn.norm", "transformer_blocks.{i}.attn1.norm"),
-    ("blocks.{i}.cross_attn.q_linear", "transformer_blocks.{i}.attn2.to_q"),
-    ("blocks.{i}.cross_attn.kv_linear", tuple(f"transformer_blocks.{{i}}.attn2.to_{part}" for part in "kv")),
-    ("blocks.{i}.cross_attn.proj", "transformer_blocks.{i}.attn2.to_out.0"),
-    ("blocks.{i}.mlp.fc1", "transformer_blocks.{i}.ff.net.0.proj"),
-    ("blocks.{i}.mlp.fc2", "transformer_blocks.{i}.ff.net.2"),
-)
-#: Single tensors.
-TABLES = {
+#: Official prefix -> diffusers prefixes; the tensors of several are stacked along axis 0. ``{i}``: number of a block.
+MODULES: dict[str, tuple[str, ...]] = {
+    "x_embedder.proj": ("pos_embed.proj",),
+    "t_embedder.mlp.0": ("adaln_single.emb.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("adaln_single.emb.timestep_embedder.linear_2",),
+    "csize_embedder.mlp.0": ("adaln_single.emb.resolution_embedder.linear_1",),
+    "csize_embedder.mlp.2": ("adaln_single.emb.resolution_embedder.linear_2",),
+    "ar_embedder.mlp.0": ("adaln_single.emb.aspect_ratio_embedder.linear_1",),
+    "ar_embedder.mlp.2": ("adaln_single.emb.aspect_ratio_embedder.linear_2",),
+    "t_block.1": ("adaln_single.linear",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "final_layer.linear": ("proj_out",),
+    "blocks.{i}.attn.qkv": tuple(f"transformer_blocks.{{i}}.attn1.to_{part}" for part in "qkv"),
+    "blocks.{i}.attn.proj": ("transformer_blocks.{i}.attn1.to_out.0",),
+    "blocks.{i}.attn.q_norm": ("transformer_blocks.{i}.attn1.norm_q",),
+    "blocks.{i}.attn.k_norm": ("transformer_blocks.{i}.attn1.norm_k",),
+    "blocks.{i}.attn.sr": ("transformer_blocks.{i}.attn1.sr",),
+    "blocks.{i}.attn.norm": ("transformer_blocks.{i}.attn1.norm",),
+    "blocks.{i}.cross_attn.q_linear": ("transformer_blocks.{i}.attn2.to_q",),
+    "blocks.{i}.cross_attn.kv_linear": tuple(f"transformer_blocks.{{i}}.attn2.to_{part}" for part in "kv"),
+    "blocks.{i}.cross_attn.proj": ("transformer_blocks.{i}.attn2.to_out.0",),
+    "blocks.{i}.mlp.fc1": ("transformer_blocks.{i}.ff.net.0.proj",),
+    "blocks.{i}.mlp.fc2": ("transformer_blocks.{i}.ff.net.2",),
+}
+#: Official name -> diffusers name of single tensors.
+TENSORS = {
     "y_embedder.y_embedding": "caption_projection.y_embedding",  # as in the published folders of alpha
     "final_layer.scale_shift_table": "scale_shift_table",
     "blocks.{i}.scale_shift_table": "transformer_blocks.{i}.scale_shift_table",
 }
-#: In official checkpoints but not weights: recomputed for every size.
+#: In official checkpoints, but computed for every size.
 RECOMPUTED = ("pos_embed",)
-#: May be missing: the learned empty caption. Diffusers encodes an empty prompt instead, and so does this kit.
+#: May be missing: the learned empty caption. diffusers encodes an empty prompt instead, and so does this kit.
 OPTIONAL = ("y_embedder.y_embedding",)
-#: Names in diffusers folders that diffusers itself no longer writes, and what they are called here.
-FORMER = {"pos_embed.pos_embed": "pos_embed"}
 
 _BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
-_TO_DIFFUSERS = {rule.official: rule.diffusers for rule in RULES}
-_TO_OFFICIAL = {name: (rule.official, place) for rule in RULES for place, name in enumerate(rule.diffusers)}
+_OFFICIAL_MODULES = {
+    name: (official, n) for official, names in MODULES.items() for n, name in enumerate(names)
+}
+_OFFICIAL_TENSORS = {name: official for official, name in TENSORS.items()}
+_OFFICIAL_TENSORS["pos_embed.pos_embed"] = "pos_embed"  # older diffusers folders have it
 
 
-def _general(name: str) -> tuple[str, str]:
-    """``blocks.7.x`` -> (``blocks.{i}.x``, ``7``)."""
-    found = _BLOCK.search(name)
-    return (_BLOCK.sub("{i}", name), found.group()) if found else (name, "")
+def general_name(name: str) -> str:
+    """Replace the number of a block: ``blocks.7.x`` -> ``blocks.{i}.x``."""
+    return _BLOCK.sub("{i}", name)
 
 
-def diffusers_names(official: str) -> tuple[str, ...] | None:
-    """Diffusers' names of an official tensor, stacked along axis 0 where several; None if it has none."""
-    general, number = _general(official)
-    if general in TABLES:
-        return (TABLES[general].replace("{i}", number),)
-    prefix, _, leaf = general.rpartition(".")
-    prefixes = _TO_DIFFUSERS.get(prefix)
-    return prefixes and tuple(f"{name.replace('{i}', number)}.{leaf}" for name in prefixes)
+def _split(name: str) -> tuple[str, str, str]:
+    """``blocks.7.attn.proj.weight`` -> (``blocks.{i}.attn.proj``, ``weight``, ``7``)."""
+    block = _BLOCK.search(name)
+    module, _, leaf = general_name(name).rpartition(".")
+    return module, leaf, block[0] if block else ""
+
+
+def diffusers_names(official: str) -> tuple[str, ...]:
+    """Return diffusers' names of an official tensor, stacked along axis 0 if several; () if it has none."""
+    module, leaf, block = _split(official)
+    general = general_name(official)
+    names = (
+        (TENSORS[general],) if general in TENSORS else tuple(f"{n}.{leaf}" for n in MODULES.get(module, ()))
+    )
+    return tuple(name.replace("{i}", block) for name in names)
 
 
 def official_name(diffusers: str) -> tuple[str, int] | None:
-    """Official name of a diffusers tensor and its place in the stack; None if it has none."""
-    if diffusers in FORMER:
-        return FORMER[diffusers], 0
-    general, number = _general(diffusers)
-    for official, other in TABLES.items():
-        if other == general:
-            return official.replace("{i}", number), 0
-    prefix, _, leaf = general.rpartition(".")
-    found = _TO_OFFICIAL.get(prefix)
-    return found and (f"{found[0].replace('{i}', number)}.{leaf}", found[1])
+    """Return the official name of a diffusers tensor and its index in the stack; None if it has none."""
+    module, leaf, block = _split(diffusers)
+    general = general_name(diffusers)
+    if general in _OFFICIAL_TENSORS:
+        return _OFFICIAL_TENSORS[general].replace("{i}", block), 0
+    if module not in _OFFICIAL_MODULES:
+        return None
+    official, index = _OFFICIAL_MODULES[module]
+    return f"{official.replace('{i}', block)}.{leaf}", index
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
-    """Whether these are diffusers' names of a PixArt transformer."""
+    """Return whether these are diffusers' names of a PixArt transformer."""
     return any(name.startswith(("transformer_blocks.", "adaln_single.")) for name in names)
 
 
 def origins(names: Iterable[str]) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """Official name -> the diffusers names whose tensors are stacked to it; and names that belong to no such stack.
+    """Group names of one layout by official name; returns also the names that belong to no complete group.
 
-    A stack of which a part is missing is no stack: its parts are among the latter.
+    Official names stand for themselves; diffusers' names are grouped in the order in which their tensors are stacked.
     """
+    names = list(names)
+    if not is_diffusers(names):
+        own = {name: (name,) for name in names if name in RECOMPUTED or diffusers_names(name)}
+        return own, [name for name in names if name not in own]
     stacks: dict[str, dict[int, str]] = {}
     rest = []
     for name in names:
-        found = official_name(name)
-        if found is None:
+        official = official_name(name)
+        if official is None:
             rest.append(name)
         else:
-            stacks.setdefault(found[0], {})[found[1]] = name
-    whole = {}
+            stacks.setdefault(official[0], {})[official[1]] = name
+    groups = {}
     for official, parts in stacks.items():
-        if len(parts) == len(diffusers_names(official) or [official]):
-            whole[official] = tuple(parts[place] for place in sorted(parts))
+        if len(parts) == max(1, len(diffusers_names(official))):
+            groups[official] = tuple(parts[index] for index in sorted(parts))
         else:
             rest += parts.values()
-    return whole, rest
+    return groups, rest
 
 
 #: Attention names of the first Stable Diffusion autoencoders, and their present names.

@@ -1,9 +1,10 @@
-"""Tensors as they lie in a file: kind of number, shape and bytes, mapped and not read until somebody looks at them."""
+"""Tensors of checkpoint files, mapped into memory and not read until they are used."""
 
 from __future__ import annotations
 
 import math
 import mmap
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from pixart_nb.core.io import CheckpointError
 
-#: Kinds of numbers under safetensors' names, and NumPy's dtype for their bytes; bfloat16 is kept as its bits.
+#: Dtypes under safetensors' names, and NumPy's dtype of their bytes; bfloat16 is kept as its bits.
 DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -30,39 +31,40 @@ DTYPES = {
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: More tensors than any checkpoint has; each takes memory, however small it is in its file.
-MOST_TENSORS = 100_000
-#: Elements that are looked at together: bounds the memory of reading, casting and writing.
+MAX_TENSORS = 100_000
+#: Elements that are processed at once: bounds the memory of reading, casting and writing.
 CHUNK = 4 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
-    """A tensor of a file: ``parts`` stacked along axis 0, whose numbers are of kind ``lies`` and are read as ``dtype``.
+class LazyTensor:
+    """A tensor of a file: ``parts`` stacked along axis 0, stored as ``storage_dtype`` and read as ``dtype``.
 
-    It has a shape and is turned into an array by ``np.asarray``, bfloat16 into float32: a view of the file where that
-    can be, else a copy. ``name`` is for messages.
+    ``np.asarray`` reads it, bfloat16 as float32: a view of the file where possible, else a copy. ``name`` is for
+    messages.
     """
 
     dtype: str
     parts: tuple[np.ndarray, ...]
-    lies: str = ""
+    storage_dtype: str = ""
     name: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "lies", self.lies or self.dtype)
+        object.__setattr__(self, "storage_dtype", self.storage_dtype or self.dtype)
 
     def __repr__(self) -> str:
-        return f"Stored({self.name or 'unnamed'}, {self.shape}, {self.dtype})"
+        return f"LazyTensor({self.name or 'unnamed'}, {self.shape}, {self.dtype})"
 
     @classmethod
-    def of(cls, values: np.ndarray, name: str = "") -> Stored:
-        """An array of float, integer or bool as a stored tensor."""
-        kind = next((k for k, dtype in DTYPES.items() if k != "BF16" and dtype == values.dtype), None)
-        if kind is None:
+    def of(cls, values: np.ndarray, name: str = "") -> LazyTensor:
+        """Wrap an array of floats, integers or booleans."""
+        dtype = next((key for key, value in DTYPES.items() if key != "BF16" and value == values.dtype), None)
+        if dtype is None:
             raise CheckpointError(
                 f"{name or 'a tensor'} has dtype {values.dtype}; expected {', '.join(DTYPES)}"
             )
-        return cls(kind, (values,), name=name)
+        return cls(dtype, (values,), name=name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,23 +77,23 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes as ``dtype``."""
+        """Size in bytes as ``dtype``."""
         return self.size * DTYPES[self.dtype].itemsize
 
-    def read_as(self, dtype: str) -> Stored:
-        """The same tensor in another kind of float; integers stay as they are."""
+    def astype(self, dtype: str) -> LazyTensor:
+        """Return the tensor in another float dtype; integers keep theirs."""
         return replace(self, dtype=dtype) if self.dtype in FLOATS else self
 
-    def rows(self, start: int, stop: int) -> Stored:
-        """Rows ``start`` to ``stop`` along axis 0, without reading them."""
-        kept, first = [], 0
+    def rows(self, start: int, stop: int) -> LazyTensor:
+        """Return rows ``start`` to ``stop`` along axis 0, without reading them."""
+        parts, first = [], 0
         for part in self.parts:
-            kept.append(part[max(start - first, 0) : max(stop - first, 0)])
+            parts.append(part[max(start - first, 0) : max(stop - first, 0)])
             first += len(part)
-        return replace(self, parts=tuple(part for part in kept if len(part)) or (kept[0],))
+        return replace(self, parts=tuple(part for part in parts if len(part)) or (parts[0],))
 
-    def split(self, count: int) -> tuple[Stored, ...]:
-        """``count`` tensors of as many rows each."""
+    def split(self, count: int) -> tuple[LazyTensor, ...]:
+        """Split into ``count`` tensors of equally many rows."""
         if not self.shape or self.shape[0] % count:
             raise CheckpointError(
                 f"{self.name} has shape {self.shape}; expected {count} equal parts along axis 0"
@@ -100,106 +102,81 @@ class Stored:
         return tuple(self.rows(i * rows, (i + 1) * rows) for i in range(count))
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """The numbers as ``dtype``, in order, as flat arrays of bounded size; the file's pages are given back."""
+        """Yield the values as ``dtype``, in order, as flat arrays of bounded size; memory of the file is released."""
         for part in self.parts:
-            for raw in _flat_pieces(part):
-                yield self._cast(raw)
+            rows = max(1, CHUNK // max(1, part[:1].size)) if part.ndim else 1
+            for start in range(0, len(part) if part.ndim else 1, rows):
+                flat = np.ascontiguousarray(part[start : start + rows] if part.ndim else part).reshape(-1)
+                yield from (self._cast(flat[i : i + CHUNK]) for i in range(0, flat.size, CHUNK))
             release(part)
 
-    def __array__(self, dtype: np.dtype | None = None) -> np.ndarray:
-        whole = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
-        if not (whole.flags.c_contiguous and whole.flags.aligned):
-            whole = whole.copy()
-        values = self._cast(whole)
-        return (widened(values) if self.dtype == "BF16" else values).astype(
-            dtype or values_dtype(self), copy=False
-        )
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        stored = self.parts[0] if len(self.parts) == 1 else np.concatenate(self.parts)
+        if not (stored.flags.c_contiguous and stored.flags.aligned):
+            stored = stored.copy()
+        values = self._cast(stored)
+        values = bf16_to_fp32(values) if self.dtype == "BF16" else values
+        return values.astype(dtype or values.dtype, copy=bool(copy))
 
-    def _cast(self, raw: np.ndarray) -> np.ndarray:
+    def _cast(self, stored: np.ndarray) -> np.ndarray:
         try:
-            return cast(raw, self.lies, self.dtype)
+            return cast(stored, self.storage_dtype, self.dtype)
         except OverflowError as error:
             raise CheckpointError(f"{self.name}: {error}. Take fp32 or bf16, or keep the dtype.") from None
 
 
-def values_dtype(tensor: Stored) -> np.dtype:
-    """NumPy's dtype of the values: float32 for bfloat16."""
-    return DTYPES["F32"] if tensor.dtype == "BF16" else DTYPES[tensor.dtype]
-
-
-def stacked(parts: Sequence[Stored]) -> Stored:
-    """Tensors stacked along axis 0, without reading them; they must agree in everything but their rows."""
-    kinds = {(part.dtype, part.lies, part.shape[1:]) for part in parts}
-    if len(kinds) > 1 or any(not part.shape for part in parts):
-        found = ", ".join(f"{part.name} {part.shape} {part.dtype}" for part in parts)
+def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Stack tensors along axis 0, without reading them; they must agree in dtype and in the other axes."""
+    layouts = {(part.dtype, part.storage_dtype, part.shape[1:]) for part in parts}
+    if len(layouts) > 1 or any(not part.shape for part in parts):
+        listed = ", ".join(f"{part.name} {part.shape} {part.dtype}" for part in parts)
         raise CheckpointError(
-            f"cannot stack {found}: expected one dtype, and shapes that differ in axis 0 only"
+            f"cannot stack {listed}: expected one dtype, and shapes that differ in axis 0 only"
         )
     return replace(parts[0], parts=tuple(array for part in parts for array in part.parts))
 
 
-def same_bits(first: Mapping[str, Stored], second: Mapping[str, Stored]) -> bool:
-    """Whether two sets of tensors have the same names, kinds, shapes and bits; they are read piece by piece."""
-    return set(first) == set(second) and all(_same(first[name], second[name]) for name in first)
-
-
-def _same(one: Stored, other: Stored) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def same_bits(first: Mapping[str, LazyTensor], second: Mapping[str, LazyTensor]) -> bool:
+    """Return whether two sets of tensors have the same names, dtypes, shapes and bits."""
+    if {n: (t.dtype, t.shape) for n, t in first.items()} != {
+        n: (t.dtype, t.shape) for n, t in second.items()
+    }:
         return False
-    pieces = zip(_bytes_of(one), _bytes_of(other), strict=True)
-    return all(a == b for a, b in pieces)
+    return all(np.array_equal(_bytes_of(tensor), _bytes_of(second[name])) for name, tensor in first.items())
 
 
-def _bytes_of(tensor: Stored) -> Iterator[bytes]:
-    """The bytes of a tensor in pieces of one size, however it lies in its file."""
-    left = b""
-    for chunk in tensor.chunks():
-        left += chunk.tobytes()
-        while len(left) >= CHUNK:
-            yield left[:CHUNK]
-            left = left[CHUNK:]
-    yield left
+def _bytes_of(tensor: LazyTensor) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint8), *(chunk.view(np.uint8) for chunk in tensor.chunks())])
 
 
-def _flat_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The array's numbers in order; copied only where they do not lie in order."""
-    if array.flags.c_contiguous:
-        flat = array.reshape(-1)
-        yield from (flat[i : i + CHUNK] for i in range(0, flat.size, CHUNK))
-    else:
-        rows = max(1, CHUNK // max(1, array[:1].size))
-        for i in range(0, len(array), rows):
-            yield np.ascontiguousarray(array[i : i + rows]).reshape(-1)
+# ---- dtypes
 
 
-# ---- kinds of numbers
-
-
-def widened(bits: np.ndarray) -> np.ndarray:
-    """bfloat16's bits -> the float32 of the same value, exactly."""
+def bf16_to_fp32(bits: np.ndarray) -> np.ndarray:
+    """Convert bits of bfloat16 to float32, exactly."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def narrowed(values: np.ndarray) -> np.ndarray:
-    """float32 -> bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to the bits of the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-def cast(raw: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Numbers of kind ``source`` as kind ``target``, rounded to the nearest; the same array if the kinds are one.
+def cast(stored: np.ndarray, source: str, target: str) -> np.ndarray:
+    """Convert stored values from dtype ``source`` to ``target``, rounded to nearest; no copy if they are the same.
 
-    Raises ``OverflowError`` where a finite number has no finite one in ``target``.
+    Raises ``OverflowError`` for a finite value that is infinite in ``target``.
     """
     if source == target:
-        return raw
-    wide = widened(raw) if source == "BF16" else raw
+        return stored
+    values = bf16_to_fp32(stored) if source == "BF16" else stored
     with np.errstate(over="ignore"):
-        out = narrowed(wide.astype(np.float32)) if target == "BF16" else wide.astype(DTYPES[target])
-    lost = np.isinf(widened(out) if target == "BF16" else out) & np.isfinite(wide)
+        out = fp32_to_bf16(values.astype(np.float32)) if target == "BF16" else values.astype(DTYPES[target])
+    lost = np.isinf(bf16_to_fp32(out) if target == "BF16" else out) & np.isfinite(values)
     if lost.any():
-        raise OverflowError(f"values up to {np.abs(wide[lost]).max():.4g} do not fit {target}")
+        raise OverflowError(f"values up to {np.abs(values[lost]).max():.4g} do not fit {target}")
     return out
 
 
@@ -207,21 +184,29 @@ def cast(raw: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def check_count(path: str | Path, count: int) -> None:
-    """Refuse a file of so many tensors that their bookkeeping would take the memory."""
-    if count > MOST_TENSORS:
-        raise CheckpointError(f"{path} holds more than {MOST_TENSORS} tensors, as no checkpoint does")
+    """Refuse a file of so many tensors that their names alone would exhaust the memory."""
+    if count > MAX_TENSORS:
+        raise CheckpointError(f"{path} holds more than {MAX_TENSORS} tensors, as no checkpoint does")
 
 
 def map_file(path: str | Path) -> np.ndarray:
-    """The bytes of a file, (size,) uint8, read-only; memory is taken by what is looked at."""
+    """Map the bytes of a file, (size,) uint8, read-only."""
     with Path(path).open("rb") as file:
         if not file.seek(0, 2):
             return np.zeros(0, np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
+def checksum(data: np.ndarray, total: int = 0) -> int:
+    """Return the CRC-32 of mapped bytes, after those with the CRC-32 ``total``, releasing their memory as it goes."""
+    for start in range(0, data.size, _CHUNK_BYTES):
+        total = zlib.crc32(data[start : start + _CHUNK_BYTES], total)
+        release(data)
+    return total
+
+
 def mapping_of(array: np.ndarray) -> mmap.mmap | None:
-    """The mapped file in which an array lies; None for one in memory."""
+    """Return the mapped file that an array views; None for an array in memory."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -229,7 +214,7 @@ def mapping_of(array: np.ndarray) -> mmap.mmap | None:
 
 
 def release(array: np.ndarray) -> None:
-    """Give the memory of an array's mapped file back. It is read again when it is looked at again."""
+    """Release the memory of an array's mapped file; it is read again when it is used again."""
     mapping = mapping_of(array)
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,9 +1,11 @@
-"""MindSpore's ``.ckpt`` files, read and written without MindSpore, mapped and streamed.
+"""MindSpore's ``.ckpt`` files, read and written without loading them: mapped and streamed.
 
 The file is a row of protobuf messages: ``Checkpoint {repeated Value value = 1}``, ``Value {string tag = 1; TensorProto
 tensor = 2}``, ``TensorProto {repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3}``. A tensor of
-more than 512 MB follows in slices, each a ``Value`` with the same tag and the dimensions of the whole. Optionally
-``crc_num`` and ten bytes, the checksum of all before, end the file. Scalars have no dimensions, or [0].
+more than 512 MB is written in slices, each a ``Value`` with the same tag and the dimensions of the whole. ``crc_num``
+and ten bytes, the CRC-32 of everything before, may end the file. Scalars have no dimensions, or [0]. MindSpore's own
+messages (``mindspore.train.checkpoint_pb2``) are not used: they read a whole file into memory, and fail where another
+version of protobuf is imported first.
 """
 
 from __future__ import annotations
@@ -11,14 +13,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, Stored, check_count, map_file, release
+from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, LazyTensor, check_count, checksum, map_file
 from pixart_nb.core.io import CheckpointError
 
-#: MindSpore's names of the kinds of numbers.
+#: MindSpore's names of dtypes.
 NAMES = {
     "Float64": "F64",
     "Float32": "F32",
@@ -28,158 +29,150 @@ NAMES = {
     **{f"Int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)},
     **{f"UInt{bits}": f"U{bits}" for bits in (8, 16, 32, 64)},
 }
-_KIND_NAMES = {kind: name for name, kind in NAMES.items()}
+_NAMES_OF = {dtype: name for name, dtype in NAMES.items()}
 _SLICE = 512 * 2**20
-_CHECKSUM, _CHECKSUM_SIZE = b"crc_num", 17
+_CHECKSUM, _CHECKSUM_BYTES = b"crc_num", 10
 _VARINT, _BYTES = 0, 2
-_MOST_AXES = 16
-_MOST_LETTERS = 4096
+_MAX_AXES, _MAX_LETTERS = 16, 4096
 
 
-class _Reader:
-    """Fields of a protobuf message between two places of a file; every length is checked against what is there."""
+class _Messages:
+    """Fields of protobuf messages in the bytes of a file; every length is compared with what is there."""
 
     def __init__(self, path: Path, data: np.ndarray):
         self.path, self.data = path, memoryview(data)
 
-    def damaged(self, place: int, why: str) -> CheckpointError:
+    def damaged(self, position: int, reason: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} ({len(self.data)} bytes) is truncated or no MindSpore checkpoint: {why} at byte {place}"
+            f"{self.path} ({len(self.data)} bytes) is truncated or no MindSpore checkpoint: {reason} at byte {position}"
         )
 
-    def varint(self, place: int, stop: int) -> tuple[int, int]:
-        """A number of seven bits a byte, and the place after it."""
+    def varint(self, position: int, stop: int) -> tuple[int, int]:
+        """Return a number of seven bits per byte, and the position after it."""
         value = 0
         for shift in range(0, 70, 7):
-            if place >= stop:
-                raise self.damaged(place, "it ends")
-            byte = self.data[place]
-            place += 1
+            if position >= stop:
+                raise self.damaged(position, "it ends")
+            byte = self.data[position]
+            position += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
-                return value & (2**64 - 1), place
-        raise self.damaged(place, "a number is too long")
+                return value & (2**64 - 1), position
+        raise self.damaged(position, "a number is too long")
 
-    def fields(self, place: int, stop: int, known: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
-        """(number, start, stop) of each field, (number, value, value) of a number; ``known``: number -> wire type."""
-        while place < stop:
-            key, place = self.varint(place, stop)
+    def fields(self, start: int, stop: int, wire_types: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
+        """Yield (field, start, stop) of each field of bytes and (field, value, value) of each number."""
+        while start < stop:
+            key, start = self.varint(start, stop)
             number, wire = key >> 3, key & 7
-            if known.get(number) != wire:
-                raise self.damaged(place, f"unknown field {number} of wire type {wire}")
-            value, place = self.varint(place, stop)
+            if wire_types.get(number) != wire:
+                raise self.damaged(start, f"unknown field {number} of wire type {wire}")
+            value, start = self.varint(start, stop)
             if wire == _VARINT:
                 yield number, value, value
                 continue
-            if value > stop - place:
-                raise self.damaged(place, f"{value} bytes are announced and {stop - place} follow")
-            yield number, place, place + value
-            place += value
+            if value > stop - start:
+                raise self.damaged(start, f"{value} bytes are announced and {stop - start} follow")
+            yield number, start, start + value
+            start += value
 
-    def text(self, place: int, stop: int) -> str:
-        if stop - place > _MOST_LETTERS:
-            raise self.damaged(place, "a name is too long")
+    def text(self, start: int, stop: int) -> str:
         try:
-            return bytes(self.data[place:stop]).decode()
-        except UnicodeDecodeError as error:
-            raise self.damaged(place, "a name is no text") from error
+            if stop - start <= _MAX_LETTERS:
+                return bytes(self.data[start:stop]).decode()
+        except UnicodeDecodeError:
+            pass
+        raise self.damaged(start, "a name is too long or no text")
 
-    def value(self, place: int, stop: int) -> tuple[str, str, tuple[int, ...], tuple[int, int]]:
-        """Tag, type, dimensions and the place of the content of a ``Value``."""
-        tag, tensor = "", None
-        for number, start, end in self.fields(place, stop, {1: _BYTES, 2: _BYTES}):
+    def value(self, start: int, stop: int) -> tuple[str, str, tuple[int, ...], slice]:
+        """Return tag, type, dimensions and content of a ``Value``."""
+        fields = {number: (a, b) for number, a, b in self.fields(start, stop, {1: _BYTES, 2: _BYTES})}
+        if set(fields) != {1, 2} or not (tag := self.text(*fields[1])):
+            raise self.damaged(start, "a value without a name or a tensor")
+        name, dims, content = "", [], slice(0, 0)
+        for number, a, b in self.fields(*fields[2], {1: _VARINT, 2: _BYTES, 3: _BYTES}):
             if number == 1:
-                tag = self.text(start, end)
-            else:
-                tensor = (start, end)
-        if not tag or tensor is None:
-            raise self.damaged(place, "a value without a name or a tensor")
-        kind, dims, content = "", [], (0, 0)
-        for number, start, end in self.fields(*tensor, {1: _VARINT, 2: _BYTES, 3: _BYTES}):
-            if number == 1:
-                dims.append(start)
+                dims.append(a)
             elif number == 2:
-                kind = self.text(start, end)
+                name = self.text(a, b)
             else:
-                content = (start, end)
-            if len(dims) > _MOST_AXES:
-                raise self.damaged(start, f"{tag} has more than {_MOST_AXES} dimensions")
-        return tag, kind, tuple(dims), content
+                content = slice(a, b)
+            if len(dims) > _MAX_AXES:
+                raise self.damaged(a, f"{tag} has more than {_MAX_AXES} dimensions")
+        return tag, name, tuple(dims), content
 
 
-def open_mindspore(path: str | Path) -> tuple[dict[str, Stored], list[str]]:
-    """The tensors of a ``.ckpt`` file, mapped, and the names of what is no tensor (texts, say)."""
+def open_mindspore(path: str | Path) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Return the tensors of a ``.ckpt`` file, mapped, and the names of values that are no tensors (texts, say)."""
     path = Path(path)
     data = _without_checksum(path, map_file(path))
-    reader, pieces, others = _Reader(path, data), {}, []
-    for count, (_, start, stop) in enumerate(reader.fields(0, len(data), {1: _BYTES}), 1):
+    messages, slices, others = _Messages(path, data), {}, []
+    for count, (_, start, stop) in enumerate(messages.fields(0, len(data), {1: _BYTES}), 1):
         check_count(path, count)
-        tag, kind, dims, content = reader.value(start, stop)
-        if kind not in NAMES:
+        tag, name, dims, content = messages.value(start, stop)
+        if name not in NAMES:
             others.append(tag)
             continue
-        first = pieces.setdefault(tag, (kind, dims, []))
-        if first[:2] != (kind, dims):
-            raise CheckpointError(f"{path} holds {tag} twice, as {first[:2]} and as {(kind, dims)}")
-        first[2].append(data[slice(*content)])
-    if not pieces:
+        first = slices.setdefault(tag, (name, dims, []))
+        if first[:2] != (name, dims):
+            raise CheckpointError(f"{path} holds {tag} twice, as {first[:2]} and as {(name, dims)}")
+        first[2].append(data[content])
+    if not slices:
         raise CheckpointError(f"{path} ({data.size} bytes) holds no tensors; expected a MindSpore checkpoint")
-    return {tag: _tensor(path, tag, *found) for tag, found in pieces.items()}, others
+    return {tag: _tensor(path, tag, *parts) for tag, parts in slices.items()}, others
 
 
-def _tensor(path: Path, tag: str, kind: str, dims: tuple[int, ...], pieces: list[np.ndarray]) -> Stored:
-    dtype = DTYPES[NAMES[kind]]
-    found = sum(piece.size for piece in pieces)
-    shape = () if dims == (0,) and found == dtype.itemsize else dims
-    if found != int(np.prod(shape, dtype=object)) * dtype.itemsize:
-        raise CheckpointError(f"{path}: {tag} of shape {shape} and type {kind} has {found} bytes")
-    content = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    return Stored(NAMES[kind], (content.view(dtype).reshape(shape),), name=tag)
+def _tensor(path: Path, tag: str, name: str, dims: tuple[int, ...], slices: list[np.ndarray]) -> LazyTensor:
+    dtype = DTYPES[NAMES[name]]
+    size = sum(part.size for part in slices)
+    shape = () if dims == (0,) and size == dtype.itemsize else dims
+    if size != int(np.prod(shape, dtype=object)) * dtype.itemsize:
+        raise CheckpointError(f"{path}: {tag} of shape {shape} and type {name} has {size} bytes")
+    content = slices[0] if len(slices) == 1 else np.concatenate(slices)
+    return LazyTensor(NAMES[name], (content.view(dtype).reshape(shape),), name=tag)
 
 
 def _without_checksum(path: Path, data: np.ndarray) -> np.ndarray:
-    """The bytes before the checksum at the end, compared with it, if there is one."""
-    tail = data[-_CHECKSUM_SIZE:].tobytes()
+    """Return the bytes before the checksum at the end, compared with it, if there is one."""
+    tail = data[-len(_CHECKSUM) - _CHECKSUM_BYTES :].tobytes()
     if not tail.startswith(_CHECKSUM):
         return data
-    data, total = data[:-_CHECKSUM_SIZE], 0
-    for start in range(0, data.size, _SLICE):
-        total = zlib.crc32(data[start : start + _SLICE], total)
-        release(data)
-    if total != int.from_bytes(tail[len(_CHECKSUM) :], "big"):
+    data = data[: -len(tail)]
+    if checksum(data) != int.from_bytes(tail[len(_CHECKSUM) :], "big"):
         raise CheckpointError(f"{path} is damaged: it does not match its checksum. Copy it again.")
     return data
 
 
-def write_mindspore(path: Path, tensors: Mapping[str, Stored]) -> None:
-    """Write a ``.ckpt`` file tensor by tensor. MindSpore cannot store a tensor without elements."""
+def write_mindspore(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write a ``.ckpt`` file tensor by tensor, with MindSpore's checksum at its end.
+
+    Raises ``CheckpointError`` for a tensor without elements, which MindSpore cannot store.
+    """
+    total = 0
     with path.open("wb") as file:
         for name, tensor in tensors.items():
-            if not tensor.size:
-                raise CheckpointError(
-                    f"{name} has shape {tensor.shape}, which a MindSpore checkpoint cannot hold"
-                )
-            rows = tensor.shape[0] if tensor.shape else 1
-            step = max(1, _SLICE * rows // tensor.nbytes)
-            for start in range(0, rows, step):
-                part = tensor.rows(start, start + step) if step < rows else tensor
-                _write_value(file, name, tensor, part)
+            for chunk in _values(name, tensor):
+                total = zlib.crc32(chunk, total)
+                file.write(chunk)
+        file.write(_CHECKSUM + total.to_bytes(_CHECKSUM_BYTES, "big"))
 
 
-def _write_value(file: BinaryIO, name: str, tensor: Stored, part: Stored) -> None:
-    head = b"".join(b"\x08" + _varint(n) for n in tensor.shape) + _bytes(
-        2, _KIND_NAMES[tensor.dtype].encode()
-    )
-    head += b"\x1a" + _varint(part.nbytes)
-    tag = _bytes(1, name.encode())
-    inner = len(head) + part.nbytes
-    value = tag + b"\x12" + _varint(inner) + head
-    file.write(b"\x0a" + _varint(len(value) + part.nbytes) + value)
-    for chunk in part.chunks():
-        file.write(chunk.view(np.uint8))
+def _values(name: str, tensor: LazyTensor) -> Iterator[bytes | np.ndarray]:
+    """Yield the bytes of a tensor's ``Value`` messages, one for each slice."""
+    if not tensor.size:
+        raise CheckpointError(f"{name} has shape {tensor.shape}, which a MindSpore checkpoint cannot hold")
+    rows = tensor.shape[0] if tensor.shape else 1
+    step = max(1, _SLICE * rows // tensor.nbytes)
+    for start in range(0, rows, step):
+        part = tensor.rows(start, start + step) if step < rows else tensor
+        head = b"".join(b"\x08" + _varint(n) for n in tensor.shape)
+        head += _field(2, _NAMES_OF[tensor.dtype].encode()) + b"\x1a" + _varint(part.nbytes)
+        value = _field(1, name.encode()) + b"\x12" + _varint(len(head) + part.nbytes) + head
+        yield b"\x0a" + _varint(len(value) + part.nbytes) + value
+        yield from (chunk.view(np.uint8) for chunk in part.chunks())
 
 
-def _bytes(number: int, content: bytes) -> bytes:
+def _field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | _BYTES]) + _varint(len(content)) + content
 
 

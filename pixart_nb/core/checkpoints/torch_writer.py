@@ -1,7 +1,6 @@
-"""Writes ``.pth`` files without PyTorch: ``{"state_dict": tensors}`` in the zip format of ``torch.save``.
+"""Writer of ``.pth`` files without PyTorch: ``{"state_dict": tensors}`` in the zip format of ``torch.save``.
 
-The layout is torch's: a pickle of the names and shapes, a raw member for each tensor, aligned as torch aligns them.
-**Not opened with PyTorch here**; ``torch_reader`` reads back what is written.
+A pickle holds names and shapes, and one uncompressed member each tensor, aligned as torch aligns them.
 """
 
 from __future__ import annotations
@@ -13,21 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.lazy_tensor import Stored
-from pixart_nb.core.checkpoints.torch_unpickler import STORAGES
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.checkpoints.pickle_program import STORAGES
 from pixart_nb.core.io import CheckpointError
 
-_CLASSES = {kind: name for name, kind in STORAGES.items()}
-_ARCHIVE = "archive"
+_CLASSES = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNMENT = 64
 _LOCAL_HEADER = 30
 _PADDING_FIELD = b"FB"
 #: A member of this many bytes needs the longer header of zip's 64-bit form.
 _LARGE = 2**31 - 1
-_PICKLE_VERSION = 2
 
 
-def write_torch(path: Path, tensors: Mapping[str, Stored]) -> None:
+def write_torch(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write a ``.pth`` file tensor by tensor."""
     wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _CLASSES]
     if wrong:
@@ -35,43 +32,35 @@ def write_torch(path: Path, tensors: Mapping[str, Stored]) -> None:
             f"a .pth file cannot hold {', '.join(wrong[:4])}; it can hold {', '.join(_CLASSES)}"
         )
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(f"{_ARCHIVE}/data.pkl", _pickled(tensors))
-        archive.writestr(f"{_ARCHIVE}/byteorder", "little")
+        archive.writestr("archive/data.pkl", _pickled(tensors))
+        archive.writestr("archive/byteorder", "little")
         for number, tensor in enumerate(tensors.values()):
             large = tensor.nbytes > _LARGE
-            info = zipfile.ZipInfo(f"{_ARCHIVE}/data/{number}")
+            info = zipfile.ZipInfo(f"archive/data/{number}")
             info.extra = b"" if large else _padding(file.tell() + _LOCAL_HEADER + len(info.filename))
             with archive.open(info, "w", force_zip64=large) as member:
                 for chunk in tensor.chunks():
                     member.write(chunk.view(np.uint8))
-        archive.writestr(f"{_ARCHIVE}/version", "3\n")
+        archive.writestr("archive/version", "3\n")
 
 
-def _padding(place: int) -> bytes:
-    """A field that moves what follows it from ``place`` to a multiple of 64 bytes, as torch's own."""
-    size = -(place + len(_PADDING_FIELD) + 2) % _ALIGNMENT
+def _padding(position: int) -> bytes:
+    """Return a header field that moves what follows it from ``position`` to a multiple of 64 bytes."""
+    size = -(position + len(_PADDING_FIELD) + 2) % _ALIGNMENT
     return _PADDING_FIELD + size.to_bytes(2, "little") + b"Z" * size
 
 
-def _pickled(tensors: Mapping[str, Stored]) -> bytes:
-    """The pickle: instructions that rebuild each tensor from its storage."""
-    parts = [pickle.PROTO, bytes([_PICKLE_VERSION]), pickle.EMPTY_DICT, _text("state_dict")]
-    parts += [_ORDERED, pickle.MARK]
+def _pickled(tensors: Mapping[str, LazyTensor]) -> bytes:
+    """Return the pickle, whose instructions rebuild each tensor from its storage."""
+    parts = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, _text("state_dict"), _ORDERED_DICT, pickle.MARK]
     for number, (name, tensor) in enumerate(tensors.items()):
-        parts += [_text(name), _rebuilt(tensor, str(number))]
-    parts += [pickle.SETITEMS, pickle.SETITEM, pickle.STOP]
-    return b"".join(parts)
-
-
-def _rebuilt(tensor: Stored, storage: str) -> bytes:
-    strides = [int(np.prod(tensor.shape[axis + 1 :], dtype=object)) for axis in range(len(tensor.shape))]
-    kind = _global("torch", _CLASSES[tensor.dtype])
-    key = (
-        _tuple(_text("storage"), kind, _text(storage), _text("cpu"), _number(tensor.size)) + pickle.BINPERSID
-    )
-    view = [_number(0), *(_tuple(*map(_number, numbers)) for numbers in (tensor.shape, strides))]
-    arguments = _tuple(key, *view, pickle.NEWFALSE, _ORDERED)
-    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+        strides = [int(np.prod(tensor.shape[axis + 1 :], dtype=object)) for axis in range(len(tensor.shape))]
+        storage = _global("torch", _CLASSES[tensor.dtype])
+        key = _tuple(_text("storage"), storage, _text(str(number)), _text("cpu"), _number(tensor.size))
+        view = (_tuple(*map(_number, numbers)) for numbers in (tensor.shape, strides))
+        arguments = _tuple(key + pickle.BINPERSID, _number(0), *view, pickle.NEWFALSE, _ORDERED_DICT)
+        parts += [_text(name), _global("torch._utils", "_rebuild_tensor_v2"), arguments, pickle.REDUCE]
+    return b"".join([*parts, pickle.SETITEMS, pickle.SETITEM, pickle.STOP])
 
 
 def _global(module: str, name: str) -> bytes:
@@ -90,4 +79,4 @@ def _tuple(*items: bytes) -> bytes:
     return pickle.MARK + b"".join(items) + pickle.TUPLE
 
 
-_ORDERED = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+_ORDERED_DICT = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE

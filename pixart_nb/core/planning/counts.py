@@ -13,7 +13,7 @@ from functools import lru_cache
 from mindspore import nn
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.load import unfilled
+from pixart_nb.core.checkpoints.load import init_empty
 from pixart_nb.core.cost import block_products
 from pixart_nb.core.models.embeddings import FREQUENCIES
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
@@ -32,7 +32,7 @@ def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
 
 def network(config: PixArtConfig | T5Config | VAEConfig) -> nn.Cell:
     """The network of a configuration, its parameters without memory."""
-    return unfilled(lambda: _NETWORKS[type(config)](config), ms.float32)
+    return init_empty(lambda: _NETWORKS[type(config)](config), ms.float32)
 
 
 def step_products(config: PixArtConfig, height: int, width: int, captions: Sequence[int]) -> dict[str, int]:

@@ -167,18 +167,18 @@ def grow(
 
 def transformer_config(config: InferenceConfig) -> Any:
     """The ``PixArtConfig`` of a configuration's transformer, read from its names and shapes alone."""
-    from pixart_nb.core.checkpoints.components import component_places
     from pixart_nb.core.checkpoints.configuration import describe
     from pixart_nb.core.checkpoints.files import open_checkpoint
-    from pixart_nb.core.checkpoints.layouts import official_view
+    from pixart_nb.core.checkpoints.layouts import to_official_names
+    from pixart_nb.core.checkpoints.pipeline_folder import component_paths
     from pixart_nb.core.models.transformer import PixArtConfig
 
     said = None
     if config.checkpoint:
         place, said = Path(config.checkpoint), PixArtConfig(**sample.architecture_of(config))
     else:
-        place = component_places(config.model, ["transformer"])["transformer"]
-    return describe(official_view(open_checkpoint(place)), place, said).config
+        place = component_paths(config.model, ["transformer"])["transformer"]
+    return describe(to_official_names(open_checkpoint(place)), place, said).config
 
 
 def drawn_size(config: InferenceConfig, model: Any = None) -> tuple[int, int]:
@@ -204,14 +204,14 @@ def drawn_size(config: InferenceConfig, model: Any = None) -> tuple[int, int]:
 def identity_of(config: InferenceConfig) -> dict[str, str]:
     """What else the numbers of a picture depend on: fingerprints of the networks' files, and how they compute."""
     from pixart_nb.core.backend import device_name, ms
-    from pixart_nb.core.checkpoints.components import component_places
+    from pixart_nb.core.checkpoints.pipeline_folder import component_paths
     from pixart_nb.core.data.features import fingerprint
 
     roots = {name: getattr(config, f"{name}_root") for name in ("vae", "text_encoder", "tokenizer")}
     places = {name: Path(root) for name, root in (roots | {"transformer": config.checkpoint}).items() if root}
     others = [name for name in sample.COMPONENTS if name not in places]
     if config.model:
-        places |= component_places(config.model, others)
+        places |= component_paths(config.model, others)
     known = {name: fingerprint(place) for name, place in places.items()}
     known |= {"sampling_method": config.sampling_method, "dtype": config.dtype}
     known |= {

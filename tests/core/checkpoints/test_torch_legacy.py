@@ -19,8 +19,9 @@ from torch_files import (
     write_pickle,
 )
 
+from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.lazy_tensor import mapping_of
-from pixart_nb.core.checkpoints.torch_reader import read_torch, state_dict
+from pixart_nb.core.checkpoints.torch_reader import read_torch
 from pixart_nb.core.io import CheckpointError
 
 NAMES = ["Float", "Double", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool"]
@@ -48,7 +49,7 @@ def test_the_old_format_begins_as_documented(tmp_path):
 def test_the_old_format_keeps_every_dtype(tmp_path, name, dtype):
     values = np.array([0, 1, 0, 1, 1]).astype(dtype)
     content = {"w": tensor("94", f"{name}Storage", 5, (5,), (1,))}
-    read = read_torch(write_legacy(tmp_path / "a.pth", content, {"94": values}))["w"]
+    read = read_tensors(write_legacy(tmp_path / "a.pth", content, {"94": values}))["w"]
     assert read.dtype == values.dtype
     assert np.array_equal(read, values)
 
@@ -66,22 +67,22 @@ def test_the_old_format_has_strided_shared_and_partly_seen_storages(tmp_path):
         scalar=tensor("10", "FloatStorage", 12, (), (), offset=7),
     )
     path = write_legacy(tmp_path / "a.pth", content, {"10": floats, "9": bits})
-    read = read_torch(path)
+    read = read_tensors(path)
     assert np.array_equal(read["whole"], floats.reshape(3, 4))
     assert np.array_equal(read["transposed"], floats.reshape(3, 4).T)
     assert np.array_equal(read["part"], [[5, 6], [8, 9]])
     assert np.array_equal(read["bfloat"], [1.5, -2.25])
     assert read["scalar"] == 7
-    stored = read_torch(path, lambda tensor: tensor)
+    stored = open_checkpoint(path).tensors
     assert mapping_of(stored["whole"].parts[0]) is mapping_of(stored["part"].parts[0]) is not None
     assert stored["bfloat"].dtype == "BF16"
 
 
 def test_an_official_checkpoint_is_the_same_in_the_old_format(tmp_path):
-    tensors = state_dict(read_torch(official("sigma-ms-kvconv2")[0]))
+    tensors = read_tensors(official("sigma-ms-kvconv2")[0])
     named, storages = as_saved(tensors, "module.")
     path = write_legacy(tmp_path / "old.pth", {"state_dict": named, "epoch": 3}, storages)
-    read = state_dict(read_torch(path))
+    read = read_tensors(path)
     assert list(read) == list(tensors)
     assert all(np.array_equal(read[name], tensors[name]) for name in tensors)
 

@@ -24,9 +24,10 @@ from torch_files import (
     write_torch,
 )
 
-from pixart_nb.core.checkpoints import torch_unpickler
+from pixart_nb.core.checkpoints import pickle_program
 from pixart_nb.core.checkpoints.files import read_tensors
-from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch, state_dict
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch
 from pixart_nb.core.io import CheckpointError
 
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
@@ -47,7 +48,7 @@ def test_tensors_are_rebuilt_strided_shared_and_in_every_dtype(tmp_path):
         bfloat=tensor("2", "BFloat16Storage", 2, (2,), (1,)),
         scalar=tensor("0", "FloatStorage", 12, (), (), offset=7),
     )
-    read = read_torch(write_torch(tmp_path / "a.pth", content, {"0": floats, "1": halves, "2": bfloats}))
+    read = read_tensors(write_torch(tmp_path / "a.pth", content, {"0": floats, "1": halves, "2": bfloats}))
     grid = floats.reshape(3, 4)
     assert np.array_equal(read["whole"], grid)
     assert np.array_equal(read["transposed"], grid.T)
@@ -63,7 +64,7 @@ def test_ema_weights_are_preferred_and_prefixes_removed(tmp_path):
     two = tensor("1", "FloatStorage", 2, (2,), (1,))
     content = {"epoch": 3, "state_dict": {"module.w": one}, "state_dict_ema": {"module.w": two}}
     storages = {"0": np.zeros(2, np.float32), "1": np.ones(2, np.float32)}
-    read = state_dict(read_torch(write_torch(tmp_path / "a.pth", content, storages)))
+    read = read_tensors(write_torch(tmp_path / "a.pth", content, storages))
     assert list(read) == ["w"]
     assert np.array_equal(read["w"], [1, 1])
 
@@ -106,7 +107,7 @@ def test_the_reader_looks_up_no_name_of_the_pickle():
 
 @pytest.mark.parametrize("case", OFFICIAL)
 def test_official_checkpoints_are_read_whole_and_finite(case):
-    tensors = state_dict(read_torch(official(case)[0]))
+    tensors = read_tensors(official(case)[0])
     assert {"x_embedder.proj.weight", "final_layer.linear.bias"} <= set(tensors)
     assert all(np.isfinite(value).all() for value in tensors.values())
 
@@ -115,7 +116,7 @@ def test_official_checkpoints_are_read_whole_and_finite(case):
 def test_every_kind_of_storage_keeps_its_dtype_and_values(tmp_path, name, dtype):
     values = np.array([0, 1, 0, 1, 1]).astype(dtype)
     content = {"w": tensor("0", f"{name}Storage", 5, (5,), (1,))}
-    read = read_torch(write_torch(tmp_path / "a.pth", content, {"0": values}))["w"]
+    read = read_tensors(write_torch(tmp_path / "a.pth", content, {"0": values}))["w"]
     assert read.dtype == values.dtype
     assert np.array_equal(read, values)
 
@@ -123,7 +124,7 @@ def test_every_kind_of_storage_keeps_its_dtype_and_values(tmp_path, name, dtype)
 def test_every_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
     bits = np.arange(2**16, dtype=np.uint16)
     content = {"w": tensor("0", "BFloat16Storage", 2**16, (2**16,), (1,))}
-    read = read_torch(write_torch(tmp_path / "a.pth", content, {"0": bits}))["w"]
+    read = read_tensors(write_torch(tmp_path / "a.pth", content, {"0": bits}))["w"]
     assert read.dtype == np.float32
     assert np.array_equal(read.view(np.uint32) >> 16, bits)
     assert not (read.view(np.uint32) & 0xFFFF).any()
@@ -144,7 +145,7 @@ def test_parameters_and_nested_containers_are_rebuilt(tmp_path):
 
 
 def test_weights_are_mapped_and_cannot_be_written_through():
-    weight = state_dict(read_torch(official("sigma-256")[0]))["x_embedder.proj.weight"]
+    weight = read_tensors(official("sigma-256")[0])["x_embedder.proj.weight"]
     assert not weight.flags.owndata
     with pytest.raises(ValueError, match="read-only"):
         weight[0] = 0
@@ -182,7 +183,7 @@ def test_attributes_may_be_set_on_no_object_but_torchs_dictionary(tmp_path):
     dictionary = pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE
     assert read_torch(write_pickle(tmp_path / "a.pth", built(dictionary))) == {}
     function = pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n"
-    with pytest.raises(CheckpointError, match="sets attributes of a method"):
+    with pytest.raises(CheckpointError, match="sets attributes of a Global"):
         read_torch(write_pickle(tmp_path / "b.pth", built(function)))
 
 
@@ -191,7 +192,7 @@ def test_small_files_that_ask_for_endless_work_are_refused_at_once(tmp_path):
     programs = {
         "storage that cannot be understood": doubled + pickle.BINPERSID,
         "a key of type tuple": pickle.EMPTY_DICT + doubled + pickle.NONE + pickle.SETITEM,
-        "KeyError": pickle.BYTEARRAY8 + struct.pack("<Q", 2**40),
+        "is damaged: ValueError: expected": pickle.BYTEARRAY8 + struct.pack("<Q", 2**40),
         "a key of type int": pickle.EMPTY_DICT
         + pickle.LONG4
         + struct.pack("<I", 9)
@@ -211,7 +212,7 @@ def reduced(function: bytes, arguments: bytes) -> bytes:
 
 def test_calls_that_would_repeat_long_work_are_refused(tmp_path, monkeypatch):
     """A few bytes each could go through a list or a tuple of a million things, a million times."""
-    monkeypatch.setattr(torch_unpickler, "MOST_PROGRAM", 50_000)
+    monkeypatch.setattr(pickle_program, "MAX_PROGRAM", 50_000)
     many = pickle.MARK + pickle.NONE * 1000 + pickle.TUPLE
     pairs = pickle.MARK + (pickle.NONE + pickle.NONE + pickle.TUPLE2) * 1000 + pickle.LIST
     dictionary = b"collections\nOrderedDict\n"
@@ -222,7 +223,7 @@ def test_calls_that_would_repeat_long_work_are_refused(tmp_path, monkeypatch):
         "a call with unknown arguments": reduced(view, many),
         "repeats its dictionaries": repeated,
         "longer than 50000 bytes": pickle.NONE * 100_000,
-        "a line of its pickle does not end": pickle.GLOBAL + b"m" * 10_000,
+        "a pickle with a line that does not end": pickle.GLOBAL + b"m" * 10_000,
         "cannot be understood": many + pickle.BINPERSID,
     }
     for message, program in programs.items():
@@ -278,14 +279,15 @@ def test_dictionaries_as_python_2_pickled_them_are_read(tmp_path):
 def test_a_tensor_that_repeats_its_storage_is_read_as_torch_expands_it(tmp_path):
     row = tensor("0", "FloatStorage", 4, (3, 4), (0, 1))
     values = np.arange(4, dtype=np.float32)
-    read = read_torch(write_torch(tmp_path / "a.pth", {"w": row}, {"0": values}))["w"]
+    read = read_tensors(write_torch(tmp_path / "a.pth", {"w": row}, {"0": values}))["w"]
     assert np.array_equal(read, np.tile(values, (3, 1)))
 
 
 def test_views_may_share_a_storage_but_not_multiply_the_file(tmp_path):
     view = [tensor("0", "FloatStorage", 5000, (50, 100), (1, 50)) for _ in range(1000)]
     values = np.arange(5000, dtype=np.float32)
-    assert len(read_torch(write_torch(tmp_path / "few.pth", {"w": view[:8]}, {"0": values}))["w"]) == 8
+    few = {f"w{n}": part for n, part in enumerate(view[:8])}
+    assert len(read_tensors(write_torch(tmp_path / "few.pth", few, {"0": values}))) == 8
     with pytest.raises(CheckpointError, match="over 16 times the file's size"):
         read_torch(write_torch(tmp_path / "many.pth", {"w": view}, {"0": values}))
 
@@ -298,12 +300,13 @@ def test_a_compressed_pickle_is_refused(tmp_path):
 
 
 def test_weights_are_found_however_deep_and_the_others_are_named():
-    w = {"w": np.ones(1)}
+    w = {"w": LazyTensor.of(np.ones(1))}
     content = {"model": {"state_dict": {"module.w": w["w"]}}, "epoch": 3, "state_dict_ema": None}
-    assert find_weights(content) == (w, "model.state_dict", [])
-    content = {"state_dict": w, "state_dict_ema": {"module.w": np.zeros(1)}, "optimizer": {}}
-    tensors, place, others = find_weights(content)
-    assert (tensors["w"][0], place, others) == (0, "state_dict_ema", ["state_dict"])
+    tensors, key, others = find_weights(content)
+    assert (list(tensors), key, others) == (["w"], "model.state_dict", [])
+    content = {"state_dict": w, "state_dict_ema": {"module.w": LazyTensor.of(np.zeros(1))}, "optimizer": {}}
+    tensors, key, others = find_weights(content)
+    assert (np.asarray(tensors["w"])[0], key, others) == (0, "state_dict_ema", ["state_dict"])
     for nothing in ([], {"epoch": 3}, {"state_dict": {}}):
         with pytest.raises(CheckpointError, match=r"expected tensors by name|holds no tensors"):
             find_weights(nothing)
@@ -329,7 +332,7 @@ def test_pickles_with_changed_bytes_load_or_are_refused_and_raise_nothing_else(t
         for place in rng.integers(0, len(changed), rng.integers(1, 4)):
             changed[place] = rng.integers(256)
         try:
-            state_dict(read_torch(write_pickle(tmp_path / "a.pth", bytes(changed), storages)))
+            read_tensors(write_pickle(tmp_path / "a.pth", bytes(changed), storages))
         except CheckpointError:
             refused += 1
     assert refused > 100
@@ -368,7 +371,7 @@ def test_any_program_is_refused_or_rebuilds_containers_and_looks_up_nothing(prog
             read = read_torch(path)
         except CheckpointError:
             return
-    plain = (dict, list, tuple, str, bytes, int, float, bool, type(None), np.ndarray)
+    plain = (dict, list, tuple, str, bytes, int, float, bool, type(None), LazyTensor)
     assert isinstance(read, plain) or type(read).__module__.startswith("pixart_nb") or callable(read)
     assert not isinstance(read, type(os.system))
 

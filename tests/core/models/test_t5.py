@@ -5,12 +5,12 @@ import pytest
 from reference_data import FORWARD, diffusers, relative_error
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.components import load_component
+from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.models.t5 import T5Config, T5Encoder, relative_position_buckets
 
 
 def encoder(name="sigma"):
-    return load_component("text_encoder", diffusers(name)[0], ms.float32)
+    return LOADERS["text_encoder"](diffusers(name)[0] / "text_encoder", ms.float32)
 
 
 @pytest.mark.parametrize("name", ["sigma", "alpha"])
@@ -41,7 +41,7 @@ def test_position_buckets_grow_logarithmically_and_know_the_direction():
 
 def test_half_precision_weights_stay_close():
     _, _, golden = diffusers("sigma")
-    net = load_component("text_encoder", diffusers("sigma")[0], ms.float16)
+    net = LOADERS["text_encoder"](diffusers("sigma")[0] / "text_encoder", ms.float16)
     out = net(golden["input_ids"], golden["prompt_mask"])
     assert relative_error(out.astype(ms.float32).asnumpy(), golden["prompt_embeds"]) < 1e-2
 
@@ -78,7 +78,7 @@ def test_half_precision_weights_do_not_overflow_where_float32_does_not():
     golden = diffusers("sigma")[2]
     outputs = []
     for dtype in (ms.float32, ms.float16):
-        net = load_component("text_encoder", diffusers("sigma")[0], dtype)
+        net = LOADERS["text_encoder"](diffusers("sigma")[0] / "text_encoder", dtype)
         feed_forward = net.encoder.block[0].layer[1].DenseReluDense
         for weight, factor in ((feed_forward.wi_1.weight, 300), (feed_forward.wo.weight, 3000)):
             weight.set_data(ms.Tensor(weight.asnumpy().astype(np.float32) * factor).astype(dtype))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reference_data import diffusers, relative_error
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.components import load_component
+from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.models import tiling
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.sampling.images import to_uint8
@@ -22,7 +22,7 @@ TINY = Path(__file__).parents[3] / "data" / "tiny-sigma"
 
 @pytest.fixture(scope="module")
 def trained():
-    return load_component("vae", TINY, ms.float32)
+    return LOADERS["vae"](TINY / "vae", ms.float32)
 
 
 def pixels(decoded):
@@ -49,7 +49,7 @@ def test_tiles_have_one_size_cover_the_axis_and_their_weights_sum_to_one(length,
 
 def test_slices_give_the_numbers_of_the_batch():
     _, _, golden = diffusers("sigma")
-    net = load_component("vae", diffusers("sigma")[0], ms.float32)
+    net = LOADERS["vae"](diffusers("sigma")[0] / "vae", ms.float32)
     latents = ms.Tensor(golden["dpm++2m/trajectory"][-1]) / net.config.scaling_factor
     together = net.decode(latents)[0].asnumpy()
     net.enable_slicing()

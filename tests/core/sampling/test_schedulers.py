@@ -51,7 +51,7 @@ def test_a_configuration_makes_the_same_scheduler_again(name, tmp_path):
     assert scheduler_from_config(json.loads(json.dumps(dict(scheduler.config)))) == scheduler
     assert type(scheduler).from_config(scheduler.config) == scheduler
     components.write_index(tmp_path, scheduler)
-    assert components.load_component("scheduler", tmp_path, ms.float32) == scheduler
+    assert components.LOADERS["scheduler"](tmp_path / "scheduler", ms.float32) == scheduler
     assert type(scheduler).from_pretrained(tmp_path, subfolder="scheduler") == scheduler
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", type(scheduler).__name__]
@@ -122,7 +122,7 @@ def test_an_option_that_is_not_implemented_is_named(changes, message, tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(full(**changes)))
     with pytest.raises(CheckpointError, match=rf"scheduler_config.json: .*{message}"):
-        components.load_component("scheduler", tmp_path, ms.float32)
+        components.LOADERS["scheduler"](tmp_path / "scheduler", ms.float32)
 
 
 def test_options_of_a_newer_diffusers_that_are_off_are_passed_over():
