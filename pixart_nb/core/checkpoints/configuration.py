@@ -53,7 +53,7 @@ _FIXED = {
 class Description:
     """Configuration of a checkpoint, as far as it is certain.
 
-    ``config.is_set(name)`` is True for the values that are certain, and for those in ``assumed``, which had to have some
+    ``config.is_set(name)`` is True for certain values, and for those in ``assumed``, which had to have some
     value. ``family``: ``alpha``, ``sigma``, or empty. ``notes``: sentences on where the values come from.
     """
 

@@ -97,7 +97,7 @@ class StreamedT5Encoder:
 
     def __call__(self, input_ids, mask) -> ms.Tensor:
         """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token -> (N, T, d_model)."""
-        ids, seen = self.net.checked(input_ids, mask)
+        ids, seen = self.net.validated(input_ids, mask)
         x, bias, seen = self._embedded(ids), None, ms.Tensor(seen)
         for layer in tqdm(range(self.config.num_layers), desc="T5 layers", leave=False):
             _fill_layer(self.net, self.folder, layer, 0, **self.options)
