@@ -1,4 +1,4 @@
-"""A short training for compression begins at the average, goes on where it was stopped, and has held-out pictures."""
+"""A short training for compression begins at the average, goes on where it was stopped, and has held-out images."""
 
 import mindspore as ms
 import numpy as np
@@ -10,7 +10,7 @@ from pixart_nb.pixelart import adaptation
 from pixart_nb.pixelart.adaptation import CompressionAdaptation
 
 DEEP = [3, 4, 5]
-SMALL = {"pictures": 4, "batch": 2, "compile": False}
+SMALL = {"images": 4, "batch": 2, "compile": False}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_it_begins_with_the_models_weights_and_the_average(pipe, tmp_path, first
     assert pipe.transformer.config.kv_ratio == 1
 
 
-def test_compression_costs_on_the_same_held_out_pictures(pipe, tmp_path, first):
+def test_compression_costs_on_the_same_held_out_images(pipe, tmp_path, first):
     training = CompressionAdaptation(pipe, DEEP, 4, "uniform", tmp_path, 2, like=first, **SMALL)
     whole = training.held_out_error(pipe.transformer)
     assert whole == first.held_out_error(pipe.transformer)
@@ -78,7 +78,7 @@ def test_a_curve_is_measured_once_and_whole_when_it_goes_on(pipe, tmp_path, firs
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"pictures": 2}, "pictures: 4 there, 2 here"), ({"steps": 3}, "steps")]
+    ("change", "said"), [({"images": 2}, "images: 4 there, 2 here"), ({"steps": 3}, "steps")]
 )
 def test_a_training_of_something_else_is_not_gone_on_with(pipe, tmp_path, first, change, said):
     CompressionAdaptation(pipe, DEEP, 2, "conv", tmp_path, 2, like=first, **SMALL).train(1)

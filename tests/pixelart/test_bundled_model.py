@@ -69,7 +69,7 @@ def test_batches_depend_on_the_step_alone_and_drop_captions_at_the_asked_rate(po
     assert dropped == pytest.approx(0.25, abs=0.04)
 
 
-def test_a_picture_keeps_its_own_caption(pool, tokenizer):
+def test_an_image_keeps_its_own_caption(pool, tokenizer):
     latents = np.arange(50, dtype=np.float32).reshape(-1, 1, 1, 1)
     empty = tokenizer.tokenize([""], CAPTION_TOKENS)
     batch = tiny_data.diffusion_batches(latents, pool, lambda ids, mask: ids[..., None], empty, 32, 0.0, 0)
@@ -91,9 +91,9 @@ def test_latents_are_computed_once_and_held_out_scenes_never_appear(tmp_path, mo
     monkeypatch.setattr(tiny_data, "SHARD", 64)
     calls = []
 
-    def encode(pictures):
-        calls.append(len(pictures))
-        return pictures.mean(axis=(2, 3), keepdims=True)
+    def encode(images):
+        calls.append(len(images))
+        return images.mean(axis=(2, 3), keepdims=True)
 
     means, numbers = tiny_data.cached_latents(encode, SCENES, tmp_path, 100, 0)
     assert means.shape == (100, 3, 1, 1)

@@ -25,12 +25,12 @@ def test_the_noun_finds_the_object_and_a_wrong_word_does_not(found):
     assert means["object"] > 2 * means["setting"]
 
 
-def test_each_picture_comes_with_its_words_and_their_maps(found):
+def test_each_image_comes_with_its_words_and_their_maps(found):
     for one in found:
         assert one.words[-1] == "</s>" and {one.scene.object, one.scene.setting} <= set(one.words)
         assert one.maps.shape == (len(one.words), 8, 8)
         assert np.abs(one.maps.sum(0) - 1).max() < 1e-5
-        assert one.picture.shape == (128, 128, 3) and one.mask.shape == (128, 128)
+        assert one.image.shape == (128, 128, 3) and one.mask.shape == (128, 128)
         best = thresholded(one.maps[one.words.index(one.scene.object)], one.mask.shape)
         assert one.overlap_of(one.scene.object) == overlap(best, one.mask)
 

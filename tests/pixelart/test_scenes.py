@@ -1,4 +1,4 @@
-"""Drawn scenes, their captions and the shipped pictures."""
+"""Drawn scenes, their captions and the shipped images."""
 
 import json
 from itertools import combinations, pairwise, product
@@ -74,7 +74,7 @@ def test_an_unknown_name_is_refused_with_the_valid_ones(names, valid):
         Scene(*names)
 
 
-def test_too_small_a_picture_or_grid_is_refused():
+def test_too_small_an_image_or_grid_is_refused():
     with pytest.raises(ValueError, match="15x128"):
         draw(MUSHROOM, generator(), 15, 128)
     with pytest.raises(ValueError, match="16x12"):
@@ -85,17 +85,17 @@ def test_too_small_a_picture_or_grid_is_refused():
 @given(st.integers(16, 300), st.integers(16, 300), st.integers(0, 2**31))
 def test_any_size_shows_the_whole_object_near_the_middle(height, width, seed):
     scene = some_scenes(1, seed)[0]
-    picture = draw_with_mask(scene, generator(seed), height, width)
-    assert picture.pixels.shape == (height, width, 3) and picture.pixels.dtype == np.uint8
-    assert picture.mask.shape == (height, width) and picture.mask.any()
-    assert np.array_equal(picture.pixels, draw(scene, generator(seed), height, width))
+    image = draw_with_mask(scene, generator(seed), height, width)
+    assert image.pixels.shape == (height, width, 3) and image.pixels.dtype == np.uint8
+    assert image.mask.shape == (height, width) and image.mask.any()
+    assert np.array_equal(image.pixels, draw(scene, generator(seed), height, width))
     cells = grid_size(height, width)
     assert min(cells) == 16
-    for first, size in zip((picture.placement.row, picture.placement.column), cells, strict=True):
+    for first, size in zip((image.placement.row, image.placement.column), cells, strict=True):
         assert abs(first - (size - SHAPE_SIZE) // 2) <= 1
 
 
-def test_a_picture_of_twice_the_size_shows_the_same_scene_scaled():
+def test_an_image_of_twice_the_size_shows_the_same_scene_scaled():
     for scene in some_scenes(10):
         small = draw(scene, generator(3))
         assert np.array_equal(draw(scene, generator(3), 256, 256), small.repeat(2, axis=0).repeat(2, axis=1))
@@ -108,7 +108,7 @@ def test_an_object_has_as_many_cells_at_every_size(height, width):
         assert mask.sum() == sprite_mask(scene.object).sum() * (min(height, width) // 16) ** 2
 
 
-def test_the_grid_is_the_picture_at_one_value_per_cell():
+def test_the_grid_is_the_image_at_one_value_per_cell():
     assert np.array_equal(
         draw(MUSHROOM, generator(4), 128, 192)[4::8, 4::8], draw_grid(MUSHROOM, generator(4), 16, 24)
     )
@@ -126,8 +126,8 @@ def test_objects_take_all_nine_places_and_only_some_are_mirrored():
 def test_most_lit_pixels_of_an_object_are_nearest_to_its_own_colour():
     shades = np.array([RAMPS[colour][1:4] for colour in COLOURS], dtype=float).reshape(-1, 3)
     for name, (number, colour) in product(OBJECTS, enumerate(COLOURS)):
-        picture = draw_with_mask(Scene(name, colour, "cave"), generator(number), 64, 64)
-        pixels = picture.pixels[picture.mask].astype(float)
+        image = draw_with_mask(Scene(name, colour, "cave"), generator(number), 64, 64)
+        pixels = image.pixels[image.mask].astype(float)
         lit = pixels[pixels.max(axis=1) > 100]
         nearest = np.square(lit[:, None] - shades).sum(axis=-1).argmin(axis=1) // 3
         assert np.bincount(nearest).argmax() == number, (name, colour)
@@ -142,10 +142,10 @@ def test_colours_are_far_apart_and_their_shades_grow_lighter():
 
 def test_every_object_stands_out_from_every_setting():
     for name, colour, setting in product(OBJECTS, COLOURS, SETTINGS):
-        picture = draw_with_mask(Scene(name, colour, setting), generator(2), 16, 16)
-        rows = [row[~gone].mean(axis=0) for row, gone in zip(picture.pixels, picture.mask, strict=True)]
-        off = picture.pixels - np.array(rows)[:, None]
-        assert np.sqrt(np.square(off[picture.mask]).mean()) > 35, (name, colour, setting)
+        image = draw_with_mask(Scene(name, colour, setting), generator(2), 16, 16)
+        rows = [row[~gone].mean(axis=0) for row, gone in zip(image.pixels, image.mask, strict=True)]
+        off = image.pixels - np.array(rows)[:, None]
+        assert np.sqrt(np.square(off[image.mask]).mean()) > 35, (name, colour, setting)
 
 
 def _least_difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -270,7 +270,7 @@ def test_an_interrupted_rewrite_leaves_the_old_labels(tmp_path, monkeypatch):
     assert (tmp_path / "labels.json").read_bytes() == old
 
 
-def test_the_shipped_pictures_are_those_the_code_draws(tmp_path):
+def test_the_shipped_images_are_those_the_code_draws(tmp_path):
     again = write_dataset(tmp_path, count=36, seed=0)
     assert (SHIPPED / "labels.json").read_text() == again.read_text()
     labels = json.loads(again.read_text())

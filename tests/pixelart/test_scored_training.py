@@ -46,9 +46,9 @@ def whole(config, tmp_path_factory):
 
 
 def test_scores_losses_and_the_error_before_the_first_step_come_back(whole):
-    assert list(whole.scores) == list(whole.pictures) == [0, 2, 3]
+    assert list(whole.scores) == list(whole.images) == [0, 2, 3]
     assert all(set(score) == {"object", "colour", "setting", "all"} for score in whole.scores.values())
-    assert whole.pictures[0].shape == (2, 64, 64, 3)
+    assert whole.images[0].shape == (2, 64, 64, 3)
     assert whole.report["loss"] > 0
     assert [row["step"] for row in whole.rows] == [1, 2, 3]
     losses = [row["loss"] for row in whole.rows]
@@ -56,11 +56,11 @@ def test_scores_losses_and_the_error_before_the_first_step_come_back(whole):
     assert whole.shares("object") == ([0, 2, 3], [score["object"] for score in whole.scores.values()])
 
 
-def test_the_pictures_are_those_of_the_weights_of_their_step(whole):
-    assert not np.array_equal(whole.pictures[0], whole.pictures[3])
+def test_the_images_are_those_of_the_weights_of_their_step(whole):
+    assert not np.array_equal(whole.images[0], whole.images[3])
     pipe = PixArtSigmaPipeline.from_pretrained(whole.result)
-    drawn = evaluate_model(pipe, held_out_scenes(2), height=64, width=64, **DRAWING)["pictures"]
-    assert np.array_equal(drawn, whole.pictures[3])
+    drawn = evaluate_model(pipe, held_out_scenes(2), height=64, width=64, **DRAWING)["images"]
+    assert np.array_equal(drawn, whole.images[3])
 
 
 def test_a_run_in_parts_has_the_same_scores_and_draws_nothing_twice(whole, config, tmp_path):
@@ -71,7 +71,7 @@ def test_a_run_in_parts_has_the_same_scores_and_draws_nothing_twice(whole, confi
     again = train_and_score(config(output, 3), held_out_scenes(2), (0, 2, 3), bar=False, **DRAWING)
     assert first.stat().st_mtime_ns == before
     assert again.report == whole.report and again.scores == whole.scores
-    assert all(np.array_equal(again.pictures[step], whole.pictures[step]) for step in (0, 2, 3))
+    assert all(np.array_equal(again.images[step], whole.images[step]) for step in (0, 2, 3))
 
 
 def test_what_was_drawn_of_other_scenes_is_not_taken_for_these(config, tmp_path):

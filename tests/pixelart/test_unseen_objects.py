@@ -41,14 +41,14 @@ def test_an_evaluator_that_knows_them_reads_every_unseen_scene_back():
 
 def test_knowing_more_objects_changes_no_verdict_on_known_ones():
     rng, scenes = np.random.default_rng(2), all_scenes()[::40]
-    pictures = [draw(scene, rng) for scene in scenes]
-    assert SpriteEvaluator((*OBJECTS, *UNSEEN_OBJECTS)).accuracy(pictures, scenes)["all"] == 1.0
+    images = [draw(scene, rng) for scene in scenes]
+    assert SpriteEvaluator((*OBJECTS, *UNSEEN_OBJECTS)).accuracy(images, scenes)["all"] == 1.0
 
 
 def test_an_evaluator_never_names_an_object_outside_its_list():
-    picture = draw(Scene("anchor", "red", "grass"), np.random.default_rng(0))
-    assert SpriteEvaluator().evaluate(picture).object in OBJECTS
-    assert SpriteEvaluator(["cat", "anchor"]).evaluate(picture).object == "anchor"
+    image = draw(Scene("anchor", "red", "grass"), np.random.default_rng(0))
+    assert SpriteEvaluator().evaluate(image).object in OBJECTS
+    assert SpriteEvaluator(["cat", "anchor"]).evaluate(image).object == "anchor"
     for objects in ([], ["cat", "ankor"]):
         with pytest.raises(ValueError, match="expected some of"):
             SpriteEvaluator(objects)
@@ -73,5 +73,5 @@ def test_scenes_are_written_as_a_data_set_of_chosen_sizes(tmp_path):
     labels = json.loads(path.read_text())
     assert [label["prompt"] for label in labels] == [short_caption(scene) for scene in scenes]
     assert [(label["height"], label["width"]) for label in labels] == [(128, 128), (128, 192), (128, 128)]
-    pictures = [np.asarray(Image.open(path.parent / label["path"])) for label in labels]
-    assert SpriteEvaluator((*OBJECTS, *UNSEEN_OBJECTS)).accuracy(pictures, scenes)["all"] == 1.0
+    images = [np.asarray(Image.open(path.parent / label["path"])) for label in labels]
+    assert SpriteEvaluator((*OBJECTS, *UNSEEN_OBJECTS)).accuracy(images, scenes)["all"] == 1.0

@@ -1,1 +1,1 @@
-"""Captioned pictures: the drawn pixel-art scenes, their captions and the judge that reads them back."""
+"""Data sets: label files, imports, aspect-ratio buckets, batches and the feature cache."""

@@ -1,13 +1,16 @@
-"""What is wrong with data, said once and whole."""
+"""Errors and reports about data sets."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from pixart_nb.core.errors import PixArtNBError
 
-#: Problems that an error names; the others are counted.
+#: Problems that the message of an error lists; the others are counted.
 SHOWN = 20
 
 
@@ -16,7 +19,7 @@ class DataError(PixArtNBError):
 
 
 class ProblemsError(DataError):
-    """Several things are wrong. ``problems`` has a sentence for each; the message counts them and names the first."""
+    """Several problems at once. ``problems`` has a sentence for each; the message lists the first ones."""
 
     def __init__(self, source: str | os.PathLike[str], problems: Sequence[str], shown: int = SHOWN):
         self.problems = list(problems)
@@ -24,18 +27,36 @@ class ProblemsError(DataError):
         super().__init__(f"{self.heading}\n{listed(self.problems, shown)}")
 
     def whole(self) -> str:
-        """The message with every problem, however many."""
+        """Return the message with all problems."""
         return f"{self.heading}\n{listed(self.problems, len(self.problems))}"
 
 
+@dataclass
+class ImportReport:
+    """Result of an import: files that were written, numbers of images, and what was left out and why."""
+
+    files: list[Path]
+    training: int = 0
+    testing: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.training} training images" + f", {self.testing} test images" * bool(self.testing)]
+        lines += [f"left out: {count} {reason}" for reason, count in self.left_out.items()]
+        lines += [listed(self.problems, len(self.problems))] * bool(self.problems)
+        return "\n".join([*lines, *self.notes, *map(str, self.files)])
+
+
 def listed(problems: Sequence[str], shown: int = SHOWN) -> str:
-    """Problems as lines of text; of a long list the first, and how many more there are."""
+    """Return problems as indented lines, the first ``shown`` of them, and the number of the others."""
     lines = [f"  {problem}" for problem in problems[:shown]]
     more = len(problems) - shown
     return "\n".join(lines + [f"  and {more} more"] * (more > 0))
 
 
-def shortened(value: object, most: int = 80) -> str:
-    """A value as an error may show it, on one line."""
+def shortened(value: object, longest: int = 80) -> str:
+    """Return a value and its type on one printable line, for an error message."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return f"{text if len(text) <= most else text[:most] + '...'} ({type(value).__name__})"
+    return f"{text if len(text) <= longest else text[:longest] + '...'} ({type(value).__name__})"

@@ -1,9 +1,10 @@
-"""Picture files of any kind as upright RGB pixels, and pixels as a model trains on them."""
+"""Image files of any format as upright RGB pixels, and pixels as a model trains on them."""
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,20 +13,19 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.errors import PixArtNBError
 
-#: What Pillow may read a picture as. Others are refused: some of them start programs.
+#: Formats that Pillow may read. Others are refused: some of them start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 Image.init()  # all plugins at once: loading them on demand is not safe when several threads do
-#: Endings of such files.
+#: File name endings of these formats.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-#: Pixels of the largest picture that is read: more are taken for a file made to fill the memory.
-MOST_PIXELS = 89_478_485
-#: Pixels that a scaled picture may always have before its middle is cut out.
-_WHOLE = 2**24
+#: Pixels of the largest image that is read; a larger one is taken for a decompression bomb.
+MAX_PIXELS = 89_478_485
+#: Pixels that a scaled image may have before its middle is cut out.
+_MAX_SCALED = 2**24
 
-#: EXIF orientation -> what turns the stored pixels upright.
-_TURNS = {
+#: EXIF orientation -> operation that makes the stored pixels upright.
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,33 +37,32 @@ _TURNS = {
 _ORIENTATION = 0x0112
 #: Format -> ending, where the two have different names.
 _ENDING = {"JPEG": ".jpg", "MPO": ".jpg"}
-Taken = TypeVar("Taken")
+Result = TypeVar("Result")
 
 
 class ImageError(DataError):
-    """A picture that cannot be read."""
+    """An image that cannot be read."""
 
 
 def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) in pixels of the upright picture, from the file's header alone.
+    """Return (height, width) in pixels of the upright image, from the file's header alone.
 
-    Raises:
-        ImageError: it is missing, no picture, of a kind that is not read, or too large.
+    Raises ``ImageError`` if it is missing, no image, of another format, or too large.
     """
     return _read(path, _upright_size)
 
 
 def load_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """The upright picture as (height, width, 3) uint8.
+    """Return the upright image as (height, width, 3) uint8.
 
-    Palettes, greys, CMYK and 16-bit channels become 8-bit RGB; what is transparent is laid over white; an animation
+    Palettes, greys, CMYK and 16-bit channels become 8-bit RGB; transparency is composed over white; an animation
     gives its first frame. Raises ``ImageError`` as ``read_image_size`` does, and for a file that is cut or damaged.
     """
     return _read(path, lambda image: np.asarray(_upright(image)))
 
 
 def check_image(content: bytes, name: str) -> tuple[str, int, int]:
-    """Ending of the file format, height and width of the picture that ``content`` holds, decoded whole.
+    """Decode an image file and return the ending of its format, its height and its width.
 
     Raises ``ImageError``, which calls it by ``name``, as ``load_image`` does.
     """
@@ -76,10 +75,9 @@ def check_image(content: bytes, name: str) -> tuple[str, int, int]:
 
 
 def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale a picture (H, W, 3) uint8 to cover a size and cut out the middle: (height, width, 3) uint8.
+    """Scale an image (H, W, 3) uint8 to cover a size and cut out the middle: (height, width, 3) uint8.
 
-    As the official ``InternalDataMSSigma`` does: bicubic, or Lanczos for sizes from 2048 x 2048 on, both smoothed
-    when shrinking.
+    As the official ``InternalDataMSSigma``: bicubic, or Lanczos for sizes from 2048 x 2048 on, both antialiased.
     """
     rows, columns = pixels.shape[:2]
     if (rows, columns) == (height, width):
@@ -89,11 +87,11 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = (round((have - want) / 2) for have, want in zip(covering, (height, width), strict=True))
     method = Image.Resampling.LANCZOS if height * width >= 2048**2 else Image.Resampling.BICUBIC
     image = Image.fromarray(pixels)
-    if covering[0] * covering[1] <= max(8 * height * width, _WHOLE):
+    if covering[0] * covering[1] <= max(8 * height * width, _MAX_SCALED):
         whole = image.resize(covering[::-1], method)
         return np.asarray(whole.crop((left, top, left + width, top + height)))
-    # Of a long strip only the part that is kept is computed, in memory that is there: rounded a little differently,
-    # since Pillow may then scale rows before columns.
+    # Of a long strip only the part that is kept is computed, to save memory. It is rounded a little differently, since
+    # Pillow may then scale rows before columns.
     step = rows / covering[0], columns / covering[1]
     box = (left * step[1], top * step[0], (left + width) * step[1], (top + height) * step[0])
     inside = tuple(min(value, limit) for value, limit in zip(box, (columns, rows) * 2, strict=True))
@@ -101,48 +99,59 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def to_signed(pixels: np.ndarray) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 -> (N, 3, H, W) float32 in -1..1."""
+    """Images (N, H, W, 3) uint8 -> (N, 3, H, W) float32 in -1..1."""
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1.0
 
 
 def _read(
-    source: str | os.PathLike[str] | io.BytesIO, take: Callable[[Image.Image], Taken], name: str = ""
-) -> Taken:
-    path = name or source
+    source: str | os.PathLike[str] | io.BytesIO, function: Callable[[Image.Image], Result], name: str = ""
+) -> Result:
+    """Return ``function`` of the opened image; any failure becomes an ``ImageError``."""
+    name = name or (str(source) if str(source).isprintable() else ascii(str(source)))
     try:
+        if not isinstance(source, io.BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise ImageError(f"{name}: is a folder, pipe or device; expected an image file")
         with Image.open(source, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ImageError(_too_large(path, f"{image.height}x{image.width} pixels"))
-            return take(image)
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(_too_large(name, f"{image.height}x{image.width} pixels"))
+            return function(image)
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{path}: there is no such file") from None
+        link = " (a link whose target is missing)" if os.path.islink(source) else ""
+        raise ImageError(f"{name}: does not exist{link}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(_too_large(path, str(error))) from None
+        raise ImageError(_too_large(name, str(error))) from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{path}: is no picture; expected {', '.join(FORMATS)}") from None
+        if not isinstance(source, io.BytesIO) and _is_lfs_pointer(source):
+            raise ImageError(f"{name}: is a Git LFS pointer; run `git lfs pull`") from None
+        raise ImageError(f"{name}: is no image; expected {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged files Pillow raises nearly anything
         raise ImageError(
-            f"{path}: cut or damaged ({type(error).__name__}: {error}); copy it again or leave it out"
+            f"{name}: cut off or damaged ({type(error).__name__}: {error}); copy it again or leave it out"
         ) from error
 
 
-def _too_large(path: str | os.PathLike[str], what: str) -> str:
-    return f"{path}: {what}; at most {MOST_PIXELS} pixels are read, so shrink it or leave it out"
+def _is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    with open(path, "rb") as file:
+        return file.read(24) == b"version https://git-lfs."
+
+
+def _too_large(name: str, size: str) -> str:
+    return f"{name}: {size}; expected at most {MAX_PIXELS} pixels: shrink it or leave it out"
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or it cannot be read."""
     if image.format == "TIFF":  # Pillow turns these by itself
         return 1
     if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
-        return 1  # asking would decode the whole picture, in search of a mark after the pixels
+        return 1  # asking would decode the whole image, in search of a mark after the pixels
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
         return 1
-    return found if found in _TURNS else 1
+    return orientation if orientation in _TRANSPOSE else 1
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -151,10 +160,10 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    turn = _TURNS.get(_orientation(image))
+    transpose = _TRANSPOSE.get(_orientation(image))
     image.load()
     rgb = _to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -162,8 +171,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise PixArtNBError(f"channels of 32 bits (mode {image.mode}); expected 8 or 16")
+        raise ValueError(f"channels of 32 bits (mode {image.mode}); expected 8 or 16")
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")

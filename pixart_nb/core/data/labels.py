@@ -1,24 +1,33 @@
-"""Label files: which picture has which captions, checked as a whole before anything is trained on them."""
+"""Label files: images and their captions, validated as a whole before a training starts."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from pixart_nb.core.data.errors import DataError, ProblemsError, shortened
+from pixart_nb.core.data.files import (
+    DESCRIPTIONS,
+    PATHS,
+    PROMPTS,
+    PlacedEntry,
+    path_inside,
+    read_entries,
+)
 from pixart_nb.core.data.images import ImageError, load_image, read_image_size
 
-#: Characters of the longest caption that is read; the text encoder reads some hundred words of it.
-MOST_CHARACTERS = 20_000
+#: Longest caption in characters; the text encoder reads some hundred words of it.
+MAX_CHARACTERS = 20_000
+#: Largest height, width or ratio that an entry may state.
+_MAX_NUMBER = 1e9
+_AT_ONCE = 256
 
 
 class LabelError(ProblemsError):
@@ -27,10 +36,11 @@ class LabelError(ProblemsError):
 
 @dataclass(frozen=True)
 class Label:
-    """A picture and its captions: an entry of ``labels.json``.
+    """An image and its captions: an entry of ``labels.json``.
 
-    ``path`` is relative to the folder of pictures, ``file`` where it lies. ``prompt`` is the original caption,
-    ``sharegpt4v`` a described one, empty if there is none. ``height`` and ``width`` are those of the upright picture.
+    ``path`` is relative to the folder of images, ``file`` is its path on the disk. ``prompt`` is the original caption
+    and ``more_prompts`` are further ones; ``sharegpt4v`` is a generated description, empty if there is none.
+    ``height`` and ``width`` are those of the upright image.
     """
 
     path: str
@@ -39,200 +49,186 @@ class Label:
     sharegpt4v: str
     height: int
     width: int
+    more_prompts: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
         """Height divided by width."""
         return self.height / self.width
 
-    def as_json(self) -> dict[str, str | int | float]:
-        """The entry as the official label files have it."""
-        return {
-            "path": self.path,
-            "prompt": self.prompt,
-            "sharegpt4v": self.sharegpt4v,
-            "height": self.height,
-            "width": self.width,
-            "ratio": self.ratio,
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All original captions."""
+        return (self.prompt, *self.more_prompts)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions; the description, if there is one, is the last."""
+        return self.prompts + (self.sharegpt4v,) * bool(self.sharegpt4v)
+
+    def as_json(self) -> dict[str, object]:
+        """Return the entry as official label files have it; several prompts are in ``captions`` too."""
+        entry = {
+            key: getattr(self, key) for key in ("path", "prompt", "sharegpt4v", "height", "width", "ratio")
         }
+        return entry | ({"captions": list(self.prompts)} if self.more_prompts else {})
 
 
 def load_labels(
     json_path: str | os.PathLike[str], image_dir: str | os.PathLike[str], decode: bool = False
 ) -> list[Label]:
-    """Read and check a label file and the pictures that it names, in the order of the file.
+    """Read and validate a label file and the images that it names, in the order of the file.
 
-    The file is a list of ``{"path", "prompt", "sharegpt4v", "height", "width", "ratio"}``; ``path`` and ``prompt``
-    are required, other keys are left alone. Sizes are taken from the pictures, upright; a warning counts the entries
-    that say another one. ``decode`` reads every picture whole, which finds those that are cut.
+    The file is a list of ``{"path", "prompt", "sharegpt4v", "height", "width", "ratio"}``, as JSON, JSON Lines or CSV.
+    ``path`` and ``prompt`` are required (or ``file_name`` and ``text`` or ``caption``); a prompt may be a list, and an
+    image that is named again gets further prompts. Sizes are those of the images; a warning counts the entries that
+    state others. ``decode`` decodes every image, which finds those that are cut off.
 
     Raises:
-        LabelError: lists all problems at once: a file that is no such list, entries with missing or mistyped keys,
-            captions that are empty or not text, paths that leave ``image_dir``, are named twice or have no
-            readable picture.
+        LabelError: lists all problems: no such list, entries with missing or mistyped keys, captions that are empty
+            or no text, paths that leave ``image_dir`` or have no readable image.
     """
-    entries = _read_entries(Path(json_path))
     folder = Path(image_dir)
+    entries = _entries(json_path)
     if not folder.is_dir():
-        raise LabelError(json_path, [f"the folder of its pictures, image_dir {folder}, does not exist"])
-    labels, problems, elsewhere = check_entries(entries, folder, decode, f"checking {Path(json_path).name}")
+        raise LabelError(json_path, [f"the folder of its images, image_dir {folder}, does not exist"])
+    labels, problems, notes = check_entries(entries, folder, decode, f"checking {Path(json_path).name}")
     if problems:
         raise LabelError(json_path, problems)
-    if elsewhere:
-        warnings.warn(
-            f"{json_path}: {elsewhere} entries say another height or width than their picture has; "
-            "the picture's is used",
-            stacklevel=2,
-        )
+    for note in notes:
+        warnings.warn(f"{json_path}: {note}", stacklevel=2)
     return labels
 
 
 def read_prompts(json_path: str | os.PathLike[str]) -> list[str]:
-    """The prompts of a label file alone, in its order; its pictures need not be there.
+    """Return the first prompt of each entry of a label file; its images need not exist.
 
-    Raises ``LabelError`` with all that is wrong with them.
+    Raises ``LabelError`` with all problems of the prompts.
     """
-    entries = _read_entries(Path(json_path))
-    prompts = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
-    found = [(number, caption_problem("prompt", prompt)) for number, prompt in enumerate(prompts)]
-    problems = [f"entry {number}: {problem}" for number, problem in found if problem]
+    prompts, problems = [], []
+    for place, entry in _entries(json_path):
+        values = prompts_of(entry) if isinstance(entry, dict) else [entry]
+        problem = caption_problem("prompt", values[0]) if values else "prompt is missing"
+        problems += [f"{place}: {problem}"] * bool(problem)
+        prompts += values[:1]
     if problems:
         raise LabelError(json_path, problems)
     return prompts
 
 
 def check_entries(
-    entries: Sequence[object],
-    folder: Path,
-    decode: bool,
-    description: str,
-    places: Sequence[str] | None = None,
-) -> tuple[list[Label], list[str], int]:
-    """Labels of those entries that are sound, the problems of the others, and how many say another size.
-
-    ``places`` names each entry in its problems; ``entry 0``, ``entry 1`` and so on unless told.
-    """
-    labels, problems, elsewhere = [], [], 0
-    names = places or [f"entry {number}" for number in range(len(entries))]
-    seen: dict[Path, str] = {}
-    checks = each_on_threads(_Check(folder, decode), entries, description)
-    for name, (label, found, same_size) in zip(names, checks, strict=True):
-        problems += [f"{name}: {problem}" for problem in found]
+    entries: Sequence[PlacedEntry], folder: Path, decode: bool, description: str
+) -> tuple[list[Label], list[str], list[str]]:
+    """Return the labels of the valid entries, the problems of the others, and notes on what was changed."""
+    labels: dict[Path, Label] = {}
+    problems, other_size, repeated = [], 0, 0
+    for (place, entry), (label, wrong) in zip(
+        entries, _check_all(entries, folder, decode, description), strict=True
+    ):
+        problems += [f"{place}: {problem}" for problem in wrong]
         if label is None:
             continue
-        if (first := seen.setdefault(label.file, name)) != name:
-            problems.append(f"{name}: path {label.path!r} is that of {first} too")
-            continue
-        labels.append(label)
-        elsewhere += not same_size
-    return labels, problems, elsewhere
+        size = (label.height, label.width)
+        other_size += (
+            tuple(entry.get(key, n) for key, n in zip(("height", "width"), size, strict=True)) != size
+        )
+        if label.file in labels:
+            repeated += 1
+            label = _merged(labels[label.file], label)
+        labels[label.file] = label
+    notes = {
+        f"{other_size} entries state another height or width than their image has; the image's is used": other_size,
+        f"{repeated} entries name an image again; their captions were added to its first entry": repeated,
+    }
+    return list(labels.values()), problems, [note for note, count in notes.items() if count]
+
+
+def prompts_of(entry: dict) -> list[object]:
+    """Return the prompts of an entry, of any type: those of the first key for a prompt, and of its plurals."""
+    values = [entry[key] for key in PROMPTS if key in entry][:1]
+    values += [entry[f"{key}s"] for key in PROMPTS if isinstance(entry.get(f"{key}s"), list)]
+    prompts: list[object] = []
+    for prompt in chain.from_iterable(value if isinstance(value, list) else [value] for value in values):
+        if prompt not in prompts:
+            prompts.append(prompt)
+    return prompts
 
 
 def caption_problem(key: str, value: object) -> str | None:
-    """What is wrong with a caption; None if nothing is."""
+    """Return what is wrong with a caption, or None."""
     if not isinstance(value, str):
         return f"{key} is {shortened(value)}; expected a text"
     if not any(character.isprintable() and not character.isspace() for character in value):
         return f"{key} is empty; expected a caption"
-    if len(value) > MOST_CHARACTERS:
-        return f"{key} has {len(value)} characters; at most {MOST_CHARACTERS} are read"
+    if len(value) > MAX_CHARACTERS:
+        return f"{key} has {len(value)} characters; expected at most {MAX_CHARACTERS}"
     if any("\ud800" <= character <= "\udfff" for character in value):
-        return f"{key} is {shortened(value)}: half of a character, which is no text"
+        return f"{key} is {shortened(value)}, with half of a character; save the file as UTF-8"
     return None
 
 
-def inside(folder: Path, path: object) -> Path:
-    """Where a path relative to ``folder`` leads, links followed.
-
-    Raises:
-        DataError: it is no text or no relative path, or leads out of the folder.
-    """
-    if not isinstance(path, str) or not path.strip() or "\0" in path or Path(path).is_absolute():
-        raise DataError(f"path is {shortened(path)}; expected a path relative to the folder of pictures")
-    base = folder.resolve()
+def _entries(json_path: str | os.PathLike[str]) -> list[PlacedEntry]:
     try:
-        place = (base / path).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long, half characters
-        raise DataError(f"path {shortened(path)} cannot be followed: {error}") from None
-    if not place.is_relative_to(base):
-        raise DataError(
-            f"path {shortened(path)} leaves the folder of pictures {folder}; expected one within it"
-        )
-    return place
-
-
-def _read_entries(path: Path) -> list[object]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise LabelError(path, [f"cannot be read ({error.strerror}); expected a label file"]) from None
-    except (ValueError, RecursionError) as error:  # no JSON, not UTF-8, nested without end
-        raise LabelError(path, [f"is not JSON: {error or 'nested too deeply'}"]) from None
-    if not isinstance(entries, list):
-        raise LabelError(
-            path, [f"holds a {type(entries).__name__}; expected a list of labels, [{{...}}, ...]"]
-        )
+        entries = read_entries(Path(json_path))
+    except DataError as error:
+        raise LabelError(json_path, [str(error)]) from None
     if not entries:
-        raise LabelError(path, ["is an empty list; expected at least one label"])
+        raise LabelError(json_path, ["is an empty list; expected at least one label"])
     return entries
 
 
-class _Check:
-    """Label of an entry, its problems, and whether it says the picture's own size."""
-
-    def __init__(self, folder: Path, decode: bool):
-        self.folder, self.decode = folder, decode
-
-    def __call__(self, entry: object) -> tuple[Label | None, list[str], bool]:
-        if not isinstance(entry, dict):
-            return None, [f"is {shortened(entry)}; expected a label, {{...}}"], True
-        problems = [problem for problem in self._captions(entry) + self._numbers(entry) if problem]
-        try:
-            file = inside(self.folder, entry.get("path"))
-            size = load_image(file).shape[:2] if self.decode else read_image_size(file)
-        except ImageError as error:
-            return None, [*problems, f"path {entry['path']!r}: {error}"], True
-        except DataError as error:
-            return None, [*problems, str(error)], True
-        if problems:
-            return None, problems, True
-        said = tuple(entry.get(key, have) for key, have in zip(("height", "width"), size, strict=True))
-        label = Label(entry["path"], file, entry["prompt"], entry.get("sharegpt4v") or "", *size)
-        return label, [], said == size
-
-    def _captions(self, entry: dict) -> list[str | None]:
-        found = [caption_problem("prompt", entry["prompt"])] if "prompt" in entry else ["prompt is missing"]
-        described = entry.get("sharegpt4v")
-        if described not in (None, ""):  # so an absent description is written, too
-            found.append(caption_problem("sharegpt4v", described))
-        return found
-
-    def _numbers(self, entry: dict) -> list[str | None]:
-        return [
-            f"{key} is {shortened(entry[key])}; expected a number above 0"
-            for key in ("height", "width", "ratio")
-            if key in entry and not _positive(entry[key])
-        ]
+def _check_all(
+    entries: Sequence[PlacedEntry], folder: Path, decode: bool, description: str
+) -> Iterator[tuple[Label | None, list[str]]]:
+    """Check entries on several threads, as reading files waits for the disk; yield the results in order."""
+    with (
+        ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2)) as pool,
+        tqdm(total=len(entries), desc=description, delay=3, unit="image", leave=False) as progress,
+    ):
+        for start in range(0, len(entries), _AT_ONCE):  # `map` of everything would not stop at an interrupt
+            part = entries[start : start + _AT_ONCE]
+            yield from pool.map(lambda placed: _check(placed[1], folder, decode), part)
+            progress.update(len(part))
 
 
-def _positive(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and value > 0 and math.isfinite(value)
+def _check(entry: object, folder: Path, decode: bool) -> tuple[Label | None, list[str]]:
+    """Return the label of an entry, or None and its problems."""
+    if not isinstance(entry, dict):
+        text = (
+            str(entry)
+            if isinstance(entry, DataError)
+            else f"is {shortened(entry)}; expected a label, {{...}}"
+        )
+        return None, [text]
+    prompts = prompts_of(entry)
+    described = next((entry[key] for key in DESCRIPTIONS if entry.get(key) not in (None, "")), "")
+    problems = [caption_problem("prompt", prompt) for prompt in prompts] or ["prompt is missing"]
+    problems += [caption_problem("sharegpt4v", described)] if described != "" else []
+    problems += [
+        f"{key} is {shortened(entry[key])}; expected a number above 0"
+        for key in ("height", "width", "ratio")
+        if key in entry and not _is_positive(entry[key])
+    ]
+    path, size = next((entry[key] for key in PATHS if key in entry), None), (0, 0)
+    try:
+        file = path_inside(folder, path)
+        size = load_image(file).shape[:2] if decode else read_image_size(file)
+    except ImageError as error:
+        problems.append(f"path {path!r}: {error}")
+    except DataError as error:
+        problems.append(str(error))
+    problems = [problem for problem in problems if problem]
+    if problems:
+        return None, problems
+    return Label(path, file, prompts[0], described, *size, tuple(prompts[1:])), []
 
 
-def each_on_threads(function: Callable, items: Sequence, description: str) -> Iterator:
-    """``function`` of every item, in order, on several threads (reading files waits); a bar if it takes long."""
-    with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2)) as pool:
-        # a window at a time: `map` on everything would hold all results and not stop at an error
-        progress = tqdm(total=len(items), desc=description, delay=3, unit="picture", leave=False)
-        with progress:
-            for part in _windows(items, 256):
-                for result in pool.map(function, part):
-                    progress.update()
-                    yield result
+def _merged(first: Label, other: Label) -> Label:
+    """Return a label with the captions of two entries of the same image."""
+    described = first.sharegpt4v or other.sharegpt4v
+    new = [text for text in other.captions if text not in (*first.prompts, described)]
+    return replace(first, sharegpt4v=described, more_prompts=(*first.more_prompts, *new))
 
 
-def _windows(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MAX_NUMBER

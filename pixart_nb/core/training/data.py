@@ -48,7 +48,12 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
     load_labels(config.json_path, config.image_dir, decode=True)  # names damaged images before hours of work
     made = networks.fill(cache, batch_size, stream)
     reasons = ", ".join(f"{count} {reason}" for reason, count in made.items())
-    return f"{cache.folder}: made {sum(made.values())} of {len(cache.shards())} shards ({reasons})"
+    unused = cache.unused()
+    other = (
+        f"; {len(unused)} shards ({sum(p.stat().st_size for p in unused) / 1e6:.0f} MB) are of other data"
+        * bool(unused)
+    )
+    return f"{cache.folder}: made {sum(made.values())} of {len(cache.shards())} shards ({reasons}){other}"
 
 
 def describe(config: TrainConfig) -> str:

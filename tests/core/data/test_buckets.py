@@ -1,4 +1,4 @@
-"""Batches of one size, in an order that only the seed decides, in which no picture is left out."""
+"""Batches of one size, in an order that only the seed decides, in which no image is left out."""
 
 import time
 from collections import Counter
@@ -34,7 +34,7 @@ def test_with_multi_scale_each_gets_the_nearest_published_size():
     assert found == [(512, 512), (416, 608), (608, 416), (256, 1024), (1024, 256)]
 
 
-def test_the_shipped_pictures_fill_three_sizes(project):
+def test_the_shipped_images_fill_three_sizes(project):
     folder = project / "data" / "pixelart"
     labels = load_labels(folder / "labels.json", folder)
     assert Counter(training_sizes(labels, 256, True)) == {(256, 256): 28, (208, 304): 4, (304, 208): 4}
@@ -50,7 +50,7 @@ def test_rare_sizes_go_to_the_nearest_that_is_used():
 
 @pytest.mark.parametrize(
     ("size", "multi_scale", "expected"),
-    [(128, True, "no table"), (100, False, "multiples"), (0, False, "multiples")],
+    [(128, True, "no table"), (100, False, "multiple of 16"), (0, False, "multiple of 16")],
 )
 def test_sizes_that_cannot_be_are_refused(size, multi_scale, expected):
     with pytest.raises(DataError, match=expected):
@@ -58,7 +58,7 @@ def test_sizes_that_cannot_be_are_refused(size, multi_scale, expected):
 
 
 @given(COUNTS, st.integers(1, 6), st.integers(1, 3), st.integers(1, 8), st.integers(0, 99))
-def test_every_picture_is_shown_as_often_as_any_other_of_its_size(counts, batch_size, world, epochs, seed):
+def test_every_image_is_shown_as_often_as_any_other_of_its_size(counts, batch_size, world, epochs, seed):
     sizes = sizes_of(counts)
     whole = batch_size * world
     assume(whole <= len(sizes))
@@ -104,7 +104,7 @@ def test_every_batch_lies_in_the_epoch_that_says_so(counts, batch_size, step):
     assert sampler.batches(epoch) <= step < sampler.batches(epoch + 1)
 
 
-def test_an_epoch_whose_pictures_divide_into_batches_shows_each_once():
+def test_an_epoch_whose_images_divide_into_batches_shows_each_once():
     sampler = BucketSampler(sizes_of((8, 4, 12)), 4, 0)
     assert [sampler.batches(n) for n in range(4)] == [0, 6, 12, 18]
     for first in (0, 6, 12):
@@ -123,17 +123,17 @@ def test_seeds_and_epochs_have_orders_of_their_own_and_sizes_are_mixed():
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(DataError, match="4 x 3 workers = 12 pictures, but there are only 11"):
+    with pytest.raises(DataError, match="4 x 3 workers = 12 images, but there are only 11"):
         BucketSampler(sizes_of((11,)), 4, 0, 0, 3)
     with pytest.raises(DataError, match="only 0"):
         BucketSampler([], 1, 0)
 
 
-def test_a_size_with_fewer_pictures_than_a_batch_is_told_and_still_shown():
+def test_a_size_with_fewer_images_than_a_batch_is_told_and_still_shown():
     sampler = BucketSampler(sizes_of((10, 1)), 4, 0)
-    assert "208x304: 1 pictures, fewer than the 4 of a batch" in sampler.describe()
+    assert "208x304: 1 images, fewer than the 4 of a batch" in sampler.describe()
     small = [step for step in range(sampler.batches(8)) if sampler.batch(step)[0] == (208, 304)]
-    assert len(small) == 2  # its one picture once an epoch, four at a time
+    assert len(small) == 2  # its one image once an epoch, four at a time
 
 
 @pytest.mark.parametrize(("batch_size", "rank", "world"), [(0, 0, 1), (1, 1, 1), (1, -1, 2), (1, 0, 0)])

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from pixart_nb.cli import app
 from pixart_nb.pixelart.datasets import write_published
 
-PICTURES = ("000_teal_boat_snow", "001_green_fish_desert", "002_yellow_star_forest", "003_blue_mushroom_lava")
+IMAGES = ("000_teal_boat_snow", "001_green_fish_desert", "002_yellow_star_forest", "003_blue_mushroom_lava")
 ROOTS = {
     "model": "",
     "checkpoint": "data/none.pth",
@@ -27,8 +27,8 @@ def run(monkeypatch, project):
 
 @pytest.fixture
 def config(tmp_path):
-    """A training on four of the shipped pictures, at the size of the embedded model."""
-    names = [f"{name}.png" for name in PICTURES]
+    """A training on four of the shipped images, at the size of the embedded model."""
+    names = [f"{name}.png" for name in IMAGES]
     (tmp_path / "labels.json").write_text(
         json.dumps([{"path": name, "prompt": name[4:-4]} for name in names])
     )
@@ -59,7 +59,7 @@ def test_a_published_data_set_becomes_labels(run, tmp_path):
     words = ("diffusiondb", "--source", tmp_path / "source", "--target", tmp_path / "target")
     result = run(*words, "--max_nsfw", "1", "--test_count", "2")
     assert result.exit_code == 0, result.output
-    assert "8 pictures to train on, 2 to test on" in result.output
+    assert "8 training images, 2 test images" in result.output
     assert len(json.loads((tmp_path / "target" / "labels.json").read_text())) == 8
     result = run(*words)
     assert result.exit_code == 2 and "test_count is 400" in result.output
@@ -72,21 +72,21 @@ def test_a_folder_becomes_labels_or_a_list_of_problems(run, tmp_path):
     result = run("folder", "--source", tmp_path)
     assert result.exit_code == 2 and "2 problems" in result.output
     lines = [line.strip() for line in result.output.splitlines()]
-    assert any(line.startswith("b.png has no b.txt") for line in lines)
-    assert any(line.startswith("c.png has no c.txt") for line in lines)
+    assert any(line.startswith("b.png: has no b.txt") for line in lines)
+    assert any(line.startswith("c.png: has no c.txt") for line in lines)
     result = run("folder", "--source", tmp_path, "--skip")
-    assert result.exit_code == 0 and "1 pictures to train on" in result.output
+    assert result.exit_code == 0 and "1 training images" in result.output
 
 
 def test_check_tells_the_sizes(run, config):
     result = run("check", "-c", config())
     assert result.exit_code == 0, result.output
-    assert "4 pictures, 0 of them with a sharegpt4v caption" in result.output
-    assert "128x128: 4 pictures" in result.output
+    assert "0 of them with a sharegpt4v caption" in result.output
+    assert "128x128: 4 images" in result.output
     result = run("check", "-c", config(sample_size=32, multi_scale=True))
     assert (
-        "256x256: 3 pictures" in result.output
-        and "208x304: 1 pictures, fewer than the 2 of a batch" in result.output
+        "256x256: 3 images" in result.output
+        and "208x304: 1 images, fewer than the 2 of a batch" in result.output
     )
 
 
@@ -124,7 +124,7 @@ def test_features_are_made_once_and_again_where_they_are_stale(run, config, tmp_
     assert "made 2 of 2 shards (2 missing)" in result.output
     assert "nothing to do" in run("features", "-c", config()).output
     result = run("features", "-c", config(clean_caption=False), "--stream")
-    assert "made 1 of 2 shards (1 made from other caption cleaning)" in result.output
+    assert "made 1 of 2 shards (1 missing); 1 shards (0 MB) are of other data" in result.output
 
 
 def test_features_without_a_place_are_refused(run, config):

@@ -1,4 +1,4 @@
-"""Every published form of diffusiondb-pixelart gives the same labels, without names of users or unsafe pictures."""
+"""Every published form of diffusiondb-pixelart gives the same labels, without names of users or unsafe images."""
 
 import hashlib
 import io
@@ -13,14 +13,17 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damaged_checkpoints import peak
 from PIL import Image
 
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.labels import load_labels
-from pixart_nb.core.errors import WriteError
+from pixart_nb.core.errors import FolderInUseError, WriteError
+from pixart_nb.core.io import folder_lock
 from pixart_nb.pixelart.datasets import (
     METADATA,
     TABLE,
@@ -54,7 +57,7 @@ def unpacked(folder, target):
 
 
 def without_json(folder, target):
-    """Pictures that only the metadata describe."""
+    """Images that only the metadata describe."""
     unpacked(folder, target)
     for path in target.rglob("*.json"):
         path.unlink()
@@ -86,7 +89,7 @@ def expected(rows):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_labels_and_pictures(published, tmp_path, form):
+def test_every_form_gives_the_same_labels_and_images(published, tmp_path, form):
     folder, rows = published
     source, target = FORMS[form](folder, tmp_path / "source"), tmp_path / "target"
     report = import_diffusiondb(source, target, max_nsfw=1, test_count=3)
@@ -147,7 +150,7 @@ def test_either_score_leaves_a_row_out_and_so_does_an_unknown_one(tmp_path, colu
     assert sum(report.left_out.values()) == 1
 
 
-def test_pictures_that_the_metadata_do_not_know_are_left_out(tmp_path):
+def test_images_that_the_metadata_do_not_know_are_left_out(tmp_path):
     rows = sample_rows(5)
     write_part(tmp_path / "part-000001.zip", rows)
     write_metadata(tmp_path / "metadata.parquet", rows[:3])
@@ -156,7 +159,7 @@ def test_pictures_that_the_metadata_do_not_know_are_left_out(tmp_path):
     assert report.left_out == {"without an NSFW score": 2}
 
 
-def test_only_pictures_and_prompts_are_required(tmp_path):
+def test_only_images_and_prompts_are_required(tmp_path):
     rows = sample_rows(3)
     names = pq.read_schema(write_table(tmp_path / "t.parquet", rows)).names
     write_table(tmp_path / "t.parquet", rows, drop=[name for name in names if name not in ("image", "text")])
@@ -167,7 +170,7 @@ def test_what_cannot_be_used_is_named_row_by_row_and_the_others_are_kept(tmp_pat
     rows = sample_rows(8)
     rows[1]["png"] = rows[1]["png"][:-200]
     rows[2]["text"] = "  "
-    rows[3]["png"] = b"no picture"
+    rows[3]["png"] = b"no image"
     rows[4]["png"] = None
     rows[5]["text"] = None
     rows[6]["png"] = rows[0]["png"]
@@ -177,10 +180,10 @@ def test_what_cannot_be_used_is_named_row_by_row_and_the_others_are_kept(tmp_pat
         f"t.parquet row {n}" for n in range(1, 6)
     ]
     assert report.left_out["that an earlier row has too"] == 1
-    assert "cut or damaged" in report.problems[0] and "row 5" in str(report)
+    assert "cut off or damaged" in report.problems[0] and "row 5" in str(report)
 
 
-def test_a_picture_of_the_test_set_is_never_trained_on(tmp_path):
+def test_an_image_of_the_test_set_is_never_trained_on(tmp_path):
     rows = sample_rows(6)
     rows[5]["png"] = rows[0]["png"]
     import_diffusiondb(write_table(tmp_path / "t.parquet", rows), tmp_path / "target", test_count=2)
@@ -204,7 +207,7 @@ def test_a_zip_part_whose_json_names_what_is_not_there(tmp_path):
 
 
 def test_a_bomb_in_a_zip_part_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pixart_nb.core.data.published_forms.MOST_BYTES", 10_000)
+    monkeypatch.setattr("pixart_nb.core.data.sources.MAX_BYTES", 10_000)
     rows = sample_rows(2, side=32)
     path = write_part(tmp_path / "part-000001.zip", rows)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -219,7 +222,7 @@ def test_a_bomb_in_a_zip_part_is_refused(tmp_path, monkeypatch):
     assert report.training == 2 and "unpacks to 10000000 bytes" in report.problems[0]
 
 
-def test_a_second_import_changes_nothing_and_one_with_another_filter_removes(published, tmp_path):
+def test_a_second_import_changes_nothing_and_another_filter_is_asked_for(published, tmp_path):
     folder, rows = published
     import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=3)
     (tmp_path / "images" / "mine.png").write_bytes(b"of the user")
@@ -228,13 +231,16 @@ def test_a_second_import_changes_nothing_and_one_with_another_filter_removes(pub
     import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=3)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()} == before
     assert (tmp_path / "labels.json").read_bytes() == labels
-    report = import_diffusiondb(folder, tmp_path, max_nsfw=0.1, test_count=0)
+    with pytest.raises(DataError, match=r"labels of another import.*--overwrite"):
+        import_diffusiondb(folder, tmp_path, max_nsfw=0.1, test_count=0)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()} == before
+    report = import_diffusiondb(folder, tmp_path, max_nsfw=0.1, test_count=0, overwrite=True)
     kept = {path.name for path in (tmp_path / "images").iterdir()}
     assert kept == {Path(label["path"]).name for label in labels_in(tmp_path)} | {"mine.png"}
     assert 0 < report.training < len(rows) and not (tmp_path / "labels_test.json").exists()
 
 
-def test_a_picture_that_was_damaged_since_is_written_again(published, tmp_path):
+def test_an_image_that_was_damaged_since_is_written_again(published, tmp_path):
     folder, rows = published
     import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=0)
     path = tmp_path / labels_in(tmp_path)[0]["path"]
@@ -253,18 +259,18 @@ def test_sources_that_cannot_be_used_are_named(published, tmp_path):
     shutil.copy(folder / METADATA, tmp_path / "empty" / METADATA)
     for source, expected in {
         "nothing": "does not exist",
-        "empty": "no parquet file with pictures, no zip part and no pictures",
+        "empty": "no parquet file with images, no zip part and no images",
         "bad.zip": "no zip archive",
         "bad.parquet": "cannot be read as parquet",
         other.name: "has the columns text, seed",
-        silent.name: "expected one of text, prompt",
+        silent.name: "expected one of prompt, text, caption",
     }.items():
         with pytest.raises(DataError, match=expected):
             import_diffusiondb(tmp_path / source, tmp_path / "target", test_count=0)
     assert not (tmp_path / "target").exists()
 
 
-def test_pictures_without_any_prompt_are_refused(published, tmp_path):
+def test_images_without_any_prompt_are_refused(published, tmp_path):
     source = without_json(published[0], tmp_path / "source")
     (source / METADATA).unlink()
     with pytest.raises(DataError, match=r"no JSON of their prompts, and no metadata\.parquet"):
@@ -273,11 +279,11 @@ def test_pictures_without_any_prompt_are_refused(published, tmp_path):
 
 def test_splits_and_targets_that_cannot_be_are_refused(published, tmp_path):
     folder, _ = published
-    with pytest.raises(DataError, match=f"test_count is 400, and .* has {COUNT} pictures"):
+    with pytest.raises(DataError, match=f"test_count is 400, and .* has {COUNT} images"):
         import_diffusiondb(folder, tmp_path)
     with pytest.raises(DataError, match="outside of the source"):
         import_diffusiondb(folder, folder / "out", test_count=0)
-    with pytest.raises(DataError, match=r"no picture to train on is left.*NSFW score above 0"):
+    with pytest.raises(DataError, match=r"no image to train on is left.*NSFW score above 0"):
         import_diffusiondb(folder, tmp_path, max_nsfw=0, test_count=0)
     assert not (tmp_path / "labels.json").exists()
 
@@ -310,6 +316,149 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(tmp_path, small_disk
         hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem for path in written
     )
     assert {path.stem for path in written} < known
+
+
+def archive(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as part:
+        for name, content in files.items():
+            part.writestr(name, content if isinstance(content, bytes) else json.dumps(content))
+    return path
+
+
+def prompts_in(target):
+    return {label["prompt"]: (target / label["path"]).read_bytes() for label in labels_in(target)}
+
+
+def test_another_source_into_the_same_target_is_refused_before_it_writes_an_image(published, tmp_path):
+    folder, _ = published
+    for number in (1, 2):
+        source = folder / "images" / f"part-00000{number}.zip"
+        if number == 1:
+            import_diffusiondb(source, tmp_path / "target", max_nsfw=1, test_count=0)
+            before = sorted(tmp_path.rglob("*"))
+        else:
+            with pytest.raises(DataError, match="labels of another import"):
+                import_diffusiondb(source, tmp_path / "target", max_nsfw=1, test_count=0)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_process_is_refused_while_the_first_writes(published, tmp_path):
+    folder, _ = published
+    with folder_lock(tmp_path), pytest.raises(FolderInUseError):
+        import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=0)
+    assert import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=0).training == COUNT
+
+
+def test_equal_names_in_two_folders_of_a_part_are_two_images(tmp_path):
+    one, two = (row["png"] for row in sample_rows(2))
+    beside = {
+        "x/1.png": one,
+        "y/1.png": two,
+        "x/p.json": {"1.png": {"p": "one"}},
+        "y/p.json": {"1.png": "two"},
+    }
+    by_path = {"x/1.png": one, "y/1.png": two, "p.json": {"x/1.png": {"p": "one"}, "y/1.png": {"p": "two"}}}
+    for number, files in enumerate((beside, by_path)):
+        import_diffusiondb(archive(tmp_path / f"{number}.zip", files), tmp_path / str(number), test_count=0)
+        assert prompts_in(tmp_path / str(number)) == {"one": one, "two": two}
+
+
+def test_a_prompt_that_may_mean_two_images_is_named(tmp_path):
+    one, two, three = (row["png"] for row in sample_rows(3))
+    files = {"x/1.png": one, "y/1.png": two, "y/2.png": three, "p.json": {"1.png": "one?", "2.png": "three"}}
+    report = import_diffusiondb(archive(tmp_path / "p.zip", files), tmp_path / "target", test_count=0)
+    assert prompts_in(tmp_path / "target") == {"three": three}
+    assert report.problems == ["p: 1.png: may mean x/1.png or y/1.png; expected its path in the JSON"]
+
+
+def test_images_that_the_json_does_not_name_are_counted(tmp_path):
+    one, two = (row["png"] for row in sample_rows(2))
+    path = archive(tmp_path / "p.zip", {"1.png": one, "2.png": two, "p.json": {"1.png": {"p": "one"}}})
+    report = import_diffusiondb(path, tmp_path / "target", test_count=0)
+    assert report.training == 1 and report.problems == [
+        "p: 2.png: prompt is None (NoneType); expected a text"
+    ]
+
+
+def test_a_part_packed_by_macos_is_read(tmp_path):
+    rows = sample_rows(3)
+    fork = b"\0\5\x16\7" + b"\xff" * 50
+    files = {f"part/{row['name']}": row["png"] for row in rows}
+    files |= {f"__MACOSX/part/._{row['name']}": fork for row in rows} | {"__MACOSX/part/._part.json": fork}
+    path = archive(tmp_path / "source" / "part.zip", files | {"part/part.json": part_json(rows)})
+    (tmp_path / "source" / "._part.zip").write_bytes(fork)
+    (tmp_path / "source" / "._0000.parquet").write_bytes(fork)
+    assert import_diffusiondb(path.parent, tmp_path / "target", test_count=0).training == 3
+
+
+def test_other_json_files_beside_the_images_are_left_alone(tmp_path):
+    rows = sample_rows(2)
+    source = tmp_path / "part"
+    source.mkdir()
+    for row in rows:
+        (source / row["name"]).write_bytes(row["png"])
+    (source / "dataset_infos.json").write_text(json.dumps({"license": "CC0", "homepage": "x"}))
+    (source / "broken.json").write_text("{")
+    (source / "list.json").write_text("[1]")
+    (source / "part.json").write_text(json.dumps(part_json(rows)))
+    report = import_diffusiondb(source, tmp_path / "target", test_count=0)
+    assert report.training == 2 and not report.problems
+    (source / "part.json").unlink()
+    with pytest.raises(DataError, match=r"no JSON of their prompts.*broken\.json is not JSON"):
+        import_diffusiondb(source, tmp_path / "other", test_count=0)
+
+
+def test_links_as_in_a_cache_of_the_hub_are_followed(published, tmp_path):
+    folder, rows = published
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    shutil.copytree(folder, blobs)
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "data" / "0000.parquet").symlink_to(blobs / TABLE)
+    unpacked(folder, tmp_path / "parts")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "images").symlink_to(tmp_path / "parts" / "images")
+    (tmp_path / "linked" / "images" / "loop").symlink_to(tmp_path / "linked")
+    for source in (snapshot, tmp_path / "linked"):
+        target = tmp_path / f"target-{source.name}"
+        assert import_diffusiondb(source, target, max_nsfw=1, test_count=0).training == COUNT
+        assert labels_in(target) == expected(rows)
+
+
+@pytest.mark.parametrize("compression", ["brotli", "zstd", "gzip"])
+def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path, compression):
+    """Each row is the same image of 128 MB, stored once: 4 KB that ask for 4 GB."""
+    one = pa.array([bytes(2**27)], pa.binary())
+    images = pa.DictionaryArray.from_arrays(pa.array(np.zeros(32, np.int32)), one)
+    table = pa.table({"image": images, "text": ["a cat"] * 32})
+    pq.write_table(table, tmp_path / "t.parquet", compression=compression, write_statistics=False)
+    before = peak()
+    with pytest.raises(DataError, match="unpacks from"):
+        import_diffusiondb(tmp_path / "t.parquet", tmp_path / "target", test_count=0)
+    assert peak() - before < 100
+
+
+def test_captions_in_lists_and_scores_in_texts_are_read(tmp_path):
+    image = {"bytes": sample_rows(1)[0]["png"], "path": "a.png"}
+    columns = {
+        "image": [image],
+        "caption": [["a cat", "a pet"]],
+        "image_nsfw": ["0.1"],
+        "prompt_nsfw": ["0.1"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    import_diffusiondb(tmp_path / "t.parquet", tmp_path / "target", test_count=0)
+    (label,) = load_labels(tmp_path / "target" / "labels.json", tmp_path / "target")
+    assert label.prompts == ("a cat", "a pet")
+
+
+def test_files_get_the_mode_of_the_umask(published, tmp_path):
+    before = os.umask(0o022)
+    try:
+        import_diffusiondb(published[0], tmp_path, max_nsfw=1, test_count=3)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
 
 
 KILLED = """

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,8 @@ from pixart_nb.core.data.features import (
 from pixart_nb.core.data.images import ImageError, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import ImageReader
-from pixart_nb.core.errors import WriteError
-from pixart_nb.core.io import load_tensors
+from pixart_nb.core.errors import FolderInUseError, WriteError
+from pixart_nb.core.io import folder_lock, load_tensors
 
 SIZES = ((32, 32), (16, 48))
 MADE_BY = MadeBy("vae", "t5", 8)
@@ -69,21 +68,22 @@ class Counting:
 
 @pytest.fixture
 def labels(tmp_path, monkeypatch):
-    """Ten pictures, of which every third has no description; four fit into a shard."""
+    """Ten images, of which every third has no description; four fit into a shard."""
     monkeypatch.setattr(features, "SHARD", 4)
     return make_labels(tmp_path / "images", 10)
 
 
-def make_labels(folder, count):
+def make_labels(folder, count, seed=0):
     folder.mkdir()
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     found = []
     for number in range(count):
         height, width = SIZES[number % 2]
         path = folder / f"{number}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
         described = f"description {number}" if number % 3 else ""
-        found.append(Label(path.name, path, f"p{number}", described, height, width))
+        more = (f"other {number}",) * (number == 4)
+        found.append(Label(path.name, path, f"p{number}", described, height, width, more))
     return found
 
 
@@ -111,14 +111,13 @@ def test_what_is_read_is_what_the_networks_compute(labels, tmp_path):
         for found, expected in zip(cache.latents(i), (mean[0], std[0]), strict=True):
             assert found.dtype == np.float16
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-        for original, text in ((True, label.prompt), (False, label.sharegpt4v)):
-            if text:
-                embeds, mask = embed([text])
-                np.testing.assert_array_equal(cache.caption(i, original), embeds[mask])
+        for number, text in enumerate(label.captions):
+            embeds, mask = embed([text])
+            np.testing.assert_array_equal(cache.caption(i, number), embeds[mask])
     assert cache.empty_caption().shape == (1, 2)
 
 
-def test_batches_are_those_of_the_pictures(labels, tmp_path):
+def test_batches_are_those_of_the_images(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     cache.write(encode, embed)
     sampler = BucketSampler(cache.sizes, 2, 7)
@@ -177,7 +176,7 @@ def test_an_interrupted_cache_goes_on_after_its_whole_shards(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     with pytest.raises(KeyboardInterrupt):
         cache.write(Counting(encode, fail_after=6), embed, batch_size=1)
-    assert sorted(content(tmp_path / "features")) == ["latents-00000.safetensors"]
+    assert list(content(tmp_path / "features")) == [cache.path("latents", 0).name]
     with pytest.raises(FeatureError, match=r"5 of 6 shards.*5 missing"):
         FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
     again = Counting(encode)
@@ -202,35 +201,77 @@ def recaptioned(labels, i=5):
 
 
 @pytest.mark.parametrize(
-    ("change", "made_by", "reason", "shards"),
+    ("change", "made_by", "shards"),
     [
-        (repainted, {}, "made from other pictures", 1),
-        (recaptioned, {}, "made from other captions", 1),
-        (None, {"vae": "another"}, "made from other vae", 3),
-        (None, {"text_encoder": "another"}, "made from other text encoder", 3),
-        (None, {"max_length": 9}, "made from other caption length", 3),
-        (None, {"clean_caption": False}, "made from other caption cleaning", 3),
-        (None, {"dtype": "fp32"}, "made from other dtype", 6),
+        (repainted, {}, 1),
+        (recaptioned, {}, 1),
+        (None, {"vae": "another"}, 3),
+        (None, {"text_encoder": "another"}, 3),
+        (None, {"max_length": 9}, 3),
+        (None, {"clean_caption": False}, 3),
+        (None, {"dtype": "fp32"}, 6),
     ],
 )
-def test_what_is_stale_is_named_and_only_that_is_made_again(
-    labels, tmp_path, change, made_by, reason, shards
-):
-    cache_of(labels, tmp_path / "features").write(encode, embed)
+def test_only_shards_of_what_changed_are_made(labels, tmp_path, change, made_by, shards):
+    before = cache_of(labels, tmp_path / "features")
+    before.write(encode, embed)
     changed = change(labels) if change else labels
     cache = cache_of(changed, tmp_path / "features", replace(MADE_BY, **made_by))
-    with pytest.raises(FeatureError, match=f"{shards} of 6 shards.*{shards} {reason}.*dataset features"):
+    with pytest.raises(
+        FeatureError,
+        match=f"{shards} of 6 shards.*{shards} missing; {shards} shards are of other data.*dataset",
+    ):
         FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
-    assert cache.write(encode, embed) == {reason: shards}
+    assert cache.write(encode, embed) == {"missing": shards}
     FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
-    cache_of(changed, tmp_path / "fresh", replace(MADE_BY, **made_by)).write(encode, embed)
-    assert_same(content(tmp_path / "features"), content(tmp_path / "fresh"))
+    before.check()
+    fresh = cache_of(changed, tmp_path / "fresh", replace(MADE_BY, **made_by))
+    fresh.write(encode, embed)
+    found = content(tmp_path / "features")
+    assert_same({path.name: found[path.name] for path in map(fresh.path, *zip(*fresh.shards(), strict=True))},
+                content(tmp_path / "fresh"))  # fmt: skip
 
 
-def test_another_training_size_is_stale(labels, tmp_path):
+def test_another_training_size_makes_other_latents(labels, tmp_path):
     cache_of(labels, tmp_path / "features").write(encode, embed)
     cache = FeatureCache(tmp_path / "features", labels, [(32, 32)] * 10, MADE_BY)
-    assert Counter(cache.unusable().values()) == {"made from other sizes": 3}
+    assert cache.unusable() == {("latents", number): "missing" for number in range(3)}
+
+
+def test_two_data_sets_share_a_folder_and_each_reads_its_own(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    cache.write(encode, embed)
+    sampler = BucketSampler(cache.sizes, 1, 0)
+    reader, alone = FeatureReader(cache, sampler), [FeatureReader(cache, sampler).batch(n) for n in range(20)]
+    others = make_labels(tmp_path / "others", 10, seed=1)
+    cache_of(others, tmp_path / "features").write(encode, embed)
+    for step in range(20):  # most shards are first opened here
+        found = reader.batch(step)
+        np.testing.assert_array_equal(found.mean, alone[step].mean)
+        np.testing.assert_array_equal(found.embeds, alone[step].embeds)
+
+
+def test_images_of_equal_size_and_time_in_two_folders_are_told_apart(tmp_path):
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32), colour).save(tmp_path / name / "a.bmp")
+        os.utime(tmp_path / name / "a.bmp", (0, 0))
+    paths = {
+        FeatureCache(
+            tmp_path, [Label("a.bmp", tmp_path / name / "a.bmp", "a", "", 32, 32)], [(32, 32)], MADE_BY
+        ).path("latents", 0)
+        for name in ("one", "two")
+    }
+    assert len(paths) == 2
+
+
+def test_a_second_process_is_refused_while_the_first_writes(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    with folder_lock(tmp_path / "features"), pytest.raises(FolderInUseError):
+        cache.write(encode, embed)
+    cache.write(encode, embed)
+    with folder_lock(tmp_path / "features"):
+        assert cache.write(encode, embed) == {}  # complete, so nothing is written
 
 
 def test_a_damaged_shard_is_made_again(labels, tmp_path):
@@ -242,22 +283,32 @@ def test_a_damaged_shard_is_made_again(labels, tmp_path):
     cache.check()
 
 
-def test_shards_of_pictures_that_are_gone_are_removed(labels, tmp_path):
+def test_a_flipped_bit_is_found_when_it_is_read(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    cache.write(encode, embed)
+    path = cache.path("latents", 0)
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(FeatureError, match=f"{path.name} is damaged; remove it"):
+        [cache.latents(i) for i in range(4)]
+
+
+def test_nothing_else_in_the_folder_is_touched(labels, tmp_path):
     cache_of(labels, tmp_path / "features").write(encode, embed)
-    (tmp_path / "features" / "mine.txt").write_text("kept")
-    cache_of(labels[:4], tmp_path / "features").write(encode, embed)
-    assert sorted(p.name for p in (tmp_path / "features").iterdir()) == [
-        "captions-00000.safetensors",
-        "latents-00000.safetensors",
-        "mine.txt",
-    ]
+    (tmp_path / "features" / "mine.safetensors").write_text("kept")
+    before = set((tmp_path / "features").iterdir())
+    part = cache_of(labels[:4], tmp_path / "features")
+    assert part.write(encode, embed) == {} and len(part.unused()) == 5
+    assert set((tmp_path / "features").iterdir()) == before
 
 
-def test_a_damaged_picture_is_named_and_whole_shards_stay(labels, tmp_path):
-    labels[6].file.write_bytes(b"no picture")
+def test_a_damaged_image_is_named_and_whole_shards_stay(labels, tmp_path):
+    labels[6].file.write_bytes(b"no image")
+    cache = cache_of(labels, tmp_path / "features")
     with pytest.raises(ImageError, match=r"6\.png"):
-        cache_of(labels, tmp_path / "features").write(encode, embed)
-    assert sorted(content(tmp_path / "features")) == ["latents-00000.safetensors"]
+        cache.write(encode, embed)
+    assert list(content(tmp_path / "features")) == [cache.path("latents", 0).name]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
@@ -285,9 +336,9 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(labels, tmp_path):
     with small_disk(tmp_path / "disk") as disk:
         cache = cache_of(labels, disk / "features", replace(MADE_BY, dtype="fp32"))
         wide = Counting(lambda pixels: [np.repeat(part, 100, 1) for part in encode(pixels)])
-        with pytest.raises(WriteError, match=r"latents-00001\.safetensors could not be written.*Free space"):
+        with pytest.raises(WriteError, match=r"latents-\w+\.safetensors could not be written.*Free space"):
             cache.write(wide, embed)
-        assert [path.name for path in (disk / "features").iterdir()] == ["latents-00000.safetensors"]
+        assert list((disk / "features").iterdir()) == [cache.path("latents", 0)]
 
 
 def test_captions_that_are_cut_give_one_warning(labels, tmp_path):

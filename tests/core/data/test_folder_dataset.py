@@ -1,4 +1,4 @@
-"""A folder of pictures with captions becomes a label file, or every reason why not is listed."""
+"""A folder of images with captions becomes a label file, or every reason why not is listed."""
 
 import json
 
@@ -13,7 +13,7 @@ from pixart_nb.core.data.labels import LabelError, load_labels
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures, one of them in a folder below, (height, width) = (8, 12)."""
+    """Three images, one of them in a folder below, (height, width) = (8, 12)."""
     folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     for name in ("a.png", "b.JPG", "sub/c.webp"):
@@ -33,7 +33,7 @@ def written(folder):
     return {label.path: (label.prompt, label.sharegpt4v) for label in labels}
 
 
-def test_captions_beside_the_pictures(folder):
+def test_captions_beside_the_images(folder):
     captioned(folder, a="a cat\non grass\n", b="\ufeffein Bär", c=" 猫 ")
     report = import_folder(folder)
     assert written(folder) == {
@@ -88,11 +88,73 @@ def test_a_table_may_have_descriptions_and_need_not_name_all(folder, tmp_path):
     )
     report = import_folder(folder, tmp_path / "t.tsv")
     assert written(folder) == {"a.png": ("a cat", "a grey cat on grass"), "b.JPG": ("a dog", "")}
-    assert "1 pictures of" in report.notes[0]
+    assert "1 images of" in report.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", b"file_name;text\na.png;a cat, sleeping\nb.JPG;a dog\nsub/c.webp;an owl\n"),
+        ("t.json", json.dumps([{"file_name": n, "text": t} for n, t in
+                               (("a.png", "a cat, sleeping"), ("b.JPG", "a dog"), ("sub/c.webp", "an owl"))]).encode()),
+        ("t.csv", TABLES["metadata.csv"].encode("utf-16")),
+    ],
+)  # fmt: skip
+def test_tables_of_other_programs_are_read(folder, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    import_folder(folder, tmp_path / name)
+    assert [prompt for prompt, _ in written(folder).values()] == ["a cat, sleeping", "a dog", "an owl"]
+
+
+def test_a_table_with_several_captions_of_an_image(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\na.png,a cat\na.png,a pet\nb.JPG,a dog\n")
+    report = import_folder(folder, tmp_path / "t.csv")
+    labels = load_labels(folder / "labels.json", folder)
+    assert [label.prompts for label in labels] == [("a cat", "a pet"), ("a dog",)]
+    assert "1 entries name an image again" in report.notes[0]
+    assert json.loads((folder / "labels.json").read_text())[0]["prompt"] == "a cat"
+
+
+def test_a_caption_with_an_unquoted_comma_is_not_cut(folder, tmp_path):
+    (tmp_path / "t.csv").write_text("file_name,text\na.png,a cat, sleeping\n")
+    with pytest.raises(LabelError, match="line 2: has more fields than the header; quote captions"):
+        import_folder(folder, tmp_path / "t.csv")
+
+
+def test_texts_in_capitals_and_in_utf_16_are_read(folder):
+    captioned(folder, b="a dog", c="an owl")
+    (folder / "a.TXT").write_bytes("ein Bär".encode("utf-16"))
+    import_folder(folder)
+    assert written(folder)["a.png"] == ("ein Bär", "")
+
+
+def test_captions_from_the_names_of_files_and_folders(tmp_path):
+    for name in ("cat/red_fox-01.png", "cat/123.png", "dog/white dog.png"):
+        (tmp_path / "icons" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "icons" / name)
+    with pytest.raises(DataError, match=r"none of its 3 images has a caption.*--caption_from file"):
+        import_folder(tmp_path / "icons")
+    report = import_folder(tmp_path / "icons", skip=True, caption_from="file")
+    assert report.problems == ["cat/123.png: has the file name '123', which has no words"]
+    assert [text for text, _ in written(tmp_path / "icons").values()] == ["red fox 01", "white dog"]
+    import_folder(tmp_path / "icons", overwrite=True, caption_from="folder")
+    assert [text for text, _ in written(tmp_path / "icons").values()] == ["cat", "cat", "dog"]
+    with pytest.raises(DataError, match="expected one of text, file, folder"):
+        import_folder(tmp_path / "icons", caption_from="name")
+
+
+def test_links_to_images_elsewhere_are_followed(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.png").symlink_to(folder / "a.png")
+    (tmp_path / "linked" / "below").symlink_to(folder / "sub")
+    (tmp_path / "linked" / "a.txt").write_text("a cat")
+    (folder / "sub" / "c.txt").write_text("an owl")
+    import_folder(tmp_path / "linked")
+    assert written(tmp_path / "linked") == {"a.png": ("a cat", ""), "below/c.webp": ("an owl", "")}
 
 
 def spoilt(folder):
-    """One sound picture, and everything that can be wrong."""
+    """One sound image, and everything that can be wrong."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ("cut", "empty", "latin"):
         Image.fromarray(pixels).save(folder / f"{name}.png")
@@ -105,7 +167,7 @@ def spoilt(folder):
 def test_all_that_is_wrong_is_listed_and_nothing_written(folder):
     with pytest.raises(LabelError, match="5 problems") as caught:
         import_folder(spoilt(folder))
-    named = {"b.JPG has no b.txt", "sub/c.webp has no c.txt", "cut.txt: ", "empty.txt: ", "latin.txt: "}
+    named = {"b.JPG: has no b.txt", "sub/c.webp: has no c.txt", "cut.txt: ", "empty.txt: ", "latin.txt: "}
     assert all(any(problem.startswith(start) for problem in caught.value.problems) for start in named)
     assert not (folder / "labels.json").exists()
 
@@ -121,10 +183,6 @@ def test_with_skip_it_is_left_out_and_reported(folder):
     [
         ('{"path": "a.png", "prompt": 5}', "line 1: prompt is 5"),
         ('{"path": "../x.png", "prompt": "x"}', "line 1: path '../x.png' (str) leaves the folder"),
-        (
-            '{"path": "a.png", "prompt": "x"}\n{"path": "a.png", "prompt": "y"}',
-            "line 2: path 'a.png' is that of",
-        ),
         ('{"path": "a.png", "prompt": "x"}\n{broken', "line 2: is '{broken'"),
         ('{"path": "a.png", "prompt": "x"}\n{"path": "a.png"}', "line 2: prompt is missing"),
         ('{"path": "z.png", "prompt": "x"}', "line 1: path 'z.png': "),
@@ -141,10 +199,10 @@ def test_lines_of_a_table_are_named(folder, tmp_path, table, expected):
     ("name", "content", "expected"),
     [
         ("t.csv", b"name,words\na.png,a cat\n", "has the columns 'name'"),
-        ("t.csv", b"", "no pictures"),
-        ("t.csv", b'path,prompt\na.png,"never ends\n', "no CSV or JSONL table"),
-        ("t.csv", b"path,prompt\na.png,\xff\n", "no CSV or JSONL table in UTF-8"),
-        ("t.jsonl", b"\xff", "no CSV or JSONL table in UTF-8"),
+        ("t.csv", b"", "no images"),
+        ("t.csv", b'path,prompt\na.png,"never ends\n', "is no CSV table"),
+        ("t.csv", b"path,prompt\na.png,\xff\n", "is not JSON or CSV in UTF-8"),
+        ("t.jsonl", b"\xff", "is not JSON or CSV in UTF-8"),
     ],
 )
 def test_tables_that_cannot_be_used_are_named(folder, tmp_path, name, content, expected):
@@ -159,7 +217,7 @@ def test_places_that_cannot_be_used_are_named(folder, tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         import_folder(folder, tmp_path / "nothing.csv")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no pictures; expected files that end in \.png"):
+    with pytest.raises(DataError, match=r"no images; expected files that end in \.png"):
         import_folder(tmp_path / "empty")
 
 

@@ -1,5 +1,6 @@
-"""Batches carry the pictures and captions that were drawn for them, whoever reads them and in whatever order."""
+"""Batches carry the images and captions that were drawn for them, whoever reads them and in whatever order."""
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -37,14 +38,28 @@ def test_a_batch_has_the_pixels_and_captions_of_its_labels(labels):
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
 def test_original_prompts_come_up_as_often_as_asked(labels, ratio):
     choices = [reader(labels, ratio=ratio).choose(step) for step in range(250)]
-    share = np.concatenate([choice.original for choice in choices]).mean()
+    share = np.mean([choice.captions == 0 for choice in choices])
     assert abs(share - ratio) <= 4 * (ratio * (1 - ratio) / 1000) ** 0.5
 
 
-def test_a_picture_without_a_description_shows_its_prompt(labels):
+def test_an_image_without_a_description_shows_its_prompt(labels):
     bare = [replace(label, sharegpt4v="") for label in labels]
     batch = reader(bare, ratio=0).batch(0)
     assert batch.captions == [labels[i].prompt for i in batch.indices]
+
+
+def test_several_prompts_come_up_equally_often_and_change_nothing_else(labels):
+    several = [replace(label, more_prompts=("b", "c")) if i % 2 else label for i, label in enumerate(labels)]
+    counts = Counter()
+    for step in range(200):
+        choice = reader(several).choose(step)
+        usual = reader(labels).choose(step)
+        np.testing.assert_array_equal(choice.indices, usual.indices)
+        single, original = choice.indices % 2 == 0, usual.captions == 0
+        np.testing.assert_array_equal(choice.captions[single], usual.captions[single])
+        np.testing.assert_array_equal(choice.captions[~single] < 3, original[~single])
+        counts.update(choice.captions[~single & original].tolist())
+    assert set(counts) == {0, 1, 2} and min(counts.values()) > 0.25 * counts.total()
 
 
 def test_two_workers_read_what_one_would(labels):
@@ -55,7 +70,7 @@ def test_two_workers_read_what_one_would(labels):
         assert [text for half in halves for text in half.captions] == whole.captions
 
 
-def test_a_picture_that_went_away_is_named(labels, tmp_path):
+def test_an_image_that_went_away_is_named(labels, tmp_path):
     gone = [replace(label, file=tmp_path / label.path) for label in labels]
     with pytest.raises(ImageError, match=str(tmp_path)):
         reader(gone).batch(0)

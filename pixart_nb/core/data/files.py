@@ -1,0 +1,147 @@
+"""Files of a data set: folders, paths inside them, and lists of captions as JSON, JSON Lines or CSV."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pixart_nb.core.data.errors import DataError, shortened
+
+#: Keys or columns for the path of an image, its prompt and its long description; the first that exists is used.
+PATHS = ("path", "file_name", "filename", "file", "image", "image_path")
+PROMPTS = ("prompt", "text", "caption")
+DESCRIPTIONS = ("sharegpt4v", "long_caption", "description")
+_STRING_OR_LAST_COMMA = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*"?)|,(?=\s*[\]}])', re.DOTALL)
+
+#: Place of an entry in its file, for error messages, and the entry: a dict if the file is sound.
+PlacedEntry = tuple[str, object]
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, or is what macOS adds to archives."""
+    return name == "__MACOSX" or (name.startswith(".") and name not in (".", ".."))
+
+
+def list_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
+    """Return the files in a folder and below it that have one of these endings, sorted by path.
+
+    Links to files and folders are followed, as caches of the hub, DVC and git-annex consist of them; each folder is
+    read once. Hidden files are left out.
+    """
+    files, visited = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(root)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        files += [Path(root, n) for n in names if n.lower().endswith(endings) and not is_hidden(n)]
+    return sorted(path for path in files if path.is_file())
+
+
+def path_inside(folder: Path, path: object) -> Path:
+    """Return the path of a file of a data set, which is relative to its ``folder``.
+
+    The path itself stays in the folder; a link there may lead elsewhere. Raises ``DataError``.
+    """
+    usable = isinstance(path, str) and path.strip() and "\0" not in path
+    if not usable or Path(path).is_absolute() or Path(path).drive:
+        raise DataError(f"path is {shortened(path)}; expected a path relative to the folder of images")
+    normal = os.path.normpath(path)
+    if normal.split(os.sep)[0] == "..":
+        raise DataError(
+            f"path {shortened(path)} leaves the folder of images {folder}; expected one within it"
+        )
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise DataError(f"path is {shortened(path)}, which no file can be named") from None
+    return folder / normal
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark. Raises OSError and UnicodeDecodeError."""
+    content = path.read_bytes()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def parse_json(text: str | bytes) -> object:
+    """Parse JSON in which a comma may stand before a closing bracket. Raises ValueError and RecursionError."""
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        without = _STRING_OR_LAST_COMMA.sub(lambda match: match[1] or "", text)
+        if len(without) == len(text):
+            raise
+        try:
+            return json.loads(without)
+        except ValueError:
+            raise error from None  # its position is that in the file
+
+
+def read_entries(path: Path) -> list[PlacedEntry]:
+    """Read a label file or table: a JSON list of objects, JSON Lines, or CSV with commas, semicolons or tabs.
+
+    An entry is what the file holds, of any type. Raises ``DataError`` for a file that is none of these.
+    """
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror}); expected a label file or table") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not JSON or CSV in UTF-8: {error}; save it as UTF-8") from None
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return list(_csv_entries(path.name, text))
+    lines = ending == ".jsonl"
+    if not lines:
+        try:
+            entries = parse_json(text)
+        except (ValueError, RecursionError) as error:
+            if not text.lstrip().startswith("{"):
+                raise DataError(f"is not JSON: {error or 'nested too deeply'}") from None
+            lines = True
+    if lines:
+        numbered = enumerate(text.split("\n"), 1)
+        return [(f"{path.name} line {n}", _json_line(line)) for n, line in numbered if line.strip()]
+    if isinstance(entries, dict) and set(PATHS) & set(entries):
+        entries = [entries]
+    if not isinstance(entries, list):
+        raise DataError(f"holds a {type(entries).__name__}; expected a list of labels, [{{...}}, ...]")
+    return [(f"entry {number}", entry) for number, entry in enumerate(entries)]
+
+
+def _json_line(line: str) -> object:
+    try:
+        return parse_json(line)
+    except (ValueError, RecursionError):
+        return line
+
+
+def _csv_entries(name: str, text: str) -> Iterator[PlacedEntry]:
+    header = text.split("\n", 1)[0]
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True
+    )
+    try:
+        columns = reader.fieldnames or []
+        if columns and not (set(PATHS) & set(columns) and set(PROMPTS) & set(columns)):
+            raise DataError(
+                f"has the columns {', '.join(map(shortened, columns[:10]))}; expected one of {', '.join(PATHS)} and "
+                f"one of {', '.join(PROMPTS)}"
+            )
+        for row in reader:
+            used = {key: row[key] for key in PATHS + PROMPTS + DESCRIPTIONS if row.get(key) is not None}
+            extra = DataError("has more fields than the header; quote captions that contain the separator")
+            yield f"{name} line {reader.line_num}", extra if None in row else used
+    except csv.Error as error:
+        raise DataError(f"is no CSV table: {error}") from None
