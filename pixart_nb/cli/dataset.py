@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from pixart_nb.config import load_config
 dataset = typer.Typer(
     no_args_is_help=True, help="Import images with captions, check them, compute their features."
 )
+CaptionSource = Enum("CaptionSource", {name: name for name in ("text", "file", "folder")}, type=str)
 TrainingConfigFile = Annotated[
     Path, typer.Option("--config", "-c", metavar="file", help="Configuration file of a training.")
 ]
@@ -55,8 +57,11 @@ def diffusiondb(
     test_count: Annotated[
         int, typer.Option(min=0, help="Number of last rows that are kept for testing.")
     ] = 400,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the labels of another import.")
+    ] = False,
 ) -> None:
-    """Turn diffusiondb-pixelart, in any of its published forms, into labels and images.
+    """Convert diffusiondb-pixelart, in any of its published forms, into labels and images.
 
     User names are not read. Rows without a readable image or a prompt are left
     out and named. The same command resumes a stopped import.
@@ -65,7 +70,7 @@ def diffusiondb(
     """
     from pixart_nb.core.data.diffusiondb import import_diffusiondb
 
-    typer.echo(import_diffusiondb(source, output_path, max_nsfw, test_count))
+    typer.echo(import_diffusiondb(source, output_path, max_nsfw, test_count, overwrite))
 
 
 @dataset.command(cls=Command)
@@ -76,7 +81,7 @@ def folder(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV or JSONL table of captions. By default metadata.jsonl or .csv, or cat.txt beside cat.png."
+            help="CSV, JSON or JSONL table of captions. By default metadata.jsonl or .csv, or cat.txt beside cat.png."
         ),
     ] = None,
     output_path: Annotated[
@@ -85,6 +90,10 @@ def folder(
             "--output-path", "-o", help="Label file to write. By default, labels.json in the folder."
         ),
     ] = None,
+    caption_from: Annotated[
+        CaptionSource,
+        typer.Option(help="Captions are texts, or the names of the image files or their folders."),
+    ] = CaptionSource.text,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out what cannot be used, and name it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing label file.")] = False,
 ) -> None:
@@ -94,7 +103,7 @@ def folder(
     """
     from pixart_nb.core.data.folder import import_folder
 
-    typer.echo(import_folder(source, captions, output_path, skip, overwrite))
+    typer.echo(import_folder(source, captions, output_path, skip, overwrite, caption_from.value))
 
 
 @dataset.command(cls=Command)
@@ -123,8 +132,8 @@ def features(
 ) -> None:
     """Compute latents and caption embeddings once, into the feature_cache of a training configuration.
 
-    Only what is missing, or was made from other data or networks, is computed.
-    The same command resumes.
+    Only missing features are computed; those of other data or networks are
+    kept. The same command resumes.
 
     Example: pixart-nb dataset features -c configs/train/tiny-256.yaml
     """

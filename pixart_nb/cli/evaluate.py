@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from pixart_nb.cli.options import config_options
 from pixart_nb.config import InferenceConfig, check_config
@@ -38,46 +39,25 @@ def evaluate(
 
     Example: pixart-nb evaluate --model data/tiny-sigma --count 48
     """
-    from pixart_nb.core.data.labels import read_prompts
-    from pixart_nb.pixelart.captions import named_scenes, short_caption
-    from pixart_nb.pixelart.evaluation import held_out_scenes
+    from pixart_nb.core.sampling import generate
+    from pixart_nb.pixelart.captions import short_caption
+    from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
 
-    scenes = named_scenes(read_prompts(labels)[:count]) if labels else held_out_scenes(count)
+    scenes = requested_scenes(count, labels)
     prompts = {"prompt": [short_caption(scene) for scene in scenes]}
     config = check_config(DEFAULTS | prompts, options=options)
-    report = write_evaluation(config, scenes, vae, {"labels": str(labels)} if labels else {})
-    typer.echo(table(report))
-
-
-def write_evaluation(
-    config: InferenceConfig, scenes: list[Any], vae: bool, source: dict[str, str]
-) -> dict[str, Any]:
-    """Judge the model of a configuration on ``scenes``, write the numbers and the images, and return the numbers."""
-    from pixart_nb.core.io import write_json
-    from pixart_nb.core.sampling import generate
-    from pixart_nb.core.sampling.image_files import write_picture
-    from pixart_nb.pixelart.evaluation import evaluate_model, reconstruction_psnr
-
-    pipe = generate.load_pipeline(config)
-    size = {"height": config.image_height, "width": config.image_width}
-    drawing = {"batch_size": config.batch_size, "seed": config.seed, **size}
-    sampling = {"steps": config.sampling_steps, "guidance": config.guidance_scale}
-    report = evaluate_model(pipe, scenes, **drawing, **sampling)
-    images = report.pop("pictures")
-    if vae:
-        report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **drawing)
-    report = {"model": config.model, "dtype": config.dtype, **source, **drawing, **sampling, **report}
-    folder = Path(config.output_path)
-    write_picture(folder / "images.png", generate.contact_sheet(images, columns=16), report)
-    write_json(folder / "evaluation.json", report)
-    return report
-
-
-def table(report: dict[str, Any]) -> str:
-    """Return the accuracies of an evaluation as lines of text."""
-    lines = [f"{part:<10}{report['accuracy'][part]:>7.1%}" for part in ("object", "colour", "setting", "all")]
-    source = f"captions of {report['labels']}" if report.get("labels") else "held-out scenes"
-    lines.append(f"{report['count']} {source}, {report['seconds_per_picture']:.2f} s per image")
-    if "reconstruction_psnr" in report:
-        lines.append(f"VAE reconstruction: {report['reconstruction_psnr']:.2f} dB")
-    return "\n".join(lines)
+    report = evaluate_and_write(
+        generate.load_pipeline(config),
+        scenes,
+        config.output_path,
+        vae=vae,
+        settings={"model": config.model, "dtype": config.dtype} | ({"labels": str(labels)} if labels else {}),
+        sampling_steps=config.sampling_steps,
+        guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        height=config.image_height,
+        width=config.image_width,
+    )
+    Console().print(score_table(report))
+    typer.echo(score_summary(report))

@@ -1,4 +1,4 @@
-"""A short training that lets a model get used to compressed keys and values (PixArt-Sigma, section 4.1), on sprites."""
+"""Short training on drawn scenes in which a model adapts to compressed keys and values (PixArt-Sigma, section 4.1)."""
 
 from __future__ import annotations
 
@@ -18,30 +18,36 @@ from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import NAMES, add_noise, diffusion_loss, loss_terms
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
-from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, draw_scenes, generator
+from pixart_nb.pixelart.batches import (
+    caption_pool,
+    diffusion_batches,
+    draw_scenes,
+    generator,
+    trained_parameters,
+)
 from pixart_nb.pixelart.scenes import Scene, split_scenes
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS
 
-#: Pictures that are encoded at once.
+#: Images that are encoded at once.
 ENCODED = 32
-#: The stream of random numbers that held-out batches are made of.
+#: Key of the random numbers of held-out batches.
 HELD_OUT = 1
 
 
 class CompressionAdaptation:
-    """A copy of a pipeline whose transformer compresses, and its training, which can be stopped and resumed.
+    """A copy of a pipeline whose transformer compresses keys and values, and its resumable training.
 
     The copy starts with the pipeline's weights; a ``conv`` starts as the average of each cell, its norm as ones.
 
     Args:
-        pipe: of the embedded model, or one that draws 128 x 128 sprites; it is not changed.
-        layers, ratio, operator: what is compressed.
-        folder: where the state of the training lies.
-        steps: of the whole training; ``train`` goes to a step of it.
-        pictures: drawn pictures of scenes to train on, of those that the embedded model was trained with.
+        pipe: pipeline of the bundled model, or one that draws 128 x 128 scenes; it is not changed.
+        layers, ratio, operator: what is compressed, and how.
+        folder: where the state of the training is stored.
+        steps: steps of the whole training; ``train`` goes to one of them.
+        images: number of drawn training images, of the scenes that the bundled model was trained with.
         batch, learning_rate: of a step; the rate rises over the first tenth of the steps, then stays.
-        compile: the step as one graph. Worth its minute only for more than a few dozen steps.
-        like: another adaptation, whose pictures are trained on instead of drawing and encoding them again.
+        compile: run the step as one graph. Worth its minute only for more than a few dozen steps.
+        like: another adaptation, whose images are used instead of drawing and encoding them again.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class CompressionAdaptation:
         operator: str,
         folder: str | Path,
         steps: int,
-        pictures: int = 512,
+        images: int = 512,
         batch: int = 16,
         learning_rate: float = 3e-4,
         seed: int = 0,
@@ -62,7 +68,7 @@ class CompressionAdaptation:
         self.pipe, self.net = copy.copy(pipe), compressed_copy(pipe.transformer, layers, ratio, operator)
         self.pipe.transformer = self.net
         if like is None:
-            self.batch = self._batches(split_scenes()[0], pictures, batch, seed)
+            self.batch = self._batches(split_scenes()[0], images, batch, seed)
             self.held_out = self._batches(split_scenes()[1], batch * 2, batch * 2, (seed, HELD_OUT))
         else:
             self.batch, self.held_out = like.batch, like.held_out
@@ -75,14 +81,13 @@ class CompressionAdaptation:
             log_every=1,
             compile=compile,
         )
-        parameters = {n: p for n, p in self.net.parameters_and_names() if n != "y_embedder.y_embedding"}
         side = self.net.config.input_size
         identity = {"layers": [int(layer) for layer in layers], "ratio": ratio, "operator": operator}
-        identity |= {"steps": steps, "pictures": pictures, "batch": batch, "learning_rate": learning_rate}
+        identity |= {"steps": steps, "images": images, "batch": batch, "learning_rate": learning_rate}
         identity |= {"seed": seed, "weights": model_fingerprint(pipe.transformer)["weights"]}
         self.trainer = Trainer(
             diffusion_loss(self.net, self.net.positions(side, side)),
-            parameters,
+            trained_parameters(self.net),
             self.batch,
             options,
             folder,
@@ -91,35 +96,35 @@ class CompressionAdaptation:
         )
 
     def train(self, until: int) -> list[dict[str, float]]:
-        """Train up to a step; the rows of the log that this added."""
+        """Train up to a step; return the rows of the log that this added."""
         return list(self.trainer.steps(until))
 
     def measured(
         self, points: Sequence[int], measures: Mapping[str, Callable[[], float]]
     ) -> dict[str, dict[int, float]]:
-        """Train to each of the steps ``points`` and measure there: by name and step. In the end it stands at the last.
+        """Train to each of the steps ``points`` and call the ``measures`` there; return their values by name and step.
 
-        What was measured is kept in the folder, so a training that is over, or that was stopped, has its whole curve.
-        Raises ValueError for a step that was passed without being measured.
+        Values are stored in the folder, so that a training that was interrupted has its whole curve. Raises
+        ``PixArtNBError`` for a step that was passed without being measured.
         """
         path = self.trainer.folder / "measured.json"
-        known = read_json(path) if path.is_file() else {}
+        stored = read_json(path) if path.is_file() else {}
         for point in sorted(points):
-            found = known.setdefault(str(point), {})
-            if missing := set(measures) - set(found):
+            values = stored.setdefault(str(point), {})
+            if missing := set(measures) - set(values):
                 self.train(point)
                 if self.trainer.step != point:
                     raise PixArtNBError(
-                        f"the training in {path.parent} stands at step {self.trainer.step}, and {sorted(missing)} was "
-                        f"not measured at step {point}; take another folder"
+                        f"the training in {path.parent} is at step {self.trainer.step}, and {sorted(missing)} was not "
+                        f"measured at step {point}; choose another folder"
                     )
-                found |= {name: float(measures[name]()) for name in missing}
-                write_json(path, known)
+                values |= {name: float(measures[name]()) for name in missing}
+                write_json(path, stored)
         self.train(max(points))
-        return {name: {int(point): known[str(point)][name] for point in points} for name in measures}
+        return {name: {int(point): stored[str(point)][name] for point in points} for name in measures}
 
     def held_out_error(self, net: PixArt, batches: int = 2) -> float:
-        """Mean squared error of the predicted noise on pictures of scenes never trained on, the same for every net."""
+        """Return the mean squared error of the predicted noise on held-out scenes, the same for every ``net``."""
         errors = []
         for number in range(batches):
             tensors = [ms.Tensor(array) for array in self.held_out(number)]
@@ -129,13 +134,13 @@ class CompressionAdaptation:
             errors.append(float(mse.mean().asnumpy()))
         return float(np.mean(errors))
 
-    def _batches(self, scenes: Sequence[Scene], pictures: int, size: int, seed: Any):
-        """Batches of the loss on drawn pictures with captions of one padded length."""
+    def _batches(self, scenes: Sequence[Scene], images: int, size: int, seed: Any):
+        """Return batches of drawn images with captions padded to one length."""
         rng, pipe = np.random.default_rng(seed), self.pipe
-        numbers = rng.permutation(np.resize(np.arange(len(scenes)), max(pictures, len(scenes))))[:pictures]
+        numbers = rng.permutation(np.resize(np.arange(len(scenes)), max(images, len(scenes))))[:images]
         side = 8 * self.net.config.input_size
         latents = []
-        for part in np.array_split(numbers, -(-pictures // ENCODED)):
+        for part in np.array_split(numbers, -(-images // ENCODED)):
             drawn = to_signed(draw_scenes([scenes[k] for k in part], rng, side, side))
             latents.append(pipe.vae.encode(ms.Tensor(drawn))[0].mean.asnumpy())
         scaled = np.concatenate(latents) * np.float32(pipe.vae.config.scaling_factor)
@@ -150,12 +155,12 @@ class CompressionAdaptation:
 
 
 def compressed_copy(net: PixArt, layers: Sequence[int], ratio: int, operator: str) -> PixArt:
-    """A transformer with the weights of ``net``, float32, whose layers compress; what is new starts as the average."""
-    found = PixArt(with_compression(net.config, layers, ratio, operator))
+    """Return a float32 copy of ``net`` whose ``layers`` compress; new parameters start as the average of each cell."""
+    compressed = PixArt(with_compression(net.config, layers, ratio, operator))
     weights = dict(net.parameters_and_names())
-    for name, parameter in found.parameters_and_names():
+    for name, parameter in compressed.parameters_and_names():
         if name in weights:
             parameter.set_data(ms.Tensor(weights[name].astype(ms.float32).asnumpy().copy()))
         elif name.endswith("norm.weight"):
             parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
-    return found
+    return compressed

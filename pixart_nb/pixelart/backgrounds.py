@@ -1,7 +1,7 @@
-"""The eight settings behind the objects, each a seeded grid of dull colours with its own layout.
+"""The eight settings behind the objects, each a seeded grid of muted colours with its own layout.
 
-Every painter takes a generator and the grid's size in cells and gives a (gh, gw, 3) float32 in 0..255.
-The colours are calmer than those of the objects, so that any object stays legible on any setting.
+A painter takes a random generator and the size of the grid in cells, and returns (gh, gw, 3) float32 in 0..255. The
+colours are less saturated than those of the objects, so that every object stays visible in every setting.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Painter = Callable[[np.random.Generator, int, int], np.ndarray]
 
 
 def _horizon(rng: np.random.Generator, height: int) -> int:
-    """First row of the ground: below the middle, so that the object stands on it, give or take one row."""
+    """Return the first row of the ground, below the middle, so that the object stands on it; it varies by one row."""
     return height // 2 + 3 + int(rng.integers(-1, 2))
 
 
@@ -25,12 +25,12 @@ def _bands(height: int, width: int, horizon: int, above: RGB, below: RGB) -> np.
 
 
 def _speckle(rng: np.random.Generator, region: np.ndarray, share: float, colour: RGB) -> None:
-    """Recolour a random share of the cells of a (rows, columns, 3) view, in place."""
+    """Recolour a random share of the cells of a (rows, columns, 3) view in place."""
     region[rng.random(region.shape[:2]) < share] = colour
 
 
 def _hang(rng: np.random.Generator, grid: np.ndarray, longest: int, colour: RGB) -> None:
-    """Let columns of random length from 1 to ``longest`` cells hang from the top, in place."""
+    """Draw columns of 1 to ``longest`` cells that hang from the top, in place."""
     lengths = rng.integers(1, longest + 1, size=grid.shape[1])
     grid[np.arange(grid.shape[0])[:, None] < lengths] = colour
 

@@ -1,16 +1,18 @@
-"""Batches for the embedded model, each a function of the step alone: a resumed run sees what it would have seen."""
+"""Batches for the bundled model. A batch depends on its step alone, so that a resumed run sees the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from pixart_nb.core.backend import ms
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.io import load_tensors, save_tensors
+from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.batches import logit_normal
 from pixart_nb.core.training.loss import coefficients
 from pixart_nb.pixelart.captions import caption
@@ -20,30 +22,30 @@ SHARD = 2048
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A generator of its own for a key such as (seed, step)."""
+    """Return a random generator for a key such as (seed, step)."""
     return np.random.default_rng(key)
 
 
 def draw_scenes(
     scenes: Sequence[Scene], rng: np.random.Generator, height: int = 128, width: int = 128
 ) -> np.ndarray:
-    """Pictures of scenes: (N, height, width, 3) uint8."""
+    """Draw scenes: (N, height, width, 3) uint8."""
     return np.stack([draw(scene, rng, height, width) for scene in scenes])
 
 
 def choose(scenes: Sequence[Scene], rng: np.random.Generator, count: int) -> list[Scene]:
-    """``count`` scenes drawn with replacement."""
+    """Choose ``count`` scenes with replacement."""
     return [scenes[i] for i in rng.integers(0, len(scenes), count)]
 
 
 def autoencoder_batches(scenes: Sequence[Scene], size: int, crop: int, latent_channels: int, seed: int):
-    """Batches of (pictures (size, 3, crop, crop), noise for the latents): crops on the grid of the latents."""
+    """Return batches of (images (size, 3, crop, crop), noise); crops start on the grid of the latents."""
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng = generator(seed, step)
-        pictures = to_signed(draw_scenes(choose(scenes, rng, size), rng))
+        images = to_signed(draw_scenes(choose(scenes, rng, size), rng))
         rows, columns = 8 * rng.integers(0, (128 - crop) // 8 + 1, (2, size))
-        crops = [p[:, r : r + crop, c : c + crop] for p, r, c in zip(pictures, rows, columns, strict=True)]
+        crops = [p[:, r : r + crop, c : c + crop] for p, r, c in zip(images, rows, columns, strict=True)]
         noise = rng.standard_normal((size, latent_channels, crop // 8, crop // 8), dtype=np.float32)
         return np.stack(crops), noise
 
@@ -51,16 +53,16 @@ def autoencoder_batches(scenes: Sequence[Scene], size: int, crop: int, latent_ch
 
 
 def attributes(scenes: Sequence[Scene]) -> np.ndarray:
-    """Numbers of object, colour and setting: (N, 3) int32."""
-    places = [(OBJECTS.index(s.object), COLOURS.index(s.colour), SETTINGS.index(s.setting)) for s in scenes]
-    return np.array(places, np.int32)
+    """Return the numbers of object, colour and setting: (N, 3) int32."""
+    numbers = [(OBJECTS.index(s.object), COLOURS.index(s.colour), SETTINGS.index(s.setting)) for s in scenes]
+    return np.array(numbers, np.int32)
 
 
 Tokenize = Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
 
 
 def caption_batches(scenes: Sequence[Scene], tokenize: Tokenize, size: int, length: int, seed: int):
-    """Batches of (token ids (size, length), mask, attributes (size, 3)) of captions in many wordings."""
+    """Return batches of (token ids (size, length), mask, attributes (size, 3)) of captions in many wordings."""
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         rng = generator(seed, step)
@@ -74,9 +76,9 @@ def caption_batches(scenes: Sequence[Scene], tokenize: Tokenize, size: int, leng
 def cached_latents(
     encode: Callable[[np.ndarray], np.ndarray], scenes: Sequence[Scene], folder: Path, count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latent means of ``count`` drawn pictures, (count, C, h, w) float32, and the number of each one's scene.
+    """Return latent means of ``count`` drawn images, (count, C, h, w) float32, and the scene number of each.
 
-    ``encode`` maps (N, 3, H, W) to means. Shards that ``folder`` holds already are not computed again.
+    ``encode`` maps (N, 3, H, W) to means. Shards that exist in ``folder`` are not computed again.
     """
     means, numbers = [], []
     for shard in tqdm(range(-(-count // SHARD)), desc="latents"):
@@ -92,26 +94,26 @@ def cached_latents(
 def _encode_shard(encode, scenes: Sequence[Scene], shard: int, seed: int) -> dict[str, np.ndarray]:
     rng = generator(seed, shard)
     numbers = rng.permutation(np.resize(np.arange(len(scenes)), SHARD) + shard * SHARD) % len(scenes)
-    pictures = [draw_scenes([scenes[i] for i in part], rng) for part in np.array_split(numbers, SHARD // 32)]
-    means = np.concatenate([encode(to_signed(part)) for part in pictures])
+    images = [draw_scenes([scenes[i] for i in part], rng) for part in np.array_split(numbers, SHARD // 32)]
+    means = np.concatenate([encode(to_signed(part)) for part in images])
     return {"mean": means.astype(np.float16), "scene": numbers.astype(np.int32)}
 
 
 @dataclass(frozen=True)
 class CaptionPool:
-    """Captions of cached pictures, sorted into few lengths, so that a batch carries little padding.
+    """Captions of cached images in a few lengths, so that a batch has little padding.
 
-    ``ids`` and ``mask`` are (M, longest), ``picture`` (M,) the number of each caption's picture, ``length`` (M,) the
-    tokens that it is padded to.
+    ``ids`` and ``mask`` are (M, longest), ``image`` (M,) the image number of each caption, ``length`` (M,) its padded
+    number of tokens.
     """
 
     ids: np.ndarray
     mask: np.ndarray
-    picture: np.ndarray
+    image: np.ndarray
     length: np.ndarray
 
     def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
-        """Numbers of ``size`` captions of one length; lengths come up as often as they occur."""
+        """Return the numbers of ``size`` captions of one length; lengths are drawn as often as they occur."""
         length = self.length[rng.integers(0, len(self.length))]
         return rng.choice(np.flatnonzero(self.length == length), size)
 
@@ -124,12 +126,12 @@ def caption_pool(
     copies: int,
     seed: int,
 ) -> CaptionPool:
-    """``copies`` captions of every cached picture, each padded to the first of ``lengths`` that holds it."""
+    """Return ``copies`` captions of every cached image, each padded to the first of ``lengths`` that holds it."""
     rng = generator(seed, 6)
-    picture = np.tile(np.arange(len(numbers)), copies)
-    ids, mask = tokenize([caption(scenes[numbers[i]], rng) for i in picture], lengths[-1])
+    image = np.tile(np.arange(len(numbers)), copies)
+    ids, mask = tokenize([caption(scenes[numbers[i]], rng) for i in image], lengths[-1])
     padded = np.array(lengths)[np.searchsorted(lengths, mask.sum(1))]
-    return CaptionPool(ids, mask, picture, padded)
+    return CaptionPool(ids, mask, image, padded)
 
 
 def diffusion_batches(
@@ -141,10 +143,10 @@ def diffusion_batches(
     caption_drop: float,
     seed: int,
 ):
-    """Batches for the loss: latents, noise, loss coefficients, timesteps, caption embeddings and mask.
+    """Return batches of latents, noise, loss coefficients, timesteps, caption embeddings and mask.
 
     ``embed`` encodes token ids and mask (N, T) to (N, T, C). A dropped caption becomes ``empty``, the ids and mask of
-    the empty caption, as at sampling.
+    the empty caption, as in sampling.
     """
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
@@ -156,7 +158,18 @@ def diffusion_batches(
         mask = np.where(dropped, empty[1][:, :length], pool.mask[chosen, :length])
         timesteps = logit_normal(rng, size)
         noise = rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32)
-        start = latents[pool.picture[chosen]]
+        start = latents[pool.image[chosen]]
         return start, noise, coefficients(timesteps), timesteps.astype(np.float32), embed(ids, mask), mask
 
     return batch
+
+
+def trained_parameters(net: PixArt) -> dict[str, ms.Parameter]:
+    """Return the parameters to train. y_embedding is the empty caption's embedding, which is set instead."""
+    return {name: p for name, p in net.parameters_and_names() if name != "y_embedder.y_embedding"}
+
+
+def set_weights(parameters: Mapping[str, ms.Parameter], weights: Mapping[str, np.ndarray]) -> None:
+    """Give parameters the trained weights of the same names."""
+    for name, values in weights.items():
+        parameters[name].set_data(ms.Tensor(values))

@@ -1,4 +1,4 @@
-"""The embedded model, from nothing: autoencoder, text encoder, transformer, and the folder that holds them."""
+"""Training of the bundled model from nothing: VAE, text encoder, transformer, and the folder that holds them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.io import atomic_write, load_tensors
+from pixart_nb.core.io import atomic_write, folder_lock
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -20,7 +20,14 @@ from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training.loss import diffusion_loss
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.autoencoder import train_autoencoder
-from pixart_nb.pixelart.batches import cached_latents, caption_pool, diffusion_batches, generator
+from pixart_nb.pixelart.batches import (
+    cached_latents,
+    caption_pool,
+    diffusion_batches,
+    generator,
+    set_weights,
+    trained_parameters,
+)
 from pixart_nb.pixelart.scenes import Scene, split_scenes
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, train_text_encoder, train_tokenizer
 
@@ -33,7 +40,7 @@ CONFIG = PixArtConfig(
     pe_interpolation=1.0,
     model_max_length=300,
 )
-#: AdamW with these betas and a high rate that falls to zero; the cross-attention's output starts at random.
+#: AdamW with a high rate that falls to zero; the output of the cross-attention is initialised at random.
 OPTIONS = TrainerOptions(
     steps=5000,
     start_learning_rate=1.2e-3,
@@ -44,33 +51,34 @@ OPTIONS = TrainerOptions(
     save_every=250,
     log_every=10,
 )
-#: Folder in the work folder, and options, of every stage; each starts from the averages of the one before.
+#: Folder and options of each stage; each starts from the averages of the one before.
 STAGES = {
     "transformer": OPTIONS,
     "transformer-2": replace(OPTIONS, steps=6000, start_learning_rate=8e-4, warmup_steps=100),
     "transformer-3": replace(OPTIONS, steps=5000, start_learning_rate=6e-4, warmup_steps=100),
 }
 BATCH = 32
-PICTURES = 8 * 2160
+IMAGES = 8 * 2160
 CAPTION_DROP = 0.1
-#: Captions are padded to one of these, so that few graphs are compiled and little padding is computed.
+#: Padded caption lengths: few, so that few graphs are compiled.
 CAPTION_LENGTHS = (14, 24, CAPTION_TOKENS)
-CAPTIONS_PER_PICTURE = 2
+CAPTIONS_PER_IMAGE = 2
 
 
 def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
-    """Train the embedded model and write it to ``folder`` as a diffusers pipeline.
+    """Train the bundled model and write it to ``folder`` as a diffusers pipeline; return ``folder``.
 
-    Everything in between lies in ``work``: run it again after an interruption and it goes on from there. Scenes held
-    out by ``split_scenes`` are never shown.
+    Intermediate results are stored in ``work``: an interrupted training resumes from there. Scenes held out by
+    ``split_scenes`` are never shown.
     """
     folder, work = Path(folder), Path(work)
     scenes = split_scenes()[0]
-    vae = train_autoencoder(scenes, work / "vae", seed)
-    tokenizer = TextTokenizer(train_tokenizer(scenes, work / "tokenizer", seed))
-    encoder = train_text_encoder(scenes, tokenizer.tokenize, work / "text_encoder", seed)
-    transformer = train_transformer(scenes, vae, tokenizer, encoder, work, seed)
-    write_pipeline(folder, work, vae, encoder, transformer)
+    with folder_lock(work):
+        vae = train_autoencoder(scenes, work / "vae", seed)
+        tokenizer = TextTokenizer(train_tokenizer(scenes, work / "tokenizer", seed))
+        encoder = train_text_encoder(scenes, tokenizer.tokenize, work / "text_encoder", seed)
+        transformer = train_transformer(scenes, vae, tokenizer, encoder, work, seed)
+        write_pipeline(folder, work, vae, encoder, transformer)
     return folder
 
 
@@ -82,20 +90,19 @@ def train_transformer(
     work: Path,
     seed: int = 0,
 ) -> PixArt:
-    """Train (or finish, or just load) the transformer in ``work``; returns it with its EMA weights."""
+    """Train, resume or load the transformer in ``work``; return it with its EMA weights."""
     means, numbers = cached_latents(
-        lambda pictures: vae.encode(ms.Tensor(pictures))[0].mean.asnumpy(),
+        lambda images: vae.encode(ms.Tensor(images))[0].mean.asnumpy(),
         scenes,
         work / "latents",
-        PICTURES,
+        IMAGES,
         seed,
     )
     net = PixArt(CONFIG)
     net.initialize(generator(seed, 5), zero_cross_attention=False)
-    # y_embedding is the empty caption's embedding, as in the official code; it is set, not trained
-    parameters = {name: p for name, p in net.parameters_and_names() if name != "y_embedder.y_embedding"}
+    parameters = trained_parameters(net)
     latents = means * np.float32(vae.config.scaling_factor)
-    pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_PICTURE, seed)
+    pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_IMAGE, seed)
     empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
     positions = net.positions(CONFIG.input_size, CONFIG.input_size)
     for number, (name, options) in enumerate(STAGES.items()):
@@ -112,22 +119,14 @@ def train_transformer(
             diffusion_loss(net, positions), parameters, batches, options, work / name, names=("mse", "vb")
         )
         trainer.run()
-        load_averages(net, trainer.checkpoints()[-1])
+        set_weights(parameters, trainer.weights())
     return net
-
-
-def load_averages(net: PixArt, checkpoint: Path) -> None:
-    """Give ``net`` the EMA weights of a training checkpoint."""
-    averages = load_tensors(checkpoint, keep=lambda name: name.startswith("ema/"))
-    for name, parameter in net.parameters_and_names():
-        if f"ema/{name}" in averages:
-            parameter.set_data(ms.Tensor(averages[f"ema/{name}"]))
 
 
 def write_pipeline(
     folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt
 ) -> None:
-    """Write the four parts (float16 weights), the tokenizer, the scheduler and the training curves."""
+    """Write the networks (float16 weights), the tokenizer, the scheduler and the training curves."""
     components.write_vae(folder / "vae", vae, np.float16)
     components.write_text_encoder(folder / "text_encoder", encoder, np.float16)
     components.write_transformer(folder / "transformer", transformer, np.float16)

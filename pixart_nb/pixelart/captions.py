@@ -1,4 +1,4 @@
-"""English captions of drawn scenes: many wordings, all naming the object, its colour and the setting."""
+"""English captions of drawn scenes, in many wordings that all name the object, its colour and the setting."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -9,8 +9,7 @@ import numpy as np
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene
 
-# A synonym replaces the canonical word in one caption in twenty: enough for a model to meet it, too seldom to
-# blur the ten colours. Words not listed here have no synonym.
+#: Share of captions in which a synonym replaces the word: enough to learn it, too few to blur the ten colours.
 SYNONYM_SHARE = 0.05
 
 COLOUR_SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -30,8 +29,7 @@ OBJECT_SYNONYMS: dict[str, tuple[str, ...]] = {
     "tree": ("pine tree",),
 }
 
-# The first phrase of a setting is the canonical one. Every phrase names the setting by its own word and none
-# has a colour word, so that the only colour a caption mentions is the object's.
+#: Phrases of each setting, the canonical one first. None has a colour word: the only colour is the object's.
 WHERE: dict[str, tuple[str, ...]] = {
     "grass": ("on grass", "on the grass", "on the grass under a clear sky", "on short grass in a meadow"),
     "desert": (
@@ -72,7 +70,7 @@ LONG_FORMS = (
 
 
 def with_article(words: str) -> str:
-    """The words after ``a`` or ``an``, whichever the first of them asks for."""
+    """Return the words with ``a`` or ``an`` before them."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -94,38 +92,37 @@ def _fill(form: str, scene: Scene, rng: np.random.Generator) -> str:
 
 
 def short_caption(scene: Scene) -> str:
-    """The canonical caption, such as ``a red mushroom on grass``; the same scene always has the same one."""
+    """Return the canonical caption of a scene, such as ``a red mushroom on grass``."""
     return f"{with_article(scene.colour)} {scene.object} {WHERE[scene.setting][0]}"
 
 
 def named_scenes(captions: Iterable[str]) -> list[Scene]:
-    """The scenes that canonical captions name, in order, those of unseen objects among them.
+    """Return the scenes that canonical captions name, in order; unseen objects are among them.
 
     >>> named_scenes(["a red anchor on grass"])
     [Scene(object='anchor', colour='red', setting='grass')]
 
-    Raises:
-        ValueError: names the first that is no canonical caption.
+    Raises ``PixArtNBError`` that quotes the first that is no canonical caption.
     """
-    known = _scenes_by_caption()
-    captions = list(captions)
+    scenes, captions = scenes_by_caption(), list(captions)
     for caption in captions:
-        if caption not in known:
+        if caption not in scenes:
             raise PixArtNBError(f"{caption!r} names no scene; expected such as 'a red mushroom on grass'")
-    return [known[caption] for caption in captions]
+    return [scenes[caption] for caption in captions]
 
 
 @lru_cache(maxsize=1)
-def _scenes_by_caption() -> dict[str, Scene]:
+def scenes_by_caption() -> dict[str, Scene]:
+    """Return all scenes, unseen objects included, by their canonical captions."""
     scenes = (Scene(*parts) for parts in product(OBJECTS + UNSEEN_OBJECTS, COLOURS, SETTINGS))
     return {short_caption(scene): scene for scene in scenes}
 
 
 def long_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption of 9 to 25 words that also names the style."""
+    """Return a caption of 9 to 25 words that also names the style."""
     return _fill(str(rng.choice(LONG_FORMS)), scene, rng)
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption in one of many wordings, short or long; the same generator state gives the same words."""
+    """Return a caption in one of many wordings, short or long; the same state of ``rng`` gives the same words."""
     return _fill(str(rng.choice(SHORT_FORMS + LONG_FORMS)), scene, rng)

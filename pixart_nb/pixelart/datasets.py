@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.pixelart.captions import long_caption, short_caption
 from pixart_nb.pixelart.scenes import (
@@ -56,7 +57,7 @@ PublishedRow = dict[str, str | int | float | bytes]
 def write_dataset(folder: str | os.PathLike[str], count: int = 36, seed: int = 0) -> Path:
     """Write ``count`` images of balanced scenes and their ``labels.json``; return the path of the latter."""
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise PixArtNBError(f"count must be at least 1, got {count}")
     rng = np.random.default_rng(seed)
     names = zip(*(_balanced(part, count, rng) for part in (OBJECTS, COLOURS, SETTINGS)), strict=True)
     return write_scenes(folder, [Scene(*parts) for parts in names], rng, SIZES)
@@ -115,7 +116,7 @@ def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 1
     testing, is drawn once; each of the others four times, with different random details.
     """
     if count < 4 or side < 16:
-        raise ValueError(f"count is {count} and side is {side}; expected at least 4 scenes of 16 pixels")
+        raise PixArtNBError(f"count is {count} and side is {side}; expected at least 4 scenes of 16 pixels")
     scenes = repeat_scenes(finetuning_scenes(count), count // 4, 4)
     return len(write_published(Path(folder), len(scenes), side=side, scenes=scenes))
 

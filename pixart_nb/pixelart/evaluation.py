@@ -1,31 +1,34 @@
-"""How well a pipeline draws what it is told, judged on scenes it was never trained on."""
+"""Evaluation of a pipeline on scenes that it was never trained on: draws them and reads them back."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.table import Table as RichTable
 from tqdm.auto import tqdm
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
+from pixart_nb.core.data.labels import read_prompts
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import ensure_writable, write_json
+from pixart_nb.core.sampling.generate import contact_sheet
+from pixart_nb.core.sampling.image_files import write_picture
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.randomness import picture_generators
 from pixart_nb.core.training.validation import psnr, reconstruct
-from pixart_nb.pixelart.captions import short_caption
+from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.scenes import OBJECTS, Scene, all_scenes, draw, split_scenes
+from pixart_nb.pixelart.scenes import OBJECTS, Scene, draw, split_scenes
+
+_SHEET_COLUMNS = 16
 
 
 def held_out_scenes(count: int) -> list[Scene]:
-    """``count`` scenes that training never shows, spread evenly over all of them.
-
-    Raises:
-        ValueError: ``count`` is not between 1 and the number of held-out scenes.
-    """
+    """Return ``count`` scenes that training never shows, spread evenly over all of them."""
     scenes = split_scenes()[1]
     if not 1 <= count <= len(scenes):
         raise PixArtNBError(f"count must be between 1 and {len(scenes)}, got {count}")
@@ -33,73 +36,122 @@ def held_out_scenes(count: int) -> list[Scene]:
 
 
 def agreement(images: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Shares of pictures whose object, colour, setting, and all three, are those of their prompts.
+    """Return the shares of images whose object, colour, setting, and all three, are those of their prompts.
 
-    ``images`` is (N, H, W, 3) float in [0, 1] or uint8. Only the canonical captions of scenes can be judged
-    (``a red mushroom on grass``); other prompts are left out, and without any the answer is empty.
+    ``images`` is (N, H, W, 3) float in [0, 1] or uint8. Only the canonical captions of scenes can be evaluated
+    (``a red mushroom on grass``); other prompts are left out, and without any the result is empty.
     """
     if len(images) != len(prompts):
-        raise PixArtNBError(f"need as many prompts as pictures, got {len(prompts)} for {len(images)}")
-    rows = [k for k, prompt in enumerate(prompts) if prompt in _scenes_by_caption()]
+        raise PixArtNBError(f"need as many prompts as images, got {len(prompts)} for {len(images)}")
+    rows = [k for k, prompt in enumerate(prompts) if prompt in scenes_by_caption()]
     if not rows:
         return {}
-    pictures = images if images.dtype == np.uint8 else to_uint8(images)
-    return SpriteEvaluator().accuracy(pictures[rows], [_scenes_by_caption()[prompts[k]] for k in rows])
+    pixels = images if images.dtype == np.uint8 else to_uint8(images)
+    scenes = named_scenes(prompts[k] for k in rows)
+    return evaluator_of(scenes).accuracy(pixels[rows], scenes)
 
 
-@lru_cache(maxsize=1)
-def _scenes_by_caption() -> dict[str, Scene]:
-    return {short_caption(scene): scene for scene in all_scenes()}
+def evaluator_of(scenes: Sequence[Scene]) -> SpriteEvaluator:
+    """Return an evaluator that knows the objects of the bundled model and those of ``scenes``."""
+    return SpriteEvaluator(OBJECTS + tuple(sorted({scene.object for scene in scenes} - set(OBJECTS))))
+
+
+def requested_scenes(count: int, labels: str | os.PathLike[str] | None = None) -> list[Scene]:
+    """Return ``count`` held-out scenes, or those of the first ``count`` captions of a label file."""
+    return named_scenes(read_prompts(labels)[:count]) if labels else held_out_scenes(count)
+
+
+def evaluate_and_write(
+    pipe: Any,
+    scenes: Sequence[Scene],
+    output: str | os.PathLike[str],
+    vae: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """Evaluate a pipeline; write ``evaluation.json`` and ``images.png`` into the folder ``output``; return the report.
+
+    ``vae``: measure the reconstruction of the drawn scenes by the VAE too. ``settings``: further entries of the report,
+    such as the name of the model. ``sampling``: options of ``evaluate_model``.
+    """
+    folder = ensure_writable(output)
+    report = evaluate_model(pipe, scenes, **sampling)
+    images = report.pop("images")
+    if vae:
+        kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
+        report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
+    report = {**(settings or {}), **sampling, **report}
+    write_picture(folder / "images.png", contact_sheet(images, _SHEET_COLUMNS), report)
+    write_json(folder / "evaluation.json", report)
+    return report
+
+
+def score_table(report: Mapping[str, Any]) -> RichTable:
+    """Return the accuracies of a report of ``evaluate_and_write`` as a table for the terminal."""
+    table = RichTable("part", "accuracy")
+    for part in ("object", "colour", "setting", "all"):
+        table.add_row(part, f"{report['accuracy'][part]:.1%}")
+    return table
+
+
+def score_summary(report: Mapping[str, Any]) -> str:
+    """Return a line about the number of images and the time, and one about the VAE if it was measured."""
+    source = f"captions of {report['labels']}" if report.get("labels") else "held-out scenes"
+    summary = f"{report['count']} {source}, {report['seconds_per_image']:.2f} s per image"
+    if "reconstruction_psnr" in report:
+        summary += f"\nVAE reconstruction: {report['reconstruction_psnr']:.2f} dB"
+    return summary
 
 
 def evaluate_model(
     pipe: Any,
     scenes: Sequence[Scene],
     *,
-    steps: int = SAMPLING_STEPS,
-    guidance: float = GUIDANCE_SCALE,
+    sampling_steps: int = SAMPLING_STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
     batch_size: int = 24,
     seed: int = 0,
     height: int = 128,
     width: int = 128,
 ) -> dict[str, Any]:
-    """Draw the scenes from their short captions and read them back.
+    """Draw scenes from their short captions and read them back.
 
     Args:
-        pipe: a ``PixArtSigmaPipeline``, or anything that is called as one.
-        scenes: what to draw; ``held_out_scenes`` gives those that training never shows. Unseen objects among them
-            are candidates too when the pictures are read.
-        steps, guidance: as ``num_inference_steps`` and ``guidance_scale`` of the pipeline.
-        batch_size: pictures drawn at once. Each has a random stream of its own, so they do not depend on it.
-        height, width: image pixels.
+        pipe: a ``PixArtSigmaPipeline``, or any function with its call.
+        scenes: ``held_out_scenes`` gives those that training never shows. Unseen objects among them are candidates
+            too when the images are read.
+        sampling_steps, guidance_scale: ``num_inference_steps`` and ``guidance_scale`` of the pipeline.
+        batch_size: images drawn at once. Each has a random stream of its own, so they do not depend on it.
+        height, width: pixels.
 
     Returns:
         ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all``; ``object_accuracy``,
-        the share of right objects among the pictures of each; ``seconds_per_picture``; ``pictures`` (N, H, W, 3) uint8.
+        the share of right objects among the images of each; ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
     """
     started = time.perf_counter()
-    call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    pictures = _draw_all(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, call)
+    size = {"height": height, "width": width}
+    call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
+    images = _draw_all(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, call)
     seconds = (time.perf_counter() - started) / len(scenes)
-    evaluator = SpriteEvaluator(OBJECTS + tuple(sorted({scene.object for scene in scenes} - set(OBJECTS))))
+    evaluator = evaluator_of(scenes)
     return {
         "count": len(scenes),
-        "accuracy": evaluator.accuracy(pictures, scenes),
-        "object_accuracy": _object_accuracy(evaluator, pictures, scenes),
-        "seconds_per_picture": seconds,
-        "pictures": pictures,
+        "accuracy": evaluator.accuracy(images, scenes),
+        "object_accuracy": _object_accuracy(evaluator, images, scenes),
+        "seconds_per_image": seconds,
+        "images": images,
     }
 
 
-def judge(
+def evaluate_latents(
     pipe: Any, latents: np.ndarray, scenes: Sequence[Scene]
 ) -> tuple[dict[str, float], list[np.ndarray]]:
-    """Decode latents (n, C, h, w) of the first n ``scenes``, one by one, and read them back.
+    """Decode latents (N, C, h, w) of the first N ``scenes`` one by one, and read them back.
 
-    -> shares of right ``object``, ``colour``, ``setting`` and ``all``, and the pictures (H, W, 3) uint8.
+    Returns the shares of right ``object``, ``colour``, ``setting`` and ``all``, and the images (H, W, 3) uint8.
     """
-    pictures = [to_uint8(pipe.decode_latents(row[None]))[0] for row in latents]
-    return SpriteEvaluator().accuracy(pictures, list(scenes[: len(pictures)])), pictures
+    images = [to_uint8(pipe.decode_latents(row[None]))[0] for row in latents]
+    return SpriteEvaluator().accuracy(images, list(scenes[: len(images)])), images
 
 
 def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: dict[str, Any]) -> np.ndarray:
@@ -108,7 +160,7 @@ def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: d
             f"need a batch size of at least 1 and a prompt, got {batch_size} and {len(prompts)} prompts"
         )
     drawn = []
-    with tqdm(total=len(prompts), desc="draw", unit="picture") as bar:
+    with tqdm(total=len(prompts), desc="draw", unit="image") as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             rngs = picture_generators(seed, range(first, first + len(batch)))
@@ -119,10 +171,10 @@ def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: d
 
 
 def _object_accuracy(
-    evaluator: SpriteEvaluator, pictures: np.ndarray, scenes: Sequence[Scene]
+    evaluator: SpriteEvaluator, images: np.ndarray, scenes: Sequence[Scene]
 ) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
-    for verdict, scene in zip(evaluator.evaluate_many(pictures), scenes, strict=True):
+    for verdict, scene in zip(evaluator.evaluate_many(images), scenes, strict=True):
         right.setdefault(scene.object, []).append(verdict.object == scene.object)
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
 
@@ -136,11 +188,11 @@ def reconstruction_psnr(
     height: int = 128,
     width: int = 128,
 ) -> float:
-    """Mean over drawn scenes of the decibels that are left after encoding and decoding them."""
+    """Return the mean PSNR in dB of drawn scenes after encoding and decoding them."""
     rng = np.random.default_rng(seed)
-    pictures = np.stack([draw(scene, rng, height, width) for scene in scenes])
+    images = np.stack([draw(scene, rng, height, width) for scene in scenes])
     values: list[float] = []
-    for first in tqdm(range(0, len(pictures), batch_size), desc="reconstruct", unit="batch"):
-        batch = pictures[first : first + batch_size]
+    for first in tqdm(range(0, len(images), batch_size), desc="reconstruct", unit="batch"):
+        batch = images[first : first + batch_size]
         values += [psnr(*pair) for pair in zip(batch, reconstruct(vae, batch), strict=True)]
     return float(np.mean(values))

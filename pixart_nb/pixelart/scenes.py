@@ -1,11 +1,11 @@
-"""Pixel-art scenes drawn by code: one coloured object on a setting, seeded and free of rights (CC0).
+"""Pixel-art scenes drawn by code: one coloured object in a setting, seeded and free of rights (CC0).
 
-A picture is a coarse grid, 16 cells along its shorter side, whose cells are blown up to image pixels.
-At 128x128 a cell is 8x8 image pixels, the reach of one latent cell of an autoencoder of factor 8.
+An image is a coarse grid of 16 cells along its shorter side, whose cells are enlarged to pixels. At 128 x 128 a cell
+has 8 x 8 pixels, as many as a latent cell of an autoencoder of factor 8.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, product
 
 import numpy as np
@@ -26,7 +26,7 @@ GRID = 16
 JITTER = 1
 COLOUR_VARIATION = 0.03
 
-# Outline, dark, middle, light, highlight. The ten middles are far apart; the outlines are all near black.
+#: Outline, dark, middle, light and highlight shade of each colour. The middle shades are far apart.
 RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "red": ((66, 8, 20), (150, 20, 36), (212, 40, 46), (238, 88, 80), (255, 214, 204)),
     "orange": ((84, 34, 6), (196, 92, 14), (244, 134, 28), (252, 170, 74), (255, 232, 204)),
@@ -41,7 +41,7 @@ RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 
 OBJECTS: tuple[str, ...] = tuple(SHAPES)
-#: Objects that can be drawn but are in no training set of the embedded model.
+#: Objects that can be drawn but are in no training set of the bundled model.
 UNSEEN_OBJECTS: tuple[str, ...] = tuple(UNSEEN_SHAPES)
 _ALL_SHAPES = SHAPES | UNSEEN_SHAPES
 COLOURS: tuple[str, ...] = tuple(RAMPS)
@@ -50,21 +50,24 @@ SETTINGS: tuple[str, ...] = tuple(BACKGROUNDS)
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: an object, its colour and the setting behind it."""
+    """Content of an image: an object, its colour and the setting behind it."""
 
     object: str
     colour: str
     setting: str
 
     def __post_init__(self) -> None:
-        _require_name("object", self.object, OBJECTS + UNSEEN_OBJECTS)
-        _require_name("colour", self.colour, COLOURS)
-        _require_name("setting", self.setting, SETTINGS)
+        valid = {"object": OBJECTS + UNSEEN_OBJECTS, "colour": COLOURS, "setting": SETTINGS}
+        for field, names in valid.items():
+            if getattr(self, field) not in names:
+                raise PixArtNBError(
+                    f"unknown {field} {getattr(self, field)!r}; valid ones: {', '.join(names)}"
+                )
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a 12x12 shape lies in the grid: its top row and left column in cells, and its side."""
+    """Position of a 12 x 12 shape in the grid: its top row and left column in cells, and whether it is mirrored."""
 
     row: int
     column: int
@@ -72,7 +75,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """A drawn scene: pixels (H, W, 3) uint8, mask (H, W) bool of the object's pixels, and its placement."""
 
     pixels: np.ndarray
@@ -80,47 +83,29 @@ class Picture:
     placement: Placement
 
 
-def _require_name(kind: str, name: str, valid: tuple[str, ...]) -> None:
-    if name not in valid:
-        raise PixArtNBError(f"unknown {kind} {name!r}; valid ones: {', '.join(valid)}")
-
-
-def _sprite(name: str, colour: str, mirrored: bool) -> np.ndarray:
-    """(12, 12, 3) float32 colours in 0..255, black where the shape is empty."""
+@cache
+def sprite_colours(name: str, colour: str, mirrored: bool = False) -> np.ndarray:
+    """Return the colours of an object's cells as (12, 12, 3) float32 in 0..255; black where it is empty."""
     by_letter = dict(zip(RAMP_LETTERS, RAMPS[colour], strict=True)) | SECONDARY | {".": (0, 0, 0)}
     palette = np.array([by_letter[letter] for letter in LETTERS], dtype=np.float32)
     shape = _ALL_SHAPES[name]
-    return palette[shape[:, ::-1] if mirrored else shape]
+    return _read_only(palette[shape[:, ::-1] if mirrored else shape])
 
 
-def _per_sprite(make: Callable[[str, str, bool], np.ndarray]) -> dict[tuple[str, str, bool], np.ndarray]:
-    return {
-        (name, colour, mirrored): make(name, colour, mirrored)
-        for name, colour in product(_ALL_SHAPES, COLOURS)
-        for mirrored in ((False, True) if name in MIRRORED else (False,))
-    }
-
-
-_SPRITES = _per_sprite(_sprite)
-_MASKS = {
-    (name, side): (shape[:, ::-1] if side else shape) > 0
-    for name, shape in _ALL_SHAPES.items()
-    for side in (False, True)
-}
-
-
-def sprite_colours(name: str, colour: str, mirrored: bool = False) -> np.ndarray:
-    """Colours of an object's cells as (12, 12, 3) float32 in 0..255; black where it is empty."""
-    return _SPRITES[name, colour, mirrored].copy()
-
-
+@cache
 def sprite_mask(name: str, mirrored: bool = False) -> np.ndarray:
-    """Cells an object covers, as (12, 12) bool."""
-    return _MASKS[name, mirrored].copy()
+    """Return the cells that an object covers as (12, 12) bool."""
+    shape = _ALL_SHAPES[name]
+    return _read_only((shape[:, ::-1] if mirrored else shape) > 0)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
 
 
 def grid_size(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the cell grid of a picture of ``height`` x ``width`` image pixels."""
+    """Return the rows and columns of the cell grid of an image of ``height`` x ``width`` pixels."""
     shorter = min(height, width)
     if shorter < GRID:
         raise PixArtNBError(f"height and width must be at least {GRID} pixels, got {height}x{width}")
@@ -137,27 +122,34 @@ def _place(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width:
 def _compose(
     scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int
 ) -> tuple[np.ndarray, Placement]:
-    """The (gh, gw, 3) uint8 grid of a scene, and where its object lies."""
+    """Return the (gh, gw, 3) uint8 grid of a scene, and the placement of its object."""
     if min(grid_height, grid_width) < GRID:
         raise PixArtNBError(f"a grid needs at least {GRID}x{GRID} cells, got {grid_height}x{grid_width}")
-    place = _place(scene, rng, grid_height, grid_width)
+    placement = _place(scene, rng, grid_height, grid_width)
     shade = 1 + rng.uniform(-COLOUR_VARIATION, COLOUR_VARIATION, size=(2, 3)).astype(np.float32)
     grid = BACKGROUNDS[scene.setting](rng, grid_height, grid_width) * shade[0]
-    window = grid[place.row : place.row + SHAPE_SIZE, place.column : place.column + SHAPE_SIZE]
-    sprite = _SPRITES[scene.object, scene.colour, place.mirrored] * shade[1]
-    np.copyto(window, sprite, where=_MASKS[scene.object, place.mirrored][..., None])
-    return np.clip(grid, 0, 255).astype(np.uint8), place
+    sprite = sprite_colours(scene.object, scene.colour, placement.mirrored) * shade[1]
+    np.copyto(
+        _window(grid, placement), sprite, where=sprite_mask(scene.object, placement.mirrored)[..., None]
+    )
+    return np.clip(grid, 0, 255).astype(np.uint8), placement
 
 
-def _grid_mask(scene: Scene, place: Placement, grid_height: int, grid_width: int) -> np.ndarray:
+def _window(grid: np.ndarray, placement: Placement) -> np.ndarray:
+    """Return a view of the cells that a placed shape occupies."""
+    rows = slice(placement.row, placement.row + SHAPE_SIZE)
+    return grid[rows, placement.column : placement.column + SHAPE_SIZE]
+
+
+def grid_mask(name: str, placement: Placement, grid_height: int, grid_width: int) -> np.ndarray:
+    """Return the cells (gh, gw) bool that a placed object covers."""
     mask = np.zeros((grid_height, grid_width), dtype=bool)
-    window = mask[place.row : place.row + SHAPE_SIZE, place.column : place.column + SHAPE_SIZE]
-    window[:] = _MASKS[scene.object, place.mirrored]
+    _window(mask, placement)[:] = sprite_mask(name, placement.mirrored)
     return mask
 
 
-def enlarge(grid: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Nearest sampling of a (gh, gw, ...) grid at the centres of ``height`` x ``width`` image pixels."""
+def resize_nearest(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Sample a (gh, gw, ...) grid at the centres of ``height`` x ``width`` pixels."""
     rows = (np.arange(height) * 2 + 1) * grid.shape[0] // (2 * height)
     columns = (np.arange(width) * 2 + 1) * grid.shape[1] // (2 * width)
     return grid.take(columns, axis=1).take(rows, axis=0)
@@ -166,25 +158,25 @@ def enlarge(grid: np.ndarray, height: int, width: int) -> np.ndarray:
 def draw_grid(
     scene: Scene, rng: np.random.Generator, grid_height: int = GRID, grid_width: int = GRID
 ) -> np.ndarray:
-    """The scene at one value per cell: (grid_height, grid_width, 3) uint8."""
+    """Draw a scene with one value per cell: (grid_height, grid_width, 3) uint8."""
     return _compose(scene, rng, grid_height, grid_width)[0]
 
 
 def draw(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> np.ndarray:
-    """The scene as (height, width, 3) uint8; the same generator state gives the same bytes."""
-    return enlarge(draw_grid(scene, rng, *grid_size(height, width)), height, width)
+    """Draw a scene as (height, width, 3) uint8; the same state of the generator gives the same bytes."""
+    return resize_nearest(draw_grid(scene, rng, *grid_size(height, width)), height, width)
 
 
-def draw_with_mask(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> Picture:
-    """As ``draw``, the same pixels from the same generator state, with the object's mask and placement."""
+def draw_with_mask(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> Drawing:
+    """Draw the same pixels as ``draw``, with the object's mask and placement."""
     cells = grid_size(height, width)
-    grid, place = _compose(scene, rng, *cells)
-    mask = _grid_mask(scene, place, *cells)
-    return Picture(enlarge(grid, height, width), enlarge(mask, height, width), place)
+    grid, placement = _compose(scene, rng, *cells)
+    mask = grid_mask(scene.object, placement, *cells)
+    return Drawing(resize_nearest(grid, height, width), resize_nearest(mask, height, width), placement)
 
 
 def all_scenes() -> list[Scene]:
-    """Every combination of object, colour and setting, in a fixed order."""
+    """Return every combination of object, colour and setting, in a fixed order."""
     return [Scene(*names) for names in product(OBJECTS, COLOURS, SETTINGS)]
 
 
@@ -193,10 +185,10 @@ def _pairs(scene: Scene) -> list[tuple[str, str]]:
 
 
 def split_scenes(seed: int = 0, held_out: int = 240) -> tuple[list[Scene], list[Scene]]:
-    """Combinations to train on and combinations never trained on, the same for the same arguments.
+    """Return the scenes to train on and the held-out scenes, the same for the same arguments.
 
-    Every pair (object, colour), (object, setting) and (colour, setting) still occurs in training, so that
-    a held-out scene asks for a new combination of known pairs and not for something unseen.
+    Every pair (object, colour), (object, setting) and (colour, setting) occurs in training, so that a held-out scene
+    asks for a new combination of known pairs.
     """
     scenes = all_scenes()
     remaining: dict[tuple[str, str], int] = {}
@@ -210,6 +202,6 @@ def split_scenes(seed: int = 0, held_out: int = 240) -> tuple[list[Scene], list[
             remaining.update({pair: remaining[pair] - 1 for pair in pairs})
     if len(chosen) < held_out:
         raise PixArtNBError(
-            f"at most {len(chosen)} scenes can be held out with every pair in training, not {held_out}"
+            f"held_out is {held_out}; expected at most {len(chosen)}, so that every pair is in training"
         )
     return [s for s in scenes if s not in chosen], [s for s in scenes if s in chosen]

@@ -1,4 +1,4 @@
-"""Second part of the embedded model: a tokenizer and a small T5 encoder that learn what the captions say."""
+"""Second part of the bundled model: a tokenizer and a small T5 encoder, trained to read the captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pixart_nb.core.io import atomic_write, write_json
 from pixart_nb.core.models.layers import Linear, normal
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
-from pixart_nb.pixelart.batches import Tokenize, caption_batches, generator
+from pixart_nb.pixelart.batches import Tokenize, caption_batches, generator, set_weights
 from pixart_nb.pixelart.captions import caption
 from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, Scene
 
@@ -36,10 +36,10 @@ BATCH = 64
 
 
 def train_tokenizer(scenes: list[Scene], folder: Path, seed: int = 0) -> Path:
-    """Learn a unigram vocabulary from captions and write ``spiece.model`` in T5's layout; returns ``folder``.
+    """Learn a unigram vocabulary from captions and write ``spiece.model`` in T5's layout; return ``folder``.
 
-    Pad is 0, end of text 1, unknown 2, as in T5. Every printable ASCII character is a piece of its own, so that
-    English words which no caption has are still spelled out.
+    Pad is 0, end of text 1, unknown 2, as in T5. Every printable ASCII character is a piece, so that words which no
+    caption has are spelled.
     """
     import sentencepiece  # here, since only this training needs it
 
@@ -79,7 +79,7 @@ def train_tokenizer(scenes: list[Scene], folder: Path, seed: int = 0) -> Path:
 
 
 class CaptionReader(nn.Cell):
-    """What the encoder is trained through: heads that read object, colour and setting, and each token's identity."""
+    """Heads that train the encoder: they read object, colour and setting, and the identity of each token."""
 
     def __init__(self, encoder: T5Encoder):
         super().__init__()
@@ -89,7 +89,7 @@ class CaptionReader(nn.Cell):
         self.words = Linear(size, encoder.config.vocab_size)
 
     def construct(self, ids, mask, buckets):
-        """Logits of the three attributes from the mean over tokens, and of every token's own id."""
+        """Return logits of the three attributes, from the mean over tokens, and of the id of every token."""
         embedded = self.encoder.forward(ids, mask, buckets)
         weight = mask.astype(ms.float32).expand_dims(-1)
         pooled = (embedded * weight).sum(1) / weight.sum(1)
@@ -97,7 +97,7 @@ class CaptionReader(nn.Cell):
 
 
 def train_text_encoder(scenes: list[Scene], tokenize: Tokenize, work: Path, seed: int = 0) -> T5Encoder:
-    """Train (or finish, or just load) the text encoder in ``work``; returns it with its EMA weights."""
+    """Train, resume or load the text encoder in ``work``; return it with its EMA weights."""
     encoder = T5Encoder(CONFIG)
     rng = generator(seed, 4)
     encoder.initialize(rng)
@@ -108,8 +108,7 @@ def train_text_encoder(scenes: list[Scene], tokenize: Tokenize, work: Path, seed
     batches = caption_batches(scenes, tokenize, BATCH, CAPTION_TOKENS, seed)
     trainer = Trainer(_loss(reader), parameters, batches, OPTIONS, work, names=("attributes", "words"))
     trainer.run()
-    for parameter, average in zip(parameters.values(), trainer.ema.averages, strict=True):
-        parameter.set_data(ms.Tensor(average))
+    set_weights(parameters, trainer.weights())
     return encoder
 
 
@@ -118,8 +117,8 @@ def _loss(reader: CaptionReader):
 
     def loss(ids: ms.Tensor, mask: ms.Tensor, attributes: ms.Tensor):
         logits, words = reader(ids, mask, buckets)
-        told = [ops.cross_entropy(part, attributes[:, i]) for i, part in enumerate(logits)]
-        attribute_loss = told[0] + told[1] + told[2]
+        losses = [ops.cross_entropy(part, attributes[:, i]) for i, part in enumerate(logits)]
+        attribute_loss = losses[0] + losses[1] + losses[2]
         weight = mask.astype(ms.float32).reshape(-1)
         each = ops.cross_entropy(words.reshape(-1, words.shape[-1]), ids.reshape(-1), reduction="none")
         word_loss = (each * weight).sum() / weight.sum()

@@ -73,7 +73,7 @@ def test_a_curve_is_measured_once_and_whole_when_it_goes_on(pipe, tmp_path, firs
     again = begun()
     assert again.measured([0, 2], late)["error"] == {0: curve[0], 2: curve[2]}
     assert all(np.array_equal(weights(again)[name], value) for name, value in weights(whole).items())
-    with pytest.raises(ValueError, match=r"stands at step 2, and \['other'\] was not measured at step 1"):
+    with pytest.raises(ValueError, match=r"is at step 2, and \['other'\] was not measured at step 1"):
         again.measured([1], {"other": lambda: 0.0})
 
 

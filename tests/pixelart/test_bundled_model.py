@@ -6,8 +6,7 @@ import pytest
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training.batches import logit_normal
-from pixart_nb.pixelart import batches as tiny_data
-from pixart_nb.pixelart import bundled_model as tiny
+from pixart_nb.pixelart import batches, bundled_model
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, split_scenes
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, PIECES, train_tokenizer
@@ -22,7 +21,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(tokenizer):
-    return tiny_data.caption_pool(
+    return batches.caption_pool(
         SCENES[:50], np.arange(50), tokenizer.tokenize, (14, 24, CAPTION_TOKENS), 3, 0
     )
 
@@ -59,7 +58,7 @@ def test_captions_of_one_length_come_together_as_often_as_they_occur(pool):
 def test_batches_depend_on_the_step_alone_and_drop_captions_at_the_asked_rate(pool, tokenizer):
     latents = np.random.default_rng(0).standard_normal((50, 4, 16, 16)).astype(np.float32)
     empty = tokenizer.tokenize([""], CAPTION_TOKENS)
-    batch = tiny_data.diffusion_batches(
+    batch = batches.diffusion_batches(
         latents, pool, lambda ids, mask: ids[..., None].astype(np.float32), empty, 32, 0.25, 0
     )
     first, again, other = batch(3), batch(3), batch(4)
@@ -72,7 +71,7 @@ def test_batches_depend_on_the_step_alone_and_drop_captions_at_the_asked_rate(po
 def test_an_image_keeps_its_own_caption(pool, tokenizer):
     latents = np.arange(50, dtype=np.float32).reshape(-1, 1, 1, 1)
     empty = tokenizer.tokenize([""], CAPTION_TOKENS)
-    batch = tiny_data.diffusion_batches(latents, pool, lambda ids, mask: ids[..., None], empty, 32, 0.0, 0)
+    batch = batches.diffusion_batches(latents, pool, lambda ids, mask: ids[..., None], empty, 32, 0.0, 0)
     start, *_, ids, mask = batch(0)
     for number, row, seen in zip(start.ravel().astype(int), ids[..., 0], mask, strict=True):
         words = tokenizer.tokenizer.decode(row[seen], skip_special_tokens=True)
@@ -88,33 +87,35 @@ def test_timesteps_gather_where_shapes_are_decided_and_reach_both_ends():
 
 
 def test_latents_are_computed_once_and_held_out_scenes_never_appear(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_data, "SHARD", 64)
+    monkeypatch.setattr(batches, "SHARD", 64)
     calls = []
 
     def encode(images):
         calls.append(len(images))
         return images.mean(axis=(2, 3), keepdims=True)
 
-    means, numbers = tiny_data.cached_latents(encode, SCENES, tmp_path, 100, 0)
+    means, numbers = batches.cached_latents(encode, SCENES, tmp_path, 100, 0)
     assert means.shape == (100, 3, 1, 1)
     assert sum(calls) == 128
     assert numbers.max() < len(SCENES)
-    again, _ = tiny_data.cached_latents(encode, SCENES, tmp_path, 100, 0)
+    again, _ = batches.cached_latents(encode, SCENES, tmp_path, 100, 0)
     assert sum(calls) == 128
     assert np.array_equal(again, means)
     assert not {SCENES[i] for i in numbers} & set(split_scenes()[1])
 
 
 def test_attributes_are_numbers_of_the_lists():
-    rows = tiny_data.attributes(SCENES[:5])
+    rows = batches.attributes(SCENES[:5])
     assert [(OBJECTS[a], COLOURS[b], SETTINGS[c]) for a, b, c in rows] == [
         (s.object, s.colour, s.setting) for s in SCENES[:5]
     ]
 
 
-def test_averages_of_a_checkpoint_replace_the_weights(tmp_path):
-    net = PixArt(tiny.CONFIG)
-    averages = {f"ema/{name}": np.full(p.shape, 0.25, np.float32) for name, p in net.parameters_and_names()}
-    tiny_data.save_tensors(tmp_path / "step.safetensors", averages)
-    tiny.load_averages(net, tmp_path / "step.safetensors")
-    assert all((p.asnumpy() == 0.25).all() for _, p in net.parameters_and_names())
+def test_trained_weights_are_set_by_name():
+    net = PixArt(bundled_model.CONFIG)
+    parameters = batches.trained_parameters(net)
+    assert set(dict(net.parameters_and_names())) - set(parameters) == {"y_embedder.y_embedding"}
+    batches.set_weights(
+        parameters, {name: np.full(p.shape, 0.25, np.float32) for name, p in parameters.items()}
+    )
+    assert all((p.asnumpy() == 0.25).all() for p in parameters.values())

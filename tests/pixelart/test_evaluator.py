@@ -15,7 +15,7 @@ from pixart_nb.pixelart.scenes import (
     draw,
     draw_grid,
     draw_with_mask,
-    enlarge,
+    resize_nearest,
 )
 
 EVALUATOR = SpriteEvaluator()
@@ -37,7 +37,7 @@ def spoilt(image: np.ndarray, rng: np.random.Generator, blur: float, noise: floa
 def backgrounds(count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(11)
     grids = [BACKGROUNDS[SETTINGS[k % len(SETTINGS)]](rng, 16, 16) for k in range(count)]
-    return [enlarge(np.clip(grid, 0, 255).astype(np.uint8), 128, 128) for grid in grids]
+    return [resize_nearest(np.clip(grid, 0, 255).astype(np.uint8), 128, 128) for grid in grids]
 
 
 def test_fresh_images_are_read_right_and_with_confidence():
@@ -94,7 +94,7 @@ def test_placement_and_mask_are_those_of_the_drawing():
 def test_an_object_two_cells_off_its_usual_place_is_still_found():
     for k, scene in enumerate(all_scenes()[::97]):
         grid = draw_grid(scene, np.random.default_rng(k), 18, 18)
-        corner = enlarge(grid[:16, :16], 128, 128)
+        corner = resize_nearest(grid[:16, :16], 128, 128)
         assert EVALUATOR.evaluate(corner).object == scene.object, scene
 
 
@@ -108,9 +108,11 @@ def test_an_image_without_an_object_is_flagged(kind):
         "noisy background": lambda: [spoilt(image, rng, 1, 20) for image in backgrounds(64)],
         "pixel noise": lambda: list(rng.integers(0, 256, (32, 128, 128, 3), dtype=np.uint8)),
         "cell noise": lambda: [
-            enlarge(g, 128, 128) for g in rng.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
+            resize_nearest(g, 128, 128) for g in rng.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
         ],
-        "blobs": lambda: [enlarge(g, 128, 128) for g in rng.integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)],
+        "blobs": lambda: [
+            resize_nearest(g, 128, 128) for g in rng.integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
+        ],
         "flat": lambda: [
             np.full((64, 64, 3), c, np.uint8) for c in rng.integers(0, 256, (64, 3), dtype=np.uint8)
         ],

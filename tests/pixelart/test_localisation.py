@@ -8,14 +8,14 @@ import pytest
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.pixelart.evaluation import held_out_scenes
-from pixart_nb.pixelart.localisation import Located, locate_words, mean_overlaps, overlap, thresholded
+from pixart_nb.pixelart.localisation import LocatedWords, locate_words, mean_overlaps, overlap, thresholded
 from pixart_nb.pixelart.scenes import Scene
 
 
 @pytest.fixture(scope="module")
 def found(project):
     pipe = PixArtSigmaPipeline.from_pretrained(project / "data/tiny-sigma", mindspore_dtype=ms.float32)
-    return locate_words(pipe, held_out_scenes(6), steps=10, batch_size=6)
+    return locate_words(pipe, held_out_scenes(6), sampling_steps=10, batch_size=6)
 
 
 def test_the_noun_finds_the_object_and_a_wrong_word_does_not(found):
@@ -38,7 +38,7 @@ def test_each_image_comes_with_its_words_and_their_maps(found):
 def test_words_that_name_neither_object_nor_colour_are_wrong_ones():
     words, nothing = ("a", "red", "mushroom", "on", "grass", "</s>"), np.zeros((8, 8))
     found = [
-        Located(Scene("mushroom", "red", "grass"), nothing, nothing, words, nothing, np.array(overlaps))
+        LocatedWords(Scene("mushroom", "red", "grass"), nothing, nothing, words, nothing, np.array(overlaps))
         for overlaps in ([0.1, 0.6, 0.5, 0.2, 0.0, 0.3], [0.1, 0.4, 0.7, 0.0, 0.1, 0.2])
     ]
     means = mean_overlaps(found)

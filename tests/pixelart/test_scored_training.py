@@ -10,7 +10,7 @@ from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.pixelart.evaluation import evaluate_model, held_out_scenes
 from pixart_nb.pixelart.scored_training import train_and_score
 
-DRAWING = {"steps": 2, "batch_size": 2, "seed": 5}
+DRAWING = {"sampling_steps": 2, "batch_size": 2, "seed": 5}
 
 
 @pytest.fixture(scope="module")

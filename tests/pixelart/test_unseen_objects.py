@@ -62,7 +62,7 @@ def test_a_model_is_judged_on_unseen_objects():
         drawn = [draw(by_caption[p], rng) for p, rng in zip(prompts, generator, strict=True)]
         return (finished(np.stack(drawn) / 255, output_type),)
 
-    result = evaluate_model(pipe, scenes, steps=1)
+    result = evaluate_model(pipe, scenes, sampling_steps=1)
     assert result["accuracy"]["all"] == 1.0
     assert result["object_accuracy"] == {"anchor": 1.0, "cat": 1.0}
 

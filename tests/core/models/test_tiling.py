@@ -10,11 +10,11 @@ from reference_data import diffusers, relative_error
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS
+from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.models import tiling
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.sampling.images import to_uint8
-from pixart_nb.pixelart.batches import to_signed
-from pixart_nb.pixelart.evaluation import psnr
+from pixart_nb.core.training.validation import psnr
 from pixart_nb.pixelart.scenes import draw, split_scenes
 
 TINY = Path(__file__).parents[3] / "data" / "tiny-sigma"
