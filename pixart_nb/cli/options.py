@@ -15,6 +15,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from typer.core import TyperArgument, TyperCommand
 
+from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS
+
 _BOOLEAN = "true|false"
 _WORDS = {
     "true": True,
@@ -120,10 +122,21 @@ def config_options(
         signature = inspect.signature(function, eval_str=True)
         own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
         generated = [_parameter(name, field) for name, field in fields.items()]
+        generated += (
+            []
+            if only
+            else [_hidden(name) for name in (*IGNORED_KEYS, *RENAMED_KEYS, "mode") if name not in fields]
+        )
 
         def command(**values: Any) -> Any:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}
-            options = {key: _value(value, fields[key].annotation) for key, value in values.items() if value}
+            given = {key: value for key, value in values.items() if value is not None and value != []}
+            annotations = {
+                key: fields[name].annotation
+                for key in given
+                if (name := RENAMED_KEYS.get(key, key)) in fields
+            }
+            options = {key: _value(value, annotations.get(key, str)) for key, value in given.items()}
             return function(**mine, options=options)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -153,6 +166,12 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         autocompletion=lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)],
     )
     annotation = Annotated[list[str] | None if several else str | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _hidden(name: str) -> inspect.Parameter:
+    """Option for a key of mindone's that the configuration ignores with a line, or renames."""
+    annotation = Annotated[str | None, typer.Option(f"--{name.replace('_', '-')}", hidden=True)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
