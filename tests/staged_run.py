@@ -9,7 +9,7 @@ from pathlib import Path
 from reference_data import diffusers
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core.sampling.stages import StagedPicture, run_staged
+from pixart_nb.core.sampling.stages import StagedImage, run_stages
 
 SOURCE = diffusers("sigma")[0]
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
@@ -28,10 +28,10 @@ def load(names, scheduler="dpm++"):
 def picture(folder, **changes):
     """A picture of three rows of tiles and six steps."""
     known = dict(prompt="a red mushroom on grass", drawn=(160, 96), size=(160, 96), steps=6, tile=64)
-    return StagedPicture(Path(folder), **known | changes)
+    return StagedImage(Path(folder), **known | changes)
 
 
 if __name__ == "__main__":
     drawing, solver = picture(sys.argv[1], models={"scheduler": sys.argv[2]}), sys.argv[2]
-    for part in run_staged([drawing], lambda names: load(names, solver)):
+    for part in run_stages([drawing], lambda names: load(names, solver)):
         print(part.stage, part.done, flush=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -39,11 +40,39 @@ def upscale(
 
     Example: pixart-nb upscale --image_height 1024 --image_width 1024 --prompt "a red mushroom in a forest"
     """
-    from pixart_nb.core.sampling import generate_stages
     from pixart_nb.viz.tables import Table
 
     settings = load_config(config, "inference", options)
-    paths, rows = generate_stages.grow(settings, factors or (), strengths or (), keys)
+    paths, rows = upscaled(settings, factors or (), strengths or (), keys)
     columns = ["size", "stage", "measured s", "loading s", "planned GB", "measured GB"]
     typer.echo(Table([{name: row[name] for name in columns} for row in rows], "Time and memory"))
     typer.echo("\n".join(map(str, paths)))
+
+
+def upscaled(
+    config: InferenceConfig, factors: Any, strengths: Any, keys: int
+) -> tuple[list[Path], list[dict]]:
+    """Draw the image and write it with its page; returns the paths, and rows of what was planned and measured."""
+    from pixart_nb.core.planning import report as planner
+    from pixart_nb.core.planning.memory import live_here
+    from pixart_nb.core.planning.plan import check_fits, plan_growing
+    from pixart_nb.core.sampling import upscaling
+    from pixart_nb.core.sampling.generate import drawn_size, prompts_of
+    from pixart_nb.core.sampling.images import write_image
+    from pixart_nb.viz.zoom import ZoomViewer
+
+    stages = config.stages_path or str(Path(config.output_path) / "stages")
+    config = config.model_copy(update={"stages_path": stages})
+    networks, _ = planner.networks_of(config)
+    height, width = drawn_size(config, networks.transformer)
+    sizes = upscaling.upscale_sizes(networks.transformer, height, width, factors, strengths, keys)
+    plans = plan_growing(networks, planner.run_of(config, networks), sizes, live=live_here())
+    for plan in plans:
+        check_fits(plan, planner.memory_limit(config))
+    images = upscaling.upscale(config, sizes)
+    path = Path(config.output_path) / "picture.png"
+    steps = {"factors": [sizes[-1].height // size.height for size in sizes], "keys": keys}
+    steps |= {"strengths": [size.strength for size in sizes[1:]]}
+    write_image(path, images[-1].pixels(), config.model_dump() | steps)
+    page = ZoomViewer(images[-1].pixels(), prompts_of(config)[0]).write(path.with_name("zoom.html"))
+    return [path, page], planner.compared_rows(plans, [image.files.measured() for image in images])

@@ -19,7 +19,7 @@ SAMPLING_STEPS = 20
 SAMPLING_METHOD = "dpm++"
 #: Values of ``sampling_method``; ``core.sampling.schedulers`` maps each to its scheduler.
 SAMPLING_METHODS = (
-    "dpm++", "dpm++karras", "ddim", "euler", "unipc", "lcm", "dmd", "iddpm", "ddim-official", "dpm", "sa-solver",
+    "dpm++", "dpm++karras", "euler", "unipc", "lcm", "dmd", "iddpm", "ddim", "dpm", "sa-solver", "ddim-diffusers",
 )  # fmt: skip
 #: Prompts of mindone's training configurations.
 VALIDATION_PROMPTS = (

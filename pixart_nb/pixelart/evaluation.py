@@ -16,9 +16,8 @@ from pixart_nb.core.data.labels import read_prompts
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
-from pixart_nb.core.sampling.image_files import write_picture
-from pixart_nb.core.sampling.images import to_uint8
-from pixart_nb.core.sampling.randomness import picture_generators
+from pixart_nb.core.sampling.images import to_uint8, write_image
+from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
@@ -81,7 +80,7 @@ def evaluate_and_write(
         kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
         report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
     report = {**(settings or {}), **sampling, **report}
-    write_picture(folder / "images.png", contact_sheet(images, _SHEET_COLUMNS), report)
+    write_image(folder / "images.png", contact_sheet(images, _SHEET_COLUMNS), report)
     write_json(folder / "evaluation.json", report)
     return report
 
@@ -163,7 +162,7 @@ def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: d
     with tqdm(total=len(prompts), desc="draw", unit="image") as bar:
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
-            rngs = picture_generators(seed, range(first, first + len(batch)))
+            rngs = image_generators(seed, range(first, first + len(batch)))
             images = pipe(batch, generator=rngs, use_resolution_binning=False, output_type="np", **call)[0]
             drawn.append(to_uint8(images))
             bar.update(len(batch))

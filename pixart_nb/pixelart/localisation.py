@@ -16,7 +16,7 @@ from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.hooks.selection import Layers, Numbers
 from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.sampling.images import to_uint8
-from pixart_nb.core.sampling.randomness import picture_generators
+from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
 from pixart_nb.pixelart.scenes import Scene
@@ -79,7 +79,7 @@ def locate_words(
     with tqdm(total=len(scenes), desc="locate", unit="image") as bar:
         for first in range(0, len(scenes), batch_size):
             batch = scenes[first : first + batch_size]
-            rngs = picture_generators(seed, range(first, first + len(batch)))
+            rngs = image_generators(seed, range(first, first + len(batch)))
             prompts = [short_caption(scene) for scene in batch]
             with trace(pipe, layers, attention="cross", steps=kept_steps, announce=None) as t:
                 drawn = pipe(prompts, generator=rngs, use_resolution_binning=False, output_type="np", **call)[

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.image_files import read_parameters, write_picture
+from pixart_nb.core.sampling.images import read_parameters, write_image
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.playground_run import Entry
 
@@ -56,7 +56,7 @@ def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | Non
     for number, pixels in enumerate(entry.pictures):
         parameters = dict(others or {}) | entry.parameters.configuration(number)
         paths.append(_free_place(Path(folder), f"{words}_seed-{entry.parameters.seed}_{number}", parameters))
-        write_picture(paths[-1], pixels, parameters)
+        write_image(paths[-1], pixels, parameters)
     return paths
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.randomness import picture_generators
+from pixart_nb.core.sampling.samplers import image_generators
 
 #: A preview is due once the steps since the last one took this many times as long as it did.
 PREVIEW_PAUSE = 4
@@ -59,7 +59,7 @@ class Parameters:
             "num_images_per_prompt": self.count,
             "height": self.height,
             "width": self.width,
-            "generator": picture_generators(self.seed, range(self.count)),
+            "generator": image_generators(self.seed, range(self.count)),
         }
 
     def configuration(self, number: int = 0) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, axes_grid, legend, new_figure
 
-#: Edges and other lines of a picture: mean jumps, 0..255, as ``measure_seams`` gives them.
+#: Edges and other lines of a picture: mean jumps, 0..255, as ``measure_tile_artifacts`` gives them.
 Jumps = tuple[Sequence[float], Sequence[float]]
 _TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
 

@@ -48,7 +48,7 @@ from pixart_nb.core.planning.plan import (
     warnings_of,
 )
 from pixart_nb.core.sampling.conditioning import Conditioning
-from pixart_nb.core.sampling.guidance import guided_prediction
+from pixart_nb.core.sampling.guidance import classifier_free_guidance
 
 TINY_T5 = T5Config(vocab_size=30, d_model=24, d_kv=8, d_ff=40, num_heads=2, num_layers=3)
 PUBLISHED = Networks(PixArtConfig(input_size=128, pe_interpolation=2.0), T5Config(), VAEConfig())
@@ -105,7 +105,7 @@ def test_multiply_adds_of_a_guided_step_are_those_that_happen(
     ]
     latents = np.zeros((1, 4, 2 * height, 2 * width), np.float32)
     with counted() as first:  # the first step prepares the captions
-        predict = guided_prediction(
+        predict = classifier_free_guidance(
             filled(config), Conditioning(*texts[0], *texts[1]), 4.5, 16 * height, 16 * width
         )
         predict(latents, 5.0)
@@ -407,7 +407,7 @@ from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
 from pixart_nb.core.sampling.conditioning import Conditioning
-from pixart_nb.core.sampling.guidance import guided_prediction
+from pixart_nb.core.sampling.guidance import classifier_free_guidance
 from pixart_nb.core.planning.calibration import _network, _step, _text_layer
 from pixart_nb.core.planning.memory import Networks, Run
 import numpy as np

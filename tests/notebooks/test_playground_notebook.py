@@ -10,7 +10,7 @@ from notebook_contract import run_notebook, undeclared_keys, widgets_without_fig
 from PIL import Image
 
 from pixart_nb.config import InferenceConfig, check_config, read_yaml
-from pixart_nb.core.sampling.image_files import read_parameters
+from pixart_nb.core.sampling.images import read_parameters
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "inference"
 FIGURES = ["guidance.png", "history.png", "negative_prompt.png", "schedulers.png", "sizes.png"]

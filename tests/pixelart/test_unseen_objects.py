@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_nb.core.sampling.images import finished
+from pixart_nb.core.sampling.images import to_output_type
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.datasets import write_scenes
 from pixart_nb.pixelart.evaluation import evaluate_model
@@ -60,7 +60,7 @@ def test_a_model_is_judged_on_unseen_objects():
 
     def pipe(prompts, *, generator, output_type, **rest):
         drawn = [draw(by_caption[p], rng) for p, rng in zip(prompts, generator, strict=True)]
-        return (finished(np.stack(drawn) / 255, output_type),)
+        return (to_output_type(np.stack(drawn) / 255, output_type),)
 
     result = evaluate_model(pipe, scenes, sampling_steps=1)
     assert result["accuracy"]["all"] == 1.0

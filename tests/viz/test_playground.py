@@ -15,7 +15,7 @@ from jupyter_client.manager import start_new_kernel
 from PIL import Image
 from playground_pipe import CUP, Pipe, expected_picture
 
-from pixart_nb.core.sampling.image_files import read_parameters
+from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.viz.playground import Playground
 from pixart_nb.viz.playground_run import Parameters
 

@@ -21,7 +21,7 @@ from lab import (
 from PIL import Image, UnidentifiedImageError
 
 from pixart_nb.config import check_config
-from pixart_nb.core.sampling.image_files import read_parameters
+from pixart_nb.core.sampling.images import read_parameters
 
 pytestmark = needs_browser
 __all__ = ["browser", "server"]  # fixtures

@@ -11,7 +11,7 @@ from PIL import Image
 from playground_pipe import CUP, Pipe, expected_picture
 
 from pixart_nb.config import check_config
-from pixart_nb.core.sampling.image_files import read_parameters
+from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.viz import playground_pictures, playground_run, playground_view
 from pixart_nb.viz.playground_pictures import history_figure, png_bytes, save_entry, tiles
 from pixart_nb.viz.playground_run import Session, State, thinned

@@ -112,6 +112,10 @@ def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = 
     write_json(folder / "config.json", {**extra, **asdict(net.config)})
 
 
+#: Component -> function that writes it into its own folder, in a NumPy dtype.
+WRITERS = {"transformer": write_transformer, "vae": write_vae, "text_encoder": write_text_encoder}
+
+
 def write_index(folder: Path, scheduler: Scheduler, class_name: str = "PixArtSigmaPipeline") -> None:
     """Write ``model_index.json`` and the scheduler's configuration of a pipeline."""
     parts = {

@@ -42,7 +42,7 @@ from pixart_nb.core.hooks.selection import (
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, check_compression
 from pixart_nb.core.models.layers import LayerNorm
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.conditioning import as_list, check_embeddings, embed, given_conditioning
+from pixart_nb.core.sampling.conditioning import as_list, check_embeddings, embed
 from pixart_nb.core.sampling.text import prepare_prompt
 
 #: Bias of a score that takes all attention away from a token; finite, and within half precision.
@@ -273,10 +273,9 @@ def swap_prompt(
         encoder = getattr(model, "text_encoder", None)
         embeds, mask = embed(tokenizer, encoder, as_list(prompt), clean_caption, length, trim=True)
     else:
-        embeddings = (prompt_embeds, prompt_attention_mask, None, None)
-        check_embeddings(embeddings, False, net.config.caption_channels)
-        condition = given_conditioning(embeddings, False)
-        embeds, mask = condition.prompt_embeds, condition.prompt_attention_mask
+        embeds, mask = check_embeddings(
+            prompt_embeds, prompt_attention_mask, None, net.config.caption_channels
+        )
         prompts = [None] * len(mask)
     texts = [text_of(tokenizer, text, int(m.sum())) for text, m in zip(prompts, mask, strict=True)]
     return attached(model, PromptSwap(int(at_step), net.caption_keys_values(embeds), mask, texts))

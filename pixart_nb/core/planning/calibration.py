@@ -29,7 +29,7 @@ from pixart_nb.core.models.vae_blocks import VAEConfig
 from pixart_nb.core.planning.counts import network, parameters
 from pixart_nb.core.planning.memory import BYTES, Networks, Run, sample_cells
 from pixart_nb.core.sampling.conditioning import Conditioning
-from pixart_nb.core.sampling.guidance import guided_prediction
+from pixart_nb.core.sampling.guidance import classifier_free_guidance
 from pixart_nb.core.subprocesses import ProcessError, apart
 
 #: Token grids at which blocks are timed; what is larger is proportional to its tokens. In the smallest, what comes with
@@ -243,7 +243,7 @@ def _step(config: PixArtConfig, grid: int, run: Run) -> Callable[[], object]:
     seen = np.ones(caption.shape[:2], bool)
     empty = (ms.Tensor(caption[:, :1]), seen[:, :1]) if run.guided else (None, None)
     condition = Conditioning(ms.Tensor(caption), seen, *empty)
-    predict = guided_prediction(net, condition, GUIDANCE_SCALE if run.guided else 1.0, side, side)
+    predict = classifier_free_guidance(net, condition, GUIDANCE_SCALE if run.guided else 1.0, side, side)
     latents = np.zeros((run.batch, config.in_channels, side // 8, side // 8), np.float32)
     return lambda: predict(latents, 500.0)
 

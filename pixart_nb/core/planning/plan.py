@@ -28,8 +28,8 @@ from pixart_nb.core.planning.memory import (
     weights,
 )
 from pixart_nb.core.planning.times import stage_seconds
-from pixart_nb.core.sampling.step import steps_taken
-from pixart_nb.core.sampling.upscaling import Size
+from pixart_nb.core.sampling.samplers import steps_taken
+from pixart_nb.core.sampling.upscaling import UpscaleSize
 
 #: Changes that make a run smaller, as fields of ``Run`` and as options of ``pixart-nb sample``, the mildest first.
 SMALLER: tuple[tuple[dict[str, Any], str], ...] = (
@@ -182,11 +182,11 @@ def needed_keys(config: PixArtConfig, run: Run) -> set[int]:
 def plan_growing(
     networks: Networks,
     run: Run,
-    sizes: Sequence[Size],
+    sizes: Sequence[UpscaleSize],
     calibration: Calibration | None = None,
     live: Live = LIVE,
 ) -> list[Plan]:
-    """What every size of a growing picture takes, drawn in stages (``core.sampling.growing``)."""
+    """What every size of a growing picture takes, drawn in stages (``core.sampling.upscaling``)."""
     found = []
     for size in sizes:
         layers, taken = range(networks.transformer.depth), steps_taken(run.steps, size.strength)
@@ -196,7 +196,7 @@ def plan_growing(
     return found
 
 
-def growing_keys(config: PixArtConfig, sizes: Sequence[Size]) -> set[int]:
+def growing_keys(config: PixArtConfig, sizes: Sequence[UpscaleSize]) -> set[int]:
     """Numbers of keys that the layers have at every size: where a calibration should time attention."""
     unit = 8 * config.patch_size
     return {keys_of((size.height // unit, size.width // unit), size.ratio) for size in sizes}

@@ -13,7 +13,6 @@ import numpy as np
 from pixart_nb.config import InferenceConfig
 from pixart_nb.core.io import read_json
 from pixart_nb.core.sampling import generate as sample
-from pixart_nb.core.sampling import generate_stages as large
 from pixart_nb.viz.tables import Table, in_words
 
 #: What the overview shows unless told.
@@ -34,7 +33,7 @@ def networks_of(config: InferenceConfig) -> tuple[Any, list[str]]:
     folder = Path(config.model) if config.model else None
     here = Path(config.checkpoint).exists() if config.checkpoint else bool(folder and folder.exists())
     if here:
-        transformer = large.transformer_config(config)
+        transformer = sample.transformer_config(config)
     else:
         notes.append(f"{config.checkpoint or config.model} is not here: planned for PixArt-Sigma XL/2.")
         transformer = PixArtConfig(**sample.architecture_of(config))
@@ -51,9 +50,9 @@ def networks_of(config: InferenceConfig) -> tuple[Any, list[str]]:
 def run_of(config: InferenceConfig, networks: Any) -> Any:
     """The ``Run`` of a configuration."""
     from pixart_nb.core.planning.memory import Run
-    from pixart_nb.core.sampling.step import steps_taken
+    from pixart_nb.core.sampling.samplers import steps_taken
 
-    height, width = large.drawn_size(config, networks.transformer)
+    height, width = sample.drawn_size(config, networks.transformer)
     prompts = sample.prompts_of(config)
     pictures = len(prompts) * config.nrows * config.ncols
     return Run(
@@ -186,8 +185,8 @@ def drawn_for_check(config: InferenceConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = config.model_copy(update={"stages_path": folder})
         prompts = sample.prompts_of(config)[:1]
-        (drawing,) = large.staged_pictures(config, prompts, sample.pictures_of(config, 1))
-        large.show([drawing], lambda names: sample.load_pipeline(config, names))
+        (drawing,) = sample.staged_images(config, prompts, sample.requests_of(config, 1))
+        sample.show_progress([drawing], lambda names: sample.load_pipeline(config, names))
         return drawing.files.measured()
 
 

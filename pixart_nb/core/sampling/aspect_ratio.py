@@ -1,4 +1,4 @@
-"""The sizes that PixArt was trained at, the nearest of them to any other size, and the way back."""
+"""Image sizes that PixArt was trained at, the nearest one to any size, and resizing back."""
 
 from __future__ import annotations
 
@@ -8,32 +8,23 @@ import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
 
-#: Height and width, from the widest to the square, in units of a sixteenth of the base size.
-_SIXTEENTHS = [(8, 32), (8, 31), (8, 30), (8, 29), (9, 28), (9, 27), (9, 26), (10, 25), (10, 24), (11, 23)]
-_SIXTEENTHS += [(11, 22), (11, 21), (12, 21), (12, 20), (13, 19), (13, 18), (14, 18), (14, 17), (15, 17)]
-_SIXTEENTHS += [(15, 16), (16, 16)]
-
-#: The official table of 2880, in units of 64 pixels; its first four ratios are rounded in a way of their own.
-_OF_2880 = [
-    (22, 90),
-    (22, 87),
-    (22, 84),
-    (22, 81),
-    (25, 78),
-    (25, 75),
-    (25, 73),
-    (28, 70),
-    (28, 67),
-    (30, 64),
-]
-_OF_2880 += [(30, 61), (30, 59), (33, 60), (33, 56), (36, 53), (36, 50), (39, 50), (39, 47), (42, 47)]
-_OF_2880 += [(42, 45), (45, 45)]
+#: Height x width, from the widest to the square, in units of a sixteenth of the base size.
+_SIXTEENTHS = (
+    "8x32 8x31 8x30 8x29 9x28 9x27 9x26 10x25 10x24 11x23 11x22 11x21 12x21 12x20 13x19 13x18 14x18 "
+    "14x17 15x17 15x16 16x16"
+)
+#: Official table of 2880, in units of 64 pixels; some of its ratios are rounded differently.
+_OF_2880 = (
+    "22x90 22x87 22x84 22x81 25x78 25x75 25x73 28x70 28x67 30x64 30x61 30x59 33x60 33x56 36x53 36x50 "
+    "39x50 39x47 42x47 42x45 45x45"
+)
 _ODD_RATIOS = {(22, 90): 0.25, (22, 87): 0.26, (22, 84): 0.27, (22, 81): 0.28, (90, 22): 4.0}
 
 Bins = dict[float, tuple[int, int]]
 
 
-def _table(units: list[tuple[int, int]], pixels: int, odd: dict | None = None) -> Bins:
+def _table(sizes: str, pixels: int, odd: dict | None = None) -> Bins:
+    units = [tuple(map(int, size.split("x"))) for size in sizes.split()]
     both = units + [(w, h) for h, w in reversed(units[:-1])]
     return {(odd or {}).get((h, w), round(h / w, 2)): (h * pixels, w * pixels) for h, w in both}
 
@@ -46,19 +37,19 @@ ASPECT_RATIO_BINS: dict[int, Bins] = {
 
 
 def bins_for(base_size: int) -> Bins | None:
-    """The table of a model trained at ``base_size`` pixels; None if none was published."""
+    """Return the table of a model trained at ``base_size`` pixels, or None if none was published."""
     return ASPECT_RATIO_BINS.get(base_size)
 
 
 def closest_bin(height: int, width: int, bins: Bins) -> tuple[int, int]:
-    """Height and width of the bin whose ratio is nearest to ``height / width``; of two as near, the smaller ratio."""
+    """Return the size of the bin whose ratio is nearest to ``height / width``; of two as near, the smaller ratio."""
     return bins[min(bins, key=lambda ratio: abs(ratio - height / width))]
 
 
 def checked_size(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, those of a model (its ``PixArtConfig``) where None, if they are multiples of 16."""
+    """Return height and width in pixels, those of a ``PixArtConfig`` where None. They must be multiples of 16."""
     unit = 8 * config.patch_size
-    height, width = (side if side is not None else 8 * config.input_size for side in (height, width))
+    height, width = _filled(config, height, width)
     if height < unit or width < unit or height % unit or width % unit:
         nearest = tuple(max(unit, round(side / unit) * unit) for side in (height, width))
         raise PixArtNBError(
@@ -69,42 +60,49 @@ def checked_size(config: Any, height: int | None, width: int | None) -> tuple[in
 
 
 def binned_size(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """The published size with the nearest ratio of height to width, where the model's own size has a table.
+    """Return the published size with the nearest ratio of height to width, if the model's own size has a table.
 
-    A model of another size, such as a small one, draws at the size that is asked for.
+    A model of another size, such as the bundled one, draws at the requested size.
     """
-    bins = bins_for(8 * config.input_size)
-    if not bins or height is None or width is None or height < 1 or width < 1:
+    bins, (height, width) = bins_for(8 * config.input_size), _filled(config, height, width)
+    if not bins or height < 1 or width < 1:
         return checked_size(config, height, width)
     return closest_bin(height, width, bins)
 
 
-def resize_and_crop(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pictures (N, H, W, C) of floats -> (N, height, width, C): scaled to cover the size, then the middle cut out.
+def _filled(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
+    sides = [side if side is not None else 8 * config.input_size for side in (height, width)]
+    for side in sides:
+        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
+            raise PixArtNBError(
+                f"height and width are {height!r} and {width!r}; expected whole numbers of pixels"
+            )
+    return tuple(sides)
 
-    Bilinear with half-pixel centres and without smoothing, as the reference resizes.
+
+def resize_and_crop(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scale images (N, H, W, C) of floats to cover height x width, then crop the centre.
+
+    Bilinear with half-pixel centres and without antialiasing, as in the reference.
     """
-    rows, columns = pictures.shape[1:3]
+    rows, columns = images.shape[1:3]
     if (rows, columns) == (height, width):
-        return pictures
+        return images
     scale = max(height / rows, width / columns)
-    covered = (
-        max(height, int(rows * scale)),
-        max(width, int(columns * scale)),
-    )  # the product may round below
-    pictures = _resize_axis(_resize_axis(pictures, 1, covered[0]), 2, covered[1])
+    covered = max(height, int(rows * scale)), max(width, int(columns * scale))  # the product may round below
+    images = _resize_axis(_resize_axis(images, 1, covered[0]), 2, covered[1])
     top, left = (covered[0] - height) // 2, (covered[1] - width) // 2
-    return pictures[:, top : top + height, left : left + width]
+    return images[:, top : top + height, left : left + width]
 
 
-def _resize_axis(pictures: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Linear interpolation along one axis."""
-    length = pictures.shape[axis]
+def _resize_axis(images: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Interpolate linearly along one axis."""
+    length = images.shape[axis]
     if length == size:
-        return pictures
-    place = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
-    low = np.floor(place).astype(int)
+        return images
+    positions = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
+    low = np.floor(positions).astype(int)
     high = np.minimum(low + 1, length - 1)
-    shape = [-1 if a == axis else 1 for a in range(pictures.ndim)]
-    share = (place - low).astype(pictures.dtype).reshape(shape)
-    return pictures.take(low, axis) * (1 - share) + pictures.take(high, axis) * share
+    shape = [-1 if a == axis else 1 for a in range(images.ndim)]
+    share = (positions - low).astype(images.dtype).reshape(shape)
+    return images.take(low, axis) * (1 - share) + images.take(high, axis) * share

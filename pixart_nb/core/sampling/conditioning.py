@@ -1,9 +1,10 @@
-"""What a picture is conditioned on: prompts or embeddings, checked and brought into one shape."""
+"""Text conditioning: prompts or given embeddings, validated and brought to one shape."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +15,15 @@ from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
 
 
+class NotFiniteError(PixArtNBError, FloatingPointError):
+    """A network returned NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
-    """What the text encoder made of the prompts: embeddings (N, T, C) and masks (N, T) bool, True = token.
+    """Embeddings (N, T, C) of the prompts, and masks (N, T) bool, True = token.
 
-    The negative ones are None without guidance. ``texts`` are the prompts as they were tokenized, one for each row,
+    The negative ones are None without guidance. ``texts`` are the prompts as they were tokenized, one for each row, or
     None where embeddings were given.
     """
 
@@ -29,27 +34,17 @@ class Conditioning:
     texts: tuple[str, ...] | None = None
 
 
-def check_embeddings(given: tuple, guided: bool, channels: int) -> None:
-    """Refuse embeddings (N, T, channels) and masks (N, T) that are incomplete or do not fit each other."""
-    embeds, mask, negative, negative_mask = given
-    if mask is None or (guided and (negative is None or negative_mask is None)):
-        raise PixArtNBError(
-            "prompt_embeds needs prompt_attention_mask and, with guidance above 1, negative_prompt_embeds and "
-            "negative_prompt_attention_mask"
+def check_finite(values: np.ndarray, stage: str) -> None:
+    """Raise ``NotFiniteError`` that names the stage if an array has NaN or infinity in it."""
+    if not np.isfinite(values).all():
+        raise NotFiniteError(
+            f"{stage} returned values that are not finite (NaN or infinity). In fp16 this is an overflow: use fp32 or, "
+            "on Ascend, bf16. In fp32 the weights are damaged: audit the checkpoint with pixart-nb convert"
         )
-    pairs = [("prompt", embeds, mask)] + ([("negative_prompt", negative, negative_mask)] if guided else [])
-    for name, values, seen in pairs:
-        expected = (embeds.shape[0], values.shape[1] if values.ndim == 3 else "T", channels)
-        if values.ndim != 3 or tuple(values.shape) != expected:
-            raise PixArtNBError(f"{name}_embeds have shape {tuple(values.shape)}; expected {expected}")
-        if tuple(seen.shape) != tuple(values.shape[:2]):
-            raise PixArtNBError(
-                f"{name}_attention_mask has shape {tuple(seen.shape)}; expected {tuple(values.shape[:2])}"
-            )
 
 
 def as_list(prompt: str | Sequence[str] | None) -> list[str]:
-    """One prompt or several as a list; none at all is an error."""
+    """Return one prompt or several as a list. No prompt is an error."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if not prompts or not all(isinstance(text, str) for text in prompts):
         raise PixArtNBError(f"prompt is {prompt!r}; expected a text or a list of at least one text")
@@ -57,7 +52,7 @@ def as_list(prompt: str | Sequence[str] | None) -> list[str]:
 
 
 def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
-    """A negative prompt for each of ``count`` prompts; None is the empty one."""
+    """Return a negative prompt for each of ``count`` prompts; None is the empty one."""
     negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(negatives) != count:
         raise PixArtNBError(
@@ -74,7 +69,7 @@ def embed(
     length: int,
     trim: bool = False,
 ) -> tuple[ms.Tensor, np.ndarray]:
-    """Embeddings (N, T, C) and mask (N, T) of prompts; with ``trim`` T is the longest prompt's, else ``length``."""
+    """Return embeddings (N, T, C) and mask (N, T) of prompts; T is ``length``, with ``trim`` the longest prompt's."""
     if tokenizer is None or text_encoder is None:
         raise PixArtNBError(
             "this pipeline has no text encoder or no tokenizer; give prompt_embeds and prompt_attention_mask, and the "
@@ -84,30 +79,43 @@ def embed(
     if trim:
         longest = int(mask.sum(1).max())
         ids, mask = ids[:, :longest], mask[:, :longest]
-    return text_encoder(ids, mask), mask
+    embeds = text_encoder(ids, mask)
+    check_finite(embeds.astype(ms.float32).asnumpy(), "the text encoder")
+    return embeds, mask
 
 
 def repeat_rows(embeds: ms.Tensor, mask: np.ndarray, copies: int) -> tuple[ms.Tensor, np.ndarray]:
-    """Every row ``copies`` times, the copies of a prompt side by side."""
+    """Return every row ``copies`` times, the copies of a prompt side by side."""
     return (embeds.repeat_interleave(copies, 0), mask.repeat(copies, 0)) if copies > 1 else (embeds, mask)
 
 
-def _mask_array(mask) -> np.ndarray:
-    array = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
-    check_mask(array)
-    return array
+def check_embeddings(
+    embeds: Any, mask: Any, rows: int | None, channels: int | None, name: str = "prompt"
+) -> tuple[ms.Tensor, np.ndarray]:
+    """Return given embeddings (N, T, channels) as a tensor and their mask (N, T) as bool, or say what is wrong.
+
+    ``rows``: N, if it is known. ``name``: prompt or negative_prompt, for the message.
+    """
+    if mask is None:
+        raise PixArtNBError(
+            f"{name}_embeds needs {name}_attention_mask, (N, T) with 1 for a token and 0 for padding"
+        )
+    embeds = embeds if isinstance(embeds, ms.Tensor) else ms.Tensor(np.asarray(embeds, np.float32))
+    mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
+    channels = channels or embeds.shape[-1]
+    expected = (rows or embeds.shape[0], embeds.shape[1] if embeds.ndim == 3 else "T", channels)
+    if embeds.ndim != 3 or tuple(embeds.shape) != expected:
+        raise PixArtNBError(f"{name}_embeds have shape {tuple(embeds.shape)}; expected {expected}")
+    if mask.shape != tuple(embeds.shape[:2]):
+        raise PixArtNBError(
+            f"{name}_attention_mask has shape {mask.shape}; expected {tuple(embeds.shape[:2])}"
+        )
+    check_mask(mask)
+    return embeds, mask
 
 
-def given_conditioning(given: tuple, guided: bool, copies: int = 1) -> Conditioning:
-    """The conditioning of embeddings that the caller gave, each row ``copies`` times."""
-    embeds, mask, negative, negative_mask = given
-    positive = repeat_rows(embeds, _mask_array(mask), copies)
-    unwanted = repeat_rows(negative, _mask_array(negative_mask), copies) if guided else (None, None)
-    return Conditioning(*positive, *unwanted)
-
-
-def both_rows(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:
-    """Negative rows, then prompt rows, padded to one length: embeddings (2N, T, C) and mask (2N, T)."""
+def stack_rows(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:
+    """Return negative rows, then prompt rows, padded to one length: embeddings (2N, T, C) and mask (2N, T)."""
     parts = (condition.negative_embeds, condition.prompt_embeds)
     masks = (condition.negative_mask, condition.prompt_attention_mask)
     length = max(mask.shape[1] for mask in masks)

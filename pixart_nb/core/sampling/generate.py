@@ -1,33 +1,46 @@
-"""``pixart-nb sample``: a configuration becomes pictures, each of which carries the configuration that repeats it."""
+"""``pixart-nb sample``: images of a configuration. Each file carries the configuration that repeats it."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from tqdm.auto import tqdm
 
 from pixart_nb.config import ConfigError, InferenceConfig, changed_config, check_config
+from pixart_nb.core.backend import device_name, dtype_from_name, join_workers, ms
+from pixart_nb.core.checkpoints.components import LOADERS, component_places
+from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
+from pixart_nb.core.checkpoints.files import open_checkpoint
+from pixart_nb.core.checkpoints.layouts import official_view
+from pixart_nb.core.checkpoints.load import load_transformer
+from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.io import write_json
-from pixart_nb.core.sampling.image_files import read_parameters, write_picture
-from pixart_nb.core.sampling.randomness import picture_generators
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
+from pixart_nb.core.sampling.images import read_parameters, to_uint8, write_image
+from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
+from pixart_nb.core.sampling.pipeline_base import COMPONENTS
+from pixart_nb.core.sampling.samplers import image_generators
 
-COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
-#: Pixels a side of the tiles that runs in stages decode by, unless told.
+#: Default side in pixels of the tiles that runs in stages decode.
 TILE = 512
-#: How T5 is loaded where not whole: arguments of ``T5EncoderModel.from_pretrained``.
-_LITTLE_T5 = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
+#: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.
+_T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
+#: Seconds between two updates of a progress bar: in a notebook each is a message.
+BAR_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture to draw: the number of its prompt, its number for that prompt, and that of its random stream."""
+class ImageRequest:
+    """One image to draw: the index of its prompt, its copy for that prompt, and the number of its random stream."""
 
     prompt: int
     copy: int
@@ -35,7 +48,7 @@ class Picture:
 
 
 def prompts_of(config: InferenceConfig) -> list[str]:
-    """The prompts of a configuration, or the lines of its ``prompt_path`` that are not blank."""
+    """Return the prompts of a configuration, or the lines of its ``prompt_path`` that are not blank."""
     if not config.prompt_path:
         return list(config.prompt)
     try:
@@ -48,76 +61,69 @@ def prompts_of(config: InferenceConfig) -> list[str]:
     return prompts
 
 
-def negative_prompts_of(config: InferenceConfig, count: int) -> list[str]:
-    """Return the negative prompt of each of ``count`` prompts."""
-    negatives = config.negative_prompt
-    if isinstance(negatives, str):
-        return [negatives] * count
-    if len(negatives) != count:
+def negative_prompts_of(config: InferenceConfig, prompts: int) -> list[str]:
+    """Return the negative prompt of each of ``prompts`` prompts."""
+    negative = config.negative_prompt
+    texts = [negative] if isinstance(negative, str) else negative or [""]
+    if len(texts) not in (1, prompts):
         raise ConfigError(
-            f"{len(negatives)} negative prompts for {count} prompts; expected one, or one for each"
+            f"{len(texts)} negative prompts for {prompts} prompts; expected one, or one for each"
         )
-    return negatives
+    return texts * prompts if len(texts) == 1 else list(texts)
 
 
-def pictures_of(config: InferenceConfig, prompts: int, rank: int = 0, workers: int = 1) -> list[Picture]:
-    """What worker ``rank`` of ``workers`` draws: whole prompts, every ``workers``-th of them."""
+def requests_of(config: InferenceConfig, prompts: int, rank: int = 0, workers: int = 1) -> list[ImageRequest]:
+    """Return the images that worker ``rank`` of ``workers`` draws: whole prompts, every ``workers``-th of them."""
     copies = config.nrows * config.ncols
     return [
-        Picture(prompt, copy, config.first_image + prompt * copies + copy)
+        ImageRequest(prompt, copy, config.first_image + prompt * copies + copy)
         for prompt in range(rank, prompts, workers)
         for copy in range(copies)
     ]
 
 
 def sample(config: InferenceConfig) -> list[Path]:
-    """Draw every prompt of a configuration and write the pictures and ``sample.json``; the paths of the pictures.
+    """Draw every prompt of a configuration, write the images and ``sample.json``, and return the images' paths.
 
-    Under ``msrun`` with ``use_parallel`` each worker draws and writes its share; the answer is this worker's.
+    Under ``msrun`` with ``use_parallel`` each worker draws, writes and returns its share.
     """
-    from pixart_nb.core.backend import join_workers
     from pixart_nb.core.planning.report import check_memory
 
     rank, workers = join_workers() if config.use_parallel else (0, 1)
     prompts = prompts_of(config)
-    wanted = pictures_of(config, len(prompts), rank, workers)
+    requests = requests_of(config, len(prompts), rank, workers)
     check_memory(config)
-    if config.stages_path:
-        from pixart_nb.core.sampling.generate_stages import draw_staged
-
-        drawn = draw_staged(config, prompts, wanted)
-    else:
-        drawn = draw(load_pipeline(config), config, prompts, wanted)
     paths = []
-    for pictures, images in drawn:
-        paths += write_pictures(config, prompts, pictures, images)
+    draw = draw_in_stages if config.stages_path else draw_in_batches
+    for batch, images in draw(config, prompts, requests):
+        paths += write_images(config, prompts, batch, images)
     if rank == 0:
-        everything = pictures_of(config, len(prompts))
-        names = list(dict.fromkeys(file_name(config, prompts, picture) for picture in everything))
-        told = {"files": names, "seconds_from_cold_start": seconds_of_this_process()}
-        write_json(Path(config.output_path) / "sample.json", config.model_dump() | told)
+        everything = requests_of(config, len(prompts))
+        names = list(dict.fromkeys(file_name(config, prompts, request) for request in everything))
+        summary = {"files": names, "seconds_from_cold_start": seconds_of_this_process()}
+        write_json(Path(config.output_path) / "sample.json", config.model_dump() | summary)
     return paths
 
 
-def like(picture: str | Path, **changes: Any) -> InferenceConfig:
-    """The configuration that repeats a picture which ``sample`` wrote, with changes."""
-    return changed_config(check_config(read_parameters(picture), source=str(picture)), **changes)
+def like(image: str | Path, **changes: Any) -> InferenceConfig:
+    """Return the configuration that repeats an image which ``sample`` wrote, with changes."""
+    return changed_config(check_config(read_parameters(image), source=str(image)), **changes)
+
+
+# ---- the pipeline of a configuration
 
 
 def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> Any:
-    """The pipeline of a configuration, or ``only`` these components of it.
+    """Load the pipeline of a configuration, or ``only`` these components of it.
 
-    It comes from ``model``, with those parts replaced that are given one by one.
+    It is that of ``model``, with the components replaced that are given one by one.
     """
-    from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
-    from pixart_nb.core.backend import dtype_from_name
-
     dtype = dtype_from_name(config.dtype)
-    kind = PixArtAlphaPipeline if config.t5_max_length == 120 else PixArtSigmaPipeline
+    cls = PixArtAlphaPipeline if config.t5_max_length == 120 else PixArtSigmaPipeline
     parts = dict.fromkeys(name for name in COMPONENTS if name not in only) | _parts(config, dtype, only)
     if not config.model:
         parts["scheduler"] = config.sampling_method  # over the published noise schedule
-    pipe = kind.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
+    pipe = cls.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
     if "scheduler" in only:
         pipe.scheduler = config.sampling_method
     if config.sd_scale_factor and pipe.vae:
@@ -128,120 +134,236 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
 
 
 def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str, Any]:
-    """The components, of those asked for, that are given one by one, or loaded in a way of their own."""
-    from pixart_nb.core.checkpoints.components import LOADERS
-    from pixart_nb.core.checkpoints.load import load_transformer
-    from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
-    from pixart_nb.core.models.transformer import PixArtConfig
-
+    """Load the components, of those asked for, that are given one by one or need options of their own."""
     parts = {}
     if config.checkpoint and "transformer" in only:
         architecture = PixArtConfig(**architecture_of(config))
         parts["transformer"] = load_transformer(config.checkpoint, architecture, dtype)
     roots = {name: getattr(config, f"{name}_root") for name in _WITH_ROOT if name in only}
-    little = _LITTLE_T5.get(config.t5_load)
-    if little and "text_encoder" in roots:
+    options = _T5_OPTIONS.get(config.t5_load)
+    if options and "text_encoder" in roots:
         root = roots.pop("text_encoder")
         parts["text_encoder"] = T5EncoderModel.from_pretrained(
-            root or config.model, "" if root else "text_encoder", mindspore_dtype=dtype, **little
+            root or config.model, "" if root else "text_encoder", mindspore_dtype=dtype, **options
         )
     return parts | {name: LOADERS[name](Path(root), dtype) for name, root in roots.items() if root}
 
 
 def architecture_of(config: InferenceConfig) -> dict[str, Any]:
-    """What the configuration says of the transformer; the checkpoint itself shows the rest."""
-    from pixart_nb.core.checkpoints.configuration import FAMILIES, positions_of
-
-    said: dict[str, Any] = {"model_max_length": config.t5_max_length}
+    """Return what a configuration says about the transformer. The checkpoint itself shows the rest."""
+    fields: dict[str, Any] = {"model_max_length": config.t5_max_length}
     if config.sample_size:
-        said |= positions_of(config.sample_size, FAMILIES.get(config.t5_max_length, ""))
+        fields |= positions_of(config.sample_size, FAMILIES.get(config.t5_max_length, ""))
     if config.kv_compress:
-        said["kv_compress_config"] = {
+        fields["kv_compress_config"] = {
             "sampling": config.kv_compress_sampling,
             "scale_factor": config.kv_compress_scale_factor,
             "kv_compress_layer": config.kv_compress_layer,
         }
-    return said
+    return fields
 
 
-def draw(pipe: Any, config: InferenceConfig, prompts: Sequence[str], wanted: Sequence[Picture]):
-    """Yield (pictures, images (N, H, W, 3) uint8) of whole prompts, drawn ``batch_size`` at a time."""
-    from tqdm import tqdm
+def transformer_config(config: InferenceConfig) -> PixArtConfig:
+    """Return the ``PixArtConfig`` of a configuration's transformer, from the names and shapes of its tensors."""
+    if config.checkpoint:
+        path, given = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
+    else:
+        path, given = component_places(config.model, ["transformer"])["transformer"], None
+    return describe(official_view(open_checkpoint(path)), path, given).config
 
-    from pixart_nb.core.sampling.images import to_uint8
 
-    copies, size = config.nrows * config.ncols, config.batch_size
+def drawn_size(config: InferenceConfig, model: PixArtConfig | None = None) -> tuple[int, int]:
+    """Return the height and width that the model works at.
+
+    Raises ``ConfigError`` for a size that it cannot draw, or a ratio beyond the published sizes.
+    """
+    model = model or transformer_config(config)
+    height, width = config.image_height, config.image_width
+    bins = bins_for(8 * model.input_size) if config.use_resolution_binning else None
+    if bins and not min(bins) <= round(height / width, 2) <= max(bins):
+        nearest = binned_size(model, height, width)
+        raise ConfigError(
+            f"image_height and image_width are {height}x{width}, a ratio of {height / width:.3g}; the published sizes "
+            f"of {8 * model.input_size} have ratios from {min(bins)} to {max(bins)}. Give a size between, for example "
+            f"{nearest[0]}x{nearest[1]}, or switch use_resolution_binning off"
+        )
+    return (binned_size if bins else checked_size)(model, height, width)
+
+
+# ---- drawing
+
+
+def draw_in_batches(
+    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]
+) -> Iterator[tuple[list[ImageRequest], np.ndarray]]:
+    """Yield (requests, images (N, H, W, 3) uint8) of whole prompts, drawn ``batch_size`` at a time."""
+    pipe, copies = load_pipeline(config), config.nrows * config.ncols
+    pipe.set_progress_bar_config(disable=True)
     negatives = negative_prompts_of(config, len(prompts))
-    done: list[tuple[Picture, np.ndarray]] = []
-    with tqdm(total=len(wanted) * config.sampling_steps, desc="draw", unit="step") as bar:
-        for first in range(0, len(wanted), size):
-            batch = wanted[first : first + size]
-            count = len(batch)
+    done: list[tuple[ImageRequest, np.ndarray]] = []
+    with tqdm(total=len(requests) * config.sampling_steps, desc="draw", unit="step") as bar:
+        for first in range(0, len(requests), config.batch_size):
+            batch = requests[first : first + config.batch_size]
             images = pipe(
-                [prompts[picture.prompt] for picture in batch],
-                negative_prompt=[negatives[picture.prompt] for picture in batch],
+                [prompts[request.prompt] for request in batch],
+                negative_prompt=[negatives[request.prompt] for request in batch],
                 num_inference_steps=config.sampling_steps,
                 guidance_scale=config.guidance_scale,
                 height=config.image_height,
                 width=config.image_width,
-                generator=picture_generators(config.seed, [picture.stream for picture in batch]),
+                generator=image_generators(config.seed, [request.stream for request in batch]),
                 use_resolution_binning=config.use_resolution_binning,
                 output_type="np",
-                callback=lambda *_, count=count: bar.update(count),
+                callback=lambda step, timestep, latents: bar.update(len(latents)),
             )[0]
             done += zip(batch, to_uint8(images), strict=True)
             whole = len(done) // copies * copies
             if whole:
-                yield [picture for picture, _ in done[:whole]], np.stack([image for _, image in done[:whole]])
+                yield [request for request, _ in done[:whole]], np.stack([image for _, image in done[:whole]])
                 done = done[whole:]
 
 
-def write_pictures(
-    config: InferenceConfig, prompts: Sequence[str], pictures: Sequence[Picture], images: np.ndarray
+def draw_in_stages(
+    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]
+) -> Iterator[tuple[Sequence[ImageRequest], np.ndarray]]:
+    """Yield as ``draw_in_batches`` does, once all images have gone through all resumable stages."""
+    images = staged_images(config, prompts, requests)
+    lock = f".stages-{requests[0].prompt}.lock" if requests else ""  # each worker of msrun has its own
+    show_progress(images, lambda names: load_pipeline(config, names), lock)
+    copies = config.nrows * config.ncols
+    for first in range(0, len(requests), copies):
+        rows = slice(first, first + copies)
+        yield requests[rows], np.stack([image.pixels() for image in images[rows]])
+
+
+def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], lock: str = "") -> None:
+    """Draw ``StagedImage``s, with a progress bar for every stage of every image."""
+    from pixart_nb.core.sampling.stages import LOCK, run_stages
+
+    bar, shown = None, None
+    for part in run_stages(images, load, lock or LOCK):
+        if (part.stage, part.image) != shown:
+            shown = (part.stage, part.image)
+            if bar is not None:
+                bar.close()
+            name = f"{part.stage} {part.image + 1}"
+            bar = tqdm(total=part.total, initial=part.done, desc=name, mininterval=BAR_SECONDS)
+        bar.update(part.done - bar.n)
+    if bar is not None:
+        bar.close()
+
+
+def staged_images(
+    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]
+) -> list[Any]:
+    """Return the ``StagedImage`` of every request, each in a folder of its own in ``config.stages_path``."""
+    from pixart_nb.core.sampling.stages import StagedImage
+
+    drawn, identity = drawn_size(config), network_identity(config)
+    negatives = negative_prompts_of(config, len(prompts))
+    source = config.upscale_from
+    return [
+        StagedImage(
+            Path(config.stages_path) / f"{request.stream:03d}",
+            prompts[request.prompt],
+            drawn,
+            (config.image_height, config.image_width),
+            seed=(config.seed, request.stream),
+            models=identity,
+            **staged_options(config) | {"negative_prompt": negatives[request.prompt]},
+            upscale_from=Path(source) / f"{request.stream:03d}" if source else None,
+            strength=config.strength,
+        )
+        for request in requests
+    ]
+
+
+def staged_options(config: InferenceConfig) -> dict[str, Any]:
+    """Return the fields of a ``StagedImage`` that do not depend on its prompt and size."""
+    return {
+        "negative_prompt": negative_prompts_of(config, 1)[0]
+        if isinstance(config.negative_prompt, str)
+        else "",
+        "steps": config.sampling_steps,
+        "guidance_scale": config.guidance_scale,
+        "max_sequence_length": config.t5_max_length,
+        "tile": config.tile_size or TILE,
+    }
+
+
+def network_identity(config: InferenceConfig) -> dict[str, str]:
+    """Return what else the numbers of an image depend on: fingerprints of the networks, and how they compute."""
+    from pixart_nb.core.data.features import fingerprint
+
+    roots = {name: getattr(config, f"{name}_root") for name in _WITH_ROOT}
+    paths = {name: Path(root) for name, root in (roots | {"transformer": config.checkpoint}).items() if root}
+    if config.model:
+        paths |= component_places(config.model, [name for name in COMPONENTS if name not in paths])
+    return {name: fingerprint(path) for name, path in paths.items()} | {
+        "sampling_method": config.sampling_method,
+        "dtype": config.dtype,
+        "sd_scale_factor": str(config.sd_scale_factor),
+        "t5_in_eight_bits": str(config.t5_load == "int8"),
+        "device": device_name(),
+        "mindspore": ms.__version__,
+    }
+
+
+# ---- files
+
+
+def write_images(
+    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest], images: np.ndarray
 ) -> list[Path]:
-    """Write the pictures of whole prompts one by one, or with ``imagegrid`` as one grid for each prompt."""
+    """Write the images of whole prompts one by one, or with ``imagegrid`` as one grid for each prompt."""
     copies = config.nrows * config.ncols if config.imagegrid else 1
     paths = []
-    for start in range(0, len(pictures), copies):
-        picture = pictures[start]
+    for start in range(0, len(requests), copies):
+        request = requests[start]
         pixels = (
             contact_sheet(images[start : start + copies], config.ncols) if config.imagegrid else images[start]
         )
-        path = Path(config.output_path) / file_name(config, prompts, picture)
-        write_picture(path, pixels, parameters(config, prompts[picture.prompt], picture))
+        path = Path(config.output_path) / file_name(config, prompts, request)
+        write_image(path, pixels, parameters(config, prompts, request))
         paths.append(path)
     return paths
 
 
-def parameters(config: InferenceConfig, prompt: str, picture: Picture) -> dict[str, Any]:
-    """The configuration that draws one picture, or one grid, again."""
-    alone = {"prompt": [prompt], "prompt_path": "", "first_image": picture.stream, "use_parallel": False}
+def parameters(config: InferenceConfig, prompts: Sequence[str], request: ImageRequest) -> dict[str, Any]:
+    """Return the configuration that draws one image, or one grid, again."""
+    alone = {
+        "prompt": [prompts[request.prompt]],
+        "negative_prompt": negative_prompts_of(config, len(prompts))[request.prompt],
+        "prompt_path": "",
+        "first_image": request.stream,
+        "use_parallel": False,
+    }
     grid = {} if config.imagegrid else {"nrows": 1, "ncols": 1}
-    # stages draw what the pipeline draws by tiles, so the picture can be repeated without their folder, unless it
-    # begins with another one's
+    # stages draw what the pipeline draws by tiles, so the image can be repeated without their folder, unless it starts
+    # from another one's
     tiles = {"tile_size": config.tile_size or TILE} if config.stages_path else {}
     tiles |= {} if config.upscale_from else {"stages_path": ""}
     return config.model_dump() | alone | grid | tiles
 
 
-def file_name(config: InferenceConfig, prompts: Sequence[str], picture: Picture) -> str:
-    """``003_a-red-cup.png``, with the number of the copy where a prompt has several files."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompts[picture.prompt].lower()).strip("-")[:60]
+def file_name(config: InferenceConfig, prompts: Sequence[str], request: ImageRequest) -> str:
+    """Return ``003_a-red-cup.png``, with the number of the copy where a prompt has several files."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompts[request.prompt].lower()).strip("-")[:60]
     several = config.nrows * config.ncols > 1 and not config.imagegrid
-    return f"{picture.prompt:03d}_{words}{f'_{picture.copy:02d}' if several else ''}.png"
+    return f"{request.prompt:03d}_{words}{f'_{request.copy:02d}' if several else ''}.png"
 
 
-def contact_sheet(pictures: np.ndarray, columns: int) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 edge to edge in rows, in order; the places that stay free are white."""
-    count, height, width, _ = pictures.shape
+def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:
+    """Arrange images (N, H, W, 3) uint8 edge to edge in rows; cells that stay free are white."""
+    count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     sheet = np.full((rows * columns, height, width, 3), 255, dtype=np.uint8)
-    sheet[:count] = pictures
+    sheet[:count] = images
     sheet = sheet.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
     return sheet.reshape(rows * height, columns * width, 3)
 
 
 def seconds_of_this_process() -> float:
-    """Seconds since the operating system started this process: imports and loading included."""
+    """Return the seconds since the operating system started this process: imports and loading included."""
     return round(time.time() - psutil.Process().create_time(), 2)

@@ -1,4 +1,4 @@
-"""The model as the samplers see it: classifier-free guidance over one forward pass of both halves of the batch."""
+"""Classifier-free guidance: the model as the samplers call it."""
 
 from __future__ import annotations
 
@@ -7,34 +7,50 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.conditioning import Conditioning, both_rows
-from pixart_nb.core.sampling.step import Predict, Prediction
+from pixart_nb.core.sampling.conditioning import Conditioning, check_finite, stack_rows
+from pixart_nb.core.sampling.samplers import Predict, Prediction
 
 
-def guided_prediction(
-    net: PixArt, condition: Conditioning, guidance_scale: float, height: int, width: int
+def classifier_free_guidance(
+    net: PixArt,
+    condition: Conditioning,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    guidance_rescale: float = 0.0,
 ) -> Predict:
-    """``predict(latents, timestep)``: the noise, guided, and the raw variance of the conditional rows.
+    """Return ``predict(latents, timestep)`` for images of height x width pixels (Ho and Salimans 2022).
 
-    Pictures have height x width pixels. Everything that all steps share is computed here, once. Guidance (Ho and
-    Salimans 2022) goes from the unconditional prediction towards the conditional one, ``guidance_scale`` times as far.
+    Both halves of the batch go through one forward pass. The noise is ``unconditional + guidance_scale *
+    (conditional - unconditional)``, the raw variance that of the conditional rows. Everything that all steps share is
+    computed here, once. ``guidance_rescale`` is phi of Lin et al. 2023, section 3.4.
     """
     guided = condition.negative_embeds is not None
     if net.hook_manager is not None:
         net.hook_manager.on_prompts(condition, height // 8, width // 8)
     caption, mask = (
-        both_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
+        stack_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
     )
     denoise, channels = denoiser(net, caption, mask), net.config.in_channels
 
     def predict(latents: np.ndarray, timestep: float) -> Prediction:
         x = ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
-        out = denoise(x, timestep).astype(ms.float32).asnumpy()
+        out = denoise(x, timestep).astype(ms.float32).asnumpy()  # (N or 2N, C or 2C, H, W)
+        check_finite(out, f"the transformer at timestep {timestep:g}")
         noise = out[:, :channels]
         variance = out[-len(latents) :, channels:] if out.shape[1] > channels else None
         if guided:
             unconditional, conditional = np.split(noise, 2)
             noise = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+            if guidance_rescale:
+                noise = _rescaled(noise, conditional, guidance_rescale)
         return Prediction(noise, variance)
 
     return predict
+
+
+def _rescaled(noise: np.ndarray, conditional: np.ndarray, share: float) -> np.ndarray:
+    """Return guided noise whose standard deviation is partly that of the conditional prediction."""
+    axes = tuple(range(1, noise.ndim))
+    ratio = conditional.std(axes, keepdims=True) / noise.std(axes, keepdims=True)
+    return np.float32(share) * (noise * ratio) + np.float32(1 - share) * noise

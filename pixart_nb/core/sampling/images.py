@@ -1,21 +1,27 @@
-"""From what the autoencoder decodes to pictures, and what a call of the pipeline returns."""
+"""Images: from decoded tensors to PIL, and PNG files that carry the parameters that repeat them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import atomic_write
 
 OUTPUT_TYPES = ("pil", "np", "latent")
+#: Keyword of the PNG text chunk that holds the parameters, as JSON.
+KEYWORD = "parameters"
+#: Longest JSON that is written, in bytes: the limit of Pillow and of most readers for one text chunk.
+MOST_BYTES = 2**20
 
 
 class PipelineOutput(NamedTuple):
-    """What a call returns: the tuple ``(images,)``, whose one field also has a name.
+    """Result of a pipeline: the tuple ``(images,)``, which also has ``.images``.
 
     ``images`` is a list of PIL images, an array (N, H, W, 3) in [0, 1], or latents (N, C, h, w).
     """
@@ -23,51 +29,56 @@ class PipelineOutput(NamedTuple):
     images: list[Image.Image] | np.ndarray
 
 
-def to_pictures(decoded: ms.Tensor | np.ndarray) -> np.ndarray:
-    """Decoded (N, 3, H, W), about -1..1 -> pictures (N, H, W, 3) float32, about 0..1, not yet clipped."""
-    values = decoded.astype(ms.float32).asnumpy() if isinstance(decoded, ms.Tensor) else np.asarray(decoded)
+def to_images(decoded: Any) -> np.ndarray:
+    """Convert a tensor (N, 3, H, W), about -1..1, to images (N, H, W, 3) float32, about 0..1, not clipped."""
+    values = decoded.float().asnumpy() if hasattr(decoded, "asnumpy") else np.asarray(decoded)
     return np.ascontiguousarray((values / 2 + 0.5).transpose(0, 2, 3, 1))
 
 
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """Pictures of floats in [0, 1] as uint8 in 0..255, the nearest value."""
-    return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Convert images of floats in [0, 1] to the nearest uint8 in 0..255."""
+    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
 
 
-class ImageProcessor:
-    """The last step of calls that decode by themselves, as diffusers names it."""
-
-    @staticmethod
-    def postprocess(decoded: ms.Tensor | np.ndarray, output_type: str = "pil"):
-        """Decoded (N, 3, H, W) -> a list of PIL images, or an array (N, H, W, 3) in [0, 1]; ``latent`` as it came."""
-        check_output_type(output_type)
-        if output_type == "latent":
-            return decoded
-        return finished(to_pictures(decoded), output_type)
-
-
-def finished(pictures: np.ndarray, output_type: str) -> list[Image.Image] | np.ndarray:
-    """Pictures (N, H, W, 3) of floats, clipped to [0, 1], as ``np`` or ``pil``."""
+def to_output_type(images: np.ndarray, output_type: str) -> list[Image.Image] | np.ndarray:
+    """Convert images (N, H, W, 3) of floats, clipped to [0, 1], to ``np`` or ``pil``."""
     if output_type == "np":
-        return np.clip(pictures, 0, 1)
-    return [Image.fromarray(picture) for picture in to_uint8(pictures)]
+        return np.clip(images, 0, 1)
+    return [Image.fromarray(image) for image in to_uint8(images)]
 
 
 def check_output_type(output_type: str) -> None:
-    """Refuse an ``output_type`` that is not known."""
+    """Raise an error for an ``output_type`` that is not supported."""
+    if output_type in ("pt", "ms"):
+        raise PixArtNBError(
+            f"output_type is {output_type!r}, a tensor; use 'np', an array (N, H, W, 3) in [0, 1], which "
+            "torch.from_numpy and mindspore.Tensor take"
+        )
     if output_type not in OUTPUT_TYPES:
         raise PixArtNBError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'latent'")
 
 
-def enlarged(latents: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Latents (N, C, h, w) -> (N, C, height, width), each cell repeated: what is nearest to the middle of the new one.
+class ImageProcessor:
+    """Postprocessing of code that calls the VAE itself, named as in diffusers."""
 
-    Raises ValueError for another shape of picture, which would be stretched.
+    @staticmethod
+    def postprocess(decoded: Any, output_type: str = "pil"):
+        """Convert decoded (N, 3, H, W) to PIL images, or an array (N, H, W, 3); ``latent`` returns it unchanged."""
+        check_output_type(output_type)
+        if output_type == "latent":
+            return decoded
+        return to_output_type(to_images(decoded), output_type)
+
+
+def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize latents (N, C, h, w) to (N, C, height, width) by nearest neighbour.
+
+    Raises an error if the aspect ratio would change by more than a tenth.
     """
     rows, columns = latents.shape[2:]
     if not 0.9 < (height / width) / (rows / columns) < 1.1:
         raise PixArtNBError(
-            f"a picture of {8 * rows}x{8 * columns} is to be enlarged to {8 * height}x{8 * width}, which would stretch "
+            f"an image of {8 * rows}x{8 * columns} cannot be upscaled to {8 * height}x{8 * width}, which would stretch "
             "it; give a size of the same ratio"
         )
     down, across = (
@@ -76,14 +87,67 @@ def enlarged(latents: np.ndarray, height: int, width: int) -> np.ndarray:
     return latents.take(down, axis=2).take(across, axis=3)
 
 
-def downscaled(pictures: np.ndarray | Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Pictures (N, H, W, C) by the mean of whole blocks of pixels: (N, height, width, C) float32.
+# ---- PNG files
 
-    The evaluator of the embedded model reads pictures of 128 x 128. H and W must be multiples of height and width.
+
+def write_image(path: str | Path, pixels: np.ndarray, parameters: Mapping[str, Any]) -> None:
+    """Write pixels (H, W, 3) uint8 as a PNG, atomically, with its parameters in a text chunk.
+
+    The chunk ``parameters`` is ASCII JSON, which every reader of PNG files shows. Raises an error for pixels of another
+    shape or dtype, and for parameters that JSON cannot hold.
     """
-    pictures = np.asarray(pictures)
-    n, rows, columns, channels = pictures.shape
-    if rows % height or columns % width:
-        raise PixArtNBError(f"pictures of {rows}x{columns} are no whole multiple of {height}x{width}")
-    blocks = pictures.reshape(n, height, rows // height, width, columns // width, channels)
-    return blocks.mean((2, 4), dtype=np.float32)
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise PixArtNBError(
+            f"an image file needs pixels of (H, W, 3) uint8, got {pixels.shape} {pixels.dtype}; "
+            "to_uint8 converts floats in [0, 1]"
+        )
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(KEYWORD, _as_json(parameters))
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """Return the parameters of an image that ``write_image`` wrote.
+
+    Raises ``FileNotFoundError``, or an error for a file that is no PNG, is damaged, or carries no parameters.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected an image of this project, a PNG file")
+    text = _text_of(path)
+    if text is None:
+        raise PixArtNBError(
+            f"{path} is a PNG without {KEYWORD!r} among its texts; expected an image that this project wrote. "
+            "Programs that edit or shrink images often drop such texts."
+        )
+    try:
+        parameters = json.loads(text)
+    except (ValueError, RecursionError):
+        parameters = None
+    if not isinstance(parameters, dict):
+        raise PixArtNBError(
+            f"{path}: its {KEYWORD!r} are {text[:40]!r}; expected a JSON object, so another program wrote them"
+        )
+    return parameters
+
+
+def _as_json(parameters: Mapping[str, Any]) -> str:
+    try:
+        text = json.dumps(dict(parameters), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PixArtNBError(
+            f"parameters of an image must be texts, finite numbers, lists and mappings: {error}"
+        ) from error
+    if len(text) > MOST_BYTES:
+        raise PixArtNBError(f"parameters of an image take {len(text)} bytes as JSON; at most {MOST_BYTES}")
+    return text
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.text.get(KEYWORD)  # reads to the end, so a file that was cut is noticed
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise PixArtNBError(f"{path} cannot be read as a PNG: {error}. Expected a whole PNG file.") from error

@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the picture is left at each of the 1,000 timesteps."""
+"""Noise schedule of training: signal and noise at each of the 1,000 timesteps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy as np
 from pixart_nb.core.errors import PixArtNBError
 
 TIMESTEPS = 1000
+#: Bound of the tables' length, whatever a configuration file says.
+_MOST_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A diffusion with linear betas (Ho et al. 2020), every table (steps,) float64.
+    """Diffusion with linear betas (Ho et al. 2020). Every table is (steps,) float64.
 
     ``x_t = sqrt(alphas_cumprod) x_0 + sqrt(1 - alphas_cumprod) noise``.
     """
@@ -25,9 +27,9 @@ class NoiseSchedule:
     steps: int = TIMESTEPS
 
     def __post_init__(self):
-        if not isinstance(self.steps, int) or self.steps < 2:
+        if not isinstance(self.steps, int) or not 2 <= self.steps <= _MOST_TIMESTEPS:
             raise PixArtNBError(
-                f"num_train_timesteps is {self.steps!r}; expected an integer of at least 2, in PixArt 1000"
+                f"num_train_timesteps is {self.steps!r}; expected 2 to {_MOST_TIMESTEPS}, 1000 in PixArt"
             )
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, (int, float)) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
@@ -42,12 +44,12 @@ class NoiseSchedule:
 
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
-        """Share of the picture's variance that is left."""
+        """Remaining share of the signal's variance."""
         return np.cumprod(1.0 - self.betas)
 
     @cached_property
     def alphas_cumprod_prev(self) -> np.ndarray:
-        """The same one step earlier, 1 before the first."""
+        """``alphas_cumprod`` one step earlier, 1 before the first."""
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @cached_property
@@ -57,7 +59,7 @@ class NoiseSchedule:
 
     @cached_property
     def posterior_log_variance(self) -> np.ndarray:
-        """Its logarithm, the first value replaced by the second, which is finite."""
+        """Logarithm of ``posterior_variance``, its first value replaced by the second, which is finite."""
         finite = self.posterior_variance[1:] if len(self.betas) > 1 else self.betas
         return np.log(np.append(finite[0], finite)[: len(self.betas)])
 
@@ -71,33 +73,33 @@ class NoiseSchedule:
 
     @cached_property
     def sigmas(self) -> np.ndarray:
-        """Noise over signal, ``sqrt((1 - a) / a)``."""
+        """Noise-to-signal ratios, ``sqrt((1 - a) / a)``."""
         return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
 
     def sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
-        """Noise over signal at timesteps (N,); between two of the table's, linear in the ratio, as in diffusers."""
+        """Return sigmas at timesteps (N,), interpolated linearly between those of the table, as in diffusers."""
         return np.interp(timesteps, np.arange(self.steps), self.sigmas)
 
     def continuous_sigma_at(self, timesteps: np.ndarray) -> np.ndarray:
-        """The same, linear in the logarithm of the signal (DPM-Solver; official ``NoiseScheduleVP``)."""
+        """Return sigmas at timesteps (N,), linear in the log signal (DPM-Solver; official ``NoiseScheduleVP``)."""
         log_signal = np.interp(timesteps, np.arange(self.steps), 0.5 * np.log(self.alphas_cumprod))
         return np.sqrt(np.expm1(-2.0 * log_signal))
 
     def timestep_of(self, sigmas: np.ndarray) -> np.ndarray:
-        """Fractional timesteps (N,) of noise-to-signal ratios (N,), linear in their logarithm, kept in the table."""
+        """Return fractional timesteps (N,) of sigmas (N,), linear in their logarithm and clipped to the table."""
         return np.interp(np.log(sigmas), np.log(self.sigmas), np.arange(self.steps))
 
     def respaced(self, timesteps: Sequence[int]) -> RespacedSchedule:
-        """The diffusion that visits only these timesteps, in any order."""
+        """Return the diffusion that visits only these timesteps, in any order."""
         kept = tuple(sorted(int(timestep) for timestep in timesteps))
         return RespacedSchedule(self.beta_start, self.beta_end, self.steps, kept)
 
 
 @dataclass(frozen=True)
 class RespacedSchedule(NoiseSchedule):
-    """A diffusion that skips timesteps (Nichol and Dhariwal 2021, section 4; official ``SpacedDiffusion``).
+    """Diffusion that skips timesteps (Nichol and Dhariwal 2021, section 4; official ``SpacedDiffusion``).
 
-    Its tables are (len(timesteps),); row k is about timestep ``timesteps[k]``.
+    Its tables are (len(timesteps),); row k belongs to ``timesteps[k]``.
     """
 
     timesteps: tuple[int, ...] = ()

@@ -1,104 +1,50 @@
-"""``PixArtSigmaPipeline``: prompts in, pictures out, with the interface of diffusers and mindone."""
+"""``PixArtSigmaPipeline`` and ``PixArtAlphaPipeline``: prompts in, images out, with the interface of diffusers."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
-from pixart_nb.core.backend import ms, supported_dtype
-from pixart_nb.core.checkpoints.components import load_components
+from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.pipeline import LoraLoaderMixin
-from pixart_nb.core.models.t5 import T5Encoder
-from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.models.vae import AutoencoderKL
-from pixart_nb.core.sampling.aspect_ratio import binned_size, checked_size, resize_and_crop
+from pixart_nb.core.sampling import aspect_ratio
 from pixart_nb.core.sampling.conditioning import (
     Conditioning,
     as_list,
     check_embeddings,
+    check_finite,
     embed,
-    given_conditioning,
     per_prompt,
     repeat_rows,
 )
-from pixart_nb.core.sampling.guidance import guided_prediction
-from pixart_nb.core.sampling.images import (
-    ImageProcessor,
-    PipelineOutput,
-    check_output_type,
-    finished,
-    to_pictures,
+from pixart_nb.core.sampling.guidance import classifier_free_guidance
+from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_images, to_output_type
+from pixart_nb.core.sampling.pipeline_base import PipelineBase, ignore_options, parameters_of
+from pixart_nb.core.sampling.samplers import (
+    Generators,
+    Predict,
+    Step,
+    StepSchedule,
+    check_generators,
+    draw_noise,
 )
-from pixart_nb.core.sampling.scheduler import Scheduler, check_eta
-from pixart_nb.core.sampling.schedulers import as_scheduler
-from pixart_nb.core.sampling.step import Generators, Plan, Predict, Step, check_generators, draw_noise
-from pixart_nb.core.sampling.text import TextTokenizer, prepare_prompt
+from pixart_nb.core.sampling.scheduler import check_eta
+from pixart_nb.core.sampling.text import prepare_prompt, warn_of_lost_words
 
-_LOAD = object()
+Array = np.ndarray | ms.Tensor
+#: Prompts, or embeddings (N, T, C) with their mask (N, T).
+TextInput = list[str] | tuple[ms.Tensor, np.ndarray]
 
 
-class PixArtSigmaPipeline(LoraLoaderMixin):
+class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
     """PixArt-Sigma. ``from_pretrained(folder)``, then ``pipe("a red mushroom on grass")[0][0]`` is a PIL image."""
 
     max_sequence_length = 300
-    image_processor = ImageProcessor()
-
-    def __init__(
-        self,
-        tokenizer: TextTokenizer | None,
-        text_encoder: T5Encoder | None,
-        vae: AutoencoderKL | None,
-        transformer: PixArt | None,
-        scheduler: Scheduler | str | None,
-    ):
-        self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
-        self.transformer, self._scheduler = transformer, as_scheduler(scheduler)
-
-    @property
-    def scheduler(self) -> Scheduler | None:
-        """How steps are taken. Set it to a scheduler, or to a short name, which keeps the noise schedule."""
-        return self._scheduler
-
-    @scheduler.setter
-    def scheduler(self, value: Scheduler | str | None) -> None:
-        self._scheduler = as_scheduler(value, self._scheduler)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder_or_hub_id: str | Path,
-        mindspore_dtype: ms.Type = ms.float32,
-        *,
-        transformer: PixArt | None = _LOAD,
-        text_encoder: T5Encoder | None = _LOAD,
-        tokenizer: TextTokenizer | None = _LOAD,
-        vae: AutoencoderKL | None = _LOAD,
-        scheduler: Scheduler | str | None = _LOAD,
-    ) -> PixArtSigmaPipeline:
-        """Load a pipeline in the layout in which diffusers publishes it, or in that of mindone's example: a folder with
-        a checkpoint and the folders vae, text_encoder and tokenizer (of several checkpoints, give one's own path).
-
-        A component that is given is used as it is; None leaves it out (a pipeline without a text encoder takes
-        embeddings, one without a transformer only encodes, one without a VAE gives latents). Weights are cast to
-        ``mindspore_dtype`` (bfloat16 becomes float32 on the CPU). Raises ``CheckpointError`` for a folder that is
-        missing or incomplete and for a hub that cannot be reached.
-        """
-        given = dict(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            transformer=transformer,
-            scheduler=scheduler,
-        )
-        wanted = [name for name, part in given.items() if part is _LOAD]
-        loaded = load_components(folder_or_hub_id, wanted, supported_dtype(mindspore_dtype)) if wanted else {}
-        if "scheduler" in wanted:
-            loaded.setdefault("scheduler", "dpm++")  # mindone's layout has none
-        return cls(**given | loaded)
 
     # ---- text
 
@@ -108,50 +54,79 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         do_classifier_free_guidance: bool = True,
         negative_prompt: str | Sequence[str] | None = "",
         num_images_per_prompt: int = 1,
-        prompt_embeds: ms.Tensor | None = None,
-        negative_prompt_embeds: ms.Tensor | None = None,
-        prompt_attention_mask: ms.Tensor | None = None,
-        negative_prompt_attention_mask: ms.Tensor | None = None,
+        prompt_embeds: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        prompt_attention_mask: Array | None = None,
+        negative_prompt_attention_mask: Array | None = None,
         clean_caption: bool = False,
         max_sequence_length: int | None = None,
+        **options: Any,
     ) -> tuple[ms.Tensor, ms.Tensor, ms.Tensor | None, ms.Tensor | None]:
-        """Embeddings and masks as the reference gives them.
+        """Return embeddings and masks as the reference does.
 
         -> prompt_embeds (N, max_sequence_length, C), prompt_attention_mask (N, max_sequence_length) int64, and the
-        same two of the negative prompts (None without guidance). N is prompts times ``num_images_per_prompt``. What is
-        given is not encoded, only repeated.
+        two of the negative prompts (None without guidance). N is prompts times ``num_images_per_prompt``. Given
+        embeddings are not encoded, only repeated.
         """
-        given = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
+        ignore_options("encode_prompt", options, parameters_of(self.encode_prompt))
+        embeddings = (prompt_embeds, prompt_attention_mask)
+        negatives = (negative_prompt_embeds, negative_prompt_attention_mask)
+        guided = do_classifier_free_guidance
+        inputs = self._text_inputs(
+            None if prompt_embeds is not None else prompt, negative_prompt, embeddings, negatives, guided
+        )
         length = max_sequence_length or self.max_sequence_length
-        if prompt_embeds is None:
-            prompts = self._checked_prompts(prompt, given)
-            negatives = per_prompt(negative_prompt, len(prompts)) if do_classifier_free_guidance else None
-            out = self._encoded(prompts, negatives, num_images_per_prompt, clean_caption, length, trim=False)
-        else:
-            check_embeddings(given, do_classifier_free_guidance, prompt_embeds.shape[-1])
-            out = given_conditioning(given, do_classifier_free_guidance, num_images_per_prompt)
+        out = self._encoded(*inputs, num_images_per_prompt, clean_caption, length, trim=False)
         masks = (out.prompt_attention_mask, out.negative_mask)
         mask, negative_mask = (part if part is None else ms.Tensor(part.astype(np.int64)) for part in masks)
         return out.prompt_embeds, mask, out.negative_embeds, negative_mask
 
-    @staticmethod
-    def _checked_prompts(prompt: str | Sequence[str] | None, given: tuple) -> list[str]:
-        """The prompts, of which no embeddings may be given beside them."""
-        if any(part is not None for part in given):
+    def _text_inputs(
+        self, prompt, negative_prompt, embeddings, negatives, guided
+    ) -> tuple[TextInput, TextInput | None]:
+        """Validate prompts and embeddings; return those of the prompts and, with guidance, of the negative prompts."""
+        for name, (embeds, mask) in (("prompt", embeddings), ("negative_prompt", negatives)):
+            if embeds is None and mask is not None:
+                raise PixArtNBError(f"{name}_attention_mask was given without {name}_embeds; give both")
+        if prompt is not None and embeddings[0] is not None:
+            raise PixArtNBError("both prompt and prompt_embeds were given; give one of them")
+        channels = self.transformer.config.caption_channels if self.transformer else None
+        positive = as_list(prompt) if embeddings[0] is None else check_embeddings(*embeddings, None, channels)
+        rows, negative = _rows(positive), None
+        if guided and negatives[0] is not None:
+            if negative_prompt:
+                warnings.warn("negative_prompt is ignored beside negative_prompt_embeds", stacklevel=3)
+            negative = check_embeddings(*negatives, rows, channels, "negative_prompt")
+        elif guided:
+            negative = per_prompt(negative_prompt, rows)
+        if (self.tokenizer is None or self.text_encoder is None) and list in (type(positive), type(negative)):
+            missing = "prompt" if isinstance(positive, list) else "negative_prompt"
             raise PixArtNBError(
-                "embeddings or masks were given without prompt_embeds; give a prompt, or all of prompt_embeds and "
-                "prompt_attention_mask and, for guidance, the two of the negative prompt"
+                f"this pipeline has no text encoder or no tokenizer; give {missing}_embeds and "
+                f"{missing}_attention_mask"
             )
-        return as_list(prompt)
+        return positive, negative
 
-    def _encoded(self, prompts, negatives, copies: int, clean: bool, length: int, trim: bool) -> Conditioning:
-        pairs = [
-            repeat_rows(*embed(self.tokenizer, self.text_encoder, texts, clean, length, trim), copies)
-            for texts in (prompts, negatives)
-            if texts is not None
-        ]
-        texts = tuple(prepare_prompt(text, clean) for text in prompts for _ in range(copies))
-        return Conditioning(*pairs[0], *(pairs[1] if len(pairs) > 1 else (None, None)), texts)
+    def _encoded(
+        self,
+        positive: TextInput,
+        negative: TextInput | None,
+        copies: int,
+        clean: bool,
+        length: int,
+        trim: bool,
+    ) -> Conditioning:
+        """Encode the prompts among the inputs, and repeat every row ``copies`` times."""
+        parts = []
+        for part in (positive, negative):
+            if isinstance(part, list):
+                warn_of_lost_words(self.tokenizer, part, clean)
+                part = embed(self.tokenizer, self.text_encoder, part, clean, length, trim)
+            parts += (None, None) if part is None else repeat_rows(*part, copies)
+        texts = None
+        if isinstance(positive, list):
+            texts = tuple(prepare_prompt(text, clean) for text in positive for _ in range(copies))
+        return Conditioning(*parts, texts)
 
     # ---- sampling
 
@@ -164,114 +139,101 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
         guidance_scale: float = GUIDANCE_SCALE,
+        guidance_rescale: float = 0.0,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
         eta: float = 0.0,
         generator: Generators = None,
-        latents: np.ndarray | ms.Tensor | None = None,
-        prompt_embeds: ms.Tensor | None = None,
-        prompt_attention_mask: ms.Tensor | None = None,
-        negative_prompt_embeds: ms.Tensor | None = None,
-        negative_prompt_attention_mask: ms.Tensor | None = None,
+        latents: Array | None = None,
+        prompt_embeds: Array | None = None,
+        prompt_attention_mask: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        negative_prompt_attention_mask: Array | None = None,
         clean_caption: bool = True,
         max_sequence_length: int | None = None,
-        around_model: Callable[[Predict], Predict] | None = None,
-        start: np.ndarray | None = None,
+        wrap_predict: Callable[[Predict], Predict] = lambda predict: predict,
+        image_latents: np.ndarray | None = None,
         strength: float = 0.6,
     ) -> Iterator[Conditioning | Step]:
-        """The generator underneath: yields the ``Conditioning``, then a ``Step`` per timestep.
+        """Return the generator of steps: it yields the ``Conditioning``, then a ``Step`` per timestep.
 
-        Parameters as those of ``__call__``; height and width are drawn as they are, in image pixels. What is wrong
-        with them is said at once, before anything is computed. The generators draw the first noise now, and the noise
-        of the steps, if the scheduler adds any, as they are taken. ``around_model`` is given what the scheduler calls
-        and returns what it shall call instead. ``start``, latents (N, C, height / 8, width / 8) of pictures as steps
-        yield them, makes it image-to-image: noise is added to them, and the last ``strength`` of the steps are taken.
+        Parameters are those of ``__call__``, but height and width are not binned. Wrong arguments raise an error at
+        once, and the initial noise is drawn. ``wrap_predict`` receives the guided model, and returns what the sampler
+        calls instead. ``image_latents`` (N, C, height / 8, width / 8) start image-to-image: noise is added to them, and
+        the last ``strength`` of the steps are taken.
         """
         height, width = self.check_size(height, width)
-        plan, scheduler = self.plan(num_inference_steps, timesteps, sigmas, eta), self.scheduler
+        schedule, scheduler = self.plan(num_inference_steps, timesteps, sigmas, eta), self.scheduler
         guided = guidance_scale > 1.0
-        given = (prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask)
-        if num_images_per_prompt < 1:
-            raise PixArtNBError(f"num_images_per_prompt is {num_images_per_prompt}; expected at least 1")
-        if prompt_embeds is None:
-            prompts = self._checked_prompts(prompt, given)
-            negatives = per_prompt(negative_prompt, len(prompts)) if guided else None
-        elif prompt is not None:
-            raise PixArtNBError("both prompt and prompt_embeds were given; give one of them")
-        else:
-            check_embeddings(given, guided, self.transformer.config.caption_channels)
-        rows = (len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]) * num_images_per_prompt
-        begin = self.initial_latents(rows, height, width, generator, latents)
-        if start is not None:
-            plan = plan.last(strength)
-            begin = scheduler.noised(self.initial_latents(rows, height, width, None, start), begin, plan)
+        embeddings = (prompt_embeds, prompt_attention_mask)
+        negatives = (negative_prompt_embeds, negative_prompt_attention_mask)
+        inputs = self._text_inputs(prompt, negative_prompt, embeddings, negatives, guided)
+        rows = _rows(inputs[0]) * _checked_copies(num_images_per_prompt)
+        start = self.initial_latents(rows, height, width, generator, latents)
+        if image_latents is not None:
+            schedule = schedule.last(strength)
+            clean = self.initial_latents(rows, height, width, None, image_latents)
+            start = scheduler.noised(clean, start, schedule)
         length = max_sequence_length or self.max_sequence_length
-        if self.transformer.hook_manager is not None:
-            self.transformer.hook_manager.on_plan(
-                plan.timesteps, rows, guided, height // 8, width // 8, length
-            )
+        hooks = self.transformer.hook_manager
+        if hooks is not None:
+            hooks.on_plan(schedule.timesteps, rows, guided, height // 8, width // 8, length)
 
         def steps() -> Iterator[Conditioning | Step]:
-            if prompt_embeds is None:
-                condition = self._encoded(
-                    prompts, negatives, num_images_per_prompt, clean_caption, length, trim=True
-                )
-            else:
-                condition = given_conditioning(given, guided, num_images_per_prompt)
+            condition = self._encoded(*inputs, num_images_per_prompt, clean_caption, length, trim=True)
             yield condition
-            predict = guided_prediction(self.transformer, condition, guidance_scale, height, width)
-            if around_model is not None:
-                predict = around_model(predict)
-            yield from scheduler.steps(predict, begin, plan, generator, eta)
+            predict = classifier_free_guidance(
+                self.transformer, condition, guidance_scale, height, width, guidance_rescale
+            )
+            yield from scheduler.steps(wrap_predict(predict), start, schedule, generator, eta)
 
         return steps()
 
-    def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> Plan:
-        """The scheduler's plan of a run (see ``Scheduler.plan``); its length is the number of steps."""
+    def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> StepSchedule:
+        """Return the scheduler's steps of a run (see ``Scheduler.plan``)."""
         if self.scheduler is None:
             raise PixArtNBError("this pipeline has no scheduler; set pipe.scheduler, for example to 'dpm++'")
         check_eta(eta)
         return self.scheduler.plan(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels, the model's own where None; both must be multiples of 16 (VAE x patch)."""
+        """Return height and width in pixels, the model's own where None. Both must be multiples of 16 (VAE x patch)."""
         if self.transformer is None:
             raise PixArtNBError(
                 "this pipeline has no transformer, so it cannot sample; it can encode prompts"
             )
-        return checked_size(self.transformer.config, height, width)
+        return aspect_ratio.checked_size(self.transformer.config, height, width)
 
     def binned_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """The published size with the nearest ratio of height to width, where the model's own size has a table.
-
-        A model of another size, such as a small one, draws at the size that is asked for.
-        """
+        """Return the published size of the nearest ratio, or the requested one if the model's size has no table."""
         if self.transformer is None:
             return self.check_size(height, width)
-        return binned_size(self.transformer.config, height, width)
+        return aspect_ratio.binned_size(self.transformer.config, height, width)
 
     def initial_latents(self, rows, height, width, generator=None, latents=None) -> np.ndarray:
-        """Unit noise (rows, C, height / 8, width / 8) float32, from one generator or one for each row, or as given."""
+        """Return unit noise (rows, C, height / 8, width / 8) float32, drawn from ``generator`` or as given."""
         check_generators(generator, rows)
         shape = (rows, self.transformer.config.in_channels, height // 8, width // 8)
-        if latents is not None:
-            latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
-            if latents.shape != shape:
-                raise PixArtNBError(
-                    f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels"
-                )
-            return latents
-        return draw_noise(shape, generator)
+        if latents is None:
+            return draw_noise(shape, generator)
+        latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
+        if latents.shape != shape:
+            raise PixArtNBError(
+                f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels"
+            )
+        return latents
 
-    def decode_latents(self, latents: np.ndarray | ms.Tensor) -> np.ndarray:
-        """Latents (N, C, h, w) -> pictures (N, 8h, 8w, 3) float32 in [0, 1]."""
-        return finished(self._decoded(latents), "np")
+    def decode_latents(self, latents: Array) -> np.ndarray:
+        """Decode latents (N, C, h, w) to images (N, 8h, 8w, 3) float32 in [0, 1]."""
+        return to_output_type(self._decoded(latents), "np")
 
-    def _decoded(self, latents: np.ndarray | ms.Tensor) -> np.ndarray:
+    def _decoded(self, latents: Array) -> np.ndarray:
         if self.vae is None:
             raise PixArtNBError("this pipeline has no VAE; ask for output_type='latent'")
-        return to_pictures(self.vae.decode(latents / self.vae.config.scaling_factor)[0])
+        images = to_images(self.vae.decode(latents / self.vae.config.scaling_factor)[0])
+        check_finite(images, "the VAE decoder")
+        return images
 
     def __call__(
         self,
@@ -286,11 +248,11 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         width: int | None = None,
         eta: float = 0.0,
         generator: Generators = None,
-        latents: np.ndarray | ms.Tensor | None = None,
-        prompt_embeds: ms.Tensor | None = None,
-        prompt_attention_mask: ms.Tensor | None = None,
-        negative_prompt_embeds: ms.Tensor | None = None,
-        negative_prompt_attention_mask: ms.Tensor | None = None,
+        latents: Array | None = None,
+        prompt_embeds: Array | None = None,
+        prompt_attention_mask: Array | None = None,
+        negative_prompt_embeds: Array | None = None,
+        negative_prompt_attention_mask: Array | None = None,
         output_type: str = "pil",
         return_dict: bool = False,
         callback: Callable[[int, float, np.ndarray], None] | None = None,
@@ -298,51 +260,69 @@ class PixArtSigmaPipeline(LoraLoaderMixin):
         clean_caption: bool = True,
         use_resolution_binning: bool = True,
         max_sequence_length: int | None = None,
+        guidance_rescale: float = 0.0,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **options: Any,
     ) -> PipelineOutput:
-        """Draw pictures of the prompts: the tuple ``(images,)``, which is also an object with ``.images``.
+        """Draw images of the prompts; returns the tuple ``(images,)``, which also has ``.images``.
 
-        Conditional and unconditional rows go through one forward pass. ``output_type`` is "pil", "np" ((N, H, W, 3)
-        in [0, 1]) or "latent"; ``callback(step, timestep, latents)`` is called every ``callback_steps`` steps.
-        With ``use_resolution_binning`` and a model of a published size, the picture is drawn at the published size of
-        the nearest ratio, then scaled and cut to the one that was asked for (not for latents). timesteps or sigmas
-        replace ``num_inference_steps`` (see ``Scheduler.plan``); ``eta`` is DDIM's share of noise. Given latents
-        are unit noise, whatever the scheduler. ``return_dict`` is there for calls written for diffusers.
+        ``output_type`` is "pil", "np" ((N, H, W, 3) in [0, 1]) or "latent". With ``use_resolution_binning`` and a model
+        of a published size, the image is drawn at the published size of the nearest ratio, then resized and cropped to
+        the requested one (not for latents). timesteps or sigmas replace ``num_inference_steps`` (see
+        ``Scheduler.plan``); ``eta`` is DDIM's share of noise; given latents are unit noise for every scheduler.
+
+        ``callback(step, timestep, latents)`` is called every ``callback_steps`` steps, ``callback_on_step_end(pipe,
+        step, timestep, {"latents": latents})`` after each: latents that it returns replace those of the step, and
+        ``pipe._interrupt = True`` ends the run. Options of diffusers without a meaning here are named in one warning.
         """
+        call = {name: value for name, value in locals().items() if name in parameters_of(self.sample)}
         check_output_type(output_type)
-        if callback_steps < 1:
+        if callback_steps is not None and callback_steps < 1:
             raise PixArtNBError(f"callback_steps is {callback_steps}; expected at least 1")
-        drawn = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
-        steps = self.sample(
-            prompt,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            height=drawn[0],
-            width=drawn[1],
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=negative_prompt_embeds,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            clean_caption=clean_caption,
-            max_sequence_length=max_sequence_length,
-        )
-        next(steps)
-        for step in steps:
-            if callback is not None and step.index % callback_steps == 0:
-                callback(step.index, step.timestep, step.latents)
+        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
+            raise PixArtNBError(
+                f"callback_on_step_end_tensor_inputs is {callback_on_step_end_tensor_inputs!r}; expected ['latents']"
+            )
+        ignore_options("the pipeline", options, parameters_of(self.__call__))
+        size = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
+        steps = self.sample(**call | {"height": size[0], "width": size[1]})
+        count = len(self.plan(num_inference_steps, timesteps, sigmas))
+        latents = self._last_latents(steps, count, callback, callback_steps or 1, callback_on_step_end)
         if output_type == "latent":
-            return PipelineOutput(step.latents)
-        pictures = resize_and_crop(self._decoded(step.latents), height or drawn[0], width or drawn[1])
-        return PipelineOutput(finished(pictures, output_type))
+            return PipelineOutput(latents)
+        images = aspect_ratio.resize_and_crop(self._decoded(latents), height or size[0], width or size[1])
+        return PipelineOutput(to_output_type(images, output_type))
+
+    def _last_latents(self, steps, count: int, callback, callback_steps: int, on_step_end) -> np.ndarray:
+        """Take the steps, with progress bar and callbacks, and return the latents of the last one."""
+        self._interrupt = False
+        next(steps)
+        with self.progress_bar(count) as bar:
+            for step in steps:
+                if callback is not None and step.index % callback_steps == 0:
+                    callback(step.index, step.timestep, step.latents)
+                if on_step_end is not None:
+                    changed = on_step_end(self, step.index, step.timestep, {"latents": step.latents}) or {}
+                    # in place: the sampler continues with this array
+                    step.latents[...] = changed.get("latents", step.latents)
+                bar.update()
+                if self._interrupt:
+                    break
+        return step.latents
+
+
+def _rows(texts: TextInput) -> int:
+    return len(texts) if isinstance(texts, list) else texts[0].shape[0]
+
+
+def _checked_copies(copies: int) -> int:
+    if copies < 1:
+        raise PixArtNBError(f"num_images_per_prompt is {copies}; expected at least 1")
+    return copies
 
 
 class PixArtAlphaPipeline(PixArtSigmaPipeline):
-    """PixArt-alpha: the same calls, over prompts of 120 tokens."""
+    """PixArt-alpha: prompts of 120 tokens."""
 
     max_sequence_length = 120

@@ -1,16 +1,19 @@
-"""Large pictures in stages: encode, free, denoise, free, decode by tiles; every stage goes on where it was stopped.
+"""Resumable stages: encode, free, denoise, free, decode in tiles; each continues where it was stopped.
 
-A stage holds its own networks only. What it has done lies on the disk: the embeddings, the model's prediction at every
-step, the decoded rows of tiles. A run that was stopped, however, ends with the same picture, bit for bit: the steps
-that are done are taken again with the predictions that were kept, which brings any solver, with its memory of earlier
-steps and its noise, to where it was, and costs no pass through the model.
+A stage holds its own networks only. Its results are files: the embeddings, the model's prediction at every step, the
+decoded rows of tiles. A run that was stopped, however, ends with the same image, bit for bit: the finished steps are
+taken again with the stored predictions, which restores any sampler, with its history and its noise, without a pass
+through the model.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,34 +23,131 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms
-from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.io import (
+    CheckpointError,
+    folder_lock,
+    load_metadata,
+    load_tensors,
+    read_json,
+    remove_temporaries,
+    save_tensors,
+    write_json,
+)
 from pixart_nb.core.memory import PeakMemory, release
-from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
-from pixart_nb.core.sampling.conditioning import embed
-from pixart_nb.core.sampling.images import enlarged, to_pictures, to_uint8
+from pixart_nb.core.sampling.conditioning import check_finite, embed
+from pixart_nb.core.sampling.images import resize_latents, to_images, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
-from pixart_nb.core.sampling.randomness import picture_generators
-from pixart_nb.core.sampling.stage_files import StageFiles
-from pixart_nb.core.sampling.step import Predict, Prediction, steps_taken
+from pixart_nb.core.sampling.samplers import Predict, Prediction, image_generators, steps_taken
+from pixart_nb.core.sampling.text import warn_of_lost_words
 
-#: Seconds between two looks at the memory: more often, and small networks take longer than without them.
+#: Seconds between two measurements of memory: small networks slow down with more of them.
 LOOK_SECONDS = 0.02
-#: ``load(names)`` gives a pipeline of the components with these names; the others may be None.
+RUN, MEASURED, LOCK = "run.json", "stages.json", ".stages.lock"
+#: ``load(names)`` returns a pipeline of the components with these names; the others may be None.
 Load = Callable[[Sequence[str]], PixArtSigmaPipeline]
 
 
+# ---- files
+
+
+class StageFiles:
+    """Files of one run: ``run.json`` describes it, ``NAME.safetensors`` hold the results of its stages.
+
+    ``identity`` is everything that the run's numbers depend on, as JSON. Every file carries its fingerprint.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any]):
+        self.folder = Path(folder)
+        self.identity = json.loads(json.dumps(dict(identity)))
+        self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> StageFiles:
+        """Return the files of an existing run. Raises ``CheckpointError`` if there is none."""
+        path = Path(folder) / RUN
+        if not path.is_file():
+            raise CheckpointError(f"{folder} holds no run in stages (no {RUN}); draw it there first")
+        return cls(folder, read_json(path))
+
+    def claim(self) -> None:
+        """Start or continue the run in its folder. Raises ``CheckpointError`` with the differences to another run."""
+        path = self.folder / RUN
+        if not path.is_file():
+            write_json(path, self.identity)
+            return
+        remove_temporaries(self.folder)
+        stored = read_json(path)
+        differences = [
+            f"{key}: {stored.get(key, 'nothing')!r} there, {self.identity.get(key, 'nothing')!r} now"
+            for key in sorted({*stored, *self.identity})
+            if stored.get(key) != self.identity.get(key)
+        ]
+        if differences:
+            raise CheckpointError(
+                f"{self.folder} belongs to another run ({'; '.join(differences)}). Give the values it was started with "
+                "to resume it, or another folder to start a new one."
+            )
+
+    def path(self, name: str) -> Path:
+        """Return the file of a part."""
+        return self.folder / f"{name}.safetensors"
+
+    def has(self, name: str) -> bool:
+        """Return whether a part exists."""
+        return self.path(name).is_file()
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of the parts that match a pattern (``rows-*``), in order."""
+        return sorted(path.stem for path in self.folder.glob(f"{pattern}.safetensors"))
+
+    def save(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        """Write a part atomically."""
+        save_tensors(self.path(name), tensors, {"run": self.fingerprint})
+
+    def load(self, name: str) -> dict[str, np.ndarray]:
+        """Read a part. Raises ``CheckpointError`` for a part that is damaged or belongs to another run."""
+        path = self.path(name)
+        owner = load_metadata(path).get("run")
+        if owner != self.fingerprint:
+            raise CheckpointError(
+                f"{path} belongs to another run ({owner or 'it does not say which'}, this one is {self.fingerprint}); "
+                "remove the file to compute it again"
+            )
+        return load_tensors(path)
+
+    def remove(self, pattern: str) -> None:
+        """Remove the parts that match a pattern."""
+        for name in self.names(pattern):
+            self.path(name).unlink()
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Return for each stage ``seconds`` and ``load_seconds`` of all sessions, and the highest ``peak_bytes``."""
+        path = self.folder / MEASURED
+        return read_json(path) if path.is_file() else {}
+
+    def add_measured(self, stage: str, peak_bytes: int, **seconds: float) -> None:
+        """Add ``seconds`` or ``load_seconds`` of a part of a stage, and its memory."""
+        measured = self.measured()
+        row = measured.setdefault(stage, {"seconds": 0.0, "load_seconds": 0.0, "peak_bytes": 0})
+        for name, value in seconds.items():
+            row[name] += value
+        row["peak_bytes"] = max(row["peak_bytes"], peak_bytes)
+        write_json(self.folder / MEASURED, measured)
+
+
+# ---- images
+
+
 @dataclass(frozen=True)
-class StagedPicture:
-    """One picture to draw in stages, in a folder of its own.
+class StagedImage:
+    """One image to draw in stages, in a folder of its own.
 
-    ``drawn``: height and width that the model works at; ``size``: those of the picture, which is scaled and cut to
-    them. ``tile``: side in pixels of the tiles that it is decoded by. ``seed``: the seed and the number of the
-    picture's random stream. ``models``: what tells the networks, and how they compute, from others (names and
-    fingerprints). ``options``: further arguments of ``pipe.sample``.
-
-    ``enlarge``: the folder of a smaller picture's run, whose latents, enlarged, this one begins with in place of noise:
-    noise is added to them, and the last ``strength`` of the steps are taken.
+    ``drawn``: height and width that the model works at; ``size``: those of the result, which is resized and cropped.
+    ``tile``: side in pixels of the decoder's tiles. ``seed``: the seed and the number of the image's random stream.
+    ``models``: names and fingerprints of the networks. ``options``: further arguments of ``pipe.sample``.
+    ``upscale_from``: folder of a smaller image's run, whose latents replace the initial noise: noise is added to them,
+    and the last ``strength`` of the steps are taken.
     """
 
     folder: Path
@@ -62,138 +162,150 @@ class StagedPicture:
     tile: int = 512
     models: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
-    enlarge: Path | None = None
+    upscale_from: Path | None = None
     strength: float = 0.5
 
     @cached_property
     def files(self) -> StageFiles:
-        """The state of this picture's run."""
+        """State of this image's run."""
         names = ("prompt", "negative_prompt", "drawn", "size", "steps", "guidance_scale", "seed", "tile")
-        own = {name: getattr(self, name) for name in (*names, "max_sequence_length")}
-        if self.enlarge is not None:
-            own |= {"enlarge": StageFiles.of(self.enlarge).fingerprint, "strength": self.strength}
-        return StageFiles(self.folder, own | dict(self.models) | dict(self.options))
+        identity = {name: getattr(self, name) for name in (*names, "max_sequence_length")}
+        if self.upscale_from is not None:
+            smaller = StageFiles.of(self.upscale_from).fingerprint
+            identity |= {"upscale_from": smaller, "strength": self.strength}
+        return StageFiles(self.folder, identity | dict(self.models) | dict(self.options))
 
-    def check_beginning(self) -> None:
-        """Refuse to enlarge what is not drawn yet, and a strength that is none."""
+    def check_source(self) -> None:
+        """Raise an error for a smaller image that is not finished, and for a strength outside 0..1."""
         steps_taken(self.steps, self.strength)
-        if self.enlarge is not None and not StageFiles.of(self.enlarge).has("latents"):
-            raise CheckpointError(f"the picture in {self.enlarge} is not drawn; finish it, then enlarge it")
+        if self.upscale_from is not None and not StageFiles.of(self.upscale_from).has("latents"):
+            raise CheckpointError(
+                f"the image in {self.upscale_from} is not finished; finish it before upscaling"
+            )
 
-    def beginning(self) -> np.ndarray | None:
-        """The latents of the smaller picture, enlarged: (1, C, height / 8, width / 8); None: begin with noise alone."""
-        if self.enlarge is None:
+    def source_latents(self) -> np.ndarray | None:
+        """Return the latents of the smaller image, resized: (1, C, height / 8, width / 8), or None without one."""
+        if self.upscale_from is None:
             return None
-        smaller = StageFiles.of(self.enlarge).load("latents")["latents"]
-        return enlarged(smaller, *(side // 8 for side in self.drawn))
+        smaller = StageFiles.of(self.upscale_from).load("latents")["latents"]
+        return resize_latents(smaller, *(side // 8 for side in self.drawn))
 
     def pixels(self) -> np.ndarray:
-        """The finished picture, (height, width, 3) uint8."""
+        """Return the finished image, (height, width, 3) uint8."""
         return self.files.load("pixels")["pixels"]
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a run is: ``done`` of ``total`` parts of a stage of the picture with this number.
+class StageProgress:
+    """Progress of a run: ``done`` of ``total`` parts of a stage of the image with this index.
 
-    ``seconds_left`` of that stage, from the parts done in this session; None before the first.
+    ``seconds_left`` of that stage is estimated from the parts of this session; None before the first.
     """
 
-    picture: int
+    image: int
     stage: str
     done: int
     total: int
     seconds_left: float | None
 
 
-def run_staged(pictures: Sequence[StagedPicture], load: Load) -> Iterator[Progress]:
-    """Draw pictures in stages, all of them through one stage, then the next; yields after every part.
+def run_stages(images: Sequence[StagedImage], load: Load, lock: str = LOCK) -> Iterator[StageProgress]:
+    """Draw images in stages, all of them through one stage, then the next; yields after every part.
 
-    What is done already, by this process or an earlier one, is not done again. ``picture.pixels()`` is the result.
+    Parts that exist, from this process or an earlier one, are not computed again. ``image.pixels()`` is the result.
+    Several images share the lock of the folder that holds theirs, so that their number is not limited by that of open
+    files; processes that draw different images of it at once give different names of ``lock``.
 
-    Raises:
-        CheckpointError: a folder or file is of another run, or in use; the message says what differs.
-        DataError: a folder cannot be written.
+    Raises ``CheckpointError`` for a folder or file of another run, ``FolderInUseError`` for a folder in use, and
+    ``WriteError`` for a folder that cannot be written.
     """
-    with ExitStack() as folders:
-        for picture in pictures:
-            picture.check_beginning()
-            folders.enter_context(picture.files.opened())
+    for image in images:
+        image.check_source()
+    with ExitStack() as locks:
+        for folder in sorted({image.folder.parent if len(images) > 1 else image.folder for image in images}):
+            locks.enter_context(folder_lock(folder, lock))
+        for image in images:
+            image.files.claim()
         for stage in STAGES:
-            waiting = [n for n, picture in enumerate(pictures) if not picture.files.has(stage.result)]
+            waiting = [n for n, image in enumerate(images) if not image.files.has(stage.result)]
             if waiting:
-                yield from _run(stage, waiting, pictures, load)
+                yield from _run(stage, waiting, images, load)
                 release()
+
+
+# ---- stages
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """``work(pipe, picture)`` yields (done, total), and has written ``result`` when it ends."""
+    """``work(pipe, image)`` yields (done, total), and has written ``result`` when it ends."""
 
     name: str
     components: tuple[str, ...]
     result: str
-    work: Callable[[PixArtSigmaPipeline, StagedPicture], Iterator[tuple[int, int]]]
+    work: Callable[[PixArtSigmaPipeline, StagedImage], Iterator[tuple[int, int]]]
 
 
 def _run(
-    stage: _Stage, numbers: list[int], pictures: Sequence[StagedPicture], load: Load
-) -> Iterator[Progress]:
-    noted = time.perf_counter()
+    stage: _Stage, numbers: list[int], images: Sequence[StagedImage], load: Load
+) -> Iterator[StageProgress]:
+    since = time.perf_counter()
     with PeakMemory(LOOK_SECONDS) as memory:
-        pipe, took = load(stage.components), "load_seconds"
+        pipe, measure = load(stage.components), "load_seconds"
         for number in numbers:
-            first = None  # parts done, and the time, when work on this picture began
-            for done, total in stage.work(pipe, pictures[number]):
-                now = time.perf_counter()
-                pictures[number].files.add_measured(stage.name, memory.look(), **{took: now - noted})
-                first, took = first or (done, now), "seconds"
-                fresh = done - first[0]
-                left = (now - first[1]) / fresh * (total - done) if fresh else None
-                yield Progress(number, stage.name, done, total, left)
-                noted = time.perf_counter()  # what is done with the progress is not the stage's work
+            first, image = None, images[number]  # first: finished parts, and the time, when work on it began
+            with folder_lock(image.folder, LOCK, wait=True) if len(images) > 1 else nullcontext():
+                for done, total in stage.work(pipe, image):
+                    now = time.perf_counter()
+                    image.files.add_measured(stage.name, memory.look(), **{measure: now - since})
+                    first, measure = first or (done, now), "seconds"
+                    fresh = done - first[0]
+                    left = (now - first[1]) / fresh * (total - done) if fresh else None
+                    yield StageProgress(number, stage.name, done, total, left)
+                    since = time.perf_counter()  # the caller's time is not the stage's
 
 
-def _encode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple[int, int]]:
-    """Embeddings of the prompt and, with guidance, of the negative one, as long as the texts are."""
-    texts = {"prompt": picture.prompt}
-    if picture.guidance_scale > 1:
-        texts["negative"] = picture.negative_prompt
+def _encode(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int, int]]:
+    """Compute the embeddings of the prompt and, with guidance, of the negative prompt, without padding."""
+    texts = {"prompt": image.prompt}
+    if image.guidance_scale > 1:
+        texts["negative"] = image.negative_prompt
+    warn_of_lost_words(pipe.tokenizer, list(texts.values()), True)
     tensors = {}
     yield 0, len(texts)
     for done, (name, text) in enumerate(texts.items(), 1):
         embeds, mask = embed(
-            pipe.tokenizer, pipe.text_encoder, [text], True, picture.max_sequence_length, trim=True
+            pipe.tokenizer, pipe.text_encoder, [text], True, image.max_sequence_length, trim=True
         )
         tensors |= {f"{name}_embeds": embeds.astype(ms.float32).asnumpy(), f"{name}_mask": mask}
         if done == len(texts):
-            picture.files.save("embeddings", tensors)
+            image.files.save("embeddings", tensors)
         yield done, len(texts)
 
 
-def _denoise(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple[int, int]]:
-    """The steps of ``pipe.sample``, with every prediction of the model kept."""
-    files = picture.files
-    texts, start = files.load("embeddings"), picture.beginning()
+def _denoise(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int, int]]:
+    """Take the steps of ``pipe.sample``, storing every prediction of the model."""
+    files = image.files
+    texts, source = files.load("embeddings"), image.source_latents()
     steps = pipe.sample(
-        prompt_embeds=ms.Tensor(texts["prompt_embeds"]),
+        prompt_embeds=texts["prompt_embeds"],
         prompt_attention_mask=texts["prompt_mask"],
-        negative_prompt_embeds=_tensor(texts.get("negative_embeds")),
+        negative_prompt_embeds=texts.get("negative_embeds"),
         negative_prompt_attention_mask=texts.get("negative_mask"),
-        num_inference_steps=picture.steps,
-        guidance_scale=picture.guidance_scale,
-        height=picture.drawn[0],
-        width=picture.drawn[1],
-        generator=picture_generators(picture.seed[0], [picture.seed[1]]),
-        around_model=lambda predict: _kept(predict, files),
-        start=start,
-        strength=picture.strength,
-        **picture.options,
+        num_inference_steps=image.steps,
+        guidance_scale=image.guidance_scale,
+        height=image.drawn[0],
+        width=image.drawn[1],
+        generator=image_generators(image.seed[0], [image.seed[1]]),
+        wrap_predict=lambda predict: _stored(predict, files),
+        image_latents=source,
+        strength=image.strength,
+        **image.options,
     )
     next(steps)
-    kept = len(list(files.folder.glob("prediction-*.safetensors")))
-    plan = pipe.plan(picture.steps, *map(picture.options.get, ("timesteps", "sigmas")))
-    total = len(plan if start is None else plan.last(picture.strength))
+    kept = len(files.names("prediction-*"))
+    schedule = pipe.plan(image.steps, *map(image.options.get, ("timesteps", "sigmas")))
+    total = len(schedule if source is None else schedule.last(image.strength))
     yield min(kept, total), total
     for step in steps:
         if step.index >= kept:
@@ -202,82 +314,70 @@ def _denoise(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tupl
     files.remove("prediction-*")
 
 
-def _kept(predict: Predict, files: StageFiles) -> Predict:
-    """``predict``, each of whose answers is kept; those that are kept already are not computed again."""
+def _stored(predict: Predict, files: StageFiles) -> Predict:
+    """Return ``predict`` with its results stored; stored ones are read instead of computed."""
     number = -1
 
-    def remembered(latents: np.ndarray, timestep: float) -> Prediction:
+    def stored(latents: np.ndarray, timestep: float) -> Prediction:
         nonlocal number
         number += 1
         name = f"prediction-{number:04d}"
         if files.has(name):
-            known = files.load(name)
-            return Prediction(known["noise"], known.get("variance"))
-        found = predict(latents, timestep)
-        files.save(name, {key: part for key, part in found._asdict().items() if part is not None})
-        return found
+            tensors = files.load(name)
+            return Prediction(tensors["noise"], tensors.get("variance"))
+        prediction = predict(latents, timestep)
+        files.save(name, {key: part for key, part in prediction._asdict().items() if part is not None})
+        return prediction
 
-    return remembered
-
-
-def _tensor(array: np.ndarray | None) -> ms.Tensor | None:
-    return None if array is None else ms.Tensor(array)
+    return stored
 
 
-def _decode(pipe: PixArtSigmaPipeline, picture: StagedPicture) -> Iterator[tuple[int, int]]:
-    """The picture by rows of tiles; what is no larger than a tile is decoded whole."""
-    files, vae = picture.files, pipe.vae
+def _decode(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int, int]]:
+    """Decode the image by rows of tiles, or whole if it is no larger than a tile."""
+    files, vae = image.files, pipe.vae
     z = files.load("latents")["latents"] / np.float32(vae.config.scaling_factor)
-    if max(picture.drawn) > picture.tile:
-        yield from _decode_rows(vae, z, picture)
-        parts = (files.load(name)["values"] for name in _rows_kept(files))
+    if max(image.drawn) > image.tile:
+        yield from _decode_rows(vae, z, image)
+        parts = (files.load(name)["values"] for name in files.names("rows-*"))
     else:
         yield 0, 1
         parts = [vae.decode(z)[0].astype(ms.float32).asnumpy()]
-    files.save("pixels", {"pixels": _finished(parts, picture)})
+    files.save("pixels", {"pixels": _finished(parts, image)})
     for name in ("coarse", "rows-*"):
         files.remove(name)
-    if max(picture.drawn) <= picture.tile:
+    if max(image.drawn) <= image.tile:
         yield 1, 1
 
 
-def _finished(parts: Iterable[np.ndarray], picture: StagedPicture) -> np.ndarray:
-    """Decoded rows (1, 3, rows, W) as pixels (H, W, 3) uint8; part by part where nothing is to be scaled."""
-    if picture.drawn != picture.size:
+def _finished(parts: Iterable[np.ndarray], image: StagedImage) -> np.ndarray:
+    """Convert decoded rows (1, 3, rows, W) to pixels (H, W, 3) uint8, part by part if nothing is resized."""
+    if image.drawn != image.size:
         parts = [np.concatenate(list(parts), 2)]
-    return np.concatenate(
-        [to_uint8(resize_and_crop(to_pictures(part), *_size(part, picture)))[0] for part in parts]
-    )
+    rows = []
+    for part in parts:
+        check_finite(part, "the VAE decoder")
+        size = part.shape[2:] if image.drawn == image.size else image.size
+        rows.append(to_uint8(resize_and_crop(to_images(part), *size))[0])
+    return np.concatenate(rows)
 
 
-def _size(part: np.ndarray, picture: StagedPicture) -> tuple[int, int]:
-    """The size that a part of a picture gets: its own, unless the picture is scaled as a whole."""
-    return part.shape[2:] if picture.drawn == picture.size else picture.size
-
-
-def _rows_kept(files: StageFiles) -> list[str]:
-    return sorted(path.stem for path in files.folder.glob("rows-*.safetensors"))
-
-
-def _decode_rows(vae: AutoencoderKL, z: np.ndarray, picture: StagedPicture) -> Iterator[tuple[int, int]]:
-    """The coarse part of the decoder, then rows of tiles of the fine part; all of them are kept."""
-    files = picture.files
-    vae.enable_tiling(picture.tile)
+def _decode_rows(vae: Any, z: np.ndarray, image: StagedImage) -> Iterator[tuple[int, int]]:
+    """Run the coarse part of the decoder, then rows of tiles of the fine part; store all of them."""
+    files = image.files
+    vae.enable_tiling(image.tile)
     tiles = vae.decode_fine()
-    names, count = _rows_kept(files), tiles.count(z.shape[2])
+    names, count = files.names("rows-*"), tiles.count(z.shape[2])
     if not files.has("coarse"):
         yield 0, count + 1
         coarse = vae.decode_coarse(z)
-        measured = enumerate(tiles.measure(coarse))
-        files.save(
-            "coarse", {"coarse": coarse} | {f"norm-{n}": found for n, found in measured if found is not None}
-        )
+        norms = {f"norm-{n}": values for n, values in enumerate(tiles.measure(coarse)) if values is not None}
+        files.save("coarse", {"coarse": coarse} | norms)
         del coarse
     yield 1 + len(names), count + 1
-    known = files.load("coarse")
-    statistics = [known.get(f"norm-{n}") for n in range(len(tiles.norms))]
+    stored = files.load("coarse")
+    statistics = [stored.get(f"norm-{n}") for n in range(len(tiles.norms))]
     carry = files.load(names[-1])["carry"] if names else None
-    for row in tiles.rows(known["coarse"], statistics, len(names) - 1, carry):
+    for row in tiles.rows(stored["coarse"], statistics, len(names) - 1, carry):
         files.save(f"rows-{row.number:04d}", {"values": row.values, "carry": row.carry})
         yield row.number + 2, count + 1
 

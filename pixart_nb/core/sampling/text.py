@@ -1,4 +1,4 @@
-"""Prompts: cleaned as the reference cleans them, cut into tokens, padded."""
+"""Prompts: caption cleaning as in the reference, tokenization, padding."""
 
 from __future__ import annotations
 
@@ -15,18 +15,14 @@ import numpy as np
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-os.environ.setdefault(
-    "TRANSFORMERS_VERBOSITY", "error"
-)  # only its tokenizers are used; it need not find torch
-
 _TOP_DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _DOMAIN = rf"[a-z0-9.\-]+[.](?:{_TOP_DOMAINS})[\w/-]*\b/?(?!@)"
 _CJK = "\u31c0-\u31ef\u31f0-\u31ff\u3200-\u32ff\u3300-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff"
 _DASHES = "\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
+_SYMBOLS = "#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~)(\\][}{|\\\\/*"
 _DASHES += "\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
 
-#: Before mojibake is mended: addresses, characters of other scripts, numbers and file names that say nothing.
+#: Before mojibake is fixed: addresses, characters of other scripts, meaningless numbers and file names.
 FIRST_RULES = [
     (re.compile(rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})"), ""),
     (re.compile(rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})"), ""),
@@ -46,15 +42,10 @@ FIRST_RULES = [
     (re.compile(r"[\S]+\.(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"), ""),
     (re.compile(r"[\"']{2,}"), '"'),
     (re.compile(r"[.]{2,}"), " "),
-    (
-        re.compile(
-            "[#\u00ae\u2022\u00a9\u2122&@\u00b7\u00ba\u00bd\u00be\u00bf\u00a1\u00a7~)(\\][}{|\\\\/*]+"
-        ),
-        " ",
-    ),
+    (re.compile(f"[{_SYMBOLS}]+"), " "),
     (re.compile(r"\s+\.\s+"), " "),
 ]
-#: After: leftovers of web pages, and the white space that all this leaves.
+#: After: leftovers of web pages, and superfluous white space.
 LAST_RULES = [
     (re.compile(r"\b[a-zA-Z]{1,3}\d{3,15}\b"), ""),
     (re.compile(r"\b[a-zA-Z]+\d+[a-zA-Z]+\b"), ""),
@@ -74,7 +65,7 @@ _JOINED = re.compile(r"(?:-|_)")
 
 
 def clean_caption(text: str) -> str:
-    """One pass of the reference's caption cleaning (DeepFloyd IF's rules); the pipeline does two."""
+    """Run one pass of the reference's caption cleaning (DeepFloyd IF's rules); the pipeline runs two."""
     import ftfy
     from bs4 import BeautifulSoup
 
@@ -102,48 +93,74 @@ def _apply(rules, text: str) -> str:
 
 
 def prepare_prompt(text: str, clean: bool) -> str:
-    """What is tokenized of a prompt: cleaned twice, or lower case without outer white space."""
+    """Return the text that is tokenized: cleaned twice, or in lower case without outer white space."""
     return clean_caption(clean_caption(text)) if clean else text.lower().strip()
 
 
-def _load_tokenizer(folder: Path):
-    # Slow to import, so only when a tokenizer is wanted; what cleans the first caption, too, belongs to loading.
-    import bs4  # noqa: F401
-    import ftfy  # noqa: F401
-    from sentencepiece import SentencePieceProcessor
-    from transformers import T5Tokenizer
+def warn_of_lost_words(tokenizer: TextTokenizer | None, prompts: Sequence[str], clean: bool) -> None:
+    """Warn of prompts that caption cleaning shortens to nothing or by Chinese characters, and of spelled words."""
+    prepared = [prepare_prompt(text, clean) for text in prompts]
+    for prompt, text in zip(prompts, prepared, strict=True):
+        removed = "".join(dict.fromkeys(re.findall(f"[{_CJK}]+", prompt))) if clean else ""
+        if prompt.strip() and not text:
+            warnings.warn(
+                f"prompt {prompt!r} is empty after caption cleaning, as in the reference, so the image is drawn "
+                "without a prompt. Write it in English, or use clean_caption=False",
+                stacklevel=4,
+            )
+        elif removed:
+            warnings.warn(f"prompt {prompt!r}: caption cleaning removes {removed!r}", stacklevel=4)
+    spelled = tokenizer.spelled(prepared) if tokenizer is not None else []
+    if spelled:
+        warnings.warn(
+            f"the tokenizer spells {spelled} letter by letter; the model may not know these words",
+            stacklevel=4,
+        )
 
+
+def _load_tokenizer(folder: Path):
+    """Load a T5 tokenizer. The imports are slow, so they wait until one is loaded; those of cleaning belong to it."""
+    variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"  # it need not find torch
     try:
+        import bs4  # noqa: F401
+        import ftfy  # noqa: F401
+        from sentencepiece import SentencePieceProcessor
+        from transformers import T5Tokenizer
+
         if not (folder / "tokenizer.json").is_file():
-            # transformers takes an empty model for an empty vocabulary and goes on; sentencepiece refuses it.
+            # transformers takes an empty model for an empty vocabulary and continues; sentencepiece refuses it
             SentencePieceProcessor().LoadFromSerializedProto((folder / "spiece.model").read_bytes())
         return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    except ImportError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception on damaged files
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be read: {type(error).__name__}: {error}. Copy the folder again."
         ) from error
-
-
-def _others(found: Sequence, prompts: Sequence) -> str:
-    """What a warning about the first prompt says of the others."""
-    return f" (so it is with {len(found)} of {len(prompts)} prompts)" if len(found) > 1 else ""
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 class TextTokenizer:
-    """A T5 tokenizer of a folder in the published layout (``spiece.model`` or ``tokenizer.json``)."""
+    """T5 tokenizer of a folder in the published layout (``spiece.model`` or ``tokenizer.json``)."""
 
     def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        if not any((folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
+        self.folder = Path(folder)
+        if not any((self.folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
             raise CheckpointError(
                 f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it"
             )
-        self.tokenizer = _load_tokenizer(folder)
+        self.tokenizer = _load_tokenizer(self.folder)
 
     def tokenize(self, prompts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (N, max_length) int32 and mask (N, max_length) bool, True = token.
+        """Return token ids (N, max_length) int32 and mask (N, max_length) bool, True = token.
 
-        Warns of what was cut from a prompt that is too long, and of characters that the tokenizer does not know.
+        Warns of the text that is cut off a prompt that is too long, and of words that the tokenizer does not know.
         """
         if max_length < 1:
             raise PixArtNBError(f"max_sequence_length is {max_length}; expected at least 1")
@@ -158,24 +175,35 @@ class TextTokenizer:
         return ids, mask
 
     def _warn(self, prompts: Sequence[str], full: Sequence[Sequence[int]], max_length: int) -> None:
-        """One warning for all prompts that are too long, and one for all with unknown characters."""
+        """Give one warning for all prompts that are too long, and one for all with unknown words."""
         long = [ids for ids in full if len(ids) > max_length]
         if long:
             cut = self.tokenizer.decode(long[0][max_length - 1 : -1])
-            told = f"prompt has {len(long[0])} tokens, the model reads {max_length}; cut off: {cut!r}"
-            warnings.warn(told + _others(long, prompts), stacklevel=4)
-        strange = [p for p, ids in zip(prompts, full, strict=True) if self.tokenizer.unk_token_id in ids]
-        if strange:
-            unknown, others = self.unknown(strange[0]), _others(strange, prompts)
-            warnings.warn(
-                f"prompt {strange[0]!r}: the tokenizer does not know {unknown}{others}", stacklevel=4
-            )
+            text = f"prompt has {len(long[0])} tokens, the model reads {max_length}; cut off: {cut!r}"
+            warnings.warn(text + _others(long, prompts), stacklevel=4)
+        unknown = [p for p, ids in zip(prompts, full, strict=True) if self.tokenizer.unk_token_id in ids]
+        if unknown:
+            words = self.unknown(unknown[0])
+            text = f"prompt {unknown[0]!r}: the tokenizer does not know {words}{_others(unknown, prompts)}"
+            warnings.warn(text, stacklevel=4)
 
     def unknown(self, prompt: str) -> list[str]:
-        """Characters of a prompt that the tokenizer maps to <unk>."""
+        """Return the words of a prompt that the tokenizer maps to <unk>, in whole or in part."""
         unk = self.tokenizer.unk_token_id
-        return sorted({c for c in prompt if not c.isspace() and unk in self.tokenizer(c)["input_ids"]})
+        return [w for w in dict.fromkeys(prompt.split()) if unk in self.tokenizer(w)["input_ids"]]
+
+    def spelled(self, prompts: Sequence[str]) -> list[str]:
+        """Return the words of at least three letters of which the tokenizer has only pieces of one or two letters."""
+        words = dict.fromkeys(w for prompt in prompts for w in prompt.split() if w.isalpha() and len(w) > 2)
+        return [w for w in words if max(map(len, self._letters(w))) < 3 and len(self._letters(w)) > 2]
+
+    def _letters(self, word: str) -> list[str]:
+        return [piece.strip("\u2581") for piece in self.pieces(self.tokenizer(word)["input_ids"][:-1])]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Text of each token, with T5's mark of a word's beginning."""
+        """Return the text of each token, with T5's mark of the beginning of a word."""
         return self.tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+
+
+def _others(affected: Sequence, prompts: Sequence) -> str:
+    return f" (and {len(affected) - 1} more of {len(prompts)} prompts)" if len(affected) > 1 else ""

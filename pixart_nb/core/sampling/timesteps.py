@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits: the published ways to space them, and the check of a caller's own list."""
+"""Timesteps that a scheduler visits: the published spacings, and the validation of a caller's own list."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _KARRAS_RHO = 7.0
 
 
 def check_count(count: int, most: int, why: str = "") -> None:
-    """Refuse a number of steps outside 1..most."""
+    """Raise an error for a number of steps outside 1..most."""
     if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
         raise PixArtNBError(f"num_inference_steps is {count!r}; expected 1 to {most}{why}")
 
 
 def multistep_timesteps(count: int, total: int, spacing: str, offset: int = 0) -> np.ndarray:
-    """``count`` timesteps (N,) int64, falling, as diffusers' multistep solvers space them.
+    """Return ``count`` falling timesteps (N,) int64, spaced as in diffusers' multistep solvers.
 
-    ``linspace`` and ``leading`` lay out one more and leave the last, 0, out; ``trailing`` counts down from the end.
+    ``linspace`` and ``leading`` compute one more and leave out the last, 0; ``trailing`` counts down from the end.
     """
     check_count(count, total if spacing == "trailing" else total - 1)
     if spacing == "linspace":
@@ -35,9 +35,9 @@ def multistep_timesteps(count: int, total: int, spacing: str, offset: int = 0) -
 
 
 def single_step_timesteps(count: int, total: int, spacing: str, offset: int = 0) -> np.ndarray:
-    """``count`` timesteps (N,) float64, falling, as diffusers' DDIM (rounded there) and Euler space them.
+    """Return ``count`` falling timesteps (N,) float64, spaced as in diffusers' DDIM (which rounds them) and Euler.
 
-    A single one of ``linspace`` is the last, not 0 as in diffusers, which would have no noise to start from.
+    A single one of ``linspace`` is the last timestep. In diffusers it is 0, where there is no noise to start from.
     """
     check_count(count, total)
     if spacing == "linspace":
@@ -62,33 +62,33 @@ def _in_table(timesteps: np.ndarray, total: int, offset: int) -> np.ndarray:
 
 
 def lcm_timesteps(count: int, total: int, original: int) -> np.ndarray:
-    """``count`` timesteps (N,) int64, falling, of the ``original`` ones of distillation (Luo et al. 2023)."""
+    """Return ``count`` falling timesteps (N,) int64 of the ``original`` ones of distillation (Luo et al. 2023)."""
     check_count(count, original, f", the number that the model was distilled with (of {total} in all)")
     distilled = np.arange(original, 0, -1) * (total // original) - 1
     return distilled[np.floor(np.linspace(0, original, count, endpoint=False)).astype(np.int64)]
 
 
 def respaced_timesteps(count: int, total: int) -> np.ndarray:
-    """``count`` timesteps (N,) int64, falling, from the last to 0 with both (official ``space_timesteps``)."""
+    """Return ``count`` timesteps (N,) int64 from the last to 0, both included (official ``space_timesteps``)."""
     check_count(count, total)
     stride = (total - 1) / (count - 1) if count > 1 else 1.0
     return np.cumsum(np.append(0.0, np.full(count - 1, stride))).round()[::-1].astype(np.int64)
 
 
 def uniform_timesteps(count: int, total: int) -> np.ndarray:
-    """``count`` fractional timesteps (N,), falling evenly to 0, which is left out (official ``time_uniform``)."""
+    """Return ``count`` evenly falling fractional timesteps (N,), without the last, 0 (official ``time_uniform``)."""
     check_count(count, total)
     return np.linspace(total - 1, 0.0, count + 1)[:-1]
 
 
 def karras_sigmas(count: int, low: float, high: float) -> np.ndarray:
-    """Noise-to-signal ratios (N,) from ``high`` to ``low`` (Karras et al. 2022, equation 5)."""
+    """Return sigmas (N,) from ``high`` to ``low`` (Karras et al. 2022, equation 5)."""
     ends = np.array([high, low]) ** (1 / _KARRAS_RHO)
     return (ends[0] + np.linspace(0, 1, count) * (ends[1] - ends[0])) ** _KARRAS_RHO
 
 
 def custom_timesteps(values: Sequence[float], total: int, fractions: bool = False) -> np.ndarray:
-    """The caller's timesteps as float64 (N,); ValueError unless they fall strictly and lie in 0..total - 1."""
+    """Return the caller's timesteps as float64 (N,). They must fall strictly and be in 0..total - 1."""
     timesteps = _falling(values, "timesteps", 1)
     if timesteps[0] > total - 1 or timesteps[-1] < 0:
         raise PixArtNBError(
@@ -100,7 +100,7 @@ def custom_timesteps(values: Sequence[float], total: int, fractions: bool = Fals
 
 
 def custom_sigmas(values: Sequence[float], schedule: NoiseSchedule) -> np.ndarray:
-    """The caller's noise-to-signal ratios as float64 (N + 1,) for N steps; the last is where they end, usually 0."""
+    """Return the caller's sigmas as float64 (N + 1,) for N steps; the last is where sampling ends, usually 0."""
     sigmas = _falling(values, "sigmas", 2)
     low, high = schedule.sigmas[[0, -1]]
     slack = 1e-3  # published lists are rounded
@@ -117,7 +117,7 @@ def _falling(values: Sequence[float], name: str, least: int) -> np.ndarray:
     except (TypeError, ValueError):
         raise PixArtNBError(f"{name} are {values!r}; expected a list of numbers") from None
     if array.ndim != 1 or len(array) < least or not np.isfinite(array).all():
-        more = "; the last is the level at which sampling ends, usually 0" if least > 1 else ""
+        more = "; the last is the sigma at which sampling ends, usually 0" if least > 1 else ""
         raise PixArtNBError(
             f"{name} are {values!r}; expected a list of at least {least} finite numbers{more}"
         )

@@ -1,4 +1,4 @@
-"""A sampling run that is kept whole, and what a model, as it is now, predicts along it."""
+"""Recorded sampling runs, and what a transformer predicts along one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE
+from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.conditioning import Conditioning
-from pixart_nb.core.sampling.guidance import guided_prediction
+from pixart_nb.core.sampling.guidance import classifier_free_guidance
+
+#: Timesteps at which ``errors_on_noise`` compares.
+TIMESTEPS = (20, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980)
+_CAPTION_TOKENS = 20
 
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """Every step of a run of N pictures. Arrays are float32.
+    """All steps of a run of N images. Arrays are float32.
 
-    ``timesteps`` (S,); ``latents`` (S + 1, N, C, h, w), the noise first, then what each step left; ``denoised``
-    (S, N, C, h, w), the clean latents that each step predicted; what the run was conditioned on.
+    ``timesteps`` (S,); ``latents`` (S + 1, N, C, h, w), the initial noise first; ``denoised`` (S, N, C, h, w), the
+    clean latents that each step predicted; height and width in pixels.
     """
 
     timesteps: np.ndarray
@@ -42,11 +48,11 @@ def follow(
     num_images_per_prompt: int = 1,
     **call: Any,
 ) -> Trajectory:
-    """Sample and keep every step; arguments as those of ``pipe.sample``."""
+    """Sample and record every step. Arguments are those of ``pipe.sample``."""
     height, width = pipe.check_size(height, width)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     start = pipe.initial_latents(len(prompts) * num_images_per_prompt, height, width, generator)
-    records = pipe.sample(
+    condition, *steps = pipe.sample(
         prompts,
         height=height,
         width=width,
@@ -56,7 +62,6 @@ def follow(
         num_images_per_prompt=num_images_per_prompt,
         **call,
     )
-    condition, *steps = records
     return Trajectory(
         np.array([step.timestep for step in steps]),
         np.stack([start, *(step.latents for step in steps)]).astype(np.float32),
@@ -68,23 +73,62 @@ def follow(
     )
 
 
-def predictions(pipe: Any, run: Trajectory, guidance_scale: float | None = None) -> np.ndarray:
-    """The noise that the model predicts at the start of every step of ``run``: (S, N, C, h, w).
+def predictions(
+    pipe: Any, run: Trajectory, guidance_scale: float | None = None, transformer: PixArt | None = None
+) -> np.ndarray:
+    """Return the noise predicted at the start of every step of ``run``: (S, N, C, h, w).
 
-    The latents are the run's, whatever the model would have made of them, so that two models can be compared at the
-    same points. ``guidance_scale`` is the run's own unless told: 0 is the unconditional, 1 the conditional prediction.
+    The latents are the run's own, so that two models can be compared at the same points. ``guidance_scale``: the run's
+    own if None, 0 for the unconditional and 1 for the conditional prediction. ``transformer``: another than the pipe's.
     """
     scale = run.guidance_scale if guidance_scale is None else guidance_scale
-    predict = guided_prediction(pipe.transformer, run.condition, scale, run.height, run.width)
+    net = transformer or pipe.transformer
+    predict = classifier_free_guidance(net, run.condition, scale, run.height, run.width)
     pairs = zip(run.latents[:-1], run.timesteps, strict=True)
     return np.stack([predict(latents, float(timestep)).noise for latents, timestep in pairs])
 
 
 def guidance_directions(pipe: Any, run: Trajectory) -> np.ndarray:
-    """Conditional minus unconditional prediction along a guided run: (S, N, C, h, w)."""
+    """Return conditional minus unconditional prediction along a guided run: (S, N, C, h, w)."""
     if run.condition.negative_embeds is None:
         raise PixArtNBError(
-            f"the run has guidance_scale {run.guidance_scale}, so nothing was predicted without the prompt; "
+            f"the run has guidance_scale {run.guidance_scale}, so it has no unconditional prediction; "
             "follow one with a scale above 1"
         )
     return predictions(pipe, run, 1.0) - predictions(pipe, run, 0.0)
+
+
+def errors_along(pipe: Any, run: Trajectory, other: PixArt) -> np.ndarray:
+    """Return ||other - own|| / ||own|| of the guided noise at every step of a run: (S,)."""
+    return _relative(predictions(pipe, run, transformer=other), predictions(pipe, run))
+
+
+def errors_on_noise(
+    net: PixArt,
+    other: PixArt,
+    height: int,
+    width: int,
+    timesteps: Sequence[int] = TIMESTEPS,
+    rows: int = 2,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return the relative error of the unguided prediction on random latents and random captions: (S,).
+
+    For a transformer without a text encoder. Real latents are different, so the numbers say less.
+    """
+    rng, config = np.random.default_rng(seed), net.config
+    latents = rng.standard_normal((rows, config.in_channels, height // 8, width // 8), np.float32)
+    caption = rng.standard_normal((rows, _CAPTION_TOKENS, config.caption_channels), np.float32)
+
+    def outputs(part: PixArt) -> np.ndarray:
+        inputs = [(ms.Tensor(latents), ms.Tensor(np.full(rows, t, np.float32))) for t in timesteps]
+        out = [part(*given, ms.Tensor(caption)).astype(ms.float32).asnumpy() for given in inputs]
+        return np.stack([array[:, : config.in_channels] for array in out])
+
+    return _relative(outputs(other), outputs(net))
+
+
+def _relative(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the norm of the difference over that of the reference, for each entry of the first axis."""
+    values, reference = (part.reshape(len(part), -1).astype(np.float64) for part in (values, reference))
+    return np.linalg.norm(values - reference, axis=1) / np.linalg.norm(reference, axis=1)

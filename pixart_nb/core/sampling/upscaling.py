@@ -1,32 +1,40 @@
-"""Large pictures of a model that was trained at a small size: drawn small, enlarged, drawn anew in part, and again.
+"""Progressive upscaling: large images of a model that was trained at a small size.
 
-A model that sees 64 tokens in training does not know what to do with 65,536. Two things keep it near to what it knows.
-Each size begins with the picture before, enlarged, to which noise is added (SDEdit, Meng et al. 2022), so that where
-things are is decided at the model's own size. And the compression of keys and values (PixArt-Sigma, section 3.2) grows
-with the picture, so that a query always chooses between as many keys; positions span the same coordinates at any size.
+A model that sees 64 tokens in training fails at 65,536. Two things keep it close to its training. Each size starts from
+the previous image, upscaled, with noise added (SDEdit, Meng et al. 2022), so that the composition is decided at the
+model's own size. And the compression of keys and values (PixArt-Sigma, section 3.2) grows with the image, so that a
+query always has as many keys. Positions span the same coordinates at any size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS, InferenceConfig
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.sampling.images import enlarged
-from pixart_nb.core.sampling.randomness import picture_generators
-from pixart_nb.core.sampling.step import steps_taken
+from pixart_nb.core.sampling import generate
+from pixart_nb.core.sampling.images import resize_latents
+from pixart_nb.core.sampling.samplers import image_generators, steps_taken
+from pixart_nb.core.sampling.stages import StagedImage
+
+#: Default number of keys per side: what the bundled model was trained with.
+KEYS = 8
+#: Default strengths of the sizes after the first; the last one holds for all after it.
+STRENGTHS = (0.5, 0.3, 0.25, 0.2)
 
 
 @dataclass(frozen=True)
-class Size:
-    """One size of a growing picture, in pixels.
+class UpscaleSize:
+    """One size of progressive upscaling, in pixels.
 
-    ``strength``: share of the steps that are taken on the picture before, enlarged; 1 begins with noise alone.
+    ``strength``: share of the steps taken from the previous image, upscaled; 1 starts from noise alone.
     ``ratio``: compression of the keys and values of all layers, 1 for none.
     """
 
@@ -36,16 +44,10 @@ class Size:
     ratio: int = 1
 
 
-#: Keys a side, unless told: what the embedded model was trained with.
-KEYS = 8
-#: Strengths of the sizes after the first, unless told; the last one holds for all after it.
-STRENGTHS = (0.5, 0.3, 0.25, 0.2)
+def default_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
+    """Return powers of two, falling to 1, that divide an image down to about the model's own size.
 
-
-def usual_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
-    """Powers of two, falling to 1, by which a picture is divided to come down to about the model's own size.
-
-    >>> usual_factors(PixArtConfig(input_size=16), 1024, 512)
+    >>> default_factors(PixArtConfig(input_size=16), 1024, 512)
     [4, 2, 1]
     """
     factors, unit = [1], 8 * config.patch_size
@@ -56,45 +58,48 @@ def usual_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
     return factors
 
 
-def usual_strengths(count: int) -> list[float]:
-    """Strengths of so many sizes but the first."""
+def default_strengths(count: int) -> list[float]:
+    """Return the strengths of ``count`` sizes but the first."""
     return [STRENGTHS[min(n, len(STRENGTHS) - 1)] for n in range(count - 1)]
 
 
-def growing_sizes(
+def upscale_sizes(
     config: PixArtConfig,
     height: int,
     width: int,
-    factors: Sequence[int],
-    strengths: Sequence[float],
-    keys: int,
-) -> list[Size]:
-    """The sizes of a picture of height x width that is drawn smaller by each of ``factors`` (32, 16, ... 1) in turn.
+    factors: Sequence[int] = (),
+    strengths: Sequence[float] = (),
+    keys: int = KEYS,
+) -> list[UpscaleSize]:
+    """Return the sizes of an image of height x width that is drawn smaller by each of ``factors`` (32, 16, ... 1).
 
-    ``strengths``: of every size but the first. ``keys``: a side of a picture is never more keys than about these.
+    ``strengths``: of every size but the first. ``keys``: about the highest number of keys along a side. Factors and
+    strengths that are not given have defaults.
     """
-    if list(factors) != sorted(set(factors), reverse=True) or not factors or factors[-1] < 1:
-        raise PixArtNBError(f"factors are {list(factors)}; expected them to fall, for example 4, 2, 1")
+    factors = list(factors) or default_factors(config, height, width)
+    strengths = list(strengths) or default_strengths(len(factors))
+    if factors != sorted(set(factors), reverse=True) or factors[-1] < 1:
+        raise PixArtNBError(f"factors are {factors}; expected them to fall, for example 4, 2, 1")
     if len(strengths) != len(factors) - 1:
         raise PixArtNBError(
             f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first"
         )
     for strength in strengths:
         steps_taken(1, strength)
-    unit, found = 8 * config.patch_size, []
+    unit, sizes = 8 * config.patch_size, []
     for factor, strength in zip(factors, [1.0, *strengths], strict=True):
         if height % (unit * factor) or width % (unit * factor):
             raise PixArtNBError(f"{height}x{width} divided by {factor} is no multiple of {unit} pixels")
         sides = height // factor, width // factor
-        found.append(Size(*sides, strength, max(1, min(sides) // unit // keys)))
-    return found
+        sizes.append(UpscaleSize(*sides, strength, max(1, min(sides) // unit // keys)))
+    return sizes
 
 
-def shrink_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
-    """Let all layers of a transformer compress keys and values by ``ratio``, without parameters; 1 for not at all.
+def compress_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
+    """Compress the keys and values of all layers by ``ratio``, without parameters; 1 for none.
 
-    ``operator``: mean, or ave or uniform, which pick one token of each cell. Raises ValueError for a transformer that
-    has learned to compress, by one ratio, and for operators that learn.
+    ``operator``: mean, or ave or uniform, which pick one token of each cell. Raises an error for a transformer that has
+    learned to compress, and for operators that learn.
     """
     layers = [block.attn for block in net.blocks]
     if operator not in ("mean", "ave", "uniform") or ratio < 1:
@@ -105,10 +110,21 @@ def shrink_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
         layer.ratio, layer.operator = ratio, operator
 
 
-def grow(
+@contextmanager
+def _compression_kept(net: PixArt) -> Iterator[None]:
+    layers = [block.attn for block in net.blocks]
+    before = [(layer.ratio, layer.operator) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, (ratio, operator) in zip(layers, before, strict=True):
+            layer.ratio, layer.operator = ratio, operator
+
+
+def upscale_latents(
     pipe: Any,
     prompts: Sequence[str],
-    sizes: Sequence[Size],
+    sizes: Sequence[UpscaleSize],
     counts: Sequence[int] | None = None,
     steps: int = SAMPLING_STEPS,
     guidance: float = GUIDANCE_SCALE,
@@ -118,28 +134,65 @@ def grow(
 
     The pipeline is left as it was.
     """
-    layers, latents = [block.attn for block in pipe.transformer.blocks], None
-    own = [(layer.ratio, layer.operator) for layer in layers]
-    try:
+    latents = None
+    with _compression_kept(pipe.transformer):
         for size, count in zip(sizes, counts or [len(prompts)] * len(sizes), strict=True):
-            shrink_keys(pipe.transformer, size.ratio)
-            start = None
+            compress_keys(pipe.transformer, size.ratio)
+            source = None
             if latents is not None and size.strength < 1:
-                start = enlarged(latents[:count], size.height // 8, size.width // 8)
-            run = pipe.sample(
+                source = resize_latents(latents[:count], size.height // 8, size.width // 8)
+            _, *records = pipe.sample(
                 list(prompts[:count]),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 height=size.height,
                 width=size.width,
-                generator=picture_generators(seed, range(count)),
-                start=start,
+                generator=image_generators(seed, range(count)),
+                image_latents=source,
                 strength=size.strength,
             )
-            next(run)
-            for step in run:
-                latents = step.latents
+            latents = records[-1].latents
             yield latents
-    finally:
-        for layer, (ratio, operator) in zip(layers, own, strict=True):
-            layer.ratio, layer.operator = ratio, operator
+
+
+# ---- in resumable stages
+
+
+def upscaled_images(config: InferenceConfig, sizes: Sequence[UpscaleSize]) -> list[StagedImage]:
+    """Return the ``StagedImage`` of each size, for the first prompt of a configuration.
+
+    Each has a folder named after its size in ``config.stages_path``, and starts from the one before.
+    """
+    identity, images = generate.network_identity(config), []
+    for size in sizes:
+        drawn = (size.height, size.width)
+        images.append(
+            StagedImage(
+                Path(config.stages_path) / f"{size.height}x{size.width}-keys-{size.ratio}",
+                generate.prompts_of(config)[0],
+                drawn,
+                drawn,
+                seed=(config.seed, config.first_image),
+                **generate.staged_options(config),
+                models=identity | {"keys": f"mean of {size.ratio} x {size.ratio}"},
+                upscale_from=images[-1].folder if size.strength < 1 else None,
+                strength=size.strength,
+            )
+        )
+    return images
+
+
+def load_compressed(config: InferenceConfig, size: UpscaleSize, names: Sequence[str]) -> Any:
+    """Load components of a configuration's pipeline, whose transformer compresses by the ratio of a size."""
+    pipe = generate.load_pipeline(config, names)
+    if pipe.transformer is not None:
+        compress_keys(pipe.transformer, size.ratio)
+    return pipe
+
+
+def upscale(config: InferenceConfig, sizes: Sequence[UpscaleSize]) -> list[StagedImage]:
+    """Draw an image through growing sizes in resumable stages, with progress bars; returns the image of each size."""
+    images = upscaled_images(config, sizes)
+    for size, image in zip(sizes, images, strict=True):
+        generate.show_progress([image], lambda names, size=size: load_compressed(config, size, names))
+    return images

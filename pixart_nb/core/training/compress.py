@@ -14,7 +14,8 @@ from pixart_nb.core.checkpoints.configuration import read_config
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import write_json
-from pixart_nb.core.sampling.output_error import TIMESTEPS, errors_along, errors_on_noise, reference_run
+from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.trajectory import TIMESTEPS, errors_along, errors_on_noise, follow
 from pixart_nb.core.training.run import train
 
 #: Default prompts of the measurement.
@@ -130,9 +131,9 @@ class _CompressionErrors:
         if options.model:
             self.pipe = PixArtSigmaPipeline.from_pretrained(options.model, transformer=self.net, vae=None)
             prompts = list(options.prompts) or list(PROMPTS)
-            self.run = reference_run(
-                self.pipe, prompts, options.steps, options.seed, height=height, width=width
-            )
+            rngs = image_generators(options.seed, range(len(prompts)))
+            call = {"height": height, "width": width, "generator": rngs, "num_inference_steps": options.steps}
+            self.run = follow(self.pipe, prompts, **call)
             self.pipe.text_encoder = None
             self.measured_on = {"prompts": prompts, "seed": options.seed, "size": self.size}
             self.timesteps = [float(timestep) for timestep in self.run.timesteps]

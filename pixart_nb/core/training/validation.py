@@ -17,10 +17,9 @@ from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
-from pixart_nb.core.sampling.image_files import write_picture
-from pixart_nb.core.sampling.images import to_uint8
+from pixart_nb.core.sampling.images import to_uint8, write_image
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
-from pixart_nb.core.sampling.randomness import picture_generators
+from pixart_nb.core.sampling.samplers import image_generators
 
 #: Held-out images that are measured at most; each measurement is a forward pass of all of them.
 MAX_HELD_OUT = 128
@@ -58,7 +57,7 @@ class Validation:
                 guidance_scale=self.guidance,
                 height=self.height,
                 width=self.width,
-                generator=picture_generators(self.seed, [i]),
+                generator=image_generators(self.seed, [i]),
                 use_resolution_binning=False,
                 output_type="np",
             )[0]
@@ -75,7 +74,7 @@ class Validation:
         """Write the images of a step and return their paths."""
         paths = self.paths(folder, step)
         for path, prompt, pixels in zip(paths, self.prompts, images, strict=True):
-            write_picture(path, pixels, {"prompt": prompt, "step": step, **self.parameters})
+            write_image(path, pixels, {"prompt": prompt, "step": step, **self.parameters})
         return paths
 
 

@@ -44,7 +44,7 @@ def test_a_run_that_is_followed_is_the_run_of_the_pipeline(pipe, run):
 
 
 def test_predictions_along_a_run_are_those_that_made_it(pipe, run):
-    from pixart_nb.core.sampling.step import denoise
+    from pixart_nb.core.sampling.samplers import denoise
 
     noise = predictions(pipe, run)
     levels = pipe.plan(3).levels

@@ -6,9 +6,9 @@ from reference_data import diffusers
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import SAMPLING_METHODS
-from pixart_nb.core.sampling.images import enlarged
+from pixart_nb.core.sampling.images import resize_latents
+from pixart_nb.core.sampling.samplers import Prediction, scales
 from pixart_nb.core.sampling.schedulers import as_scheduler
-from pixart_nb.core.sampling.step import Prediction, scales
 
 SIZE = {"height": 64, "width": 96, "guidance_scale": 1.0}
 
@@ -34,7 +34,7 @@ def test_the_model_first_sees_the_picture_as_noisy_as_the_first_step_that_is_tak
         return Prediction(noise, np.zeros_like(noise))
 
     list(scheduler.steps(predict, scheduler.noised(picture, noise, plan), plan, np.random.default_rng(0)))
-    signal, scale = scales(float(plan.levels[0, 0]))
+    signal, scale = scales(float(plan.sigmas[0, 0]))
     assert 0.1 < signal < 1
     np.testing.assert_allclose(seen[0], signal * picture + scale * noise, rtol=1e-4, atol=1e-5)
 
@@ -45,7 +45,12 @@ def test_the_last_steps_of_the_plan_are_taken_and_little_strength_keeps_the_pict
     for strength in (0.05, 0.5, 1.0):
         rng = np.random.default_rng(3)
         steps = pipe.sample(
-            "a cup", num_inference_steps=20, start=latents(1), strength=strength, generator=rng, **SIZE
+            "a cup",
+            num_inference_steps=20,
+            image_latents=latents(1),
+            strength=strength,
+            generator=rng,
+            **SIZE,
         )
         records = list(steps)[1:]
         assert [step.timestep for step in records] == whole[-round(20 * strength) :].tolist()
@@ -56,18 +61,18 @@ def test_the_last_steps_of_the_plan_are_taken_and_little_strength_keeps_the_pict
 @pytest.mark.parametrize("strength", [0, -1, 1.5])
 def test_a_strength_that_is_none_is_refused(pipe, strength):
     with pytest.raises(ValueError, match=r"strength is .*; expected above 0"):
-        pipe.sample("a cup", start=latents(1), strength=strength, **SIZE)
+        pipe.sample("a cup", image_latents=latents(1), strength=strength, **SIZE)
 
 
 def test_a_start_of_another_size_is_refused(pipe):
     with pytest.raises(ValueError, match=r"latents have shape \(1, 4, 8, 8\); expected \(1, 4, 8, 12\)"):
-        pipe.sample("a cup", start=latents(1, 8, 8), **SIZE)
+        pipe.sample("a cup", image_latents=latents(1, 8, 8), **SIZE)
 
 
 def test_enlarging_repeats_cells_and_refuses_to_stretch():
     small = latents(0, 3, 2)
-    assert np.array_equal(enlarged(small, 6, 4), small.repeat(2, 2).repeat(2, 3))
-    assert np.array_equal(enlarged(small, 3, 2), small)
-    assert enlarged(small, 10, 7).shape == (1, 4, 10, 7)
-    with pytest.raises(ValueError, match="24x16 is to be enlarged to 64x64, which would stretch it"):
-        enlarged(small, 8, 8)
+    assert np.array_equal(resize_latents(small, 6, 4), small.repeat(2, 2).repeat(2, 3))
+    assert np.array_equal(resize_latents(small, 3, 2), small)
+    assert resize_latents(small, 10, 7).shape == (1, 4, 10, 7)
+    with pytest.raises(ValueError, match="24x16 cannot be upscaled to 64x64, which would stretch it"):
+        resize_latents(small, 8, 8)

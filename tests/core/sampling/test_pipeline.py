@@ -264,7 +264,10 @@ def test_the_layout_of_mindones_example_gives_the_same_picture(pipe, call, tmp_p
     ("change", "message"),
     [
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-        ({"negative_prompt_embeds": ms.Tensor(np.zeros((2, 3, 24), np.float32))}, "without prompt_embeds"),
+        (
+            {"negative_prompt_embeds": ms.Tensor(np.zeros((2, 3, 24), np.float32))},
+            "needs negative_prompt_attention_mask",
+        ),
         ({"prompt_attention_mask": np.ones((2, 3))}, "without prompt_embeds"),
         ({"prompt": []}, "at least one text"),
         ({"prompt": None}, "at least one text"),
@@ -273,7 +276,7 @@ def test_the_layout_of_mindones_example_gives_the_same_picture(pipe, call, tmp_p
         ({"num_inference_steps": 0}, "expected 1 to 999"),
         ({"negative_prompt": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
         ({"latents": np.zeros((2, 4, 16, 16))}, r"expected \(2, 4, 16, 24\)"),
-        ({"latents": None, "generator": [np.random.default_rng(0)]}, "1 generators for 2 pictures"),
+        ({"latents": None, "generator": [np.random.default_rng(0)]}, "1 generators for 2 images"),
         ({"prompt_embeds": ms.Tensor(np.zeros((2, 3, 24), np.float32))}, "give one of them"),
         ({"output_type": "jpeg"}, "'pil', 'np' or 'latent'"),
         ({"callback_steps": 0}, "at least 1"),
@@ -288,7 +291,7 @@ def test_wrong_arguments_say_what_was_expected(pipe, call, change, message):
     ("change", "message"),
     [
         ({"prompt_attention_mask": None}, "needs prompt_attention_mask"),
-        ({"negative_prompt_embeds": None}, "needs prompt_attention_mask"),
+        ({"negative_prompt_embeds": None}, "without negative_prompt_embeds"),
         ({"prompt_embeds": ms.Tensor(np.zeros((2, 32, 7), np.float32))}, r"expected \(2, 32, 24\)"),
         ({"prompt_attention_mask": np.ones((2, 31))}, r"expected \(2, 32\)"),
         ({"prompt_attention_mask": np.zeros((2, 32))}, "at least one token"),

@@ -10,6 +10,7 @@ from reference_data import TRAJECTORY, diffusers, relative_error
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.backend import ms
 from pixart_nb.core.sampling.noise_schedule import LINEAR
+from pixart_nb.core.sampling.samplers import Prediction, Step, StepSchedule
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import (
     CLASSES,
@@ -18,14 +19,13 @@ from pixart_nb.core.sampling.schedulers import (
     EulerDiscreteScheduler,
     SASolverScheduler,
 )
-from pixart_nb.core.sampling.step import Prediction, Step, chained
 
 PIPELINES = {"sigma": PixArtSigmaPipeline, "alpha": PixArtAlphaPipeline}
 #: Name of a golden trajectory -> short name of the scheduler.
 GOLDEN_NAMES = {
     "dpm++2m": "dpm++",
     "dpm++2m-karras": "dpm++karras",
-    "ddim": "ddim",
+    "ddim": "ddim-diffusers",
     "euler": "euler",
     "unipc": "unipc",
 }
@@ -174,10 +174,16 @@ FINALS = [
         0,
         (0.80445, -0.401574),
     ),
-    ("DDIMScheduler", {"steps_offset": 1}, {"num_inference_steps": 7}, 0.6, (17.7937, -47.1726)),
     (
         "DDIMScheduler",
-        {"timestep_spacing": "trailing", "set_alpha_to_one": True},
+        {"steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False},
+        {"num_inference_steps": 7},
+        0.6,
+        (17.7937, -47.1726),
+    ),
+    (
+        "DDIMScheduler",
+        {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False},
         {"num_inference_steps": 3},
         1,
         (50.6397, -181.137),
@@ -263,9 +269,10 @@ class Probe(Scheduler):
     """One step whose latents are the predicted noise and whose picture is the variance."""
 
     def spaced(self, count):
-        return chained(np.array([400]), np.array([1.0, 0.0]))
+        return StepSchedule.chained(np.array([400]), np.array([1.0, 0.0]))
 
-    def _steps(self, predict, latents, plan, generator, eta):
+    @staticmethod
+    def sampler(predict, latents, schedule, generator):
         yield Step(0, 400.0, *predict(latents, 400.0))
 
 

@@ -14,6 +14,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
+from pixart_nb.core.sampling.samplers import Prediction
 from pixart_nb.core.sampling.schedulers import (
     CLASSES,
     SAMPLING_METHODS,
@@ -25,7 +26,6 @@ from pixart_nb.core.sampling.schedulers import (
     scheduler_from_config,
     scheduler_named,
 )
-from pixart_nb.core.sampling.step import Prediction
 
 # ---- configurations
 
@@ -57,10 +57,12 @@ def test_a_configuration_makes_the_same_scheduler_again(name, tmp_path):
     assert index["scheduler"] == ["diffusers", type(scheduler).__name__]
 
 
-def test_a_scheduler_made_of_anothers_configuration_keeps_the_noise_schedule_and_its_own_spacing():
+def test_a_configuration_of_another_class_gives_the_options_that_it_chose_as_in_diffusers():
     source = scheduler_from_config(full(beta_end=0.01, timestep_spacing="linspace"))
     other = DDIMScheduler.from_config(source.config, steps_offset=1)
-    assert other == DDIMScheduler(beta_end=0.01, timestep_spacing="leading", steps_offset=1)
+    assert other == DDIMScheduler(beta_end=0.01, timestep_spacing="linspace", steps_offset=1)
+    by_default = DDIMScheduler.from_config(DPMSolverMultistepScheduler(beta_end=0.01).config)
+    assert by_default == DDIMScheduler(beta_end=0.01, timestep_spacing="leading")
     trailing = DPMSolverMultistepScheduler(timestep_spacing="trailing", use_karras_sigmas=True)
     assert UniPCMultistepScheduler.from_config(trailing.config) == UniPCMultistepScheduler(
         timestep_spacing="trailing", use_karras_sigmas=True
@@ -103,17 +105,12 @@ def test_a_configuration_is_read_only():
         ({"lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1.*-inf"),
         ({"use_karras_sigmas": "yes"}, "supported: False or True"),
         ({"steps_offset": 0.5}, "steps_offset is 0.5; expected a whole number"),
-        ({"solver_ordre": 2}, "no option 'solver_ordre' .given 2.; did you mean 'solver_order'"),
         ({"beta_end": 2}, "0 < start <= end < 1"),
         ({"beta_end": "0.02"}, "beta_end is '0.02'; expected a number"),
         ({"beta_start": float("nan")}, "beta_start is nan; expected a number"),
         ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000'"),
         ({"_class_name": "PNDMScheduler"}, "_class_name is 'PNDMScheduler'; expected one of DPMSolver"),
         ({"_class_name": None}, "expected one of DPMSolver"),
-        (
-            {"_class_name": "UniPCMultistepScheduler", "algorithm_type": None},
-            "solver_type is 'midpoint'.*'bh2'",
-        ),
     ],
 )
 def test_an_option_that_is_not_implemented_is_named(changes, message, tmp_path):
@@ -143,7 +140,7 @@ def test_options_of_a_newer_diffusers_that_are_off_are_passed_over():
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("dpm++2", "did you mean 'dpm++'?"), ("Euler", "did you mean 'euler'?"), ("", ", sa-solver")],
+    [("dpm++2", "did you mean 'dpm++'?"), ("Euler", "did you mean 'euler'?"), ("", "SASolverScheduler")],
 )
 def test_an_unknown_name_lists_all_and_the_nearest(name, hint):
     with pytest.raises(ValueError, match="is not known; expected one of") as caught:
@@ -176,10 +173,10 @@ def test_every_plan_has_the_steps_asked_for_and_falls(name, count, spacing):
     assert (np.diff(plan.timesteps) < 0).all() or name == "dpm++karras"  # whose timesteps are rounded
     assert plan.timesteps[-1] >= 0
     assert plan.timesteps[0] <= 999
-    assert (plan.levels[:, 0] >= plan.levels[:, 1]).all()
+    assert (plan.sigmas[:, 0] >= plan.sigmas[:, 1]).all()
     whole = plan.timesteps[plan.timesteps == plan.timesteps.round()].astype(int)
     if name != "dpm++karras":
-        matching = plan.levels[plan.timesteps == plan.timesteps.round(), 0]
+        matching = plan.sigmas[plan.timesteps == plan.timesteps.round(), 0]
         assert np.allclose(matching, LINEAR.sigmas[whole], rtol=1e-9)
 
 
@@ -192,7 +189,7 @@ def test_given_timesteps_are_visited_in_turn(name, timesteps):
     falling = sorted(timesteps, reverse=True)
     plan = scheduler_named(name).plan(timesteps=falling)
     assert plan.timesteps.tolist() == falling
-    assert np.allclose(plan.levels[1:, 0], plan.levels[:-1, 1])
+    assert np.allclose(plan.sigmas[1:, 0], plan.sigmas[:-1, 1])
     if len(falling) > 1:
         with pytest.raises(ValueError, match="each smaller than the one before"):
             scheduler_named(name).plan(timesteps=falling[::-1])
@@ -207,8 +204,8 @@ def test_given_sigmas_are_the_levels_of_the_plan(name, sigmas):
     falling = [*sorted(sigmas, reverse=True), 0.0]
     scheduler = scheduler_named(name)
     plan = scheduler.plan(sigmas=falling)
-    assert plan.levels[:, 0].tolist() == falling[:-1]
-    assert plan.levels[:, 1].tolist() == falling[1:]
+    assert plan.sigmas[:, 0].tolist() == falling[:-1]
+    assert plan.sigmas[:, 1].tolist() == falling[1:]
     steps = list(scheduler.steps(lambda x, t: Prediction(np.sin(x)), np.ones((1, 1, 1, 1)), plan))
     assert np.isfinite(steps[-1].latents).all()
 
@@ -218,14 +215,14 @@ def test_given_sigmas_are_the_levels_of_the_plan(name, sigmas):
     [
         ("dpm++", {}, "give num_inference_steps, timesteps or sigmas"),
         ("dpm++", {"num_inference_steps": 0}, "num_inference_steps is 0; expected 1 to 999"),
-        ("ddim", {"num_inference_steps": 1001}, "expected 1 to 1000"),
+        ("ddim-diffusers", {"num_inference_steps": 1001}, "expected 1 to 1000"),
         ("euler", {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; expected 1 to 1000"),
         (
             "lcm",
             {"num_inference_steps": 51},
             "expected 1 to 50, the number that the model was distilled with",
         ),
-        ("dmd", {"num_inference_steps": 20}, "draw in one step, so give 1"),
+        ("dmd", {"num_inference_steps": 20}, "take one step, so give 1"),
         ("dpm++", {"timesteps": [400], "sigmas": [1.0, 0.0]}, "both timesteps and sigmas were given"),
         ("unipc", {"timesteps": []}, "timesteps are .*; expected a list of at least 1"),
         ("unipc", {"timesteps": [1, 2]}, "timesteps are .*; expected each smaller than the one before"),
@@ -238,12 +235,12 @@ def test_given_sigmas_are_the_levels_of_the_plan(name, sigmas):
         ("lcm", {"timesteps": [float("nan")]}, "finite numbers"),
         ("dpm++karras", {"timesteps": [400]}, "use_karras_sigmas chooses its own"),
         (
-            "ddim",
+            "ddim-diffusers",
             {"sigmas": [1.0, 0.0]},
-            "DDIMScheduler takes no sigmas; those that do are DPMSolverMultistep",
+            "DDIMScheduler takes no sigmas",
         ),
         ("dpm", {"sigmas": [1.0, 0.0]}, "DPMSolverContinuousScheduler takes no sigmas"),
-        ("euler", {"sigmas": [1.0]}, "at least 2 finite numbers; the last is the level at which"),
+        ("euler", {"sigmas": [1.0]}, "at least 2 finite numbers; the last is the sigma at which"),
         ("euler", {"sigmas": [1.0, 2.0]}, "sigmas are .*; expected each smaller"),
         ("euler", {"sigmas": [1.0, 0.001, 0.0]}, r"expected them in 157.4\.\.0.01, the last alone down to 0"),
         ("euler", {"sigmas": [200.0, 0.0]}, "expected them in 157.4"),
@@ -282,5 +279,58 @@ def test_lcm_visits_timesteps_of_its_distillation():
 
 def test_final_sigmas_may_stop_at_the_least_noise_of_the_table():
     for cls in (DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler):
-        assert cls(final_sigmas_type="sigma_min").plan(3).levels[-1, 1] == LINEAR.sigmas[0]
-        assert cls().plan(3).levels[-1, 1] == 0
+        assert cls(final_sigmas_type="sigma_min").plan(3).sigmas[-1, 1] == LINEAR.sigmas[0]
+        assert cls().plan(3).sigmas[-1, 1] == 0
+
+
+# ---- configurations with options of other classes
+
+
+LEFTOVERS = {
+    "algorithm_type": "sde-dpmsolver++",
+    "solver_order": 3,
+    "solver_type": "heun",
+    "thresholding": True,
+    "lower_order_final": False,
+    "use_lu_lambdas": True,
+    "variance_type": "fixed_large",
+    "skip_prk_steps": True,
+    "clip_sample_range": 9.0,
+    "interpolation_type": "log_linear",
+    "original_inference_steps": 7,
+    "predict_x0": False,
+}
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler", "LCMScheduler"])
+def test_options_of_other_classes_are_ignored_as_diffusers_ignores_them(name):
+    own = {*CLASSES[name].choices, *CLASSES[name].__dataclass_fields__}
+    leftovers = {key: value for key, value in LEFTOVERS.items() if key not in own}
+    assert len(leftovers) > 7
+    written = {"_class_name": name, "beta_end": 0.01} | leftovers
+    assert scheduler_from_config(written) == CLASSES[name](beta_end=0.01)
+    assert CLASSES[name].from_config(full(beta_end=0.01) | leftovers).beta_end == 0.01
+
+
+def test_solver_types_of_other_classes_are_replaced_as_diffusers_replaces_them():
+    assert UniPCMultistepScheduler.from_config(full()) == UniPCMultistepScheduler()
+    assert DPMSolverMultistepScheduler.from_config(full(solver_type="bh2", algorithm_type="deis"))
+
+
+def test_a_misspelt_option_of_a_file_is_ignored_with_a_warning_and_one_of_a_call_is_an_error():
+    with pytest.warns(UserWarning, match="'solver_ordre' and ignores it; did you mean 'solver_order'"):
+        scheduler_from_config(full(solver_ordre=1))
+    with pytest.raises(ValueError, match=r"no option 'solver_ordre' .given 1.; did you mean 'solver_order'"):
+        DPMSolverMultistepScheduler.from_config(full(), solver_ordre=1)
+
+
+def test_the_defaults_of_ddim_are_those_of_diffusers_and_mindones_name_means_the_official_one():
+    assert DDIMScheduler.from_config({}) == DDIMScheduler(clip_sample=True, set_alpha_to_one=True)
+    assert type(scheduler_named("ddim")).__name__ == "OfficialDDIMScheduler"
+    assert scheduler_named("DDIMScheduler") == DDIMScheduler()
+    assert scheduler_named("ddim-diffusers") == DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+
+
+def test_a_schedule_of_any_length_that_a_file_asks_for_is_not_built():
+    with pytest.raises(ValueError, match="num_train_timesteps is 2147483648; expected 2 to 100000"):
+        scheduler_from_config(full(num_train_timesteps=2**31))

@@ -42,8 +42,8 @@ def test_many_prompts_give_one_warning_of_each_kind(tokenizer):
         tokenizer.tokenize(["a red 漢", "a blue 漢 on a field of grass", "a green 漢 on a field"], 6)
     told = [str(warning.message) for warning in caught]
     assert len(told) == 2
-    assert "so it is with 2 of 3 prompts" in told[0]
-    assert "does not know ['漢'] (so it is with 3 of 3 prompts)" in told[1]
+    assert "and 1 more of 3 prompts" in told[0]
+    assert "does not know ['漢'] (and 2 more of 3 prompts)" in told[1]
 
 
 @pytest.mark.filterwarnings("ignore:prompt")

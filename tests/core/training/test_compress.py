@@ -20,7 +20,7 @@ from pixart_nb.core.checkpoints.convert import convert
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.output_error import errors_along, errors_on_noise, reference_run
+from pixart_nb.core.sampling.trajectory import errors_along, errors_on_noise, follow
 from pixart_nb.core.training.compress import CompressOptions, compress
 
 SIGMA = diffusers("sigma")[0]
@@ -91,7 +91,7 @@ def test_what_compresses_already_is_refused(tmp_path):
 
 def test_the_error_is_that_of_the_guided_prediction_along_the_sources_own_run():
     pipe = PixArtSigmaPipeline.from_pretrained(SIGMA, vae=None)
-    run = reference_run(pipe, ["a cup"], 3, height=64, width=64)
+    run = follow(pipe, ["a cup"], num_inference_steps=3, height=64, width=64)
     other = PixArt(pipe.transformer.config)
     other.initialize(np.random.default_rng(1))
     own = pipe.transformer
@@ -109,7 +109,7 @@ def test_the_error_is_that_of_the_guided_prediction_along_the_sources_own_run():
         return kept
 
     call = dict(height=64, width=64, num_inference_steps=3, latents=run.latents[0])
-    list(swapped.sample("a cup", around_model=around, **call))
+    list(swapped.sample("a cup", wrap_predict=around, **call))
     reference = (run.latents[0] - _signal(pipe, run) * run.denoised[0]) / _noise(pipe, run)
     assert found[0] == pytest.approx(relative_error(predicted[0], reference), rel=1e-3)
 

@@ -16,7 +16,7 @@ from pixart_nb.cli import app
 from pixart_nb.config import TrainConfig, check_config, load_config
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import load_tensors
-from pixart_nb.core.sampling.image_files import read_parameters
+from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.training.log import read_curve
 from pixart_nb.core.training.run import Training
 

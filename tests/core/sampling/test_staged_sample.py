@@ -11,8 +11,7 @@ from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.planning import report as plan
 from pixart_nb.core.sampling import generate as sample
-from pixart_nb.core.sampling import generate_stages as large
-from pixart_nb.core.sampling.image_files import read_parameters
+from pixart_nb.core.sampling.images import read_parameters
 
 FOLDER = diffusers("sigma")[0]
 VALUES = {
@@ -98,22 +97,22 @@ def test_the_command_refuses_the_folder_of_another_run_in_one_line(tmp_path):
 
 def test_a_size_without_a_bin_is_refused():
     config = check_config(VALUES | {"image_height": 8192, "image_width": 512})
-    with pytest.raises(ConfigError, match=r"8192x512, 16 times as high as wide.*0\.25 to 4\.0.*8192x2048"):
-        large.drawn_size(config, PixArtConfig(input_size=512))
-    assert large.drawn_size(
+    with pytest.raises(ConfigError, match=r"8192x512, a ratio of 16.*0\.25 to 4\.0.*8192x2048"):
+        sample.drawn_size(config, PixArtConfig(input_size=512))
+    assert sample.drawn_size(
         check_config(VALUES | {"image_height": 4000, "image_width": 4100}), PixArtConfig(input_size=512)
     ) == (4096, 4096)
     free = check_config(VALUES | {"image_height": 8192, "image_width": 512, "use_resolution_binning": False})
-    assert large.drawn_size(free, PixArtConfig(input_size=512)) == (8192, 512)
+    assert sample.drawn_size(free, PixArtConfig(input_size=512)) == (8192, 512)
     without_a_table = PixArtConfig(input_size=16)
     with pytest.raises(ValueError, match="multiples of 16, for example 4096x4096"):
-        large.drawn_size(check_config(VALUES | {"image_height": 4096, "image_width": 4100}), without_a_table)
+        sample.drawn_size(check_config(VALUES | {"image_height": 4096, "image_width": 4100}), without_a_table)
 
 
 def test_what_numbers_depend_on_is_told_apart(tmp_path):
-    known = large.identity_of(check_config(VALUES))
-    assert known == large.identity_of(check_config(VALUES | {"t5_load": "stream"}))
-    assert known != large.identity_of(check_config(VALUES | {"t5_load": "int8"}))
-    assert known != large.identity_of(check_config(VALUES | {"sampling_method": "ddim"}))
-    other = large.identity_of(check_config(VALUES | {"vae_root": str(diffusers("alpha")[0] / "vae")}))
+    known = sample.network_identity(check_config(VALUES))
+    assert known == sample.network_identity(check_config(VALUES | {"t5_load": "stream"}))
+    assert known != sample.network_identity(check_config(VALUES | {"t5_load": "int8"}))
+    assert known != sample.network_identity(check_config(VALUES | {"sampling_method": "ddim"}))
+    other = sample.network_identity(check_config(VALUES | {"vae_root": str(diffusers("alpha")[0] / "vae")}))
     assert {name for name in known if known[name] != other[name]} == {"vae"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pixart_nb.core.sampling.tile_artifacts import measure_seams, tile_edges
+from pixart_nb.core.sampling.tile_artifacts import measure_tile_artifacts, tile_edges
 
 
 def grown(side, seed=0):
@@ -20,7 +20,7 @@ def pixels(picture):
 
 
 def test_a_picture_without_seams_has_none():
-    found = measure_seams(pixels(grown(2048)), 512)
+    found = measure_tile_artifacts(pixels(grown(2048)), 512)
     assert len(found.jumps) == 2 * len(tile_edges(2048, 512)) > 8
     assert found.ratio == pytest.approx(1, abs=0.15)
     assert 0.35 < found.rank < 0.65
@@ -32,11 +32,11 @@ def test_tiles_of_another_tone_are_found():
         tone = 15 * (-1) ** number
         picture[edge:] += tone
         picture[:, edge:] += tone
-    found = measure_seams(pixels(picture), 512)
+    found = measure_tile_artifacts(pixels(picture), 512)
     assert found.ratio > 1.1
     assert found.rank < 0.2
 
 
 def test_a_picture_of_one_tile_has_no_edges():
-    found = measure_seams(pixels(grown(256)), 512)
+    found = measure_tile_artifacts(pixels(grown(256)), 512)
     assert (len(found.jumps), found.ratio, found.rank) == (0, 1.0, 0.5)

@@ -13,18 +13,18 @@ import pytest
 from staged_run import load, picture
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core.errors import WriteError
+from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
 from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
-from pixart_nb.core.sampling.images import to_pictures, to_uint8
-from pixart_nb.core.sampling.randomness import picture_generators
-from pixart_nb.core.sampling.stages import run_staged
+from pixart_nb.core.sampling.images import to_images, to_uint8
+from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.stages import run_stages
 
 HERE = Path(__file__).parents[2]
 
 
 def finished(drawing, loader=load):
-    parts = list(run_staged([drawing], loader))
+    parts = list(run_stages([drawing], loader))
     assert drawing.files.has("pixels")
     return parts
 
@@ -38,7 +38,7 @@ def called(pipe, drawing, output_type="np"):
     return pipe(
         drawing.prompt,
         guidance_scale=drawing.guidance_scale,
-        generator=picture_generators(drawing.seed[0], [drawing.seed[1]]),
+        generator=image_generators(drawing.seed[0], [drawing.seed[1]]),
         use_resolution_binning=False,
         output_type=output_type,
         **call,
@@ -66,7 +66,7 @@ def test_a_picture_of_another_size_is_scaled_and_cut_before_it_is_rounded(tmp_pa
     finished(drawing)
     pipe = whole_pipeline()
     decoded = pipe.vae.decode(called(pipe, drawing, "latent") / pipe.vae.config.scaling_factor)[0]
-    assert np.array_equal(drawing.pixels(), to_uint8(resize_and_crop(to_pictures(decoded), 50, 70))[0])
+    assert np.array_equal(drawing.pixels(), to_uint8(resize_and_crop(to_images(decoded), 50, 70))[0])
 
 
 def test_a_picture_larger_than_a_tile_is_the_tiled_pipelines_own(tmp_path):
@@ -105,14 +105,14 @@ def test_a_run_that_is_killed_twice_ends_with_the_same_picture(tmp_path, solver)
 
 def test_steps_that_are_kept_are_not_computed_again(tmp_path):
     drawing, loaded = picture(tmp_path), []
-    for part in run_staged([drawing], lambda names: loaded.append(load(names)) or loaded[-1]):
+    for part in run_stages([drawing], lambda names: loaded.append(load(names)) or loaded[-1]):
         if (part.stage, part.done) == ("denoise", 4):
             break
     passes = []
     again = load(("transformer", "scheduler"))
     last = again.transformer.unpatchify  # the end of every pass
     again.transformer.unpatchify = lambda *given: passes.append(1) or last(*given)
-    stages = run_staged([drawing], lambda names: again if "transformer" in names else load(names))
+    stages = run_stages([drawing], lambda names: again if "transformer" in names else load(names))
     assert next(part for part in stages).done == 4
     list(stages)
     assert len(passes) == 2
@@ -134,7 +134,7 @@ def test_what_is_finished_is_not_drawn_again_and_leaves_nothing_half_done(tmp_pa
 
 def test_what_is_done_with_the_progress_is_not_measured_as_the_stages_work(tmp_path):
     drawing = picture(tmp_path, steps=2)
-    for part in run_staged([drawing], load):
+    for part in run_stages([drawing], load):
         if (part.stage, part.done) == ("decode", 0):
             time.sleep(3)
     assert 0 < drawing.files.measured()["decode"]["seconds"] < 3
@@ -159,9 +159,9 @@ def test_several_pictures_load_each_component_once(tmp_path):
         picture(tmp_path / name, prompt=f"a {name} cup", steps=2, drawn=(64, 64), size=(64, 64), seed=(0, n))
         for n, name in enumerate(("red", "blue"))
     ]
-    parts = list(run_staged(drawings, lambda names: loads.append(names) or load(names)))
+    parts = list(run_stages(drawings, lambda names: loads.append(names) or load(names)))
     assert loads == [("tokenizer", "text_encoder"), ("transformer", "scheduler"), ("vae",)]
-    assert {part.picture for part in parts} == {0, 1}
+    assert {part.image for part in parts} == {0, 1}
     assert not np.array_equal(*(drawing.pixels() for drawing in drawings))
 
 
@@ -176,47 +176,49 @@ def test_several_pictures_load_each_component_once(tmp_path):
 )
 def test_the_folder_of_another_run_is_refused_with_the_differences(tmp_path, change, said):
     drawing = picture(tmp_path)
-    next(run_staged([drawing], load))
+    next(run_stages([drawing], load))
     with pytest.raises(CheckpointError, match=said):
-        next(run_staged([replace(drawing, **change)], load))
+        next(run_stages([replace(drawing, **change)], load))
 
 
 def test_a_file_of_another_run_is_refused(tmp_path):
     drawing, other = picture(tmp_path / "one"), picture(tmp_path / "two", prompt="a blue cup")
     for each in (drawing, other):
-        next(part for part in run_staged([each], load) if part.stage == "denoise")
+        next(part for part in run_stages([each], load) if part.stage == "denoise")
     drawing.files.path("embeddings").write_bytes(other.files.path("embeddings").read_bytes())
-    with pytest.raises(CheckpointError, match=r"embeddings\.safetensors is of another run.*remove the file"):
-        list(run_staged([drawing], load))
+    with pytest.raises(
+        CheckpointError, match=r"embeddings\.safetensors belongs to another run.*remove the file"
+    ):
+        list(run_stages([drawing], load))
     drawing.files.path("embeddings").unlink()
     save_tensors(drawing.files.path("prediction-0000"), {"noise": np.zeros(1, np.float32)})
     with pytest.raises(CheckpointError, match="it does not say which"):
-        list(run_staged([drawing], load))
+        list(run_stages([drawing], load))
 
 
 def test_a_damaged_file_is_named(tmp_path):
     drawing = picture(tmp_path)
-    next(part for part in run_staged([drawing], load) if part.stage == "denoise")
+    next(part for part in run_stages([drawing], load) if part.stage == "denoise")
     path = drawing.files.path("embeddings")
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"embeddings\.safetensors .* truncated"):
-        list(run_staged([drawing], load))
+        list(run_stages([drawing], load))
 
 
 def test_two_processes_do_not_draw_in_one_folder(tmp_path):
     drawing = picture(tmp_path)
-    stages = run_staged([drawing], load)
+    stages = run_stages([drawing], load)
     next(stages)
-    with pytest.raises(CheckpointError, match="another process is drawing"):
-        next(run_staged([replace(drawing)], load))
+    with pytest.raises(FolderInUseError, match="is writing into"):
+        next(run_stages([replace(drawing)], load))
     stages.close()
-    assert next(run_staged([replace(drawing)], load)).stage == "encode"
+    assert next(run_stages([replace(drawing)], load)).stage == "encode"
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match="could not be written"):
-        next(run_staged([picture(tmp_path / "file" / "run")], lambda names: pytest.fail("loaded")))
+        next(run_stages([picture(tmp_path / "file" / "run")], lambda names: pytest.fail("loaded")))
 
 
 def test_a_full_disk_is_said_and_leaves_the_stage_as_it_was(tmp_path, monkeypatch):
@@ -225,7 +227,7 @@ def test_a_full_disk_is_said_and_leaves_the_stage_as_it_was(tmp_path, monkeypatc
     def full(tensors, path, metadata=None):
         raise OSError(28, "No space left on device")
 
-    stages = run_staged([drawing], load)
+    stages = run_stages([drawing], load)
     next(part for part in stages if (part.stage, part.done) == ("denoise", 2))
     monkeypatch.setattr("pixart_nb.core.io.save_file", full)
     with pytest.raises(WriteError, match=r"prediction-0002.*No space left on device"):
@@ -239,7 +241,7 @@ def test_a_full_disk_is_said_and_leaves_the_stage_as_it_was(tmp_path, monkeypatc
 def test_a_picture_is_enlarged_from_another_ones_latents_as_the_pipeline_does_it(tmp_path):
     small = picture(tmp_path / "small", drawn=(80, 48), size=(80, 48), steps=2)
     finished(small)
-    large = picture(tmp_path / "large", enlarge=small.folder, strength=0.5)
+    large = picture(tmp_path / "large", upscale_from=small.folder, strength=0.5)
     parts = [part for part in finished(large) if part.stage == "denoise"]
     assert (parts[-1].done, parts[-1].total) == (3, 3)
     pipe = whole_pipeline()
@@ -248,24 +250,24 @@ def test_a_picture_is_enlarged_from_another_ones_latents_as_the_pipeline_does_it
         height=160,
         width=96,
         num_inference_steps=6,
-        generator=picture_generators(0, [0]),
-        start=small.files.load("latents")["latents"].repeat(2, 2).repeat(2, 3),
+        generator=image_generators(0, [0]),
+        image_latents=small.files.load("latents")["latents"].repeat(2, 2).repeat(2, 3),
         strength=0.5,
     )
     assert np.array_equal(large.files.load("latents")["latents"], list(steps)[-1].latents)
     with pytest.raises(CheckpointError, match=r"strength: 0\.5 there, 0\.9 now"):
-        next(run_staged([replace(large, strength=0.9)], load))
+        next(run_stages([replace(large, strength=0.9)], load))
 
 
 def test_what_is_not_drawn_yet_cannot_be_enlarged(tmp_path):
     with pytest.raises(CheckpointError, match="none holds no run in stages"):
-        next(run_staged([picture(tmp_path / "large", enlarge=tmp_path / "none")], load))
+        next(run_stages([picture(tmp_path / "large", upscale_from=tmp_path / "none")], load))
     small = picture(tmp_path / "small")
-    next(run_staged([small], load))
-    with pytest.raises(CheckpointError, match="is not drawn; finish it, then enlarge it"):
-        next(run_staged([picture(tmp_path / "large", enlarge=small.folder)], load))
+    next(run_stages([small], load))
+    with pytest.raises(CheckpointError, match="is not finished; finish it before upscaling"):
+        next(run_stages([picture(tmp_path / "large", upscale_from=small.folder)], load))
     with pytest.raises(ValueError, match="strength is 0"):
-        next(run_staged([picture(tmp_path / "large", strength=0)], load))
+        next(run_stages([picture(tmp_path / "large", strength=0)], load))
     assert not (tmp_path / "large").exists()
 
 
@@ -280,5 +282,5 @@ def test_the_hook_around_the_model_sees_every_call_of_the_scheduler():
 
         return counted
 
-    steps = list(pipe.sample("a cup", height=64, width=64, num_inference_steps=3, around_model=around))
+    steps = list(pipe.sample("a cup", height=64, width=64, num_inference_steps=3, wrap_predict=around))
     assert seen == [step.timestep for step in steps[1:]]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
-from pixart_nb.core.sampling import image_files as picture_files
-from pixart_nb.core.sampling.image_files import KEYWORD, read_parameters, write_picture
+from pixart_nb.core.sampling import images
+from pixart_nb.core.sampling.images import KEYWORD, read_parameters, write_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 TEXTS = st.text(st.characters(exclude_categories=()))  # lone surrogates and NUL included
@@ -31,19 +31,19 @@ def outcome(path):
 @given(parameters=st.dictionaries(TEXTS, VALUES, max_size=6))
 def test_parameters_come_back_as_they_were_given(parameters, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "round_trip.png"
-    write_picture(path, PIXELS, parameters)
+    write_image(path, PIXELS, parameters)
     assert read_parameters(path) == parameters
 
 
 def test_pixels_come_back_and_the_folder_is_made(tmp_path):
     path = tmp_path / "a" / "b" / "picture.png"
-    write_picture(path, PIXELS, {"prompt": ["ein roter Pilz, größer"], "seed": 3})
+    write_image(path, PIXELS, {"prompt": ["ein roter Pilz, größer"], "seed": 3})
     assert np.array_equal(np.asarray(Image.open(path)), PIXELS)
     assert [found.name for found in path.parent.iterdir()] == ["picture.png"]
 
 
 def test_any_reader_of_png_finds_the_parameters_as_json(tmp_path):
-    write_picture(tmp_path / "picture.png", PIXELS, {"seed": 3})
+    write_image(tmp_path / "picture.png", PIXELS, {"seed": 3})
     with Image.open(tmp_path / "picture.png") as image:
         assert json.loads(image.info[KEYWORD]) == {"seed": 3}
     assert b"tEXtparameters\0" in (tmp_path / "picture.png").read_bytes()
@@ -63,21 +63,21 @@ def test_any_reader_of_png_finds_the_parameters_as_json(tmp_path):
 )
 def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(tmp_path, pixels, parameters, message):
     path = tmp_path / "picture.png"
-    write_picture(path, PIXELS, {"seed": 1})
+    write_image(path, PIXELS, {"seed": 1})
     with pytest.raises(ValueError, match=message):
-        write_picture(path, pixels, parameters)
+        write_image(path, pixels, parameters)
     assert read_parameters(path) == {"seed": 1}
     assert [found.name for found in tmp_path.iterdir()] == ["picture.png"]
 
 
 def test_parameters_up_to_the_limit_can_be_read(tmp_path):
-    parameters = {"prompt": "a" * (picture_files.MOST_BYTES - len('{"prompt": ""}'))}
-    write_picture(tmp_path / "picture.png", PIXELS, parameters)
+    parameters = {"prompt": "a" * (images.MOST_BYTES - len('{"prompt": ""}'))}
+    write_image(tmp_path / "picture.png", PIXELS, parameters)
     assert read_parameters(tmp_path / "picture.png") == parameters
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist; expected a picture"):
+    with pytest.raises(FileNotFoundError, match=r"none\.png does not exist; expected an image"):
         read_parameters(tmp_path / "none.png")
 
 
@@ -107,7 +107,7 @@ def test_a_file_that_is_no_png_is_named(tmp_path):
 
 def test_a_cut_or_mutated_file_is_an_error_or_the_same_parameters(tmp_path):
     path = tmp_path / "picture.png"
-    write_picture(path, PIXELS, {"prompt": "a red mushroom"})
+    write_image(path, PIXELS, {"prompt": "a red mushroom"})
     whole = path.read_bytes()
     rng = np.random.default_rng(1)
     for trial in range(300):

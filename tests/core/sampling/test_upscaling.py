@@ -12,15 +12,16 @@ from pixart_nb.config import check_config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.planning.memory import Run
 from pixart_nb.core.planning.plan import plan_growing
-from pixart_nb.core.sampling import generate_stages as large
-from pixart_nb.core.sampling.stages import run_staged
+from pixart_nb.core.sampling.stages import run_stages
 from pixart_nb.core.sampling.upscaling import (
-    Size,
-    grow,
-    growing_sizes,
-    shrink_keys,
-    usual_factors,
-    usual_strengths,
+    UpscaleSize,
+    compress_keys,
+    default_factors,
+    default_strengths,
+    load_compressed,
+    upscale_latents,
+    upscale_sizes,
+    upscaled_images,
 )
 
 FOLDER = diffusers("sigma")[0]
@@ -32,39 +33,42 @@ def pipe():
 
 
 def test_sizes_grow_and_so_does_the_ratio():
-    found = growing_sizes(PixArtConfig(), 4096, 2048, (16, 4, 1), (0.5, 0.25), keys=8)
-    assert found == [Size(256, 128), Size(1024, 512, 0.5, 4), Size(4096, 2048, 0.25, 16)]
-    assert growing_sizes(PixArtConfig(), 4096, 4096, [1], [], keys=1000) == [Size(4096, 4096)]
+    found = upscale_sizes(PixArtConfig(), 4096, 2048, (16, 4, 1), (0.5, 0.25), keys=8)
+    assert found == [UpscaleSize(256, 128), UpscaleSize(1024, 512, 0.5, 4), UpscaleSize(4096, 2048, 0.25, 16)]
+    assert upscale_sizes(PixArtConfig(), 4096, 4096, [1], [], keys=1000) == [UpscaleSize(4096, 4096)]
 
 
 @pytest.mark.parametrize(
     ("factors", "strengths", "said"),
     [
         ((1, 2), (0.5,), r"factors are \[1, 2\]; expected them to fall"),
-        ((2, 1), (), "0 strengths for 2 sizes"),
+        ((2, 1), (0.5, 0.3), "2 strengths for 2 sizes"),
         ((2, 1), (1.5,), r"strength is 1\.5"),
         ((3, 1), (0.5,), "256x256 divided by 3 is no multiple of 16 pixels"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(factors, strengths, said):
     with pytest.raises(ValueError, match=said):
-        growing_sizes(PixArtConfig(), 256, 256, factors, strengths, keys=8)
+        upscale_sizes(PixArtConfig(), 256, 256, factors, strengths, keys=8)
 
 
 def test_each_size_begins_with_the_one_before_and_the_pipeline_stays_as_it_was(pipe):
     before = [(block.attn.ratio, block.attn.operator) for block in pipe.transformer.blocks]
-    sizes = [Size(32, 48), Size(64, 96, 0.5, 2)]
-    small, big = grow(pipe, ["a cup", "a hat"], sizes, counts=(2, 1), steps=4, seed=5)
+    sizes = [UpscaleSize(32, 48), UpscaleSize(64, 96, 0.5, 2)]
+    small, big = upscale_latents(pipe, ["a cup", "a hat"], sizes, counts=(2, 1), steps=4, seed=5)
     assert small.shape == (2, 4, 4, 6) and big.shape == (1, 4, 8, 12)
     assert [(block.attn.ratio, block.attn.operator) for block in pipe.transformer.blocks] == before
-    (plain,) = grow(pipe, ["a cup"], [Size(64, 96, 1.0, 2)], steps=4, seed=5)
+    (plain,) = upscale_latents(pipe, ["a cup"], [UpscaleSize(64, 96, 1.0, 2)], steps=4, seed=5)
     assert not np.array_equal(plain, big)
 
 
 def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
     call = dict(height=64, width=96, num_inference_steps=2, output_type="latent")
     expected = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
-    found = {ratio: next(grow(pipe, ["a cup"], [Size(64, 96, 1.0, ratio)], steps=2)) for ratio in (1, 2)}
+    found = {
+        ratio: next(upscale_latents(pipe, ["a cup"], [UpscaleSize(64, 96, 1.0, ratio)], steps=2))
+        for ratio in (1, 2)
+    }
     again = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
     assert np.array_equal(expected, again)
     assert np.array_equal(found[1], expected)
@@ -73,13 +77,13 @@ def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
 
 def test_what_has_learned_to_compress_keeps_its_ratio(pipe):
     with pytest.raises(ValueError, match="expected mean, ave or uniform"):
-        shrink_keys(pipe.transformer, 2, "conv")
+        compress_keys(pipe.transformer, 2, "conv")
 
 
 def test_every_size_is_planned_with_its_steps_and_its_keys():
     from test_plan import SMALL
 
-    sizes = [Size(64, 64), Size(128, 128, 0.5, 2)]
+    sizes = [UpscaleSize(64, 64), UpscaleSize(128, 128, 0.5, 2)]
     small, big = plan_growing(SMALL, Run(128, 128, steps=6), sizes)
     assert (small.run.steps, big.run.steps, big.run.staged) == (6, 3, True)
     assert big.networks.transformer.layer_ratio(0) == 2
@@ -89,11 +93,11 @@ def test_every_size_is_planned_with_its_steps_and_its_keys():
 
 def test_the_usual_sizes_begin_near_the_models_own():
     config = PixArtConfig(input_size=16)
-    assert usual_factors(config, 4096, 4096) == [32, 16, 8, 4, 2, 1]
-    assert usual_factors(config, 1024, 512) == [4, 2, 1]
-    assert usual_factors(config, 272, 272) == [1]  # half of it is no multiple of 16
-    assert usual_strengths(1) == []
-    assert len(usual_strengths(9)) == 8
+    assert default_factors(config, 4096, 4096) == [32, 16, 8, 4, 2, 1]
+    assert default_factors(config, 1024, 512) == [4, 2, 1]
+    assert default_factors(config, 272, 272) == [1]  # half of it is no multiple of 16
+    assert default_strengths(1) == []
+    assert len(default_strengths(9)) == 8
 
 
 def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
@@ -122,10 +126,10 @@ def test_stages_draw_what_growing_draws(tmp_path, pipe):
             "use_resolution_binning": False,
         }
     )
-    sizes = [Size(32, 48), Size(64, 96, 0.5, 2)]
-    pictures = large.growing_pictures(config, sizes)
+    sizes = [UpscaleSize(32, 48), UpscaleSize(64, 96, 0.5, 2)]
+    pictures = upscaled_images(config, sizes)
     for size, picture in zip(sizes, pictures, strict=True):
-        list(run_staged([picture], lambda names, size=size: large.growing_pipeline(config, size, names)))
-    expected = list(grow(pipe, ["a cup"], sizes, steps=4))[-1]
+        list(run_stages([picture], lambda names, size=size: load_compressed(config, size, names)))
+    expected = list(upscale_latents(pipe, ["a cup"], sizes, steps=4))[-1]
     assert np.array_equal(pictures[-1].files.load("latents")["latents"], expected)
     assert pictures[-1].pixels().shape == (64, 96, 3)

@@ -1,12 +1,25 @@
 """Schedules and samplers have the properties that their equations promise."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from reference_data import REFERENCE, relative_error
 from scipy.integrate import quad
 
-from pixart_nb.core.sampling import stochastic
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
+from pixart_nb.core.sampling.samplers import (
+    Prediction,
+    StepSchedule,
+    adams_weights,
+    dpm_solver_2m,
+    draw_noise,
+    iddpm_moments,
+    lcm,
+    sa_solver,
+    scales,
+    unipc,
+)
 from pixart_nb.core.sampling.schedulers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
@@ -15,13 +28,10 @@ from pixart_nb.core.sampling.schedulers import (
     SASolverScheduler,
     scheduler_named,
 )
-from pixart_nb.core.sampling.solvers import dpm_solver_2m, unipc
-from pixart_nb.core.sampling.step import Prediction, chained, draw_noise, scales
-from pixart_nb.core.sampling.stochastic import iddpm_moments, lcm, sa_solver
 
 GOLDEN = dict(np.load(REFERENCE / "official" / "diffusion.npz"))
 #: The samplers that add no noise of their own, or none when told so.
-ODE = ["dpm++", "dpm++karras", "ddim", "euler", "unipc", "ddim-official", "dpm", "sa-solver"]
+ODE = ["dpm++", "dpm++karras", "ddim", "euler", "unipc", "ddim-diffusers", "dpm", "sa-solver"]
 
 
 def named(name: str):
@@ -35,7 +45,7 @@ def unit_noise(seed=0, shape=(1, 4, 8, 8)):
 
 def normal_data(plan, mean, spread, variance=None):
     """The exact noise prediction where the data are normal, E[noise | x_t], at the timesteps of a plan."""
-    levels = dict(zip(plan.timesteps.tolist(), plan.levels[:, 0].tolist(), strict=True))
+    levels = dict(zip(plan.timesteps.tolist(), plan.sigmas[:, 0].tolist(), strict=True))
 
     def predict(latents, timestep):
         signal, noise = scales(levels[timestep])
@@ -88,7 +98,7 @@ def test_between_timesteps_the_official_solvers_take_the_geometric_mean_of_the_s
     assert LINEAR.continuous_sigma_at([0.5])[0] == pytest.approx(np.sqrt(1 / between - 1), rel=1e-9)
     assert abs(LINEAR.sigma_at([0.5])[0] / LINEAR.continuous_sigma_at([0.5])[0] - 1) > 0.01
     plan = scheduler_named("dpm").plan(timesteps=[0.5])
-    assert plan.levels[0].tolist() == LINEAR.continuous_sigma_at([0.5, 0.0]).tolist()
+    assert plan.sigmas[0].tolist() == LINEAR.continuous_sigma_at([0.5, 0.0]).tolist()
 
 
 def test_a_respaced_schedule_has_the_levels_of_the_timesteps_that_it_keeps():
@@ -117,7 +127,7 @@ def analytic_guided(latents, timestep):
 
 
 def test_official_ddim_is_met():
-    scheduler = scheduler_named("ddim-official")
+    scheduler = scheduler_named("ddim")
     steps = list(scheduler.steps(analytic, GOLDEN["ddim10/noise"], scheduler.plan(10)))
     assert [step.timestep for step in steps] == GOLDEN["ddim10/timestep_map"][::-1].tolist()
     assert relative_error(np.stack([s.latents for s in steps]), GOLDEN["ddim10/trajectory"]) < 1e-5
@@ -148,7 +158,7 @@ def test_official_continuous_dpm_solver_is_met(count):
 def test_a_single_picture_is_found_exactly_in_any_number_of_steps(name, count):
     scheduler, target = named(name), unit_noise(1)
     plan = scheduler.plan(count)
-    start, end = plan.levels[0, 0], plan.levels[-1, 1]
+    start, end = plan.sigmas[0, 0], plan.sigmas[-1, 1]
     latents = unit_noise()
     last = last_of(scheduler.steps(normal_data(plan, target, 0.0), latents, plan))
     if isinstance(scheduler, EulerDiscreteScheduler):  # its start has no share of the picture taken off
@@ -157,16 +167,20 @@ def test_a_single_picture_is_found_exactly_in_any_number_of_steps(name, count):
     assert relative_error(last.denoised, target) < 1e-10
 
 
+def no_noise(timestep):
+    return 0.0
+
+
 #: Integrators of the ODE and the order that their equations promise, all steps alike.
 ORDERS = {
-    "DPM-Solver++ 1": (lambda *args: dpm_solver_2m(*args, 1, False), 1),
-    "DPM-Solver++ 2M": (lambda *args: dpm_solver_2m(*args, 2, False), 2),
-    "UniPC 1": (lambda *args: unipc(*args, 1, False), 2),
-    "UniPC 2": (lambda *args: unipc(*args, 2, False), 3),
-    "SA predictor 1": (lambda *args: sa_solver(*args, lambda t: 0.0, (1, 0)), 1),
-    "SA predictor 2": (lambda *args: sa_solver(*args, lambda t: 0.0, (2, 0)), 2),
-    "SA 2, 2": (lambda *args: sa_solver(*args, lambda t: 0.0), 2),
-    "SA 3, 3": (lambda *args: sa_solver(*args, lambda t: 0.0, (3, 3)), 2),  # its last step is of first order
+    "DPM-Solver++ 1": (partial(dpm_solver_2m, order=1, lower_order_final=False), 1),
+    "DPM-Solver++ 2M": (partial(dpm_solver_2m, order=2, lower_order_final=False), 2),
+    "UniPC 1": (partial(unipc, order=1, lower_order_final=False), 2),
+    "UniPC 2": (partial(unipc, order=2, lower_order_final=False), 3),
+    "SA predictor 1": (partial(sa_solver, tau=no_noise, orders=(1, 0)), 1),
+    "SA predictor 2": (partial(sa_solver, tau=no_noise, orders=(2, 0)), 2),
+    "SA 2, 2": (partial(sa_solver, tau=no_noise), 2),
+    "SA 3, 3": (partial(sa_solver, tau=no_noise, orders=(3, 3)), 2),  # its last step is of first order
 }
 
 
@@ -175,7 +189,7 @@ def test_the_error_falls_with_the_promised_order(name):
     solver, order = ORDERS[name]
     errors = []
     for count in (80, 160):
-        plan = chained(np.arange(count, 0, -1.0), np.geomspace(10, 0.05, count + 1))
+        plan = StepSchedule.chained(np.arange(count, 0, -1.0), np.geomspace(10, 0.05, count + 1))
         last = last_of(solver(normal_data(plan, 0.3, 0.5), unit_noise(), plan))
         errors.append(relative_error(last.latents, carried(unit_noise(), 0.3, 0.5, 10, 0.05)))
     assert np.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.15)
@@ -185,7 +199,7 @@ def test_the_error_falls_with_the_promised_order(name):
 def test_normal_data_are_met_with_many_steps(name):
     scheduler = named(name)
     plan = scheduler.plan(200)
-    start, end = plan.levels[0, 0], plan.levels[-1, 1]
+    start, end = plan.sigmas[0, 0], plan.sigmas[-1, 1]
     latents = unit_noise()
     last = last_of(scheduler.steps(normal_data(plan, 0.3, 0.5), latents, plan))
     assert relative_error(last.latents, carried(latents, 0.3, 0.5, start, end)) < 0.015
@@ -206,7 +220,7 @@ def test_steps_are_numbered_and_fall():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_adams_weights_are_the_integrals_of_the_interpolation(tau, count):
     nodes, h, rate = np.array([-0.7, -0.4, 0.0])[-count:], 0.5, 1 + tau**2
-    weights = stochastic._adams_weights(nodes, h, rate, rescaled=False)
+    weights = adams_weights(nodes, h, rate, rescaled=False)
     for weight, node in zip(weights, nodes, strict=True):
         others = nodes[nodes != node]
 
@@ -218,10 +232,10 @@ def test_adams_weights_are_the_integrals_of_the_interpolation(tau, count):
 
 def test_a_picture_linear_in_the_log_signal_to_noise_ratio_is_followed_exactly():
     """Second order means that: ODE with D(l) = 2 - 3 l, whose solution is alpha (2 - 3 l + 3) + c sigma."""
-    plan = chained(np.arange(6, 0, -1.0), np.geomspace(8, 0.2, 7))
+    plan = StepSchedule.chained(np.arange(6, 0, -1.0), np.geomspace(8, 0.2, 7))
 
     def predict(latents, timestep):
-        sigma = plan.levels[int(6 - timestep), 0]
+        sigma = plan.sigmas[int(6 - timestep), 0]
         signal, noise = scales(sigma)
         return Prediction((latents - signal * (2 + 3 * np.log(sigma))) / noise)
 
@@ -230,10 +244,10 @@ def test_a_picture_linear_in_the_log_signal_to_noise_ratio_is_followed_exactly()
         return signal * (5 + 3 * np.log(sigma)) + 0.4 * noise
 
     start = np.full((1, 1, 1, 1), solution(8.0))
-    steps = list(sa_solver(predict, start, plan, lambda t: 0.0, rescaled=False))
+    steps = list(sa_solver(predict, start, plan, tau=no_noise, rescaled=False))
     for step in steps[1:-1]:  # the first prediction and the last step are of first order
-        assert step.latents.item() == pytest.approx(solution(plan.levels[step.index, 1]), rel=1e-12)
-    assert steps[0].latents.item() != pytest.approx(solution(plan.levels[0, 1]), rel=1e-3)
+        assert step.latents.item() == pytest.approx(solution(plan.sigmas[step.index, 1]), rel=1e-12)
+    assert steps[0].latents.item() != pytest.approx(solution(plan.sigmas[0, 1]), rel=1e-3)
 
 
 def test_sa_solver_draws_noise_in_the_middle_of_time_only():
@@ -248,8 +262,8 @@ STOCHASTIC = {
     "sa-solver": (SASolverScheduler(tau_func=lambda t: 1.0), {}),
     "sa-solver, tau 0.6": (SASolverScheduler(tau_func=lambda t: 0.6), {}),
     "sa-solver, its own tau": (SASolverScheduler(), {}),
-    "ddim, eta 1": (DDIMScheduler(), {"eta": 1.0}),
-    "official ddim, eta 0.7": (scheduler_named("ddim-official"), {"eta": 0.7}),
+    "ddim, eta 1": (scheduler_named("ddim-diffusers"), {"eta": 1.0}),
+    "official ddim, eta 0.7": (scheduler_named("ddim"), {"eta": 0.7}),
     "iddpm, posterior variance": (IDDPMScheduler(), {"variance": -1.0}),
 }
 
@@ -259,7 +273,7 @@ def test_around_a_single_picture_the_noise_has_the_variance_of_its_level(name):
     scheduler, options = STOCHASTIC[name]
     plan, steps = samples(scheduler, 6, 0.7, 0.0, **options)
     for step in steps:
-        signal, noise = scales(plan.levels[step.index, 1])
+        signal, noise = scales(plan.sigmas[step.index, 1])
         if noise > 0:
             rest = (step.latents - signal * 0.7) / noise
             assert abs(rest.mean()) < 0.03
@@ -288,7 +302,7 @@ def test_iddpm_draws_with_the_variance_that_the_model_says(variance):
 
 def test_the_last_step_of_iddpm_adds_no_noise():
     plan, steps = samples(IDDPMScheduler(), 3, 0.7, 0.0, variance=1.0)
-    assert plan.levels[-1, 1] == 0
+    assert plan.sigmas[-1, 1] == 0
     assert relative_error(steps[-1].latents, np.full((64, 4, 8, 8), 0.7)) < 1e-10
 
 
@@ -298,7 +312,7 @@ def test_iddpm_without_a_predicted_variance_says_what_is_missing():
         next(IDDPMScheduler().steps(normal_data(plan, 0, 1), unit_noise(), plan))
 
 
-@pytest.mark.parametrize("name", ["ddim-official", "iddpm", "lcm", "sa-solver"])
+@pytest.mark.parametrize("name", ["ddim", "iddpm", "lcm", "sa-solver"])
 def test_a_seed_repeats_and_a_row_does_not_depend_on_the_others(name):
     scheduler = scheduler_named(name)
     plan = scheduler.plan(6)
@@ -316,7 +330,7 @@ def test_a_seed_repeats_and_a_row_does_not_depend_on_the_others(name):
 
 
 def test_noise_of_the_wrong_generators_is_refused():
-    with pytest.raises(ValueError, match="2 generators for 3 pictures"):
+    with pytest.raises(ValueError, match="2 generators for 3 images"):
         draw_noise((3, 1, 1, 1), [np.random.default_rng(0)] * 2)
     with pytest.raises(ValueError, match=r"generator is 7; expected a numpy\.random\.Generator"):
         draw_noise((3, 1, 1, 1), 7)
@@ -327,7 +341,7 @@ def test_noise_of_the_wrong_generators_is_refused():
 
 def consistency_function(plan, mean, spread, scaling=10.0):
     """The noise prediction of a perfect consistency model of normal data."""
-    levels = dict(zip(plan.timesteps.tolist(), plan.levels[:, 0].tolist(), strict=True))
+    levels = dict(zip(plan.timesteps.tolist(), plan.sigmas[:, 0].tolist(), strict=True))
 
     def predict(latents, timestep):
         signal, noise = scales(levels[timestep])
@@ -346,7 +360,7 @@ def test_a_perfect_consistency_model_gives_perfect_samples(count):
     latents = unit_noise(2, (64, 4, 8, 8))
     predict = consistency_function(plan, 0.3, 0.5)
     steps = list(scheduler.steps(predict, latents, plan, np.random.default_rng(0)))
-    assert relative_error(steps[0].denoised, carried(latents, 0.3, 0.5, plan.levels[0, 0], 0.0)) < 1e-10
+    assert relative_error(steps[0].denoised, carried(latents, 0.3, 0.5, plan.sigmas[0, 0], 0.0)) < 1e-10
     for step in steps:
         assert step.denoised.mean() == pytest.approx(0.3, abs=0.02)
         assert step.denoised.std() == pytest.approx(0.5, abs=0.02)
@@ -374,7 +388,7 @@ def test_between_jumps_lcm_adds_the_noise_of_the_next_timestep():
     assert ((steps[0].latents - signal * 0.7) / noise).var() == pytest.approx(1, abs=0.04)
 
 
-@pytest.mark.parametrize("name", ["dmd", "lcm", "dpm++", "unipc", "ddim-official"])
+@pytest.mark.parametrize("name", ["dmd", "lcm", "dpm++", "unipc", "ddim"])
 def test_one_step_from_timestep_400_is_dmd_sampling(name):
     scheduler = scheduler_named(name)
     plan = scheduler.plan(1) if name == "dmd" else scheduler.plan(timesteps=[400])

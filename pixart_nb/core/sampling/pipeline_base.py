@@ -1,0 +1,228 @@
+"""Common part of the pipelines: loading and saving, and the methods that code written for diffusers calls."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pixart_nb.core.backend import device_name, dtype_from_name, ms, supported_dtype
+from pixart_nb.core.checkpoints import components
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.t5 import T5Encoder
+from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.images import ImageProcessor
+from pixart_nb.core.sampling.scheduler import Scheduler
+from pixart_nb.core.sampling.schedulers import as_scheduler
+from pixart_nb.core.sampling.text import TextTokenizer
+
+COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
+_LOAD = object()
+
+
+def as_dtype(value: Any) -> ms.Type:
+    """Return the MindSpore dtype of a MindSpore, NumPy or PyTorch dtype or its name; None is float32."""
+    if value is None or value == "auto":
+        return ms.float32
+    if isinstance(value, ms.Type):
+        return value
+    name = value.__name__ if isinstance(value, type) else str(value)
+    return dtype_from_name(name.rpartition(".")[2])
+
+
+def _no_effect(reason: str):
+    """Return a method of diffusers that has nothing to do here, and says why."""
+
+    def method(self, *args: Any, **options: Any) -> None:
+        warnings.warn(reason, stacklevel=2)
+
+    method.__doc__ = f"Do nothing: {reason}."
+    return method
+
+
+class PipelineBase:
+    """Components of a pipeline, any of which may be None."""
+
+    image_processor = ImageProcessor()
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer | None,
+        text_encoder: T5Encoder | None,
+        vae: AutoencoderKL | None,
+        transformer: PixArt | None,
+        scheduler: Scheduler | str | None,
+    ):
+        self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
+        self.transformer, self._scheduler = transformer, as_scheduler(scheduler)
+        self._progress_bar_config: dict[str, Any] = {}
+        self._interrupt = False
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """Scheduler of the steps. Set it to a scheduler, or to a name, which keeps the noise schedule."""
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, value: Scheduler | str | None) -> None:
+        self._scheduler = as_scheduler(value, self._scheduler)
+
+    # ---- loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: str | Path,
+        mindspore_dtype: Any = None,
+        *,
+        transformer: PixArt | None = _LOAD,
+        text_encoder: T5Encoder | None = _LOAD,
+        tokenizer: TextTokenizer | None = _LOAD,
+        vae: AutoencoderKL | None = _LOAD,
+        scheduler: Scheduler | str | None = _LOAD,
+        torch_dtype: Any = None,
+        **options: Any,
+    ):
+        """Load a pipeline from a folder or the hub.
+
+        Reads the layout that diffusers publishes, and that of mindone's example: a checkpoint and the folders vae,
+        text_encoder and tokenizer (of several checkpoints, give the path of one). A component that is given is used as
+        it is; None leaves it out: a pipeline without a text encoder takes embeddings, one without a transformer only
+        encodes, one without a VAE returns latents. Weights are cast to ``mindspore_dtype``, float32 by default; on the
+        CPU bfloat16 becomes float32. ``torch_dtype`` is its other name.
+
+        Raises ``CheckpointError`` for a folder that is missing or incomplete and for a hub that cannot be reached.
+        """
+        parts = dict(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        names = [name for name, part in parts.items() if part is _LOAD]
+        dtype = supported_dtype(as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype))
+        ignore_options("from_pretrained", options, ())
+        loaded = components.load_components(folder_or_hub_id, names, dtype) if names else {}
+        if "scheduler" in names:
+            loaded.setdefault("scheduler", "dpm++")  # mindone's layout has none
+        return cls(**parts | loaded)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the components that are loaded into a folder that ``from_pretrained`` and diffusers read."""
+        ignore_options("save_pretrained", options, ())
+        folder = Path(save_directory).expanduser()
+        for name, write in components.WRITERS.items():
+            net = getattr(self, name)
+            if net is not None:
+                half = next(iter(net.get_parameters())).dtype == ms.float16
+                write(folder / name, net, np.float16 if half else np.float32)
+        if self.tokenizer is not None and self.tokenizer.folder.resolve() != (folder / "tokenizer").resolve():
+            shutil.copytree(self.tokenizer.folder, folder / "tokenizer", dirs_exist_ok=True)
+        if self.scheduler is not None:
+            components.write_index(folder, self.scheduler, type(self).__name__)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Components by name, as the arguments of another pipeline."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+    @classmethod
+    def from_pipe(cls, pipeline: PipelineBase, **components: Any):
+        """Make a pipeline of this class that shares the components of another one, with replacements."""
+        return cls(**pipeline.components | components)
+
+    # ---- progress
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set options of tqdm for the progress bar, such as ``disable=True``."""
+        self._progress_bar_config = options
+
+    def progress_bar(self, total: int) -> tqdm:
+        """Return the progress bar of a run of ``total`` steps."""
+        return tqdm(total=total, **self._progress_bar_config)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has set ``_interrupt``, which ends the run after the current step."""
+        return self._interrupt
+
+    # ---- devices and memory, as diffusers names them
+
+    @property
+    def device(self) -> str:
+        """Name of the device in use, "CPU" or "Ascend"; ``PIXART_NB_DEVICE`` chooses it."""
+        return device_name()
+
+    @property
+    def dtype(self) -> ms.Type:
+        """Dtype of the transformer, or of the text encoder without one."""
+        net = self.transformer or self.text_encoder or self.vae
+        return ms.float32 if net is None else next(iter(net.get_parameters())).dtype
+
+    def to(self, *args: Any, **options: Any):
+        """Return the pipeline. Devices have no meaning here; another dtype than that of the weights is an error."""
+        for value in (*args, *options.values()):
+            if _is_device(value):
+                if str(value).split(":")[0].lower() != self.device.lower():
+                    warnings.warn(f"to({value!r}) has no effect: this is {self.device}", stacklevel=2)
+            elif supported_dtype(as_dtype(value)) != self.dtype:
+                raise PixArtNBError(
+                    f"to({value!r}): the weights are {self.dtype}; use from_pretrained(..., mindspore_dtype=)"
+                )
+        return self
+
+    def enable_vae_tiling(self, *args: Any, **options: Any) -> None:
+        """Decode in tiles (``vae.enable_tiling``)."""
+        self.vae.enable_tiling(*args, **options)
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole images."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the images of a batch one by one."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode the images of a batch together."""
+        self.vae.disable_slicing()
+
+    enable_attention_slicing = disable_attention_slicing = _no_effect(
+        "attention is always computed in chunks"
+    )
+    enable_xformers_memory_efficient_attention = _no_effect("attention is always computed in chunks")
+    disable_xformers_memory_efficient_attention = _no_effect("attention is always computed in chunks")
+    enable_model_cpu_offload = enable_sequential_cpu_offload = _no_effect(
+        "offloading has no meaning here; resumable stages (stages_path) hold one network at a time"
+    )
+    maybe_free_model_hooks = remove_all_hooks = _no_effect("there are no offloading hooks to remove")
+
+
+def _is_device(value: Any) -> bool:
+    name = str(value).split(":")[0].lower()
+    return value is None or isinstance(value, bool) or name in ("cpu", "cuda", "npu", "ascend", "gpu", "mps")
+
+
+def ignore_options(function: str, options: Mapping[str, Any], parameters: Any) -> None:
+    """Name in one warning the options that have no meaning here. One that resembles a parameter is an error."""
+    for name in options:
+        near = difflib.get_close_matches(name, parameters, 1, 0.8)
+        if near:
+            raise PixArtNBError(f"{function} has no parameter {name!r}; did you mean {near[0]!r}?")
+    names = [name for name, value in options.items() if value is not None]
+    if names:
+        warnings.warn(f"{function}: no meaning here, ignored: {', '.join(names)}", stacklevel=3)
+
+
+def parameters_of(function: Any) -> list[str]:
+    """Return the names of a function's parameters."""
+    return list(inspect.signature(function).parameters)
