@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from pixart_nb.config import ConfigError, InferenceConfig, changed_config, check_config
 from pixart_nb.core.backend import device_name, dtype_from_name, join_workers, ms
-from pixart_nb.core.checkpoints.components import LOADERS, component_places
+from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import official_view
+from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.checkpoints.load import load_transformer
+from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.io import write_json
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -168,8 +169,8 @@ def transformer_config(config: InferenceConfig) -> PixArtConfig:
     if config.checkpoint:
         path, given = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
     else:
-        path, given = component_places(config.model, ["transformer"])["transformer"], None
-    return describe(official_view(open_checkpoint(path)), path, given).config
+        path, given = component_paths(config.model, ["transformer"])["transformer"], None
+    return describe(to_official_names(open_checkpoint(path)), path, given).config
 
 
 def drawn_size(config: InferenceConfig, model: PixArtConfig | None = None) -> tuple[int, int]:
@@ -298,7 +299,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
     roots = {name: getattr(config, f"{name}_root") for name in _WITH_ROOT}
     paths = {name: Path(root) for name, root in (roots | {"transformer": config.checkpoint}).items() if root}
     if config.model:
-        paths |= component_places(config.model, [name for name in COMPONENTS if name not in paths])
+        paths |= component_paths(config.model, [name for name in COMPONENTS if name not in paths])
     return {name: fingerprint(path) for name, path in paths.items()} | {
         "sampling_method": config.sampling_method,
         "dtype": config.dtype,

@@ -89,6 +89,9 @@ class PipelineBase:
         vae: AutoencoderKL | None = _LOAD,
         scheduler: Scheduler | str | None = _LOAD,
         torch_dtype: Any = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        revision: str | None = None,
         **options: Any,
     ):
         """Load a pipeline from a folder or the hub.
@@ -97,7 +100,7 @@ class PipelineBase:
         text_encoder and tokenizer (of several checkpoints, give the path of one). A component that is given is used as
         it is; None leaves it out: a pipeline without a text encoder takes embeddings, one without a transformer only
         encodes, one without a VAE returns latents. Weights are cast to ``mindspore_dtype``, float32 by default; on the
-        CPU bfloat16 becomes float32. ``torch_dtype`` is its other name.
+        CPU bfloat16 becomes float32. ``torch_dtype`` is its other name. ``variant``, such as fp16, chooses the files.
 
         Raises ``CheckpointError`` for a folder that is missing or incomplete and for a hub that cannot be reached.
         """
@@ -111,7 +114,8 @@ class PipelineBase:
         names = [name for name, part in parts.items() if part is _LOAD]
         dtype = supported_dtype(as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype))
         ignore_options("from_pretrained", options, ())
-        loaded = components.load_components(folder_or_hub_id, names, dtype) if names else {}
+        files = {"revision": revision, "variant": variant, "use_safetensors": use_safetensors}
+        loaded = components.load_components(folder_or_hub_id, names, dtype, **files) if names else {}
         if "scheduler" in names:
             loaded.setdefault("scheduler", "dpm++")  # mindone's layout has none
         return cls(**parts | loaded)
