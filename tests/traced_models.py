@@ -6,8 +6,19 @@ import numpy as np
 from test_transformer import small_net
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.hooks.hook_points import attention_layers
 from pixart_nb.core.models import attention as layers
 
+NAMES = ["blocks.0.attn", "blocks.0.cross_attn", "blocks.1.attn", "blocks.1.cross_attn"]
+CALL = dict(
+    prompt=["a red mushroom on grass", "blue cat"],
+    height=64,
+    width=96,
+    num_inference_steps=3,
+    output_type="latent",
+    max_sequence_length=32,
+    use_resolution_binning=False,
+)
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]], bool)
 
 
@@ -49,3 +60,18 @@ def direct_maps(call: dict) -> np.ndarray:
         scores = np.where(call["mask"][:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
+
+
+def draw(pipe, **changes):
+    rngs = [np.random.default_rng(seed) for seed in range(2)]
+    return pipe(**CALL | {"generator": rngs} | changes)[0]
+
+
+def never(*args, **options):
+    raise AssertionError("the model was called")
+
+
+def assert_untouched(net, names):
+    assert net.hook_manager is None
+    assert all(layer.hook_point is None for _, layer in attention_layers(net))
+    assert [name for name, _ in net.parameters_and_names()] == names

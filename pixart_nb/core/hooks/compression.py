@@ -27,7 +27,7 @@ from pixart_nb.core.hooks.interventions import (
     compressions_of,
     replace_compression,
 )
-from pixart_nb.core.hooks.selection import Layers, Numbers, check_steps, layer_names, step_numbers
+from pixart_nb.core.hooks.selection import Layers, Numbers, as_list, layer_names
 from pixart_nb.core.models.attention import attention, merge_heads, split_heads
 from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
 
@@ -74,7 +74,7 @@ class CompressionLoss:
 
     def map(self, measure: str, name: str, steps: Numbers = None, row: int = 0) -> np.ndarray:
         """Return ``key_similarity`` or ``output_similarity`` of a layer, mean over steps (None is all): (h, w)."""
-        numbers = self.steps if steps is None else step_numbers(steps)
+        numbers = self.steps if steps is None else as_list(steps)
         return np.mean([getattr(self._loss(name, step), measure)[row] for step in numbers], axis=0)
 
     def _loss(self, name: str, step: int) -> LayerLoss:
@@ -114,21 +114,21 @@ class LossHook(Hook):
     order = 2
 
     def __init__(self, net, names: Sequence[str], ratio: int | None, operator: str | None, steps: Numbers):
-        self.result, self.steps, self.ratio = CompressionLoss(list(names)), step_numbers(steps), ratio
+        super().__init__(names, steps)
+        self.result, self.ratio = CompressionLoss(self.names), ratio
         self.compressions = {} if ratio is None else compressions_of(net, names, ratio, operator)
         self.uncompressed: dict[str, list[ms.Tensor]] = {}
 
     def on_plan(self, run: HookedRun) -> None:
-        check_steps(self.steps, run.timesteps)
+        super().on_plan(run)
         self.on_step(run)
 
     def on_step(self, run: HookedRun) -> None:
-        names = self.result.names
         if self.ratio is not None:
             check_ratio(self.ratio, run.grid)
-        elif not any(self._may_compress(name, run) for name in names):
+        elif not any(self._may_compress(name, run) for name in self.names):
             raise PixArtNBError(
-                f"none of {', '.join(names)} compresses its keys; give ratio and operator to measure what they would do"
+                f"none of {', '.join(self.names)} compresses its keys; give ratio and operator to measure theirs"
             )
         self.result.grid = run.grid
         self.uncompressed.clear()
@@ -139,13 +139,13 @@ class LossHook(Hook):
         return replaced or self.manager.compression(name, run).ratio > 1
 
     def on_tokens(self, name: str, x: ms.Tensor) -> None:
-        if name in self.result.names:
+        if name in self.names:
             self.uncompressed.setdefault(name, []).append(x)
 
     def before(self, call: AttentionCall) -> None:
         name, run, result = call.name, call.run, self.result
         keys_values = self.uncompressed.pop(name, None)
-        if name not in result.names or (self.steps is not None and run.index not in self.steps):
+        if not self.applies(name, run):
             return
         compression = self.compressions.get(name, call.compression)
         result.compression[name] = compression.operator, compression.ratio

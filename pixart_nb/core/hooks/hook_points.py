@@ -6,7 +6,7 @@ Nothing is installed until a hook is attached, and nothing stays when the last o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,15 @@ from mindspore import mint
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.selection import ATTENTION_MODULES, Text, is_cross, text_of
+from pixart_nb.core.hooks.selection import (
+    ATTENTION_MODULES,
+    Numbers,
+    Text,
+    check_steps,
+    is_cross,
+    step_numbers,
+    text_of,
+)
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
@@ -111,7 +119,10 @@ class AttentionCall:
 
 
 class Hook:
-    """Base class: reads or changes attention. Override the methods that are needed."""
+    """Base class: reads or changes the attention of layers (``names``) at steps (None is all).
+
+    Override the methods that are needed.
+    """
 
     #: Hooks run in this order: prompts are swapped (0), attention is changed (1), attention is recorded (2).
     order = 1
@@ -120,8 +131,16 @@ class Hook:
     #: Manager that the hook is attached to.
     manager: HookManager
 
+    def __init__(self, names: Sequence[str] = (), steps: Numbers = None):
+        self.names, self.steps = list(names), step_numbers(steps)
+
+    def applies(self, name: str, run: HookedRun) -> bool:
+        """Return True if the hook is for this layer and the current step."""
+        return name in self.names and (self.steps is None or run.index in self.steps)
+
     def on_plan(self, run: HookedRun) -> None:
         """Called before a run starts; an exception refuses the run."""
+        check_steps(self.steps, run.timesteps)
 
     def on_prompts(self, run: HookedRun) -> None:
         """Called when the prompts of the run are encoded."""

@@ -30,13 +30,11 @@ from pixart_nb.core.hooks.selection import (
     Layers,
     Numbers,
     Text,
-    check_steps,
     find_word,
     head_numbers,
     is_cross,
     layer_names,
     layer_number,
-    step_numbers,
     text_of,
 )
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, check_compression
@@ -47,20 +45,6 @@ from pixart_nb.core.sampling.text import prepare_prompt
 
 #: Bias of a score that takes all attention away from a token; finite, and within half precision.
 NO_ATTENTION = -1e4
-
-
-class LayerHook(Hook):
-    """A change of some layers at some steps."""
-
-    def __init__(self, names: Sequence[str], steps: Numbers):
-        self.names, self.steps = set(names), step_numbers(steps)
-
-    def on_plan(self, run: HookedRun) -> None:
-        check_steps(self.steps, run.timesteps)
-
-    def applies(self, name: str, run: HookedRun) -> bool:
-        """Return True if the layer is changed at this step."""
-        return name in self.names and (self.steps is None or run.index in self.steps)
 
 
 # ---- heads
@@ -83,7 +67,7 @@ def ablate_heads(
     return attached(model, HeadAblation(names, head_numbers(net.config.num_heads, heads), steps))
 
 
-class HeadAblation(LayerHook):
+class HeadAblation(Hook):
     """Hook of ``ablate_heads``."""
 
     def __init__(self, names: Sequence[str], heads: list[int], steps: Numbers = None):
@@ -129,7 +113,7 @@ def reweight_token(
     return attached(model, TokenReweighting(names, word, factor, numbers, steps, renormalize))
 
 
-class TokenReweighting(LayerHook):
+class TokenReweighting(Hook):
     """Hook of ``reweight_token``."""
 
     def __init__(self, names, word, factor: float, heads: list[int], steps: Numbers, renormalize: bool):
@@ -191,7 +175,7 @@ def replace_compression(
     return attached(model, CompressionReplacement(net, names, ratio, operator, steps))
 
 
-class CompressionReplacement(LayerHook):
+class CompressionReplacement(Hook):
     """Hook of ``replace_compression``."""
 
     def __init__(
@@ -287,12 +271,13 @@ class PromptSwap(Hook):
     order = 0
 
     def __init__(self, at_step: int, keys_values: list, mask: np.ndarray, texts: list[Text]):
+        super().__init__(steps=at_step)
         self.at_step, self.keys_values, self.mask, self.texts = at_step, keys_values, mask, texts
         self.description = f"prompt {' | '.join(text.prompt for text in texts)!r} from step {at_step}"
         self.keys, self.values = PerLayer(), PerLayer()
 
     def on_plan(self, run: HookedRun) -> None:
-        check_steps([self.at_step], run.timesteps)
+        super().on_plan(run)
         self.on_step(run)
 
     def on_step(self, run: HookedRun) -> None:
@@ -316,11 +301,9 @@ class PromptSwap(Hook):
 
     def _mask(self, call: AttentionCall) -> np.ndarray:
         """Return the old mask of the unconditional rows and the new one of the others: (B, longest) bool."""
-        batch, keys = call.run.batch, call.k.shape[2]
-        old = np.ones((batch, keys), bool) if call.mask is None else call.mask.asnumpy().astype(bool)
-        mask = np.zeros((batch, max(old.shape[1], self.mask.shape[1])), bool)
-        first = call.run.conditional[0]
-        mask[:first, : old.shape[1]] = old[:first]
+        batch, keys, first = call.run.batch, call.k.shape[2], call.run.conditional[0]
+        mask = np.zeros((batch, max(keys, self.mask.shape[1])), bool)
+        mask[:first, :keys] = True if call.mask is None else call.mask.asnumpy()[:first]
         mask[first:, : self.mask.shape[1]] = self.mask
         return mask
 

@@ -25,11 +25,9 @@ from pixart_nb.core.hooks.selection import (
     Numbers,
     Text,
     as_list,
-    check_steps,
     head_numbers,
     is_cross,
     layer_names,
-    step_numbers,
 )
 from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.hooks.trace_files import model_fingerprint
@@ -93,13 +91,13 @@ class Recorder(Hook):
     order = 2
 
     def __init__(self, record: Trace, timesteps, steps, rows: str, limit: int | None, folder, announce):
+        super().__init__(record.names, steps)
         if timesteps is not None and steps is not None:
             raise PixArtNBError("both timesteps and steps were given; give one of them")
         if rows not in ROWS:
             raise PixArtNBError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}")
         self.trace, self.row_choice, self.limit, self.announce = record, rows, limit, announce
         self.timesteps = None if timesteps is None else [float(t) for t in as_list(timesteps)]
-        self.steps = step_numbers(steps)
         self.folder = None if folder is None else Path(folder)
         self.run: HookedRun | None = None
         self.rows: list[int] = []  # rows of the batch that are recorded
@@ -109,7 +107,7 @@ class Recorder(Hook):
 
     def on_plan(self, run: HookedRun) -> None:
         planned = [float(t) for t in run.timesteps]
-        check_steps(self.steps, planned)
+        super().on_plan(run)
         if missing := [t for t in self.timesteps or () if t not in planned]:
             raise PixArtNBError(f"the run does not visit timesteps {missing}; it visits {planned}")
         self._open(run)

@@ -9,10 +9,10 @@ import json
 import zlib
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.hooks.attention_maps import LayerRecord, Packed
@@ -38,7 +38,7 @@ class RecordEntry(BaseModel):
     step: Number
     scale: float
     ratio: Positive
-    operator: str | None
+    operator: Literal[OPERATORS] | None
     queries: str
     keys: str
 
@@ -49,7 +49,7 @@ class TraceHeader(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     names: list[str]
     heads: list[Number]
-    grid: tuple[Positive, Positive]
+    grid: tuple[Number, Number]
     labels: list[str]
     model: dict[str, Any]
     timesteps: list[tuple[Number, float]]
@@ -57,6 +57,20 @@ class TraceHeader(BaseModel):
     text_of: list[tuple[Number, Number]]
     changes: list[str]
     entries: list[RecordEntry]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TraceHeader:
+        steps, records = [step for step, _ in self.timesteps], [(e.name, e.step) for e in self.entries]
+        for values in (self.heads, steps, records):
+            if len(set(values)) != len(values):
+                raise ValueError("a head, step or layer occurs twice")
+        if set(records) != {(name, step) for name in self.names for step in steps}:
+            raise ValueError("its layers and steps are not those of its arrays")
+        if any(step not in steps or number >= len(self.texts) for step, number in self.text_of):
+            raise ValueError("text_of names a step or prompt that it does not have")
+        if any(len(texts) != len(self.labels) for texts in self.texts):
+            raise ValueError(f"expected a prompt for each of {len(self.labels)} rows")
+        return self
 
 
 def write_trace(
@@ -107,7 +121,10 @@ def read_trace(path: str | Path) -> tuple[TraceHeader, dict[tuple[str, int], Lay
     try:
         header = TraceHeader.model_validate(json.loads(content))
         records = _records(header, tensors)
-        return header, records, _images(header, tensors)
+        images = tensors.get("images", tensors.get("pictures"))  # the name in files of version 0.1
+        if images is not None:
+            _check("images", images, np.uint8, (len(header.labels), *images.shape[1:3], 3))
+        return header, records, images
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -117,84 +134,45 @@ def read_trace(path: str | Path) -> tuple[TraceHeader, dict[tuple[str, int], Lay
 
 
 def _records(header: TraceHeader, tensors: dict[str, np.ndarray]) -> dict[tuple[str, int], LayerRecord]:
-    rows, heads, packed = len(header.labels), len(header.heads), {}
-    height, width = header.grid
-
-    def unpack(name: str, count: int | None) -> Packed:
-        if name not in packed:
-            values, scale, offset = (_array(tensors, f"{name}/{part}") for part in PACKED)
-            packed[name] = Packed(values, scale, offset)
-        values, scale, offset = (getattr(packed[name], part) for part in PACKED)
-        _check(name, values, np.int16, (rows, heads, count, None))
-        _check(name, scale, np.float32, (*values.shape[:3], 1))
-        _check(name, offset, np.float32, (rows, heads, 1, values.shape[3]))
-        return packed[name]
-
+    (height, width), rows, heads = header.grid, len(header.labels), len(header.heads)
+    packed: dict[str, Packed] = {}
     records = {}
     for entry in header.entries:
-        if entry.operator not in (None, *OPERATORS):
-            raise ValueError(f"operator {entry.operator!r}, expected one of {', '.join(OPERATORS)}")
         cells = None if is_cross(entry.name) else (height // entry.ratio) * (width // entry.ratio)
-        queries, keys = unpack(entry.queries, height * width), unpack(entry.keys, cells)
-        if keys.values.shape[3] != queries.values.shape[3] or keys.count == 0:
-            raise ValueError(
-                f"{entry.keys} has vectors of shape {keys.values.shape}, {entry.queries} of another size"
-            )
-        prefix = f"{entry.name}/{entry.step}"
-        mask, bias = (tensors.get(f"{prefix}/{part}") for part in ("mask", "bias"))
+        for name, count in ((entry.queries, height * width), (entry.keys, cells)):
+            packed[name] = packed.get(name) or _packed(tensors, name, rows, heads)
+            if packed[name].count != count and not (count is None and packed[name].count):
+                raise ValueError(
+                    f"{name} has {packed[name].count} vectors for a grid of {height} x {width} tokens"
+                )
+        queries, keys = packed[entry.queries], packed[entry.keys]
+        _check(entry.keys, keys.values, np.int16, (*keys.values.shape[:3], queries.values.shape[3]))
+        mask, bias = (tensors.get(f"{entry.name}/{entry.step}/{part}") for part in ("mask", "bias"))
         if mask is not None:
-            _check(f"{prefix}/mask", mask, np.bool_, (rows, keys.count))
+            _check("mask", mask, np.bool_, (rows, keys.count))
         if bias is not None:
-            _check(f"{prefix}/bias", bias, np.float32, (rows, heads, keys.count))
-        records[entry.name, entry.step] = LayerRecord(
-            queries, keys, mask, bias, entry.scale, entry.ratio, entry.operator
-        )
-    _check_complete(header, records)
+            _check("bias", bias, np.float32, (rows, heads, keys.count))
+        number = dict(header.text_of).get(entry.step)
+        texts = header.texts[number] if number is not None else []
+        if is_cross(entry.name) and max((len(pieces) for _, pieces in texts), default=0) > keys.count:
+            raise ValueError(f"a prompt has more tokens than {entry.keys} has keys")
+        made = entry.scale, entry.ratio, entry.operator
+        records[entry.name, entry.step] = LayerRecord(queries, keys, mask, bias, *made)
     return records
 
 
-def _check_complete(header: TraceHeader, records: dict[tuple[str, int], LayerRecord]) -> None:
-    """Refuse a header whose layers, steps and prompts are not those of its records."""
-    steps, rows = [step for step, _ in header.timesteps], len(header.labels)
-    if set(records) != {(name, step) for name in header.names for step in steps}:
-        raise ValueError("its layers and steps are not those of its arrays")
-    if (
-        len(header.entries) != len(records)
-        or len(set(steps)) != len(steps)
-        or len(set(header.heads)) != len(header.heads)
-    ):
-        raise ValueError("a layer, step or head occurs twice")
-    if any(number >= len(header.texts) or step not in steps for step, number in header.text_of):
-        raise ValueError("text_of names a prompt or step that it does not have")
-    if any(len(texts) != rows for texts in header.texts):
-        raise ValueError(f"expected a prompt for each of {rows} rows")
-    for (name, step), record in records.items():
-        number = dict(header.text_of).get(step)
-        if number is not None and is_cross(name):
-            longest = max((len(pieces) for _, pieces in header.texts[number]), default=0)
-            if longest > record.keys.count:
-                raise ValueError(f"a prompt of {longest} tokens for {record.keys.count} keys of {name}")
+def _packed(tensors: dict[str, np.ndarray], name: str, rows: int, heads: int) -> Packed:
+    values, scale, offset = (tensors[f"{name}/{part}"] for part in PACKED)
+    vectors, size = values.shape[2:]
+    _check(name, values, np.int16, (rows, heads, vectors, size))
+    _check(name, scale, np.float32, (rows, heads, vectors, 1))
+    _check(name, offset, np.float32, (rows, heads, 1, size))
+    return Packed(values, scale, offset)
 
 
-def _images(header: TraceHeader, tensors: dict[str, np.ndarray]) -> np.ndarray | None:
-    images = tensors.get("images", tensors.get("pictures"))  # the name in files of version 0.1
-    if images is not None:
-        _check("images", images, np.uint8, (len(header.labels), None, None, 3))
-    return images
-
-
-def _array(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
-    if name not in tensors:
-        raise ValueError(f"array {name!r} is missing")
-    return tensors[name]
-
-
-def _check(name: str, array: np.ndarray, dtype: Any, shape: tuple[int | None, ...]) -> None:
-    fits = len(array.shape) == len(shape)
-    fits = fits and all(n in (None, size) for n, size in zip(shape, array.shape, strict=True))
-    if array.dtype != dtype or not fits:
-        expected = tuple("any" if n is None else n for n in shape)
-        raise ValueError(f"{name} is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {expected}")
+def _check(name: str, array: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name} is {array.dtype} {array.shape}; expected {np.dtype(dtype)} {shape}")
     if array.dtype == np.float32 and not np.isfinite(array).all():
         raise ValueError(f"{name} has numbers that are not finite")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from reference_data import relative_error
-from test_trace import CALL, draw, pipe  # noqa: F401 - a fixture
-from traced_models import compressing, direct_maps, inputs, watched
+from traced_models import CALL, compressing, direct_maps, draw, inputs, watched
 
 from pixart_nb.core import compression_loss, replace_compression, trace
 from pixart_nb.core.sampling.trajectory import follow, predictions
@@ -63,7 +62,7 @@ def test_similarities_and_errors_are_those_of_the_direct_formulas(monkeypatch, s
     assert found.map("output_similarity", NAME, row=1).shape == (height, width)
 
 
-def test_measuring_changes_nothing(pipe):  # noqa: F811
+def test_measuring_changes_nothing(pipe):
     before = draw(pipe)
     with compression_loss(pipe, ratio=2, operator="conv", steps=[0, 2]) as found:
         assert np.array_equal(draw(pipe), before)
@@ -73,7 +72,7 @@ def test_measuring_changes_nothing(pipe):  # noqa: F811
     assert pipe.transformer.hook_manager is None
 
 
-def test_along_a_kept_run_only_rows_of_the_prompts_are_measured(pipe):  # noqa: F811
+def test_along_a_kept_run_only_rows_of_the_prompts_are_measured(pipe):
     call = {key: CALL[key] for key in ("height", "width", "num_inference_steps", "max_sequence_length")}
     with compression_loss(pipe, ratio=2, operator="mean") as during:
         run = follow(pipe, CALL["prompt"], generator=np.random.default_rng(0), **call)
@@ -85,7 +84,7 @@ def test_along_a_kept_run_only_rows_of_the_prompts_are_measured(pipe):  # noqa: 
     assert np.allclose(along.values("output_error", row=1), during.values("output_error", row=1), rtol=1e-5)
 
 
-def test_a_compression_of_the_model_is_measured_unless_told(pipe):  # noqa: F811
+def test_a_compression_of_the_model_is_measured_unless_told(pipe):
     net = compressing("conv", kept=(1,))
     with compression_loss(net) as own:
         net(*inputs())
@@ -105,7 +104,7 @@ def test_a_compression_of_the_model_is_measured_unless_told(pipe):  # noqa: F811
     assert t.key_grid(NAME) == (2, 3)
 
 
-def test_what_changes_little_loses_little(pipe):  # noqa: F811
+def test_what_changes_little_loses_little(pipe):
     with (
         compression_loss(pipe, ratio=2, operator="mean") as two,
         compression_loss(pipe, ratio=4, operator="mean") as four,
@@ -126,7 +125,7 @@ def test_what_changes_little_loses_little(pipe):  # noqa: F811
         ({"ratio": 2, "operator": "mean", "layers": 4}, "it has blocks.0 to blocks.2"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(pipe, options, message):  # noqa: F811
+def test_what_cannot_be_measured_is_refused(pipe, options, message):
     with pytest.raises(ValueError, match=message):  # noqa: SIM117
         with compression_loss(pipe, **options):
             draw(pipe)

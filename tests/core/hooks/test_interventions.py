@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from reference_data import relative_error
 from test_attention import flash_attention_substitute
-from test_trace import CALL, assert_untouched, draw, never, pipe  # noqa: F401 - a fixture
 from test_transformer import small_net
-from traced_models import compressing, inputs
+from traced_models import CALL, assert_untouched, compressing, draw, inputs, never
 
 from pixart_nb.core import ablate_heads, backend, replace_compression, reweight_token, swap_prompt, trace
 from pixart_nb.core.backend import ms
@@ -23,14 +22,14 @@ def net():
     return small_net()
 
 
-def maps(pipe, *changes, name=FIRST, step=0, **options):  # noqa: F811
+def maps(pipe, *changes, name=FIRST, step=0, **options):
     """Attention of a layer (pictures, heads, queries, keys) under changes, and the latents that came out."""
     with trace(pipe, announce=None, **options) as t:
         out = draw_with(pipe, *changes)
     return np.stack([t.rows(name, step, None, row=row) for row in range(len(t.labels))]), out, t
 
 
-def draw_with(pipe, *changes):  # noqa: F811
+def draw_with(pipe, *changes):
     if not changes:
         return draw(pipe)
     with changes[0](pipe):
@@ -53,7 +52,7 @@ def test_a_head_that_is_off_gives_what_a_projection_without_it_gives(net, kind, 
     assert relative_error(off, plain) > 1e-3
 
 
-def test_heads_are_off_at_the_chosen_steps_only(pipe):  # noqa: F811
+def test_heads_are_off_at_the_chosen_steps_only(pipe):
     before, _, _ = maps(pipe, name="blocks.2.attn", step=1)
     during, _, _ = maps(pipe, lambda p: ablate_heads(p, 0, steps=1), name="blocks.2.attn", step=1)
     first, _, _ = maps(pipe, lambda p: ablate_heads(p, 0, steps=1), name="blocks.2.attn", step=0)
@@ -64,7 +63,7 @@ def test_heads_are_off_at_the_chosen_steps_only(pipe):  # noqa: F811
 # ---- words
 
 
-def test_a_scaled_word_gets_so_much_more_and_rows_still_sum_to_one(pipe):  # noqa: F811
+def test_a_scaled_word_gets_so_much_more_and_rows_still_sum_to_one(pipe):
     before, plain, t = maps(pipe)
     after, out, _ = maps(pipe, lambda p: reweight_token(p, "mushroom", 3.0))
     tokens = list(t.word_tokens()[2].tokens)
@@ -77,13 +76,13 @@ def test_a_scaled_word_gets_so_much_more_and_rows_still_sum_to_one(pipe):  # noq
     assert relative_error(out[1], plain[1]) < 1e-5
 
 
-def test_rows_without_a_prompt_are_left_alone(pipe):  # noqa: F811
+def test_rows_without_a_prompt_are_left_alone(pipe):
     before, _, _ = maps(pipe, rows="unconditional")
     after, _, _ = maps(pipe, lambda p: reweight_token(p, "red", 5.0), rows="unconditional")
     assert np.array_equal(before, after)
 
 
-def test_a_factor_of_zero_takes_a_word_away_and_one_changes_nothing(pipe):  # noqa: F811
+def test_a_factor_of_zero_takes_a_word_away_and_one_changes_nothing(pipe):
     before, plain, _ = maps(pipe)
     without, _, t = maps(pipe, lambda p: reweight_token(p, "red mushroom", 0))
     tokens = [token for word in t.word_tokens()[1:3] for token in word.tokens]
@@ -94,7 +93,7 @@ def test_a_factor_of_zero_takes_a_word_away_and_one_changes_nothing(pipe):  # no
     assert relative_error(out, plain) < 1e-5
 
 
-def test_scaling_is_of_the_chosen_heads_and_layers(pipe):  # noqa: F811
+def test_scaling_is_of_the_chosen_heads_and_layers(pipe):
     before, _, _ = maps(pipe)
     after, _, _ = maps(pipe, lambda p: reweight_token(p, "red", 4.0, layers=0, heads=1))
     assert np.array_equal(after[0][0], before[0][0])
@@ -114,7 +113,7 @@ class Outputs(Hook):
         return out
 
 
-def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):  # noqa: F811
+def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):
     plain, scaled = Outputs(), Outputs()
     with attached(pipe, plain):
         before, _, t = maps(pipe)
@@ -127,7 +126,7 @@ def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):  #
     assert np.array_equal(before, after)
 
 
-def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):  # noqa: F811
+def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):
     expected, _, _ = maps(pipe, lambda p: reweight_token(p, "grass", 0.25))
     on_the_cpu, on_ascend = Outputs(), Outputs()
     with attached(pipe, on_the_cpu), reweight_token(pipe, "grass", 0.25):
@@ -200,7 +199,7 @@ def test_half_precision_models_are_compressed_in_half_precision(net):
 # ---- prompts
 
 
-def test_a_prompt_that_is_swapped_at_the_first_step_is_the_prompt(pipe):  # noqa: F811
+def test_a_prompt_that_is_swapped_at_the_first_step_is_the_prompt(pipe):
     other = ["blue cat", "a red mushroom on grass"]
     expected = draw(pipe, prompt=other)
     with swap_prompt(pipe, 0, other):
@@ -212,7 +211,7 @@ def test_a_prompt_that_is_swapped_at_the_first_step_is_the_prompt(pipe):  # noqa
         assert relative_error(draw(pipe), expected) < 1e-5
 
 
-def test_up_to_the_step_the_first_prompt_holds_and_then_the_other(pipe):  # noqa: F811
+def test_up_to_the_step_the_first_prompt_holds_and_then_the_other(pipe):
     def latents(*changes):
         seen = []
         draw_with_callback = {"callback": lambda step, timestep, x: seen.append(x)}
@@ -228,7 +227,7 @@ def test_up_to_the_step_the_first_prompt_holds_and_then_the_other(pipe):  # noqa
     assert relative_error(swapped[2], plain[2]) > 1e-5
 
 
-def test_a_trace_knows_which_prompt_is_in_force(pipe):  # noqa: F811
+def test_a_trace_knows_which_prompt_is_in_force(pipe):
     _, _, t = maps(pipe, lambda p: swap_prompt(p, 1, "a very long prompt with a green key in the snow"))
     assert [t.text(1, step).prompt for step in t.steps][:2] == [
         "blue cat",
@@ -247,7 +246,7 @@ def test_a_trace_knows_which_prompt_is_in_force(pipe):  # noqa: F811
 # ---- together
 
 
-def everything(pipe):  # noqa: F811
+def everything(pipe):
     return [
         lambda p: reweight_token(p, "key", 2.0),
         lambda p: ablate_heads(p, 2, 0),
@@ -258,7 +257,7 @@ def everything(pipe):  # noqa: F811
     ]
 
 
-def test_interventions_compose_in_any_order_and_leave_the_model_as_it_was(pipe):  # noqa: F811
+def test_interventions_compose_in_any_order_and_leave_the_model_as_it_was(pipe):
     names = [name for name, _ in pipe.transformer.parameters_and_names()]
     before = draw(pipe)
     changes = everything(pipe)
@@ -272,7 +271,7 @@ def test_interventions_compose_in_any_order_and_leave_the_model_as_it_was(pipe):
     assert np.array_equal(draw(pipe), before)
 
 
-def test_after_an_error_the_model_is_as_it_was(pipe):  # noqa: F811
+def test_after_an_error_the_model_is_as_it_was(pipe):
     names = [name for name, _ in pipe.transformer.parameters_and_names()]
     before = draw(pipe)
 
@@ -315,7 +314,7 @@ def test_after_an_error_the_model_is_as_it_was(pipe):  # noqa: F811
         (lambda p: swap_prompt(p.transformer, 1, "a cat"), "no text encoder or no tokenizer"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change, message):  # noqa: F811
+def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change, message):
     monkeypatch.setattr(CPUDenoiser, "__call__", never)
     with pytest.raises(ValueError, match=message):  # noqa: SIM117
         with change(pipe):
@@ -323,7 +322,7 @@ def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change
     assert pipe.transformer.hook_manager is None
 
 
-def test_a_word_of_a_prompt_without_words_is_refused(pipe):  # noqa: F811
+def test_a_word_of_a_prompt_without_words_is_refused(pipe):
     with (
         pytest.raises(ValueError, match="the prompt '' has no words, only 0: '</s>'"),
         reweight_token(pipe, "cat", 2),

@@ -6,49 +6,24 @@ from copy import copy
 
 import numpy as np
 import pytest
-from reference_data import diffusers
-from traced_models import compressing, direct_maps, inputs, watched
+from traced_models import (
+    CALL,
+    NAMES,
+    assert_untouched,
+    compressing,
+    direct_maps,
+    draw,
+    inputs,
+    never,
+    watched,
+)
 
-from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import TraceTooLargeError, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.hooks import attention_maps as maps
-from pixart_nb.core.hooks.hook_points import HookManager, attention_layers
+from pixart_nb.core.hooks.hook_points import HookManager
 from pixart_nb.pixelart.adaptation import compressed_copy
-
-NAMES = ["blocks.0.attn", "blocks.0.cross_attn", "blocks.1.attn", "blocks.1.cross_attn"]
-CALL = dict(
-    prompt=["a red mushroom on grass", "blue cat"],
-    height=64,
-    width=96,
-    num_inference_steps=3,
-    output_type="latent",
-    max_sequence_length=32,
-    use_resolution_binning=False,
-)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return PixArtSigmaPipeline.from_pretrained(diffusers("sigma")[0], mindspore_dtype=ms.float32)
-
-
-def draw(pipe, **changes):
-    rngs = [np.random.default_rng(seed) for seed in range(2)]
-    return pipe(**CALL | {"generator": rngs} | changes)[0]
-
-
-def never(*args, **options):
-    raise AssertionError("the model was called")
-
-
-@pytest.fixture(scope="module")
-def traced(pipe):
-    with trace(pipe, announce=None) as t:
-        draw(pipe)
-    return t
-
 
 # ---- what it holds
 
@@ -283,12 +258,6 @@ def test_arrays_may_lie_on_the_disk_and_go_with_the_trace(pipe, traced, tmp_path
 
 
 # ---- nothing is left behind
-
-
-def assert_untouched(net, names):
-    assert net.hook_manager is None
-    assert all(layer.hook_point is None for _, layer in attention_layers(net))
-    assert [name for name, _ in net.parameters_and_names()] == names
 
 
 def test_after_an_error_the_model_is_as_it_was(pipe):

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trace import draw, pipe  # noqa: F401 - a fixture
-from traced_models import compressing, inputs
+from traced_models import compressing, draw, inputs
 
 from pixart_nb.core import Trace, reweight_token, trace
 from pixart_nb.core.io import CheckpointError, save_tensors
 
 
 @pytest.fixture(scope="module")
-def saved(pipe, tmp_path_factory):  # noqa: F811
+def saved(pipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("trace") / "run.safetensors"
     with trace(pipe, announce=None) as t, reweight_token(pipe, "grass", 2.0):
         draw(pipe)
@@ -23,7 +22,7 @@ def saved(pipe, tmp_path_factory):  # noqa: F811
     return t, path
 
 
-def test_what_is_read_back_is_what_was_saved(pipe, saved):  # noqa: F811
+def test_what_is_read_back_is_what_was_saved(pipe, saved):
     t, path = saved
     again = Trace.load(path, pipe)
     assert (again.names, again.heads, again.grid, again.labels) == (t.names, t.heads, t.grid, t.labels)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_trace import NAMES, draw, pipe, traced  # noqa: F401 - fixtures
-from traced_models import compressing, inputs
+from traced_models import NAMES, compressing, draw, inputs
 
 from pixart_nb.core import trace
 
@@ -28,7 +27,7 @@ from pixart_nb.core import trace
         ({"rows": "both"}, "conditional, unconditional, all"),
     ],
 )
-def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, message):  # noqa: F811
+def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, message):
     with pytest.raises(ValueError, match=message), trace(pipe, announce=None, **options):
         draw(pipe)
     assert pipe.transformer.hook_manager is None
@@ -57,12 +56,12 @@ def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, mes
         (lambda t: setattr(t, "images", [np.zeros((4, 4, 3), np.uint8)]), "expected 2 images"),
     ],
 )
-def test_what_a_trace_does_not_have_is_refused_with_what_it_has(traced, ask, message):  # noqa: F811
+def test_what_a_trace_does_not_have_is_refused_with_what_it_has(traced, ask, message):
     with pytest.raises(ValueError, match=message):
         ask(traced)
 
 
-def test_a_prompt_without_words_says_so(pipe):  # noqa: F811
+def test_a_prompt_without_words_says_so(pipe):
     with trace(pipe, announce=None) as t:
         draw(pipe, prompt=["", "   "])
     assert t.words() == ["</s>"]
@@ -70,7 +69,7 @@ def test_a_prompt_without_words_says_so(pipe):  # noqa: F811
         t.word_map("cat")
 
 
-def test_a_second_run_needs_a_trace_of_its_own(pipe):  # noqa: F811
+def test_a_second_run_needs_a_trace_of_its_own(pipe):
     with trace(pipe, announce=None) as t:
         draw(pipe)
         with pytest.raises(ValueError, match="already holds a run"):
@@ -78,7 +77,7 @@ def test_a_second_run_needs_a_trace_of_its_own(pipe):  # noqa: F811
     assert t.steps == [0, 1, 2]
 
 
-def test_a_block_in_which_nothing_ran_says_so(pipe):  # noqa: F811
+def test_a_block_in_which_nothing_ran_says_so(pipe):
     with pytest.warns(UserWarning, match="nothing was traced"), trace(pipe, announce=None):
         pass
 
