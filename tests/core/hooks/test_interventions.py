@@ -9,12 +9,21 @@ from test_attention import flash_attention_substitute
 from test_transformer import small_net
 from traced_models import CALL, assert_untouched, compressing, draw, inputs, never
 
-from pixart_nb.core import ablate_heads, backend, replace_compression, reweight_token, swap_prompt, trace
+from pixart_nb.core import (
+    ablate_heads,
+    backend,
+    compression_loss,
+    replace_compression,
+    reweight_token,
+    swap_prompt,
+    trace,
+)
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu import CPUDenoiser
-from pixart_nb.core.hooks.hook_points import Hook, attached
+from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.hooks.hook_points import Hook, HookManager, attached
 
 FIRST = "blocks.0.cross_attn"
+SAMPLE = {key: value for key, value in CALL.items() if key not in ("output_type", "use_resolution_binning")}
 
 
 @pytest.fixture
@@ -285,6 +294,56 @@ def test_after_an_error_the_model_is_as_it_was(pipe):
     assert np.array_equal(draw(pipe), before)
 
 
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: reweight_token(p, "red", 2.0),
+        lambda p: ablate_heads(p, 2, 0),
+        lambda p: swap_prompt(p, 1, "a green key"),
+        lambda p: replace_compression(p, [0, 1], 2, "mean"),
+        lambda p: trace(p, announce=None),
+        lambda p: compression_loss(p, ratio=2, operator="mean"),
+    ],
+)
+def test_no_hook_stays_after_an_interrupted_generator(pipe, change, interrupt):
+    names = [name for name, _ in pipe.transformer.parameters_and_names()]
+    steps = pipe.sample(**SAMPLE, generator=np.random.default_rng(0))
+
+    def run():
+        for index, _ in enumerate(pipe.sample(**SAMPLE, generator=np.random.default_rng(0))):
+            if index == 2:
+                raise interrupt
+
+    with pytest.raises(interrupt), change(pipe):
+        run()
+    assert_untouched(pipe.transformer, names)
+    assert len(list(steps)) == 4  # the conditioning and three steps
+
+
+def test_an_interrupt_while_a_hook_is_attached_leaves_nothing(pipe, monkeypatch):
+    names = [name for name, _ in pipe.transformer.parameters_and_names()]
+    original = HookManager.attach
+
+    def attach(self, hook, tokenizer):
+        original(self, hook, tokenizer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HookManager, "attach", attach)
+    with pytest.raises(KeyboardInterrupt), ablate_heads(pipe, 0):
+        pass
+    assert_untouched(pipe.transformer, names)
+
+
+def test_a_generator_that_outlives_its_block_continues_without_the_hook(pipe):
+    steps = pipe.sample(**SAMPLE, generator=[np.random.default_rng(seed) for seed in range(2)])
+    with ablate_heads(pipe):
+        pass
+    *_, last = steps
+    assert np.array_equal(last.latents, draw(pipe))
+    assert pipe.transformer.hook_manager is None
+
+
 # ---- bad input
 
 
@@ -298,6 +357,8 @@ def test_after_an_error_the_model_is_as_it_was(pipe):
             lambda p: reweight_token(p, "moon", 2),
             "no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a'",
         ),
+        (lambda p: reweight_token(p, "mushrom", 2), "did you mean 'mushroom'?"),
+        (lambda p: ablate_heads(p, "blocks.0.atn"), "did you mean 'blocks.0.attn'?"),
         (lambda p: reweight_token(p, "red", -1), "at least 0"),
         (lambda p: reweight_token(p, "red", float("nan"), renormalize=False), "expected a number"),
         (lambda p: replace_compression(p, operator="max"), "'max' is unknown; expected one of conv, ave"),

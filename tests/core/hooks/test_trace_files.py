@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from traced_models import compressing, draw, inputs
 
 from pixart_nb.core import Trace, reweight_token, trace
-from pixart_nb.core.io import CheckpointError, save_tensors
+from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors, save_tensors
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,101 @@ def test_a_file_that_was_cut_off_is_refused(saved, share):
     damaged.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
         Trace.load(damaged)
+
+
+# ---- files from strangers: a valid checksum, but content that does not fit
+
+
+def rewritten(path, target, change=lambda content: None, tensors=lambda tensors: None):
+    """Write a trace file again with changed content and arrays, and the checksum of the changed content."""
+    arrays, content = load_tensors(path), json.loads(load_metadata(path)["trace"])
+    tensors(arrays)
+    change(content)
+    text = json.dumps(content)
+    value = zlib.crc32(text.encode())
+    for name in sorted(arrays):
+        value = zlib.crc32(
+            np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), value)
+        )
+    save_tensors(target, arrays, {"format": "pixart-nb trace 1", "trace": text, "crc32": str(value)})
+    return target
+
+
+FIRST = "blocks.0.attn/0"
+REPLACEMENTS = [None, -1, 0, 2**62, 1e300, float("nan"), "x", [], {}, [[]], True, [[0, [0]]], {"a": {}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(grid=[10**9, 10**9]), "grid"),
+        (lambda c: c.update(grid=[4, 7]), "24 vectors for a grid of 4 x 7 tokens"),
+        (lambda c: c["entries"][0].update(ratio=0), "ratio"),
+        (lambda c: c["entries"][0].update(ratio=2), "vectors for a grid"),
+        (lambda c: c["entries"][0].update(operator="__import__"), "operator"),
+        (lambda c: c["entries"][0].update(name="blocks.0.mlp"), "name"),
+        (lambda c: c["entries"][0].update(keys="../../etc/passwd"), "/etc/passwd"),
+        (lambda c: c["entries"].pop(), "layers and steps"),
+        (lambda c: c["entries"].append(c["entries"][0]), "twice"),
+        (lambda c: c.update(labels=[]), "expected a prompt for each of 0 rows"),
+        (lambda c: c.update(labels=["a"] * 10**6), "for each of 1000000 rows"),
+        (lambda c: c.update(heads=list(range(9999))), "expected int16"),
+        (lambda c: c.update(text_of=[[0, 9]]), "does not have"),
+        (lambda c: c["texts"][0][0].__setitem__(1, ["x"] * 999), "more tokens than"),
+        (lambda c: c.update(extra=1), "extra"),
+        (lambda c: c.pop("names"), "names"),
+    ],
+)
+def test_content_that_does_not_fit_its_arrays_is_refused(saved, tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        Trace.load(rewritten(saved[1], tmp_path / "t.safetensors", change))
+    assert "t.safetensors is not a valid trace" in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        lambda t: t.pop(f"{FIRST}/queries/values"),
+        lambda t: t.update({f"{FIRST}/queries/values": np.zeros(3, np.int16)}),
+        lambda t: t.update({f"{FIRST}/queries/scale": t[f"{FIRST}/queries/scale"] * np.float32("nan")}),
+        lambda t: t.update({f"{FIRST}/keys/offset": t[f"{FIRST}/keys/offset"].astype(np.float64)}),
+        lambda t: t.update({"images": np.zeros((2, 4, 4), np.uint8)}),
+    ],
+)
+def test_arrays_that_are_missing_or_of_another_form_are_refused(saved, tmp_path, tensors):
+    with pytest.raises(CheckpointError, match="is not a valid trace"):
+        Trace.load(rewritten(saved[1], tmp_path / "t.safetensors", tensors=tensors))
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_mutated_header_loads_or_is_refused_in_one_line(saved, data):
+    """Any value in the JSON replaced: CheckpointError, or a trace whose maps can be computed."""
+
+    def mutate(node):
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = data.draw(st.sampled_from(keys))
+            if not isinstance(node[key], dict | list) or not node[key] or data.draw(st.booleans()):
+                node[key] = data.draw(st.sampled_from(REPLACEMENTS))
+                return
+            node = node[key]
+
+    path = rewritten(saved[1], saved[1].with_name("mutated.safetensors"), mutate)
+    t, message = load_or_message(path)
+    if t is None:
+        assert "mutated.safetensors" in message and "\n" not in message
+    else:
+        assert np.isfinite(t.entropy()).all()
+        assert t.word_maps(steps=0).shape == (len(t.words()), *t.grid)
+
+
+def load_or_message(path):
+    try:
+        return Trace.load(path), ""
+    except CheckpointError as error:
+        return None, str(error)
 
 
 def test_what_is_no_trace_is_refused(tmp_path):

@@ -47,6 +47,8 @@ def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, mes
             r"no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a', 1: 'red'",
         ),
         (lambda t: t.word_map("grass red"), "no word 'grass red'"),
+        (lambda t: t.word_map("gras"), "did you mean 'grass'?"),
+        (lambda t: t.rows("blocks.0.atn", 0, 0), "did you mean 'blocks.0.attn'?"),
         (lambda t: t.word_map(6), "no word number 6"),
         (
             lambda t: t.word_map("red", layers=4),
