@@ -19,7 +19,7 @@ from pixart_nb.core import (
     trace,
 )
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu import Denoiser
+from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.hooks.hook_points import Hook, HookManager, attached
 
 FIRST = "blocks.0.cross_attn"
