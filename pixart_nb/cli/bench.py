@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from enum import Enum
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pixart_nb.config import SAMPLING_STEPS
+from pixart_nb.config import SAMPLING_STEPS, project_folder
 from pixart_nb.core.errors import PixArtNBError
 
 
@@ -22,7 +24,7 @@ class Benchmark(str, Enum):
     encode = "encode"
     decode = "decode"
     decode_tiled = "decode-tiled"
-    picture = "picture"
+    image = "image"
     train = "train"
     block = "block"
     pipeline = "pipeline"
@@ -33,8 +35,8 @@ def bench(
         Benchmark,
         typer.Argument(
             help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
-            "encode: T5. decode, decode-tiled: the autoencoder. picture: prompt to picture. train: a training step. "
-            "block: one block, plain and compressed. pipeline: peak memory of a whole picture, T5 streamed."
+            "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step. "
+            "block: one block, plain and compressed. pipeline: peak memory of a whole run, T5 streamed."
         ),
     ] = Benchmark.denoise,
     size: Annotated[
@@ -58,7 +60,7 @@ def bench(
         ),
     ] = SAMPLING_STEPS,
     depth: Annotated[int, typer.Option(min=1, help="Number of transformer blocks; XL/2 has 28.")] = 28,
-    words: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 20,
+    caption_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 20,
     text_layers: Annotated[
         int, typer.Option(min=1, help="Number of T5 layers; XXL has 24, of 0.8 GB each.")
     ] = 2,
@@ -75,53 +77,50 @@ def bench(
 
     Example: pixart-nb bench denoise --size 256 512 --peer
     """
-    from pixart_nb.core.benchmark import runs
-    from pixart_nb.core.benchmark.shapes import Shapes
-
     if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
-    shapes = Shapes(steps=sampling_steps, depth=depth, words=words, text_layers=text_layers, ratio=ratio)
-    sizes = [
-        replace(shapes, size=side) for side in size or [256]
-    ]  # all are validated before the first one runs
+    runs, shapes_class = load_benchmarks()
+    shapes = shapes_class(
+        steps=sampling_steps,
+        depth=depth,
+        caption_tokens=caption_tokens,
+        text_layers=text_layers,
+        ratio=ratio,
+    )
+    shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
     if what is Benchmark.table:
-        parts = [runs.table(shapes, [s.size for s in sizes], training_size or [], repeats)]
+        parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]
     else:
-        parts = (measured(what, each, repeats, peer) for each in sizes)
+        parts = (runs.run(what.value, each, repeats, peer) for each in shapes_by_size)
     rows, paths = [], []
     for part in parts:  # each size is printed and written before the next one runs
         rows += part
         typer.echo("\n".join(map(str, part)))
-        paths = written(rows, output_path, what.value)
+        paths = written(runs, rows, output_path, what.value)
     for path in paths:
         typer.echo(path)
 
 
-def measured(what: Benchmark, shapes, repeats: int, peer: bool) -> list:
-    """The rows of one benchmark at one size."""
-    from pixart_nb.core.benchmark import runs
+def load_benchmarks() -> tuple[Any, type]:
+    """Return the module ``benchmarks.runs`` and the class ``Shapes`` of the repository at or above this folder.
 
-    if what is Benchmark.denoise:
-        return runs.denoise(shapes, repeats, peer)
-    if what is Benchmark.block:
-        return runs.block(shapes, max(1, repeats))
-    if what is Benchmark.pipeline:
-        return runs.pipeline(shapes)
-    if what is Benchmark.train:
-        return runs.train(shapes, max(1, repeats), peer)
-    if what in (Benchmark.decode, Benchmark.decode_tiled):
-        return runs.decode(shapes, max(1, repeats), peer, what is Benchmark.decode_tiled)
-    apart = what is Benchmark.picture  # of T5 there should be room for as many layers as possible
-    return runs.compare(what.value, shapes, max(1, repeats), peer, apart)
+    Raises:
+        PixArtNBError: there is no repository here; the installed package does not hold the benchmarks.
+    """
+    folder = project_folder()
+    if not (folder / "benchmarks" / "runs.py").is_file():
+        raise PixArtNBError(f"{folder} has no folder benchmarks/; run this in a checkout of the repository")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return import_module("benchmarks.runs"), import_module("benchmarks.shapes").Shapes
 
 
-def written(rows: list, folder: Path, name: str) -> list[Path]:
-    """Write ``name.csv`` and, where there are seconds to draw, ``name.png``."""
-    from pixart_nb.core.benchmark.runs import write_csv
+def written(runs: Any, rows: list, folder: Path, name: str) -> list[Path]:
+    """Write ``name.csv`` and, where there are seconds to draw, ``name.png``. Return the paths."""
     from pixart_nb.viz.benchmark import SECONDS, benchmark_figure
     from pixart_nb.viz.figures import save_figure
 
-    paths = [write_csv(folder / f"{name}.csv", rows)]
+    paths = [runs.write_csv(folder / f"{name}.csv", rows)]
     if any(row.measure in SECONDS for row in rows):
         save_figure(benchmark_figure(rows), folder / f"{name}.png")
         paths.append(folder / f"{name}.png")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,7 @@ def plan(
         list[int] | None, typer.Option(help="Compression ratios that the overview shows.")
     ] = None,
     timed: Annotated[
-        bool, typer.Option("--timed/--no-timed", help="Estimate the time, from a short measurement.")
+        bool, typer.Option("--timed/--no-timed", help="Estimate the time from one measured step and tile.")
     ] = True,
     output_path: Annotated[
         Path | None, typer.Option("--output-path", "-o", metavar="file", help="JSON file for all numbers.")
@@ -36,11 +36,42 @@ def plan(
     Example: pixart-nb plan -c configs/inference/pixart-sigma-1024-MS.yaml --dtype fp32
     """
     from pixart_nb.core.io import write_json
-    from pixart_nb.core.planning import report
+    from pixart_nb.core.sampling.planning import RATIOS, SIZES, plan_config
 
     settings = load_config(config, "inference", options)
-    planned = report.planned(settings, sizes or report.SIZES, ratios or report.RATIOS, timed=timed)
-    typer.echo(report.told(planned))
+    planned = plan_config(settings, sizes or SIZES, ratios or RATIOS, timed=timed)
+    typer.echo(report(planned))
     if output_path:
-        write_json(output_path, report.numbers_of(planned))
+        write_json(output_path, planned.to_dict())
         typer.echo(output_path)
+
+
+def report(planned: Any) -> str:
+    """Return a ``ConfigPlan`` as text."""
+    from pixart_nb.core.cost import parameters
+    from pixart_nb.viz.tables import Table, in_words
+
+    plan, run = planned.plan, planned.plan.run
+    networks = {name.replace("_", " "): parameters(config) for name, config in vars(plan.networks).items()}
+    stages = [
+        {
+            "stage": stage.name,
+            "weights GB": stage.weights / 1e9,
+            "activations GB": stage.activations / 1e9,
+            "tera MACs": stage.macs / 1e12,
+            "estimated seconds": stage.seconds,
+        }
+        for stage in plan.stages
+    ]
+    parts = ", ".join(f"{name} {count / 1e9:.3g}" for name, count in plan.step_macs.items())
+    title = f"{run.height}x{run.width}, batch {run.batch}, {run.steps} steps, {run.dtype}"
+    lines = [
+        *(f"{name}: {in_words(count)} parameters" for name, count in networks.items()),
+        "",
+        str(Table(stages, title)),
+        f"Peak memory: {plan.peak / 1e9:.2f} GB.",
+        f"Giga MACs of one step: {parts}.",
+    ]
+    if planned.overview:
+        lines += ["", str(Table(planned.overview, "Overview by size, compression ratio and dtype"))]
+    return "\n".join([*lines, *("\n" + note for note in planned.notes)])

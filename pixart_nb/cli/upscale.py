@@ -44,35 +44,34 @@ def upscale(
 
     settings = load_config(config, "inference", options)
     paths, rows = upscaled(settings, factors or (), strengths or (), keys)
-    columns = ["size", "stage", "measured s", "loading s", "planned GB", "measured GB"]
-    typer.echo(Table([{name: row[name] for name in columns} for row in rows], "Time and memory"))
+    typer.echo(Table(rows, "Time and memory"))
     typer.echo("\n".join(map(str, paths)))
 
 
 def upscaled(
     config: InferenceConfig, factors: Any, strengths: Any, keys: int
 ) -> tuple[list[Path], list[dict]]:
-    """Draw the image and write it with its page; returns the paths, and rows of what was planned and measured."""
-    from pixart_nb.core.planning import report as planner
-    from pixart_nb.core.planning.memory import live_here
-    from pixart_nb.core.planning.plan import check_fits, plan_growing
-    from pixart_nb.core.sampling import upscaling
-    from pixart_nb.core.sampling.generate import drawn_size, prompts_of
+    """Draw the image and write it with its page. Return the paths, and table rows of planned and measured memory."""
+    from pixart_nb.core.run_memory import ActivationMemory
+    from pixart_nb.core.run_plan import check_fits, plan_upscaling
+    from pixart_nb.core.sampling import planning, upscaling
     from pixart_nb.core.sampling.images import write_image
+    from pixart_nb.core.sampling.run_config import drawn_size, prompts_of
     from pixart_nb.viz.zoom import ZoomViewer
 
     stages = config.stages_path or str(Path(config.output_path) / "stages")
     config = config.model_copy(update={"stages_path": stages})
-    networks, _ = planner.networks_of(config)
+    networks, _ = planning.networks_of(config)
     height, width = drawn_size(config, networks.transformer)
     sizes = upscaling.upscale_sizes(networks.transformer, height, width, factors, strengths, keys)
-    plans = plan_growing(networks, planner.run_of(config, networks), sizes, live=live_here())
+    run, memory = planning.run_settings(config, networks), ActivationMemory.of_this_process()
+    plans = plan_upscaling(networks, run, sizes, memory=memory)
     for plan in plans:
-        check_fits(plan, planner.memory_limit(config))
+        check_fits(plan, planning.memory_limit(config))
     images = upscaling.upscale(config, sizes)
-    path = Path(config.output_path) / "picture.png"
+    path = Path(config.output_path) / "image.png"
     steps = {"factors": [sizes[-1].height // size.height for size in sizes], "keys": keys}
     steps |= {"strengths": [size.strength for size in sizes[1:]]}
     write_image(path, images[-1].pixels(), config.model_dump() | steps)
     page = ZoomViewer(images[-1].pixels(), prompts_of(config)[0]).write(path.with_name("zoom.html"))
-    return [path, page], planner.compared_rows(plans, [image.files.measured() for image in images])
+    return [path, page], planning.measured_rows(plans, [image.files.measured() for image in images])

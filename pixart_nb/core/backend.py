@@ -92,6 +92,11 @@ def on_ascend() -> bool:
     return _DEVICE == "Ascend"
 
 
+def free_device_memory() -> int | None:
+    """Return the free bytes of the Ascend device (not run on Ascend), or None on a CPU."""
+    return ms.hal.get_device_properties(0).free_memory if on_ascend() else None
+
+
 def supported_dtype(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
     """Return the dtype to compute in: the CPU only stores bfloat16, so it becomes float32 there."""
     dtype = dtype_from_name(dtype)

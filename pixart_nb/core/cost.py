@@ -1,74 +1,105 @@
-"""What a step of the transformer costs: keys, multiply-adds, bytes. Counted from the shapes; time is measured."""
+"""Parameters and multiply-accumulates (MACs) of the networks, counted from their shapes.
+
+A MAC is one multiplication and addition of a matrix product or a convolution. Norms, activations and other
+element-wise arithmetic are not counted, nor is the column that carries an attention mask.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from mindspore import nn
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.load import init_empty
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, split_heads
+from pixart_nb.core.models.embeddings import FREQUENCIES
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
-from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.t5 import T5Config, T5Encoder
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.models.vae_blocks import VAEConfig
 
-#: Queries whose attention is timed; the time of all is that times their number.
+#: Queries whose attention is timed by ``measure_self_attention``.
 TIMED_QUERIES = 1024
+_NETWORKS = {PixArtConfig: PixArt, T5Config: T5Encoder, VAEConfig: AutoencoderKL}
+
+
+@lru_cache(maxsize=256)
+def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
+    """Return the number of parameters of the network of a configuration. Nothing is allocated."""
+    return sum(parameter.size for parameter in empty_network(config).get_parameters())
+
+
+def empty_network(config: PixArtConfig | T5Config | VAEConfig) -> nn.Cell:
+    """Build the network of a configuration with parameters that hold no memory."""
+    return init_empty(lambda: _NETWORKS[type(config)](config), ms.float32)
+
+
+# ---- transformer
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one forward pass over the blocks, for one picture.
+class StepCost:
+    """Cost of one forward pass over the transformer blocks, for one image.
 
-    ``tokens`` of the picture; ``keys`` of a compressed layer (or of any, without compression); ``multiply_adds`` of all
-    blocks and ``attention_multiply_adds`` of their self-attention (scores and weighted sums) alone; ``bytes`` of
-    all self-attentions' keys and values; ``map_bytes`` that the largest attention map would take if it were kept.
+    Attributes:
+        tokens: Tokens of the image.
+        keys: Keys of a compressed layer (of any layer without compression).
+        macs: MACs of all blocks.
+        attention_macs: MACs of the scores and weighted sums of all self-attentions.
+        bytes: Bytes of the keys and values of all self-attentions.
+        map_bytes: Bytes that the largest attention map would take if it were stored.
     """
 
     tokens: int
     keys: int
-    multiply_adds: int
-    attention_multiply_adds: int
+    macs: int
+    attention_macs: int
     bytes: int
     map_bytes: int
 
     def to_dict(self) -> dict[str, int]:
-        """All fields."""
+        """Return all fields."""
         return asdict(self)
 
 
 def step_cost(
-    config: PixArtConfig, height: int, width: int, caption_tokens: int = 300, bytes_per_number: int = 2
-) -> Cost:
-    """Cost of one pass over ``config.depth`` blocks for a picture of height x width image pixels.
+    config: PixArtConfig, height: int, width: int, caption_tokens: int = 300, bytes_per_value: int = 2
+) -> StepCost:
+    """Return the cost of one pass over the blocks for an image of height x width pixels.
 
-    Matrix products and the compression are counted, norms and activations are not. Guidance doubles everything.
+    Classifier-free guidance doubles every number but ``tokens``, ``keys`` and ``map_bytes``.
     """
-    unit, size = 8 * config.patch_size, config.hidden_size
+    unit, channels = 8 * config.patch_size, config.hidden_size
     if height < unit or width < unit or height % unit or width % unit:
         raise PixArtNBError(
             f"height and width are {height}x{width}; both must be positive multiples of {unit}"
         )
     grid = (height // unit, width // unit)
     tokens = grid[0] * grid[1]
-    keys = [keys_of(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
-    products = [block_products(config, grid, layer, caption_tokens) for layer in range(config.depth)]
-    return Cost(
+    keys = [key_count(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
+    blocks = [block_macs(config, grid, layer, caption_tokens) for layer in range(config.depth)]
+    return StepCost(
         tokens=tokens,
         keys=min(keys),
-        multiply_adds=sum(sum(parts.values()) for parts in products),
-        attention_multiply_adds=sum(parts["self-attention"] for parts in products),
-        bytes=2 * sum(keys) * size * bytes_per_number,
-        map_bytes=max(keys) * tokens * config.num_heads * bytes_per_number,
+        macs=sum(sum(parts.values()) for parts in blocks),
+        attention_macs=sum(parts["self-attention"] for parts in blocks),
+        bytes=2 * sum(keys) * channels * bytes_per_value,
+        map_bytes=max(keys) * tokens * config.num_heads * bytes_per_value,
     )
 
 
-def keys_of(grid: tuple[int, int], ratio: int) -> int:
-    """Keys of a layer that compresses a grid of tokens by ``ratio``; ValueError if none would be left."""
+def key_count(grid: tuple[int, int], ratio: int) -> int:
+    """Return the keys of a layer that compresses a (height, width) grid of tokens by ``ratio`` in each direction."""
     if ratio > min(grid):
         raise PixArtNBError(
             f"compression ratio {ratio} leaves no key of {grid[0]}x{grid[1]} tokens; it may be 1 to {min(grid)}"
@@ -76,41 +107,75 @@ def keys_of(grid: tuple[int, int], ratio: int) -> int:
     return (grid[0] // ratio) * (grid[1] // ratio)
 
 
-def block_products(
+def block_macs(
     config: PixArtConfig, grid: tuple[int, int], layer: int, caption_tokens: int
 ) -> dict[str, int]:
-    """Multiply-adds of one block, by part, for a grid of tokens (height, width).
+    """Return the MACs of one block by part, for a (height, width) grid of tokens.
 
-    The caption's keys and values are computed once a prompt, not once a step: see ``planning.counts``.
+    The keys and values of the caption are computed once per prompt: see ``caption_macs``.
     """
-    tokens, size, ratio = grid[0] * grid[1], config.hidden_size, config.layer_ratio(layer)
+    tokens, channels, ratio = grid[0] * grid[1], config.hidden_size, config.layer_ratio(layer)
+    convolved = ratio > 1 and config.kv_operator == "conv"
     return {
-        "projections": 4 * tokens * size**2,
-        "self-attention": 2 * tokens * keys_of(grid, ratio) * size,
-        "compression": _compression_products(config, grid, ratio),
-        "cross-attention": 2 * tokens * size**2 + 2 * tokens * caption_tokens * size,
-        "mlp": 2 * tokens * size * int(size * config.mlp_ratio),
+        "projections": 4 * tokens * channels**2,
+        "self-attention": 2 * tokens * key_count(grid, ratio) * channels,
+        "compression": 2 * key_count(grid, ratio) * ratio**2 * channels if convolved else 0,
+        "cross-attention": 2 * tokens * channels**2 + 2 * tokens * caption_tokens * channels,
+        "mlp": 2 * tokens * channels * int(channels * config.mlp_ratio),
     }
 
 
-def _compression_products(config: PixArtConfig, grid: tuple[int, int], ratio: int) -> int:
-    """Keys and values through a depthwise convolution; picking and averaging multiply nothing."""
-    if ratio == 1 or config.kv_operator != "conv":
+def step_macs(config: PixArtConfig, height: int, width: int, caption_tokens: Sequence[int]) -> dict[str, int]:
+    """Return the MACs of one denoising step for images of height x width pixels, by part.
+
+    Args:
+        caption_tokens: Number of caption tokens of each row of the batch. Cross-attention is counted as
+            ``core.fast`` computes it: folded for short captions, constant for captions of one token.
+    """
+    unit, channels, patch = 8 * config.patch_size, config.hidden_size, config.patch_size**2
+    grid, rows = (height // unit, width // unit), len(caption_tokens)
+    tokens, total = grid[0] * grid[1], Counter()
+    for layer in range(config.depth):
+        parts = block_macs(config, grid, layer, 0) | {"cross-attention": 0}
+        total.update({name: rows * count for name, count in parts.items()})
+    total["cross-attention"] = (
+        config.depth * tokens * sum(_macs_per_query(config, count) for count in caption_tokens)
+    )
+    total["patches"] = rows * tokens * channels * patch * (config.in_channels + config.out_channels)
+    total["timestep"] = FREQUENCIES * channels + channels**2 + 6 * channels**2  # shared by all rows
+    if config.micro_condition:  # height, width and aspect ratio, each a third of the channels
+        total["timestep"] += 3 * (FREQUENCIES * (channels // 3) + (channels // 3) ** 2)
+    return dict(total)
+
+
+def _macs_per_query(config: PixArtConfig, caption_tokens: int) -> int:
+    channels, heads = config.hidden_size, config.num_heads
+    if caption_tokens == 1:
         return 0
-    return 2 * keys_of(grid, ratio) * ratio**2 * config.hidden_size
+    if caption_tokens < channels // heads:
+        return 2 * channels * heads * caption_tokens
+    return 2 * channels**2 + 2 * caption_tokens * channels
+
+
+def caption_macs(config: PixArtConfig, caption_tokens: int) -> int:
+    """Return the MACs of preparing one caption for the cross-attention of every block, once per prompt."""
+    channels, count = config.hidden_size, caption_tokens
+    layer = 2 * count * channels**2  # keys and values
+    if count == 1:
+        layer += channels**2  # projection of the value
+    elif count < channels // config.num_heads:
+        layer += 2 * count * channels**2 + count * channels  # both folded into the projections, and the bias
+    return count * (config.caption_channels * channels + channels**2) + config.depth * layer
 
 
 def with_compression(
-    config: PixArtConfig, layers: Any, ratio: int, operator: str | None = "conv"
+    config: PixArtConfig, layers: Sequence[int], ratio: int, operator: str | None = "conv"
 ) -> PixArtConfig:
-    """The configuration with these layers compressed; none for ratio 1."""
-    values = config.to_dict()
-    values["kv_compress_config"] = (
-        {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(layers)}
-        if ratio > 1 and len(layers)
-        else None
+    """Return the configuration with the keys and values of ``layers`` compressed; none for ratio 1."""
+    compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(layers)}
+    return PixArtConfig(
+        **config.to_dict() | {"kv_compress_config": compression if ratio > 1 and len(layers) else None}
     )
-    return PixArtConfig(**values)
 
 
 def cost_by_size(
@@ -119,23 +184,29 @@ def cost_by_size(
     sizes: Sequence[int],
     seconds: Mapping[tuple[int, int], float] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Records of ``step_cost`` for square pictures of ``sizes`` pixels, for each choice of layers and ratio (``conv``).
+    """Return records of ``step_cost`` for square images, for each choice of layers and ratio (operator ``conv``).
 
-    A record has ``size``, ``choice``, ``share`` (of the multiply-adds without compression), the fields of ``Cost``, and
-    ``seconds``: what was measured for (size, ratio), None elsewhere.
+    Args:
+        choices: name -> (compressed layers, ratio).
+        sizes: Sides of the images in pixels.
+        seconds: Measured seconds by (size, ratio), copied into the records.
+
+    Returns:
+        name -> records with ``size``, ``choice``, ``share`` (of the MACs without compression), the fields of
+        ``StepCost``, and ``seconds`` (None where nothing was measured).
     """
-    whole = {size: step_cost(with_compression(config, (), 1), size, size).multiply_adds for size in sizes}
-    found: dict[str, list[dict[str, Any]]] = {}
+    whole = {size: step_cost(with_compression(config, (), 1), size, size).macs for size in sizes}
+    records: dict[str, list[dict[str, Any]]] = {}
     for name, (layers, ratio) in choices.items():
         compressed = with_compression(config, layers, ratio)
         costs = {size: step_cost(compressed, size, size) for size in sizes}
-        found[name] = [
-            {"size": size, "choice": name, "share": cost.multiply_adds / whole[size]}
+        records[name] = [
+            {"size": size, "choice": name, "share": cost.macs / whole[size]}
             | cost.to_dict()
             | {"seconds": (seconds or {}).get((size, ratio))}
             for size, cost in costs.items()
         ]
-    return found
+    return records
 
 
 def measure_self_attention(
@@ -148,11 +219,11 @@ def measure_self_attention(
     repeats: int = 3,
     seed: int = 0,
 ) -> float:
-    """Seconds that one layer takes to compress keys and values of height x width *tokens* and to attend to them.
+    """Measure the seconds that one layer takes to compress keys and values and to attend to them.
 
-    On random numbers, float32, the best of ``repeats``. The attention of at most ``TIMED_QUERIES`` queries is timed and
-    multiplied up to all of them, to which it is proportional; projections, which compression does not change, are
-    left out.
+    Random numbers in float32, the best of ``repeats``. ``height`` and ``width`` count tokens. At most
+    ``TIMED_QUERIES`` queries are timed and scaled to all of them. Projections are not included, since compression
+    does not change them.
     """
     rng = np.random.default_rng(seed)
     tokens = height * width
@@ -162,19 +233,67 @@ def measure_self_attention(
     reduction = DepthwiseReduction(hidden_size, ratio) if operator == "conv" else None
     norm = LayerNorm(hidden_size) if operator == "conv" else None
 
-    def small() -> ms.Tensor:
+    def compressed() -> ms.Tensor:
         return x if ratio == 1 else compress_tokens(x, height, width, ratio, operator, reduction, norm)
 
-    shrinking = 0.0 if ratio == 1 else 2 * _best(small, repeats)
-    keys = split_heads(small(), heads)
-    return shrinking + _best(lambda: attention(queries, keys, keys), repeats) * tokens / count
+    compression = 0.0 if ratio == 1 else 2 * best_seconds(compressed, repeats)
+    keys = split_heads(compressed(), heads)
+    return compression + best_seconds(lambda: attention(queries, keys, keys), repeats) * tokens / count
 
 
-def _best(work: Any, repeats: int) -> float:
-    work().asnumpy()
+def best_seconds(function: Callable[[], ms.Tensor], repeats: int = 3) -> float:
+    """Return the shortest of ``repeats`` timed calls, after one call that is not counted."""
+    function().asnumpy()
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        work().asnumpy()
+        function().asnumpy()
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+# ---- text encoder and autoencoder
+
+
+def encode_macs(config: T5Config, tokens: int) -> int:
+    """Return the MACs of encoding one text of ``tokens`` tokens."""
+    inner = config.num_heads * config.d_kv
+    layer = (
+        4 * tokens * config.d_model * inner
+        + 2 * tokens**2 * inner
+        + 3 * tokens * config.d_model * config.d_ff
+    )
+    return config.num_layers * layer
+
+
+def decode_macs(config: VAEConfig, height: int, width: int) -> dict[str, int]:
+    """Return the MACs of decoding height x width pixels: ``coarse`` at latent resolution, ``fine`` above."""
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    cells = (height // factor) * (width // factor)
+    channels, latents = config.block_out_channels[-1], config.latent_channels
+    coarse = cells * (9 * latents * channels + 2 * _resnet_macs(channels, channels))
+    coarse += cells * latents**2 * config.use_post_quant_conv
+    if config.mid_block_add_attention:
+        coarse += 4 * cells * channels**2 + 2 * cells**2 * channels
+    return {"coarse": coarse, "fine": sum(count * cells for count in _up_block_macs(config))}
+
+
+def _up_block_macs(config: VAEConfig) -> Iterator[int]:
+    """Yield the MACs per latent cell of the up blocks and of the last convolution."""
+    widths, scale = config.block_out_channels[::-1], 1
+    before = widths[0]
+    for number, channels in enumerate(widths):
+        yield scale * (
+            _resnet_macs(before, channels) + config.layers_per_block * _resnet_macs(channels, channels)
+        )
+        if number < len(widths) - 1:
+            scale *= 4
+            yield scale * 9 * channels**2
+        before = channels
+    yield scale * 9 * widths[-1] * config.out_channels
+
+
+def _resnet_macs(before: int, channels: int) -> int:
+    """Return the MACs per cell of a resnet block."""
+    shortcut = before * channels if before != channels else 0
+    return 9 * before * channels + 9 * channels**2 + shortcut

@@ -1,4 +1,4 @@
-"""What this process takes of the machine's memory: how much, the most that it took, and giving it back."""
+"""Memory of this process and of the machine or device it runs on."""
 
 from __future__ import annotations
 
@@ -7,40 +7,63 @@ import gc
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 
-#: Seconds between two looks at the memory.
+from pixart_nb.core import backend
+
+#: Seconds between two measurements of ``PeakMemory``.
 _INTERVAL = 0.005
+#: Files with the limit and the usage of a container, for cgroups version 2 and 1.
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
 
 
 def in_use() -> int:
-    """Bytes of memory that only this process holds. Pages of mapped files, which the system may drop, do not count."""
-    found = psutil.Process().memory_info()
-    return found.rss - getattr(found, "shared", 0)
+    """Return the bytes of memory that only this process holds, without pages of mapped files."""
+    info = psutil.Process().memory_info()
+    return info.rss - getattr(info, "shared", 0)
 
 
 def mapped_pages() -> int:
-    """Bytes of mapped files that are in memory for this process; 0 where the system does not tell."""
+    """Return the bytes of mapped files that are in memory for this process; 0 where the system does not tell."""
     return getattr(psutil.Process().memory_info(), "shared", 0)
 
 
 def available() -> int:
-    """Bytes that this process may still take: what the machine has free, within the limit of its container."""
-    free = psutil.virtual_memory().available
-    return max(0, min([free, *(limit - in_use() for limit in _container_limits())]))
+    """Return the bytes that this process may still take on the device that it computes on.
+
+    On a CPU: the free memory of the machine, within what the limit of the container leaves beside all of its
+    processes. On Ascend: the free memory of the device (not run on Ascend).
+    """
+    device = backend.free_device_memory()
+    if device is not None:
+        return device
+    free = [psutil.virtual_memory().available, *_free_in_containers()]
+    return max(0, min(free))
 
 
-def _container_limits() -> list[int]:
-    limits = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError), open(path) as file:
-            limits.append(int(file.read()))
-    return limits
+def _free_in_containers() -> list[int]:
+    free = []
+    for limit, usage, stat in _CGROUPS:
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            used = int(Path(usage).read_text())
+            counters = dict(line.split()[:2] for line in Path(stat).read_text().splitlines())
+            # the system drops cached pages of files before a process is refused memory
+            cached = int(counters.get("inactive_file", counters.get("total_inactive_file", 0)))
+            free.append(int(Path(limit).read_text()) - used + cached)
+    return free
 
 
 def release() -> None:
-    """Give freed memory back to the system: what the allocator of the C library keeps for later, on Linux."""
+    """Return freed memory to the system, which the C library of Linux otherwise keeps."""
     gc.collect()
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
@@ -48,9 +71,10 @@ def release() -> None:
 
 
 class PeakMemory:
-    """The most memory that this process held while a block ran: ``with PeakMemory() as memory: ...; memory.peak``.
+    """Peak memory of this process while a block runs: ``with PeakMemory() as memory: ...; memory.peak``.
 
-    ``interval``: seconds between two looks. Each of them holds up a network of small operators a little.
+    Args:
+        interval: Seconds between two measurements. Each slows a network of small operators a little.
     """
 
     def __init__(self, interval: float = _INTERVAL):
@@ -61,20 +85,20 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         self.before = self.peak = in_use()
         self._done.clear()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         while not self._done.wait(self.interval):
-            self.look()
+            self.update()
 
-    def look(self) -> int:
-        """The most so far, now included, in bytes."""
+    def update(self) -> int:
+        """Measure now and return the peak so far, in bytes."""
         self.peak = max(self.peak, in_use())
         return self.peak
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.look()
+        self.update()

@@ -1,11 +1,11 @@
-"""The answer of a function that is called in a process of its own.
+"""Calls a function in a process of its own.
 
-MindSpore keeps the memory that it once computed in; here it ends with the process. And only in a fresh process is a
-network's first call what a user's first call is.
+MindSpore keeps the activation memory of everything it computed; here it is freed when the process ends.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
@@ -16,33 +16,39 @@ from typing import Any
 
 from pixart_nb.core.errors import PixArtNBError
 
-_COMMAND = "import sys; from pixart_nb.core import apart; apart.answer(sys.argv[1])"
+_COMMAND = "import sys; from pixart_nb.core import subprocesses; subprocesses.answer(sys.argv[1])"
 
 
-class ProcessError(PixArtNBError):
-    """A process of its own did not come to its end."""
+class SubprocessError(PixArtNBError):
+    """A process of its own ended without a result."""
 
 
-def apart(what: str, function: Callable[..., Any], *given: Any) -> Any:
-    """``function(*given)``, called in another process, whose output and progress bars are this one's.
+def run_in_subprocess(task: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, called in another process that shares the terminal.
 
-    The function is one of a module, and what it is given and answers can be pickled. ``what`` it does, for the message.
+    Args:
+        task: What the process does ("measures the speed"), for the error message.
+        function: Function of a module. Arguments and result must be picklable.
 
-    Raises ``ProcessError`` if the process ends early; the reason is then on its output.
+    Raises:
+        SubprocessError: the process ended early; the reason is in its output.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "answer"
-        asked = pickle.dumps((function, given))
-        code = subprocess.run([sys.executable, "-c", _COMMAND, str(path)], input=asked).returncode
+        path = Path(folder) / "result"
+        code = subprocess.run(
+            [sys.executable, "-c", _COMMAND, str(path)],
+            input=pickle.dumps((function, args)),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+        ).returncode
         if code or not path.exists():
-            raise ProcessError(
-                f"the process that {what} ended with code {code}; what it wrote is above. Code -9 usually means that "
-                "memory ran out."
+            raise SubprocessError(
+                f"the process that {task} ended with exit code {code}; its output is above. Exit code -9 usually "
+                "means that memory ran out."
             )
         return pickle.loads(path.read_bytes())
 
 
 def answer(path: str) -> None:
-    """In the other process: call what is asked on the standard input, and write what it answers."""
-    function, given = pickle.load(sys.stdin.buffer)
-    Path(path).write_bytes(pickle.dumps(function(*given)))
+    """Call the function that arrives on the standard input and write its result to ``path``."""
+    function, args = pickle.load(sys.stdin.buffer)
+    Path(path).write_bytes(pickle.dumps(function(*args)))

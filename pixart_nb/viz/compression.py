@@ -38,7 +38,7 @@ PICKS = ("ave", "uniform")
 #: Panels of ``cost_curves``: key of a record, name of the axis.
 COSTS = {
     "keys": "keys of a layer",
-    "multiply_adds": "multiply-adds of a step",
+    "macs": "MACs of a step",
     "bytes": "keys and values, bytes",
     "seconds": "attention of a layer, measured, s",
 }
@@ -265,13 +265,13 @@ def beside_the_paper(
 def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Cost against picture size, a line for each choice: keys, multiply-adds, memory and, where measured, time.
 
-    Records have ``size`` (a square picture's side in pixels), ``keys``, ``multiply_adds``, ``bytes`` and ``seconds``
+    Records have ``size`` (a square picture's side in pixels), ``keys``, ``macs``, ``bytes`` and ``seconds``
     (None where it was not measured).
 
-    >>> record = {"size": 256, "keys": 256, "multiply_adds": 2e9, "bytes": 6e5, "seconds": None}
+    >>> record = {"size": 256, "keys": 256, "macs": 2e9, "bytes": 6e5, "seconds": None}
     >>> figure = cost_curves({"no compression": [record, record | {"size": 512, "keys": 1024}]})
     >>> [place.get_ylabel() for place in figure.axes[:3]]
-    ['keys of a layer', 'multiply-adds of a step', 'keys and values, bytes']
+    ['keys of a layer', 'MACs of a step', 'keys and values, bytes']
     """
     shown = [
         key

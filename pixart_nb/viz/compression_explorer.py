@@ -163,8 +163,8 @@ class CompressionExplorer:
         full, small = self.study.cost.to_dict(), self.outcome.cost.to_dict()
         names = {
             "keys": "keys of a layer",
-            "multiply_adds": "multiply-adds of a step",
-            "attention_multiply_adds": "of them attention",
+            "macs": "MACs of a step",
+            "attention_macs": "of them attention",
             "bytes": "keys and values, bytes",
         }
         rows = [

@@ -132,13 +132,13 @@ def test_what_the_paper_did_not_measure_has_no_bar():
 
 
 def test_costs_are_drawn_over_sizes_and_time_only_where_it_was_measured():
-    record = {"size": 256, "keys": 64, "multiply_adds": 10**9, "bytes": 10**6, "seconds": None}
+    record = {"size": 256, "keys": 64, "macs": 10**9, "bytes": 10**6, "seconds": None}
     larger = record | {"size": 4096, "keys": 2**16, "seconds": 2.0}
     figure = cost_curves({"full": [record, larger], "ratio 2": [record | {"keys": 16}]})
     panels = {place.get_ylabel(): place for place in figure.axes if place.axison}
     assert list(panels) == [
         "keys of a layer",
-        "multiply-adds of a step",
+        "MACs of a step",
         "keys and values, bytes",
         "attention of a layer, measured, s",
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.cost import Cost, step_cost, with_compression
+from pixart_nb.core.cost import StepCost, step_cost, with_compression
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.hook_points import (
     AttentionCall,
@@ -221,7 +221,7 @@ class CompressionOutcome:
     errors: np.ndarray
     images: np.ndarray
     image_error: float
-    cost: Cost
+    cost: StepCost
     seconds: float
 
     @property
@@ -259,8 +259,8 @@ class CompressionStudy:
         return self.reference.timesteps
 
     @property
-    def cost(self) -> Cost:
-        """Cost of a step without compression."""
+    def cost(self) -> StepCost:
+        """StepCost of a step without compression."""
         return self._cost(self.pipe.transformer.config)
 
     def outcome(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome:
@@ -313,7 +313,7 @@ class CompressionStudy:
         run = follow(self.pipe, self.prompt, generator=np.random.default_rng(self.seed), **self.call)
         return run, time.perf_counter() - start
 
-    def _cost(self, config: Any) -> Cost:
+    def _cost(self, config: Any) -> StepCost:
         run = self.reference
         return step_cost(config, run.height, run.width, int(run.condition.prompt_attention_mask.sum(1).max()))
 

@@ -13,26 +13,28 @@ import numpy as np
 import psutil
 from tqdm.auto import tqdm
 
-from pixart_nb.config import ConfigError, InferenceConfig, changed_config, check_config
+from pixart_nb.config import InferenceConfig, changed_config, check_config
 from pixart_nb.core.backend import device_name, dtype_from_name, join_workers, ms
 from pixart_nb.core.checkpoints.components import LOADERS
-from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
-from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.io import write_json
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
 from pixart_nb.core.sampling.images import read_parameters, to_uint8, write_image
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
+from pixart_nb.core.sampling.planning import check_memory
+from pixart_nb.core.sampling.run_config import (
+    TILE,
+    architecture_of,
+    drawn_size,
+    negative_prompts_of,
+    prompts_of,
+)
 from pixart_nb.core.sampling.samplers import image_generators
 
 _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
-#: Default side in pixels of the tiles that runs in stages decode.
-TILE = 512
 #: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.
 _T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
 #: Seconds between two updates of a progress bar: in a notebook each is a message.
@@ -46,31 +48,6 @@ class ImageRequest:
     prompt: int
     copy: int
     stream: int
-
-
-def prompts_of(config: InferenceConfig) -> list[str]:
-    """Return the prompts of a configuration, or the lines of its ``prompt_path`` that are not blank."""
-    if not config.prompt_path:
-        return list(config.prompt)
-    try:
-        lines = Path(config.prompt_path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt_path {config.prompt_path}: cannot be read as text ({error})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError(f"prompt_path {config.prompt_path} holds no prompt; expected one on each line")
-    return prompts
-
-
-def negative_prompts_of(config: InferenceConfig, prompts: int) -> list[str]:
-    """Return the negative prompt of each of ``prompts`` prompts."""
-    negative = config.negative_prompt
-    texts = [negative] if isinstance(negative, str) else negative or [""]
-    if len(texts) not in (1, prompts):
-        raise ConfigError(
-            f"{len(texts)} negative prompts for {prompts} prompts; expected one, or one for each"
-        )
-    return texts * prompts if len(texts) == 1 else list(texts)
 
 
 def requests_of(config: InferenceConfig, prompts: int, rank: int = 0, workers: int = 1) -> list[ImageRequest]:
@@ -88,8 +65,6 @@ def sample(config: InferenceConfig) -> list[Path]:
 
     Under ``msrun`` with ``use_parallel`` each worker draws, writes and returns its share.
     """
-    from pixart_nb.core.planning.report import check_memory
-
     rank, workers = join_workers() if config.use_parallel else (0, 1)
     prompts = prompts_of(config)
     requests = requests_of(config, len(prompts), rank, workers)
@@ -148,47 +123,6 @@ def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str
             root or config.model, "" if root else "text_encoder", mindspore_dtype=dtype, **options
         )
     return parts | {name: LOADERS[name](Path(root), dtype) for name, root in roots.items() if root}
-
-
-def architecture_of(config: InferenceConfig) -> dict[str, Any]:
-    """Return what a configuration says about the transformer. The checkpoint itself shows the rest."""
-    fields: dict[str, Any] = {"model_max_length": config.t5_max_length}
-    if config.sample_size:
-        fields |= positions_of(config.sample_size, FAMILIES.get(config.t5_max_length, ""))
-    if config.kv_compress:
-        fields["kv_compress_config"] = {
-            "sampling": config.kv_compress_sampling,
-            "scale_factor": config.kv_compress_scale_factor,
-            "kv_compress_layer": config.kv_compress_layer,
-        }
-    return fields
-
-
-def transformer_config(config: InferenceConfig) -> PixArtConfig:
-    """Return the ``PixArtConfig`` of a configuration's transformer, from the names and shapes of its tensors."""
-    if config.checkpoint:
-        path, given = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
-    else:
-        path, given = component_paths(config.model, ["transformer"])["transformer"], None
-    return describe(to_official_names(open_checkpoint(path)), path, given).config
-
-
-def drawn_size(config: InferenceConfig, model: PixArtConfig | None = None) -> tuple[int, int]:
-    """Return the height and width that the model works at.
-
-    Raises ``ConfigError`` for a size that it cannot draw, or a ratio beyond the published sizes.
-    """
-    model = model or transformer_config(config)
-    height, width = config.image_height, config.image_width
-    bins = bins_for(8 * model.input_size) if config.use_resolution_binning else None
-    if bins and not min(bins) <= round(height / width, 2) <= max(bins):
-        nearest = binned_size(model, height, width)
-        raise ConfigError(
-            f"image_height and image_width are {height}x{width}, a ratio of {height / width:.3g}; the published sizes "
-            f"of {8 * model.input_size} have ratios from {min(bins)} to {max(bins)}. Give a size between, for example "
-            f"{nearest[0]}x{nearest[1]}, or switch use_resolution_binning off"
-        )
-    return (binned_size if bins else checked_size)(model, height, width)
 
 
 # ---- drawing

@@ -19,7 +19,7 @@ import numpy as np
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS, InferenceConfig
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.sampling import generate
+from pixart_nb.core.sampling import generate, run_config
 from pixart_nb.core.sampling.images import resize_latents
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.core.sampling.stages import StagedImage
@@ -169,7 +169,7 @@ def upscaled_images(config: InferenceConfig, sizes: Sequence[UpscaleSize]) -> li
         images.append(
             StagedImage(
                 Path(config.stages_path) / f"{size.height}x{size.width}-keys-{size.ratio}",
-                generate.prompts_of(config)[0],
+                run_config.prompts_of(config)[0],
                 drawn,
                 drawn,
                 seed=(config.seed, config.first_image),

@@ -8,7 +8,8 @@ from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.config import check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
-from pixart_nb.core.sampling.generate import architecture_of, load_pipeline
+from pixart_nb.core.sampling.generate import load_pipeline
+from pixart_nb.core.sampling.run_config import architecture_of
 
 FOLDER = diffusers("sigma")[0]
 SIZE = {"image_height": 64, "image_width": 96, "prompt": ["a red mushroom on grass"]}

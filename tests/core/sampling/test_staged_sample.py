@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from pixart_nb.cli import app
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.planning import report as plan
 from pixart_nb.core.sampling import generate as sample
+from pixart_nb.core.sampling import planning
 from pixart_nb.core.sampling.images import read_parameters
+from pixart_nb.core.sampling.run_config import drawn_size
 
 FOLDER = diffusers("sigma")[0]
 VALUES = {
@@ -76,8 +77,8 @@ def test_enlarging_needs_a_folder_for_its_stages_and_costs_only_the_steps_that_i
     config = check_config(
         VALUES | {"upscale_from": "state", "stages_path": "new", "sampling_steps": 20, "strength": 0.3}
     )
-    networks, _ = plan.networks_of(config)
-    assert plan.run_of(config, networks).steps == 6
+    networks, _ = planning.networks_of(config)
+    assert planning.run_settings(config, networks).steps == 6
 
 
 def command(*words):
@@ -98,15 +99,15 @@ def test_the_command_refuses_the_folder_of_another_run_in_one_line(tmp_path):
 def test_a_size_without_a_bin_is_refused():
     config = check_config(VALUES | {"image_height": 8192, "image_width": 512})
     with pytest.raises(ConfigError, match=r"8192x512, a ratio of 16.*0\.25 to 4\.0.*8192x2048"):
-        sample.drawn_size(config, PixArtConfig(input_size=512))
-    assert sample.drawn_size(
+        drawn_size(config, PixArtConfig(input_size=512))
+    assert drawn_size(
         check_config(VALUES | {"image_height": 4000, "image_width": 4100}), PixArtConfig(input_size=512)
     ) == (4096, 4096)
     free = check_config(VALUES | {"image_height": 8192, "image_width": 512, "use_resolution_binning": False})
-    assert sample.drawn_size(free, PixArtConfig(input_size=512)) == (8192, 512)
+    assert drawn_size(free, PixArtConfig(input_size=512)) == (8192, 512)
     without_a_table = PixArtConfig(input_size=16)
     with pytest.raises(ValueError, match="multiples of 16, for example 4096x4096"):
-        sample.drawn_size(check_config(VALUES | {"image_height": 4096, "image_width": 4100}), without_a_table)
+        drawn_size(check_config(VALUES | {"image_height": 4096, "image_width": 4100}), without_a_table)
 
 
 def test_what_numbers_depend_on_is_told_apart(tmp_path):

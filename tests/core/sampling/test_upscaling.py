@@ -10,8 +10,8 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.cli import app
 from pixart_nb.config import check_config
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.planning.memory import Run
-from pixart_nb.core.planning.plan import plan_growing
+from pixart_nb.core.run_memory import RunSettings
+from pixart_nb.core.run_plan import plan_upscaling
 from pixart_nb.core.sampling.stages import run_stages
 from pixart_nb.core.sampling.upscaling import (
     UpscaleSize,
@@ -81,13 +81,13 @@ def test_what_has_learned_to_compress_keeps_its_ratio(pipe):
 
 
 def test_every_size_is_planned_with_its_steps_and_its_keys():
-    from test_plan import SMALL
+    from small_networks import SMALL
 
     sizes = [UpscaleSize(64, 64), UpscaleSize(128, 128, 0.5, 2)]
-    small, big = plan_growing(SMALL, Run(128, 128, steps=6), sizes)
-    assert (small.run.steps, big.run.steps, big.run.staged) == (6, 3, True)
+    small, big = plan_upscaling(SMALL, RunSettings(128, 128, steps=6), sizes)
+    assert (small.run.steps, big.run.steps, big.run.sequential) == (6, 3, True)
     assert big.networks.transformer.layer_ratio(0) == 2
-    assert big.products["self-attention"] == 3 * 2 * 2 * 64 * 16 * 48
+    assert big.step_macs["self-attention"] == 3 * 2 * 2 * 64 * 16 * 48
     assert big.peak > small.peak
 
 

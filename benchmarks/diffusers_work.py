@@ -1,4 +1,4 @@
-"""The same work in diffusers on PyTorch: the optional extra ``reference``. For a process of its own."""
+"""The same benchmarks in diffusers on PyTorch, which the optional extra ``reference`` installs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 import torch
 import transformers
 
-from pixart_nb.core.benchmark.shapes import Shapes
+from benchmarks.shapes import Shapes
 
 
 def versions() -> str:
-    """What computes, on what device."""
+    """Return versions and threads in one line."""
     return f"diffusers {version('diffusers')}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def transformer(shapes: Shapes) -> diffusers.PixArtTransformer2DModel:
-    """A transformer with random weights."""
+    """Build the transformer with random weights."""
     return diffusers.PixArtTransformer2DModel(
         num_attention_heads=shapes.heads,
         attention_head_dim=shapes.hidden_size // shapes.heads,
@@ -34,7 +34,7 @@ def transformer(shapes: Shapes) -> diffusers.PixArtTransformer2DModel:
 
 
 def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
-    """T5 with random weights."""
+    """Build T5 with random weights."""
     config = transformers.T5Config(
         vocab_size=shapes.vocabulary,
         d_model=shapes.caption_channels,
@@ -49,7 +49,7 @@ def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
 
 
 def autoencoder(shapes: Shapes) -> diffusers.AutoencoderKL:
-    """The autoencoder with random weights."""
+    """Build the autoencoder with random weights."""
     widths = tuple(shapes.vae_widths)
     return diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -62,26 +62,26 @@ def autoencoder(shapes: Shapes) -> diffusers.AutoencoderKL:
 
 
 def padded_mask(shapes: Shapes, tokens: int) -> torch.Tensor:
-    """Mask of a prompt that is padded to the model's length, (1, max_length)."""
+    """Return the mask of a prompt that is padded to the model's length, (1, max_length)."""
     return (torch.arange(shapes.max_length)[None] < tokens).long()
 
 
 def captions(shapes: Shapes) -> dict:
-    """Random embeddings, padded as the pipeline pads them."""
+    """Return random embeddings, padded as the pipeline pads them."""
     wide = (1, shapes.max_length, shapes.caption_channels)
     return {
         "prompt_embeds": torch.randn(wide),
-        "prompt_attention_mask": padded_mask(shapes, shapes.words),
+        "prompt_attention_mask": padded_mask(shapes, shapes.caption_tokens),
         "negative_prompt_embeds": torch.randn(wide),
         "negative_prompt_attention_mask": padded_mask(shapes, 1),
     }
 
 
 class Denoise:
-    """All steps of one picture with guidance: seconds of the preparation and of every step."""
+    """Denoising of one image with guidance: seconds of every step."""
 
     def __init__(self, shapes: Shapes):
-        self.shapes, self.given = shapes, captions(shapes)
+        self.shapes, self.captions = shapes, captions(shapes)
         scheduler = diffusers.DPMSolverMultistepScheduler(beta_end=0.02, beta_schedule="linear")
         self.pipe = diffusers.PixArtSigmaPipeline(None, None, None, transformer(shapes), scheduler)
         self.pipe.set_progress_bar_config(disable=True)
@@ -91,7 +91,7 @@ class Denoise:
         self.last = self.pipe(
             prompt=None,
             negative_prompt=None,
-            **self.given,
+            **self.captions,
             height=shapes.size,
             width=shapes.size,
             num_inference_steps=shapes.steps,
@@ -104,7 +104,7 @@ class Denoise:
 
 
 class Encode:
-    """Prompt and empty negative prompt through T5, padded."""
+    """T5 for a prompt and the empty negative prompt, padded."""
 
     def __init__(self, shapes: Shapes):
         self.net, self.shapes = text_encoder(shapes), shapes
@@ -112,13 +112,13 @@ class Encode:
 
     @torch.no_grad()
     def __call__(self) -> dict:
-        masks = [padded_mask(self.shapes, tokens) for tokens in (self.shapes.words, 1)]
+        masks = [padded_mask(self.shapes, tokens) for tokens in (self.shapes.caption_tokens, 1)]
         self.embeds = [self.net(self.ids, attention_mask=mask)[0] for mask in masks]
         return {}
 
 
 class Decode:
-    """Latents to a picture."""
+    """Decoding of one image."""
 
     def __init__(self, shapes: Shapes):
         self.net = autoencoder(shapes)
@@ -126,12 +126,12 @@ class Decode:
 
     @torch.no_grad()
     def __call__(self) -> dict:
-        self.picture = self.net.decode(self.latents).sample
+        self.image = self.net.decode(self.latents).sample
         return {}
 
 
-class Picture:
-    """Prompt to picture: encode, denoise, decode."""
+class TextToImage:
+    """Whole text-to-image run: encode, denoise, decode."""
 
     def __init__(self, shapes: Shapes):
         self.encode, self.denoise, self.decode = Encode(shapes), Denoise(shapes), Decode(shapes)
@@ -139,22 +139,22 @@ class Picture:
     def __call__(self) -> dict:
         self.encode()
         embeds, negative = self.encode.embeds
-        self.denoise.given |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+        self.denoise.captions |= {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
         self.denoise()
         self.decode.latents = self.denoise.last
         return self.decode()
 
 
 class Train:
-    """A training step of one picture: loss, gradients, clipping, AdamW."""
+    """Training step of one image: loss, gradients, clipping, AdamW."""
 
     def __init__(self, shapes: Shapes):
         self.net, side = transformer(shapes).train(), shapes.size // 8
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5)
-        given = captions(shapes)
+        padded = captions(shapes)
         self.caption = {
-            "encoder_hidden_states": given["prompt_embeds"],
-            "encoder_attention_mask": given["prompt_attention_mask"],
+            "encoder_hidden_states": padded["prompt_embeds"],
+            "encoder_attention_mask": padded["prompt_attention_mask"],
         }
         self.x_t, self.noise = (torch.randn(1, 4, side, side) for _ in range(2))
 
@@ -176,6 +176,6 @@ WORK: dict[str, Callable] = {
     "denoise": Denoise,
     "encode": Encode,
     "decode": Decode,
-    "picture": Picture,
+    "image": TextToImage,
     "train": Train,
 }

@@ -1,4 +1,4 @@
-"""Multiply-adds that really happen, counted at the operators themselves while a network runs."""
+"""MACs of the operators that a network runs."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -8,8 +8,8 @@ from mindspore import ops
 
 @contextmanager
 def counted():
-    """A list that grows by the multiply-adds of every matrix product and convolution within the block."""
-    found = []
+    """Collect the MACs of every matrix product and convolution of a block in a list."""
+    macs = []
 
     def matmul(primitive, out, a, b):
         return a.shape[-2] * a.shape[-1] * out.shape[-1]
@@ -27,19 +27,19 @@ def counted():
             size *= side
         return size
 
-    def watching(kind, count):
-        original = kind.__call__
+    def counting(operator, count):
+        original = operator.__call__
 
-        def call(self, *given):
-            out = original(self, *given)
-            found.append(count(self, out, *given))
+        def call(self, *args):
+            out = original(self, *args)
+            macs.append(count(self, out, *args))
             return out
 
-        return mock.patch.object(kind, "__call__", call)
+        return mock.patch.object(operator, "__call__", call)
 
     with (
-        watching(ops.MatMul, matmul),
-        watching(ops.BatchMatMul, batched),
-        watching(ops.Conv2D, convolution),
+        counting(ops.MatMul, matmul),
+        counting(ops.BatchMatMul, batched),
+        counting(ops.Conv2D, convolution),
     ):
-        yield found
+        yield macs

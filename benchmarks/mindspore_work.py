@@ -1,4 +1,4 @@
-"""The work of the benchmarks on MindSpore, each as a class: made once, then called for every repeat."""
+"""Benchmarks of this kit on MindSpore. Each is a class that is built once and called for every repeat."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shapes import Shapes
 from pixart_nb.core.backend import device_name, ms
-from pixart_nb.core.benchmark.shapes import Shapes
 from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.io import save_tensors, write_json
@@ -25,12 +25,12 @@ from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 
 
 def versions() -> str:
-    """What computes, on what device."""
+    """Return versions and device in one line."""
     return f"pixart-nb {version('pixart-nb')}, mindspore {version('mindspore')}, {device_name()}"
 
 
 def transformer_config(shapes: Shapes) -> PixArtConfig:
-    """A transformer of these shapes; with a ``ratio`` above 1 every block compresses keys and values."""
+    """Return the transformer's configuration; with a ``ratio`` above 1 every block compresses keys and values."""
     compression = {
         "sampling": "conv",
         "scale_factor": shapes.ratio,
@@ -49,14 +49,14 @@ def transformer_config(shapes: Shapes) -> PixArtConfig:
 
 
 def transformer(shapes: Shapes) -> PixArt:
-    """The transformer with random weights."""
+    """Build the transformer with random weights."""
     net = PixArt(transformer_config(shapes))
     net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     return net.set_train(False)
 
 
 def text_config(shapes: Shapes) -> T5Config:
-    """T5 of these shapes."""
+    """Return the configuration of T5."""
     return T5Config(
         vocab_size=shapes.vocabulary,
         d_model=shapes.caption_channels,
@@ -68,47 +68,49 @@ def text_config(shapes: Shapes) -> T5Config:
 
 
 def text_encoder(shapes: Shapes) -> T5Encoder:
-    """T5 with random weights."""
+    """Build T5 with random weights."""
     net = T5Encoder(text_config(shapes))
     net.initialize(np.random.default_rng(0))
     return net.set_train(False)
 
 
 def autoencoder_config(shapes: Shapes) -> VAEConfig:
-    """An autoencoder of these shapes."""
+    """Return the configuration of the autoencoder."""
     return VAEConfig(block_out_channels=shapes.vae_widths, norm_num_groups=min(32, shapes.vae_widths[0]))
 
 
 def autoencoder(shapes: Shapes) -> AutoencoderKL:
-    """The autoencoder with random weights."""
+    """Build the autoencoder with random weights."""
     net = AutoencoderKL(autoencoder_config(shapes))
     net.initialize(np.random.default_rng(0))
     return net.set_train(False)
 
 
 def captions(shapes: Shapes, rng: np.random.Generator) -> dict:
-    """Random embeddings of a prompt of ``words`` tokens and of an empty one."""
-    embeds = [rng.standard_normal((1, n, shapes.caption_channels), np.float32) for n in (shapes.words, 1)]
+    """Return random embeddings of a prompt of ``caption_tokens`` tokens and of an empty one."""
+    embeds = [
+        rng.standard_normal((1, n, shapes.caption_channels), np.float32) for n in (shapes.caption_tokens, 1)
+    ]
     return {
         "prompt_embeds": ms.Tensor(embeds[0]),
-        "prompt_attention_mask": np.ones((1, shapes.words), bool),
+        "prompt_attention_mask": np.ones((1, shapes.caption_tokens), bool),
         "negative_prompt_embeds": ms.Tensor(embeds[1]),
         "negative_prompt_attention_mask": np.ones((1, 1), bool),
     }
 
 
 class Denoise:
-    """All steps of one picture with guidance: seconds of the preparation and of every step."""
+    """Denoising of one image with guidance: seconds of every step."""
 
     def __init__(self, shapes: Shapes):
         self.shapes, self.rng = shapes, np.random.default_rng(1)
         self.pipe = PixArtSigmaPipeline(None, None, None, transformer(shapes), "dpm++")
-        self.given = captions(shapes, self.rng)
+        self.captions = captions(shapes, self.rng)
 
     def __call__(self) -> dict:
         shapes, times = self.shapes, [time.perf_counter()]
         run = self.pipe.sample(
-            **self.given,
+            **self.captions,
             height=shapes.size,
             width=shapes.size,
             num_inference_steps=shapes.steps,
@@ -121,11 +123,11 @@ class Denoise:
 
 
 class Encode:
-    """Prompt and empty negative prompt through T5."""
+    """T5 for a prompt and the empty negative prompt."""
 
     def __init__(self, shapes: Shapes, net: T5Encoder | StreamedT5Encoder | None = None):
         self.net = net or text_encoder(shapes)
-        self.ids = np.arange(2, 2 + shapes.words)[None] % shapes.vocabulary
+        self.ids = np.arange(2, 2 + shapes.caption_tokens)[None] % shapes.vocabulary
 
     def __call__(self) -> dict:
         self.embeds = [
@@ -135,7 +137,7 @@ class Encode:
 
 
 class Decode:
-    """Latents to a picture."""
+    """Decoding of one image."""
 
     def __init__(self, shapes: Shapes, tiling: bool = False):
         self.net, side = autoencoder(shapes), shapes.size // 8
@@ -144,19 +146,19 @@ class Decode:
         self.latents = np.random.default_rng(1).standard_normal((1, 4, side, side), np.float32)
 
     def __call__(self) -> dict:
-        self.picture = self.net.decode(ms.Tensor(self.latents))[0].asnumpy()
+        self.image = self.net.decode(ms.Tensor(self.latents))[0].asnumpy()
         return {}
 
 
 class DecodeTiled(Decode):
-    """Latents to a picture, by tiles."""
+    """Decoding of one image by tiles."""
 
     def __init__(self, shapes: Shapes):
         super().__init__(shapes, tiling=True)
 
 
-class Picture:
-    """Prompt to picture: encode, denoise, decode."""
+class TextToImage:
+    """Whole text-to-image run: encode, denoise, decode."""
 
     def __init__(self, shapes: Shapes):
         self.encode, self.denoise, self.decode = Encode(shapes), Denoise(shapes), Decode(shapes)
@@ -164,7 +166,7 @@ class Picture:
     def __call__(self) -> dict:
         self.encode()
         embeds, negative = self.encode.embeds
-        self.denoise.given |= {
+        self.denoise.captions |= {
             "prompt_embeds": ms.Tensor(embeds),
             "negative_prompt_embeds": ms.Tensor(negative),
         }
@@ -174,7 +176,7 @@ class Picture:
 
 
 class Train:
-    """A training step of one picture: loss, gradients, clipping, AdamW."""
+    """Training step of one image: loss, gradients, clipping, AdamW."""
 
     def __init__(self, shapes: Shapes):
         from pixart_nb.core.training.loss import coefficients, diffusion_loss
@@ -183,8 +185,8 @@ class Train:
         net, side, rng = transformer(shapes).set_train(True), shapes.size // 8, np.random.default_rng(1)
         arrays = [rng.standard_normal((1, 4, side, side), np.float32) for _ in range(2)]
         arrays += [coefficients(np.array([500])), np.array([500], np.float32)]
-        arrays += [rng.standard_normal((1, shapes.words, shapes.caption_channels), np.float32)]
-        arrays += [np.ones((1, shapes.words), bool), np.ones(1, np.float32)]
+        arrays += [rng.standard_normal((1, shapes.caption_tokens, shapes.caption_channels), np.float32)]
+        arrays += [np.ones((1, shapes.caption_tokens), bool), np.ones(1, np.float32)]
         self.batch = [*map(ms.Tensor, arrays), net.positions(side, side)]
         # y_embedding takes part only where captions are dropped
         self.parameters = {n: p for n, p in net.parameters_and_names() if n != "y_embedder.y_embedding"}
@@ -202,12 +204,14 @@ class Train:
 
 
 class Block:
-    """One block, alone, over all tokens of a picture, one row."""
+    """One block over all tokens of one image, without guidance."""
 
     def __init__(self, shapes: Shapes):
         self.net = transformer(replace(shapes, depth=1))
         rng = np.random.default_rng(1)
-        caption = ms.Tensor(rng.standard_normal((1, shapes.words, shapes.caption_channels), np.float32))
+        caption = ms.Tensor(
+            rng.standard_normal((1, shapes.caption_tokens, shapes.caption_channels), np.float32)
+        )
         self.denoiser = denoiser(self.net, caption, None)
         side = shapes.size // 8
         self.latents = ms.Tensor(rng.standard_normal((1, 4, side, side), np.float32))
@@ -218,8 +222,7 @@ class Block:
 
 
 class Pipeline:
-    """Everything from token ids to a picture in little memory: T5 streamed from its files, then freed, denoising in
-    float32, freed, decoding by tiles. What is made for it is not held between the stages."""
+    """Text-to-image run in little memory: T5 streamed and freed, transformer freed, decoding by tiles."""
 
     def __init__(self, shapes: Shapes):
         self.shapes, self.folder = shapes, tempfile.TemporaryDirectory()
@@ -233,7 +236,10 @@ class Pipeline:
         del encode
         gc.collect()
         denoise = Denoise(shapes)
-        denoise.given |= {"prompt_embeds": ms.Tensor(embeds), "negative_prompt_embeds": ms.Tensor(negative)}
+        denoise.captions |= {
+            "prompt_embeds": ms.Tensor(embeds),
+            "negative_prompt_embeds": ms.Tensor(negative),
+        }
         denoise()
         latents, peaks["denoise"] = denoise.last.latents, peak()
         del denoise
@@ -245,12 +251,12 @@ class Pipeline:
 
 
 def peak() -> float:
-    """Largest resident size of this process so far, in GB."""
+    """Return the largest resident size of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write_text_encoder(shapes: Shapes, folder: Path) -> None:
-    """Files of T5 as published: float16, a shard for each layer. All layers have the same random weights."""
+    """Write T5 as published: float16, one shard per layer. All layers have the same random weights."""
     net = text_encoder(replace(shapes, text_layers=1))
     tensors = {name: p.asnumpy().astype(np.float16) for name, p in net.parameters_and_names()}
     del net
@@ -265,8 +271,8 @@ def write_text_encoder(shapes: Shapes, folder: Path) -> None:
         shards[f"layer-{number}.safetensors"] = renamed
     for name, values in shards.items():
         save_tensors(folder / name, values)
-    places = {key: name for name, values in shards.items() for key in values}
-    write_json(folder / "model.safetensors.index.json", {"weight_map": places})
+    weight_map = {key: name for name, values in shards.items() for key in values}
+    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     write_json(folder / "config.json", vars(text_config(shapes)))
 
 
@@ -275,7 +281,7 @@ WORK: dict[str, Callable] = {
     "encode": Encode,
     "decode": Decode,
     "decode-tiled": DecodeTiled,
-    "picture": Picture,
+    "image": TextToImage,
     "train": Train,
     "block": Block,
     "pipeline": Pipeline,

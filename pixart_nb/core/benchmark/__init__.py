@@ -1,1 +1,0 @@
-"""Measuring speed and memory, alone and against the peer (diffusers on PyTorch)."""

@@ -1,0 +1,256 @@
+"""Memory and estimated time of a run, planned before it starts and held against measurements."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from reference_data import diffusers
+from small_networks import PUBLISHED, SMALL
+from typer.testing import CliRunner
+
+from pixart_nb.cli import app
+from pixart_nb.config import load_config
+from pixart_nb.core import memory
+from pixart_nb.core.cost import parameters
+from pixart_nb.core.models.t5 import T5Config
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae_blocks import VAEConfig
+from pixart_nb.core.run_memory import ActivationMemory, Networks, RunSettings, weight_bytes
+from pixart_nb.core.run_plan import (
+    STAGES,
+    DoesNotFitError,
+    Speed,
+    check_fits,
+    measure_speed,
+    overview,
+    plan_run,
+    size_warnings,
+    smaller_runs,
+)
+from pixart_nb.core.sampling.planning import measured_rows, networks_of, run_settings
+from pixart_nb.core.subprocesses import SubprocessError, run_in_subprocess
+
+# ---- memory
+
+
+def test_weights_follow_the_dtype_and_the_way_of_loading():
+    run = RunSettings(1024, 1024)
+    whole, half, streamed, eight = (
+        weight_bytes(PUBLISHED, replace(run, **change))
+        for change in ({}, {"dtype": "fp16"}, {"t5_load": "stream"}, {"t5_load": "int8"})
+    )
+    assert whole["encode"] == 4 * parameters(T5Config())
+    assert half == {name: value / 2 for name, value in whole.items()}
+    assert streamed["encode"] < whole["encode"] / 15
+    assert whole["encode"] / 4.5 < eight["encode"] < whole["encode"] / 3.5
+
+
+def test_sequential_stages_need_the_memory_of_the_largest_one_and_otherwise_all_weights_stay():
+    sequential, together = (
+        plan_run(PUBLISHED, RunSettings(1024, 1024, sequential=value, tile=512)) for value in (True, False)
+    )
+    encode, denoise, decode = sequential.stages
+    most = decode.activations
+    assert most > denoise.activations > encode.activations
+    held = [sequential.process + s.weights + s.activations for s in sequential.stages]
+    assert sequential.held() == held
+    assert sequential.held(kept=most) == [sequential.process + s.weights + most for s in sequential.stages]
+    assert sequential.peak == max(held)
+    weights = sum(stage.weights for stage in together.stages)
+    assert together.peak == together.process + weights + max(s.activations for s in together.stages)
+
+
+def test_a_later_run_keeps_the_activation_memory_of_an_earlier_one():
+    plans = [plan_run(SMALL, RunSettings(side, side, sequential=True)) for side in (512, 64)]
+    measured = {stage: {"seconds": 1.0, "load_seconds": 0.5, "peak_bytes": 1e9} for stage in STAGES}
+    rows = measured_rows(plans, [measured, measured])
+    largest = max(stage.activations for stage in plans[0].stages)
+    assert largest > max(stage.activations for stage in plans[1].stages)
+    for row, stage in zip(rows[3:], plans[1].stages, strict=True):
+        assert row["planned GB"] == pytest.approx((plans[1].process + stage.weights + largest) / 1e9)
+    assert [row["size"] for row in rows[::3]] == ["512 x 512", "64 x 64"]
+
+
+def test_other_processes_of_a_container_reduce_the_available_memory(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("max", "current", "stat")]
+    for path, text in zip(files, ("4000000000", "3500000000", "inactive_file 200000000\n"), strict=True):
+        path.write_text(text)
+    monkeypatch.setattr(memory, "_CGROUPS", [files])
+    assert memory.available() == 700_000_000
+    files[0].write_text("max\n")
+    assert memory.available() > 1e9
+
+
+def test_on_ascend_the_memory_of_the_device_counts(monkeypatch):
+    monkeypatch.setattr("pixart_nb.core.backend.free_device_memory", lambda: 123)
+    assert memory.available() == 123
+
+
+# ---- fitting
+
+
+def test_a_run_that_does_not_fit_names_the_fewest_options_that_make_it_fit():
+    plan = plan_run(PUBLISHED, RunSettings(2048, 2048, batch=4))
+    check_fits(plan, plan.peak)
+    with pytest.raises(DoesNotFitError) as refused:
+        check_fits(plan, 24e9)
+    options = str(refused.value).partition("With ")[2].partition(" it needs")[0]
+    assert options.startswith("--")
+    fitting = dict(smaller_runs(plan))
+    names = next(names for names in fitting if " ".join(names) == options)
+    assert fitting[names].peak <= 24e9
+    assert all(smaller.peak > 24e9 for fewer, smaller in fitting.items() if len(fewer) < len(names))
+
+
+def test_a_limit_that_cannot_be_met_names_the_least_memory():
+    plan = plan_run(PUBLISHED, RunSettings(4096, 4096, sequential=True, tile=512))
+    least = min(smaller.peak for _, smaller in smaller_runs(plan))
+    with pytest.raises(DoesNotFitError, match=rf"The least that it can take is {least / 1e9:.1f} GB"):
+        check_fits(plan, 1e9)
+
+
+def test_sampling_refuses_what_does_not_fit_before_anything_is_loaded(tmp_path):
+    words = ["sample", "--model", diffusers("sigma")[0], "--prompt", "a cup", "--memory-limit", "0.05"]
+    result = CliRunner().invoke(app, [str(w) for w in [*words, "-o", tmp_path / "out"]])
+    assert result.exit_code != 0
+    assert "The least that it can take is" in " ".join((result.output + str(result.exception)).split())
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+# ---- warnings, time, overview
+
+
+def test_a_checkpoint_at_another_size_than_its_own_is_warned_of():
+    config = PixArtConfig(input_size=128, pe_interpolation=2.0)
+    assert size_warnings(config, RunSettings(1024, 1024)) == []
+    assert size_warnings(config, RunSettings(512, 2048)) == []  # the same area
+    (sentence,) = size_warnings(config, RunSettings(4096, 4096))
+    assert "trained at 1024x1024 (pe_interpolation 2)" in sentence
+    assert "sample_size 512, pe_interpolation 8" in sentence
+    (sentence,) = size_warnings(PixArtConfig(input_size=64, pe_interpolation=2.0), RunSettings(512, 512))
+    assert "pe_interpolation is 2 for latents of 64" in sentence
+
+
+def test_time_is_estimated_from_one_step_and_one_tile():
+    run = RunSettings(128, 128, steps=3)
+    plan = plan_run(SMALL, run, Speed("fp32", 1e-9, 1e-6))
+    encode, denoise, decode = plan.stages
+    assert encode.seconds is None
+    assert denoise.seconds == pytest.approx(3e-9 * sum(plan.step_macs.values()))
+    assert plan.seconds_per_step == denoise.seconds / 3
+    assert decode.seconds == pytest.approx(128**2 * 1e-6)
+    tiled = plan_run(SMALL, replace(run, tile=64), Speed("fp32", 1e-9, 1e-6)).stages[2]
+    assert tiled.seconds == pytest.approx(9 * 64**2 * 1e-6)  # 3 x 3 overlapping tiles
+    with pytest.raises(ValueError, match="measured in fp32, the run is in fp16"):
+        plan_run(SMALL, replace(run, dtype="fp16"), Speed("fp32", 1e-9, 1e-6))
+
+
+def test_the_speed_of_a_step_and_of_a_tile_is_measured():
+    speed = measure_speed(SMALL, RunSettings(256, 384, caption_tokens=5))
+    assert 1e-13 < speed.seconds_per_mac < 1e-6
+    assert 1e-9 < speed.seconds_per_pixel < 1e-3
+
+
+def test_a_subprocess_that_ends_early_is_reported():
+    with pytest.raises(SubprocessError, match="measures the speed ended with exit code 1"):
+        run_in_subprocess("measures the speed", measure_speed, SMALL, RunSettings(64, 64, dtype="fp8"))
+
+
+def test_the_overview_has_every_combination_and_compression_saves_macs():
+    rows = overview(SMALL, RunSettings(64, 64), (64, 128), (1, 2), {"fp32": None, "fp16": None})
+    assert len(rows) == 8
+    by = {(row["size"], row["ratio"], row["dtype"]): row for row in rows}
+    assert by[128, 2, "fp32"]["tera MACs per step"] < by[128, 1, "fp32"]["tera MACs per step"]
+    assert by[128, 1, "fp16"]["denoise GB"] < by[128, 1, "fp32"]["denoise GB"]
+
+
+# ---- the command
+
+
+def test_the_command_plans_published_checkpoints_that_do_not_exist_here(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    words = ["plan", "-c", "configs/inference/pixart-sigma-4K-MS-KV-Compress.yaml", "--dtype", "fp32"]
+    words += ["--no-timed", "--memory-limit", "12", "-o", tmp_path / "plan.json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "4096x4096" in output
+    assert "does not exist: planned for PixArt-Sigma XL/2" in output
+    assert "This run needs" in output
+    numbers = json.loads((tmp_path / "plan.json").read_text())
+    assert numbers["plan"]["parameters"]["transformer"] == 612_084_896 + 14 * 1152 * (4 + 3)
+    assert len(numbers["overview"]) == 30
+
+
+def test_the_plan_of_a_configuration_has_its_sizes_and_batch(project, monkeypatch):
+    monkeypatch.chdir(project)
+    config = load_config("configs/inference/tiny.yaml")
+    networks, notes = networks_of(config)
+    run = run_settings(config, networks)
+    assert notes == []
+    assert (run.height, run.width, run.batch, run.rows, run.sequential) == (128, 128, 8, 16, False)
+    stages = run_settings(config.model_copy(update={"stages_path": "state"}), networks)
+    assert (stages.batch, stages.tile, stages.sequential) == (1, 512, True)
+
+
+MEASURE = """
+import json, sys
+import numpy as np
+from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
+from pixart_nb.core.cost import empty_network
+from pixart_nb.core.fast import denoiser
+from pixart_nb.core.memory import PeakMemory
+from pixart_nb.core.models.t5 import T5Config
+from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae_blocks import VAEConfig
+part, tile, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+def zero_network(config):
+    net = empty_network(config)
+    for parameter in net.get_parameters():
+        parameter.set_dtype(supported_dtype(dtype_from_name(dtype)))
+        parameter.init_data()
+    return net.set_train(False)
+
+with PeakMemory() as memory:
+    if part == "encode":
+        ids = np.ones((1, 20), np.int32)
+        zero_network(T5Config(vocab_size=64, num_layers=1))(ids, ids > 0).asnumpy()
+    elif part == "denoise":
+        net = zero_network(PixArtConfig(hidden_size=384, num_heads=6, depth=2, caption_channels=64))
+        step = denoiser(net, ms.Tensor(np.zeros((2, 20, 64), np.float32)), np.ones((2, 20), bool))
+        step(ms.Tensor(np.zeros((2, 4, 96, 96), np.float32)), 5.0).asnumpy()
+    else:
+        net = zero_network(VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8))
+        if tile:
+            net.enable_tiling(tile)
+        net.decode(np.zeros((1, 4, 96, 96), np.float32))
+print(json.dumps([memory.before, memory.peak]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("part", "tile", "dtype"),
+    [
+        ("denoise", 0, "fp32"),
+        ("denoise", 0, "fp16"),
+        ("decode", 0, "fp32"),
+        ("decode", 256, "fp32"),
+        ("encode", 0, "fp16"),
+    ],
+)
+def test_memory_is_within_a_quarter_of_the_plan(part, tile, dtype):
+    call = [sys.executable, "-c", MEASURE, part, str(tile), dtype]
+    output = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    before, peak = json.loads(output)
+    networks = Networks(
+        PixArtConfig(hidden_size=384, num_heads=6, depth=2, caption_channels=64),
+        T5Config(vocab_size=64, num_layers=1),
+        VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8),
+    )
+    plan = plan_run(networks, RunSettings(768, 768, tile=tile, caption_tokens=20, dtype=dtype))
+    stage = next(stage for stage in plan.stages if stage.name == part)
+    assert peak == pytest.approx(plan.process + stage.weights + stage.activations, rel=0.25)
+    assert before < ActivationMemory().process
