@@ -334,7 +334,7 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file atomically, with a checksum of every tensor in its metadata."""
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    sums = {name: f"{_crc(value):08x}" for name, value in contiguous.items()}
+    sums = {name: f"{tensor_crc(value):08x}" for name, value in contiguous.items()}
     with atomic_write(path) as temporary:
         save_file(contiguous, temporary, {**(metadata or {}), CRC: json.dumps(sums)})
 
@@ -348,7 +348,7 @@ def load_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: Tr
         tensors = {name: content.get_tensor(name) for name in content.keys() if keep(name)}  # noqa: SIM118
         sums = (content.metadata() or {}).get(CRC)
     if sums is not None:
-        check_sums(path, sums, {name: _crc(value) for name, value in tensors.items()})
+        check_sums(path, sums, {name: tensor_crc(value) for name, value in tensors.items()})
     return tensors
 
 
@@ -363,7 +363,8 @@ def crc_seed(dtype: str, shape: tuple[int, ...]) -> int:
     return zlib.crc32(f"{dtype} {list(shape)}".encode())
 
 
-def _crc(value: np.ndarray) -> int:
+def tensor_crc(value: np.ndarray) -> int:
+    """Return the CRC-32 of a tensor's dtype, shape and bytes, as ``save_tensors`` stores it."""
     letter = {"f": "F", "i": "I", "u": "U"}.get(value.dtype.kind, "BF")
     dtype = "BOOL" if value.dtype.kind == "b" else f"{letter}{8 * value.dtype.itemsize}"
     return zlib.crc32(value.reshape(-1).view(np.uint8), crc_seed(dtype, value.shape))

@@ -42,7 +42,7 @@ def check_files(folder):
 
 def check_data(folder, values):
     labels, kept = (load_labels(folder / f"{name}.json", folder) for name in ("labels", "labels_test"))
-    assert len(labels) == values["pictures"] - values["test_count"] and len(kept) == values["test_count"]
+    assert len(labels) == values["scene_count"] - values["test_count"] and len(kept) == values["test_count"]
     assert not {label.prompt for label in labels} & {label.prompt for label in kept}
 
 

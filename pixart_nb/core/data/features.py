@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,15 @@ from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import BatchChooser
-from pixart_nb.core.io import CheckpointError, folder_lock, load_metadata, save_tensors
+from pixart_nb.core.io import (
+    CRC,
+    CheckpointError,
+    check_sums,
+    folder_lock,
+    load_metadata,
+    save_tensors,
+    tensor_crc,
+)
 
 #: Images of one shard: an interruption loses the work of one, and the memory holds one.
 SHARD = 64
@@ -170,8 +177,7 @@ class FeatureCache:
                 for kind, number in todo:
                     make = self._latents(number, encode, batch_size) if kind == LATENTS else None
                     tensors = dict(make or self._captions(number, embed, batch_size))
-                    checksums = {name: zlib.crc32(value.tobytes()) for name, value in tensors.items()}
-                    save_tensors(self.path(kind, number), tensors, {"crc32": json.dumps(checksums)})
+                    save_tensors(self.path(kind, number), tensors)
                     bar.update(counts[kind, number])
         self._opened.cache_clear()
         return dict(Counter(todo.values()))
@@ -221,12 +227,14 @@ class FeatureCache:
 
     def _tensor(self, kind: str, number: int, name: str) -> np.ndarray:
         path = self.path(kind, number)
-        content, checksums = self._opened(path)
+        content, sums = self._opened(path)
         tensor = content.get_tensor(name)
-        if zlib.crc32(tensor.tobytes()) != checksums[name]:
+        try:
+            check_sums(path, sums, {name: tensor_crc(tensor)})
+        except CheckpointError as error:
             raise FeatureError(
                 f"{path} is damaged; remove it and make it again with `pixart-nb dataset features`"
-            )
+            ) from error
         return tensor
 
 
@@ -296,13 +304,15 @@ def text_embedder(tokenizer, text_encoder, max_length: int, clean_caption: bool 
 
 def _state(path: Path) -> str:
     try:
-        return "" if "crc32" in load_metadata(path) else "damaged"
+        load_metadata(path)
     except CheckpointError:
         return "damaged" if path.exists() else "missing"
+    return ""
 
 
-def _open(path: Path) -> tuple[object, dict[str, int]]:
-    return safe_open(path, framework="numpy"), json.loads(load_metadata(path)["crc32"])
+def _open(path: Path) -> tuple[object, str]:
+    content = safe_open(path, framework="numpy")
+    return content, (content.metadata() or {}).get(CRC, "{}")
 
 
 def _image_hash(path: Path) -> str:
