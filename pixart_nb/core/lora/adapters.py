@@ -1,8 +1,13 @@
-"""All the LoRAs of one transformer: made or loaded, active with weights, fused into its weights and taken out again."""
+"""LoRA and DoRA adapters of a transformer: created or loaded, active with weights, fused into the weights and back.
+
+To train one, give ``Trainer`` the parameters of ``Adapters.of(net).add(name, LoraConfig(...), seed)`` in place of the
+network's, and its ``with_dropout(batch, seed)`` in place of the batches, as ``pixart-nb train`` does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from mindspore import nn, ops
@@ -10,30 +15,133 @@ from mindspore import nn, ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
-from pixart_nb.core.lora.adapter import Adapter, untrained
 from pixart_nb.core.lora.config import LoraConfig
-from pixart_nb.core.lora.files import LoraFile, LoraModule
+from pixart_nb.core.lora.files import LoraFile, LoraModule, write_lora
 from pixart_nb.core.lora.layers import (
-    Adapted,
+    PHASES,
+    AdaptedLayer,
+    DoraBranch,
+    LoraBranch,
+    LoraDropout,
+    ZeroBranch,
     as_matrix,
     from_matrix,
     row_norms,
     to_matrix,
 )
-from pixart_nb.core.lora.targets import Layers, Place
+from pixart_nb.core.lora.targets import LayerTargets, Target
 from pixart_nb.core.models.transformer import PixArt
+
+
+class Adapter:
+    """One adapter of a transformer: a branch for each module, and the strength of all of them.
+
+    ``config``: None for an adapter that was read from a file.
+    """
+
+    def __init__(self, name: str, layers: LayerTargets, config: LoraConfig | None):
+        self.name, self.layers, self.config = name, layers, config
+        self.strength = _constant(np.zeros(1), f"{name}.strength")
+        self.targets: dict[str, Target] = {}
+        self.branches: dict[str, LoraBranch] = {}
+        self.phases: ms.Parameter | None = None
+        if config is not None and config.lora_dropout:
+            self.phases = _constant(np.zeros(PHASES), f"{name}.phases")
+
+    def add(self, module: str, target: Target, values: LoraModule) -> None:
+        """Create the branch of a module."""
+        title = f"{self.name}.{module}"
+        down, up = to_matrix(values.down), values.up.reshape(len(values.up), -1)
+        dropout = None
+        if self.phases is not None:
+            dropout = LoraDropout(down.shape[1], self.config.lora_dropout, self.phases, f"{title}.columns")
+        common = (title, down, up, values.scale, self.strength, dropout)
+        branch = LoraBranch(*common) if values.magnitude is None else DoraBranch(*common, values.magnitude)
+        self.targets[module], self.branches[module] = target, branch
+
+    def parameters(self) -> dict[str, ms.Parameter]:
+        """Return all trained parameters, by module and PEFT's name of the part."""
+        return {
+            f"{module}.{part}": parameter
+            for module, branch in self.branches.items()
+            for part, parameter in branch.parameters().items()
+        }
+
+    @property
+    def size(self) -> int:
+        """Number of trained parameters."""
+        return sum(parameter.size for parameter in self.parameters().values())
+
+    def on(self, layer: str) -> list[tuple[int, int, nn.Cell]]:
+        """Return the branches of a layer in order, with the gaps between them: (start, stop, branch)."""
+        targets = [(target, self.branches[m]) for m, target in self.targets.items() if target.layer == layer]
+        rows = self.layers.cells[layer].weight.shape[0]
+        out, end = [], 0
+        for target, branch in sorted(targets, key=lambda pair: pair[0].start):
+            out += [(end, target.start, ZeroBranch(target.start - end))] if target.start > end else []
+            out.append((target.start, target.stop, branch))
+            end = target.stop
+        return out + ([(end, rows, ZeroBranch(rows - end))] if out and end < rows else [])
+
+    def change(self, layer: str, weight: np.ndarray) -> np.ndarray:
+        """Return the update of a layer's weight, a matrix (out, in), by a strength of 1: the same shape, float64."""
+        out = np.zeros(weight.shape, np.float64)
+        for start, stop, branch in self.on(layer):
+            if isinstance(branch, LoraBranch):
+                out[start:stop] = branch.exact_update(weight[start:stop])
+        return out
+
+    def draw_dropout(self, *key: int) -> None:
+        """Draw the dropout noise of the next step, from a generator of its own for a key such as (seed, step)."""
+        if self.phases is None:
+            return
+        rng = np.random.default_rng((*key, 8))
+        for phases in (self.phases, *(branch.dropout.columns for branch in self.branches.values())):
+            ops.assign(phases, ms.Tensor(rng.random(phases.shape, np.float32)))
+
+    def with_dropout(self, batch: Callable[[int], tuple], seed: int) -> Callable[[int], tuple]:
+        """Return ``batch(step)`` that also draws the dropout of that step; call it right before the step."""
+
+        def drawn(step: int) -> tuple:
+            self.draw_dropout(seed, step)
+            return batch(step)
+
+        return drawn if self.phases is not None else batch
+
+    def modules(self) -> dict[str, LoraModule]:
+        """Return the values under diffusers' names; the branch of a fused layer becomes one for each of its parts."""
+        out = {}
+        for module, target in self.targets.items():
+            for name, part in self.layers.diffusers.items():
+                if part.layer == target.layer and target.start <= part.start and part.stop <= target.stop:
+                    out[name] = self._rows(module, part.start - target.start, part.stop - target.start)
+        return out
+
+    def _rows(self, module: str, start: int, stop: int) -> LoraModule:
+        branch, shape = self.branches[module], self.layers.cells[self.targets[module].layer].weight.shape
+        parts = {name: np.array(p.asnumpy()) for name, p in branch.parameters().items()}
+        up, magnitude = parts["lora_B"][start:stop], parts.get("lora_magnitude_vector")
+        up = up.reshape(*up.shape, 1, 1) if len(shape) == 4 else up
+        magnitude = None if magnitude is None else magnitude[start:stop]
+        return LoraModule(from_matrix(parts["lora_A"], shape), up, branch.scale, magnitude)
+
+    def save(self, folder: str | Path, layout: str = "diffusers") -> Path:
+        """Write the adapter in the layout ``diffusers`` or ``peft``; returns the path of its weights."""
+        config = self.config
+        extra = {"use_rslora": config.use_rslora, "lora_dropout": config.lora_dropout} if config else {}
+        return write_lora(folder, self.modules(), layout, extra)
 
 
 class Adapters:
     """All adapters of one transformer. ``Adapters.of(net)`` is the same object as long as the network lives.
 
-    Active adapters stand beside the weights, or are fused into them. All values change in place, which a compiled graph
-    sees; which layers are adapted is its structure, which it does not: after loading, activating, fusing, and their
+    Active adapters are beside the weights, or fused into them. Values change in place, which a compiled graph sees;
+    which layers are adapted is its structure, which it does not see: after loading, activating, fusing, and their
     opposites, a graph has to be compiled again. The pipeline compiles nothing.
     """
 
     def __init__(self, net: PixArt):
-        self.net, self.layers = net, Layers(net)
+        self.net, self.layers = net, LayerTargets(net)
         self.adapters: dict[str, Adapter] = {}
         self.weights: dict[str, float] = {}  # of the active adapters
         self.enabled = True
@@ -41,36 +149,34 @@ class Adapters:
 
     @classmethod
     def of(cls, net: PixArt) -> Adapters:
-        """The adapters of a network."""
+        """Return the adapters of a network."""
         if getattr(net, "adapters", None) is None:
             net.adapters = cls(net)
         return net.adapters
 
-    # ---- making
-
     def add(self, name: str, config: LoraConfig, seed: int = 0) -> Adapter:
-        """A new adapter, which changes nothing yet (lora_B is 0), alone active.
+        """Create an adapter, which changes nothing yet (lora_B is 0), and activate it alone.
 
-        Raises ``ValueError`` for a target that is no layer, which lists those that are.
+        Raises ``PixArtNBError`` for a target that is no layer, with the names of all.
         """
         self._check_new(name)
-        adapter = self._empty(name, config)
+        adapter = Adapter(name, self.layers, config)
         rng = np.random.default_rng(seed)
-        for module, place in self.layers.named(config.target_modules).items():
-            adapter.add(module, place, self._fresh(module, place, config, rng))
+        for module, target in self.layers.named(config.target_modules).items():
+            adapter.add(module, target, self._initial(module, target, config, rng))
         return self._adopt(adapter)
 
     def load(self, name: str, file: LoraFile) -> Adapter:
-        """The adapter of a file, alone active. One that does not fit this network is refused as a whole.
+        """Load the adapter of a file and activate it alone.
 
-        Raises ``CheckpointError`` that says which modules are unknown and which have another shape.
+        Raises ``CheckpointError`` for one that does not fit this network; nothing is changed then.
         """
         self._check_new(name)
-        places = self._fitting(file)
-        self.layers.check_overlap(places)
-        adapter = self._empty(name, None)
-        for module, place in places.items():
-            adapter.add(self.layers.canonical(place), place, file.modules[module])
+        targets = self._fitting(file)
+        self.layers.check_overlap(targets)
+        adapter = Adapter(name, self.layers, None)
+        for module, target in targets.items():
+            adapter.add(self.layers.canonical(target), target, file.modules[module])
         return self._adopt(adapter)
 
     def _check_new(self, name: str) -> None:
@@ -82,22 +188,21 @@ class Adapters:
                 f"there is an adapter {name!r} already; choose another name, or delete it first (delete_adapters)"
             )
 
-    def _check_unfused(self, what: str) -> None:
+    def _check_unfused(self, action: str) -> None:
         if self.originals:
             raise PixArtNBError(
-                f"adapters are fused into the weights; unfuse them (unfuse_lora) before {what}"
+                f"adapters are fused into the weights; unfuse them (unfuse_lora) before {action}"
             )
-
-    def _empty(self, name: str, config: LoraConfig | None) -> Adapter:
-        return Adapter(name, self.layers, untrained(np.zeros(1), f"{name}.strength"), config)
 
     def _adopt(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter
         self.activate([adapter.name])
         return adapter
 
-    def _fresh(self, module: str, place: Place, config: LoraConfig, rng: np.random.Generator) -> LoraModule:
-        weight = self.layers.cells[place.layer].weight
+    def _initial(
+        self, module: str, target: Target, config: LoraConfig, rng: np.random.Generator
+    ) -> LoraModule:
+        weight = self.layers.cells[target.layer].weight
         rank, size = config.rank(module), int(np.prod(weight.shape[1:]))
         if config.init_lora_weights == "gaussian":
             down = rng.standard_normal((rank, size)) / rank
@@ -105,51 +210,48 @@ class Adapters:
             down = rng.uniform(-1, 1, (rank, size)) / np.sqrt(size)
         magnitude = None
         if config.use_dora:
-            rows = as_matrix(weight)[place.start : place.stop].astype(ms.float32)
+            rows = as_matrix(weight)[target.start : target.stop].astype(ms.float32)
             magnitude = row_norms(rows).asnumpy()
         down = from_matrix(down.astype(np.float32), weight.shape)
-        up = np.zeros((place.stop - place.start, rank), np.float32)
+        up = np.zeros((target.stop - target.start, rank), np.float32)
         return LoraModule(down, up, config.scale(module), magnitude)
 
-    def _fitting(self, file: LoraFile) -> dict[str, Place]:
-        places = {name: self.layers.places.get(name) for name in file.modules}
-        unknown = [name for name, place in places.items() if place is None]
+    def _fitting(self, file: LoraFile) -> dict[str, Target]:
+        targets = {name: self.layers.targets.get(name) for name in file.modules}
+        unknown = [name for name, target in targets.items() if target is None]
         wrong = []
-        for name, place in places.items():
-            if place is not None and (problem := self._misfit(place, file.modules[name])):
-                wrong.append(f"{name}: {problem}")
+        for name, target in targets.items():
+            if target is not None:
+                module, shape = file.modules[name], self.layers.cells[target.layer].weight.shape
+                sizes = (
+                    (len(module.up), *module.down.shape[1:]),
+                    (target.stop - target.start, *shape[1:]),
+                )
+                wrong += [f"{name}: LoRA {sizes[0]}, model {sizes[1]}"] if sizes[0] != sizes[1] else []
         if unknown or wrong:
-            raise CheckpointError(self._another_model(file, unknown, wrong))
-        return places
-
-    def _misfit(self, place: Place, part: LoraModule) -> str:
-        shape = self.layers.cells[place.layer].weight.shape
-        wanted, given = (place.stop - place.start, *shape[1:]), (len(part.up), *part.down.shape[1:])
-        return "" if wanted == given else f"LoRA {given}, model {wanted}"
-
-    def _another_model(self, file: LoraFile, unknown: list[str], wrong: list[str]) -> str:
-        parts = [
-            f"{len(names)} {what} ({'; '.join(names[:4])}{'; ...' if len(names) > 4 else ''})"
-            for what, names in (("are of another shape", wrong), ("are not in the model", unknown))
-            if names
-        ]
-        config = self.net.config
-        return (
-            f"{file.source} is a LoRA for another model: of its {len(file.modules)} modules {' and '.join(parts)}. "
-            f"This model has {config.depth} blocks of width {config.hidden_size}. Nothing was changed."
-        )
+            parts = [
+                f"{len(names)} {problem} ({'; '.join(names[:4])}{'; ...' if len(names) > 4 else ''})"
+                for problem, names in (("are of another shape", wrong), ("are not in the model", unknown))
+                if names
+            ]
+            config = self.net.config
+            raise CheckpointError(
+                f"{file.source} is a LoRA for another model: of its {len(file.modules)} modules {' and '.join(parts)}. "
+                f"This model has {config.depth} blocks of width {config.hidden_size}. Nothing was changed."
+            )
+        return targets
 
     # ---- choosing
 
     @property
     def active(self) -> list[str]:
-        """Names of the adapters that count."""
+        """Names of the active adapters."""
         return list(self.weights) if self.enabled else []
 
     def activate(self, names: Sequence[str], weights: float | Sequence[float] | None = None) -> None:
-        """Let these adapters count, each with its weight (1 unless told), and no others."""
+        """Activate these adapters, each with its weight (1 by default), and no others."""
         self._check_unfused("others are chosen")
-        self.weights = dict(zip(self._known(names), _as_many(weights, len(names)), strict=True))
+        self.weights = dict(zip(self._checked(names), _as_weights(weights, len(names)), strict=True))
         self.enabled = True
         self._install()
 
@@ -160,23 +262,23 @@ class Adapters:
         self._install()
 
     def delete(self, names: Sequence[str]) -> None:
-        """Forget adapters; the others stay as they are."""
+        """Delete adapters; the others stay as they are."""
         self._check_unfused("one is deleted")
-        for name in self._known(names):
+        for name in self._checked(names):
             del self.adapters[name]
             self.weights.pop(name, None)
         self._install()
 
     def clear(self) -> None:
-        """Forget all adapters. Weights that they are fused into stay as they are, and cannot be restored any more."""
+        """Delete all adapters. Weights that they are fused into stay, and cannot be restored any more."""
         self.adapters, self.weights, self.originals = {}, {}, {}
         self._install()
 
     def named(self, name: str) -> Adapter:
-        """An adapter by its name; ``ValueError`` lists those that there are."""
-        return self.adapters[self._known([name])[0]]
+        """Return an adapter; raises ``PixArtNBError`` with the names of all."""
+        return self.adapters[self._checked([name])[0]]
 
-    def _known(self, names: Sequence[str]) -> list[str]:
+    def _checked(self, names: Sequence[str]) -> list[str]:
         missing = [name for name in names if name not in self.adapters]
         if missing:
             raise PixArtNBError(
@@ -187,31 +289,31 @@ class Adapters:
         return list(names)
 
     def _install(self) -> None:
-        """Put into each layer's place the layer itself, or the layer with what the active adapters add to it."""
+        """Put the updates of the active adapters beside their layers, and remove those of the others."""
         beside = [] if self.originals else [self.adapters[name] for name in self.active]
         for name, adapter in self.adapters.items():
             strength = self.weights[name] if adapter in beside else 0.0
             ops.assign(adapter.strength, ms.Tensor([strength], ms.float32))
         for layer, cell in self.layers.cells.items():
-            changes = [change for adapter in beside if (change := adapter.on(layer))]
-            if changes:
-                cell, training = Adapted(cell, changes), self.net.training
+            updates = [update for adapter in beside if (update := adapter.on(layer))]
+            if updates:
+                cell, training = AdaptedLayer(cell, updates), self.net.training
                 cell.set_train(training)
             _replace(self.net, layer, cell)
 
     # ---- fusing
 
     def fuse(self, scale: float = 1.0, names: Iterable[str] | None = None) -> None:
-        """Add the changes of the active adapters (or of ``names`` among them), times ``scale``, to the weights.
+        """Add the updates of the active adapters (or of ``names`` among them), times ``scale``, to the weights.
 
-        The original weights are kept, in memory of the processor, until ``unfuse`` or ``clear``.
+        The original weights are kept in host memory until ``unfuse`` or ``clear``.
         """
         self._check_unfused("they are fused again")
-        chosen = self._known(list(self.active if names is None else names))
+        chosen = self._checked(list(self.active if names is None else names))
         idle = [name for name in chosen if name not in self.active]
         if idle or not chosen:
-            what = f"adapter {idle[0]!r} is not active" if idle else "no adapter is active"
-            raise PixArtNBError(f"{what}; choose the ones to fuse first (set_adapters)")
+            problem = f"adapter {idle[0]!r} is not active" if idle else "no adapter is active"
+            raise PixArtNBError(f"{problem}; choose the ones to fuse first (set_adapters)")
         originals = {}
         for layer, cell in self.layers.cells.items():
             matrix = to_matrix(cell.weight.asnumpy())
@@ -224,7 +326,7 @@ class Adapters:
         self._install()
 
     def unfuse(self) -> None:
-        """Give the layers the weights back that they had before, bit for bit."""
+        """Restore the weights that the layers had before, bit for bit."""
         if not self.originals:
             raise PixArtNBError("no adapter is fused into the weights; there is nothing to take out")
         for layer, weight in self.originals.items():
@@ -233,8 +335,13 @@ class Adapters:
         self._install()
 
 
-def _as_many(weights: float | Sequence[float] | None, count: int) -> list[float]:
-    values = [1.0 if weights is None else weights] * count if not isinstance(weights, Sequence) else weights
+def _constant(values: np.ndarray, name: str) -> ms.Parameter:
+    """Return a float32 parameter that is not trained."""
+    return ms.Parameter(ms.Tensor(values.astype(np.float32)), name=name, requires_grad=False)
+
+
+def _as_weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
+    values = weights if isinstance(weights, Sequence) else [weights] * count
     try:
         values = [1.0 if value is None else float(value) for value in values]
     except (TypeError, ValueError):
@@ -250,7 +357,7 @@ def _assign(parameter: ms.Parameter, values: np.ndarray) -> None:
 
 
 def _replace(net: nn.Cell, path: str, cell: nn.Cell) -> None:
-    """Put a cell into another's place. Past ``setattr``, which would give its parameters other names."""
+    """Replace a cell without ``setattr``, which would rename its parameters."""
     *parents, leaf = path.split(".")
     for name in parents:
         net = net._cells[name]

@@ -1,6 +1,6 @@
-"""LoRA files: read in the layouts of PEFT, diffusers and kohya's scripts; written in the first two. No network needed.
+"""LoRA files: read in the layouts of PEFT, diffusers and kohya's scripts; written in the first two.
 
-A module is one linear layer under the name that diffusers gives it, or the one that the official code does.
+A module is one linear layer under the name that diffusers gives it, or the official code.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from pixart_nb.core.io import (
     save_tensors,
     write_json,
 )
+from pixart_nb.core.lora.config import pattern_tokens, pattern_value
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYOUTS = ("diffusers", "peft")
-#: Where diffusers keeps the configuration of a LoRA, as JSON, in the metadata of its file.
+#: Key of the metadata under which diffusers stores the configuration of a LoRA, as JSON.
 METADATA = "lora_adapter_metadata"
-#: Before the module's name; the longest that fits is taken off.
+#: Prefixes of module names; the longest that matches is removed.
 PREFIXES = (
     "base_model.model.",
     "unet.base_model.model.",
@@ -42,6 +43,8 @@ PREFIXES = (
     "lora_transformer_",
     "lora_unet_",
 )
+#: Prefixes of parts that are not of the transformer: text encoders and bundled embeddings.
+OTHER_PARTS = ("lora_te", "text_encoder", "te1.", "te2.", "te3.", "bundle_emb", "emb_params")
 _PARTS = {
     "down": r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight",
     "up": r"\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight",
@@ -49,13 +52,25 @@ _PARTS = {
     "magnitude": r"\.(?:lora_magnitude_vector(?:\.\w+)??(?:\.weight)?|dora_scale)",
 }
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
+_MAX_NAME = 500
+#: Settings of PEFT with which an adapter is a plain LoRA or DoRA of linear layers, and their values.
+_PLAIN = {
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "layer_replication": (None, []),
+    "fan_in_fan_out": (None, False),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+}
+#: Initial values that leave the weights of the model as they are.
+_INITIAL = (None, True, False, "gaussian", "kaiming", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class LoraModule:
-    """What a LoRA does to one layer: ``down`` (r, in, ...), ``up`` (out, r, ...), and DoRA's ``magnitude`` (out,).
+    """LoRA of one layer: ``down`` (r, in, ...), ``up`` (out, r, ...), and DoRA's ``magnitude`` (out,).
 
-    The change of the weight is ``scale * up @ down``. A patch embedding's parts have the axes of a convolution.
+    The update of the weight is ``scale * up @ down``. Those of a patch embedding have the axes of a convolution.
     """
 
     down: np.ndarray
@@ -65,30 +80,29 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
-        """The r of the two factors."""
+        """Rank of the update."""
         return len(self.down)
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The modules of a LoRA; ``source`` is for messages."""
+    """Modules of a LoRA; ``source`` is for messages."""
 
     modules: dict[str, LoraModule]
     source: str = "the LoRA"
 
 
 def read_lora(source: str | Path | Mapping[str, Any], weight_name: str | None = None) -> LoraFile:
-    """Read a LoRA: a file, a folder that holds one (``weight_name`` says which), or a mapping of tensors.
+    """Read a LoRA: a file, a folder that holds one (``weight_name``: its file), or a mapping of tensors.
 
-    Where no alpha is written down the scale is 1, with a warning, as in diffusers.
-
-    Raises:
-        CheckpointError: what is missing, damaged, or holds tensors that are no part of a LoRA of linear layers.
+    Without any alpha the scale is 1, with a warning, as in diffusers. Parts of text encoders and bundled embeddings are
+    left out with a warning. Raises ``CheckpointError`` for a file that is missing, damaged, or holds tensors that are
+    no part of a LoRA of linear layers.
     """
     if isinstance(source, Mapping):
         tensors = {str(name): _array(value) for name, value in source.items()}
         return _lora_of(tensors, _Alphas(), "the given tensors")
-    path = _weights_file(Path(source), weight_name)
+    path = _weights_file(Path(source).expanduser(), weight_name)
     return _lora_of(read_tensors(path), _alphas_beside(path), str(path))
 
 
@@ -98,20 +112,19 @@ def _array(value: Any) -> np.ndarray:
 
 def _weights_file(path: Path, weight_name: str | None) -> Path:
     if path.is_dir():
-        known = [DIFFUSERS_FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin"]
-        names = [weight_name] if weight_name else [name for name in known if (path / name).is_file()]
+        usual = [DIFFUSERS_FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin"]
+        names = [weight_name] if weight_name else [name for name in usual if (path / name).is_file()]
         names = names or sorted(part.name for part in path.glob("*.safetensors"))
-        if not names or (len(names) > 1 and names[0] not in known):
-            held = sorted(part.name for part in path.iterdir())[:10]
+        if not names or (len(names) > 1 and names[0] not in usual):
+            listed = sorted(part.name for part in path.iterdir())[:10]
             raise CheckpointError(
-                f"{path} holds {'several files' if names else 'no LoRA'}: {held}; expected {DIFFUSERS_FILE} or "
+                f"{path} holds {'several files' if names else 'no LoRA'}: {listed}; expected {DIFFUSERS_FILE} or "
                 f"{PEFT_FILE}, or the name of the file as weight_name"
             )
         path = path / names[0]
     if not path.is_file():
         raise CheckpointError(
-            f"{path} does not exist; expected a LoRA's file or the folder that holds it. One on a hub has to be "
-            "downloaded first."
+            f"{path} does not exist; expected a LoRA's file or its folder. Download one from a hub first."
         )
     if path.suffix not in ENDINGS:
         raise CheckpointError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors or .bin")
@@ -121,17 +134,9 @@ def _weights_file(path: Path, weight_name: str | None) -> Path:
 # ---- alpha
 
 
-def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that fits a module: as in PEFT, a regular expression for the end of its name."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
-
-
 @dataclass(frozen=True)
 class _Alphas:
-    """What a configuration beside the weights says of alpha; None says nothing."""
+    """Alpha in the configuration beside the weights; None if there is none."""
 
     alpha: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
@@ -139,7 +144,7 @@ class _Alphas:
     use_dora: bool = False
 
     def scale(self, name: str, rank: int, own: float | None) -> float | None:
-        """alpha / r of a module, whose own alpha, beside its weights, goes first; None where nobody says it."""
+        """Return alpha / r of a module; an alpha of its own, beside its weights, is preferred. None without any."""
         alpha = own if own is not None else pattern_value(self.patterns, name, self.alpha)
         if alpha is None:
             return None
@@ -167,78 +172,94 @@ def _unpacked(text: str, path: Path) -> dict[str, Any]:
 
 
 def _alphas_of(config: Mapping[str, Any], source: str) -> _Alphas:
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise CheckpointError(f"{source}: peft_type is {kind!r}; expected 'LORA'")
-    for key, harmless in (("bias", "none"), ("modules_to_save", None), ("layer_replication", None)):
-        if config.get(key, harmless) not in (harmless, []):
-            raise CheckpointError(
-                f"{source}: {key} is {config[key]!r}; this kit adapts linear layers alone, with {key} {harmless}"
-            )
+    """Return the alphas of a PEFT configuration, which must describe a plain LoRA or DoRA."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise CheckpointError(f"{source}: peft_type is {config['peft_type']!r:.60}; expected 'LORA'")
+    for key, values in _PLAIN.items():
+        if config.get(key, values[0]) not in values:
+            raise CheckpointError(f"{source}: {key} is {config[key]!r:.60}; supported: {values[0]!r}")
+    initial = config.get("init_lora_weights")
+    if not isinstance(initial, str | bool | None) or initial not in _INITIAL:
+        raise CheckpointError(
+            f"{source}: init_lora_weights is {initial!r:.60}, with which PEFT changes the weights of the model too; "
+            "save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(
-            f"{source}: alpha_pattern is {patterns!r}; expected names of modules with numbers"
+            f"{source}: alpha_pattern is {patterns!r:.60}; expected names of modules with numbers"
         )
     for value in (alpha, *patterns.values()):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not number:
-            raise CheckpointError(f"{source}: an alpha is {value!r}; expected a number")
-    _check_patterns(patterns, source)
+        if value is not None and not (type(value) in (int, float) and abs(value) < 1e30):
+            raise CheckpointError(f"{source}: an alpha is {value!r:.60}; expected a number")
+    try:
+        for pattern in patterns:
+            for option in pattern.strip("()").split("|"):
+                pattern_tokens(option)
+    except PixArtNBError as error:
+        raise CheckpointError(f"{source}: alpha_pattern: {error}") from error
     return _Alphas(alpha, patterns, bool(config.get("use_rslora")), bool(config.get("use_dora")))
-
-
-def _check_patterns(patterns: Mapping[str, Any], source: str) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CheckpointError(f"{source}: {pattern!r} is no regular expression: {error}") from error
 
 
 # ---- reading
 
 
-def _plain(name: str) -> str:
-    fitting = [prefix for prefix in PREFIXES if name.startswith(prefix)]
-    return name.removeprefix(max(fitting, key=len, default=""))
+def _plain_name(name: str) -> str:
+    matching = [prefix for prefix in PREFIXES if name.startswith(prefix)]
+    return name.removeprefix(max(matching, key=len, default=""))
 
 
 def _lora_of(tensors: Mapping[str, np.ndarray], alphas: _Alphas, source: str) -> LoraFile:
-    found: dict[str, dict[str, np.ndarray]] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(_plain(key))
-        if match:
-            part = next(name for name in _PARTS if match[name])
-            if part in found.setdefault(match[1], {}):
-                raise CheckpointError(f"{source} holds the {part} of {match[1]} twice, under two names")
-            found[match[1]][part] = tensor
-        else:
-            strange.append(key)
-    if strange or not found:
+    parts_of, unknown, others = _grouped(tensors, source)
+    if unknown or not parts_of:
+        reason = "it is empty" if not tensors else "it holds no part of a transformer"
+        if unknown:
+            reason = f"{len(unknown)} tensors are no part of one ({_some(unknown)})"
         raise CheckpointError(
-            f"{source} is no LoRA of linear layers: "
-            + (f"{len(strange)} tensors are no part of one ({_some(strange)})" if strange else "it is empty")
-            + "; expected pairs of lora_A.weight and lora_B.weight, or of lora_down.weight and lora_up.weight"
+            f"{source} is no LoRA of linear layers: {reason}; expected pairs of lora_A.weight and lora_B.weight, or of "
+            "lora_down.weight and lora_up.weight"
         )
     modules, silent = {}, []
-    for name, parts in found.items():
+    for name, parts in parts_of.items():
         scale = alphas.scale(name, *_rank_and_alpha(name, parts, source))
         silent += [name] if scale is None else []
         modules[name] = _module(name, parts, 1.0 if scale is None else scale, source)
-    if silent:
-        warnings.warn(
-            f"{source} says no alpha for {len(silent)} modules ({_some(silent)}); their scale is taken to be 1",
-            stacklevel=3,
-        )
     if alphas.use_dora and all(module.magnitude is None for module in modules.values()):
         raise CheckpointError(f"{source} is described as a DoRA, but holds no lora_magnitude_vector")
+    if silent:
+        warnings.warn(
+            f"{source} holds no alpha for {len(silent)} modules ({_some(silent)}); their scale is taken to be 1",
+            stacklevel=3,
+        )
+    if others:
+        warnings.warn(
+            f"{source}: the {len(others)} tensors of text encoders or embeddings ({_some(others)}) were left out; only "
+            "the LoRA of the transformer is loaded",
+            stacklevel=3,
+        )
     return LoraFile(modules, source)
 
 
+def _grouped(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict, list[str], list[str]]:
+    """Return the parts of each module, tensors that are no part of a LoRA, and those of other networks."""
+    modules: dict[str, dict[str, np.ndarray]] = {}
+    unknown, others = [], []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(_plain_name(key)) if len(key) <= _MAX_NAME else None
+        if key.startswith(OTHER_PARTS):
+            others.append(key)
+        elif match is None:
+            unknown.append(key)
+        else:
+            part = next(name for name in _PARTS if match[name])
+            if part in modules.setdefault(match[1], {}):
+                raise CheckpointError(f"{source} holds the {part} of {match[1]} twice, under two names")
+            modules[match[1]][part] = tensor
+    return modules, unknown, others
+
+
 def _rank_and_alpha(name: str, parts: Mapping[str, np.ndarray], source: str) -> tuple[int, float | None]:
-    """The rank of a module, whose parts are all there and fit each other, and the alpha beside its weights."""
+    """Return the rank of a module, whose parts must be complete and fit each other, and its own alpha."""
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
         raise CheckpointError(f"{source}: {name} has no {' and no '.join(missing)}; half of it is missing")
@@ -260,9 +281,8 @@ def _rank_and_alpha(name: str, parts: Mapping[str, np.ndarray], source: str) -> 
 
 
 def _module(name: str, parts: Mapping[str, np.ndarray], scale: float, source: str) -> LoraModule:
-    magnitude = parts.get("magnitude")
+    magnitude, rows = parts.get("magnitude"), parts["up"].shape[0]
     if magnitude is not None:
-        rows = parts["up"].shape[0]
         if magnitude.size != rows or (magnitude.shape[:1] != (rows,) and magnitude.ndim != 4):
             raise CheckpointError(
                 f"{source}: {name} has a magnitude of shape {magnitude.shape}; expected {rows} numbers, one for each "
@@ -275,7 +295,7 @@ def _module(name: str, parts: Mapping[str, np.ndarray], scale: float, source: st
 
 
 def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+    return ", ".join(f"{name:.200}" for name in names[:count]) + (", ..." if len(names) > count else "")
 
 
 # ---- writing
@@ -287,18 +307,18 @@ def write_lora(
     layout: str = "diffusers",
     config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a LoRA whose modules have diffusers' names into ``folder``; the path of its weights.
+    """Write a LoRA whose modules have diffusers' names into ``folder``; returns the path of its weights.
 
     ``diffusers``: one file, with an alpha beside each module and PEFT's configuration in the metadata. ``peft``: a file
-    and its adapter_config.json. The configuration has ``config`` too. Everything is written, or nothing.
+    and its adapter_config.json. ``config``: further keys of the configuration.
     """
     if layout not in LAYOUTS:
-        raise PixArtNBError(f"layout {layout!r} is not known; expected one of {', '.join(LAYOUTS)}")
+        raise PixArtNBError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}")
     folder = Path(folder)
     if layout == "diffusers":
         tensors = {f"transformer.{name}": value for name, value in _tensors(modules, alpha=True).items()}
-        told = {f"transformer.{key}": value for key, value in peft_config(modules, config or {}).items()}
-        save_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt", METADATA: json.dumps(told)})
+        values = {f"transformer.{key}": value for key, value in peft_config(modules, config or {}).items()}
+        save_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt", METADATA: json.dumps(values)})
         return folder / DIFFUSERS_FILE
     tensors = {f"base_model.model.{name}": value for name, value in _tensors(modules, alpha=False).items()}
     with atomic_write_together(folder / PEFT_FILE, folder / PEFT_CONFIG) as (weights, description):
@@ -320,7 +340,7 @@ def _tensors(modules: Mapping[str, LoraModule], alpha: bool) -> dict[str, np.nda
 
 
 def peft_config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> dict[str, Any]:
-    """adapter_config.json of a LoRA. Ranks and alphas other than the most frequent ones are patterns."""
+    """Return adapter_config.json of a LoRA. Ranks and alphas other than the most frequent ones are patterns."""
     rslora = bool(config.get("use_rslora"))
     ranks = {name: module.rank for name, module in modules.items()}
     alphas = {name: _alpha(module, rslora) for name, module in modules.items()}
@@ -346,6 +366,6 @@ def peft_config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) ->
 
 
 def _alpha(module: LoraModule, rslora: bool) -> float | int:
-    """The alpha of which the scale was made, without the last digits, which the division has touched."""
+    """Return the alpha of a scale, without the last digits, which the division has rounded."""
     alpha = float(f"{module.scale * (math.sqrt(module.rank) if rslora else module.rank):.12g}")
     return int(alpha) if alpha.is_integer() else alpha

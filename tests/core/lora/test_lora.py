@@ -20,7 +20,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.lora.files import LoraFile, LoraModule, read_lora
-from pixart_nb.core.lora.layers import Adapted, Branch, DoraBranch
+from pixart_nb.core.lora.layers import AdaptedLayer, DoraBranch, LoraBranch
 from pixart_nb.core.models.layers import Linear
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True, "lora_alpha": 2}, "dora": {"use_dora": True}}
@@ -102,12 +102,12 @@ def test_merged_and_unmerged_are_one_function_in_float64(dora):
     for start, stop in ((0, 8), (8, 12)):
         down, up = rng.standard_normal((3, 10)), rng.standard_normal((stop - start, 3))
         common = ("x", down, up, 1.5, strength)
-        branch = DoraBranch(*common, magnitude=rng.random(stop - start) + 1) if dora else Branch(*common)
+        branch = DoraBranch(*common, magnitude=rng.random(stop - start) + 1) if dora else LoraBranch(*common)
         parts.append((start, stop, branch))
     x = rng.standard_normal((2, 5, 10))
-    unmerged = Adapted(layer, [parts])(ms.Tensor(x)).asnumpy()
+    unmerged = AdaptedLayer(layer, [parts])(ms.Tensor(x)).asnumpy()
     weight = layer.weight.asnumpy()
-    change = np.concatenate([branch.change(weight[start:stop]) for start, stop, branch in parts])
+    change = np.concatenate([branch.exact_update(weight[start:stop]) for start, stop, branch in parts])
     merged = x @ (weight + 0.7 * change).T + layer.bias.asnumpy()
     assert unmerged.dtype == np.float64
     np.testing.assert_allclose(unmerged, merged, rtol=0, atol=1e-13)
@@ -238,9 +238,9 @@ def test_adapters_of_half_precision_weights_are_computed_in_float32():
     layer.weight = ms.Parameter(ms.Tensor(rng.standard_normal((8, 8)).astype(np.float16)))
     layer.bias = ms.Parameter(ms.Tensor(np.zeros(8, np.float16)))
     down, up = (rng.standard_normal((8, 8)).astype(np.float32) for _ in range(2))
-    branch = Branch("x", down, up, 1.0, ms.Parameter(ms.Tensor(np.ones(1, np.float32))))
+    branch = LoraBranch("x", down, up, 1.0, ms.Parameter(ms.Tensor(np.ones(1, np.float32))))
     x = ms.Tensor(rng.standard_normal((3, 8)).astype(np.float16))
-    out = Adapted(layer, [[(0, 8, branch)]])(x)
+    out = AdaptedLayer(layer, [[(0, 8, branch)]])(x)
     assert out.dtype == ms.float16
     expected = x.asnumpy().astype(np.float64) @ (layer.weight.asnumpy().astype(np.float64) + up @ down).T
     np.testing.assert_allclose(out.asnumpy(), expected, rtol=2e-3, atol=2e-2)
@@ -299,7 +299,7 @@ def test_the_official_meaning_of_proj_is_diffusers(net):
 
 def test_a_target_that_is_no_layer_is_told_the_known_ones(net):
     for target, hint in (("to_queue", "attn"), ("proj_in", "proj_out"), ("attn.qvk", "attn.qkv")):
-        with pytest.raises(ValueError, match=rf"ends with '{target}'.*Known ends: .*attn1\.to_q.*{hint}"):
+        with pytest.raises(ValueError, match=rf"ends with '{target}'.*the ends are: .*attn1\.to_q.*{hint}"):
             Adapters.of(net).add("x", LoraConfig(target_modules=["to_q", target]))
     assert Adapters.of(net).adapters == {}
 

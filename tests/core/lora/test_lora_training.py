@@ -6,7 +6,7 @@ from lora_models import run, same_weights, transformer, weights
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.lora import Adapters, LoraConfig
-from pixart_nb.core.lora.layers import PHASES, Dropout
+from pixart_nb.core.lora.layers import PHASES, LoraDropout
 from pixart_nb.core.training.loss import NAMES, coefficients, diffusion_loss
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
@@ -90,7 +90,7 @@ def test_dropout_is_drawn_by_the_step_and_only_in_training():
 def test_dropout_keeps_the_mean_and_its_numbers_are_independent(share):
     rng = np.random.default_rng(0)
     phases = [ms.Parameter(ms.Tensor(np.zeros(PHASES, np.float32)), name="rows")]
-    dropout = Dropout(48, share, phases[0], "columns")
+    dropout = LoraDropout(48, share, phases[0], "columns")
     masks = []
     for _ in range(40):
         for parameter in (phases[0], dropout.columns):
@@ -107,7 +107,9 @@ def test_dropout_keeps_the_mean_and_its_numbers_are_independent(share):
 
 
 def test_more_rows_than_phases_are_dropped_too():
-    dropout = Dropout(2, 0.5, ms.Parameter(ms.Tensor(np.linspace(0, 1, PHASES, dtype=np.float32))), "columns")
+    dropout = LoraDropout(
+        2, 0.5, ms.Parameter(ms.Tensor(np.linspace(0, 1, PHASES, dtype=np.float32))), "columns"
+    )
     out = dropout(ms.Tensor(np.ones((PHASES + 10, 2), np.float32))).asnumpy()
     assert np.array_equal(out[PHASES:], out[:10])
     assert out.mean() == pytest.approx(1, abs=0.01)
