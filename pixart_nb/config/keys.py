@@ -167,6 +167,7 @@ class InferenceConfig(ModelKeys):
     first_image: int = _sampling(0, "Number of the first image. Seed and number determine an image.", ge=0, lt=2**63)
 
     output_path: OutputFolder = "outputs/sample"
+    overwrite: bool = _output(False, "Replace images of the same name. Otherwise names count up.")
     imagegrid: bool = _output(False, "Write one file per prompt, with all its images in a grid.")
     nrows: int = _output(1, "Rows of the grid. A prompt has nrows x ncols images.", ge=1, le=256)
     ncols: int = _output(1, "Columns of the grid.", ge=1, le=256)

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ import numpy as np
 import psutil
 from tqdm.auto import tqdm
 
-from pixart_nb.config import InferenceConfig, changed_config, check_config
-from pixart_nb.core.backend import device_name, dtype_from_name, join_workers, ms
+from pixart_nb.config import ConfigError, InferenceConfig, bundled_path, check_config
+from pixart_nb.config.keys import ROOTS
+from pixart_nb.core import backend
+from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
-from pixart_nb.core.io import write_json
+from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.sampling.images import read_parameters, to_uint8, write_image
+from pixart_nb.core.sampling.images import read_parameters, to_uint8, write_new_image
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
 from pixart_nb.core.sampling.planning import check_memory
@@ -35,6 +38,39 @@ from pixart_nb.core.sampling.run_config import (
 from pixart_nb.core.sampling.samplers import image_generators
 
 _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
+#: Models that come with the package. An image may name them.
+BUNDLED_MODELS = ("data/tiny-sigma", "data/tiny-sigma-1k")
+#: Keys that ``like`` takes from an image: what shapes it.
+SHAPING_KEYS = frozenset(
+    [
+        "prompt",
+        "negative_prompt",
+        "image_height",
+        "image_width",
+        "use_resolution_binning",
+        "seed",
+        "first_image",
+        "nrows",
+        "ncols",
+        "imagegrid",
+        "sampling_method",
+        "sampling_steps",
+        "guidance_scale",
+        "dtype",
+        "t5_max_length",
+        "t5_load",
+        "tile_size",
+        "strength",
+        "sample_size",
+        "sd_scale_factor",
+        "kv_compress",
+        "kv_compress_sampling",
+        "kv_compress_scale_factor",
+        "kv_compress_layer",
+    ]
+)
+#: Keys that name weights or latents, by a path or a hub id.
+WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from")
 #: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.
 _T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
 #: Seconds between two updates of a progress bar: in a notebook each is a message.
@@ -65,25 +101,44 @@ def sample(config: InferenceConfig) -> list[Path]:
 
     Under ``msrun`` with ``use_parallel`` each worker draws, writes and returns its share.
     """
-    rank, workers = join_workers() if config.use_parallel else (0, 1)
+    rank, workers = backend.join_workers() if config.use_parallel else (0, 1)
     prompts = prompts_of(config)
     requests = requests_of(config, len(prompts), rank, workers)
+    ensure_writable(config.output_path, needed=3 * config.image_height * config.image_width)
     check_memory(config)
     paths = []
     draw = draw_in_stages if config.stages_path else draw_in_batches
     for batch, images in draw(config, prompts, requests):
         paths += write_images(config, prompts, batch, images)
     if rank == 0:
-        everything = requests_of(config, len(prompts))
-        names = list(dict.fromkeys(file_name(config, prompts, request) for request in everything))
+        names = [path.name for path in paths]
+        if workers > 1:
+            everything = requests_of(config, len(prompts))
+            names = list(dict.fromkeys(file_name(config, prompts, request) for request in everything))
         summary = {"files": names, "seconds_from_cold_start": seconds_of_this_process()}
-        write_json(Path(config.output_path) / "sample.json", config.model_dump() | summary)
+        write_json(paths[0].with_name("sample.json"), config.model_dump() | summary)
     return paths
 
 
 def like(image: str | Path, **changes: Any) -> InferenceConfig:
-    """Return the configuration that repeats an image which ``sample`` wrote, with changes."""
-    return changed_config(check_config(read_parameters(image), source=str(image)), **changes)
+    """Return the configuration that repeats an image which ``sample`` wrote, with changes.
+
+    The image may come from anybody: only ``SHAPING_KEYS`` are taken from it, never a path. Weights that are not those
+    of a bundled model must be given among the changes. Raises ``ConfigError``.
+    """
+    stored, changes = read_parameters(image), {k: v for k, v in changes.items() if v is not None}
+    values = {key: stored[key] for key in SHAPING_KEYS if key in stored}
+    if stored.get("model") in BUNDLED_MODELS:
+        values["model"] = stored["model"]
+    values |= {key: changes.pop(key) for key in WEIGHT_KEYS if key in changes}
+    weights = {key: stored[key] for key in WEIGHT_KEYS if stored.get(key) and key not in values}
+    if weights:
+        names = ", ".join(f"{key} {value!r}" for key, value in weights.items())
+        raise ConfigError(
+            f"{image} was drawn with {names}. Paths are not taken from an image; give "
+            f"{' '.join(f'--{key}' for key in weights)}, or an empty value to do without"
+        )
+    return check_config(values, source=str(image), options=changes)
 
 
 # ---- the pipeline of a configuration
@@ -100,6 +155,7 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
     if not config.model:
         parts["scheduler"] = config.sampling_method  # over the published noise schedule
     pipe = cls.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
+    pipe.set_progress_bar_config(disable=True)
     if "scheduler" in only:
         pipe.scheduler = config.sampling_method
     if config.sd_scale_factor and pipe.vae:
@@ -133,7 +189,6 @@ def draw_in_batches(
 ) -> Iterator[tuple[list[ImageRequest], np.ndarray]]:
     """Yield (requests, images (N, H, W, 3) uint8) of whole prompts, drawn ``batch_size`` at a time."""
     pipe, copies = load_pipeline(config), config.nrows * config.ncols
-    pipe.set_progress_bar_config(disable=True)
     negatives = negative_prompts_of(config, len(prompts))
     done: list[tuple[ImageRequest, np.ndarray]] = []
     with tqdm(total=len(requests) * config.sampling_steps, desc="draw", unit="step") as bar:
@@ -149,13 +204,17 @@ def draw_in_batches(
                 generator=image_generators(config.seed, [request.stream for request in batch]),
                 use_resolution_binning=config.use_resolution_binning,
                 output_type="np",
-                callback=lambda step, timestep, latents: bar.update(len(latents)),
+                callback=partial(_update, bar, len(batch)),
             )[0]
             done += zip(batch, to_uint8(images), strict=True)
             whole = len(done) // copies * copies
             if whole:
                 yield [request for request, _ in done[:whole]], np.stack([image for _, image in done[:whole]])
                 done = done[whole:]
+
+
+def _update(bar: tqdm, count: int, *step: Any) -> None:
+    bar.update(count)
 
 
 def draw_in_stages(
@@ -259,8 +318,7 @@ def write_images(
             contact_sheet(images[start : start + copies], config.ncols) if config.imagegrid else images[start]
         )
         path = Path(config.output_path) / file_name(config, prompts, request)
-        write_image(path, pixels, parameters(config, prompts, request))
-        paths.append(path)
+        paths.append(write_new_image(path, pixels, parameters(config, prompts, request), config.overwrite))
     return paths
 
 
@@ -272,7 +330,10 @@ def parameters(config: InferenceConfig, prompts: Sequence[str], request: ImageRe
         "prompt_path": "",
         "first_image": request.stream,
         "use_parallel": False,
+        "overwrite": False,
     }
+    if config.model and Path(config.model) in [bundled_path(model) for model in BUNDLED_MODELS]:
+        alone["model"] = next(model for model in BUNDLED_MODELS if bundled_path(model) == Path(config.model))
     grid = {} if config.imagegrid else {"nrows": 1, "ncols": 1}
     # stages draw what the pipeline draws by tiles, so the image can be repeated without their folder, unless it starts
     # from another one's

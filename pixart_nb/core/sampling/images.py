@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import atomic_write
+from pixart_nb.core.errors import PixArtNBError, WriteError
+from pixart_nb.core.io import atomic_write, folder_lock
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 #: Keyword of the PNG text chunk that holds the parameters, as JSON.
@@ -106,6 +108,43 @@ def write_image(path: str | Path, pixels: np.ndarray, parameters: Mapping[str, A
     chunks.add_text(KEYWORD, _as_json(parameters))
     with atomic_write(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=chunks)
+
+
+def write_new_image(
+    path: str | Path, pixels: np.ndarray, parameters: Mapping[str, Any], overwrite: bool = False
+) -> Path:
+    """Write an image without replacing another one; returns the path that holds it.
+
+    If ``path`` holds another image, names count up: ``cat.png``, ``cat-2.png``. A file with the same pixels and
+    parameters is kept as it is. ``overwrite`` replaces the file. If the folder cannot be written, the image goes to the
+    system's temporary folder, with a warning that names it.
+    """
+    path = Path(path)
+    try:
+        with folder_lock(path.parent, ".image-names.lock", wait=True):
+            target, number = path, 1
+            while not overwrite and target.exists():
+                if _holds(target, pixels, parameters):
+                    return target
+                number += 1
+                target = path.with_stem(f"{path.stem}-{number}")
+            write_image(target, pixels, parameters)
+            return target
+    except WriteError as error:
+        rescued = Path(tempfile.mkdtemp(prefix="pixart-nb-")) / path.name
+        write_image(rescued, pixels, parameters)
+        warnings.warn(f"{error} The image was saved as {rescued} instead", stacklevel=2)
+        return rescued
+
+
+def _holds(path: Path, pixels: np.ndarray, parameters: Mapping[str, Any]) -> bool:
+    try:
+        if read_parameters(path) != json.loads(_as_json(parameters)):
+            return False
+        with Image.open(path, formats=["PNG"]) as image:
+            return np.array_equal(np.asarray(image), pixels)
+    except (OSError, PixArtNBError, ValueError):
+        return False
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.core.sampling import planning
-from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.sampling.run_config import drawn_size
 
 FOLDER = diffusers("sigma")[0]
@@ -40,8 +39,7 @@ def test_stages_draw_what_the_pipeline_draws(tmp_path):
 def test_the_picture_is_repeated_from_its_file_without_the_stages(tmp_path):
     (first, _) = drawn(tmp_path, "staged", stages_path=str(tmp_path / "state"))
     (path,) = (tmp_path / "staged").glob("000*.png")
-    assert read_parameters(path)["stages_path"] == ""
-    again = sample.sample(sample.like(path, output_path=str(tmp_path / "again")))
+    again = sample.sample(sample.like(path, model=str(FOLDER), output_path=str(tmp_path / "again")))
     assert np.array_equal(np.asarray(Image.open(again[0])), first)
 
 
@@ -66,7 +64,13 @@ def test_a_picture_is_enlarged_from_the_stages_of_a_smaller_one_and_repeated_fro
     assert small.shape == (48, 32, 3) and first.shape == (96, 64, 3)
     path = next((tmp_path / "large").glob("001*.png"))
     again = sample.sample(
-        sample.like(path, output_path=str(tmp_path / "again"), stages_path=str(tmp_path / "b"))
+        sample.like(
+            path,
+            model=str(FOLDER),
+            upscale_from=changes["upscale_from"],
+            output_path=str(tmp_path / "again"),
+            stages_path=str(tmp_path / "b"),
+        )
     )
     assert np.array_equal(np.asarray(Image.open(again[0])), second)
 
