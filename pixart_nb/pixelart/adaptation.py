@@ -143,7 +143,7 @@ class CompressionAdaptation:
         for part in np.array_split(numbers, -(-images // ENCODED)):
             drawn = to_signed(draw_scenes([scenes[k] for k in part], rng, side, side))
             latents.append(pipe.vae.encode(ms.Tensor(drawn))[0].mean.asnumpy())
-        scaled = np.concatenate(latents) * np.float32(pipe.vae.config.scaling_factor)
+        scaled = pipe.vae.config.to_model(np.concatenate(latents))
         first = int(generator(*np.atleast_1d(seed)).integers(2**31))
         pool = caption_pool(scenes, numbers, pipe.tokenizer.tokenize, (CAPTION_TOKENS,), 1, first)
         empty = pipe.tokenizer.tokenize([""], CAPTION_TOKENS)

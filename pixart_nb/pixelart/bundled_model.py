@@ -101,7 +101,7 @@ def train_transformer(
     net = PixArt(CONFIG)
     net.initialize(generator(seed, 5), zero_cross_attention=False)
     parameters = trained_parameters(net)
-    latents = means * np.float32(vae.config.scaling_factor)
+    latents = vae.config.to_model(means)
     pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_IMAGE, seed)
     empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
     positions = net.positions(CONFIG.input_size, CONFIG.input_size)

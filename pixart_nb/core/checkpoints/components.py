@@ -44,8 +44,9 @@ def _load_transformer(path: Path, dtype: ms.Type, **options) -> PixArt:
 
 
 def _load_vae(folder: Path, dtype: ms.Type, **options) -> AutoencoderKL:
-    config = VAEConfig.from_dict(read_json(folder / "config.json"))
-    net = init_empty(lambda: AutoencoderKL(config), dtype)
+    path = folder / "config.json"
+    config = VAEConfig.from_dict(read_json(path), path)
+    net = init_empty(lambda: AutoencoderKL(config), config.compute_dtype(dtype))
     load_into(net, key_maps.rename_former_vae(read_tensors(folder, **options)), folder)
     return net.set_train(False)
 

@@ -15,6 +15,7 @@ from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import read_json
 from pixart_nb.core.models.layers import Linear
+from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.quantization import Int8Linear
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
@@ -57,7 +58,7 @@ class T5EncoderModel:
 
 def load_t5(folder: Path, dtype: ms.Type, load_in_8bit: bool = False, **options) -> T5Encoder:
     """Load the encoder of a folder in the published layout, part by part, without a second copy of all weights."""
-    config = T5Config.from_dict(read_json(folder / "config.json"))
+    config = T5Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
     net = init_empty(lambda: T5Encoder(config, Int8Linear if load_in_8bit else Linear), dtype)
     for prefix in (TABLE, LAST_NORM):
         _fill(net, folder, prefix, prefix, **options)
@@ -90,7 +91,8 @@ class StreamedT5Encoder:
 
     def __init__(self, folder: Path, dtype: ms.Type, **options):
         self.folder, self.dtype, self.options = Path(folder), dtype, options
-        self.config = T5Config.from_dict(read_json(self.folder / "config.json"))
+        path = self.folder / "config.json"
+        self.config = T5Config.from_dict(read_json(path), path)
         self.net = init_empty(lambda: T5Encoder(replace(self.config, num_layers=1)), dtype)
         _fill(self.net, self.folder, LAST_NORM, LAST_NORM, **options)
         self.net.set_train(False)
@@ -104,7 +106,9 @@ class StreamedT5Encoder:
             if bias is None:  # the first layer's table serves all
                 bias = self.net.position_bias(self.net.buckets(ids.shape[1]))
             x = self.net.encoder.block[0](x, seen, bias)
-        return self.net.encoder.final_layer_norm(x).astype(self.dtype)
+        out = self.net.encoder.final_layer_norm(x).astype(self.dtype)
+        check_finite(out, "the text encoder")
+        return out
 
     def _embedded(self, ids: np.ndarray) -> ms.Tensor:
         """Return the rows of the embedding table for these tokens, (N, T, d_model) float32; no others are kept."""

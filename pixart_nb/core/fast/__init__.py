@@ -16,6 +16,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.fast.normalization import ImageStatistics
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
+from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.transformer import PixArt, trim_caption
 
 #: ``denoise(latents (B, C, H, W), timestep) -> (B, out_channels, H, W)``, one timestep for the whole batch.
@@ -52,4 +53,6 @@ class ModelDenoiser:
         net, (batch, _, height, width) = self.net, latents.shape
         timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
         positions, micro = net.positions(height, width), net.micro_conditions(latents)
-        return net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro)
+        out = net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro)
+        check_finite(out, f"the transformer at timestep {timestep:g}")
+        return out

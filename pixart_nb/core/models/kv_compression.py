@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
@@ -11,6 +13,7 @@ from pixart_nb.core.models.layers import LayerNorm, parameter
 #: ``conv``: learned depthwise convolution, then LayerNorm (the paper's). ``ave`` and ``uniform``: the upper left token
 #: of each cell, which is what the official code computes under both names. ``mean``: the true average of each cell.
 OPERATORS = ("conv", "ave", "uniform", "mean")
+MAX_RATIO = 256
 
 
 class DepthwiseReduction(nn.Cell):
@@ -104,16 +107,18 @@ def compress_cells(
     return positions[0]
 
 
-def check_compression(operator: str | None, ratio: int, layers: tuple[int, ...], depth: int) -> None:
+def check_compression(operator: str | None, ratio: int, layers: Sequence[int], depth: int) -> None:
     """Refuse an unknown operator, a ratio below 1, and layers that the model does not have."""
-    if layers and ratio > 1 and operator not in OPERATORS:
+    if type(ratio) is not int or not 1 <= ratio <= MAX_RATIO:
         raise PixArtNBError(
-            f"KV compression operator {operator!r} is unknown; expected one of {', '.join(OPERATORS)}"
+            f"KV compression scale_factor is {ratio!r:.60}; expected a whole number from 1 to {MAX_RATIO}"
         )
-    if int(ratio) != ratio or ratio < 1:
-        raise PixArtNBError(f"KV compression scale_factor is {ratio}; expected a whole number of at least 1")
-    outside = [layer for layer in layers if not 0 <= layer < depth]
+    outside = [layer for layer in layers if type(layer) is not int or not 0 <= layer < depth]
     if outside:
         raise PixArtNBError(
-            f"kv_compress_layer names layers {outside}; this model has layers 0 to {depth - 1}"
+            f"kv_compress_layer names layers {outside!s:.60}; this model has layers 0 to {depth - 1}"
+        )
+    if layers and ratio > 1 and operator not in OPERATORS:
+        raise PixArtNBError(
+            f"KV compression operator {operator!r:.60} is unknown; expected one of {', '.join(OPERATORS)}"
         )

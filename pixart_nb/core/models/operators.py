@@ -6,10 +6,12 @@ gradients of softmax and LayerNorm. An operator whose automatic gradient is slow
 
 from __future__ import annotations
 
+import numpy as np
 from mindspore import nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 
 _matmul = ops.MatMul(transpose_b=True)
 _scores = ops.BatchMatMul(transpose_b=True)
@@ -41,6 +43,17 @@ def linear(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor | None = None) -> ms
     if bias is not None:
         rows = _add_bias(rows, bias)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def check_finite(x: ms.Tensor | np.ndarray, stage: str) -> None:
+    """Refuse a result with NaN or infinite values; ``stage`` names what computed it."""
+    values = x.astype(ms.float32).asnumpy() if isinstance(x, ms.Tensor) else x
+    if not np.isfinite(values).all():
+        raise PixArtNBError(
+            f"the output of {stage} is not finite: {values.size - np.isfinite(values).sum()} of {values.size} values. "
+            "Compute in float32 (mindspore_dtype=float32; dtype: fp32). If it does already, the weights or the inputs "
+            "are damaged or do not belong together"
+        )
 
 
 class _AddBias(nn.Cell):

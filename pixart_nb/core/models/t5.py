@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 from mindspore import mint, nn
@@ -13,39 +14,66 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
+from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
-from pixart_nb.core.models.operators import gelu_tanh
+from pixart_nb.core.models.operators import check_finite, gelu_tanh
 from pixart_nb.core.models.quantization import Int8Linear
 
 LinearClass = type[Linear] | type[Int8Linear]
+
+
+#: Sizes that transformers' T5Config takes for keys that a config.json leaves out.
+TRANSFORMERS_DEFAULTS = {
+    "d_model": 512,
+    "d_ff": 2048,
+    "num_layers": 6,
+    "num_heads": 8,
+    "feed_forward_proj": "relu",
+}
+#: Keys that change the result, and the values of them that are implemented here.
+IMPLEMENTED = {
+    "model_type": ("t5",),
+    "feed_forward_proj": ("gated-gelu",),
+    "dense_act_fn": ("gelu_new",),
+    "is_gated_act": (True,),
+    "quantization_config": (None,),
+}
 
 
 @dataclass(frozen=True)
 class T5Config:
     """Fields of a published ``text_encoder/config.json``; the defaults are T5 v1.1 XXL's."""
 
-    vocab_size: int = 32128
-    d_model: int = 4096
-    d_kv: int = 64
-    d_ff: int = 10240
-    num_heads: int = 64
-    num_layers: int = 24
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: int = bounded(32128, 1, 2**22)
+    d_model: int = bounded(4096, 1, 2**17)
+    d_kv: int = bounded(64, 1, 2**12)
+    d_ff: int = bounded(10240, 1, 2**20)
+    num_heads: int = bounded(64, 1, 2**12)
+    num_layers: int = bounded(24, 0, 1000)
+    relative_attention_num_buckets: int = bounded(32, 4, 2**16)
+    relative_attention_max_distance: int = bounded(128, 2, 2**20)
+    layer_norm_epsilon: float = bounded(1e-6, 0, 1)
     feed_forward_proj: str = "gated-gelu"
 
     def __post_init__(self):
-        if self.feed_forward_proj != "gated-gelu":
+        check_fields(self)
+        refuse_others({"feed_forward_proj": self.feed_forward_proj}, IMPLEMENTED)
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
             raise PixArtNBError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}; PixArt's text encoder has 'gated-gelu'"
+                f"relative_attention_max_distance is {self.relative_attention_max_distance}; expected more than a "
+                f"quarter of relative_attention_num_buckets, {self.relative_attention_num_buckets}"
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> T5Config:
-        """Make a configuration from a published mapping; other keys are ignored."""
-        names = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in names})
+    def from_dict(cls, values: Mapping, source: str | Path = "text_encoder/config.json") -> T5Config:
+        """Make a configuration from a published mapping, with transformers' defaults for the keys that it leaves out.
+
+        Keys that change the result are honoured or refused with a ``PixArtNBError`` that names ``source``.
+        """
+        values = TRANSFORMERS_DEFAULTS | dict(values)
+        with named_source(source):
+            refuse_others(values, IMPLEMENTED)
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
 def relative_position_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
@@ -161,7 +189,9 @@ class T5Encoder(nn.Cell):
     def construct(self, input_ids, mask) -> ms.Tensor:
         """Encode input_ids (N, T), integers, with mask (N, T) bool, True = token; every row needs a token."""
         ids, mask = self.validated(input_ids, mask)
-        return self.forward(ms.Tensor(ids), ms.Tensor(mask), self.buckets(ids.shape[1]))
+        out = self.forward(ms.Tensor(ids), ms.Tensor(mask), self.buckets(ids.shape[1]))
+        check_finite(out, "the text encoder")
+        return out
 
     def validated(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 and mask bool, or refuse them. Outside of ``construct``, which a compiler parses."""

@@ -16,6 +16,7 @@ from mindspore import ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
+from pixart_nb.core.models.operators import check_finite
 
 #: Cells, at the finer resolution, of all windows that statistics are measured on at once. It bounds the memory.
 SAMPLE_CELLS = 2**18
@@ -144,6 +145,7 @@ class TileMap:
         strip = None
         for columns, weight_across in across:
             result = self.function(ms.Tensor(self._cut(x, rows, columns))).astype(ms.float32).asnumpy()
+            check_finite(result, "a tile of the VAE")
             if strip is None:
                 width = across[-1][0].stop * self.upscale
                 strip = np.zeros((1, result.shape[1], result.shape[2], width), np.float32)

@@ -10,6 +10,7 @@ from mindspore import mint, nn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
+from pixart_nb.core.models.config_fields import bounded, check_fields
 from pixart_nb.core.models.embeddings import CaptionEmbedder, FrequencyMLP, PatchEmbed, sincos_positions
 from pixart_nb.core.models.kv_compression import check_compression
 from pixart_nb.core.models.layers import MLP, LayerNorm, Linear, normal, parameter, xavier_uniform
@@ -29,16 +30,16 @@ class PixArtConfig:
     """
 
     class_name: str = "PixArtMS"
-    hidden_size: int = 1152
-    num_heads: int = 16
-    depth: int = 28
-    patch_size: int = 2
-    in_channels: int = 4
-    mlp_ratio: float = 4.0
-    caption_channels: int = 4096
-    input_size: int = 64
-    pe_interpolation: float = 1.0
-    model_max_length: int = 300
+    hidden_size: int = bounded(1152, 4, 2**16)
+    num_heads: int = bounded(16, 1, 2**12)
+    depth: int = bounded(28, 1, 1000)
+    patch_size: int = bounded(2, 1, 64)
+    in_channels: int = bounded(4, 1, 2**12)
+    mlp_ratio: float = bounded(4.0, 1e-3, 64)
+    caption_channels: int = bounded(4096, 1, 2**17)
+    input_size: int = bounded(64, 1, 2**12)
+    pe_interpolation: float = bounded(1.0, 1e-3, 1e3)
+    model_max_length: int = bounded(300, 1, 2**17)
     pred_sigma: bool = True
     micro_condition: bool = False
     qk_norm: bool = False
@@ -52,6 +53,7 @@ class PixArtConfig:
         return config
 
     def __post_init__(self):
+        check_fields(self)
         if self.class_name not in ("PixArt", "PixArtMS"):
             raise PixArtNBError(f"class_name is {self.class_name!r}; expected 'PixArt' or 'PixArtMS'")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -97,7 +99,7 @@ class PixArtConfig:
     @property
     def kv_layers(self) -> tuple[int, ...]:
         """Numbers of the layers whose keys and values are compressed."""
-        return tuple((self.kv_compress_config or {}).get("kv_compress_layer", ()))
+        return tuple((self.kv_compress_config or {}).get("kv_compress_layer") or ())
 
     def layer_ratio(self, layer: int) -> int:
         """Compression ratio of one layer."""

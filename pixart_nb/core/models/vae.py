@@ -12,6 +12,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import fast_group_norms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
+from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.tiling import TileMap
 from pixart_nb.core.models.vae_blocks import Decoder, Encoder, VAEConfig
 
@@ -116,7 +117,9 @@ class AutoencoderKL(nn.Cell):
                 f"images are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}. Crop them."
             )
         fine = self._stage(self.encoder.fine, self.encoder, downscale=self.factor)
-        return (DiagonalGaussian(self._run(x, fine, self._stage(self._encode_coarse, self.encoder))),)
+        moments = self._run(x, fine, self._stage(self._encode_coarse, self.encoder))
+        check_finite(moments, "the VAE's encoder")
+        return (DiagonalGaussian(moments),)
 
     def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False) -> tuple[ms.Tensor]:
         """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(images,)``, (N, 3, 8h, 8w).
@@ -128,7 +131,9 @@ class AutoencoderKL(nn.Cell):
             raise PixArtNBError(
                 f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)"
             )
-        return (self._run(z, self._stage(self._decode_coarse, self.decoder), self.decode_fine()),)
+        images = self._run(z, self._stage(self._decode_coarse, self.decoder), self.decode_fine())
+        check_finite(images, "the VAE's decoder")
+        return (images,)
 
     def _run(self, x: ms.Tensor, *stages: TileMap) -> ms.Tensor:
         """Run the stages one after another, in slices and tiles as enabled."""

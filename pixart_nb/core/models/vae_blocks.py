@@ -4,40 +4,97 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from mindspore import nn, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention
+from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
 from pixart_nb.core.models.operators import silu, transpose
+
+#: Values that diffusers' AutoencoderKL takes for keys that a config.json leaves out.
+DIFFUSERS_DEFAULTS = {
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+}
+#: Keys that change the result, and the values of them that are implemented here.
+IMPLEMENTED = {
+    "_class_name": ("AutoencoderKL",),
+    "act_fn": ("silu", "swish"),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Fields of diffusers' ``vae/config.json``; the defaults are SDXL's."""
+    """Fields of diffusers' ``vae/config.json``; the defaults are SDXL's.
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    sample_size: int = 1024
-    scaling_factor: float = 0.13025
-    shift_factor: float | None = None
+    With ``force_upcast`` the autoencoder computes in float32 where half precision is asked for (``compute_dtype``).
+    """
+
+    in_channels: int = bounded(3, 1, 1024)
+    out_channels: int = bounded(3, 1, 1024)
+    latent_channels: int = bounded(4, 1, 1024)
+    block_out_channels: tuple[int, ...] = bounded((128, 256, 512, 512), 1, 2**16)
+    layers_per_block: int = bounded(2, 1, 64)
+    norm_num_groups: int = bounded(32, 1, 2**16)
+    sample_size: int = bounded(1024, 1, 2**16)
+    scaling_factor: float = bounded(0.13025, 1e-6, 1e6)
+    shift_factor: float | None = bounded(None, -1e6, 1e6)
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     force_upcast: bool = True
 
+    def __post_init__(self):
+        check_fields(self)
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if len(widths) > 16 or any(width % groups for width in widths):
+            raise PixArtNBError(
+                f"block_out_channels are {widths[:17]}; expected at most 16 multiples of norm_num_groups, {groups}"
+            )
+
     @classmethod
-    def from_dict(cls, values: Mapping) -> VAEConfig:
-        """Make a configuration from a published mapping; other keys are ignored."""
-        names = {f.name for f in fields(cls)}
-        return cls(
-            **{key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key in names}
-        )
+    def from_dict(cls, values: Mapping, source: str | Path = "vae/config.json") -> VAEConfig:
+        """Make a configuration from a published mapping, with diffusers' defaults for the keys that it leaves out.
+
+        Keys that change the result are honoured or refused with a ``PixArtNBError`` that names ``source``.
+        """
+        values = DIFFUSERS_DEFAULTS | {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
+        if isinstance(values["sample_size"], tuple):
+            values["sample_size"] = max(values["sample_size"], default=0)
+        block_types = {
+            "down_block_types": "DownEncoderBlock2D",
+            "up_block_types": "UpDecoderBlock2D",
+        }
+        with named_source(source):
+            refuse_others(values, IMPLEMENTED)
+            config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+            blocks = len(config.block_out_channels)
+            refuse_others(values, {key: ((name,) * blocks,) for key, name in block_types.items()})
+        return config
+
+    def compute_dtype(self, dtype: ms.Type) -> ms.Type:
+        """Return the dtype to compute in where ``dtype`` is asked for."""
+        return ms.float32 if self.force_upcast else dtype
+
+    def to_model(self, latents: Any) -> Any:
+        """Scale latents of the encoder, an array or tensor, to those that the transformer works on."""
+        return (latents if self.shift_factor is None else latents - self.shift_factor) * self.scaling_factor
+
+    def from_model(self, latents: Any) -> Any:
+        """Scale latents of the transformer, an array or tensor, to those that the decoder takes."""
+        latents = latents / self.scaling_factor
+        return latents if self.shift_factor is None else latents + self.shift_factor
 
 
 class ResnetBlock(nn.Cell):

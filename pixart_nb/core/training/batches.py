@@ -116,6 +116,7 @@ class DiffusionBatches:
         weights: function from timesteps (N,) to weights of the squared error (N,).
         fixed_lengths: pad captions to multiples of 20 tokens, for compiled graphs.
         micro: function from indices (N,) of the labels to micro conditions (N, 3), for models that have them.
+        shift_factor: subtracted from the latents before they are scaled.
     """
 
     def __init__(
@@ -129,7 +130,9 @@ class DiffusionBatches:
         weights: Callable[[np.ndarray], np.ndarray] | None = None,
         fixed_lengths: bool = False,
         micro: Callable[[np.ndarray], np.ndarray] | None = None,
+        shift_factor: float | None = None,
     ):
+        self.shift_factor = shift_factor or 0.0
         self.features, self.noise, self.net, self.empty = features, noise, net, empty
         self.scaling_factor, self.first_row = scaling_factor, first_row
         self.weights, self.fixed_lengths, self.micro = weights or np.ones_like, fixed_lengths, micro
@@ -137,7 +140,9 @@ class DiffusionBatches:
     def __call__(self, number: int) -> tuple[np.ndarray | ms.Tensor, ...]:
         part = self.features.batch(number)
         timesteps, dropped, own, noise = self.noise.draw(number, self.first_row, part.mean.shape)
-        latents = (part.mean + part.std * own) * np.float32(self.scaling_factor)
+        latents = (part.mean + part.std * own - np.float32(self.shift_factor)) * np.float32(
+            self.scaling_factor
+        )
         embeds, mask = self._captions(part, dropped)
         micro = [self.micro(part.indices)] if self.micro else []
         return (

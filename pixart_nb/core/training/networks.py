@@ -66,9 +66,15 @@ class FrozenNetworks:
         """Scaling factor of the latents: the configuration's, or that of the VAE."""
         return self.config.sd_scale_factor or self._vae_config.scaling_factor
 
+    @property
+    def shift_factor(self) -> float | None:
+        """Shift of the latents of the VAE."""
+        return self._vae_config.shift_factor
+
     @cached_property
     def _vae_config(self) -> VAEConfig:
-        return VAEConfig.from_dict(read_json(self.paths["vae"] / "config.json"))
+        path = self.paths["vae"] / "config.json"
+        return VAEConfig.from_dict(read_json(path), path)
 
     def check_latents(self, net: PixArtConfig) -> None:
         """Refuse a VAE whose latents have another number of channels than the transformer takes."""

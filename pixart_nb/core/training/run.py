@@ -128,6 +128,7 @@ class Training:
             min_snr_weights(config.snr_gamma) if config.snr_gamma else None,
             config.mode == 0,
             micro,
+            self.networks.shift_factor,
         )
 
     def _validation(self) -> Validation | None:

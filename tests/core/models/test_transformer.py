@@ -168,3 +168,14 @@ def test_configurations_that_cannot_be_are_refused(values, message):
 def test_an_unknown_configuration_field_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"hidden_sise.*hidden_size"):
         PixArtConfig.from_dict({"hidden_sise": 24})
+
+
+def test_positions_are_kept_for_a_few_sizes_only():
+    net = small_net()
+    first = net.positions(8, 8)
+    assert net.positions(8, 8) is first
+    for side in range(2, 42, 2):
+        net.positions(side, 8)
+    cached = [value for value in vars(net).values() if isinstance(value, dict) and (8, 8, net.dtype) in value]
+    assert not cached
+    assert np.array_equal(net.positions(8, 8).asnumpy(), first.asnumpy())
