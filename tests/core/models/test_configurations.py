@@ -125,10 +125,7 @@ def vae_folder(tmp_path):
 
 
 def test_a_vae_without_a_scaling_factor_has_that_of_the_first_stable_diffusion(vae_folder):
-    assert (
-        LOADERS["vae"](vae_folder(scaling_factor="absent"), ms.float32).config.scaling_factor
-        == 0.18215
-    )
+    assert LOADERS["vae"](vae_folder(scaling_factor="absent"), ms.float32).config.scaling_factor == 0.18215
 
 
 @pytest.mark.parametrize(
