@@ -256,7 +256,9 @@ def test_the_start_report_says_how_well_the_autoencoder_shows_the_images(config,
 
 
 def test_a_warm_up_that_is_longer_than_the_training_is_named(config, tmp_path):
-    with pytest.warns(UserWarning, match=r"warmup_steps is 1000 and the training has 6 steps.*ends at 6e-06"):
+    with pytest.warns(
+        UserWarning, match=r"warmup_steps is 1000 and the training has 6 steps.*ends at 5.3e-07"
+    ):
         Training(config(tmp_path / "out", warmup_steps=1000))
 
 
