@@ -22,7 +22,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,10 @@ VOLATILE = ("seconds", "images_per_second", "seconds_left", "measured", "planned
 
 @dataclass(frozen=True)
 class LongCommand:
-    """Words of a command that writes into ``out``, and what has to be there before it starts."""
+    """Words of a command that writes into ``out``."""
 
     words: list[Any]
     out: Path
-    prepare: Callable[[], Any] = lambda: None
 
 
 def write_small_pipeline(folder: Path) -> None:
@@ -102,6 +100,15 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
     adapt = ["--adapt_steps", 6, "--json_path", base / "train.json", "--image_dir", images]
     sizes = ["--image_height", 64, "--image_width", 64, "--sampling_steps", 3]
     tiny = PROJECT / "configs" / "inference" / "tiny.yaml"
+    sampling = [
+        "--prompt",
+        "a red cup",
+        "a green dragon",
+        "--stages_path",
+        out / "stages",
+        "-o",
+        out / "images",
+    ]
     return {
         "train": LongCommand(["train", "-c", config], out),
         "train lora": LongCommand(["train", "-c", lora], out),
@@ -112,11 +119,7 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
         "convert": LongCommand(
             ["convert", "-s", PROJECT / "data" / "tiny-sigma" / "transformer", "-t", out / "net.ckpt"], out
         ),
-        "sample": LongCommand(
-            ["sample", "-c", tiny, "--model", model, *sizes, "--prompt", "a red cup", "a green dragon"]
-            + ["--stages_path", out / "stages", "-o", out / "images"],
-            out,
-        ),
+        "sample": LongCommand(["sample", "-c", tiny, "--model", model, *sizes, *sampling], out),
         "compress": LongCommand(
             ["compress", "-s", model, "-t", out / "kv", "--model", model, *sizes, *adapt], out
         ),
@@ -196,10 +199,13 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def comparable(path: Path) -> bytes:
-    """Return the content of a file without times and speeds."""
+    """Return the content of a file in a fixed order, without times and speeds."""
     content = path.read_bytes()
     if path.suffix == ".json":
         return json.dumps(without_times(json.loads(content)), sort_keys=True).encode()
+    if path.suffix == ".safetensors":  # the library writes the header in any order
+        end = 8 + int.from_bytes(content[:8], "little")
+        return json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
     if path.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(content.decode()))
         return json.dumps([without_times(row) for row in rows]).encode()
@@ -222,9 +228,10 @@ def check(command: LongCommand, kills: int, rng: np.random.Generator, log: Path)
     done, writing, runs, different, left = 0, 0, 0, set(), set()
     while done < kills or temporary_files(command.out):
         shutil.rmtree(command.out)
-        while done < kills and kill(
-            process := start(command.words, log), command.out, rng, done % 2 == 1, longest, log
-        ):
+        while done < kills:
+            process = start(command.words, log)
+            if not kill(process, command.out, rng, done % 2 == 1, longest, log):
+                break
             done += 1
             writing += bool(temporary_files(command.out))
         wait(start(command.words, log), log)  # also after a completed run: it must find nothing to do
@@ -255,7 +262,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shorten_tiny()
     failed = False
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         base = Path(folder)
         prepare = os.fork()  # in a process of its own: this one must compute nothing before it is forked
         if not prepare:
