@@ -10,7 +10,7 @@ CUP = Parameters("a red cup", 32, 48, steps=5, seed=3)
 
 
 class Pipe:
-    """Has the interface of a pipeline. A picture is the noise that its generator draws first, fading in."""
+    """Has the interface of a pipeline. An image is the noise that its generator draws first, fading in."""
 
     def __init__(self, step_cost=lambda: None):
         self.scheduler, self.used, self.closed, self.decoded = "own", [], 0, []
@@ -40,7 +40,7 @@ class Pipe:
         return latents[:, :3].repeat(8, 2).repeat(8, 3).transpose(0, 2, 3, 1)
 
 
-def expected_picture(parameters, number):
+def expected_image(parameters, number):
     noise = np.random.default_rng((parameters.seed, number)).random(
         (4, parameters.height // 8, parameters.width // 8)
     )

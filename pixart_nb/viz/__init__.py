@@ -1,1 +1,1 @@
-"""Views: NumPy arrays in, matplotlib figures or HTML out. Knows nothing of MindSpore."""
+"""Figures, widgets and HTML pages from NumPy arrays. Imports no MindSpore."""

@@ -1,6 +1,6 @@
-"""Where attention goes: words over the picture, one patch's view, layers x heads, and numbers of them.
+"""Figures of attention: words over the image, the view of one patch, layers x heads, statistics.
 
-NumPy in, a matplotlib ``Figure`` out. Attention is given as shares: what one patch gives to all keys sums to one.
+Attention is a share: what one patch gives to all keys sums to 1.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib import cm
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pixart_nb.core.errors import PixArtNBError
@@ -27,10 +26,11 @@ from pixart_nb.viz.style import (
     SMALL,
     TEXT,
     WIDTH,
+    Figure,
     axes_grid,
     colour_bar,
     for_curves,
-    for_picture,
+    for_image,
     legend,
     line_style,
     new_figure,
@@ -44,36 +44,36 @@ _LETTER = 0.09
 
 
 def word_heat_maps(
-    picture: np.ndarray,
+    image: np.ndarray,
     maps: Mapping[str, np.ndarray],
     threshold: float | None = None,
     columns: int | None = None,
     own_scale: bool = False,
 ) -> Figure:
-    """The picture, then for each word how much every patch attends to it, over the picture.
+    """Draw the image and, for each word, a heat map of the attention that the patches give to it.
 
     Args:
-        picture: (H, W, 3), float in [0, 1] or uint8.
+        image: (H, W, 3), float in [0, 1] or uint8.
         maps: word -> (h, w) share of each patch's attention.
-        threshold: a share of the scale: cells below it stay grey.
-        own_scale: each word from 0 to its own largest share; else all words have one scale and one colour bar.
+        threshold: Share of the scale below which cells stay grey.
+        own_scale: Scale each word from 0 to its own largest share. Otherwise all words share one scale and colour bar.
 
     >>> figure = word_heat_maps(np.zeros((8, 8, 3)), {"red": np.eye(2), "cup": np.ones((2, 2))})
     >>> [place.get_title() for place in figure.axes[:3]]
-    ['picture', 'red', 'cup']
+    ['image', 'red', 'cup']
     """
     if not maps:
         raise PixArtNBError("there is no word to show; give at least one map")
-    columns, picture = min(columns or 5, len(maps) + 1), shrunk(picture)
+    columns, image = min(columns or 5, len(maps) + 1), shrunk(image)
     highest = {word: float(np.max(heat)) for word, heat in maps.items()}
     if not own_scale:
         highest = dict.fromkeys(maps, max(highest.values()))
     rows = -(-(len(maps) + 1) // columns)
-    figure, axes = _picture_grid(rows, columns, picture, room=0.5 if own_scale else 0.3)
-    _show_pixels(axes[0], as_float(picture), "picture")
-    for place, (word, heat) in zip(axes[1:], maps.items(), strict=False):
+    figure, axes = _image_grid(rows, columns, image, room=0.5 if own_scale else 0.3)
+    _show_pixels(axes[0], as_float(image), "image")
+    for ax, (word, heat) in zip(axes[1:], maps.items(), strict=False):
         said = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
-        _show_pixels(place, overlay(picture, heat, (0, highest[word]), threshold), said)
+        _show_pixels(ax, overlay(image, heat, (0, highest[word]), threshold), said)
     if own_scale:
         said = f"{SHARE}, from 0 (dark) to the number above the map (light)"
         figure.supxlabel(said, fontsize=SMALL)
@@ -83,36 +83,39 @@ def word_heat_maps(
 
 
 def word_strip(
-    pictures: np.ndarray | Sequence[np.ndarray],
+    images: np.ndarray | Sequence[np.ndarray],
     maps: np.ndarray,
     labels: Sequence[str],
     word: str = "",
     threshold: float | None = None,
 ) -> Figure:
-    """One word's map at each step, over the picture as it was then: two rows, pictures and maps, one scale.
+    """Draw the map of one word at each step under the image predicted there, on one scale.
 
-    pictures (S, H, W, 3), maps (S, h, w), a label for each step.
+    Args:
+        images: (S, H, W, 3).
+        maps: (S, h, w).
+        labels: One for each step.
 
     >>> strip = word_strip(np.zeros((2, 8, 8, 3)), np.ones((2, 4, 4)), ["t 999", "t 500"], "cup")
     >>> [place.get_title() for place in strip.axes[:4]]
     ['t 999', 't 500', '', '']
     """
-    require_as_many("pictures", pictures, len(maps), "maps")
+    require_as_many("images", images, len(maps), "maps")
     require_as_many("labels", labels, len(maps), "maps")
-    pictures = [shrunk(picture) for picture in pictures]
-    figure, axes = _picture_grid(2, len(maps), pictures[0], least=2 * _LETTER * len(word))
+    images = [shrunk(image) for image in images]
+    figure, axes = _image_grid(2, len(maps), images[0], least=2 * _LETTER * len(word))
     highest = float(np.max(maps))
-    for number, (picture, heat) in enumerate(zip(pictures, maps, strict=True)):
-        _show_pixels(axes[number], as_float(picture), labels[number])
-        _show_pixels(axes[len(maps) + number], overlay(picture, heat, (0, highest), threshold), "")
-    for place, label in ((axes[0], "picture"), (axes[len(maps)], word)):
-        place.set_ylabel(label, fontsize=TEXT)
+    for number, (image, heat) in enumerate(zip(images, maps, strict=True)):
+        _show_pixels(axes[number], as_float(image), labels[number])
+        _show_pixels(axes[len(maps) + number], overlay(image, heat, (0, highest), threshold), "")
+    for ax, label in ((axes[0], "image"), (axes[len(maps)], word)):
+        ax.set_ylabel(label, fontsize=TEXT)
     _heat_bar(figure, axes, highest, SHARE)
     return figure
 
 
 def patch_attention(
-    picture: np.ndarray,
+    image: np.ndarray,
     weights: np.ndarray,
     query: tuple[int, int],
     titles: Sequence[str],
@@ -120,13 +123,13 @@ def patch_attention(
     grid: tuple[int, int] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """Where one patch looks, once for each head, or layer, or step: cells of R x R tokens over the picture.
+    """Draw the attention of one patch, once for each head, layer or step, as cells of R x R tokens over the image.
 
     Args:
-        weights: (n, kh, kw), the patch's attention to every key; ``ratio`` is R of the keys' grid.
+        weights: (n, kh, kw), attention of the patch to every key; ``ratio`` is R of the key grid.
         query: (row, column) of the patch in tokens; it is framed.
-        titles: one for each of the n.
-        grid: (height, width) of the picture in tokens, where cells do not fill it.
+        titles: One for each of the n maps.
+        grid: (height, width) of the image in tokens, where cells do not fill it.
 
     >>> figure = patch_attention(np.zeros((8, 8, 3)), np.ones((2, 2, 2)) / 4, (3, 0), ["head 0", "head 1"], ratio=2)
     >>> figure.axes[1].patches[0].get_xy()  # the patch's frame, in tokens
@@ -135,55 +138,55 @@ def patch_attention(
     require_as_many("titles", titles, len(weights), "maps")
     grid = check_cells(weights.shape[1:], ratio, grid)
     _check_patch(query, grid)
-    columns, picture = min(columns, len(weights)), shrunk(picture)
-    figure, axes = _picture_grid(-(-len(weights) // columns), columns, picture)
+    columns, image = min(columns, len(weights)), shrunk(image)
+    figure, axes = _image_grid(-(-len(weights) // columns), columns, image)
     highest = float(np.max(weights))
-    for place, heat, title in zip(axes, weights, titles, strict=False):
-        pixels = overlay(picture, heat, (0, highest), None, ratio, grid)
-        _show_tokens(place, pixels, grid, title)
-        _draw_cells(place, heat.shape, ratio)
-        _frame_patch(place, query)
+    for ax, heat, title in zip(axes, weights, titles, strict=False):
+        pixels = overlay(image, heat, (0, highest), None, ratio, grid)
+        _show_tokens(ax, pixels, grid, title)
+        _draw_cells(ax, heat.shape, ratio)
+        _frame_patch(ax, query)
     _heat_bar(figure, axes, highest, "share of the patch's attention, a cell")
     return figure
 
 
 def full_against_compressed(
-    picture: np.ndarray,
+    image: np.ndarray,
     full: np.ndarray,
     compressed: np.ndarray,
     query: tuple[int, int],
     ratio: int,
 ) -> Figure:
-    """Where a patch looks with full keys (h, w) and with compressed ones (kh, kw), and the difference, for each token.
+    """Draw the attention of a patch with full keys (h, w) and compressed keys (kh, kw), and the difference per token.
 
-    A compressed key's share is divided evenly among its tokens, so that all three have one unit. The difference's
-    title says how much attention is the same: 1 - sum |difference| / 2, which is 1 for equal maps.
+    The share of a compressed key is divided evenly among its tokens, so that all panels have one unit. The title of the
+    difference gives the overlap, 1 - sum |difference| / 2, which is 1 for equal maps.
 
     >>> figure = full_against_compressed(np.zeros((8, 8, 3)), np.eye(4) / 4, np.eye(2) / 2, (0, 0), 2)
     >>> figure.axes[2].get_title()
     'compressed - full\\n50% of the attention is the same'
     """
-    grid, picture = full.shape, shrunk(picture)
+    grid, image = full.shape, shrunk(image)
     spread = spread_cells(compressed, ratio, grid)
     _check_patch(query, grid)
-    figure, axes = _picture_grid(1, 3, picture, cell=2.6)
+    figure, axes = _image_grid(1, 3, image, cell=2.6)
     highest = float(max(full.max(), spread.max()))
     panels = (
         (full, 1, f"full: {full.size} keys"),
         (compressed, ratio, f"compressed: {compressed.size} keys"),
     )
-    for place, (heat, side, title) in zip(axes, panels, strict=False):
+    for ax, (heat, side, title) in zip(axes, panels, strict=False):
         shares = heat / side**2
-        _show_tokens(place, overlay(picture, shares, (0, highest), None, side, grid), grid, title)
-        _draw_cells(place, heat.shape, side)
+        _show_tokens(ax, overlay(image, shares, (0, highest), None, side, grid), grid, title)
+        _draw_cells(ax, heat.shape, side)
     difference = spread - full
     same = 1 - np.abs(difference).sum() / 2
-    image = _show_difference(axes[2], difference, grid)
+    heat_image = _show_difference(axes[2], difference, grid)
     axes[2].set_title(f"compressed - full\n{same:.0%} of the attention is the same", fontsize=TEXT)
-    for place in axes:
-        _frame_patch(place, query)
+    for ax in axes:
+        _frame_patch(ax, query)
     _heat_bar(figure, axes[:2], highest, "share of attention, a token")
-    colour_bar(figure, image, axes[2], "difference of shares")
+    colour_bar(figure, heat_image, axes[2], "difference of shares")
     return figure
 
 
@@ -191,10 +194,10 @@ def overview_grid(
     maps: np.ndarray,
     layers: Sequence[str | int],
     heads: Sequence[int],
-    picture: np.ndarray | None = None,
+    image: np.ndarray | None = None,
     label: str = SHARE,
 ) -> Figure:
-    """Maps (layers, heads, h, w) as a grid, a row for each layer, each map from its smallest to its largest value.
+    """Draw maps (layers, heads, h, w) as a grid with one row per layer, each scaled from its minimum to its maximum.
 
     >>> grid = overview_grid(np.random.default_rng(0).random((2, 3, 4, 4)), [0, 14], [0, 1, 2])
     >>> [place.get_title() for place in grid.axes[:3]], [place.get_ylabel() for place in grid.axes[::3]]
@@ -205,18 +208,18 @@ def overview_grid(
             f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads"
         )
     aspect, cell = maps.shape[2] / maps.shape[3], min(1.3, WIDTH / len(heads))
-    picture = None if picture is None else shrunk(picture, 256)
+    image = None if image is None else shrunk(image, 256)
     figure = new_figure(len(heads) * cell + 0.4, len(layers) * cell * aspect + 0.6)
     axes = axes_grid(figure, len(layers), len(heads))
     for row, layer in enumerate(layers):
         for column, head in enumerate(heads):
-            place, heat = for_picture(axes[row, column]), maps[row, column]
+            ax, heat = for_image(axes[row, column]), maps[row, column]
             limits = (float(heat.min()), float(heat.max()))
-            if picture is None:
-                place.imshow(heat, cmap=HEAT, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            if image is None:
+                ax.imshow(heat, cmap=HEAT, vmin=limits[0], vmax=limits[1], interpolation="nearest")
             else:
-                place.imshow(overlay(picture, heat, limits), interpolation="nearest")
-            place.set_title(f"head {head}" if row == 0 else "", fontsize=SMALL)
+                ax.imshow(overlay(image, heat, limits), interpolation="nearest")
+            ax.set_title(f"head {head}" if row == 0 else "", fontsize=SMALL)
         axes[row, 0].set_ylabel(f"layer {layer}", fontsize=SMALL)
     figure.supxlabel(f"{label}: each map from its smallest (dark) to its largest value", fontsize=SMALL)
     return figure
@@ -230,11 +233,11 @@ def attention_statistics(
     heads: Sequence[int] | None = None,
     most: float | None = None,
 ) -> Figure:
-    """A number of each layer, step and head, such as entropy in nats: by layer and head, and by timestep.
+    """Draw a statistic of attention, such as the entropy in nats, by layer and head, and by timestep.
 
     Args:
         values: (layers, steps, heads).
-        most: the largest that the number can be (log of the keys for entropy), drawn as a line.
+        most: Upper bound of the statistic (log of the number of keys for entropy), drawn as a line.
 
     >>> figure = attention_statistics(np.ones((3, 2, 4)), [0, 1, 2], [999, 500], "entropy, nats")
     >>> figure.axes[0].images[0].get_array().shape, len(figure.axes[1].lines)
@@ -261,89 +264,88 @@ def attention_statistics(
     return figure
 
 
-def _by_timestep(place: Axes, values: np.ndarray, layers, timesteps, most: float | None) -> None:
-    """A line for each layer, at most eight of them, spread evenly."""
+def _by_timestep(ax: Axes, values: np.ndarray, layers, timesteps, most: float | None) -> None:
+    """Draw one line per layer, at most eight of them, evenly spaced."""
     shown = np.unique(np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int))
     for number, row in enumerate(shown):
-        place.plot(timesteps, values[row], label=f"layer {layers[row]}", **line_style(number))
+        ax.plot(timesteps, values[row], label=f"layer {layers[row]}", **line_style(number))
     if most is not None:
-        place.axhline(most, color="0.4", linewidth=0.8)
-        place.text(
+        ax.axhline(most, color="0.4", linewidth=0.8)
+        ax.text(
             0.99,
             most,
             f"most: {most:.2f}",
-            transform=place.get_yaxis_transform(),
+            transform=ax.get_yaxis_transform(),
             fontsize=SMALL,
             ha="right",
             va="bottom",
         )
-        lowest = place.get_ylim()[0]
-        place.set_ylim(lowest, most + 0.12 * (most - lowest))
-    place.invert_xaxis()
-    legend(place, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        lowest = ax.get_ylim()[0]
+        ax.set_ylim(lowest, most + 0.12 * (most - lowest))
+    ax.invert_xaxis()
+    legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 # ---- parts
 
 
-def _picture_grid(
-    rows: int, columns: int, picture: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3
+def _image_grid(
+    rows: int, columns: int, image: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3
 ):
-    """A figure with places for pictures of one shape, and the places in a flat list.
+    """Return a figure and a flat list of its axes, for images of one shape.
 
-    Inches: ``cell``, a picture's width; ``least``, the figure's height at least; ``room`` for each row's titles.
+    ``cell`` is the width of an image, ``least`` the smallest height of the figure and ``room`` the height of the
+    titles of a row, in inches.
     """
-    aspect = picture.shape[0] / picture.shape[1]
+    aspect = image.shape[0] / image.shape[1]
     cell = cell or min(2.2, (WIDTH - 0.9) / columns)
     figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, least, rows * ((cell - 0.1) * aspect + room)))
     axes = list(axes_grid(figure, rows, columns).ravel())
-    for place in axes:
-        for_picture(place)
+    for ax in axes:
+        for_image(ax)
     return figure, axes
 
 
-def _show_pixels(place: Axes, pixels: np.ndarray, title: str) -> None:
-    place.imshow(pixels, interpolation="nearest")
-    place.set_title(title, fontsize=TEXT)
+def _show_pixels(ax: Axes, pixels: np.ndarray, title: str) -> None:
+    ax.imshow(pixels, interpolation="nearest")
+    ax.set_title(title, fontsize=TEXT)
 
 
-def _show_tokens(place: Axes, pixels: np.ndarray, grid: tuple[int, int], title: str) -> None:
-    """Pixels on axes that count tokens."""
-    place.imshow(
-        pixels, interpolation="nearest", extent=(0, grid[1], grid[0], 0), aspect=_aspect(pixels, grid)
-    )
-    place.set_title(title, fontsize=TEXT)
+def _show_tokens(ax: Axes, pixels: np.ndarray, grid: tuple[int, int], title: str) -> None:
+    """Show pixels on axes that count tokens."""
+    ax.imshow(pixels, interpolation="nearest", extent=(0, grid[1], grid[0], 0), aspect=_aspect(pixels, grid))
+    ax.set_title(title, fontsize=TEXT)
 
 
 def _aspect(pixels: np.ndarray, grid: tuple[int, int]) -> float:
-    """Height over width of a token on the picture."""
+    """Return the height of a token divided by its width."""
     return (pixels.shape[0] / grid[0]) / (pixels.shape[1] / grid[1])
 
 
-def _show_difference(place: Axes, difference: np.ndarray, grid: tuple[int, int]):
+def _show_difference(ax: Axes, difference: np.ndarray, grid: tuple[int, int]):
     most = float(np.abs(difference).max()) or 1.0
     extent = (0, grid[1], grid[0], 0)
-    return place.imshow(
+    return ax.imshow(
         difference, cmap=DIFFERENCE, vmin=-most, vmax=most, interpolation="nearest", extent=extent
     )
 
 
-def _draw_cells(place: Axes, cells: tuple[int, int], ratio: int) -> None:
-    """Lines between the cells of the keys' grid."""
+def _draw_cells(ax: Axes, cells: tuple[int, int], ratio: int) -> None:
+    """Draw lines between the cells of the key grid."""
     if max(cells) > MOST_LINES:
         return
     rows, columns = (np.arange(side + 1) * ratio for side in cells)
-    place.hlines(rows, 0, columns[-1], color="white", linewidth=0.4, alpha=0.6)
-    place.vlines(columns, 0, rows[-1], color="white", linewidth=0.4, alpha=0.6)
+    ax.hlines(rows, 0, columns[-1], color="white", linewidth=0.4, alpha=0.6)
+    ax.vlines(columns, 0, rows[-1], color="white", linewidth=0.4, alpha=0.6)
 
 
-def _frame_patch(place: Axes, query: tuple[int, int]) -> None:
+def _frame_patch(ax: Axes, query: tuple[int, int]) -> None:
     frame = Rectangle((query[1], query[0]), 1, 1, fill=False, edgecolor=MARK, linewidth=1.8)
-    place.add_patch(frame)
+    ax.add_patch(frame)
 
 
 def _check_patch(query: tuple[int, int], grid: tuple[int, int]) -> None:
-    if not all(0 <= place < side for place, side in zip(query, grid, strict=True)):
+    if not all(0 <= ax < side for ax, side in zip(query, grid, strict=True)):
         raise PixArtNBError(
             f"there is no patch {tuple(query)}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
         )

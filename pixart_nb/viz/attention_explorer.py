@@ -1,4 +1,4 @@
-"""The attention explorer: click a patch or choose a word, and see the map. What it computes is in ``explorers``."""
+"""Attention explorer: a widget that shows the map of a clicked patch or a selected word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.clickable import ClickablePicture
+from pixart_nb.viz.clickable import ClickableImage
 from pixart_nb.viz.explorers import (
     Choice,
     check_choice,
@@ -28,7 +28,7 @@ from pixart_nb.viz.explorers import (
 )
 from pixart_nb.viz.html_export import export_attention
 from pixart_nb.viz.overlay import as_float, shrunk
-from pixart_nb.viz.playground_pictures import png_bytes
+from pixart_nb.viz.playground_images import png_bytes
 from pixart_nb.viz.widget_parts import (
     MEAN,
     heat_scale,
@@ -41,32 +41,32 @@ from pixart_nb.viz.widget_parts import (
 
 
 class AttentionExplorer:
-    """Where one run looked. Show it as the last line of a cell.
+    """Widget that shows the attention of one run. Put it on the last line of a cell.
 
-    Click a patch of the picture, and see where it looks; choose a word, and see which patches attend to it. Layer, head
-    and step are sliders; below, the same map for all layers and heads, where a click chooses both.
+    Click a patch of the image to see what it attends to, or select a word to see which patches attend to it. Sliders
+    select layer, head and step. The overview shows the same map for all layers and heads; a click selects both.
 
     Args:
-        trace: of a run (``pixart_nb.core.hooks``), with self-attention, cross-attention, or both.
-        picture: (H, W, 3), what the run drew.
-        by_step: pictures (S, H, W, 3) to show under the map of each of ``trace.steps``, the predicted ones, say.
-        row: the picture of the trace.
-        choice: what to begin with; the longest word, or the middle patch, unless told.
+        trace: Trace of a run (``pixart_nb.core.hooks``) with self-attention, cross-attention, or both.
+        image: (H, W, 3), result of the run.
+        by_step: Images (S, H, W, 3) to show under the maps of ``trace.steps``, such as the predicted images.
+        row: Index of the image in the trace.
+        choice: Initial selection. Default: the longest word, or else the middle patch.
     """
 
     def __init__(
         self,
         trace: Any,
-        picture: np.ndarray,
+        image: np.ndarray,
         by_step: Sequence[np.ndarray] | None = None,
         row: int = 0,
         choice: Choice | None = None,
     ):
         if by_step is not None and len(by_step) != len(trace.steps):
             raise PixArtNBError(
-                f"by_step has {len(by_step)} pictures, the trace keeps {len(trace.steps)} steps"
+                f"by_step has {len(by_step)} images, the trace keeps {len(trace.steps)} steps"
             )
-        self.trace, self.row, self.picture = trace, row, as_float(shrunk(picture))
+        self.trace, self.row, self.image = trace, row, as_float(shrunk(image))
         self._by_step = None if by_step is None else dict(zip(trace.steps, by_step, strict=True))
         self._quiet, self.seconds = False, 0.0
         self._make_controls()
@@ -82,7 +82,7 @@ class AttentionExplorer:
 
     @property
     def choice(self) -> Choice:
-        """What is shown; assign to show something else."""
+        """Current selection; assign to change it."""
         numbers = [None if s.value == MEAN else s.value for s in (self.layer, self.head, self.step)]
         patch = tuple(self.view.cell) if self.words.value is None and self.view.cell else None
         return Choice(self.words.value, patch, *numbers, self.threshold.value)
@@ -91,7 +91,7 @@ class AttentionExplorer:
     def choice(self, value: Choice) -> None:
         check_choice(self.trace, value)
         with self._without_drawing():
-            self._offer_layers(value.kind)
+            self._offer_layers(value.attention)
             numbers = (value.layer, value.head, value.step)
             for slider, number in zip((self.layer, self.head, self.step), numbers, strict=True):
                 slider.value = MEAN if number is None else number
@@ -118,32 +118,32 @@ class AttentionExplorer:
 
     def _make_controls(self) -> None:
         grid, words = self.trace.grid, self.trace.words(self.row)
-        self.view = ClickablePicture(
-            rows=grid[0], columns=grid[1], width=400, label="picture; choose a patch with the arrow keys"
+        self.view = ClickableImage(
+            rows=grid[0], columns=grid[1], width=400, label="image; select a patch with the arrow keys"
         )
-        self.overview = ClickablePicture(label="map of every layer and head", width=400)
+        self.overview = ClickableImage(label="map of every layer and head", width=400)
         cross = bool(layers_of(self.trace, "cross"))
         options = [(word, number) for number, word in enumerate(words)] if cross else []
         self.words = widgets.ToggleButtons(options=options, value=None, tooltips=_hints(options))
-        self.layer = mean_slider("Layer", [], "Which layer; the mean is over all that the trace keeps")
-        self.head = mean_slider("Head", self.trace.heads, "Which head")
-        said = [
+        self.layer = mean_slider("Layer", [], "Layer; the mean is over all layers of the trace")
+        self.head = mean_slider("Head", self.trace.heads, "Attention head")
+        steps = [
             (f"{step}: t {t:.0f}", step)
             for step, t in zip(self.trace.steps, self.trace.timesteps, strict=True)
         ]
-        self.step = mean_slider("Step", said, "Which step of sampling, and its timestep")
+        self.step = mean_slider("Step", steps, "Denoising step and its timestep")
         self.threshold = widgets.FloatSlider(
             min=0,
             max=1,
             step=0.05,
             description="Threshold",
-            tooltip="Leave cells below this share of the most grey",
+            tooltip="Share of the maximum below which cells stay grey",
         )
         lay_out(self.threshold)
         self.scale, self.message, self.note = widgets.HTML(), text_line(), text_line()
 
     def _laid_out(self) -> widgets.Widget:
-        hint = widgets.HTML("<b>Click a patch</b> to see where it looks, or <b>choose a word</b>:")
+        hint = widgets.HTML("<b>Click a patch</b> to see what it attends to, or <b>select a word</b>:")
         left = widgets.VBox([hint, self.words, self.view, self.scale, self.message])
         left.layout = widgets.Layout(width="430px", flex="none")
         sliders = widgets.VBox([self.layer, self.head, self.step, self.threshold])
@@ -151,9 +151,9 @@ class AttentionExplorer:
         right.layout = widgets.Layout(width="430px", flex="none")
         return side_by_side([left, right])
 
-    def _offer_layers(self, kind: str) -> None:
-        """Only layers of which the trace keeps this kind."""
-        layers, chosen = layers_of(self.trace, kind), self.layer.value
+    def _offer_layers(self, attention: str) -> None:
+        """Offer the layers of which the trace has the current type of attention."""
+        layers, chosen = layers_of(self.trace, attention), self.layer.value
         options = [("mean", MEAN), *((str(layer), layer) for layer in layers)]
         if tuple(self.layer.options) != tuple(options):
             with self._without_drawing():
@@ -178,7 +178,7 @@ class AttentionExplorer:
         if not layers_of(self.trace, "self"):
             with self._without_drawing():
                 self.view.cell = ()
-            return say(self.message, "this trace keeps no self-attention; choose a word", wrong=True)
+            return say(self.message, "this trace has no self-attention; select a word", wrong=True)
         with self._without_drawing():
             self.words.value = None
         self._draw()
@@ -188,7 +188,7 @@ class AttentionExplorer:
             return
         row, column = change["new"]
         with self._without_drawing():
-            self.layer.value = layers_of(self.trace, self.choice.kind)[row]
+            self.layer.value = layers_of(self.trace, self.choice.attention)[row]
             self.head.value = self.trace.heads[column]
         self._draw()
 
@@ -198,47 +198,47 @@ class AttentionExplorer:
         if self._quiet:
             return
         started = time.perf_counter()
-        self._offer_layers(self.choice.kind)
+        self._offer_layers(self.choice.attention)
         choice = self.choice
         shown = map_of(self.trace, choice, self.row)
-        self.view.png = png_bytes(enlarged(map_pixels(self._picture(choice.step), shown, choice.threshold)))
+        self.view.png = png_bytes(enlarged(map_pixels(self._image(choice.step), shown, choice.threshold)))
         self.scale.value = heat_scale(float(shown.heat.max()))
         say(self.message, in_words(self.trace, choice, shown, self.row))
         self.seconds = time.perf_counter() - started
         self._draw_overview(choice)
 
-    def _picture(self, step: int | None) -> np.ndarray:
+    def _image(self, step: int | None) -> np.ndarray:
         if self._by_step is None or step is None:
-            return self.picture
+            return self.image
         return as_float(shrunk(self._by_step[step]))
 
     def _draw_overview(self, choice: Choice) -> None:
         maps = overview_of(self.trace, choice, self.row)
         self.overview.layout.display = "none" if maps is None else ""
         if maps is None:
-            return say(self.note, "All layers and heads at once are too many here; use the sliders.")
-        layers, heads = layers_of(self.trace, choice.kind), self.trace.heads
+            return say(self.note, "The overview of all layers and heads is too large; use the sliders.")
+        layers, heads = layers_of(self.trace, choice.attention), self.trace.heads
         with self._without_drawing():
             self.overview.cell = ()
             self.overview.rows, self.overview.columns = maps.shape[:2]
-            self.overview.png = png_bytes(overview_pixels(maps, self._picture(choice.step)))
+            self.overview.png = png_bytes(overview_pixels(maps, self._image(choice.step)))
             if choice.layer is not None and choice.head is not None:
                 self.overview.cell = (layers.index(choice.layer), heads.index(choice.head))
         say(
             self.note,
-            f"All layers ({layers[0]} above, {layers[-1]} below) and heads ({heads[0]} to {heads[-1]}), each on its "
-            "own scale; click one to enlarge it:",
+            f"Layers {layers[0]} (top) to {layers[-1]} and heads {heads[0]} to {heads[-1]}, each on its own scale. "
+            "Click one to select it:",
         )
 
     # ---- without a widget
 
     def figure(self) -> Figure:
-        """What is shown, as a figure."""
-        return figure_of(self.trace, self._picture(self.choice.step), self.choice, self.row)
+        """Return the current view as a figure."""
+        return figure_of(self.trace, self._image(self.choice.step), self.choice, self.row)
 
     def export(self, path: str | Path) -> Path:
-        """Write one HTML file that opens without Python and without a network, beginning with what is shown."""
-        return export_attention(path, self.trace, self._picture(self.choice.step), self.choice, self.row)
+        """Write the explorer as one HTML file that needs neither Python nor a network, and return the path."""
+        return export_attention(path, self.trace, self._image(self.choice.step), self.choice, self.row)
 
     def _repr_mimebundle_(self, **options: Any):
         return self.widget._repr_mimebundle_(**options)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, new_figure, styled
+from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, new_figure, styled
 from pixart_nb.viz.tables import Table, in_words
 
 #: Measures that a bar shows: the first that a benchmark has.

@@ -1,4 +1,4 @@
-"""Pictures of checkpoints: the module trees of two layouts with what becomes what, and two predictions compared."""
+"""Images of checkpoints: the module trees of two layouts with what becomes what, and two predictions compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -20,9 +19,10 @@ from pixart_nb.viz.style import (
     SMALL,
     TEXT,
     WIDTH,
+    Figure,
     axes_grid,
     colour_bar,
-    for_picture,
+    for_image,
     new_figure,
 )
 
@@ -87,17 +87,17 @@ def two_trees(links: Sequence[Link], titles: tuple[str, str] = ("official", "dif
     sides = [tree_rows(name for link in links for name in link[side]) for side in (0, 1)]
     height = _TOP + _ROW * (max(map(len, sides)) + 1)
     figure = Figure(figsize=(WIDTH, height))
-    place = figure.add_axes((0, 0, 1, 1))
-    place.set(xlim=(0, WIDTH), ylim=(height, 0))  # inches from the upper left corner
-    place.axis("off")
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, WIDTH), ylim=(height, 0))  # inches from the upper left corner
+    ax.axis("off")
     colours = _colours(links)
     lonely = {name: way for left, right, way in links if not (left and right) for name in (*left, *right)}
-    ends = [_draw_tree(place, rows, side, lonely) for side, rows in enumerate(sides)]
+    ends = [_draw_tree(ax, rows, side, lonely) for side, rows in enumerate(sides)]
     for left, right, way in links:
         for one in left:
             for other in right:
-                place.add_patch(_curve(ends[0][one], ends[1][other], colours[way]))
-    _legend(place, titles, colours)
+                ax.add_patch(_curve(ends[0][one], ends[1][other], colours[way]))
+    _legend(ax, titles, colours)
     return figure
 
 
@@ -117,7 +117,7 @@ def _colours(links: Sequence[Link]) -> dict[str, str]:
 
 
 def _draw_tree(
-    place: Axes, rows: Sequence[Row], side: int, lonely: dict[str, str]
+    ax: Axes, rows: Sequence[Row], side: int, lonely: dict[str, str]
 ) -> dict[str, tuple[float, float]]:
     """Draw a tree, from the left edge or from the right; the inner end of each leaf's label, by its name."""
     ends = {}
@@ -128,10 +128,10 @@ def _draw_tree(
         label = row.label if not way else f"{way}   {row.label}" if side else f"{row.label}   {way}"
         weight = "normal" if row.name else "bold"
         style = {"family": _FONT, "size": SMALL, "weight": weight, "color": _GREY if way else "black"}
-        place.text(x, y, label, ha="right" if side else "left", va="center", **style)
+        ax.text(x, y, label, ha="right" if side else "left", va="center", **style)
         if row.parent >= 0:
             stem, above = x - sign * 0.6 * _INDENT, _TOP + _ROW * (row.parent + 0.4)
-            place.plot([stem, stem, x - sign * 0.03], [above, y, y], color=_FAINT, linewidth=0.7)
+            ax.plot([stem, stem, x - sign * 0.03], [above, y, y], color=_FAINT, linewidth=0.7)
         ends[row.name] = (x + sign * (_LETTER * len(label) + _GAP), y)
     return ends
 
@@ -143,19 +143,19 @@ def _curve(start: tuple[float, float], stop: tuple[float, float], colour: str) -
     return PathPatch(path, facecolor="none", edgecolor=colour, linewidth=1.1, alpha=0.85)
 
 
-def _legend(place: Axes, titles: tuple[str, str], colours: dict[str, str]) -> None:
+def _legend(ax: Axes, titles: tuple[str, str], colours: dict[str, str]) -> None:
     for x, title, side in ((0.15, titles[0], "left"), (WIDTH - 0.15, titles[1], "right")):
-        place.text(x, 0.25, title, ha=side, va="center", size=TEXT + 2, weight="bold")
+        ax.text(x, 0.25, title, ha=side, va="center", size=TEXT + 2, weight="bold")
     lines = [Line2D([], [], color=colour, linewidth=2, label=way) for way, colour in colours.items()]
     if lines:
-        where = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.1 / place.get_ylim()[0])}
-        place.legend(handles=lines, ncols=len(lines), frameon=False, fontsize=TEXT, **where)
+        where = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.1 / ax.get_ylim()[0])}
+        ax.legend(handles=lines, ncols=len(lines), frameon=False, fontsize=TEXT, **where)
 
 
 def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("source", "target")) -> Figure:
     """Two predictions (1, C, H, W) and how far apart they are: the first channel, and the difference of all.
 
-    The first two pictures share their colours. The third is the largest difference of any channel, in units of the
+    The first two images share their colours. The third is the largest difference of any channel, in units of the
     largest value; where everything is equal it says so.
 
     >>> parity(np.ones((1, 4, 8, 8)), np.ones((1, 4, 8, 8))).axes[2].get_title()
@@ -166,12 +166,12 @@ def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("
             f"the predictions have shapes {expected.shape} and {found.shape}; expected two of one shape"
         )
     figure = new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])
-    places = [for_picture(place) for place in axes_grid(figure, 1, 3)[0]]
+    places = [for_image(ax) for ax in axes_grid(figure, 1, 3)[0]]
     largest = np.abs(expected).max() or 1.0
     reach = np.abs(expected[0, 0]).max() or 1.0
-    for place, values, label in zip(places, (expected, found), labels, strict=False):
-        image = place.imshow(values[0, 0], cmap=DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
-        place.set_title(label, size=TEXT)
+    for ax, values, label in zip(places, (expected, found), labels, strict=False):
+        image = ax.imshow(values[0, 0], cmap=DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
+        ax.set_title(label, size=TEXT)
     colour_bar(figure, image, places[:2], "prediction, first channel")
     difference = np.abs(found - expected)[0].max(0) / largest
     image = places[2].imshow(

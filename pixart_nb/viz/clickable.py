@@ -1,4 +1,4 @@
-"""A picture in a notebook that can be clicked: which of its cells was chosen is a trait that Python observes."""
+"""Image widget whose cells can be selected."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import traitlets
 STATIC = Path(__file__).parent / "static"
 
 
-class ClickablePicture(anywidget.AnyWidget):
-    """A PNG divided into ``rows`` x ``columns`` cells. ``cell`` is the chosen (row, column), () for none.
+class ClickableImage(anywidget.AnyWidget):
+    """PNG divided into ``rows`` x ``columns`` cells. ``cell`` is the selected (row, column), or () for none.
 
-    A click chooses a cell; with the keyboard, the arrow keys do. ``label`` is what a screen reader says.
+    A click or the arrow keys select a cell. ``label`` is read by screen readers.
     """
 
     _esm = STATIC / "clickable.js"
@@ -24,7 +24,7 @@ class ClickablePicture(anywidget.AnyWidget):
     columns = traitlets.Int(1).tag(sync=True)
     cell = traitlets.Tuple().tag(sync=True)
     width = traitlets.Int(400).tag(sync=True)
-    label = traitlets.Unicode("picture").tag(sync=True)
+    label = traitlets.Unicode("image").tag(sync=True)
 
     @traitlets.validate("cell")
     def _within(self, proposal: dict) -> tuple[int, ...]:

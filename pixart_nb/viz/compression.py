@@ -1,4 +1,4 @@
-"""Token compression made visible: kernels, cells, what is lost, what is saved. NumPy in, a ``Figure`` out."""
+"""Figures of token compression: kernels, cells, error and cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib import cm
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pixart_nb.core.errors import PixArtNBError
@@ -24,10 +23,11 @@ from pixart_nb.viz.style import (
     SMALL,
     TEXT,
     WIDTH,
+    Figure,
     axes_grid,
     colour_bar,
     for_curves,
-    for_picture,
+    for_image,
     legend,
     line_style,
     new_figure,
@@ -45,10 +45,10 @@ COSTS = {
 
 
 def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
-    """Learned kernels (C, R, R) of each layer against the average 1/R^2 that they started from.
+    """Draw learned kernels (C, R, R) of each layer against the average 1/R^2 that they were initialised with.
 
-    Weights are multiplied by R^2: 1 is the average. Above: the mean over channels, seven layers in a row at most.
-    Below: how far the weights of all channels lie apart, for each layer the middle half (box) and 5% to 95% (whiskers).
+    Weights are multiplied by R^2, so 1 is the average. Top: mean over the channels, at most seven layers in a row.
+    Bottom: spread over the channels of each layer: middle half (box) and 5% to 95% (whiskers).
 
     >>> figure = learned_kernels({"layer 14": np.full((8, 2, 2), 0.25)})
     >>> figure.axes[0].images[0].get_array().tolist()
@@ -63,34 +63,34 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     figure = new_figure(max(4.0, columns * cell + 1.1), above + below)
     top, bottom = figure.subfigures(2, 1, height_ratios=[above, below])
     _show_means(top, {name: weights.mean(0) for name, weights in scaled.items()}, rows, columns)
-    place = for_curves(axes_grid(bottom, 1, 1)[0, 0], "layer", "weight x R²")
+    ax = for_curves(axes_grid(bottom, 1, 1)[0, 0], "layer", "weight x R²")
     lines = {part: {"color": COLOURS[0]} for part in ("boxprops", "whiskerprops", "capprops")}
     everything = [weights.ravel() for weights in scaled.values()]
-    place.boxplot(everything, whis=(5, 95), showfliers=False, medianprops={"color": COLOURS[1]}, **lines)
-    place.axhline(1, color="0.3", linestyle="--", linewidth=1.0, zorder=0)
-    place.set_xticks(range(1, len(scaled) + 1), [name.removeprefix("layer ") for name in scaled])
-    place.set_title("weights of all channels; dashed: the average", fontsize=TEXT)
+    ax.boxplot(everything, whis=(5, 95), showfliers=False, medianprops={"color": COLOURS[1]}, **lines)
+    ax.axhline(1, color="0.3", linestyle="--", linewidth=1.0, zorder=0)
+    ax.set_xticks(range(1, len(scaled) + 1), [name.removeprefix("layer ") for name in scaled])
+    ax.set_title("weights of all channels; dashed: the average", fontsize=TEXT)
     return figure
 
 
 def _show_means(figure: Any, means: Mapping[str, np.ndarray], rows: int, columns: int) -> None:
-    """Mean kernels on one scale around the average."""
+    """Show mean kernels on one scale around the average."""
     most = max(float(np.abs(mean - 1).max()) for mean in means.values()) or 1e-6
-    axes = [for_picture(place) for place in axes_grid(figure, rows, columns).ravel()]
-    for place, (name, mean) in zip(axes, means.items(), strict=False):
-        image = place.imshow(mean, cmap=DIFFERENCE, vmin=1 - most, vmax=1 + most)
-        place.set_title(name, fontsize=TEXT)
-        _write_values(place, mean, most)
+    axes = [for_image(ax) for ax in axes_grid(figure, rows, columns).ravel()]
+    for ax, (name, mean) in zip(axes, means.items(), strict=False):
+        image = ax.imshow(mean, cmap=DIFFERENCE, vmin=1 - most, vmax=1 + most)
+        ax.set_title(name, fontsize=TEXT)
+        _write_values(ax, mean, most)
     colour_bar(figure, image, axes, "mean weight x R²")
 
 
-def _write_values(place: Axes, values: np.ndarray, most: float) -> None:
-    """Each value of a small kernel in its square."""
+def _write_values(ax: Axes, values: np.ndarray, most: float) -> None:
+    """Write each value of a small kernel into its square."""
     if values.size > 16:
         return
     for (row, column), value in np.ndenumerate(values):
         dark = abs(value - 1) > 0.6 * most
-        place.text(
+        ax.text(
             column,
             row,
             f"{value:.{2 if most >= 0.02 else 3}f}",
@@ -101,21 +101,21 @@ def _write_values(place: Axes, values: np.ndarray, most: float) -> None:
         )
 
 
-def cells_of_keys(picture: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv") -> Figure:
-    """Which pixels each compressed key stands for, and the picture with as much detail as there are keys.
+def cells_of_keys(image: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv") -> Figure:
+    """Draw the pixels that each compressed key represents, and the image at the resolution of the keys.
 
-    Left: cells of R x R tokens; operators that pick one token of a cell have it marked; tokens in no cell are hatched.
-    Right: the mean colour of what makes each key.
+    Left: cells of R x R tokens. Operators that pick one token of a cell have it marked; tokens in no cell are hatched.
+    Right: mean colour of the tokens of each key.
 
     >>> figure = cells_of_keys(np.zeros((32, 40, 3)), (4, 5), 2)
     >>> figure.axes[1].images[0].get_array().shape
     (2, 2, 3)
     """
     _check_ratio(grid, ratio)
-    pixels = as_float(picture)
+    pixels = as_float(image)
     aspect, cell = pixels.shape[0] / pixels.shape[1], 3.4
     figure = new_figure(2 * cell + 0.2, cell * aspect + 0.5)
-    left, right = (for_picture(place) for place in axes_grid(figure, 1, 2)[0])
+    left, right = (for_image(ax) for ax in axes_grid(figure, 1, 2)[0])
     rows, columns = grid[0] // ratio, grid[1] // ratio
     token = (pixels.shape[0] / grid[0], pixels.shape[1] / grid[1])
     scale = token[0] / token[1]
@@ -131,12 +131,11 @@ def cells_of_keys(picture: np.ndarray, grid: tuple[int, int], ratio: int, operat
     return figure
 
 
-def mean_colours(
-    picture: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv"
-) -> np.ndarray:
-    """Mean colour of the tokens that make each key: (H, W, 3) -> (h // R, w // R, 3) float."""
-    pixels = as_float(picture)
-    rows, columns = (np.linspace(0, side, tokens + 1).astype(int) for side, tokens in zip(pixels.shape, grid))  # noqa: B905
+def mean_colours(image: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv") -> np.ndarray:
+    """Return the mean colour of the tokens of each key: (H, W, 3) -> (h // R, w // R, 3) float."""
+    pixels = as_float(image)
+    edges = [np.linspace(0, pixels.shape[axis], grid[axis] + 1).astype(int) for axis in range(2)]
+    rows, columns = edges
     tokens = np.add.reduceat(np.add.reduceat(pixels, rows[:-1], 0), columns[:-1], 1)
     tokens /= (np.diff(rows)[:, None] * np.diff(columns))[..., None]
     height, width = grid[0] // ratio, grid[1] // ratio
@@ -151,66 +150,64 @@ def _check_ratio(grid: tuple[int, int], ratio: int) -> None:
         )
 
 
-def _draw_cells(place: Axes, rows: int, columns: int, ratio: int, operator: str) -> None:
+def _draw_cells(ax: Axes, rows: int, columns: int, ratio: int, operator: str) -> None:
     width = 1.2 if max(rows, columns) <= 32 else 0.4
     style = {"color": "white", "linewidth": width}
-    place.hlines(np.arange(rows + 1) * ratio, 0, columns * ratio, **style)
-    place.vlines(np.arange(columns + 1) * ratio, 0, rows * ratio, **style)
+    ax.hlines(np.arange(rows + 1) * ratio, 0, columns * ratio, **style)
+    ax.vlines(np.arange(columns + 1) * ratio, 0, rows * ratio, **style)
     if operator in PICKS and rows * columns <= 1024:
         for row, column in np.ndindex(rows, columns):
             corner = (column * ratio, row * ratio)
-            place.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=1.5))
+            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=1.5))
 
 
-def _hatch_rest(place: Axes, grid: tuple[int, int], rows: int, columns: int) -> None:
+def _hatch_rest(ax: Axes, grid: tuple[int, int], rows: int, columns: int) -> None:
     rests = (((0, rows), grid[1], grid[0] - rows), ((columns, 0), grid[1] - columns, rows))
     for corner, width, height in rests:
         if width and height:
-            place.add_patch(Rectangle(corner, width, height, facecolor="0.5", alpha=0.7, hatch="//"))
+            ax.add_patch(Rectangle(corner, width, height, facecolor="0.5", alpha=0.7, hatch="//"))
 
 
 def similarity_by_layer(
     values: Mapping[str, np.ndarray], layers: Sequence[str | int], ylabel: str = "cosine similarity"
 ) -> Figure:
-    """Numbers (layers, steps) of several choices: a line of means over steps for each, from least to most shaded.
+    """Draw values (layers, steps) of several choices: a line of means over the steps, shaded from minimum to maximum.
 
     >>> figure = similarity_by_layer({"keys, ratio 2": np.array([[0.9, 0.8], [0.7, 0.5]])}, [0, 1])
     >>> figure.axes[0].lines[0].get_ydata().round(2).tolist()
     [0.85, 0.6]
     """
     figure = new_figure(WIDTH * 0.8, 3.0)
-    place = for_curves(axes_grid(figure, 1, 1)[0, 0], "layer", f"{ylabel}, mean and range over steps")
+    ax = for_curves(axes_grid(figure, 1, 1)[0, 0], "layer", f"{ylabel}, mean and range over steps")
     for number, (label, numbers) in enumerate(values.items()):
         require_as_many(f"layers of {label!r}", numbers, len(layers), "names")
         style = line_style(number)
         places = np.arange(len(layers))
-        place.plot(places, numbers.mean(1), label=label, **style)
-        place.fill_between(
-            places, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0
-        )
+        ax.plot(places, numbers.mean(1), label=label, **style)
+        ax.fill_between(places, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0)
     every = -(-len(layers) // 14)
-    place.set_xticks(range(0, len(layers), every), list(layers)[::every])
-    legend(place, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    ax.set_xticks(range(0, len(layers), every), list(layers)[::every])
+    legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
-def lost_maps(picture: np.ndarray, similarities: Mapping[str, np.ndarray], columns: int = 6) -> Figure:
-    """Where compression loses most: 1 - similarity (h, w) of each layer over the picture, one scale.
+def lost_maps(image: np.ndarray, similarities: Mapping[str, np.ndarray], columns: int = 6) -> Figure:
+    """Draw 1 - similarity (h, w) of each layer over the image, on one scale.
 
     >>> figure = lost_maps(np.zeros((8, 8, 3)), {"layer 0": np.full((4, 4), 0.75)})
     >>> figure.axes[-1].get_ylabel()
     '1 - cosine similarity'
     """
     lost = {name: 1 - np.nan_to_num(values, nan=0.0) for name, values in similarities.items()}
-    columns, picture = min(columns, len(lost)), shrunk(picture)
+    columns, image = min(columns, len(lost)), shrunk(image)
     rows, cell = -(-len(lost) // columns), min(2.0, (WIDTH - 0.9) / columns)
-    aspect = picture.shape[0] / picture.shape[1]
+    aspect = image.shape[0] / image.shape[1]
     figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, rows * ((cell - 0.1) * aspect + 0.3)))
-    axes = [for_picture(place) for place in axes_grid(figure, rows, columns).ravel()]
+    axes = [for_image(ax) for ax in axes_grid(figure, rows, columns).ravel()]
     highest = max(float(values.max()) for values in lost.values())
-    for place, (name, values) in zip(axes, lost.items(), strict=False):
-        place.imshow(overlay(picture, values, (0, highest)), interpolation="nearest")
-        place.set_title(name, fontsize=TEXT)
+    for ax, (name, values) in zip(axes, lost.items(), strict=False):
+        ax.imshow(overlay(image, values, (0, highest)), interpolation="nearest")
+        ax.set_title(name, fontsize=TEXT)
     colour_bar(figure, cm.ScalarMappable(Normalize(0, highest), HEAT), axes, "1 - cosine similarity")
     return figure
 
@@ -218,28 +215,28 @@ def lost_maps(picture: np.ndarray, similarities: Mapping[str, np.ndarray], colum
 def error_by_timestep(
     errors: Mapping[str, Sequence[float]], timesteps: Sequence[float], ylabel: str, logarithmic: bool = True
 ) -> Figure:
-    """One line for each choice over the timesteps of a run; sampling runs to the right.
+    """Draw one line per choice over the timesteps of a run, in the order of sampling.
 
     >>> error_by_timestep({"conv 2": [0.1, 0.2]}, [999, 500], "relative error").axes[0].lines[0].get_ydata().tolist()
     [0.1, 0.2]
     """
     figure = new_figure(WIDTH * 0.85, 3.2)
-    place = for_curves(axes_grid(figure, 1, 1)[0, 0], "timestep (sampling runs to the right)", ylabel)
+    ax = for_curves(axes_grid(figure, 1, 1)[0, 0], "timestep (sampling runs to the right)", ylabel)
     for number, (label, values) in enumerate(errors.items()):
         require_as_many(f"values of {label!r}", values, len(timesteps), "timesteps")
-        place.plot(list(timesteps), np.asarray(values, float), label=label, **line_style(number))
-    place.set_yscale("log" if logarithmic else "linear")
-    place.invert_xaxis()
-    legend(place, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        ax.plot(list(timesteps), np.asarray(values, float), label=label, **line_style(number))
+    ax.set_yscale("log" if logarithmic else "linear")
+    ax.invert_xaxis()
+    legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
 def beside_the_paper(
     ours: Mapping[str, Mapping[str, float]], paper: Mapping[str, float], paper_label: str = "paper: FID"
 ) -> Figure:
-    """Numbers of this kit, by what they are and by choice, and the paper's of the same choices, as bars.
+    """Draw measured values by choice, and those of the paper, as bars.
 
-    A panel for each kind of number, the paper's last; what was not measured has no bar.
+    There is one panel for each measure, with the paper's last. Missing measurements have no bar.
 
     >>> figure = beside_the_paper({"error": {"deep": 0.1, "shallow": 0.3}}, {"deep": 8.5, "shallow": 9.3})
     >>> [[bar.get_width() for bar in place.patches] for place in figure.axes]
@@ -249,24 +246,23 @@ def beside_the_paper(
     figure = new_figure(WIDTH, 0.36 * len(names) + 0.8)
     columns = {**ours, paper_label: paper}
     panels = axes_grid(figure, 1, len(columns), sharey=True)[0]
-    for number, (place, (label, values)) in enumerate(zip(panels, columns.items(), strict=True)):
+    for number, (ax, (label, values)) in enumerate(zip(panels, columns.items(), strict=True)):
         known = [name for name in names if name in values]
         colour = "0.45" if label == paper_label else COLOURS[number]
         widths = [values[name] for name in known]
-        bars = place.barh([names.index(name) for name in known], widths, color=colour)
-        place.bar_label(bars, [f"{width:.4g}" for width in widths], fontsize=SMALL, padding=2)
-        place.margins(x=0.22)
-        place.set_xlabel(label)
+        bars = ax.barh([names.index(name) for name in known], widths, color=colour)
+        ax.bar_label(bars, [f"{width:.4g}" for width in widths], fontsize=SMALL, padding=2)
+        ax.margins(x=0.22)
+        ax.set_xlabel(label)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return figure
 
 
 def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Cost against picture size, a line for each choice: keys, multiply-adds, memory and, where measured, time.
+    """Draw the cost of each choice against the image size: keys, MACs, memory and, where measured, seconds.
 
-    Records have ``size`` (a square picture's side in pixels), ``keys``, ``macs``, ``bytes`` and ``seconds``
-    (None where it was not measured).
+    Records have ``size`` (side of a square image in pixels), ``keys``, ``macs``, ``bytes`` and ``seconds`` (or None).
 
     >>> record = {"size": 256, "keys": 256, "macs": 2e9, "bytes": 6e5, "seconds": None}
     >>> figure = cost_curves({"no compression": [record, record | {"size": 512, "keys": 1024}]})
@@ -281,16 +277,16 @@ def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     sizes = sorted({record["size"] for records in costs.values() for record in records})
     figure = new_figure(WIDTH, 2.6 * -(-len(shown) // 2) + 0.2 * len(costs))
     axes = axes_grid(figure, -(-len(shown) // 2), 2).ravel()
-    for place, key in zip(axes, shown, strict=False):
+    for ax, key in zip(axes, shown, strict=False):
         for number, (label, records) in enumerate(costs.items()):
             known = [record for record in records if record.get(key) is not None]
             values = [[record[name] for record in known] for name in ("size", key)]
-            place.plot(*values, label=label, **line_style(number))
-        for_curves(place, "side of the picture, pixels", COSTS[key]).set(xscale="log", yscale="log")
-        place.set_xticks(sizes, sizes)
-        place.minorticks_off()
-    for place in axes[len(shown) :]:
-        place.set_axis_off()
+            ax.plot(*values, label=label, **line_style(number))
+        for_curves(ax, "side of the image, pixels", COSTS[key]).set(xscale="log", yscale="log")
+        ax.set_xticks(sizes, sizes)
+        ax.minorticks_off()
+    for ax in axes[len(shown) :]:
+        ax.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,

@@ -1,4 +1,4 @@
-"""The compression explorer: choose layers, ratio and operator, and see picture, error and cost."""
+"""Compression explorer: a widget that shows image, error and cost for a choice of layers, ratio and operator."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pixart_nb.viz.explorers import (
     stacked,
     with_cells,
 )
-from pixart_nb.viz.figures import picture_differences
+from pixart_nb.viz.figures import image_differences
 from pixart_nb.viz.html_export import export_compression
-from pixart_nb.viz.playground_pictures import png_bytes
+from pixart_nb.viz.playground_images import png_bytes
 from pixart_nb.viz.style import HEAT
 from pixart_nb.viz.tables import Table
 from pixart_nb.viz.widget_parts import (
@@ -34,12 +34,12 @@ from pixart_nb.viz.widget_parts import (
 
 
 class CompressionExplorer:
-    """What compression of keys and values does to pictures, predictions and cost. Show it as the last line of a cell.
+    """Widget that shows the effect of KV compression on images, predictions and cost.
 
     Args:
-        study: a ``CompressionStudy``, or anything with its ``outcome(layers, ratio, operator)``.
-        ratios, operators: to choose from.
-        start: layers, ratio and operator to begin with; the deep half at 2 by the mean unless told.
+        study: ``CompressionStudy``, or any object with ``outcome(layers, ratio, operator)``.
+        ratios, operators: Options to select from.
+        start: Initial layers, ratio and operator. Default: the deep half, ratio 2, mean.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class CompressionExplorer:
             continuous_update=False,
         )
         lay_out(self.layers)
-        self.pictures, self.curve = widgets.Image(format="png"), widgets.Image(format="png")
+        self.images, self.curve = widgets.Image(format="png"), widgets.Image(format="png")
         self.costs, self.message = widgets.HTML(), text_line()
         self.widget = self._laid_out()
         for control in (self.ratio, self.operator, self.layers):
@@ -73,15 +73,15 @@ class CompressionExplorer:
         self._draw()
 
     def _laid_out(self) -> widgets.Widget:
-        for image, width in ((self.pictures, "470px"), (self.curve, "400px")):
+        for image, width in ((self.images, "470px"), (self.curve, "400px")):
             image.layout = widgets.Layout(width=width, max_width="100%", margin="0")
-        self.pictures.add_class("pixart-crisp")
+        self.images.add_class("pixart-crisp")
         columns = widgets.HTML(
             "<div style='display:flex;width:470px;max-width:100%'>"
             + "".join(f"<b style='flex:1'>{name}</b>" for name in ("full", "compressed", "difference"))
             + "</div>"
         )
-        left = widgets.VBox([columns, self.pictures, self.message])
+        left = widgets.VBox([columns, self.images, self.message])
         left.layout = widgets.Layout(width="480px", flex="none")
         right = widgets.VBox([self.ratio, self.operator, self.layers, self.curve, self.costs])
         right.layout = widgets.Layout(width="410px", flex="none")
@@ -89,7 +89,7 @@ class CompressionExplorer:
 
     @property
     def choice(self) -> tuple[tuple[int, ...], int, str]:
-        """Layers, ratio and operator; assign to show another choice."""
+        """Current layers, ratio and operator; assign to change them."""
         first, last = self.layers.value
         return tuple(range(first, last + 1)), self.ratio.value, self.operator.value
 
@@ -120,18 +120,18 @@ class CompressionExplorer:
             return say(self.message, str(error), wrong=True)
         if self.outcome not in self.tried:
             self.tried.append(self.outcome)
-        self.pictures.value = png_bytes(self._pictures())
+        self.images.value = png_bytes(self._images())
         self.curve.value = figure_png(self._curves())
         self.costs.value = self.table()._repr_html_()
         self.seconds = time.perf_counter() - started
         say(
             self.message,
-            f"{_name(self.outcome)}: predictions are off by {self.outcome.error:.1%} on average, pictures by "
+            f"{_name(self.outcome)}: predictions are off by {self.outcome.error:.1%} on average, images by "
             f"{self.outcome.image_error:.3f} (rms of colours 0..1). {self.seconds:.1f} s.",
         )
 
-    def _pictures(self) -> np.ndarray:
-        """Full with the cells of the keys, compressed, and the difference: a row for each picture, at most three."""
+    def _images(self) -> np.ndarray:
+        """Return rows of full image with key cells, compressed image and difference; at most three rows."""
         run = self.study.reference
         unit = 8 * self.study.pipe.transformer.config.patch_size
         grid = (run.height // unit, run.width // unit)
@@ -143,7 +143,7 @@ class CompressionExplorer:
         return stacked(rows)
 
     def _curves(self) -> Figure:
-        """Errors of what is shown, and of the last three tried before."""
+        """Return the errors of the current outcome and of the last three before it."""
         others = [outcome for outcome in self.tried if outcome is not self.outcome and outcome.ratio > 1][-3:]
         shown = [outcome for outcome in (self.outcome, *others) if outcome.ratio > 1]
         figure = error_by_timestep(
@@ -159,7 +159,7 @@ class CompressionExplorer:
         return figure
 
     def table(self) -> Table:
-        """Cost of a step without and with this compression."""
+        """Return the cost of a step without and with this compression."""
         full, small = self.study.cost.to_dict(), self.outcome.cost.to_dict()
         names = {
             "keys": "keys of a layer",
@@ -179,14 +179,14 @@ class CompressionExplorer:
         return Table(rows)
 
     def figure(self) -> Figure:
-        """The pictures that are shown, as a figure."""
+        """Return the current images as a figure."""
         pairs = list(zip(self.study.images, self.outcome.images, strict=True))[:3]
-        return picture_differences(
-            {f"picture {k}": pair for k, pair in enumerate(pairs)}, ("full", _name(self.outcome))
+        return image_differences(
+            {f"image {k}": pair for k, pair in enumerate(pairs)}, ("full", _name(self.outcome))
         )
 
     def export(self, path: str | Path) -> Path:
-        """Write one HTML file with everything that was tried here; it opens without Python and without a network."""
+        """Write all outcomes as one HTML file that needs neither Python nor a network, and return the path."""
         return export_compression(path, self.study, self.tried, self.tried.index(self.outcome))
 
     def _repr_mimebundle_(self, **options: Any):

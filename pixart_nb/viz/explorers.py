@@ -1,4 +1,4 @@
-"""What the explorers show, without widgets: a choice of word or patch, layer, head and step, and its map."""
+"""Selection of a word or patch, layer, head and step, and its attention map, without widgets."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.attention import patch_attention, word_heat_maps
 from pixart_nb.viz.overlay import as_float, overlay, shrunk, spread_cells
+from pixart_nb.viz.style import Figure
 
 #: Scores that the overview of all layers and heads may compute at once; above it is left out.
 OVERVIEW_SCORES = 5_000_000
@@ -19,10 +19,10 @@ OVERVIEW_SCORES = 5_000_000
 
 @dataclass(frozen=True)
 class Choice:
-    """What to look at: a word, by its number in ``trace.words()``, or a patch (row, column).
+    """Selection: a word, by its index in ``trace.words()``, or a patch (row, column).
 
-    ``layer`` is a number, ``head`` a head's number, ``step`` a step's number; None is the mean over all that the
-    trace keeps. ``threshold``: a share of the map's largest value, below which the picture stays grey; 0 for none.
+    ``layer``, ``head`` and ``step`` are numbers, or None for the mean over all that the trace has. ``threshold`` is
+    the share of the map's maximum below which the image stays grey; 0 disables it.
     """
 
     word: int | None = None
@@ -33,14 +33,14 @@ class Choice:
     threshold: float = 0.0
 
     @property
-    def kind(self) -> str:
+    def attention(self) -> str:
         """``cross`` for a word, ``self`` for a patch."""
         return "cross" if self.word is not None else "self"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A map and what it belongs to: heat (kh, kw), shares of attention; cells of ``ratio`` x ``ratio`` tokens."""
+    """Attention map (kh, kw) of a selection, in cells of ``ratio`` x ``ratio`` tokens."""
 
     heat: np.ndarray
     ratio: int
@@ -48,23 +48,23 @@ class Shown:
 
     @property
     def tokens(self) -> np.ndarray:
-        """The map with a cell's share divided among its tokens, (h, w)."""
+        """Map with the share of each cell divided among its tokens, (h, w)."""
         return spread_cells(self.heat, self.ratio, self.grid)
 
 
-def layers_of(trace: Any, kind: str) -> list[int]:
-    """Numbers of the layers whose attention of a kind the trace keeps."""
+def layers_of(trace: Any, attention: str) -> list[int]:
+    """Return the layers whose cross- or self-attention the trace has."""
     return [
         int(name.split(".")[1])
         for name in trace.names
-        if (name.split(".")[2] == "cross_attn") == (kind == "cross")
+        if (name.split(".")[2] == "cross_attn") == (attention == "cross")
     ]
 
 
 def map_of(trace: Any, choice: Choice, row: int = 0) -> Shown:
-    """The map of a choice: how much every patch attends to the word, or how much the patch attends to every key.
+    """Return the map of a selection: attention of every patch to the word, or of the patch to every key.
 
-    Several layers, heads or steps are averaged; layers whose keys lie on different grids, token by token.
+    Several layers, heads or steps are averaged; layers with different key grids are averaged token by token.
     """
     check_choice(trace, choice)
     if choice.word is not None:
@@ -80,12 +80,12 @@ def map_of(trace: Any, choice: Choice, row: int = 0) -> Shown:
 
 
 def _word(trace: Any, choice: Choice, row: int) -> int | str:
-    """The word by its number; by its text where the prompt was swapped, as numbers then differ from step to step."""
+    """Return the word by its index, or by its text where the prompt was swapped and indices differ between steps."""
     return choice.word if len(trace.texts) < 2 else trace.words(row)[choice.word]
 
 
 def _patch_rows(trace: Any, choice: Choice, row: int):
-    """(name, step, (heads, kh, kw)) of the chosen patch for each chosen layer and step."""
+    """Return (name, step, (heads, kh, kw)) of the selected patch for each selected layer and step."""
     query = choice.patch[0] * trace.grid[1] + choice.patch[1]
     layers = layers_of(trace, "self") if choice.layer is None else [choice.layer]
     for layer in layers:
@@ -96,14 +96,14 @@ def _patch_rows(trace: Any, choice: Choice, row: int):
 
 
 def check_choice(trace: Any, choice: Choice) -> None:
-    """Refuse a choice that the trace does not have, with what it has."""
+    """Refuse a selection that the trace does not have, and name what it has."""
     if (choice.word is None) == (choice.patch is None):
         raise PixArtNBError("choose a word or a patch, one of the two")
-    if not (layers := layers_of(trace, choice.kind)):
-        raise PixArtNBError(f"the trace keeps no {choice.kind}-attention; it has {', '.join(trace.names)}")
+    if not (layers := layers_of(trace, choice.attention)):
+        raise PixArtNBError(f"the trace has no {choice.attention}-attention; it has {', '.join(trace.names)}")
     if choice.layer is not None and choice.layer not in layers:
         raise PixArtNBError(
-            f"the trace keeps no {choice.kind}-attention of layer {choice.layer}; it has layers {layers}"
+            f"the trace has no {choice.attention}-attention of layer {choice.layer}; it has layers {layers}"
         )
     for what, number, known in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
         if number is not None and number not in known:
@@ -116,8 +116,8 @@ def check_choice(trace: Any, choice: Choice) -> None:
 
 
 def overview_of(trace: Any, choice: Choice, row: int = 0) -> np.ndarray | None:
-    """The choice's map for every layer and head, (layers, heads, h, w) token by token; None if that is too much."""
-    layers = layers_of(trace, choice.kind)
+    """Return the map of the selection for every layer and head, (layers, heads, h, w), or None if it is too large."""
+    layers = layers_of(trace, choice.attention)
     steps = len(trace.steps) if choice.step is None else 1
     queries = trace.grid[0] * trace.grid[1] if choice.word is not None else 1
     keys = len(trace.words(row)) if choice.word is not None else trace.grid[0] * trace.grid[1]
@@ -141,7 +141,7 @@ def _every_head(trace: Any, choice: Choice, layer: int, row: int) -> np.ndarray:
 
 
 def in_words(trace: Any, choice: Choice, shown: Shown, row: int = 0) -> str:
-    """What the map shows, with its numbers, as a sentence."""
+    """Describe the map in a sentence with its numbers."""
     parts = {"layer": choice.layer, "head": choice.head, "step": choice.step}
     where = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
     means = [f"{name}s" for name, value in parts.items() if value is None]
@@ -155,10 +155,11 @@ def in_words(trace: Any, choice: Choice, shown: Shown, row: int = 0) -> str:
     return f"Patch {choice.patch} over {rows} x {columns} keys, {most}. {where}."
 
 
-def figure_of(trace: Any, picture: np.ndarray, choice: Choice, row: int = 0) -> Figure:
-    """The choice as a figure: what the attention explorer shows, for a run without hands.
+def figure_of(trace: Any, image: np.ndarray, choice: Choice, row: int = 0) -> Figure:
+    """Return the selection as a figure, as the attention explorer shows it.
 
-    A word's map over the picture; a patch's view, for each head where all heads are asked for and one layer and step.
+    A word gives its map over the image; a patch gives its view, for each head if all heads and one layer and step are
+    selected.
 
     >>> from pixart_nb.core import Trace
     >>> from pixart_nb.core.hooks.attention_maps import LayerRecord, pack
@@ -172,54 +173,54 @@ def figure_of(trace: Any, picture: np.ndarray, choice: Choice, row: int = 0) -> 
     shown = map_of(trace, choice, row)
     if choice.word is not None:
         word = trace.words(row)[choice.word]
-        return word_heat_maps(picture, {word: shown.heat}, choice.threshold or None)
+        return word_heat_maps(image, {word: shown.heat}, choice.threshold or None)
     title = f"layer {'mean' if choice.layer is None else choice.layer}"
     if None in (choice.layer, choice.step) or choice.head is not None:
-        return patch_attention(picture, shown.heat[None], choice.patch, [title], shown.ratio, shown.grid)
+        return patch_attention(image, shown.heat[None], choice.patch, [title], shown.ratio, shown.grid)
     ((_, _, heads),) = _patch_rows(trace, choice, row)
     titles = [f"{title}, head {head}" for head in trace.heads]
-    return patch_attention(picture, heads, choice.patch, titles, shown.ratio, shown.grid)
+    return patch_attention(image, heads, choice.patch, titles, shown.ratio, shown.grid)
 
 
 # ---- pixels for widgets
 
 
 def as_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Float in [0, 1] -> uint8."""
+    """Convert float in [0, 1] to uint8."""
     return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
 
 
-def map_pixels(picture: np.ndarray, shown: Shown, threshold: float = 0.0) -> np.ndarray:
-    """A map over the picture, (H, W, 3) uint8."""
-    return as_bytes(overlay(picture, shown.heat, None, threshold or None, shown.ratio, shown.grid))
+def map_pixels(image: np.ndarray, shown: Shown, threshold: float = 0.0) -> np.ndarray:
+    """Return a map over the image, (H, W, 3) uint8."""
+    return as_bytes(overlay(image, shown.heat, None, threshold or None, shown.ratio, shown.grid))
 
 
-def overview_pixels(maps: np.ndarray, picture: np.ndarray, most: int = 96) -> np.ndarray:
-    """Maps (layers, heads, h, w) over small copies of the picture, in rows and columns: uint8, each on its own scale.
+def overview_pixels(maps: np.ndarray, image: np.ndarray, most: int = 96) -> np.ndarray:
+    """Return maps (layers, heads, h, w) over small copies of the image in a grid, uint8, each on its own scale.
 
     >>> overview_pixels(np.ones((2, 3, 4, 4)), np.zeros((8, 8, 3))).shape
     (18, 27, 3)
     """
-    small = as_float(shrunk(picture, most))
+    small = as_float(shrunk(image, most))
     rows = [[_with_gap(as_bytes(overlay(small, heat))) for heat in layer] for layer in maps]
     return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
 
 
 def _with_gap(pixels: np.ndarray) -> np.ndarray:
-    """White at the right and at the bottom, an eighth of a picture at most."""
+    """Add white at the right and the bottom, at most an eighth of an image."""
     gap = max(1, min(pixels.shape[:2]) // 16)
     return np.pad(pixels, ((0, gap), (0, gap), (0, 0)), constant_values=255)
 
 
 def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
-    """Pixels repeated a whole number of times until the larger side has at least ``least`` of them."""
+    """Repeat pixels a whole number of times until the larger side has at least ``least`` pixels."""
     times = max(1, -(-least // max(pixels.shape[:2])))
     return pixels.repeat(times, 0).repeat(times, 1)
 
 
-def with_cells(picture: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256) -> np.ndarray:
-    """The picture, enlarged, with white lines around the cells of R x R tokens: uint8. Ratio 1 draws none."""
-    pixels = enlarged(as_bytes(as_float(picture)), least)
+def with_cells(image: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256) -> np.ndarray:
+    """Return the enlarged image with white lines around cells of R x R tokens, uint8. Ratio 1 draws none."""
+    pixels = enlarged(as_bytes(as_float(image)), least)
     if ratio == 1 or max(grid) // ratio > 64:
         return pixels
     for axis, (side, tokens) in enumerate(zip(pixels.shape[:2], grid, strict=True)):
@@ -229,6 +230,6 @@ def with_cells(picture: np.ndarray, grid: tuple[int, int], ratio: int, least: in
 
 
 def stacked(rows: Sequence[Sequence[np.ndarray]], gap: int = 6) -> np.ndarray:
-    """Pictures of one size in rows and columns with white gaps: uint8."""
+    """Return images of one size in rows and columns with white gaps, uint8."""
     padded = [[np.pad(p, ((0, gap), (0, gap), (0, 0)), constant_values=255) for p in row] for row in rows]
     return np.concatenate([np.concatenate(row, 1) for row in padded], 0)[:-gap, :-gap]

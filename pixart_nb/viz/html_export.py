@@ -1,9 +1,10 @@
-"""What an explorer shows as one HTML file: opens without Python and without a network, and can still be clicked."""
+"""Exports an explorer as one interactive HTML file that needs neither Python nor a network."""
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,33 +18,36 @@ from pixart_nb.core.io import write_text
 from pixart_nb.viz.clickable import STATIC
 from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
 from pixart_nb.viz.overlay import COVER, DIMMED, as_float, shrunk
-from pixart_nb.viz.playground_pictures import png_bytes
+from pixart_nb.viz.playground_images import png_bytes
 from pixart_nb.viz.style import HEAT
 
-#: Bytes of maps that a file may hold before text encoding.
+#: Most bytes of maps in a file, before base64.
 MOST_BYTES = 24_000_000
 
 
 def export_attention(
     path: str | Path,
     trace: Any,
-    picture: np.ndarray,
+    image: np.ndarray,
     choice: Choice,
     row: int = 0,
     most_bytes: int = MOST_BYTES,
 ) -> Path:
-    """Write the attention explorer as a page that begins with ``choice``; returns the path.
+    """Write the attention explorer as a page that starts with ``choice``, and return the path.
 
-    The page holds the maps of all words and all patches for every layer, head and step, in 8 bits. Where that is more
-    than ``most_bytes``, only the chosen step (the middle one for the mean) and, if need be, no patch but the chosen
-    one. ValueError, before anything is written, if that is still too much.
+    The page holds the maps of all words and patches for every layer, head and step in 8 bits. If they exceed
+    ``most_bytes``, it holds only the selected step (the middle one for the mean) and, if necessary, only the
+    selected patch.
+
+    Raises:
+        PixArtNBError: the maps are still too large; nothing is written.
     """
     check_choice(trace, choice)
-    steps, patches = _what_fits(trace, choice, row, most_bytes)
+    steps, patches = _fitting(trace, choice, row, most_bytes)
     colours = (colormaps[HEAT](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     data = {
         "title": trace.text(row).prompt or "attention",
-        "picture": picture_address(as_bytes(as_float(shrunk(picture)))),
+        "image": image_url(as_bytes(as_float(shrunk(image)))),
         "grid": list(trace.grid),
         "words": trace.words(row) if layers_of(trace, "cross") else [],
         "heads": list(trace.heads),
@@ -71,8 +75,8 @@ def _start(choice: Choice, steps: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _what_fits(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[int], list[int]]:
-    """Steps and patches whose maps fit."""
+def _fitting(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[int], list[int]]:
+    """Return the steps and patches whose maps fit."""
     tokens = trace.grid[0] * trace.grid[1]
     chosen = [choice.patch[0] * trace.grid[1] + choice.patch[1]] if choice.patch is not None else []
     step = choice.step if choice.step is not None else trace.steps[len(trace.steps) // 2]
@@ -89,17 +93,17 @@ def _what_fits(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[in
 
 
 def _word_maps(trace: Any, steps: Sequence[int], row: int) -> list[dict[str, Any]]:
-    """For each layer the maps (steps, heads, words, h, w) in 8 bits."""
-    found = []
+    """Return the maps (steps, heads, words, h, w) of each layer in 8 bits."""
+    maps_by_layer = []
     for layer in layers_of(trace, "cross"):
         maps = np.stack([[trace.word_maps(layer, head, step, row) for head in trace.heads] for step in steps])
-        found.append({"layer": layer, "ratio": 1, "cells": list(trace.grid)} | quantised(maps))
-    return found
+        maps_by_layer.append({"layer": layer, "ratio": 1, "cells": list(trace.grid)} | quantised(maps))
+    return maps_by_layer
 
 
 def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: int) -> list[dict[str, Any]]:
-    """For each layer the attention (steps, heads, patches, kh, kw) in 8 bits."""
-    found = []
+    """Return the attention (steps, heads, patches, kh, kw) of each layer in 8 bits."""
+    maps_by_layer = []
     for layer in layers_of(trace, "self") if patches else []:
         name = f"blocks.{layer}.attn"
         cells = {step: trace.key_grid(name, step) for step in steps}
@@ -108,12 +112,14 @@ def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: i
         rows = np.stack([trace.rows(name, step, patches, None, row) for step in steps])
         maps = rows.reshape(*rows.shape[:3], *cells[steps[0]])
         ratio = trace.compression(name, steps[0])[1]
-        found.append({"layer": layer, "ratio": ratio, "cells": list(cells[steps[0]])} | quantised(maps))
-    return found
+        maps_by_layer.append(
+            {"layer": layer, "ratio": ratio, "cells": list(cells[steps[0]])} | quantised(maps)
+        )
+    return maps_by_layer
 
 
 def quantised(maps: np.ndarray) -> dict[str, Any]:
-    """Maps (steps, heads, n, kh, kw) in 8 bits, each with its own largest value, as text.
+    """Encode maps (steps, heads, n, kh, kw) in 8 bits as base64, each scaled by its largest value.
 
     >>> sorted(quantised(np.ones((1, 1, 1, 2, 2))))
     ['count', 'most', 'values']
@@ -125,9 +131,9 @@ def quantised(maps: np.ndarray) -> dict[str, Any]:
 
 
 def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], start: int = 0) -> Path:
-    """Write what a compression explorer tried as a page: pictures, errors and costs to choose from."""
+    """Write the outcomes of a compression explorer as a page of images, errors and costs."""
     if not outcomes:
-        raise PixArtNBError("nothing was tried yet; there is no outcome to write")
+        raise PixArtNBError("there is no outcome to write; run a compression first")
     run, config = study.reference, study.pipe.transformer.config
     unit = 8 * config.patch_size
     grid = (run.height // unit, run.width // unit)
@@ -135,7 +141,7 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
         "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
         "timesteps": [float(t) for t in study.timesteps],
         "full": {
-            "pictures": [picture_address(as_bytes(p)) for p in study.images],
+            "images": [image_url(as_bytes(p)) for p in study.images],
             "cost": study.cost.to_dict(),
         },
         "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
@@ -147,21 +153,21 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
 def _outcome(outcome: Any, study: Any, grid: tuple[int, int]) -> dict[str, Any]:
     return {
         "name": f"{outcome.operator} {outcome.ratio}, layers {', '.join(map(str, outcome.layers)) or 'none'}",
-        "cells": [picture_address(with_cells(p, grid, outcome.ratio)) for p in study.images],
-        "pictures": [picture_address(as_bytes(p)) for p in outcome.images],
+        "cells": [image_url(with_cells(p, grid, outcome.ratio)) for p in study.images],
+        "images": [image_url(as_bytes(p)) for p in outcome.images],
         "errors": [float(error) for error in outcome.errors],
-        "pictureError": outcome.image_error,
+        "imageError": outcome.image_error,
         "cost": outcome.cost.to_dict(),
     }
 
 
-def picture_address(pixels: np.ndarray) -> str:
-    """Pixels (H, W, 3) uint8 as an address that holds them."""
+def image_url(pixels: np.ndarray) -> str:
+    """Return pixels (H, W, 3) uint8 as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode()
 
 
 def _text(array: np.ndarray) -> str:
-    """An array's bytes, lowest first, as base64."""
+    """Return the bytes of an array, little-endian, as base64."""
     little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     return base64.b64encode(little.tobytes()).decode()
 
@@ -173,8 +179,13 @@ def _write(path: str | Path, template: str, data: Mapping[str, Any]) -> Path:
 
 
 def page_of(template: str, data: Mapping[str, Any]) -> str:
-    """A page, with its data as JSON that cannot end the element it stands in; ``data`` has a title."""
+    """Return a page with its ``title`` escaped and its data as JSON that cannot close its element.
+
+    Placeholders are replaced in one pass, so that a title which contains one stays text.
+    """
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        content = content.replace(character, f"\\u{ord(character):04x}")
+    values = {"title": escape(str(data["title"])), "data": content}
     page = (STATIC / template).read_text(encoding="utf-8")
-    page = page.replace("{{title}}", escape(str(data["title"])))
-    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return page.replace("{{data}}", content)
+    return re.sub(r"{{(title|data)}}", lambda match: values[match[1]], page)

@@ -1,4 +1,4 @@
-"""A data set before a training, and the curves of the training as it goes on."""
+"""Figures of a data set before a training, and live curves of the training."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, axes_grid, for_curves, legend, new_figure
+from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, for_curves, legend, new_figure
 
 #: Points of a curve that are drawn at most.
 POINTS = 2000
@@ -20,18 +19,16 @@ Row = Mapping[str, Any]
 
 
 def dataset_figure(sizes: Sequence[tuple[int, int]], captions: Sequence[str]) -> Figure:
-    """Sizes (height, width) in pixels of the pictures of a data set, and how many words their captions have.
+    """Draw the sizes (height, width) of a data set's images in pixels, and the number of words of their captions.
 
-    The larger a dot, the more pictures have that size.
+    The area of a dot is proportional to the number of images of that size.
 
     >>> figure = dataset_figure([(64, 64), (64, 64), (64, 96)], ["a red cup", "a cup", "cup"])
     >>> [place.get_xlabel() for place in figure.axes]
     ['width, pixels', 'words of a caption']
     """
     if not len(sizes) or len(sizes) != len(captions):
-        raise PixArtNBError(
-            f"{len(sizes)} sizes and {len(captions)} captions; expected one of each a picture"
-        )
+        raise PixArtNBError(f"{len(sizes)} sizes and {len(captions)} captions; expected one of each an image")
     figure = new_figure(WIDTH, 2.8)
     left, right = axes_grid(figure, 1, 2)[0]
     different, counts = np.unique(np.asarray(sizes), axis=0, return_counts=True)
@@ -43,7 +40,7 @@ def dataset_figure(sizes: Sequence[tuple[int, int]], captions: Sequence[str]) ->
     words = np.array([len(caption.split()) for caption in captions])
     step = -(-(int(np.ptp(words)) + 1) // 40)
     bins = np.arange(words.min(), words.max() + step + 1, step) - 0.5
-    for_curves(right, "words of a caption", "pictures")
+    for_curves(right, "words of a caption", "images")
     right.hist(words, bins, color=COLOURS[0], edgecolor="white")
     for axis in (right.xaxis, right.yaxis):
         axis.get_major_locator().set_params(integer=True)
@@ -52,11 +49,11 @@ def dataset_figure(sizes: Sequence[tuple[int, int]], captions: Sequence[str]) ->
 
 
 def training_figure(rows: Sequence[Row], total: int = 0) -> Figure:
-    """Loss and gradient norm by step, with their running means; ``rows`` as a training yields or logs them.
+    """Draw loss and gradient norm by step with their running means over a twentieth of the steps.
 
-    Single losses jump with the timesteps of their batch; look at the mean, over a twentieth of the steps. Rows with a
-    ``held_out_loss``, of pictures that are not trained on, give a curve of their own. ``total``: steps of the whole
-    training.
+    Args:
+        rows: Rows that a training yields or logs. Those with ``held_out_loss`` give a curve of their own.
+        total: Steps of the whole training.
 
     >>> figure = training_figure([{"step": k, "loss": 1 / k, "grad_norm": 1.0} for k in range(1, 30)])
     >>> [place.get_ylabel() for place in figure.axes]
@@ -64,12 +61,12 @@ def training_figure(rows: Sequence[Row], total: int = 0) -> Figure:
     """
     figure = new_figure(WIDTH, 3.0)
     places = axes_grid(figure, 1, 2)[0]
-    for place, key, label in zip(places, ("loss", "grad_norm"), ("loss", "gradient norm"), strict=True):
-        for_curves(place, "step", label)
-        place.xaxis.get_major_locator().set_params(integer=True)
-        _with_mean(place, [row for row in rows if key in row], key)
+    for ax, key, label in zip(places, ("loss", "grad_norm"), ("loss", "gradient norm"), strict=True):
+        for_curves(ax, "step", label)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        _with_mean(ax, [row for row in rows if key in row], key)
         if total:
-            place.set_xlim(0, total)
+            ax.set_xlim(0, total)
     if held_out := [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]:
         _held_out(places[0], *map(np.array, zip(*held_out, strict=True)))
     if places[0].lines:
@@ -82,13 +79,13 @@ def training_figure(rows: Sequence[Row], total: int = 0) -> Figure:
 def live_curves(
     rows: Iterable[Row], earlier: Sequence[Row] = (), total: int = 0, every: float = 2.0
 ) -> Iterator[Row]:
-    """Pass on the rows of a training, and show its curves meanwhile, in one figure that is drawn again as it goes on.
+    """Yield the rows of a training unchanged while one figure of its curves is updated.
 
     Args:
-        rows: as ``Training.steps`` yields them.
-        earlier: of a training that goes on, the rows up to where it was.
-        total: steps of the whole training.
-        every: seconds between two drawings; the last one shows everything.
+        rows: Rows that ``Training.steps`` yields.
+        earlier: Rows up to the step at which a training was resumed.
+        total: Steps of the whole training.
+        every: Seconds between two updates; the last one shows everything.
     """
     seen = list(earlier)
     shown = display(training_figure(seen, total), display_id=True)  # None outside of IPython
@@ -107,13 +104,13 @@ def live_curves(
             shown.update(training_figure(seen, total))
 
 
-def _held_out(place: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+def _held_out(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     style = {"color": COLOURS[1], "markersize": 4, "linewidth": 1.4, "clip_on": False}
-    place.plot(steps, values, "s--", label="held-out pictures", **style)
-    place.set_ylim(0, max(place.get_ylim()[1], 1.1 * float(values.max())))
+    ax.plot(steps, values, "s--", label="held-out images", **style)
+    ax.set_ylim(0, max(ax.get_ylim()[1], 1.1 * float(values.max())))
 
 
-def _with_mean(place: Axes, rows: Sequence[Row], key: str) -> None:
+def _with_mean(ax: Axes, rows: Sequence[Row], key: str) -> None:
     steps, values = (np.array([row[name] for row in rows], float) for name in ("step", key))
     steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     if not len(values):
@@ -123,9 +120,9 @@ def _with_mean(place: Axes, rows: Sequence[Row], key: str) -> None:
     ends = np.arange(1, len(values) + 1)
     means = (sums[ends] - sums[np.maximum(0, ends - window)]) / np.minimum(ends, window)
     few = slice(None, None, -(-len(values) // POINTS))
-    place.plot(steps[few], values[few], color=COLOURS[4], linewidth=0.7, alpha=0.6, label="each step")
-    place.plot(steps[few], means[few], color=COLOURS[0], linewidth=1.6, label=f"mean of {window} steps")
-    place.set_ylim(0, 1.15 * float(np.quantile(values, 0.98)) or 1.0)  # a single leap hides everything else
+    ax.plot(steps[few], values[few], color=COLOURS[4], linewidth=0.7, alpha=0.6, label="each step")
+    ax.plot(steps[few], means[few], color=COLOURS[0], linewidth=1.6, label=f"mean of {window} steps")
+    ax.set_ylim(0, 1.15 * float(np.quantile(values, 0.98)) or 1.0)  # a single leap hides everything else
 
 
 def _progress(rows: Sequence[Row], total: int) -> str:

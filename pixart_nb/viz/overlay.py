@@ -1,4 +1,4 @@
-"""Maps of tokens or of R x R cells laid over a picture, as pixels. What figures and widgets show alike."""
+"""Pixels of attention maps laid over an image, for figures and widgets alike."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.figures import as_share
 from pixart_nb.viz.style import HEAT, heat_colours
 
-#: How much of a pixel is heat, where it is least and where it is most, and how bright the grey picture below it is.
+#: How much of a pixel is heat, where it is least and where it is most, and how bright the grey image below it is.
 COVER, DIMMED = (0.3, 0.75), 0.8
 #: Pixels of a side that a figure or a widget shows at most.
 SHOWN = 1024
 
 
 def overlay(
-    picture: np.ndarray,
+    image: np.ndarray,
     heat: np.ndarray,
     limits: tuple[float, float] | None = None,
     threshold: float | None = None,
     ratio: int = 1,
     grid: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Heat (kh, kw) over the grey picture (H, W, 3): (H, W, 3) float in [0, 1]; nothing is smoothed.
+    """Blend heat (kh, kw) with the grey image (H, W, 3) and return (H, W, 3) float in [0, 1]. Nothing is smoothed.
 
     Args:
-        picture: float in [0, 1] or uint8.
-        heat: a number for each cell of ``ratio`` x ``ratio`` tokens.
-        limits: the numbers that get the darkest and the brightest colour; 0 and the largest unless told.
-        threshold: a share of ``limits``, 0 to 1. Cells from it on keep their colours and get heat; the rest stays grey.
-        ratio, grid: tokens of a cell's side, and (height, width) of the picture in tokens, where cells do not fill it.
+        image: Float in [0, 1] or uint8.
+        heat: One value per cell of ``ratio`` x ``ratio`` tokens.
+        limits: Values of the darkest and the brightest colour. Default: 0 and the maximum.
+        threshold: Share of ``limits``, 0 to 1. Cells above it keep their colours and get heat; others stay grey.
+        ratio, grid: Tokens per side of a cell, and (height, width) of the image in tokens, where cells do not fill it.
 
     >>> overlay(np.ones((4, 4, 3)), np.array([[0.0, 1.0]]), threshold=0.5).shape
     (4, 4, 3)
     """
-    pixels = as_float(picture)
+    pixels = as_float(image)
     lowest, highest = limits or (0.0, float(np.max(heat)))
     rows, columns = cell_of_pixels(pixels.shape[:2], heat.shape, ratio, grid)
     share = np.clip((np.asarray(heat, float) - lowest) / ((highest - lowest) or 1), 0, 1)
@@ -49,26 +49,26 @@ def overlay(
     return coloured
 
 
-def shrunk(picture: np.ndarray, most: int = SHOWN) -> np.ndarray:
-    """The picture by leaving pixels out, until no side has more than ``most``: figures of 4K pictures stay quick.
+def shrunk(image: np.ndarray, most: int = SHOWN) -> np.ndarray:
+    """Subsample the image until no side has more than ``most`` pixels, so that figures of 4K images stay fast.
 
     >>> shrunk(np.zeros((4096, 2048, 3), np.uint8)).shape
     (1024, 512, 3)
     """
-    every = -(-max(picture.shape[:2]) // most)
-    return picture[::every, ::every]
+    every = -(-max(image.shape[:2]) // most)
+    return image[::every, ::every]
 
 
-def as_float(picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) or (H, W) as (H, W, 3) float in [0, 1]."""
-    pixels = as_share(picture)
+def as_float(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) or (H, W) as (H, W, 3) float in [0, 1]."""
+    pixels = as_share(image)
     return np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
 
 
 def cell_of_pixels(
     size: tuple[int, int], cells: tuple[int, int], ratio: int = 1, grid: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row of the cell of each pixel row (H,), and column of each pixel column (W,); -1 where there is no cell.
+    """Return the cell row of each pixel row (H,) and the cell column of each pixel column (W,), -1 for none.
 
     >>> [numbers.tolist() for numbers in cell_of_pixels((4, 5), (2, 2), 2, (4, 5))]
     [[0, 0, 1, 1], [0, 0, 1, 1, -1]]
@@ -82,7 +82,11 @@ def cell_of_pixels(
 
 
 def check_cells(cells: tuple[int, int], ratio: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """The grid of tokens; ValueError where it does not hold these cells."""
+    """Return the grid of tokens.
+
+    Raises:
+        PixArtNBError: the grid does not hold these cells.
+    """
     grid = grid or (cells[0] * ratio, cells[1] * ratio)
     if (grid[0] // ratio, grid[1] // ratio) != tuple(cells):
         raise PixArtNBError(
@@ -93,9 +97,9 @@ def check_cells(cells: tuple[int, int], ratio: int, grid: tuple[int, int] | None
 
 
 def spread_cells(weights: np.ndarray, ratio: int, grid: tuple[int, int] | None = None) -> np.ndarray:
-    """Attention to cells (..., kh, kw) as attention to tokens (..., h, w): a cell's share divided by its tokens.
+    """Convert attention to cells (..., kh, kw) into attention to tokens (..., h, w) by dividing each share evenly.
 
-    Tokens in no cell get 0, so sums stay what they are.
+    Tokens in no cell get 0, so sums are kept.
 
     >>> spread_cells(np.array([[0.4, 0.6]]), 2, (2, 5))[0].round(2).tolist()
     [0.1, 0.1, 0.15, 0.15, 0.0]

@@ -1,4 +1,4 @@
-"""The playground: a widget that draws with a pipeline, shows the picture while it appears, and remembers it."""
+"""Playground: a widget that samples with a pipeline, shows the image at every step, and keeps a history."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.playground_pictures import save_entry
+from pixart_nb.viz.playground_images import save_entry
 from pixart_nb.viz.playground_run import Entry, Parameters, Session, State
 from pixart_nb.viz.playground_view import View, make_controls
 
 
 class Playground:
-    """A widget around a ``Session``; show it as the last line of a cell.
+    """Widget around a ``Session``. Put it on the last line of a cell.
 
-    The buttons draw in a task of the kernel's own event loop, one step at a time, so the kernel stays free for
-    other cells between two steps, and Cancel works. ``await playground.sample()`` presses Sample by code.
+    Sampling runs in a task of the kernel's event loop, one step at a time, so other cells can run between two steps and
+    Cancel works. ``await playground.sample()`` presses Sample from code.
 
     Args:
-        pipe: a pipeline with ``sample(...)``, ``decode_latents`` and ``scheduler``.
-        sizes: (height, width) in image pixels to choose from.
-        schedulers: short names to choose from.
-        folder: where Save writes.
-        others: what else the parameters in a saved picture should hold, such as ``{"model": "..."}``.
-        start: parameters to begin with, by name (see ``Parameters``); size and scheduler are the first unless given.
+        pipe: Pipeline with ``sample(...)``, ``decode_latents`` and ``scheduler``.
+        sizes: (height, width) in pixels to select from.
+        schedulers: Short names to select from.
+        folder: Folder that Save writes to.
+        others: Further parameters of a saved image, such as ``{"model": "..."}``.
+        start: Initial parameters by name (see ``Parameters``); size and scheduler default to the first ones.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Playground:
 
     @property
     def parameters(self) -> Parameters:
-        """The parameters as the controls are set; assign to set the controls."""
+        """Parameters that the controls show; assign to set the controls."""
         values = {name: control.value for name, control in self.controls.items()}
         height, width = values.pop("size")
         return Parameters(height=height, width=width, **values)
@@ -76,7 +76,7 @@ class Playground:
 
     @property
     def history(self) -> list[Entry]:
-        """What was drawn, oldest first."""
+        """Entries, oldest first."""
         return self.session.history
 
     async def sample(self) -> Entry | None:
@@ -93,15 +93,15 @@ class Playground:
         return entry
 
     def cancel(self) -> None:
-        """End the run after the step that it is at."""
+        """End the run after its current step."""
         self.session.cancel()
 
     def save(self) -> list[Path]:
-        """Write the pictures that are shown, each with its parameters; none if there is no finished one."""
+        """Write the images that are shown with their parameters; none if there is no finished one."""
         entry = self.session.entry
         try:
             if entry is None:
-                raise PixArtNBError("there is no finished picture to save; sample one, or choose one below")
+                raise PixArtNBError("there is no finished image to save; sample one, or choose one below")
             paths = save_entry(entry, self.folder, self._others)
         except (OSError, ValueError) as error:
             self.view.say(_in_words(error), wrong=True)
@@ -110,7 +110,7 @@ class Playground:
         return paths
 
     def restore(self, entry: Entry) -> None:
-        """Set the controls to an entry's parameters, and show its pictures unless a run is under way."""
+        """Set the controls to the parameters of an entry, and show its images unless a run is active."""
         self.parameters = entry.parameters
         self.session.show(entry)
 
@@ -120,7 +120,7 @@ class Playground:
     # ---- clicks
 
     def _clicked(self, act: Callable[[], Any]) -> Callable[[Any], None]:
-        """A callback that acts on the kernel's own loop: JupyterLab may deliver clicks on another thread."""
+        """Return a callback that runs on the kernel's event loop; JupyterLab may deliver clicks on another thread."""
 
         def callback(_: Any) -> None:
             here = _running_loop()
@@ -147,9 +147,9 @@ class Playground:
 
     def _render(self) -> None:
         session = self.session
-        if session.pictures is not self._rendered:
-            self._rendered = session.pictures
-            self.view.show_pictures(session.pictures)
+        if session.images is not self._rendered:
+            self._rendered = session.images
+            self.view.show_images(session.images)
         self.view.show_progress(session.state, session.progress)
         self.view.show_history(session.history, lambda entry: self._clicked(partial(self.restore, entry)))
         self.view.show_entry(session.entry)
@@ -163,6 +163,6 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def _in_words(error: Exception) -> str:
-    """An error as one line; what the user can mend is a ValueError and speaks for itself."""
+    """Return an error as one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"

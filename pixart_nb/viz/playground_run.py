@@ -1,4 +1,4 @@
-"""The playground without its widgets: what to draw, a run that can be cancelled between two steps, and the history."""
+"""Playground without widgets: parameters, a run that can be cancelled between two steps, and the history."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TURNS = 8
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that decides how a set of pictures of one prompt looks; sizes in image pixels."""
+    """Parameters of a set of images of one prompt; sizes in pixels."""
 
     prompt: str
     height: int
@@ -39,18 +39,18 @@ class Parameters:
     count: int = 1
 
     def check(self) -> None:
-        """Refuse what no pipeline would notice; the rest is the pipeline's to refuse."""
+        """Refuse parameters that the pipeline would not refuse."""
         if not self.prompt.strip():
             raise PixArtNBError(
                 "the prompt is empty; write what to draw, for example 'a red mushroom on grass'"
             )
         if self.count < 1:
-            raise PixArtNBError(f"the number of pictures is {self.count}; expected at least 1")
+            raise PixArtNBError(f"the number of images is {self.count}; expected at least 1")
         if self.seed < 0:
             raise PixArtNBError(f"the seed is {self.seed}; expected 0 or more")
 
     def call(self) -> dict[str, Any]:
-        """Arguments of ``pipe.sample``. Picture k of a seed is the same however many are drawn beside it."""
+        """Return the arguments of ``pipe.sample``. Image k of a seed does not depend on the images beside it."""
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
@@ -63,7 +63,7 @@ class Parameters:
         }
 
     def configuration(self, number: int = 0) -> dict[str, Any]:
-        """What repeats picture ``number``, under the keys of the configuration files."""
+        """Return the configuration that repeats image ``number``, with the keys of configuration files."""
         return {
             "prompt": [self.prompt],
             "negative_prompt": self.negative_prompt,
@@ -79,32 +79,32 @@ class Parameters:
 
     @property
     def summary(self) -> str:
-        """All of it in one line for people.
+        """Parameters in one line.
 
         >>> Parameters("a red cup", 64, 96, seed=3, count=2).summary
-        'a red cup · 96 x 64 · dpm++, 20 steps · guidance 4.5 · seed 3, 2 pictures'
+        'a red cup · 96 x 64 · dpm++, 20 steps · guidance 4.5 · seed 3, 2 images'
         """
         without = f" · without {self.negative_prompt}" if self.negative_prompt else ""
-        pictures = f", {self.count} pictures" if self.count > 1 else ""
+        images = f", {self.count} images" if self.count > 1 else ""
         return (
             f"{self.prompt}{without} · {self.width} x {self.height} · {self.scheduler}, {self.steps} steps · "
-            f"guidance {self.guidance:g} · seed {self.seed}{pictures}"
+            f"guidance {self.guidance:g} · seed {self.seed}{images}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Finished pictures (N, H, W, 3) uint8, their parameters, their number in the history, and how long they took."""
+    """Finished images (N, H, W, 3) uint8, their parameters, their index in the history, and their seconds."""
 
     number: int
     parameters: Parameters
-    pictures: np.ndarray
+    images: np.ndarray
     seconds: float
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps done, of how many, and the seconds that are left (None before the first step is done)."""
+    """Finished steps, total steps, and remaining seconds (None before the first step is done)."""
 
     done: int
     total: int
@@ -112,7 +112,7 @@ class Progress:
 
 
 class State(StrEnum):
-    """What a session is doing."""
+    """State of a session."""
 
     IDLE = "idle"
     SAMPLING = "sampling"
@@ -120,10 +120,10 @@ class State(StrEnum):
 
 
 class Session:
-    """Draws with a pipeline, one run at a time, and remembers what it drew.
+    """Samples with a pipeline, one run at a time, and keeps a history.
 
-    ``on_change()`` is called whenever an attribute has changed. ``pictures`` (N, H, W, 3) uint8 are those to look at
-    now: a preview, or those of ``entry``, which is None during a run and after one that was cancelled.
+    ``on_change()`` is called after every change of an attribute. ``images`` (N, H, W, 3) uint8 are a preview, or
+    those of ``entry``, which is None during a run and after a cancelled one.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Session:
     ):
         self.pipe, self._on_change, self._limit, self._clock = pipe, on_change, history_limit, clock
         self.state, self.progress = State.IDLE, Progress(0, 1)
-        self.pictures: np.ndarray | None = None
+        self.images: np.ndarray | None = None
         self.entry: Entry | None = None
         self.history: list[Entry] = []
         self._count = 0
@@ -154,35 +154,35 @@ class Session:
         started = self._clock()
         done: dict[str, Any] = {}
         try:
-            pictures = await self._run(parameters)
-            if pictures is not None:
-                done = self._remembered(parameters, pictures, self._clock() - started)
+            images = await self._run(parameters)
+            if images is not None:
+                done = self._remembered(parameters, images, self._clock() - started)
         finally:
             self._set(state=State.IDLE, **done)
         return self.entry
 
     def cancel(self) -> None:
-        """Ask the run, if there is one, to end after the step that it is at."""
+        """End the active run after its current step."""
         if self.state is State.SAMPLING:
             self._set(state=State.CANCELLING)
 
     def show(self, entry: Entry) -> None:
-        """Look at an earlier entry again; during a run, nothing happens."""
+        """Show an earlier entry; ignored during a run."""
         if self.state is State.IDLE:
-            self._set(entry=entry, pictures=entry.pictures)
+            self._set(entry=entry, images=entry.images)
 
     async def _run(self, parameters: Parameters) -> np.ndarray | None:
-        """The pictures (N, H, W, 3) uint8, or None if the run was cancelled."""
+        """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
         with closing(begun(self.pipe, parameters)) as steps:
             async with aclosing(giving_way(steps)) as records:
                 latents = await self._follow(records, parameters.steps)
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         for row in latents if latents is not None else ():
             await give_way()
             if self.state is State.CANCELLING:
                 return None
-            pictures.append(self._decode(row[None])[0])
-        return np.stack(pictures) if pictures else None
+            images.append(self._decode(row[None])[0])
+        return np.stack(images) if images else None
 
     async def _follow(self, records: AsyncIterator[Any], total: int) -> np.ndarray | None:
         """Consume the conditioning and the steps, with progress and previews; the last latents."""
@@ -196,20 +196,20 @@ class Session:
             if self.state is State.CANCELLING:
                 return None
             if done < total and now - preview_ended >= PREVIEW_PAUSE * cost:
-                self._set(pictures=self._decode(thinned(step.denoised)))
+                self._set(images=self._decode(thinned(step.denoised)))
                 preview_ended = self._clock()
                 cost = preview_ended - now
         return latents
 
     def _decode(self, latents: np.ndarray) -> np.ndarray:
-        pictures = self.pipe.decode_latents(np.ascontiguousarray(latents))
-        return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)
+        images = self.pipe.decode_latents(np.ascontiguousarray(latents))
+        return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
 
-    def _remembered(self, parameters: Parameters, pictures: np.ndarray, seconds: float) -> dict[str, Any]:
-        """What changes when pictures are finished."""
+    def _remembered(self, parameters: Parameters, images: np.ndarray, seconds: float) -> dict[str, Any]:
+        """Return the changes when images are finished."""
         self._count += 1
-        entry = Entry(self._count, parameters, pictures, seconds)
-        return {"history": [*self.history, entry][-self._limit :], "entry": entry, "pictures": pictures}
+        entry = Entry(self._count, parameters, images, seconds)
+        return {"history": [*self.history, entry][-self._limit :], "entry": entry, "images": images}
 
     def _set(self, **changes: Any) -> None:
         for name, value in changes.items():
@@ -218,7 +218,7 @@ class Session:
 
 
 def begun(pipe: Any, parameters: Parameters) -> Iterator[Any]:
-    """The generator ``pipe.sample`` with the chosen scheduler; the pipeline keeps its own."""
+    """Return the generator ``pipe.sample`` with the selected scheduler; the pipeline keeps its own."""
     own = pipe.scheduler
     pipe.scheduler = parameters.scheduler
     try:
@@ -242,6 +242,6 @@ async def giving_way(records: Iterator[Any]) -> AsyncIterator[Any]:
 
 
 def thinned(latents: np.ndarray) -> np.ndarray:
-    """Latents (N, C, h, w) with at most ``PREVIEW_CELLS`` cells a side, by leaving cells out."""
+    """Subsample latents (N, C, h, w) to at most ``PREVIEW_CELLS`` cells per side."""
     every = -(-max(latents.shape[2:]) // PREVIEW_CELLS)
     return latents[:, :, ::every, ::every]

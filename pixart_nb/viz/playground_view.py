@@ -1,4 +1,4 @@
-"""The widgets of the playground and where they stand. Knows nothing of sampling; ``playground`` fills them."""
+"""Widgets of the playground and their layout. Knows nothing of sampling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from html import escape
 import ipywidgets as widgets
 import numpy as np
 
-from pixart_nb.viz.playground_pictures import png_bytes, tiles
+from pixart_nb.viz.playground_images import png_bytes, tiles
 from pixart_nb.viz.playground_run import Entry, Parameters, Progress, State
 
 STYLE = """<style>
@@ -26,16 +26,16 @@ STYLE = """<style>
 .pixart-playground .pixart-card button:hover, .pixart-playground .pixart-card button:focus-visible,
 .pixart-playground .pixart-chosen button { outline: 2px solid var(--jp-brand-color1, #1976d2); }
 </style>"""
-PICTURE = 512
+IMAGE = 512
 THUMBNAIL = 96
-#: A picture of nothing, for the time before the first one.
+#: An image of nothing, for the time before the first one.
 CLEAR = np.zeros((1, 1, 4), np.uint8)
 
 
 def make_controls(
     first: Parameters, sizes: Sequence[tuple[int, int]], schedulers: Sequence[str]
 ) -> dict[str, widgets.ValueWidget]:
-    """A control for each parameter, by the parameter's name; ``size`` is (height, width)."""
+    """Return a control for each parameter by name; ``size`` is (height, width)."""
     size = (first.height, first.width)
     sizes, schedulers = (
         [*dict.fromkeys([*all_, own])] for all_, own in ((sizes, size), (schedulers, first.scheduler))
@@ -65,13 +65,13 @@ _NAMES = {
     "scheduler": ("Scheduler", "How the steps are taken"),
     "steps": ("Steps", "More steps are slower and finer"),
     "guidance": ("Guidance", "How strongly the prompt pulls; 1 switches guidance off"),
-    "count": ("Pictures", "How many pictures at once"),
-    "seed": ("Seed", "The same seed draws the same pictures"),
+    "count": ("Images", "How many images at once"),
+    "seed": ("Seed", "The same seed draws the same images"),
 }
 
 
 def size_name(height: int, width: int) -> str:
-    """Width and height as people write them, and which way it lies.
+    """Return a size as width x height with its orientation.
 
     >>> size_name(128, 192)
     '192 x 128, wide'
@@ -81,16 +81,16 @@ def size_name(height: int, width: int) -> str:
 
 
 class View:
-    """Controls at the left, progress and history below them, the picture at the right: ``widget`` holds it all."""
+    """Controls at the left, progress and history below them, the image at the right. ``widget`` holds all of them."""
 
     def __init__(self, controls: dict[str, widgets.ValueWidget]):
         self.sample = _button("Sample", "Draw with these parameters", "play", "primary")
         self.cancel = _button("Cancel", "End after the step that is being computed", "stop")
-        self.save = _button("Save", "Write the pictures as PNG files that carry their parameters", "save")
+        self.save = _button("Save", "Write the images as PNG files that carry their parameters", "save")
         self.next_seed = _button("Next", "The next seed", width="64px")
         self.random_seed = _button("Random", "A random seed", width="80px")
-        self.picture = widgets.Image(value=png_bytes(CLEAR), format="png")
-        self.picture.layout = widgets.Layout(width=f"{PICTURE}px", max_width="100%", margin="0")
+        self.image = widgets.Image(value=png_bytes(CLEAR), format="png")
+        self.image.layout = widgets.Layout(width=f"{IMAGE}px", max_width="100%", margin="0")
         self.caption, self.message, self.status = _line(), _line(), _line()
         self.bar = widgets.IntProgress(min=0, layout=widgets.Layout(width="160px", flex="none"))
         self.progress = widgets.HBox([self.bar, self.status])
@@ -108,7 +108,7 @@ class View:
         rest = [control for name, control in controls.items() if name != "seed"]
         left = widgets.VBox([*rest, seed, buttons, self.progress, self.message, self.cards])
         left.layout = widgets.Layout(width="380px", flex="none")
-        frame = widgets.Box([self.picture], layout=widgets.Layout(width="fit-content", max_width="100%"))
+        frame = widgets.Box([self.image], layout=widgets.Layout(width="fit-content", max_width="100%"))
         frame.add_class("pixart-frame")
         right = widgets.VBox([frame, self.caption], layout=widgets.Layout(flex="1", min_width="320px"))
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
@@ -118,15 +118,15 @@ class View:
         whole.add_class("pixart-playground")
         return whole
 
-    def show_pictures(self, pictures: np.ndarray) -> None:
+    def show_images(self, images: np.ndarray) -> None:
         """Show (N, H, W, 3) uint8 side by side; small ones are enlarged with sharp pixels."""
-        sheet = tiles(pictures)
-        crisp = max(sheet.shape) < PICTURE
-        (self.picture.add_class if crisp else self.picture.remove_class)("pixart-crisp")
-        self.picture.value = png_bytes(sheet)
+        sheet = tiles(images)
+        crisp = max(sheet.shape) < IMAGE
+        (self.image.add_class if crisp else self.image.remove_class)("pixart-crisp")
+        self.image.value = png_bytes(sheet)
 
     def show_progress(self, state: State, progress: Progress) -> None:
-        """Show how far a run is, and let only those buttons be pressed that do something now."""
+        """Show the progress of a run, and enable the buttons that have an effect."""
         idle = state is State.IDLE
         self.sample.disabled, self.cancel.disabled = not idle, state is not State.SAMPLING
         self.bar.max, self.bar.value = progress.total, 0 if idle else progress.done
@@ -134,7 +134,7 @@ class View:
         self.status.value = "" if idle else escape(_in_words(state, progress))
 
     def show_entry(self, entry: Entry | None) -> None:
-        """Say what the finished pictures are; None: there is nothing that could be saved."""
+        """Describe the finished images; None if there is nothing to save."""
         self.save.disabled = entry is None
         seconds = f" · {entry.seconds:.1f}\N{NO-BREAK SPACE}s" if entry else ""
         self.caption.value = escape(entry.parameters.summary + seconds) if entry else ""
@@ -142,7 +142,7 @@ class View:
             (card.add_class if listed is entry else card.remove_class)("pixart-chosen")
 
     def show_history(self, history: Sequence[Entry], act: Callable[[Entry], Callable]) -> None:
-        """A small picture for each entry, newest first, that is pressed to go back to it."""
+        """Show a small image for each entry, newest first; a click restores it."""
         if tuple(history) == self._listed:
             return
         known = dict(zip(reversed(self._listed), self.cards.children, strict=True))
@@ -150,13 +150,13 @@ class View:
         self.cards.children = [known.get(entry) or _card(entry, act(entry)) for entry in reversed(history)]
 
     def say(self, text: str, wrong: bool = False) -> None:
-        """A line for the user; ``wrong`` marks an error."""
+        """Show a message; ``wrong`` marks an error."""
         self.message.value = escape(text)
         (self.message.add_class if wrong else self.message.remove_class)("pixart-wrong")
 
 
 def _card(entry: Entry, clicked: Callable) -> widgets.VBox:
-    thumbnail = widgets.Image(value=png_bytes(tiles(entry.pictures), 2 * THUMBNAIL), format="png")
+    thumbnail = widgets.Image(value=png_bytes(tiles(entry.images), 2 * THUMBNAIL), format="png")
     thumbnail.layout = widgets.Layout(width=f"{THUMBNAIL}px", height=f"{THUMBNAIL}px", margin="0 0 20px 0")
     summary = f"{entry.number}: {entry.parameters.summary}"
     button = widgets.Button(description=f"{entry.number}: seed {entry.parameters.seed}", tooltip=summary)

@@ -1,13 +1,11 @@
-"""What the stages of a run took, as a figure: time and memory, of one run beside others."""
+"""Figure of the time and memory of the stages of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
-
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, axes_grid, legend, new_figure
+from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, Figure, axes_grid, legend, new_figure
 
 #: By stage: ``seconds`` and ``peak_bytes``, as ``StageFiles.measured`` gives them.
 Measured = Mapping[str, Mapping[str, float]]
@@ -15,9 +13,9 @@ _HATCHES = ("", "///", "...", "xxx")
 
 
 def stage_figure(runs: Mapping[str, Measured]) -> Figure:
-    """Runs by name, one below the other: at the left the seconds of each stage, at the right its most memory.
+    """Draw for each named run the seconds of each stage (left) and its peak memory (right).
 
-    A stage that a run has no number for is left out. The runs need not have the same stages.
+    Stages without a number are left out. Runs need not have the same stages.
 
     >>> figure = stage_figure({"staged": {"encode": {"seconds": 2.0}, "denoise": {"seconds": 8.0, "peak_bytes": 1e9}}})
     >>> [bar.get_width() for bar in figure.axes[0].patches], [bar.get_width() for bar in figure.axes[1].patches]
@@ -42,19 +40,19 @@ def stage_figure(runs: Mapping[str, Measured]) -> Figure:
                 time.barh(row, found["seconds"], 0.6, left=done, **look, **label)
                 done += found["seconds"]
             if "peak_bytes" in found:
-                place = row - 0.4 + (number + 0.5) * height
-                memory.barh(place, found["peak_bytes"] / 1e9, height, **look)
+                ax = row - 0.4 + (number + 0.5) * height
+                memory.barh(ax, found["peak_bytes"] / 1e9, height, **look)
                 memory.text(
                     found["peak_bytes"] / 1e9,
-                    place,
+                    ax,
                     f" {found['peak_bytes'] / 1e9:.2f}",
                     va="center",
                     fontsize=SMALL,
                 )
         time.text(done, row, f" {done:,.0f} s", va="center", fontsize=SMALL)
-    for place, label in ((time, "seconds"), (memory, "peak memory, GB")):
-        place.set(xlabel=label, yticks=[], ylim=(len(names) - 0.5, -0.5))
-        place.margins(x=0.2)
+    for ax, label in ((time, "seconds"), (memory, "peak memory, GB")):
+        ax.set(xlabel=label, yticks=[], ylim=(len(names) - 0.5, -0.5))
+        ax.margins(x=0.2)
     time.set_yticks(range(len(names)), names, fontsize=SMALL)
     legend(
         time,

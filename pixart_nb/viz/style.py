@@ -1,35 +1,61 @@
-"""The one style of all figures: sizes of letters, colours that colour-blind people can tell apart, and heat.
-
-Matplotlib's global settings are left alone; every figure takes its axes from here.
-"""
+"""Style of all figures: font sizes, colour-blind safe colours, colour maps. No global state changes."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib import figure as matplotlib_figure
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.text import Text
 
-#: Points. A figure of ``WIDTH`` inches fills a notebook's width.
+#: Font sizes in points. A figure of ``WIDTH`` inches fills the width of a notebook.
 SMALL, TEXT, LARGE = 8, 9, 10
 WIDTH = 9.0
-#: Inches that a figure with a colour bar has at least, so that the bar's label has room.
+#: Smallest height in inches of a figure with a colour bar, whose label needs the room.
 BAR_HEIGHT = 2.1
-#: Okabe and Ito's colours, without yellow, which is hard to see on white.
+#: Colours of Okabe and Ito without yellow, which is hard to see on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", "-.", ":")
-#: Colour maps: for attention over a picture, for amounts, and for differences around zero.
+#: Colour maps of attention over an image, of amounts, and of differences around zero.
 HEAT, AMOUNT, DIFFERENCE = "inferno", "cividis", "PuOr_r"
-#: What marks a patch that was chosen.
+#: Colour of the frame around a selected patch.
 MARK = "#00E5FF"
 
 
+class Figure(matplotlib_figure.Figure):
+    """Matplotlib figure that shows itself in any notebook, without ``%matplotlib inline``, at retina resolution.
+
+    Texts are drawn as they are written: a ``$`` in a caption does not start mathematics.
+    """
+
+    def draw(self, renderer: Any) -> None:
+        """Draw all texts literally, except the tick labels of logarithmic axes, which are powers of ten."""
+        powers = {
+            id(label)
+            for ax in self.axes
+            for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale()))
+            if scale == "log"
+            for label in [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
+        }
+        for text in self.findobj(Text):
+            if id(text) not in powers:
+                text.set_parse_math(False)
+        super().draw(renderer)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=2 * self.dpi)
+        width, height = self.get_size_inches() * self.dpi
+        return content.getvalue(), {"width": round(width), "height": round(height)}
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches, that keeps its labels apart.
+    """Return an empty figure of width x height inches with constrained layout.
 
     >>> new_figure(9, 3).get_size_inches().tolist()
     [9.0, 3.0]
@@ -38,41 +64,41 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def axes_grid(figure: Any, rows: int, columns: int, **options: Any) -> np.ndarray:
-    """Axes (rows, columns) with this style's letters; ``figure`` may be a subfigure."""
+    """Return styled axes (rows, columns) of a figure or subfigure."""
     axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for place in axes.ravel():
-        styled(place)
+    for ax in axes.ravel():
+        styled(ax)
     return axes
 
 
-def styled(place: Axes) -> Axes:
-    """Give axes this style's letters and lines."""
-    place.tick_params(labelsize=SMALL, length=2.5, pad=2)
-    place.tick_params(which="minor", labelsize=SMALL)  # a logarithmic axis may write numbers there
-    place.xaxis.label.set_size(SMALL)
-    place.yaxis.label.set_size(SMALL)
-    place.title.set_size(TEXT)
+def styled(ax: Axes) -> Axes:
+    """Apply font sizes and lines to axes."""
+    ax.tick_params(labelsize=SMALL, length=2.5, pad=2)
+    ax.tick_params(which="minor", labelsize=SMALL)  # a logarithmic axis may write numbers there
+    ax.xaxis.label.set_size(SMALL)
+    ax.yaxis.label.set_size(SMALL)
+    ax.title.set_size(TEXT)
     for side in ("top", "right"):
-        place.spines[side].set_visible(False)
-    return place
+        ax.spines[side].set_visible(False)
+    return ax
 
 
-def for_picture(place: Axes) -> Axes:
-    """Axes that show a picture: no ticks, no frame."""
-    place.set(xticks=[], yticks=[])
-    place.set_frame_on(False)
-    return place
+def for_image(ax: Axes) -> Axes:
+    """Remove ticks and frame of axes that show an image."""
+    ax.set(xticks=[], yticks=[])
+    ax.set_frame_on(False)
+    return ax
 
 
-def for_curves(place: Axes, xlabel: str, ylabel: str) -> Axes:
-    """Axes that show curves, with named axes and a faint grid."""
-    place.set(xlabel=xlabel, ylabel=ylabel)
-    place.grid(alpha=0.3, linewidth=0.6)
-    return place
+def for_curves(ax: Axes, xlabel: str, ylabel: str) -> Axes:
+    """Label axes that show curves and add a faint grid."""
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3, linewidth=0.6)
+    return ax
 
 
 def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label: str) -> None:
-    """A colour bar beside axes, with its label."""
+    """Add a colour bar with its label beside axes."""
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=25, pad=0.02)
     bar.set_label(label, size=SMALL)
     bar.ax.tick_params(labelsize=SMALL, length=2.5)
@@ -80,13 +106,13 @@ def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label
     bar.outline.set_visible(False)
 
 
-def legend(place: Axes, **options: Any) -> None:
-    """A legend in this style's letters."""
-    place.legend(fontsize=SMALL, frameon=False, handlelength=2.2, **options)
+def legend(ax: Axes, **options: Any) -> None:
+    """Add a legend."""
+    ax.legend(fontsize=SMALL, frameon=False, handlelength=2.2, **options)
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour, dash and marker of the line of that number: two lines differ without colour too."""
+    """Return colour, dash and marker of a line; lines differ without colour, too."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": LINES[number % len(LINES)],
@@ -97,7 +123,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def heat_colours(values: np.ndarray, lowest: float, highest: float, name: str = HEAT) -> np.ndarray:
-    """Colours of values (...) between lowest and highest: (..., 3) float in [0, 1].
+    """Map values (...) between lowest and highest to colours (..., 3), float in [0, 1].
 
     >>> heat_colours(np.array([0.0, 2.0]), 0, 2, "gray").tolist()
     [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]

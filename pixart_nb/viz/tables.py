@@ -1,4 +1,4 @@
-"""Numbers as a table that a notebook shows as HTML, and that prints as text."""
+"""Tables that a notebook shows as HTML and that print as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pixart_nb.core.errors import PixArtNBError
 
 
 class Table:
-    """Rows of values under named columns, with a caption; a column's name should say its unit.
+    """Rows of values under named columns, with a caption. A column name should give the unit.
 
     >>> print(Table([{"ratio": 2, "keys": 16384}, {"ratio": 4, "keys": 4096}], "At 4K"))
     At 4K
@@ -30,7 +30,7 @@ class Table:
             raise PixArtNBError(f"no row has any of the columns {self.columns}; there are {unknown}")
 
     def cells(self) -> list[list[str]]:
-        """The rows as text."""
+        """Return the rows as text."""
         return [[in_words(row.get(name)) for name in self.columns] for row in self.rows]
 
     def __repr__(self) -> str:
@@ -51,7 +51,7 @@ class Table:
 
 
 def in_words(value: Any) -> str:
-    """A value as people read it: at most four digits that count, thousands apart, nothing for None.
+    """Format a value with at most four significant digits and separated thousands; None gives an empty text.
 
     >>> [in_words(value) for value in (None, 65536, 0.018234, 1234567.8, 2.5e13, "conv", True)]
     ['', '65,536', '0.01823', '1,234,568', '2.50e+13', 'conv', 'yes']

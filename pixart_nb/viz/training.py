@@ -1,4 +1,4 @@
-"""How trainings went: what they minimised, and what their models could do on the way."""
+"""Figures of the losses and scores of trainings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pixart_nb.viz.figures import Curve, require_as_many
-from pixart_nb.viz.style import SMALL, WIDTH, axes_grid, for_curves, line_style, new_figure
+from pixart_nb.viz.style import SMALL, WIDTH, Figure, axes_grid, for_curves, line_style, new_figure
 
 
 def loss_and_score(
@@ -17,12 +16,13 @@ def loss_and_score(
     scores: Mapping[str, Curve],
     marks: Mapping[str, float] | None = None,
     levels: Mapping[str, float] | None = None,
-    score: str = "share of pictures that are right",
+    score: str = "share of images that are right",
 ) -> Figure:
-    """Losses at the left, scores between 0 and 1 at the right, by steps; a run has the same line in both.
+    """Draw losses (left) and scores between 0 and 1 (right) by step; a run has the same line style in both.
 
-    ``marks`` are steps with a name, such as where a paper stopped: upright lines, left out where no run came so far.
-    ``levels`` are scores with a name, such as that of the model before: level lines.
+    Args:
+        marks: Named steps, drawn as vertical lines up to the last step.
+        levels: Named scores, drawn as horizontal lines.
 
     >>> figure = loss_and_score({"a": ([1, 2], [0.3, 0.2])}, {"a": ([0, 2], [0.1, 0.8])}, levels={"before": 0.9})
     >>> [[list(map(float, line.get_ydata())) for line in place.lines] for place in figure.axes]
@@ -31,18 +31,18 @@ def loss_and_score(
     figure = new_figure(WIDTH, 3.4)
     loss, share = axes_grid(figure, 1, 2)[0]
     names = list(dict.fromkeys([*losses, *scores]))
-    for place, curves, label in ((loss, losses, "loss"), (share, scores, score)):
-        for_curves(place, "step", label)
+    for ax, curves, label in ((loss, losses, "loss"), (share, scores, score)):
+        for_curves(ax, "step", label)
         for name, (steps, values) in curves.items():
             require_as_many(f"values of {name!r}", values, len(steps), "steps")
             style = line_style(names.index(name))
-            marker = {"marker": None} if place is loss else {}
-            place.plot(np.asarray(steps), np.asarray(values, dtype=float), label=name, **style | marker)
+            marker = {"marker": None} if ax is loss else {}
+            ax.plot(np.asarray(steps), np.asarray(values, dtype=float), label=name, **style | marker)
     last = max((max(steps) for steps, _ in (*losses.values(), *scores.values()) if len(steps)), default=0)
-    for place in (loss, share):
-        place.set_xlim(0, last * 1.03 or 1)
+    for ax in (loss, share):
+        ax.set_xlim(0, last * 1.03 or 1)
         reached = {name: step for name, step in (marks or {}).items() if step <= last}
-        _upright(place, reached, named=place is loss)
+        _upright(ax, reached, named=ax is loss)
     for number, (name, value) in enumerate((levels or {}).items()):
         share.axhline(value, color="0.35", linewidth=1.0, linestyle=(":", "--", "-.")[number % 3], label=name)
     share.set_ylim(-0.03, 1.03)
@@ -60,12 +60,12 @@ def loss_and_score(
     return figure
 
 
-def _upright(place: Axes, marks: Mapping[str, float], named: bool) -> None:
-    """Upright lines; where curves fall there is room for their names at the top."""
+def _upright(ax: Axes, marks: Mapping[str, float], named: bool) -> None:
+    """Draw named vertical lines."""
     for name, step in marks.items():
-        place.axvline(step, color="0.6", linewidth=0.9, linestyle=":")
+        ax.axvline(step, color="0.6", linewidth=0.9, linestyle=":")
         if named:
-            place.annotate(
+            ax.annotate(
                 name, (step, 1.0), (-3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
                 rotation=90, ha="right", va="top", fontsize=SMALL, color="0.35",
             )  # fmt: skip

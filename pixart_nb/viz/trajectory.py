@@ -1,4 +1,4 @@
-"""The way from noise to a picture: what is predicted at each step, and how far each step goes."""
+"""Figures of the trajectory from noise to an image."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from pixart_nb.viz.figures import as_picture, require_as_many
+from pixart_nb.viz.figures import as_image, require_as_many
 from pixart_nb.viz.style import (
     SMALL,
     TEXT,
     WIDTH,
+    Figure,
     axes_grid,
     for_curves,
-    for_picture,
+    for_image,
     legend,
     line_style,
     new_figure,
@@ -25,23 +25,23 @@ from pixart_nb.viz.style import (
 def trajectory_numbers(
     latents: np.ndarray, denoised: np.ndarray, guidance: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Numbers of each of S steps, as root mean squares over a picture's latents.
+    """Return root mean squares over the latents of an image for each of S steps.
 
     Args:
-        latents: (S + 1, C, h, w): the noise at the start, then what each step left.
-        denoised: (S, C, h, w): the clean picture that each step predicts.
-        guidance: (S, C, h, w): conditional minus unconditional prediction of the noise.
+        latents: (S + 1, C, h, w), initial noise and the result of each step.
+        denoised: (S, C, h, w), clean image that each step predicts.
+        guidance: (S, C, h, w), conditional minus unconditional prediction of the noise.
 
     Returns:
-        ``latents`` and ``denoised``: their size; ``step``: how far a step moves the latents; ``change``: how much the
-        predicted picture differs from the step before (nan at the first); ``distance``: from the predicted picture to
-        the last one; and with guidance ``guidance``: its size, and ``turn``: cosine of its angle with the step before.
+        ``latents`` and ``denoised``: their magnitude. ``step``: movement of the latents. ``change``: difference of the
+        predicted image to the step before (nan at the first). ``distance``: of the predicted image to the last one.
+        With guidance, ``guidance``: its magnitude, and ``turn``: cosine of its angle with the step before.
 
     >>> numbers = trajectory_numbers(np.ones((3, 1, 2, 2)), np.ones((2, 1, 2, 2)))
     >>> numbers["latents"].tolist(), numbers["step"].tolist(), numbers["distance"].tolist()
     ([1.0, 1.0], [0.0, 0.0], [0.0, 0.0])
     """
-    require_as_many("latents after the first", latents[1:], len(denoised), "predicted pictures")
+    require_as_many("latents after the first", latents[1:], len(denoised), "predicted images")
     numbers = {
         "latents": _size(latents[1:]),
         "denoised": _size(denoised),
@@ -50,7 +50,7 @@ def trajectory_numbers(
         "distance": _size(denoised - denoised[-1]),
     }
     if guidance is not None:
-        require_as_many("guidance directions", guidance, len(denoised), "predicted pictures")
+        require_as_many("guidance directions", guidance, len(denoised), "predicted images")
         numbers |= {
             "guidance": _size(guidance),
             "turn": np.append(np.nan, _cosine(guidance[1:], guidance[:-1])),
@@ -69,7 +69,7 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 PANELS = (
-    ("size, rms", {"latents": "latents", "denoised": "predicted picture"}),
+    ("size, rms", {"latents": "latents", "denoised": "predicted image"}),
     (
         "distance, rms",
         {"step": "moved by this step", "change": "prediction changed", "distance": "prediction to the end"},
@@ -79,43 +79,43 @@ PANELS = (
 
 
 def denoising_trajectory(
-    pictures: Sequence[np.ndarray] | np.ndarray,
+    images: Sequence[np.ndarray] | np.ndarray,
     timesteps: Sequence[float],
     latents: np.ndarray,
     denoised: np.ndarray,
     guidance: np.ndarray | None = None,
 ) -> Figure:
-    """The predicted picture at each step, and below it the numbers of ``trajectory_numbers`` over the timesteps.
+    """Draw the predicted image at each step above the curves of ``trajectory_numbers`` over the timesteps.
 
-    pictures (S, H, W, 3) are the decoded ``denoised``; at most ten of them are shown, evenly spread.
+    ``images`` (S, H, W, 3) are the decoded ``denoised``; at most ten are shown, evenly spaced.
 
     >>> z = np.random.default_rng(0).standard_normal((4, 4, 2, 2))
     >>> figure = denoising_trajectory(np.zeros((3, 8, 8, 3)), [999, 600, 200], z, z[1:], z[1:])
     >>> [place.get_title() for place in figure.axes if place.images]
     ['t 999', 't 600', 't 200']
     """
-    require_as_many("pictures", pictures, len(timesteps), "timesteps")
+    require_as_many("images", images, len(timesteps), "timesteps")
     numbers = trajectory_numbers(latents, denoised, guidance)
     shown = np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int))
-    aspect = pictures[0].shape[0] / pictures[0].shape[1]
+    aspect = images[0].shape[0] / images[0].shape[1]
     strip_height = min(1.6, WIDTH / len(shown)) * aspect + 0.3
     figure = new_figure(WIDTH, strip_height + 2.8)
     above, below = figure.subfigures(2, 1, height_ratios=[strip_height, 2.8])
-    for place, step in zip(axes_grid(above, 1, len(shown))[0], shown, strict=True):
-        for_picture(place).imshow(as_picture(pictures[step]), interpolation="nearest")
-        place.set_title(f"t {timesteps[step]:.0f}", fontsize=SMALL)
+    for ax, step in zip(axes_grid(above, 1, len(shown))[0], shown, strict=True):
+        for_image(ax).imshow(as_image(images[step]), interpolation="nearest")
+        ax.set_title(f"t {timesteps[step]:.0f}", fontsize=SMALL)
     panels = [panel for panel in PANELS if set(panel[1]) & set(numbers)]
-    for place, (ylabel, lines) in zip(axes_grid(below, 1, len(panels))[0], panels, strict=True):
-        _draw_lines(place, timesteps, ylabel, {label: numbers[name] for name, label in lines.items()})
+    for ax, (ylabel, lines) in zip(axes_grid(below, 1, len(panels))[0], panels, strict=True):
+        _draw_lines(ax, timesteps, ylabel, {label: numbers[name] for name, label in lines.items()})
     return figure
 
 
-def _draw_lines(place: Any, timesteps: Sequence[float], ylabel: str, lines: dict[str, np.ndarray]) -> None:
+def _draw_lines(ax: Any, timesteps: Sequence[float], ylabel: str, lines: dict[str, np.ndarray]) -> None:
     for number, (label, values) in enumerate(lines.items()):
-        place.plot(list(timesteps), values, label=label, **line_style(number))
-    for_curves(place, "timestep", ylabel)
-    place.invert_xaxis()
-    low, high = min(0, place.get_ylim()[0]), place.get_ylim()[1]
-    place.set_ylim(low, high + 0.04 * (high - low))
-    legend(place, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    place.title.set_size(TEXT)
+        ax.plot(list(timesteps), values, label=label, **line_style(number))
+    for_curves(ax, "timestep", ylabel)
+    ax.invert_xaxis()
+    low, high = min(0, ax.get_ylim()[0]), ax.get_ylim()[1]
+    ax.set_ylim(low, high + 0.04 * (high - low))
+    legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    ax.title.set_size(TEXT)

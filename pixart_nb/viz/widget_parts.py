@@ -1,4 +1,4 @@
-"""Parts that the explorers share: sliders with a mean, lines of text, a colour bar, and how it is all laid out."""
+"""Parts of the explorers: sliders with a mean, lines of text, a colour bar, layout."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import ipywidgets as widgets
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
-from pixart_nb.viz.style import HEAT
+from pixart_nb.viz.style import HEAT, Figure
 
 STYLE = """<style>
 .pixart-explorer .pixart-say .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
@@ -28,7 +27,7 @@ MEAN = -1
 
 
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:
-    """A slider over options, with the mean before them; its value is then ``MEAN``."""
+    """Return a slider over options, preceded by the mean, whose value is ``MEAN``."""
     named = [option if isinstance(option, tuple) else (str(option), option) for option in options]
     slider = widgets.SelectionSlider(
         options=[("mean", MEAN), *named], value=MEAN, description=name, tooltip=tooltip
@@ -38,12 +37,12 @@ def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.Selection
 
 
 def lay_out(control: widgets.Widget) -> None:
-    """Give a control the width and the room for its name that all have."""
+    """Set the width of a control and of its name."""
     control.layout.width, control.style.description_width = "400px", "80px"
 
 
 def side_by_side(parts: Sequence[widgets.Widget]) -> widgets.HBox:
-    """Columns beside each other, below each other in a narrow window, with this module's style."""
+    """Place columns side by side, or below each other in a narrow window."""
     style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
     whole = widgets.HBox([style, *parts], layout=widgets.Layout(flex_flow="row wrap", grid_gap="16px"))
     whole.add_class("pixart-explorer")
@@ -51,7 +50,7 @@ def side_by_side(parts: Sequence[widgets.Widget]) -> widgets.HBox:
 
 
 def text_line() -> widgets.HTML:
-    """A line of text that wraps."""
+    """Return a line of text that wraps."""
     line = widgets.HTML()
     line.add_class("pixart-say")
     return line
@@ -64,7 +63,7 @@ def say(line: widgets.HTML, text: str, wrong: bool = False) -> None:
 
 
 def heat_scale(most: float) -> str:
-    """A colour bar from 0 to ``most``."""
+    """Return a colour bar from 0 to ``most``."""
     stops = ", ".join(to_hex(colormaps[HEAT](share)) for share in np.linspace(0, 1, 9))
     bar = f"flex:1;height:10px;background:linear-gradient(to right, {stops})"
     return (
@@ -74,7 +73,7 @@ def heat_scale(most: float) -> str:
 
 
 def figure_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG."""
+    """Return a figure as PNG bytes."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Explorers: widgets that look into a run. Each is thin: what they show comes from functions that work without them."""
+"""Explorer widgets. They call functions that work without widgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Large pictures: a viewer that zooms into their pixels, in a notebook or as one HTML file; details as a figure."""
+"""Viewer that zooms into large images, in a notebook or as one HTML file, and a figure of details."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.viz.html_export import page_of
-from pixart_nb.viz.style import MARK, SMALL, TEXT, for_picture
+from pixart_nb.viz.style import MARK, SMALL, TEXT, Figure, for_image
 
 #: Pixels a side of the tiles, and up to which the smallest level goes.
 TILE = 512
@@ -29,20 +28,20 @@ _LABEL = {"color": "white", "fontsize": SMALL, "bbox": {"facecolor": "black", "l
 
 
 class ZoomViewer:
-    """A picture (H, W, 3) uint8, or the path of one, to be zoomed and moved with mouse, fingers or keys.
+    """Viewer of an image (H, W, 3) uint8, or of an image file, for mouse, touch and keyboard.
 
-    In a notebook it shows itself; ``write`` makes one HTML file, which needs neither Python nor a network. ``quality``
-    100 shows the exact pixels and makes a larger file.
+    It shows itself in a notebook. ``write`` makes one HTML file that needs neither Python nor a network. ``quality``
+    100 keeps the exact pixels in a larger file.
     """
 
-    def __init__(self, picture: np.ndarray | str | Path, title: str = "", quality: int = QUALITY):
+    def __init__(self, image: np.ndarray | str | Path, title: str = "", quality: int = QUALITY):
         if not 1 <= quality <= 100:
             raise PixArtNBError(f"quality is {quality}; expected 1 to 100")
-        self.picture, self.title, self.quality = as_pixels(picture), title, quality
+        self.image, self.title, self.quality = as_pixels(image), title, quality
 
     def levels(self) -> list[dict[str, Any]]:
-        """The picture at every power of two of its size, each as rows of tiles, the whole resolution first."""
-        image, found = Image.fromarray(self.picture), []
+        """Return the image at every power of two of its size as rows of tiles, full resolution first."""
+        image, found = Image.fromarray(self.image), []
         while True:
             width, height = image.size
             found.append({"width": width, "height": height, "tiles": self._tiles(image)})
@@ -67,47 +66,49 @@ class ZoomViewer:
         return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
     def html(self) -> str:
-        """The viewer as a page of its own."""
-        height, width = self.picture.shape[:2]
+        """Return the viewer as a page."""
+        height, width = self.image.shape[:2]
         data = {"title": self.title or f"{width} x {height}", "tile": TILE, "levels": self.levels()}
         return page_of("zoom.html", data)
 
     def write(self, path: str | Path) -> Path:
-        """Write the page as one file; its path."""
+        """Write the page as one file, and return the path."""
         write_text(path, self.html())
         return Path(path)
 
     def _repr_html_(self) -> str:
         return (
-            f'<iframe title="{escape(self.title or "picture")}" style="width:100%;height:620px;border:1px solid #999" '
+            f'<iframe title="{escape(self.title or "image")}" style="width:100%;height:620px;border:1px solid #999" '
             f'sandbox="allow-scripts" srcdoc="{escape(self.html())}"></iframe>'
         )
 
 
-def as_pixels(picture: np.ndarray | str | Path) -> np.ndarray:
-    """A picture as (H, W, 3) uint8: an array, uint8 or float in [0, 1], or a file."""
-    if isinstance(picture, str | Path):
-        with Image.open(picture) as image:
-            return np.asarray(image.convert("RGB"))
-    pixels = np.asarray(picture)
+def as_pixels(image: np.ndarray | str | Path) -> np.ndarray:
+    """Return an image file or array, uint8 or float in [0, 1], as (H, W, 3) uint8."""
+    if isinstance(image, str | Path):
+        with Image.open(image) as file:
+            return np.asarray(file.convert("RGB"))
+    pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise PixArtNBError(f"a picture has shape (H, W, 3), got {pixels.shape}")
+        raise PixArtNBError(f"an image has shape (H, W, 3), got {pixels.shape}")
     return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def zoom_figure(
-    picture: np.ndarray | str | Path, places: Sequence[tuple[int, int]] | None = None, size: int = 214
+    image: np.ndarray | str | Path, places: Sequence[tuple[int, int]] | None = None, size: int = 214
 ) -> Figure:
-    """The whole picture, and beside it four details of ``size`` pixels at 100%, where they are marked.
+    """Draw the whole image and four marked details of ``size`` pixels at 100%.
 
-    ``places``: top and left of each detail; by default the liveliest of each quarter. At ``DPI`` dots per inch a pixel
-    of a detail is a dot.
+    Args:
+        places: Top and left of each detail. Default: the square with the most contrast of each quarter.
+
+    At ``DPI`` dots per inch, a pixel of a detail is one dot.
 
     >>> figure = zoom_figure(np.zeros((400, 600, 3), np.uint8), [(0, 0), (200, 300)], 100)
     >>> [place.images[0].get_array().shape for place in figure.axes[1:]]
     [(100, 100, 3), (100, 100, 3)]
     """
-    pixels = as_pixels(picture)
+    pixels = as_pixels(image)
     size = min(size, *pixels.shape[:2])
     places = detailed_places(pixels, size) if places is None else list(places)
     inches, gap = size / DPI, 0.05
@@ -117,23 +118,21 @@ def zoom_figure(
     width, height = wide + columns * (inches + gap) + gap, whole + 0.3
     figure = Figure(figsize=(width, height), dpi=DPI)
     left = figure.add_axes((0, 0, wide / width, whole / height))
-    for_picture(left).imshow(
-        _shrunk(pixels, int(whole * DPI)), extent=(0, pixels.shape[1], pixels.shape[0], 0)
-    )
+    for_image(left).imshow(_shrunk(pixels, int(whole * DPI)), extent=(0, pixels.shape[1], pixels.shape[0], 0))
     left.set_title(f"{pixels.shape[1]} x {pixels.shape[0]}, and details at 100%", fontsize=TEXT)
     for number, (top, start) in enumerate(places):
         x = wide + gap + number // 2 * (inches + gap)
         y = (1 - number % 2) * (inches + gap)
-        place = figure.add_axes((x / width, y / height, inches / width, inches / height))
-        for_picture(place).imshow(pixels[top : top + size, start : start + size], interpolation="none")
+        ax = figure.add_axes((x / width, y / height, inches / width, inches / height))
+        for_image(ax).imshow(pixels[top : top + size, start : start + size], interpolation="none")
         left.add_patch(Rectangle((start, top), size, size, fill=False, edgecolor=MARK, linewidth=1.2))
         left.text(start, top, str(number + 1), va="bottom", **_LABEL)
-        place.text(4, 4, str(number + 1), va="top", **_LABEL)
+        ax.text(4, 4, str(number + 1), va="top", **_LABEL)
     return figure
 
 
 def detailed_places(pixels: np.ndarray, size: int) -> list[tuple[int, int]]:
-    """Top and left of the square of ``size`` pixels in each quarter of (H, W, 3) with the most contrast in it."""
+    """Return top and left of the square of ``size`` pixels with the most contrast in each quarter of (H, W, 3)."""
     height, width = pixels.shape[:2]
     grey = pixels.mean(2)
     found = []
@@ -146,7 +145,7 @@ def detailed_places(pixels: np.ndarray, size: int) -> list[tuple[int, int]]:
 
 
 def _shrunk(pixels: np.ndarray, height: int) -> np.ndarray:
-    """A picture at about the resolution at which it is shown."""
+    """Reduce an image to about the resolution that it is shown at."""
     if pixels.shape[0] <= height:
         return pixels
     size = (max(1, round(pixels.shape[1] * height / pixels.shape[0])), height)

@@ -14,13 +14,13 @@ from pixart_nb.core import trace
 from pixart_nb.core.hooks.interventions import replace_compression
 from pixart_nb.core.hooks.selection import Text
 from pixart_nb.viz import explorers
-from pixart_nb.viz.clickable import ClickablePicture
+from pixart_nb.viz.clickable import ClickableImage
 from pixart_nb.viz.explorers import Choice, figure_of, in_words, map_of, map_pixels, overview_of
 from pixart_nb.viz.html_export import export_attention, quantised
 from pixart_nb.viz.overlay import overlay, spread_cells
 from pixart_nb.viz.widgets import AttentionExplorer
 
-PICTURE = np.random.default_rng(0).random((64, 96, 3))
+IMAGE = np.random.default_rng(0).random((64, 96, 3))
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_the_overview_has_the_map_of_every_layer_and_head(run):
 def test_too_large_an_overview_is_left_out(run, monkeypatch):
     monkeypatch.setattr(explorers, "OVERVIEW_SCORES", 10)
     assert overview_of(run, Choice(patch=(1, 1))) is None
-    explorer = AttentionExplorer(run, PICTURE)
+    explorer = AttentionExplorer(run, IMAGE)
     assert explorer.overview.layout.display == "none"
-    assert "too many" in explorer.note.value
+    assert "too large" in explorer.note.value
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_a_trace_of_one_kind_says_that_it_has_no_other(run):
     latents, _, caption, _ = inputs()
     with trace(net, attention="cross", announce=None) as words_only:
         net(latents, np_timesteps(900), caption, MASK)
-    with pytest.raises(ValueError, match=r"keeps no self-attention; it has blocks\.0\.cross_attn"):
+    with pytest.raises(ValueError, match=r"has no self-attention; it has blocks\.0\.cross_attn"):
         map_of(words_only, Choice(patch=(0, 0)))
-    explorer = AttentionExplorer(words_only, PICTURE)
+    explorer = AttentionExplorer(words_only, IMAGE)
     before = explorer.choice
     explorer.view.cell = (1, 1)
-    assert "keeps no self-attention; choose a word" in explorer.message.value
+    assert "has no self-attention; select a word" in explorer.message.value
     assert explorer.choice == before
     assert explorer.view.cell == ()
 
@@ -113,16 +113,16 @@ def test_a_trace_of_one_kind_says_that_it_has_no_other(run):
 # ---- the widget
 
 
-def picture_of(explorer):
+def image_of(explorer):
     return np.asarray(Image.open(io.BytesIO(explorer.view.png)))
 
 
 def expected(run, choice):
-    return explorers.enlarged(map_pixels(PICTURE, map_of(run, choice), choice.threshold))
+    return explorers.enlarged(map_pixels(IMAGE, map_of(run, choice), choice.threshold))
 
 
 def test_clicks_words_and_sliders_change_the_map(run):
-    explorer = AttentionExplorer(run, PICTURE)
+    explorer = AttentionExplorer(run, IMAGE)
     assert explorer.choice.word == 0  # the longest
     seen = [explorer.choice]
     acts = (
@@ -137,7 +137,7 @@ def test_clicks_words_and_sliders_change_the_map(run):
     for act in acts:
         act()
         seen.append(explorer.choice)
-        np.testing.assert_array_equal(picture_of(explorer), expected(run, explorer.choice))
+        np.testing.assert_array_equal(image_of(explorer), expected(run, explorer.choice))
     assert seen[1:] == [
         Choice(patch=(2, 5)),
         Choice(patch=(2, 5), layer=0),
@@ -151,7 +151,7 @@ def test_clicks_words_and_sliders_change_the_map(run):
 
 
 def test_a_choice_can_be_assigned_and_one_that_cannot_be_shown_changes_nothing(run):
-    explorer = AttentionExplorer(run, PICTURE)
+    explorer = AttentionExplorer(run, IMAGE)
     explorer.choice = choice = Choice(None, (0, 4), 1, 0, 0)
     assert explorer.choice == choice
     with pytest.raises(ValueError, match="no patch"):
@@ -161,26 +161,24 @@ def test_a_choice_can_be_assigned_and_one_that_cannot_be_shown_changes_nothing(r
     assert explorer.choice == choice
 
 
-def test_pictures_of_the_steps_lie_under_their_maps(run):
+def test_images_of_the_steps_lie_under_their_maps(run):
     by_step = np.random.default_rng(1).random((2, 64, 96, 3))
-    explorer = AttentionExplorer(run, PICTURE, by_step)
+    explorer = AttentionExplorer(run, IMAGE, by_step)
     explorer.step.value = 1
     shown = map_of(run, explorer.choice)
-    np.testing.assert_array_equal(picture_of(explorer), explorers.enlarged(map_pixels(by_step[1], shown)))
-    with pytest.raises(ValueError, match="by_step has 1 pictures, the trace keeps 2 steps"):
-        AttentionExplorer(run, PICTURE, by_step[:1])
+    np.testing.assert_array_equal(image_of(explorer), explorers.enlarged(map_pixels(by_step[1], shown)))
+    with pytest.raises(ValueError, match="by_step has 1 images, the trace keeps 2 steps"):
+        AttentionExplorer(run, IMAGE, by_step[:1])
 
 
 def test_the_figure_is_what_is_shown(run):
-    explorer = AttentionExplorer(run, PICTURE, choice=Choice(patch=(1, 1), layer=0, step=0))
+    explorer = AttentionExplorer(run, IMAGE, choice=Choice(patch=(1, 1), layer=0, step=0))
     figure = explorer.figure()
     titles = [place.get_title() for place in figure.axes if place.images]
     assert titles == [f"layer 0, head {head}" for head in run.heads]
-    one = figure_of(run, PICTURE, Choice(None, (1, 1), 0, 1, 0))
+    one = figure_of(run, IMAGE, Choice(None, (1, 1), 0, 1, 0))
     heat = map_of(run, Choice(None, (1, 1), 0, 1, 0)).heat
-    np.testing.assert_allclose(
-        one.axes[0].images[0].get_array(), overlay(PICTURE, heat, None, None, 2, (4, 6))
-    )
+    np.testing.assert_allclose(one.axes[0].images[0].get_array(), overlay(IMAGE, heat, None, None, 2, (4, 6)))
 
 
 def test_the_sentence_has_the_numbers(run):
@@ -192,12 +190,12 @@ def test_the_sentence_has_the_numbers(run):
     assert said.endswith("layer 0, step 0; mean over heads.")
 
 
-def test_a_cell_outside_of_the_picture_is_refused():
-    picture = ClickablePicture(rows=2, columns=3)
-    picture.cell = (1, 2)
+def test_a_cell_outside_of_the_image_is_refused():
+    image = ClickableImage(rows=2, columns=3)
+    image.cell = (1, 2)
     with pytest.raises(Exception, match="no cell"):
-        picture.cell = (2, 0)
-    assert picture.cell == (1, 2)
+        image.cell = (2, 0)
+    assert image.cell == (1, 2)
 
 
 # ---- pages
@@ -217,7 +215,7 @@ def decoded(layer, steps, heads):
 
 
 def test_a_page_holds_every_map_in_eight_bits(run, tmp_path):
-    path = export_attention(tmp_path / "page.html", run, PICTURE, Choice(None, (1, 1), 0, 1, 1))
+    path = export_attention(tmp_path / "page.html", run, IMAGE, Choice(None, (1, 1), 0, 1, 1))
     text, data = page_data(path)
     assert data["start"] == {
         "word": None,
@@ -245,7 +243,7 @@ def test_text_of_a_prompt_cannot_break_the_page(run, tmp_path):
     own = run.texts
     run.texts = [[Text("</script><b>", ("</script>", "<b>", "x", "</s>"))] * 2]
     try:
-        text, data = page_data(export_attention(tmp_path / "page.html", run, PICTURE, Choice(word=0)))
+        text, data = page_data(export_attention(tmp_path / "page.html", run, IMAGE, Choice(word=0)))
     finally:
         run.texts = own
     assert data["title"] == "</script><b>"
@@ -257,11 +255,11 @@ def test_a_page_keeps_less_where_there_is_too_much_and_refuses_what_is_still_too
     choice = Choice(None, (1, 1), 0, None, 1)
     sizes = []
     for most in (10**6, 3000, 600):
-        _, data = page_data(export_attention(tmp_path / "page.html", run, PICTURE, choice, most_bytes=most))
+        _, data = page_data(export_attention(tmp_path / "page.html", run, IMAGE, choice, most_bytes=most))
         sizes.append((len(data["steps"]), len(data["patches"])))
     assert sizes == [(2, 24), (1, 24), (1, 1)]
     with pytest.raises(ValueError, match="trace fewer layers"):
-        export_attention(tmp_path / "none.html", run, PICTURE, choice, most_bytes=100)
+        export_attention(tmp_path / "none.html", run, IMAGE, choice, most_bytes=100)
     assert not (tmp_path / "none.html").exists()
 
 

@@ -20,10 +20,10 @@ from lab import (
 pytestmark = needs_browser
 __all__ = ["browser", "server"]  # fixtures
 MODEL = os.environ.get("PLAYGROUND_MODEL", "data/tiny-sigma")
-SCREENSHOTS = Path(os.environ.get("EXPLORER_PICTURES", "") or "outputs/explorers_browser")
+SCREENSHOTS = Path(os.environ.get("EXPLORER_IMAGES", "") or "outputs/explorers_browser")
 #: Pixels of a screenshot, from the left.
 WIDTH = 900
-#: The large picture of the attention explorer, and the pictures of the compression explorer.
+#: The large image of the attention explorer, and the images of the compression explorer.
 LARGE = ".pixart-explorer .pixart-clickable img"
 CRISP = ".pixart-explorer .pixart-crisp img, .pixart-explorer img.pixart-crisp"
 SET_UP = """
@@ -39,8 +39,8 @@ from pixart_nb.core import trace
 with trace(pipe) as t:
     call = dict(num_inference_steps=6, height=128, width=128, generator=np.random.default_rng(1))
     records = [*pipe.sample("a red mushroom on grass", **call)][1:]
-pictures = pipe.decode_latents(np.concatenate([step.denoised for step in records]))
-explorer = AttentionExplorer(t, pictures[-1], pictures)
+images = pipe.decode_latents(np.concatenate([step.denoised for step in records]))
+explorer = AttentionExplorer(t, images[-1], images)
 explorer
 """
 COMPRESSION = """
@@ -58,10 +58,10 @@ class User:
         self.page, self.widget = page, page.locator(".pixart-explorer")
         self.clickable = self.widget.locator(".pixart-clickable")
 
-    def click_cell(self, row, column, rows=8, columns=8, picture=0):
-        box = self.clickable.nth(picture).bounding_box()
+    def click_cell(self, row, column, rows=8, columns=8, image=0):
+        box = self.clickable.nth(image).bounding_box()
         place = {"x": (column + 0.5) / columns * box["width"], "y": (row + 0.5) / rows * box["height"]}
-        self.clickable.nth(picture).click(position=place)
+        self.clickable.nth(image).click(position=place)
 
     def slide(self, name, keys):
         handle = self.widget.locator(".widget-slider", has_text=name).locator("[role=slider]").first
@@ -72,7 +72,7 @@ class User:
     def reads(self, text):
         self.widget.get_by_text(text).first.wait_for(timeout=SLOW)
 
-    def picture(self, selector=LARGE):
+    def image(self, selector=LARGE):
         return pixels_of(self.page, selector)
 
     def settled(self):
@@ -80,15 +80,15 @@ class User:
         self.page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(state="attached", timeout=SLOW)
 
     def sees(self, text, before=None, selector=LARGE):
-        """Wait for a text that only the new state has; the picture, which must not be ``before``."""
+        """Wait for a text that only the new state has; the image, which must not be ``before``."""
         self.reads(text)
         self.settled()
-        after = self.picture(selector)
-        assert before is None or not np.array_equal(after, before), f"{text}: the picture did not change"
+        after = self.image(selector)
+        assert before is None or not np.array_equal(after, before), f"{text}: the image did not change"
         return after
 
     def mark(self):
-        """The frame around the chosen patch, in cells of the picture."""
+        """The frame around the chosen patch, in cells of the image."""
         frame = self.clickable.first.locator(".pixart-mark").bounding_box()
         box = self.clickable.first.locator("img").bounding_box()
         return [round((frame[a] - box[a]) / box[side] * 8) for a, side in (("y", "height"), ("x", "width"))]
@@ -111,7 +111,7 @@ def opened(browser, server, project, name, cells):
 
 
 def delay_of(page, act):
-    """Seconds from an action until the large picture has another address."""
+    """Seconds from an action until the large image has another address."""
     source = f"document.querySelector({LARGE!r}).src"
     before = page.evaluate(source)
     started = time.monotonic()
@@ -148,7 +148,7 @@ def test_a_patch_is_clicked_a_word_chosen_and_a_slider_moved(browser, server, pr
     user.clickable.first.focus()
     page.keyboard.press("ArrowDown")
     moved = user.sees("Patch (3, 5)", step)
-    user.click_cell(4, 1, 6, 6, picture=1)
+    user.click_cell(4, 1, 6, 6, image=1)
     head = user.sees("layer 4, head 1", moved)
     user.clickable.nth(1).locator(".pixart-mark").wait_for(timeout=SLOW)
     user.widget.get_by_role("button", name="mushroom").click()
@@ -176,10 +176,10 @@ def check_attention_page(browser, path):
     page.wait_for_selector("body[data-ready=yes]")
     page.screenshot(path=SCREENSHOTS / "4_attention_page.png")
     assert page.get_by_text("Patch (4, 3) over 8 x 8 keys").count()
-    before = page.evaluate("document.getElementById('picture').toDataURL()")
+    before = page.evaluate("document.getElementById('image').toDataURL()")
     page.get_by_role("button", name="mushroom").click()
     assert page.get_by_text("“mushroom” gets").count()
-    after = page.evaluate("document.getElementById('picture').toDataURL()")
+    after = page.evaluate("document.getElementById('image').toDataURL()")
     assert before != after
     page.locator("#frame").click(position={"x": 375, "y": 25})
     assert page.get_by_text("Patch (0, 7) over 8 x 8 keys").count()
@@ -192,7 +192,7 @@ def check_attention_page(browser, path):
     page.close()
 
 
-def test_compression_is_chosen_and_picture_error_and_cost_follow(browser, server, project):
+def test_compression_is_chosen_and_image_error_and_cost_follow(browser, server, project):
     save = f"str(explorer.export({str(server[0] / 'compression.html')!r}))"
     page, complaints = opened(browser, server, project, "explorer.ipynb", [COMPRESSION, save])
     user = User(page)
@@ -219,15 +219,15 @@ def check_compression_page(browser, path):
     page.goto(path.as_uri())
     page.wait_for_selector("body[data-ready=yes]")
     page.screenshot(path=SCREENSHOTS / "6_compression_page.png")
-    said, picture = (
+    said, image = (
         page.locator("#say").inner_text(),
-        page.locator("#pictures img").nth(2).get_attribute("src"),
+        page.locator("#images img").nth(2).get_attribute("src"),
     )
     options = page.locator("#choice option").all_inner_texts()
     assert options[0] == "mean 2, layers 3, 4, 5"
     page.locator("#choice").select_option("0")
     assert page.locator("#say").inner_text() != said
-    assert page.locator("#pictures img").nth(2).get_attribute("src") != picture
+    assert page.locator("#images img").nth(2).get_attribute("src") != image
     assert page.locator("#curve polyline").count() >= 3
     assert complaints == []
     page.close()

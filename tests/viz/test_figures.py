@@ -1,7 +1,11 @@
 """Figures show the numbers they are given."""
 
+import io
+
 import numpy as np
 import pytest
+from matplotlib.text import Text
+from PIL import Image
 
 from pixart_nb.viz.figures import comparison_grid, film_strip, image_grid, training_curves
 
@@ -10,13 +14,13 @@ def shown(place):
     return np.asarray(place.images[0].get_array())
 
 
-def test_a_grid_shows_every_picture_in_order_with_its_title():
-    pictures = np.random.default_rng(0).random((5, 8, 12, 3))
-    figure = image_grid(pictures, [f"number {k}" for k in range(5)], columns=3)
+def test_a_grid_shows_every_image_in_order_with_its_title():
+    images = np.random.default_rng(0).random((5, 8, 12, 3))
+    figure = image_grid(images, [f"number {k}" for k in range(5)], columns=3)
     filled = [place for place in figure.axes if place.images]
     assert len(figure.axes) == 6
     for k, place in enumerate(filled):
-        np.testing.assert_array_equal(shown(place), pictures[k])
+        np.testing.assert_array_equal(shown(place), images[k])
         assert place.get_title() == f"number {k}"
     assert len(filled) == 5
 
@@ -38,17 +42,17 @@ def test_bytes_stay_bytes_and_floats_are_clipped():
 
 
 @pytest.mark.parametrize(("dtype", "white"), [(np.uint8, 255), (np.float32, 1)])
-def test_a_grey_picture_is_scaled_to_the_whole_range_and_not_to_its_own(dtype, white):
+def test_a_grey_image_is_scaled_to_the_whole_range_and_not_to_its_own(dtype, white):
     place = image_grid([np.zeros((4, 4), dtype)]).axes[0]
     assert place.images[0].get_clim() == (0, white)
 
 
-def test_pictures_of_several_sizes_share_a_grid():
+def test_images_of_several_sizes_share_a_grid():
     figure = image_grid([np.zeros((4, 8, 3)), np.zeros((8, 4, 3))])
     assert [shown(place).shape for place in figure.axes] == [(4, 8, 3), (8, 4, 3)]
 
 
-def test_rows_are_labelled_at_their_first_picture():
+def test_rows_are_labelled_at_their_first_image():
     figure = image_grid(np.zeros((6, 4, 4, 3)), columns=3, row_labels=["few", "many"])
     assert [place.get_ylabel() for place in figure.axes] == ["few", "", "", "many", "", ""]
 
@@ -70,10 +74,10 @@ def test_long_titles_are_folded_between_words():
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        (np.zeros((0, 4, 4, 3)), {}, "at least one picture"),
+        (np.zeros((0, 4, 4, 3)), {}, "at least one image"),
         (np.zeros((2, 4, 4, 4)), {}, r"must be \(H, W, 3\)"),
         (np.full((1, 4, 4, 3), np.nan), {}, "finite"),
-        (np.zeros((2, 4, 4, 3)), {"titles": ["one"]}, "as many titles as pictures, got 1 for 2"),
+        (np.zeros((2, 4, 4, 3)), {"titles": ["one"]}, "as many titles as images, got 1 for 2"),
         (np.zeros((2, 4, 4, 3)), {"columns": 1, "row_labels": ["one"]}, "as many row labels as rows"),
     ],
 )
@@ -91,23 +95,23 @@ def test_a_film_strip_is_one_row_in_order():
     assert [place.get_xlabel() for place in figure.axes] == ["t 999", "t 600", "t 300", "t 0"]
 
 
-def test_a_film_strip_needs_a_label_for_each_picture():
-    with pytest.raises(ValueError, match="as many labels as pictures, got 1 for 2"):
+def test_a_film_strip_needs_a_label_for_each_image():
+    with pytest.raises(ValueError, match="as many labels as images, got 1 for 2"):
         film_strip(np.zeros((2, 4, 4, 3)), ["start"])
 
 
 def test_a_comparison_has_a_row_for_each_value_of_one_choice_and_a_column_for_each_of_the_other():
-    pictures = np.random.default_rng(0).random((2, 3, 8, 12, 3))
-    figure = comparison_grid({"euler": pictures[0], "ddim": list(pictures[1])}, ["few", "more", "many"])
+    images = np.random.default_rng(0).random((2, 3, 8, 12, 3))
+    figure = comparison_grid({"euler": images[0], "ddim": list(images[1])}, ["few", "more", "many"])
     layout = figure.axes[0].get_subplotspec().get_gridspec()
     assert (layout.nrows, layout.ncols) == (2, 3)
-    for place, picture in zip(figure.axes, pictures.reshape(6, 8, 12, 3), strict=True):
-        np.testing.assert_array_equal(shown(place), picture)
+    for place, image in zip(figure.axes, images.reshape(6, 8, 12, 3), strict=True):
+        np.testing.assert_array_equal(shown(place), image)
     assert [place.get_title() for place in figure.axes] == ["few", "more", "many", "", "", ""]
     assert [place.get_ylabel() for place in figure.axes] == ["euler", "", "", "ddim", "", ""]
 
 
-def test_a_comparison_shows_pictures_of_different_sizes_to_one_scale():
+def test_a_comparison_shows_images_of_different_sizes_to_one_scale():
     wide, tall = np.zeros((4, 8, 3)), np.zeros((8, 4, 3), np.uint8)
     places = comparison_grid({"a cup": [wide, tall]}, ["wide", "tall"]).axes
     assert [shown(place).shape for place in places] == [(8, 8, 3), (8, 8, 3)]
@@ -133,12 +137,12 @@ def test_a_comparison_of_one_column_keeps_its_rows():
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ({}, ["few"], "at least one picture"),
-        ({"euler": []}, [], "at least one picture"),
-        ({"euler": np.zeros((2, 4, 4, 3))}, ["few"], "pictures in row 'euler' as columns, got 2 for 1"),
+        ({}, ["few"], "at least one image"),
+        ({"euler": []}, [], "at least one image"),
+        ({"euler": np.zeros((2, 4, 4, 3))}, ["few"], "images in row 'euler' as columns, got 2 for 1"),
     ],
 )
-def test_a_comparison_without_a_picture_for_each_place_is_refused(rows, columns, message):
+def test_a_comparison_without_a_image_for_each_place_is_refused(rows, columns, message):
     with pytest.raises(ValueError, match=message):
         comparison_grid(rows, columns)
 
@@ -159,6 +163,30 @@ def test_curves_need_a_value_for_each_step():
         training_curves({"train": ([0, 1], [1.0])})
 
 
-def test_a_figure_is_written_as_a_picture(tmp_path):
+def test_a_figure_is_written_as_a_image(tmp_path):
     image_grid(np.zeros((1, 4, 4, 3))).savefig(tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_shows_itself_without_a_matplotlib_backend():
+    figure = image_grid(np.zeros((2, 8, 8, 3)), ["first", "second"])
+    png, size = figure._repr_png_()
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.size == pytest.approx((2 * size["width"], 2 * size["height"]), abs=2)
+
+
+@pytest.mark.parametrize("caption", ["$5 and $10", r"\frac{1}{", "$", r"a $\undefined$ b", "50% & {braces}"])
+def test_captions_are_drawn_as_they_are_written(caption):
+    figure = image_grid(np.zeros((1, 8, 8, 3)), [caption], row_labels=[caption])
+    assert figure._repr_png_()[0].startswith(b"\x89PNG")
+    texts = [text for text in figure.findobj(Text) if text.get_text() == caption]
+    assert len(texts) == 2
+    assert not any(text.get_parse_math() for text in texts)
+
+
+def test_powers_of_ten_of_a_logarithmic_axis_are_still_set_as_mathematics():
+    figure = training_curves({"loss": ([1, 2], [1.0, 1000.0])}, logarithmic=True)
+    figure._repr_png_()
+    labels = [label for label in figure.axes[0].get_yticklabels() if "10^" in label.get_text()]
+    assert labels
+    assert all(label.get_parse_math() for label in labels)

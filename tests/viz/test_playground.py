@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
-from playground_pipe import CUP, Pipe, expected_picture
+from playground_pipe import CUP, Pipe, expected_image
 
 from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.viz.playground import Playground
@@ -43,12 +43,12 @@ async def pressed(playground, button="sample"):
 
 
 def shown(playground):
-    return np.asarray(Image.open(io.BytesIO(playground.view.picture.value)).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(playground.view.image.value)).convert("RGB"))
 
 
-def test_pressing_sample_shows_the_picture_and_what_it_is():
+def test_pressing_sample_shows_the_image_and_what_it_is():
     playground = played(pressed)
-    assert (shown(playground) == expected_picture(replace(CUP, seed=0), 0)).all()
+    assert (shown(playground) == expected_image(replace(CUP, seed=0), 0)).all()
     assert playground.view.caption.value.startswith(playground.parameters.summary + " · ")
     assert [len(playground.view.cards.children), playground.view.message.value] == [1, ""]
 
@@ -162,7 +162,7 @@ def test_texts_are_shown_as_they_are():
     assert playground.view.caption.value.startswith("&lt;script&gt;alert(1)&lt;/script&gt; &amp; more")
 
 
-def test_a_card_of_the_history_brings_back_its_parameters_and_picture():
+def test_a_card_of_the_history_brings_back_its_parameters_and_image():
     async def act(playground):
         await pressed(playground)
         playground.parameters = replace(playground.parameters, seed=9, prompt="a blue cup", scheduler="euler")
@@ -175,14 +175,14 @@ def test_a_card_of_the_history_brings_back_its_parameters_and_picture():
 
     playground = played(act)
     assert playground.parameters == playground.history[0].parameters
-    assert (shown(playground) == playground.history[0].pictures[0]).all()
+    assert (shown(playground) == playground.history[0].images[0]).all()
     assert playground.view.cards.children[1].children[1].description == "1: seed 0"
 
 
 def test_save_writes_what_is_shown_and_says_where(tmp_path):
     async def act(playground):
         assert playground.save() == []
-        assert "no finished picture to save" in playground.view.message.value
+        assert "no finished image to save" in playground.view.message.value
         await pressed(playground)
         await pressed(playground, "save")
 
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_written_is_a_line_in_the_widget(tmp_path):
     (tmp_path / "file").touch()
     playground = played(pressed, folder=tmp_path / "file")
     assert playground.save() == []
-    assert "Error" in playground.view.message.value
+    assert "could not be written" in playground.view.message.value
     assert "file" in playground.view.message.value
 
 

@@ -27,7 +27,7 @@ pytestmark = needs_browser
 __all__ = ["browser", "server"]  # fixtures
 MODEL = os.environ.get("PLAYGROUND_MODEL", "data/tiny-sigma")
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "outputs" / "playground_browser"
-README_PICTURE = os.environ.get("PLAYGROUND_PICTURE", "")
+README_IMAGE = os.environ.get("PLAYGROUND_IMAGE", "")
 CELLS = (
     """
 import os
@@ -94,21 +94,21 @@ class User:
     def sees_cards(self, count):
         sync_api.expect(self.widget.locator(".pixart-card")).to_have_count(count, timeout=SLOW)
 
-    def picture(self):
-        """What the large picture shows, (H, W, 3) uint8."""
+    def image(self):
+        """What the large image shows, (H, W, 3) uint8."""
         return pixels_of(self.page, ".pixart-frame img")
 
-    def sees_picture(self, right):
-        """Wait until the large picture is right."""
+    def sees_image(self, right):
+        """Wait until the large image is right."""
         end = time.monotonic() + SLOW / 1000
         while not self.shows(right):
-            assert time.monotonic() < end, "the picture did not change as it should"
+            assert time.monotonic() < end, "the image did not change as it should"
             time.sleep(0.05)
 
     def shows(self, right):
-        """Whether the large picture is right now; it is not while it is being replaced."""
+        """Whether the large image is right now; it is not while it is being replaced."""
         try:
-            return right(self.picture())
+            return right(self.image())
         except UnidentifiedImageError:
             return False
 
@@ -125,12 +125,12 @@ def user(page):
     return User(page)
 
 
-def test_a_prompt_becomes_a_picture_that_can_be_saved_and_come_back_to(user, server):
+def test_a_prompt_becomes_a_image_that_can_be_saved_and_come_back_to(user, server):
     user.photograph("1_empty")
     user.write("Prompt", "a red mushroom on grass")
     user.slide("Steps", 30)
     user.press("Sample")
-    user.sees_picture(lambda pixels: pixels.shape == (128, 128, 3) and pixels.std() > 10)  # a preview
+    user.sees_image(lambda pixels: pixels.shape == (128, 128, 3) and pixels.std() > 10)  # a preview
     user.reads("step ")
     user.photograph("2_sampling")
     user.sees_cards(1)
@@ -139,19 +139,19 @@ def test_a_prompt_becomes_a_picture_that_can_be_saved_and_come_back_to(user, ser
     user.reads("Saved ")
     saved = server[0] / "saved" / "a-red-mushroom-on-grass_seed-0_0.png"
     assert check_config(read_parameters(saved)).prompt == ["a red mushroom on grass"]
-    user.sees_picture(lambda pixels: np.array_equal(pixels, Image.open(saved)))
+    user.sees_image(lambda pixels: np.array_equal(pixels, Image.open(saved)))
     user.press("Next")
     user.slide("Steps", 16)
     user.choose("Size", "192 x 128, wide")
-    user.slide("Pictures", 4)
+    user.slide("Images", 4)
     user.press("Sample")
     user.sees_cards(2)
-    user.sees_picture(lambda pixels: pixels.shape == (262, 390, 3))  # two by two, with gaps
+    user.sees_image(lambda pixels: pixels.shape == (262, 390, 3))  # two by two, with gaps
     user.sees_everything()
-    user.photograph("3_four_wide_pictures")
+    user.photograph("3_four_wide_images")
     user.press("1: seed 0")
     user.reads("dpm++, 30 steps · guidance 4.5 · seed 0")
-    user.sees_picture(lambda pixels: np.array_equal(pixels, Image.open(saved)))
+    user.sees_image(lambda pixels: np.array_equal(pixels, Image.open(saved)))
     assert user.widget.get_by_label("Size", exact=True).input_value() == "128 x 128, square"
     user.photograph("4_history")
 
@@ -159,7 +159,7 @@ def test_a_prompt_becomes_a_picture_that_can_be_saved_and_come_back_to(user, ser
 def test_a_run_can_be_cancelled_and_the_kernel_is_free_meanwhile(user):
     user.write("Prompt", "a blue fish in the snow")
     user.slide("Steps", 50)
-    user.slide("Pictures", 8)
+    user.slide("Images", 8)
     user.press("Sample")
     user.reads("step ")
     run_cell(user.page, 2)
@@ -202,8 +202,8 @@ def test_it_is_legible_in_a_narrow_window_and_in_the_dark_theme(user):
     assert user.widget.locator(".pixart-frame").bounding_box()["width"] > 400
 
 
-@pytest.mark.skipif(not README_PICTURE, reason="runs when PLAYGROUND_PICTURE names the file to write")
-def test_a_picture_for_the_readme(user):
+@pytest.mark.skipif(not README_IMAGE, reason="runs when PLAYGROUND_IMAGE names the file to write")
+def test_an_image_for_the_readme(user):
     user.page.set_viewport_size({"width": 1180, "height": 900})
     user.page.keyboard.press("Control+B")  # without the list of files
     prompts = (
@@ -220,4 +220,4 @@ def test_a_picture_for_the_readme(user):
         user.sees_cards(number)
     user.reads("red mushroom in a forest · 128 x 128")
     user.widget.scroll_into_view_if_needed()
-    user.page.screenshot(path=README_PICTURE)
+    user.page.screenshot(path=README_IMAGE)

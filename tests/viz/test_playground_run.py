@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
-from playground_pipe import CUP, Pipe, expected_picture
+from playground_pipe import CUP, Pipe, expected_image
 
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.images import read_parameters
-from pixart_nb.viz import playground_pictures, playground_run, playground_view
-from pixart_nb.viz.playground_pictures import history_figure, png_bytes, save_entry, tiles
+from pixart_nb.viz import playground_images, playground_run, playground_view
+from pixart_nb.viz.playground_images import history_figure, png_bytes, save_entry, tiles
 from pixart_nb.viz.playground_run import Session, State, thinned
 
 
@@ -24,15 +24,15 @@ def sampled(session, parameters):
 # ---- the run
 
 
-def test_a_run_ends_with_the_pictures_of_its_seed_in_the_history():
+def test_a_run_ends_with_the_images_of_its_seed_in_the_history():
     session = Session(Pipe())
     entry = sampled(session, replace(CUP, count=3))
     assert (session.state, session.entry, session.history) == (State.IDLE, entry, [entry])
     assert (entry.number, entry.parameters.count, session.progress.done) == (1, 3, 5)
-    assert entry.pictures.dtype == np.uint8
+    assert entry.images.dtype == np.uint8
     for number in range(3):
-        np.testing.assert_array_equal(entry.pictures[number], expected_picture(CUP, number))
-    np.testing.assert_array_equal(session.pictures, entry.pictures)
+        np.testing.assert_array_equal(entry.images[number], expected_image(CUP, number))
+    np.testing.assert_array_equal(session.images, entry.images)
 
 
 def test_other_tasks_run_between_two_steps():
@@ -79,7 +79,7 @@ def test_a_cancelled_run_ends_after_the_step_it_was_at_and_leaves_nothing_behind
     assert sampled(session, CUP).number == 1
 
 
-def test_a_run_can_be_cancelled_while_its_pictures_are_decoded():
+def test_a_run_can_be_cancelled_while_its_images_are_decoded():
     session = Session(pipe := Pipe())
 
     def decode():
@@ -116,7 +116,7 @@ def test_a_second_run_at_once_is_refused_and_the_first_goes_on():
     ("change", "message"),
     [
         ({"prompt": "  \n"}, "the prompt is empty; write what to draw"),
-        ({"count": 0}, "number of pictures is 0; expected at least 1"),
+        ({"count": 0}, "number of images is 0; expected at least 1"),
         ({"seed": -1}, "seed is -1; expected 0 or more"),
         ({"height": 30}, "30x48; both must be multiples of 16"),
     ],
@@ -158,16 +158,14 @@ def test_previews_take_a_small_share_of_the_time(decode_cost, previews):
     sampled(Session(pipe, clock=clock), replace(CUP, steps=40, count=2))
     shown = [shape for shape in pipe.decoded if shape[0] == 2]
     assert len(shown) == pytest.approx(previews, abs=2)
-    assert len(pipe.decoded) == len(shown) + 2  # and each finished picture by itself
+    assert len(pipe.decoded) == len(shown) + 2  # and each finished image by itself
 
 
-def test_what_is_shown_approaches_the_finished_picture():
+def test_what_is_shown_approaches_the_finished_image():
     shown, session = [], Session(Pipe(), clock=Clock())  # nothing takes time, so every preview is due
-    session._on_change = lambda: shown.append(session.pictures)
+    session._on_change = lambda: shown.append(session.images)
     entry = sampled(session, CUP)
-    distances = [
-        np.abs(pictures.astype(int) - entry.pictures).mean() for pictures in shown if pictures is not None
-    ]
+    distances = [np.abs(images.astype(int) - entry.images).mean() for images in shown if images is not None]
     assert len(set(distances)) == 5
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] == 0
@@ -199,7 +197,7 @@ def test_the_history_keeps_the_latest_entries_and_goes_back_to_any():
     assert [entry.number for entry in entries] == [1, 2, 3, 4, 5]
     session.show(entries[2])
     assert session.entry is entries[2]
-    np.testing.assert_array_equal(session.pictures, entries[2].pictures)
+    np.testing.assert_array_equal(session.images, entries[2].images)
 
 
 def test_parameters_are_a_configuration_that_the_command_understands():
@@ -209,14 +207,14 @@ def test_parameters_are_a_configuration_that_the_command_understands():
     assert not config.use_resolution_binning
 
 
-# ---- pictures
+# ---- images
 
 
-def test_tiles_hold_every_picture_with_clear_gaps():
-    pictures = np.random.default_rng(0).integers(0, 256, (5, 32, 64, 3), dtype=np.uint8)
-    sheet = tiles(pictures)
+def test_tiles_hold_every_image_with_clear_gaps():
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 64, 3), dtype=np.uint8)
+    sheet = tiles(images)
     assert sheet.shape == (2 * 32 + 2, 3 * 64 + 4, 4)
-    np.testing.assert_array_equal(sheet[34:66, 66:130, :3], pictures[4])
+    np.testing.assert_array_equal(sheet[34:66, 66:130, :3], images[4])
     assert not sheet[32:34].any()
     assert not sheet[34:, 132:].any()
     assert sheet[:32, :64, 3].min() == 255
@@ -227,23 +225,23 @@ def test_a_thumbnail_keeps_its_shape():
     assert Image.open(io.BytesIO(png_bytes(np.zeros((10, 40, 3), np.uint8), 200))).size == (40, 10)
 
 
-def test_saved_pictures_carry_what_repeats_each(tmp_path):
+def test_saved_images_carry_what_repeats_each(tmp_path):
     entry = sampled(Session(Pipe()), replace(CUP, prompt="A Red/../cup!", count=2))
     paths = save_entry(entry, tmp_path / "new", {"model": "m"})
     assert [path.name for path in paths] == ["a-red-cup_seed-3_0.png", "a-red-cup_seed-3_1.png"]
     for number, path in enumerate(paths):
         assert read_parameters(path) == entry.parameters.configuration(number) | {"model": "m"}
-        np.testing.assert_array_equal(np.asarray(Image.open(path)), entry.pictures[number])
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), entry.images[number])
 
 
-def test_saving_never_replaces_another_picture(tmp_path):
+def test_saving_never_replaces_another_image(tmp_path):
     session = Session(Pipe())
     first, other = sampled(session, CUP), sampled(session, replace(CUP, guidance=2.0))
     names = [save_entry(entry, tmp_path)[0].name for entry in (first, other, first, other)]
     assert names == ["a-red-cup_seed-3_0.png", "a-red-cup_seed-3_0-2.png"] * 2
-    (tmp_path / "a-red-cup_seed-3_0.png").write_bytes(b"not a picture")
+    (tmp_path / "a-red-cup_seed-3_0.png").write_bytes(b"not an image")
     assert save_entry(first, tmp_path)[0].name == "a-red-cup_seed-3_0-3.png"
-    assert (tmp_path / "a-red-cup_seed-3_0.png").read_bytes() == b"not a picture"
+    assert (tmp_path / "a-red-cup_seed-3_0.png").read_bytes() == b"not an image"
 
 
 def test_the_history_as_a_figure_shows_each_entry_with_its_parameters():
@@ -253,14 +251,14 @@ def test_the_history_as_a_figure_shows_each_entry_with_its_parameters():
     figure = history_figure(session.history)
     titles = [" ".join(place.get_title().split()) for place in figure.axes]
     assert titles == [f"{entry.number}: {entry.parameters.summary}" for entry in session.history]
-    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), session.history[0].pictures[0])
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), session.history[0].images[0])
     assert figure.axes[1].images[0].get_array()[32, 0].tolist() == [255, 255, 255]  # a gap
     with pytest.raises(ValueError, match="the history is empty; sample something first"):
         history_figure([])
 
 
 @pytest.mark.parametrize(
-    "module", [playground_run, playground_pictures, playground_view], ids=lambda m: m.__name__
+    "module", [playground_run, playground_images, playground_view], ids=lambda m: m.__name__
 )
 def test_the_examples_in_the_docstrings_hold(module):
     result = doctest.testmod(module)

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 WIDE = RNG.random((12, 24, 3))
 
 
-def test_heat_is_blended_with_the_grey_picture_cell_by_cell():
+def test_heat_is_blended_with_the_grey_image_cell_by_cell():
     heat = np.array([[0.0, 2.0, 4.0]])
     pixels = overlaid(WIDE, heat)
     grey = DIMMED * WIDE.mean(2, keepdims=True).repeat(3, 2)
@@ -33,7 +33,7 @@ def test_heat_is_blended_with_the_grey_picture_cell_by_cell():
         np.testing.assert_allclose(pixels[:, part], expected[:, part], atol=1e-12)
 
 
-def test_below_the_threshold_the_picture_stays_grey_and_above_it_keeps_its_colours():
+def test_below_the_threshold_the_image_stays_grey_and_above_it_keeps_its_colours():
     pixels = overlaid(WIDE, np.array([[0.4, 0.5, 1.0]]), threshold=0.5)
     grey = DIMMED * WIDE.mean(2, keepdims=True).repeat(3, 2)
     np.testing.assert_allclose(pixels[:, :8], grey[:, :8])
@@ -44,8 +44,8 @@ def test_below_the_threshold_the_picture_stays_grey_and_above_it_keeps_its_colou
 
 
 def test_tokens_that_are_in_no_cell_get_no_heat():
-    picture = np.full((10, 14, 3), 0.5)
-    pixels = overlaid(picture, np.ones((2, 3)), ratio=2, grid=(5, 7))
+    image = np.full((10, 14, 3), 0.5)
+    pixels = overlaid(image, np.ones((2, 3)), ratio=2, grid=(5, 7))
     np.testing.assert_allclose(pixels[8:], DIMMED * 0.5)
     np.testing.assert_allclose(pixels[:, 12:], DIMMED * 0.5)
     assert (pixels[:8, :12, 0] > 0.5).all()
@@ -99,15 +99,15 @@ def test_words_share_one_scale_unless_each_has_its_own():
     check_layout(own)
 
 
-def test_a_strip_has_pictures_above_and_maps_below_on_one_scale():
-    pictures, maps = RNG.random((3, 8, 8, 3)), RNG.random((3, 4, 4))
-    strip = word_strip(pictures, maps, ["t 999", "t 500", "t 1"], "cup")
+def test_a_strip_has_images_above_and_maps_below_on_one_scale():
+    images, maps = RNG.random((3, 8, 8, 3)), RNG.random((3, 4, 4))
+    strip = word_strip(images, maps, ["t 999", "t 500", "t 1"], "cup")
     for step in range(3):
-        np.testing.assert_allclose(shown(strip.axes[step]), pictures[step])
+        np.testing.assert_allclose(shown(strip.axes[step]), images[step])
         np.testing.assert_allclose(
-            shown(strip.axes[3 + step]), overlaid(pictures[step], maps[step], (0, maps.max()))
+            shown(strip.axes[3 + step]), overlaid(images[step], maps[step], (0, maps.max()))
         )
-    assert [strip.axes[place].get_ylabel() for place in (0, 3)] == ["picture", "cup"]
+    assert [strip.axes[place].get_ylabel() for place in (0, 3)] == ["image", "cup"]
     check_layout(strip)
     check_layout(
         word_strip(RNG.random((10, 8, 24, 3)), RNG.random((10, 4, 12)), ["t"] * 10, "wheelbarrow-maker")

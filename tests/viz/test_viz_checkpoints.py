@@ -1,4 +1,4 @@
-"""The picture of two layouts: trees of modules, and a line for everything that is mapped."""
+"""The image of two layouts: trees of modules, and a line for everything that is mapped."""
 
 import doctest
 import io
@@ -76,7 +76,7 @@ def test_lines_begin_and_end_beside_the_names_that_they_connect(case, tmp_path):
     assert len(place.patches) == sum(len(left) * len(right) for left, right, _ in mapped)
 
 
-def test_no_two_names_overlap_and_none_leaves_the_picture():
+def test_no_two_names_overlap_and_none_leaves_the_image():
     figure = two_trees(LINKS)
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
@@ -85,7 +85,7 @@ def test_no_two_names_overlap_and_none_leaves_the_picture():
     assert not any(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
 
 
-def test_the_picture_is_drawn_and_grows_with_the_trees():
+def test_the_image_is_drawn_and_grows_with_the_trees():
     few, many = (two_trees([((f"m{k}",), (f"n{k}",), "renamed") for k in range(n)]) for n in (3, 30))
     assert many.get_size_inches()[1] > 2 * few.get_size_inches()[1]
     assert (drawn(few) != 255).any()

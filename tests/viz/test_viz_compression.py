@@ -60,12 +60,12 @@ def test_without_a_learned_kernel_it_is_said_which_layers_have_one():
 
 
 def test_each_key_stands_for_its_cell():
-    picture = RNG.random((20, 28, 3))
-    tokens = picture.reshape(5, 4, 7, 4, 3).mean((1, 3))
+    image = RNG.random((20, 28, 3))
+    tokens = image.reshape(5, 4, 7, 4, 3).mean((1, 3))
     means = tokens[:4, :6].reshape(2, 2, 3, 2, 3).mean((1, 3))
-    np.testing.assert_allclose(mean_colours(picture, (5, 7), 2), means)
-    np.testing.assert_allclose(mean_colours(picture, (5, 7), 2, "uniform"), tokens[:4:2, :6:2])
-    figure = cells_of_keys(picture, (5, 7), 2, "uniform")
+    np.testing.assert_allclose(mean_colours(image, (5, 7), 2), means)
+    np.testing.assert_allclose(mean_colours(image, (5, 7), 2, "uniform"), tokens[:4:2, :6:2])
+    figure = cells_of_keys(image, (5, 7), 2, "uniform")
     left, right = figure.axes
     np.testing.assert_allclose(shown(right), tokens[:4:2, :6:2])
     assert right.images[0].get_extent() == [0, 6, 4, 0]
@@ -98,12 +98,12 @@ def test_similarities_are_means_over_steps_with_their_range():
 
 
 def test_what_is_lost_is_one_minus_the_similarity_and_all_of_it_outside_of_cells():
-    picture, similar = RNG.random((8, 8, 3)), RNG.random((4, 4)) / 2 + 0.5
+    image, similar = RNG.random((8, 8, 3)), RNG.random((4, 4)) / 2 + 0.5
     similar[3] = np.nan
-    figure = lost_maps(picture, {"layer 0": similar, "layer 5": np.ones((4, 4))})
+    figure = lost_maps(image, {"layer 0": similar, "layer 5": np.ones((4, 4))})
     lost = 1 - np.nan_to_num(similar)
-    np.testing.assert_allclose(shown(figure.axes[0]), overlay(picture, lost, (0, 1)))
-    np.testing.assert_allclose(shown(figure.axes[1]), overlay(picture, np.zeros((4, 4)), (0, 1)))
+    np.testing.assert_allclose(shown(figure.axes[0]), overlay(image, lost, (0, 1)))
+    np.testing.assert_allclose(shown(figure.axes[1]), overlay(image, np.zeros((4, 4)), (0, 1)))
     check_layout(figure)
 
 

@@ -29,7 +29,7 @@ def test_curves_are_the_losses_and_their_running_means():
     assert loss.get_xlim() == (0, 50)
 
 
-def test_held_out_pictures_have_a_curve_of_their_own():
+def test_held_out_images_have_a_curve_of_their_own():
     told = [{"step": 0, "held_out_loss": 3.0}, *rows(20), {"step": 20, "held_out_loss": 0.5}]
     line = training_figure(told).axes[0].lines[-1]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 20], [3.0, 0.5])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from viz_figures import check_layout, shown
 
-from pixart_nb.viz.figures import picture_differences
+from pixart_nb.viz.figures import image_differences
 from pixart_nb.viz.internals import MODULATION, position_interpolation, timestep_modulation
 from pixart_nb.viz.trajectory import denoising_trajectory, trajectory_numbers
 
@@ -27,13 +27,13 @@ def test_numbers_are_root_mean_squares_and_cosines():
     assert np.isnan(numbers["turn"][0]) and np.isnan(numbers["change"][0])
 
 
-def test_the_trajectory_has_at_most_ten_pictures_and_all_numbers():
-    pictures = RNG.random((12, 12, 16, 3))
-    figure = denoising_trajectory(pictures, TIMESTEPS, LATENTS, DENOISED, GUIDANCE)
+def test_the_trajectory_has_at_most_ten_images_and_all_numbers():
+    images = RNG.random((12, 12, 16, 3))
+    figure = denoising_trajectory(images, TIMESTEPS, LATENTS, DENOISED, GUIDANCE)
     strip = [place for place in figure.axes if place.images]
     assert len(strip) == 10
-    np.testing.assert_array_equal(shown(strip[0]), pictures[0])
-    np.testing.assert_array_equal(shown(strip[-1]), pictures[-1])
+    np.testing.assert_array_equal(shown(strip[0]), images[0])
+    np.testing.assert_array_equal(shown(strip[-1]), images[-1])
     numbers = trajectory_numbers(LATENTS, DENOISED, GUIDANCE)
     lines = {line.get_label(): line.get_ydata() for place in figure.axes for line in place.lines}
     np.testing.assert_array_equal(lines["moved by this step"], numbers["step"])
@@ -48,7 +48,7 @@ def test_without_guidance_there_is_no_panel_for_it():
 
 
 def test_latents_must_have_the_start_too():
-    with pytest.raises(ValueError, match="latents after the first as predicted pictures, got 11 for 12"):
+    with pytest.raises(ValueError, match="latents after the first as predicted images, got 11 for 12"):
         trajectory_numbers(LATENTS[1:], DENOISED)
 
 
@@ -92,7 +92,7 @@ def test_modulation_of_another_number_of_parts_is_refused():
 def test_differences_are_means_over_colours_on_one_scale():
     first, second = RNG.random((2, 8, 12, 3))
     rows = {"seed 0": (first, second), "head 3 off": (first, first)}
-    figure = picture_differences(rows, ("before", "after"))
+    figure = image_differences(rows, ("before", "after"))
     np.testing.assert_allclose(shown(figure.axes[2]), np.abs(second - first).mean(2))
     assert shown(figure.axes[5]).max() == 0
     assert {figure.axes[k].images[0].get_clim() for k in (2, 5)} == {
@@ -103,9 +103,9 @@ def test_differences_are_means_over_colours_on_one_scale():
     assert [figure.axes[k].get_title() for k in (0, 1)] == ["before", "after"]
     check_layout(figure)
     wide = RNG.random((2, 8, 16, 3))
-    check_layout(picture_differences({"the first of the cross-attention heads off": wide, "another": wide}))
+    check_layout(image_differences({"the first of the cross-attention heads off": wide, "another": wide}))
 
 
-def test_pictures_of_two_sizes_have_no_difference():
+def test_images_of_two_sizes_have_no_difference():
     with pytest.raises(ValueError, match="sizes must agree"):
-        picture_differences({"size": (np.zeros((8, 8, 3)), np.zeros((8, 9, 3)))})
+        image_differences({"size": (np.zeros((8, 8, 3)), np.zeros((8, 9, 3)))})

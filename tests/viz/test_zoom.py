@@ -1,4 +1,4 @@
-"""A large picture to be zoomed into: every pixel is in its tiles, and the page needs nothing but itself."""
+"""A large image to be zoomed into: every pixel is in its tiles, and the page needs nothing but itself."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from pixart_nb.viz import zoom
 from pixart_nb.viz.zoom import ZoomViewer, detailed_places, zoom_figure
 
 
-def picture(height=700, width=1100, seed=0):
+def image(height=700, width=1100, seed=0):
     cells = np.random.default_rng(seed).integers(0, 255, (-(-height // 50), -(-width // 50), 3), np.uint8)
     return cells.repeat(50, 0).repeat(50, 1)[:height, :width]
 
@@ -33,8 +33,8 @@ def joined(level):
 
 @settings(max_examples=10)
 @given(height=st.integers(1, 1300), width=st.integers(1, 1300))
-def test_the_tiles_are_the_picture_and_each_level_half_of_the_one_before(height, width):
-    pixels = picture(height, width)
+def test_the_tiles_are_the_image_and_each_level_half_of_the_one_before(height, width):
+    pixels = image(height, width)
     levels = ZoomViewer(pixels, quality=100).levels()
     assert np.array_equal(joined(levels[0]), pixels)
     for before, after in itertools.pairwise(levels):
@@ -43,15 +43,15 @@ def test_the_tiles_are_the_picture_and_each_level_half_of_the_one_before(height,
     assert joined(levels[-1]).shape[:2] == (levels[-1]["height"], levels[-1]["width"])
 
 
-def test_with_less_quality_the_file_is_smaller_and_the_picture_close():
-    pixels = np.random.default_rng(0).normal(picture(512, 512), 3).clip(0, 255).astype(np.uint8)
+def test_with_less_quality_the_file_is_smaller_and_the_image_close():
+    pixels = np.random.default_rng(0).normal(image(512, 512), 3).clip(0, 255).astype(np.uint8)
     exact, close = ZoomViewer(pixels, quality=100), ZoomViewer(pixels)
     assert len(close.html()) < 0.7 * len(exact.html())
     assert np.abs(joined(close.levels()[0]).astype(int) - pixels).mean() < 4
 
 
 def test_the_page_needs_no_network_and_its_title_is_text(tmp_path):
-    path = ZoomViewer(picture(), "a cup </script><b>").write(tmp_path / "page.html")
+    path = ZoomViewer(image(), "a cup </script><b>").write(tmp_path / "page.html")
     page = path.read_text()
     assert not re.findall(r"(?:src|href)\s*=\s*[\"']?(?!data:)[a-z]+:", page)
     assert "http" not in page
@@ -60,26 +60,26 @@ def test_the_page_needs_no_network_and_its_title_is_text(tmp_path):
     assert data["title"] == "a cup </script><b>"
 
 
-def test_a_picture_is_read_from_its_file_and_shown_in_a_frame(tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "cup.png")
+def test_an_image_is_read_from_its_file_and_shown_in_a_frame(tmp_path):
+    Image.fromarray(image()).save(tmp_path / "cup.png")
     viewer = ZoomViewer(tmp_path / "cup.png", "cup")
-    assert np.array_equal(viewer.picture, picture())
+    assert np.array_equal(viewer.image, image())
     shown = viewer._repr_html_()
     assert shown.startswith("<iframe")
     assert 'sandbox="allow-scripts"' in shown
-    assert np.array_equal(ZoomViewer(picture() / 255.0).picture, picture())
+    assert np.array_equal(ZoomViewer(image() / 255.0).image, image())
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 4)), np.zeros((0, 4, 3)), np.zeros((2, 4, 4, 3))])
-def test_what_is_no_picture_is_refused(wrong):
-    with pytest.raises(ValueError, match="a picture has shape"):
+def test_what_is_no_image_is_refused(wrong):
+    with pytest.raises(ValueError, match="an image has shape"):
         ZoomViewer(wrong)
     with pytest.raises(ValueError, match="quality is 0"):
-        ZoomViewer(picture(), quality=0)
+        ZoomViewer(image(), quality=0)
 
 
 def test_details_are_shown_pixel_by_pixel_where_they_are_marked():
-    pixels, places = picture(), [(100, 200), (300, 40)]
+    pixels, places = image(), [(100, 200), (300, 40)]
     figure = zoom_figure(pixels, places, size=150)
     whole, *details = figure.axes
     for axes, (top, left) in zip(details, places, strict=True):
@@ -94,7 +94,7 @@ def test_details_are_where_something_is():
     pixels[300:310, 320:330] = 255
     places = detailed_places(pixels, 100)
     assert any(top <= 300 <= top + 90 and left <= 320 <= left + 90 for top, left in places)
-    assert len(zoom_figure(picture(60, 40)).axes) >= 2
+    assert len(zoom_figure(image(60, 40)).axes) >= 2
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="runs once there is a chromium")
@@ -102,7 +102,7 @@ def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
     api = pytest.importorskip("playwright.sync_api", reason="runs once playwright is installed")
     from lab import FLAGS, SLOW
 
-    pixels, complaints = picture(1400, 2200), []
+    pixels, complaints = image(1400, 2200), []
     path = ZoomViewer(pixels, "cells", quality=100).write(tmp_path / "page.html")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
@@ -112,7 +112,7 @@ def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
         page.goto(path.as_uri())
         ready = "document.getElementById('canvas').dataset.ready === 'true'"
         page.wait_for_function(ready)
-        assert page.inner_text("#say").startswith("4")  # 40%: the whole picture
+        assert page.inner_text("#say").startswith("4")  # 40%: the whole image
         page.click("#exact")
         page.wait_for_function(ready)
         assert page.inner_text("#say") == "100% · around 1100, 700"
@@ -129,3 +129,16 @@ def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
         assert page.inner_text("#say").startswith("4")
         browser.close()
     assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "title", ["{{data}}", '{{data}} onfocus="alert(1)" autofocus ', "</script><script>alert(1)"]
+)
+def test_a_prompt_with_a_placeholder_or_html_stays_text(title):
+    page = ZoomViewer(image(8, 8), title).html()
+    data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]
+    assert json.loads(data)["title"] == title
+    rest = page.replace(data, "")
+    assert 'levels":' not in rest
+    assert "<script>alert" not in page
+    assert 'onfocus="alert' not in rest

@@ -1,4 +1,4 @@
-// A picture divided into rows x columns of cells, one of which can be chosen: by a click, or with the arrow keys.
+// An image divided into rows x columns of cells, one of which can be chosen: by a click, or with the arrow keys.
 function render({ model, el }) {
   const box = document.createElement("div");
   const image = document.createElement("img");
@@ -16,14 +16,14 @@ function render({ model, el }) {
   let address = null;
   const size = () => [model.get("rows"), model.get("columns")];
 
-  function showPicture() {
+  function showImage() {
     const old = address;
     address = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
     image.src = address;
     if (old) URL.revokeObjectURL(old);
   }
 
-  function place(frame, cell) {
+  function frameCell(frame, cell) {
     const [rows, columns] = size();
     frame.style.display = cell.length ? "block" : "none";
     if (!cell.length) return;
@@ -63,15 +63,15 @@ function render({ model, el }) {
     ]);
   }
 
-  const showMark = () => place(mark, model.get("cell"));
+  const showMark = () => frameCell(mark, model.get("cell"));
   const showLabel = () => box.setAttribute("aria-label", model.get("label"));
   const showWidth = () => (box.style.width = `${model.get("width")}px`);
   box.addEventListener("click", (event) => choose(cellAt(event)));
-  box.addEventListener("mousemove", (event) => place(hover, cellAt(event)));
-  box.addEventListener("mouseleave", () => place(hover, []));
+  box.addEventListener("mousemove", (event) => frameCell(hover, cellAt(event)));
+  box.addEventListener("mouseleave", () => frameCell(hover, []));
   box.addEventListener("keydown", moved);
   const followed = {
-    "change:png": showPicture,
+    "change:png": showImage,
     "change:cell": showMark,
     "change:rows": showMark,
     "change:columns": showMark,
@@ -79,7 +79,7 @@ function render({ model, el }) {
     "change:width": showWidth,
   };
   for (const [name, act] of Object.entries(followed)) model.on(name, act);
-  for (const act of [showPicture, showMark, showLabel, showWidth]) act();
+  for (const act of [showImage, showMark, showLabel, showWidth]) act();
   return () => {
     for (const [name, act] of Object.entries(followed)) model.off(name, act);
     if (address) URL.revokeObjectURL(address);

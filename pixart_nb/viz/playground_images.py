@@ -1,4 +1,4 @@
-"""Pictures of the playground: side by side in one, as PNG bytes for a widget, as files, and the history as a figure."""
+"""Images of the playground: tiled, as PNG bytes, as files, and the history as a figure."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.playground_run import Entry
 
 
-def tiles(pictures: np.ndarray) -> np.ndarray:
-    """Pictures (N, H, W, 3) uint8 in rows, about as many as columns, with clear gaps: (h, w, 4) uint8.
+def tiles(images: np.ndarray) -> np.ndarray:
+    """Tile images (N, H, W, 3) uint8 with transparent gaps, in about as many rows as columns: (h, w, 4) uint8.
 
     >>> tiles(np.zeros((3, 64, 64, 3), np.uint8)).shape
     (130, 130, 4)
     """
-    count, height, width, _ = pictures.shape
+    count, height, width, _ = images.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
     gap = 0 if count == 1 else max(height, width) // 32
     sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
-    for number, picture in enumerate(pictures):
+    for number, image in enumerate(images):
         top, left = number // columns * (height + gap), number % columns * (width + gap)
-        sheet[top : top + height, left : left + width, :3] = picture
+        sheet[top : top + height, left : left + width, :3] = image
         sheet[top : top + height, left : left + width, 3] = 255
     return sheet
 
 
 def png_bytes(pixels: np.ndarray, most: int | None = None) -> bytes:
-    """A PNG of pixels (H, W, 3 or 4) uint8, shrunk until no side has more than ``most`` of them."""
+    """Return a PNG of pixels (H, W, 3 or 4) uint8, reduced until no side has more than ``most`` pixels."""
     image = Image.fromarray(pixels)
     if most is not None:
         image.thumbnail((most, most))
@@ -47,13 +47,13 @@ def png_bytes(pixels: np.ndarray, most: int | None = None) -> bytes:
 
 
 def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write each picture of an entry as a PNG that carries what repeats it, with ``others`` (the model, say).
+    """Write each image of an entry as a PNG that carries the configuration that repeats it, with ``others``.
 
-    A file that is there already keeps its name if it holds the same picture; another one is never replaced.
+    A file that exists is never replaced by another image.
     """
-    words = re.sub(r"[^a-z0-9]+", "-", entry.parameters.prompt.lower()).strip("-")[:60] or "picture"
+    words = re.sub(r"[^a-z0-9]+", "-", entry.parameters.prompt.lower()).strip("-")[:60] or "image"
     paths = []
-    for number, pixels in enumerate(entry.pictures):
+    for number, pixels in enumerate(entry.images):
         parameters = dict(others or {}) | entry.parameters.configuration(number)
         paths.append(_free_place(Path(folder), f"{words}_seed-{entry.parameters.seed}_{number}", parameters))
         write_image(paths[-1], pixels, parameters)
@@ -61,7 +61,7 @@ def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | Non
 
 
 def _free_place(folder: Path, stem: str, parameters: Mapping[str, Any]) -> Path:
-    """The first of ``stem.png``, ``stem-2.png``, ... that is free, or holds the same parameters."""
+    """Return the first of ``stem.png``, ``stem-2.png``, ... that does not exist, or has the same parameters."""
     path, number = folder / f"{stem}.png", 1
     while path.exists() and not _holds(path, parameters):
         number += 1
@@ -77,7 +77,7 @@ def _holds(path: Path, parameters: Mapping[str, Any]) -> bool:
 
 
 def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:
-    """The history as a figure: the pictures of each entry in one, with its parameters above.
+    """Draw the history: the images of each entry with its parameters above.
 
     >>> from pixart_nb.viz.playground_run import Parameters
     >>> entry = Entry(1, Parameters("a cup", 64, 64), np.zeros((3, 64, 64, 3), np.uint8), 0.5)
@@ -86,7 +86,7 @@ def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:
     """
     if not history:
         raise PixArtNBError("the history is empty; sample something first")
-    sheets = [_on_white(tiles(entry.pictures)) for entry in history]
+    sheets = [_on_white(tiles(entry.images)) for entry in history]
     titles = [f"{entry.number}: {entry.parameters.summary}" for entry in history]
     return image_grid(sheets, titles, columns=columns, cell=2.6)
 
