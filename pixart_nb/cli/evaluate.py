@@ -16,7 +16,7 @@ DEFAULTS = {
     "use_resolution_binning": False, "output_path": "outputs/evaluation",
 }  # fmt: skip
 KEYS = (
-    "model", "checkpoint", "vae_root", "text_encoder_root", "tokenizer_root", "image_height", "image_width",
+    "model", "lora", "checkpoint", "vae_root", "text_encoder_root", "tokenizer_root", "image_height", "image_width",
     "sampling_method", "sampling_steps", "guidance_scale", "seed", "batch_size", "dtype", "output_path",
 )  # fmt: skip
 

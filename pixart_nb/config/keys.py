@@ -53,7 +53,7 @@ def bundled_path(path: str | os.PathLike[str]) -> Path:
     ``data/`` and ``configs/`` come with the package, so that a command works in any folder.
     """
     path = Path(path).expanduser()
-    if not path.is_absolute() and not path.exists() and path.parts[:1] in (("data",), ("configs",)):
+    if path.parts[:1] in (("data",), ("configs",)) and not path.exists():
         for root in (_INSTALLED, _REPOSITORY):
             if (root / path).exists():
                 return root / path
@@ -96,6 +96,11 @@ InputPath = Annotated[str, AfterValidator(_input_path)]
 OutputPath = Annotated[str, AfterValidator(lambda text: os.path.expanduser(text))]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]], BeforeValidator(_layers)]
+LoraFiles = Annotated[
+    list[Annotated[str, Field(min_length=1), AfterValidator(_input_path)]],
+    BeforeValidator(_list),
+    Field(max_length=64),
+]
 NegativePrompt = Annotated[str | list[str], AfterValidator(_one_text)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_list)]
 
@@ -138,7 +143,7 @@ class ModelKeys(BaseModel):
     text_encoder_root: InputPath = _model("", "Folder of the T5 text encoder.")
     tokenizer_root: InputPath = _model("", "Folder of the T5 tokenizer.")
     sample_size: int = _model(0, "Latent side of the transformer's resolution: 32, 64, 128, 256 for 256 to 2048 px.", ge=0, le=1024)
-    t5_max_length: Literal[120, 300] = _model(300, "Maximum number of prompt tokens: 120 for PixArt-alpha, 300 for Sigma.")
+    t5_max_length: Literal[0, 120, 300] = _model(0, "Maximum number of prompt tokens: 120 for PixArt-alpha, 300 for Sigma. 0 takes the model's.")
     sd_scale_factor: Number = _model(0.0, "Scaling factor of the latents, in place of the VAE's own.", ge=0)
 
     kv_compress: bool = _compression(False, "Compress the keys and values of self-attention in some layers.")
@@ -179,6 +184,8 @@ class InferenceConfig(ModelKeys):
     stages_path: OutputPath = _machine("", "Folder for a run in resumable stages, with one network in memory at a time.")
     upscale_from: InputPath = _machine("", "Folder of a finished run in stages, whose images are upscaled.")
     strength: Number = _machine(0.5, "Share of the denoising steps that an upscaled image goes through.", gt=0, le=1)
+
+    lora: LoraFiles = _model([], "LoRA files or folders to apply; PATH:0.5 scales one.")
 
     @model_validator(mode="after")
     def _consistent(self) -> InferenceConfig:
@@ -266,7 +273,7 @@ class TrainConfig(ModelKeys):
 
     visualize: bool = _look(False, "Generate the validation prompts during training.")
     visualize_interval: int = _look(5, "Epochs between validation images.", ge=1, le=10**6)
-    visualize_steps: int = _look(0, "Updates between validation images, in place of epochs.", ge=0, le=_MOST_STEPS)
+    visualize_steps: int | None = _look(None, "Updates between validation images, in place of epochs.", ge=1, le=_MOST_STEPS)
     validation_prompts: Texts = _look(list(VALIDATION_PROMPTS), "Prompts of the validation images.")
     validation_negative_prompts: list[str] = _look([], "Negative prompts of the validation images: none, or one for each.")
     validation_json_path: InputPath = _look("", "Label file of images for the validation loss. They are never trained on.")
@@ -276,7 +283,7 @@ class TrainConfig(ModelKeys):
 
     output_path: OutputFolder = "outputs/train"
     ckpt_save_interval: int = _output(5, "Epochs between checkpoints.", ge=1, le=10**6)
-    ckpt_save_steps: int = _output(0, "Updates between checkpoints, in place of epochs.", ge=0, le=_MOST_STEPS)
+    ckpt_save_steps: int | None = _output(None, "Updates between checkpoints, in place of epochs.", ge=1, le=_MOST_STEPS)
     ckpt_max_keep: int = _output(3, "Number of checkpoints that are kept.", ge=1, le=10**6)
 
     hsdp_optimizer_level: Literal["level1"] = _machine("level1", "Processes share the optimizer states, as in ZeRO stage 1.")

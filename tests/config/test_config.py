@@ -95,7 +95,7 @@ def test_a_key_like_no_other_gets_the_list_of_known_ones():
         ),
         ("guidance_scale", float("nan"), "guidance_scale: given nan (float); expected a number greater than"),
         ("dtype", "fp8", "dtype: given 'fp8' (str); expected 'fp32', 'fp16' or 'bf16'"),
-        ("t5_max_length", 77, "t5_max_length: given 77 (int); expected 120 or 300"),
+        ("t5_max_length", 77, "t5_max_length: given 77 (int); expected 0, 120 or 300"),
         ("prompt", 3, "prompt: given 3 (int); expected a list"),
         ("prompt", ["a cup", 3], "prompt.1: given 3 (int); expected a string"),
         ("seed", -1, "seed: given -1 (int); expected a number greater than or equal to 0"),

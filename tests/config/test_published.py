@@ -38,7 +38,7 @@ RECIPE = {
     "max_grad_norm": 0.01, "gradient_accumulation_steps": 1, "use_ema": True, "ema_rate": 0.9999,
     "class_dropout_prob": 0.1, "real_prompt_ratio": 0.5, "seed": 42, "dtype": "fp16", "recompute": True, "mode": 0,
     "loss_scaler_type": "dynamic", "init_loss_scale": 65536.0, "visualize": True, "sampling_method": "dpm",
-    "sampling_steps": 20, "guidance_scale": 4.5, "sd_scale_factor": 0.13025, "t5_max_length": 300,
+    "sampling_steps": 20, "guidance_scale": 4.5, "sd_scale_factor": 0.13025,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixart_nb.core.checkpoints.files import ENDINGS
-from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.io import CheckpointError, read_json
 
 
 def component_paths(source: str | Path, names: Sequence[str], revision: str | None = None) -> dict[str, Path]:
@@ -30,6 +30,14 @@ def component_paths(source: str | Path, names: Sequence[str], revision: str | No
             f"{folder} lacks the folders {missing}; give those components, or None if not needed"
         )
     return {name: folder / name for name in names}
+
+
+def pipeline_class(source: str | Path) -> str:
+    """Return the class name in the ``model_index.json`` of a folder or hub id; empty if there is none."""
+    path = Path(source).expanduser()
+    folder = path.parent if path.is_file() else path if path.is_dir() else _from_hub(str(source), [], None)
+    index = folder / "model_index.json"
+    return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
 
 
 def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None = None) -> dict[str, Path]:
@@ -60,13 +68,13 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
     """Return the folder of a snapshot; a path that can only be a local one is not looked up."""
-    path = Path(source).expanduser()
+    path, files = Path(source).expanduser(), " and ".join(["model_index.json", *names])
     local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
     if local or path.parent.is_dir():
         near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise CheckpointError(
-            f"{source} does not exist.{hint} Give a folder with model_index.json and {', '.join(names)}, or the id "
+            f"{source} does not exist.{hint} Give a folder with {files}, or the id "
             "of a model on a hub, owner/name."
         )
     from huggingface_hub import snapshot_download
@@ -78,7 +86,7 @@ def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{source!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Download "
-            f"its folder (model_index.json and {', '.join(names)}) and give the path."
+            f"its folder ({files}) and give the path."
         ) from error
 
 

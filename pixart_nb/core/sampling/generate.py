@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from pixart_nb.core.sampling.run_config import (
     TILE,
     architecture_of,
     drawn_size,
+    max_sequence_length,
     negative_prompts_of,
     prompts_of,
 )
@@ -150,19 +152,51 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
     It is that of ``model``, with the components replaced that are given one by one.
     """
     dtype = dtype_from_name(config.dtype)
-    cls = PixArtAlphaPipeline if config.t5_max_length == 120 else PixArtSigmaPipeline
+    cls = PixArtAlphaPipeline if max_sequence_length(config) == 120 else PixArtSigmaPipeline
     parts = dict.fromkeys(name for name in COMPONENTS if name not in only) | _parts(config, dtype, only)
     if not config.model:
         parts["scheduler"] = config.sampling_method  # over the published noise schedule
     pipe = cls.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
     pipe.set_progress_bar_config(disable=True)
     if "scheduler" in only:
-        pipe.scheduler = config.sampling_method
+        _set_scheduler(pipe, config)
+    if config.lora and pipe.transformer:
+        _apply_loras(pipe, config.lora)
     if config.sd_scale_factor and pipe.vae:
         pipe.vae.config = replace(pipe.vae.config, scaling_factor=config.sd_scale_factor)
     if config.tile_size and pipe.vae:
         pipe.vae.enable_tiling(config.tile_size)
     return pipe
+
+
+def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
+    """Use ``sampling_method``, and say so where it replaces a scheduler of another class."""
+    own = type(pipe.scheduler).__name__
+    pipe.scheduler = config.sampling_method
+    if config.model and type(pipe.scheduler).__name__ != own:
+        print(f"sampling_method {config.sampling_method} replaces {own} of {config.model}", file=sys.stderr)
+
+
+def _apply_loras(pipe: Any, files: Sequence[str]) -> None:
+    """Load LoRA files, given as PATH or PATH:WEIGHT, and activate all of them."""
+    weights = []
+    for number, (path, weight) in enumerate(map(split_weight, files)):
+        pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
+        weights.append(weight)
+    pipe.set_adapters([f"lora_{number}" for number in range(len(weights))], weights)
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """Split PATH:WEIGHT.
+
+    >>> split_weight("style.safetensors:0.5"), split_weight("style")
+    (('style.safetensors', 0.5), ('style', 1.0))
+    """
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str, Any]:
@@ -280,7 +314,7 @@ def staged_options(config: InferenceConfig) -> dict[str, Any]:
         else "",
         "steps": config.sampling_steps,
         "guidance_scale": config.guidance_scale,
-        "max_sequence_length": config.t5_max_length,
+        "max_sequence_length": max_sequence_length(config),
         "tile": config.tile_size or TILE,
     }
 
@@ -295,6 +329,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
         paths |= component_paths(config.model, [name for name in COMPONENTS if name not in paths])
     return {name: fingerprint(path) for name, path in paths.items()} | {
         "sampling_method": config.sampling_method,
+        **{f"lora {text}": fingerprint(Path(split_weight(text)[0])) for text in config.lora},
         "dtype": config.dtype,
         "sd_scale_factor": str(config.sd_scale_factor),
         "t5_in_eight_bits": str(config.t5_load == "int8"),

@@ -58,7 +58,8 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
         transformer = run_config.transformer_config(config)
     else:
         notes.append(f"{config.checkpoint or config.model} does not exist: planned for PixArt-Sigma XL/2.")
-        transformer = PixArtConfig(**run_config.architecture_of(config))
+        published = config.model_copy(update={"t5_max_length": config.t5_max_length or 300})
+        transformer = PixArtConfig(**run_config.architecture_of(published))
     networks = {}
     for name, network in (("text_encoder", T5Config), ("vae", VAEConfig)):
         root = getattr(config, f"{name}_root") or (folder / name if folder else "")
@@ -94,7 +95,7 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
 
 def _tokens(text: str, config: InferenceConfig) -> int:
     """Estimate the tokens of a text, with the one that ends it."""
-    return min(-(-len(text) // _LETTERS_PER_TOKEN) + 1, config.t5_max_length)
+    return min(-(-len(text) // _LETTERS_PER_TOKEN) + 1, config.t5_max_length or 300)
 
 
 def _computed_dtype(dtype: str) -> str:

@@ -9,7 +9,7 @@ from pixart_nb.config import ConfigError, InferenceConfig
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths
+from pixart_nb.core.checkpoints.pipeline_folder import component_paths, pipeline_class
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
 
@@ -42,11 +42,19 @@ def negative_prompts_of(config: InferenceConfig, prompts: int) -> list[str]:
     return texts * prompts if len(texts) == 1 else list(texts)
 
 
+def max_sequence_length(config: InferenceConfig) -> int:
+    """Return the number of prompt tokens: ``t5_max_length``, or that of the model's pipeline class."""
+    if config.t5_max_length or not config.model:
+        return config.t5_max_length or 300
+    return 120 if pipeline_class(config.model) == "PixArtAlphaPipeline" else 300
+
+
 def architecture_of(config: InferenceConfig) -> dict[str, Any]:
     """Return what a configuration says about the transformer. The checkpoint itself shows the rest."""
-    fields: dict[str, Any] = {"model_max_length": config.t5_max_length}
+    tokens = max_sequence_length(config)
+    fields: dict[str, Any] = {"model_max_length": tokens}
     if config.sample_size:
-        fields |= positions_of(config.sample_size, FAMILIES.get(config.t5_max_length, ""))
+        fields |= positions_of(config.sample_size, FAMILIES.get(tokens, ""))
     if config.kv_compress:
         fields["kv_compress_config"] = {
             "sampling": config.kv_compress_sampling,

@@ -53,8 +53,7 @@ class FrozenNetworks:
     def max_length(self) -> int:
         """Number of caption tokens: ``t5_max_length`` if it is given, or that of the model's pipeline."""
         config = self.config
-        is_alpha = "t5_max_length" not in config.model_fields_set and self._index_class == PIPELINES["alpha"]
-        return 120 if is_alpha else config.t5_max_length
+        return config.t5_max_length or (120 if self._index_class == PIPELINES["alpha"] else 300)
 
     def release(self, *names: str) -> None:
         """Free the networks ``vae`` and ``embed``, or those named; they are loaded again when they are used."""
