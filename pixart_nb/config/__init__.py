@@ -40,7 +40,6 @@ __all__ = [
     "InferenceConfig",
     "TrainConfig",
     "bundled_path",
-    "changed_config",
     "check_config",
     "check_parameters",
     "load_config",
@@ -108,13 +107,6 @@ def check_config(
     raise ConfigError(
         "; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items())
     )
-
-
-def changed_config(config: ModelKeys, **changes: Any) -> Any:
-    """Return a configuration with ``changes``, validated again; a change to None keeps the value."""
-    kind = next(kind for kind, cls in CONFIG_KINDS.items() if isinstance(config, cls))
-    given = {key: value for key, value in changes.items() if value is not None}
-    return check_config(config.model_dump(), kind, options=given)
 
 
 def _translated(values: Mapping[str, Any], kind: str) -> dict[str, Any]:

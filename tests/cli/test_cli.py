@@ -12,6 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
+from pixart_nb.core import backend
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, short_caption
@@ -192,7 +193,7 @@ def test_workers_share_the_prompts_and_draw_what_one_would(run, painter, tmp_pat
     assert run("sample", "-c", CONFIG, "-o", tmp_path / "one").exit_code == 0
     files = json.loads((tmp_path / "one" / "sample.json").read_text())["files"]
     for rank in range(3):
-        monkeypatch.setattr(sample, "join_workers", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(backend, "join_workers", lambda rank=rank: (rank, 3))
         result = run("sample", "-c", CONFIG, "--use_parallel", "True", "-o", tmp_path / "three")
         assert result.stdout.split()[: len(files[rank::3])] == [
             str(tmp_path / "three" / f) for f in files[rank::3]

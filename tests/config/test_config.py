@@ -11,7 +11,6 @@ from pixart_nb import config
 from pixart_nb.config import (
     ConfigError,
     InferenceConfig,
-    changed_config,
     check_config,
     load_config,
     project_folder,
@@ -172,13 +171,15 @@ def test_an_unknown_kind_is_refused():
         check_config(MINIMAL, "inferense")
 
 
-def test_override_replaces_what_is_given_and_checks_it():
-    config = check_config(MINIMAL)
-    changed = changed_config(config, seed=7, dtype=None)
-    assert changed == check_config(MINIMAL | {"seed": 7})
-    assert config.seed == 0
-    with pytest.raises(ConfigError, match="command line: image_height: given 0"):
-        changed_config(config, image_height=0)
+def test_options_replace_the_values_of_a_file(tmp_path):
+    path = write(tmp_path, MINIMAL | {"seed": 1})
+    assert load_config(path, options={"seed": 7}) == check_config(MINIMAL | {"seed": 7})
+    partial = {key: value for key, value in MINIMAL.items() if key != "image_height"}
+    assert load_config(write(tmp_path, partial), options={"image_height": 64}) == check_config(MINIMAL)
+    with pytest.raises(
+        ConfigError, match=r"command line: image_height: given 0.*; .*some\.yaml: seed: given 'x'"
+    ):
+        load_config(write(tmp_path, MINIMAL | {"seed": "x"}), options={"image_height": 0})
 
 
 def test_the_project_folder_is_found_from_below(tmp_path):

@@ -58,8 +58,7 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
         transformer = run_config.transformer_config(config)
     else:
         notes.append(f"{config.checkpoint or config.model} does not exist: planned for PixArt-Sigma XL/2.")
-        published = config.model_copy(update={"t5_max_length": config.t5_max_length or 300})
-        transformer = PixArtConfig(**run_config.architecture_of(published))
+        transformer = PixArtConfig(**run_config.architecture_of(config))
     networks = {}
     for name, network in (("text_encoder", T5Config), ("vae", VAEConfig)):
         root = getattr(config, f"{name}_root") or (folder / name if folder else "")

@@ -10,6 +10,7 @@ from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positio
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths, pipeline_class
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
 
@@ -46,7 +47,10 @@ def max_sequence_length(config: InferenceConfig) -> int:
     """Return the number of prompt tokens: ``t5_max_length``, or that of the model's pipeline class."""
     if config.t5_max_length or not config.model:
         return config.t5_max_length or 300
-    return 120 if pipeline_class(config.model) == "PixArtAlphaPipeline" else 300
+    try:
+        return 120 if pipeline_class(config.model) == "PixArtAlphaPipeline" else 300
+    except CheckpointError:  # a model that does not exist: its loading says so
+        return 300
 
 
 def architecture_of(config: InferenceConfig) -> dict[str, Any]:
