@@ -42,35 +42,11 @@ from pixart_nb.core.sampling.samplers import image_generators
 _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
 #: Models that come with the package. An image may name them.
 BUNDLED_MODELS = ("data/tiny-sigma", "data/tiny-sigma-1k")
+_SHAPING = """prompt negative_prompt image_height image_width use_resolution_binning seed first_image nrows ncols
+    imagegrid sampling_method sampling_steps guidance_scale dtype t5_max_length t5_load tile_size strength sample_size
+    sd_scale_factor kv_compress kv_compress_sampling kv_compress_scale_factor kv_compress_layer"""
 #: Keys that ``like`` takes from an image: what shapes it.
-SHAPING_KEYS = frozenset(
-    [
-        "prompt",
-        "negative_prompt",
-        "image_height",
-        "image_width",
-        "use_resolution_binning",
-        "seed",
-        "first_image",
-        "nrows",
-        "ncols",
-        "imagegrid",
-        "sampling_method",
-        "sampling_steps",
-        "guidance_scale",
-        "dtype",
-        "t5_max_length",
-        "t5_load",
-        "tile_size",
-        "strength",
-        "sample_size",
-        "sd_scale_factor",
-        "kv_compress",
-        "kv_compress_sampling",
-        "kv_compress_scale_factor",
-        "kv_compress_layer",
-    ]
-)
+SHAPING_KEYS = tuple(_SHAPING.split())
 #: Keys that name weights or latents, by a path or a hub id.
 WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from")
 #: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.

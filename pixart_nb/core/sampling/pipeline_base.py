@@ -113,7 +113,7 @@ class PipelineBase:
         )
         names = [name for name, part in parts.items() if part is _LOAD]
         dtype = supported_dtype(as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype))
-        ignore_options("from_pretrained", options, ())
+        ignore_options("from_pretrained", options, parameters_of(cls.from_pretrained))
         files = {"revision": revision, "variant": variant, "use_safetensors": use_safetensors}
         loaded = components.load_components(folder_or_hub_id, names, dtype, **files) if names else {}
         if "scheduler" in names:
