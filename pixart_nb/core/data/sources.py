@@ -208,7 +208,7 @@ def _zip_files(path: Path) -> dict[str, Reader]:
     """Return the files of a zip archive by their path in it. Nothing is unpacked to the disk."""
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # on damaged files zipfile raises nearly anything
         raise DataError(f"{path} is no zip archive, or cut off: {error}. Download it again.") from error
 
     def read(entry: zipfile.ZipInfo) -> bytes:
@@ -299,7 +299,8 @@ def _arrow_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {error}. Download it again.") from error
+        reason = str(error).rstrip(".")
+        raise DataError(f"{path} cannot be read as parquet: {reason}. Download it again.") from error
 
 
 def _refuse_bombs(path: Path, metadata: pq.FileMetaData) -> None:

@@ -438,6 +438,15 @@ def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path, compressio
     assert peak() - before < 100
 
 
+def test_a_zip_part_with_a_damaged_directory_is_named(tmp_path):
+    path = write_part(tmp_path / "part-000001.zip", sample_rows(2))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 247  # the version of zip that is needed
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is no zip archive, or cut off: zip file version 24.7"):
+        import_diffusiondb(path, tmp_path / "target", test_count=0)
+
+
 def test_captions_in_lists_and_scores_in_texts_are_read(tmp_path):
     image = {"bytes": sample_rows(1)[0]["png"], "path": "a.png"}
     columns = {
