@@ -27,6 +27,7 @@ def sample(
     ],
     count: Annotated[int, typer.Option(min=4, max=10000, help="Number of scenes.")] = 120,
     side: Annotated[int, typer.Option(min=16, max=4096, help="Height of the images in pixels.")] = 128,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
     """Write a sample of drawn scenes in the published forms of diffusiondb-pixelart.
 
@@ -34,7 +35,7 @@ def sample(
     """
     from pixart_nb.pixelart.datasets import write_sample
 
-    typer.echo(f"wrote {write_sample(output_path, count, side)} images to {output_path}")
+    typer.echo(f"wrote {write_sample(output_path, count, side, overwrite)} images to {output_path}")
 
 
 @dataset.command(cls=Command)

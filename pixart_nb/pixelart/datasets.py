@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import write_text
+from pixart_nb.core.io import atomic_write, folder_lock, write_text
 from pixart_nb.pixelart.captions import long_caption, short_caption
 from pixart_nb.pixelart.scenes import (
     COLOURS,
@@ -109,7 +109,9 @@ def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> l
 # ---- the published forms of diffusiondb-pixelart
 
 
-def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 128) -> int:
+def write_sample(
+    folder: str | os.PathLike[str], count: int = 120, side: int = 128, overwrite: bool = False
+) -> int:
     """Write a sample in all published forms: ``count`` scenes, ``side`` pixels high; return the number of images.
 
     Two thirds of the scenes show an object that the bundled model was never trained on. The last quarter, meant for
@@ -118,7 +120,13 @@ def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 1
     if count < 4 or side < 16:
         raise PixArtNBError(f"count is {count} and side is {side}; expected at least 4 scenes of 16 pixels")
     scenes = repeat_scenes(finetuning_scenes(count), count // 4, 4)
-    return len(write_published(Path(folder), len(scenes), side=side, scenes=scenes))
+    with folder_lock(folder) as folder:
+        existing = next((path for path in (folder / TABLE, folder / METADATA) if path.exists()), None)
+        if existing and not overwrite:
+            raise PixArtNBError(
+                f"{existing} exists; choose another folder, or replace the data set with --overwrite"
+            )
+        return len(write_published(folder, len(scenes), side=side, scenes=scenes))
 
 
 def finetuning_scenes(count: int, seed: int = 0, objects: Sequence[str] = UNSEEN_OBJECTS[:1]) -> list[Scene]:
@@ -196,8 +204,7 @@ def write_metadata(path: Path, rows: Sequence[PublishedRow], part: int = 1, othe
 
 def write_part(path: Path, rows: Sequence[PublishedRow]) -> Path:
     """Write a zip part: the images, and a JSON file of the same name that describes them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for row in rows:
             archive.writestr(row["name"], row["png"])
         archive.writestr(f"{path.stem}.json", json.dumps(part_json(rows)))
@@ -214,6 +221,6 @@ def _columns(rows: Sequence[PublishedRow]) -> dict[str, pa.Array]:
 
 
 def _write(path: Path, columns: dict, drop: Sequence[str], group: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns).drop_columns(list(drop)), path, row_group_size=group)
+    with atomic_write(path) as temporary:
+        pq.write_table(pa.table(columns).drop_columns(list(drop)), temporary, row_group_size=group)
     return path

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.captions import (
     COLOUR_SYNONYMS,
     OBJECT_SYNONYMS,
@@ -19,7 +20,7 @@ from pixart_nb.pixelart.captions import (
     short_caption,
     with_article,
 )
-from pixart_nb.pixelart.datasets import write_dataset
+from pixart_nb.pixelart.datasets import TABLE, write_dataset, write_sample
 from pixart_nb.pixelart.scenes import (
     COLOURS,
     OBJECTS,
@@ -268,6 +269,15 @@ def test_an_interrupted_rewrite_leaves_the_old_labels(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path, count=3, seed=1)
     assert (tmp_path / "labels.json").read_bytes() == old
+
+
+def test_a_sample_is_not_written_over_another_data_set(tmp_path):
+    assert write_sample(tmp_path / "raw", count=4, side=16) == 13
+    before = (tmp_path / "raw" / TABLE).read_bytes()
+    with pytest.raises(PixArtNBError, match="--overwrite"):
+        write_sample(tmp_path / "raw", count=8, side=16)
+    assert (tmp_path / "raw" / TABLE).read_bytes() == before
+    assert write_sample(tmp_path / "raw", count=8, side=16, overwrite=True) == 26
 
 
 def test_the_shipped_images_are_those_the_code_draws(tmp_path):

@@ -48,7 +48,8 @@ def import_diffusiondb(
     data = open_source(source)
     if not 0 <= test_count < max(data.count, 1):
         raise DataError(
-            f"test_count is {test_count}, and {source} has {data.count} images; expected a --test_count of 0 to {data.count - 1}"
+            f"test_count is {test_count}, and {source} has {data.count} images; expected a --test_count of 0 to "
+            f"{data.count - 1}"
         )
     if not 0 <= max_nsfw <= 2:
         raise DataError(f"max_nsfw is {max_nsfw}; expected 0 to 2")

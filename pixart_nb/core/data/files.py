@@ -66,8 +66,13 @@ def path_inside(folder: Path, path: object) -> Path:
     return folder / normal
 
 
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 with a byte order mark. Raises OSError and UnicodeDecodeError."""
+def read_text(path: Path, max_bytes: int = 2**30) -> str:
+    """Read a text file in UTF-8, or in UTF-16 with a byte order mark.
+
+    Raises OSError, UnicodeDecodeError, and ``DataError`` for a larger file.
+    """
+    if (size := path.stat().st_size) > max_bytes:
+        raise DataError(f"has {size} bytes; expected at most {max_bytes}")
     content = path.read_bytes()
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if utf16 else "utf-8-sig")

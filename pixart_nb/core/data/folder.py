@@ -17,6 +17,8 @@ from pixart_nb.core.io import folder_lock, write_text
 #: Tables that are looked for in the folder itself.
 TABLES = ("metadata.jsonl", "metadata.csv")
 CAPTION_ENDINGS = (".txt", ".caption")
+#: Bytes of the largest text file with a caption.
+MAX_TEXT_BYTES = 2**20
 CAPTION_SOURCES = ("text", "file", "folder")
 
 
@@ -95,7 +97,9 @@ def _from_texts(folder: Path, images: list[Path]) -> Iterator[PlacedEntry]:
             yield path, DataError(f"has no {image.with_suffix('.txt').name} beside it")
             continue
         try:
-            entry: object = {"path": path, "prompt": " ".join(read_text(text).split())}
+            entry: object = {"path": path, "prompt": " ".join(read_text(text, MAX_TEXT_BYTES).split())}
+        except DataError as error:
+            entry = error
         except (OSError, UnicodeDecodeError) as error:
             entry = DataError(f"is no text in UTF-8: {error}")
         yield text.relative_to(folder).as_posix(), entry

@@ -21,6 +21,8 @@ Image.init()  # all plugins at once: loading them on demand is not safe when sev
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 #: Pixels of the largest image that is read; a larger one is taken for a decompression bomb.
 MAX_PIXELS = 89_478_485
+#: Bytes of the largest image file that is read.
+MAX_BYTES = 256 * 2**20
 #: Pixels that a scaled image may have before its middle is cut out.
 _MAX_SCALED = 2**24
 
@@ -109,8 +111,8 @@ def _read(
     """Return ``function`` of the opened image; any failure becomes an ``ImageError``."""
     name = name or (str(source) if str(source).isprintable() else ascii(str(source)))
     try:
-        if not isinstance(source, io.BytesIO) and not stat.S_ISREG(os.stat(source).st_mode):
-            raise ImageError(f"{name}: is a folder, pipe or device; expected an image file")
+        if not isinstance(source, io.BytesIO):
+            _check_file(os.stat(source), name)
         with Image.open(source, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(_too_large(name, f"{image.height}x{image.width} pixels"))
@@ -130,6 +132,13 @@ def _read(
         raise ImageError(
             f"{name}: cut off or damaged ({type(error).__name__}: {error}); copy it again or leave it out"
         ) from error
+
+
+def _check_file(status: os.stat_result, name: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name}: is a folder, pipe or device; expected an image file")
+    if status.st_size > MAX_BYTES:
+        raise ImageError(f"{name}: has {status.st_size} bytes; expected at most {MAX_BYTES}")
 
 
 def _is_lfs_pointer(path: str | os.PathLike[str]) -> bool:

@@ -106,10 +106,10 @@ def read_prompts(json_path: str | os.PathLike[str]) -> list[str]:
     Raises ``LabelError`` with all problems of the prompts.
     """
     prompts, problems = [], []
-    for place, entry in _entries(json_path):
+    for where, entry in _entries(json_path):
         values = prompts_of(entry) if isinstance(entry, dict) else [entry]
         problem = caption_problem("prompt", values[0]) if values else "prompt is missing"
-        problems += [f"{place}: {problem}"] * bool(problem)
+        problems += [f"{where}: {problem}"] * bool(problem)
         prompts += values[:1]
     if problems:
         raise LabelError(json_path, problems)
@@ -122,10 +122,10 @@ def check_entries(
     """Return the labels of the valid entries, the problems of the others, and notes on what was changed."""
     labels: dict[Path, Label] = {}
     problems, other_size, repeated = [], 0, 0
-    for (place, entry), (label, wrong) in zip(
+    for (where, entry), (label, wrong) in zip(
         entries, _check_all(entries, folder, decode, description), strict=True
     ):
-        problems += [f"{place}: {problem}" for problem in wrong]
+        problems += [f"{where}: {problem}" for problem in wrong]
         if label is None:
             continue
         size = (label.height, label.width)

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.files import PROMPTS, is_hidden, list_files, parse_json
-from pixart_nb.core.data.images import ENDINGS
+from pixart_nb.core.data.images import ENDINGS, MAX_BYTES
 
-#: Bytes of the largest image file, and of the largest JSON file, that is unpacked from an archive or a table.
-MAX_BYTES, MAX_JSON_BYTES = 256 * 2**20, 64 * 2**20
+#: Bytes of the largest JSON file that is read.
+MAX_JSON_BYTES = 64 * 2**20
 #: A column chunk of a table that unpacks to more than so many bytes and so many times its size is refused.
 _BOMB_BYTES, _BOMB_RATIO = 64 * 2**20, 200
 #: Columns that are read. User names and times never are.
@@ -187,8 +187,8 @@ class _Part:
 
 def _from_parts(source: Path, parts: Sequence[_Part], metadata: Sequence[Path]) -> DataSource:
     members = [(part, *member) for part in parts for member in part.members()]
-    known = _look_up(metadata, {PurePosixPath(place).name for _, place, *_ in members})
-    if not known and not any(part.described for part in parts):
+    metadata_rows = _look_up(metadata, {PurePosixPath(place).name for _, place, *_ in members})
+    if not metadata_rows and not any(part.described for part in parts):
         problems = [f"{part.name}: {problem}" for part in parts for problem in part.problems]
         raise DataError(
             f"{source} has images but no JSON of their prompts, and no metadata.parquet with their names is beside "
@@ -197,7 +197,7 @@ def _from_parts(source: Path, parts: Sequence[_Part], metadata: Sequence[Path]) 
 
     def rows() -> Iterator[SourceRow]:
         for part, place, images, prompt in members:
-            values = known.get(PurePosixPath(place).name, {})
+            values = metadata_rows.get(PurePosixPath(place).name, {})
             prompt = values.get("prompt") if prompt is None else prompt
             yield SourceRow(f"{part.name}: {place}", part.reader(images), prompt, _scores(values))
 
@@ -243,12 +243,12 @@ def _check_size(name: str, size: int) -> None:
 
 def _look_up(metadata: Sequence[Path], names: set[str]) -> dict[str, dict[str, object]]:
     """Return prompt and scores of the named images, from tables of millions of rows that are read in batches."""
-    wanted, rows = pa.array(sorted(names), pa.string()), {}
+    name_array, rows = pa.array(sorted(names), pa.string()), {}
     for path in metadata:
         columns = [name for name in (NAME, *PROMPTS, *SCORES) if name in _columns(path)]
         with _arrow_errors(path):
             for batch in _batches(path, columns, 65_536):
-                chosen = batch.filter(pc.is_in(batch[NAME].cast(pa.string()), wanted)).to_pylist()
+                chosen = batch.filter(pc.is_in(batch[NAME].cast(pa.string()), name_array)).to_pylist()
                 rows |= {
                     r[NAME]: r | {"prompt": next((r[k] for k in PROMPTS if k in r), None)} for r in chosen
                 }

@@ -443,7 +443,7 @@ def test_a_zip_part_with_a_damaged_directory_is_named(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(b"PK\1\2") + 6] = 247  # the version of zip that is needed
     path.write_bytes(content)
-    with pytest.raises(DataError, match="is no zip archive, or cut off: zip file version 24.7"):
+    with pytest.raises(DataError, match=r"is no zip archive, or cut off: zip file version 24\.7"):
         import_diffusiondb(path, tmp_path / "target", test_count=0)
 
 

@@ -207,3 +207,11 @@ def test_threads_may_be_the_first_to_read(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert run.stdout.strip() == "16", run.stderr
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    path = saved(tmp_path / "a.webp", noise(8, 8))
+    with path.open("ab") as file:
+        file.truncate(2**33)  # sparse; Pillow would read it whole
+    with pytest.raises(ImageError, match="has 8589934592 bytes; expected at most"):
+        read_image_size(path)
