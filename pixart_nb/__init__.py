@@ -1,4 +1,4 @@
-"""PixArt-NB: read, run, look into, finetune and scale PixArt-Sigma on MindSpore, in notebooks.
+"""PixArt-NB: a Jupyter research kit for PixArt-Sigma on MindSpore.
 
 Names are imported on first use, so that ``import pixart_nb`` is quick. More is in ``pixart_nb.core``
 (models, sampling, training, hooks), ``pixart_nb.viz`` (figures, widgets) and ``pixart_nb.pixelart`` (the drawn world of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     # pipelines, their components and schedulers
