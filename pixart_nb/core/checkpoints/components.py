@@ -55,7 +55,7 @@ def _load_scheduler(folder: Path, dtype: ms.Type, **options) -> Scheduler:
     values = read_json(folder / "scheduler_config.json")
     try:
         return scheduler_from_config(values)
-    except ValueError as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise CheckpointError(f"{folder / 'scheduler_config.json'}: {error}") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.core.checkpoints.json_values import SWITCH, Bounds, check_fixed, check_numbers
 from pixart_nb.core.checkpoints.layouts import TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
@@ -30,13 +31,24 @@ _SIDES = {"256x256": 32, "512x512": 64, "512-MS": 64, "1024-MS": 128, "2K-MS": 2
 #: Channels of a head in every published model.
 _HEAD_DIM = 72
 #: Types and bounds of the numbers in a diffusers ``config.json``.
-_NUMBERS: dict[str, tuple[type, float, float]] = {
+_NUMBERS: dict[str, Bounds] = {
     **dict.fromkeys(("num_attention_heads", "attention_head_dim"), (int, 1, 4096)),
     **dict.fromkeys(("caption_channels", "cross_attention_dim", "model_max_length"), (int, 1, 100_000)),
     **dict.fromkeys(("in_channels", "out_channels", "patch_size", "sample_size"), (int, 1, 4096)),
     "num_layers": (int, 1, 1000),
     "interpolation_scale": (float, 1e-3, 1e3),
-    **dict.fromkeys(("use_additional_conditions", "qk_norm"), (bool, False, True)),
+    **dict.fromkeys(("use_additional_conditions", "qk_norm"), SWITCH),
+}
+#: The same of the fields of ``PixArtConfig``.
+_FIELDS: dict[str, Bounds] = {
+    "hidden_size": (int, 4, 65_536),
+    "num_heads": (int, 1, 4096),
+    "depth": (int, 1, 1000),
+    **dict.fromkeys(("patch_size", "in_channels", "input_size"), (int, 1, 4096)),
+    **dict.fromkeys(("caption_channels", "model_max_length"), (int, 1, 100_000)),
+    "mlp_ratio": (float, 0.01, 1000),
+    "pe_interpolation": (float, 1e-3, 1e3),
+    **dict.fromkeys(("pred_sigma", "micro_condition", "qk_norm"), SWITCH),
 }
 #: Settings that this transformer has in one way only.
 _FIXED = {
@@ -82,7 +94,11 @@ def describe(
     Raises ``CheckpointError`` for a contradiction, and for tensors that are no PixArt transformer's.
     """
     source, shown = Path(source), shown_by(view.tensors, source)
-    explicit, notes = _explicit_config(source, config)
+    if view.checkpoint.config:
+        own = config_from_fields(view.checkpoint.config, source)
+        explicit, notes = merge(own, config or PixArtConfig(), source), []
+    else:
+        explicit, notes = _explicit_config(source, config)
     family = _family(shown, explicit, source)
     if sample_size is not None:
         positions = positions_of(sample_size, family)
@@ -292,25 +308,16 @@ def read_config(path: str | Path) -> PixArtConfig:
     values = read_json(path)
     if "_class_name" in values:
         return config_from_diffusers(values, path)
+    return config_from_fields(values["config"] if isinstance(values.get("config"), dict) else values, path)
+
+
+def config_from_fields(values: Mapping, source: str | Path) -> PixArtConfig:
+    """Return the ``PixArtConfig`` of its fields in a file; raises ``CheckpointError`` for wrong ones."""
+    check_numbers(values, _FIELDS, source)
     try:
-        return PixArtConfig.from_dict(values["config"] if isinstance(values.get("config"), dict) else values)
+        return PixArtConfig.from_dict(values)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def check_numbers(
-    values: Mapping, bounds: Mapping[str, tuple[type, float, float]], source: str | Path
-) -> None:
-    """Compare numbers of a JSON file with their types and bounds; None and absent keys are accepted."""
-    for name, (number, low, high) in bounds.items():
-        value = values.get(name)
-        types = (int, float) if number is float else (number,)
-        if value is not None and not (type(value) in types and low <= value <= high):
-            expected = (
-                "true or false" if number is bool else f"{'an integer' * (number is int) or 'a number'}"
-            )
-            expected += f" from {low:g} to {high:g}" * (number is not bool)
-            raise CheckpointError(f"{source}: {name} is {value!r:.60}; expected {expected}")
+        raise CheckpointError(f"{source}: {error}") from error
 
 
 def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -> PixArtConfig:
@@ -325,11 +332,7 @@ def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -
     if missing:
         raise CheckpointError(f"{source} has no {missing[0]}; expected a PixArt transformer's")
     check_numbers(values, _NUMBERS, source)
-    for name, expected in _FIXED.items():
-        if values.get(name, expected) != expected:
-            raise CheckpointError(
-                f"{source}: {name} is {values[name]!r:.60}; PixArt's transformer has {expected!r}"
-            )
+    check_fixed(values, _FIXED, source)
     try:
         return _from_diffusers(values)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,16 @@ from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, LazyTensor, check_cou
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
 from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch
 from pixart_nb.core.checkpoints.torch_writer import write_torch
-from pixart_nb.core.io import CRC, CheckpointError, check_file, check_sums, crc_seed, open_tensors, read_json
+from pixart_nb.core.io import (
+    CRC,
+    CheckpointError,
+    check_file,
+    check_sums,
+    crc_seed,
+    load_metadata,
+    open_tensors,
+    read_json,
+)
 
 Keep = Callable[[str], bool]
 
@@ -37,11 +47,15 @@ _STATE_GROUPS = ("ema/", "model/")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors of a checkpoint under the names of the file, mapped, and sentences on how it was read."""
+    """Tensors of a checkpoint under the names of the file, mapped, and sentences on how it was read.
+
+    ``config``: ``PixArtConfig``'s fields, if the file holds them.
+    """
 
     path: Path
     tensors: dict[str, LazyTensor]
     notes: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def everything(name: str) -> bool:
@@ -72,7 +86,8 @@ def open_checkpoint(
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if keep(name)}
     if path.suffix == ".safetensors":
         _check_safetensors(path, tensors)
-    return _weights_of_state(replace(checkpoint, tensors=tensors))
+        return _weights_of_state(replace(checkpoint, tensors=tensors))
+    return replace(checkpoint, tensors=tensors)
 
 
 def read_tensors(path: str | Path, keep: Keep = everything, **options) -> dict[str, np.ndarray]:
@@ -99,16 +114,26 @@ def _open_ckpt(path: Path) -> Checkpoint:
 
 def _weights_of_state(checkpoint: Checkpoint) -> Checkpoint:
     """Return the weights of a training state (``ema/NAME``, ``model/NAME``); other checkpoints as they are."""
-    names = checkpoint.tensors
-    if not names or not all("/" in name for name in names):
+    groups = [group for group in _STATE_GROUPS if any(name.startswith(group) for name in checkpoint.tensors)]
+    if not groups:
         return checkpoint
-    for group in _STATE_GROUPS:
-        tensors = {n.removeprefix(group): t for n, t in names.items() if n.startswith(group)}
-        if tensors:
-            tensors = {name: replace(tensor, name=name) for name, tensor in tensors.items()}
-            note = f"A training state: its {'EMA ' * (group == 'ema/')}weights are read."
-            return Checkpoint(checkpoint.path, tensors, [*checkpoint.notes, note])
-    return checkpoint
+    names = {name: name.removeprefix(groups[0]) for name in checkpoint.tensors if name.startswith(groups[0])}
+    if any(".lora_" in name for name in names):
+        raise CheckpointError(
+            f"{checkpoint.path} is the state of a LoRA training, not of a transformer; load the folder of its result "
+            "with load_lora_weights"
+        )
+    tensors = {name: replace(checkpoint.tensors[key], name=name) for key, name in names.items()}
+    note = f"A training state: its {'EMA ' * (groups[0] == 'ema/')}weights are read."
+    return Checkpoint(checkpoint.path, tensors, [*checkpoint.notes, note], _config_of_state(checkpoint.path))
+
+
+def _config_of_state(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(load_metadata(path).get("identity", "{}")).get("architecture", {})
+        return dict(config)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: the identity in its metadata cannot be read") from error
 
 
 # ---- safetensors
