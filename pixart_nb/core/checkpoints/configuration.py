@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.json_values import SWITCH, Bounds, check_fixed, check_numbers
 from pixart_nb.core.checkpoints.layouts import TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
+from pixart_nb.core.models.config_fields import refuse_others
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
 
@@ -30,34 +30,14 @@ _PUBLISHED = re.compile(r"PixArt-(Sigma-)?XL-2-(?:SAM-)?(256x256|512x512|512-MS|
 _SIDES = {"256x256": 32, "512x512": 64, "512-MS": 64, "1024-MS": 128, "2K-MS": 256}
 #: Channels of a head in every published model.
 _HEAD_DIM = 72
-#: Types and bounds of the numbers in a diffusers ``config.json``.
-_NUMBERS: dict[str, Bounds] = {
-    **dict.fromkeys(("num_attention_heads", "attention_head_dim"), (int, 1, 4096)),
-    **dict.fromkeys(("caption_channels", "cross_attention_dim", "model_max_length"), (int, 1, 100_000)),
-    **dict.fromkeys(("in_channels", "out_channels", "patch_size", "sample_size"), (int, 1, 4096)),
-    "num_layers": (int, 1, 1000),
-    "interpolation_scale": (float, 1e-3, 1e3),
-    **dict.fromkeys(("use_additional_conditions", "qk_norm"), SWITCH),
-}
-#: The same of the fields of ``PixArtConfig``.
-_FIELDS: dict[str, Bounds] = {
-    "hidden_size": (int, 4, 65_536),
-    "num_heads": (int, 1, 4096),
-    "depth": (int, 1, 1000),
-    **dict.fromkeys(("patch_size", "in_channels", "input_size"), (int, 1, 4096)),
-    **dict.fromkeys(("caption_channels", "model_max_length"), (int, 1, 100_000)),
-    "mlp_ratio": (float, 0.01, 1000),
-    "pe_interpolation": (float, 1e-3, 1e3),
-    **dict.fromkeys(("pred_sigma", "micro_condition", "qk_norm"), SWITCH),
-}
 #: Settings that this transformer has in one way only.
 _FIXED = {
-    "norm_type": "ada_norm_single",
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "attention_type": "default",
+    "norm_type": ("ada_norm_single",),
+    "norm_elementwise_affine": (False,),
+    "norm_eps": (1e-6,),
+    "activation_fn": ("gelu-approximate",),
+    "attention_bias": (True,),
+    "attention_type": ("default",),
 }
 
 
@@ -313,7 +293,6 @@ def read_config(path: str | Path) -> PixArtConfig:
 
 def config_from_fields(values: Mapping, source: str | Path) -> PixArtConfig:
     """Return the ``PixArtConfig`` of its fields in a file; raises ``CheckpointError`` for wrong ones."""
-    check_numbers(values, _FIELDS, source)
     try:
         return PixArtConfig.from_dict(values)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -326,14 +305,13 @@ def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -
         raise CheckpointError(
             f"{source} is of {values.get('_class_name')!r:.60}; expected PixArtTransformer2DModel"
         )
-    missing = [
-        n for n in ("num_attention_heads", "attention_head_dim", "num_layers") if values.get(n) is None
-    ]
-    if missing:
-        raise CheckpointError(f"{source} has no {missing[0]}; expected a PixArt transformer's")
-    check_numbers(values, _NUMBERS, source)
-    check_fixed(values, _FIXED, source)
+    for name in ("num_attention_heads", "attention_head_dim", "num_layers"):
+        if type(values.get(name)) is not int or not 0 < values[name] <= 2**16:
+            raise CheckpointError(
+                f"{source}: {name} is {values.get(name)!r:.60}; expected a whole number up to 65536"
+            )
     try:
+        refuse_others(values, _FIXED)
         return _from_diffusers(values)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{source} is no PixArt transformer's: {error}") from error
@@ -378,7 +356,7 @@ def diffusers_config(config: PixArtConfig) -> dict:
         "sample_size": config.input_size,
         "interpolation_scale": config.pe_interpolation,
         "use_additional_conditions": config.micro_condition,
-        **{name: value for name, value in _FIXED.items() if name != "attention_type"},
+        **{name: value for name, (value,) in _FIXED.items() if name != "attention_type"},
         "class_name": config.class_name,
         "model_max_length": config.model_max_length,
         "qk_norm": config.qk_norm,

@@ -17,6 +17,7 @@ from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tens
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, same_bits
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, load_tensors, read_json, save_tensors, write_json
 
 
@@ -202,44 +203,43 @@ RATIO = {"sampling": "conv", "scale_factor": 10**9, "kv_compress_layer": [0]}
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("transformer", {"num_layers": 2**63}, "num_layers is .*expected an integer from 1 to 1000"),
+        ("transformer", {"num_layers": 2**63}, "num_layers is .*expected a whole number"),
+        ("transformer", {"num_layers": 10_000}, "depth is 10000; expected a whole number from 1 to 1000"),
         ("transformer", {"num_layers": "3"}, "num_layers is '3'"),
+        ("transformer", {"num_layers": None}, "num_layers is None"),
         ("transformer", {"num_layers": True}, "num_layers is True"),
         ("transformer", {"attention_head_dim": 1e300}, "attention_head_dim is 1e\\+300"),
-        ("transformer", {"sample_size": [16]}, "sample_size is"),
-        ("transformer", {"interpolation_scale": 0}, "interpolation_scale is 0"),
+        ("transformer", {"sample_size": [16]}, "is no PixArt transformer's"),
+        ("transformer", {"interpolation_scale": 0}, "pe_interpolation is 0"),
         ("transformer", {"use_additional_conditions": "no"}, "expected true or false"),
-        ("transformer", {"norm_eps": 1e-5}, "norm_eps is 1e-05; supported: 1e-06"),
-        ("transformer", {"attention_bias": False}, "attention_bias is False; supported: True"),
+        ("transformer", {"norm_eps": 1e-5}, "norm_eps is '1e-05'; this kit only implements 1e-06"),
+        (
+            "transformer",
+            {"attention_bias": False},
+            "attention_bias is 'False'; this kit only implements True",
+        ),
         ("transformer", {"cross_attention_dim": 12}, "cross_attention_dim is 12; expected the width, 24"),
         ("transformer", {"kv_compress_config": RATIO}, "scale_factor is 1000000000"),
-        ("transformer", {"kv_compress_config": [1]}, "config.json"),
+        ("transformer", {"kv_compress_config": [1]}, "expected a mapping"),
         (
             "vae",
             {"layers_per_block": 10**6},
-            "layers_per_block is 1000000; expected an integer from 1 to 256",
+            "layers_per_block is 1000000; expected a whole number from 1 to 64",
         ),
-        ("vae", {"block_out_channels": [8] * 1000}, "block_out_channels is"),
-        ("vae", {"block_out_channels": "wide"}, "block_out_channels is 'wide'"),
-        ("vae", {"scaling_factor": "x"}, "scaling_factor is 'x'; expected a number"),
-        ("vae", {"act_fn": "relu"}, "act_fn is 'relu'; supported: 'silu'"),
+        ("vae", {"act_fn": "relu"}, "act_fn is 'relu'"),
         (
             "text_encoder",
             {"num_layers": 10**9},
-            "num_layers is 1000000000; expected an integer from 1 to 1000",
+            "num_layers is 1000000000; expected a whole number from 0 to 1000",
         ),
-        ("text_encoder", {"d_kv": None, "d_model": -1}, "d_model is -1"),
         ("text_encoder", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),
-        ("text_encoder", {"dense_act_fn": "relu"}, "dense_act_fn is 'relu'; supported: 'gelu_new'"),
-        ("text_encoder", {"relative_attention_max_distance": 3}, "expected more than a quarter"),
-        ("text_encoder", {"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'"),
         ("scheduler", {"num_train_timesteps": [1]}, "scheduler_config.json"),
     ],
 )
 def test_wrong_values_of_a_configuration_are_named_before_anything_is_built(folder, name, change, message):
     path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
     write_json(path, read_json(path) | change)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(PixArtNBError, match=message):
         LOADERS[name](folder / name, ms.float32)
 
 

@@ -163,8 +163,8 @@ def test_a_checkpoint_that_shows_an_impossible_model_builds_none(change, message
     ("values", "message"),
     [
         ({"_class_name": "UNet2DModel"}, "is of 'UNet2DModel'"),
-        ({"num_attention_heads": None}, "has no num_attention_heads"),
-        ({"num_layers": ...}, "has no num_layers"),
+        ({"num_attention_heads": None}, ": num_attention_heads is None; expected"),
+        ({"num_layers": ...}, ": num_layers is None; expected"),
         (
             {"attention_head_dim": 11},
             "is no PixArt transformer's: cross_attention_dim is 24; expected the width, 22",
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_shows_an_impossible_model_builds_none(change, message
 )
 def test_a_wrong_config_json_is_named(values, message):
     known = diffusers_config(PixArtConfig(hidden_size=24, num_heads=2, depth=2)) | values
-    with pytest.raises(CheckpointError, match=f"c.json {message}"):
+    with pytest.raises(CheckpointError, match=f"c.json:? ?{message.removeprefix(': ')}"):
         config_from_diffusers({key: value for key, value in known.items() if value is not ...}, "c.json")
 
 
