@@ -14,13 +14,15 @@ from functools import cache
 from itertools import cycle
 from pathlib import Path
 
-os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: errors only
-
-import mindspore as ms
 import numpy as np
-from mindspore import ops
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.own_protobuf import own_protobuf
+
+os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: errors only
+with own_protobuf():
+    import mindspore as ms
+    from mindspore import ops
 
 #: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20

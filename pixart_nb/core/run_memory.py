@@ -123,7 +123,7 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
         "denoise": size * (parameters(config) + transposed),
-        "decode": size * parameters(networks.vae),
+        "decode": (4 if networks.vae.force_upcast else size) * parameters(networks.vae),
     }
 
 
@@ -160,7 +160,8 @@ def activation_bytes(
 def _decoder_bytes(config: VAEConfig, run: RunSettings, memory: ActivationMemory) -> float:
     """Return the bytes of the worse part of the decoder, whole or by tiles, whose statistics need several at once."""
     factor = 2 ** (len(config.block_out_channels) - 1)
-    size = BYTES[run.dtype] if backend.on_ascend() else 4  # the CPU convolves half precision in fp32
+    half = backend.on_ascend() and not config.force_upcast  # the CPU convolves half precision in fp32
+    size = BYTES[run.dtype] if half else 4
     height, width = run.height // factor, run.width // factor
     cells = (1 if run.tile else run.batch) * height * width
     pixels = cells * factor**2

@@ -76,3 +76,31 @@ def test_bfloat16_is_computed_in_float32_on_the_cpu(dtype):
 def test_an_unknown_dtype_says_what_was_expected(dtype):
     with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
         supported_dtype(dtype)
+
+
+PROTOBUF_FIRST = """
+from google.protobuf import struct_pb2
+from google.protobuf.internal import api_implementation
+before = api_implementation.Type()
+from pixart_nb.core.backend import ms
+from google.protobuf.internal import api_implementation as again
+message = struct_pb2.Struct()
+message["x"] = 1.5
+assert again is api_implementation and api_implementation.Type() == before
+assert struct_pb2.Struct.FromString(message.SerializeToString())["x"] == 1.5
+ms.save_checkpoint([{"name": "w", "data": ms.Tensor([1.0, 2.0])}], "w.ckpt")
+assert ms.load_checkpoint("w.ckpt")["w"].asnumpy().tolist() == [1.0, 2.0]
+"""
+
+
+def test_another_library_may_import_protobuf_first(tmp_path):
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(
+        [sys.executable, "-c", PROTOBUF_FIRST],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-1000:]

@@ -63,7 +63,7 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
     for name, network in (("text_encoder", T5Config), ("vae", VAEConfig)):
         root = getattr(config, f"{name}_root") or (folder / name if folder else "")
         path = Path(root) / "config.json"
-        networks[name] = network.from_dict(read_json(path)) if path.is_file() else network()
+        networks[name] = network.from_dict(read_json(path), path) if path.is_file() else network()
         if not path.is_file():
             notes.append(
                 f"{root or name} does not exist: planned for the published {name.replace('_', ' ')}."

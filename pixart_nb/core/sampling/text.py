@@ -164,7 +164,7 @@ class TextTokenizer:
         """
         if max_length < 1:
             raise PixArtNBError(f"max_sequence_length is {max_length}; expected at least 1")
-        full = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        full = [self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
         self._warn(prompts, full, max_length)
         end = self.tokenizer.eos_token_id
         ids = np.full((len(full), max_length), self.tokenizer.pad_token_id, np.int32)
