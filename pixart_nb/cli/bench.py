@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 from importlib import import_module
@@ -46,7 +47,7 @@ def bench(
     training_size: Annotated[
         list[int] | None, typer.Option(help="Sides in pixels at which table measures a training step.")
     ] = None,
-    peer: Annotated[
+    with_diffusers: Annotated[
         bool,
         typer.Option(
             "--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."
@@ -77,7 +78,7 @@ def bench(
 
     Example: pixart-nb bench denoise --size 256 512 --peer
     """
-    if peer and not all(find_spec(name) for name in ("torch", "diffusers")):
+    if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
     runs, shapes_class = load_benchmarks()
     shapes = shapes_class(
@@ -91,12 +92,17 @@ def bench(
     if what is Benchmark.table:
         parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]
     else:
-        parts = (runs.run(what.value, each, repeats, peer) for each in shapes_by_size)
+        parts = (runs.run(what.value, each, repeats, with_diffusers) for each in shapes_by_size)
+    print_and_write(runs, parts, output_path, what.value)
+
+
+def print_and_write(runs: Any, parts: Iterable[list], folder: Path, name: str) -> None:
+    """Print and write the rows of each size before the next one runs; then print the paths of the files."""
     rows, paths = [], []
-    for part in parts:  # each size is printed and written before the next one runs
+    for part in parts:
         rows += part
         typer.echo("\n".join(map(str, part)))
-        paths = written(runs, rows, output_path, what.value)
+        paths = written(runs, rows, folder, name)
     for path in paths:
         typer.echo(path)
 

@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
-from pixart_nb.cli.convert import ModelConfigFile, SampleSize, Stored, StoredDtype
+from pixart_nb.cli.convert import ModelConfigFile, SampleSize, StoredDtype, StoredDtypeOption
 from pixart_nb.cli.options import config_options
-from pixart_nb.config import InferenceConfig
+from pixart_nb.config import InferenceConfig, TrainConfig, check_config
 
-KEYS = ("model", "kv_compress_sampling", "kv_compress_scale_factor", "sampling_steps", "prompt", "seed")
-ADAPTATION = "Adaptation"
+KEYS = (
+    "model", "kv_compress_sampling", "kv_compress_scale_factor", "sampling_steps", "prompt", "seed", "image_height",
+    "image_width", "json_path", "image_dir", "start_learning_rate", "batch_size",
+)  # fmt: skip
+#: The size and the prompt stand for those of the model and of the measurement, if they are not given.
+DEFAULTS = {
+    "kv_compress_scale_factor": 2, "model": "none", "prompt": ["none"], "image_height": 16, "image_width": 16,
+}  # fmt: skip
+ADAPTATION = ("json_path", "image_dir", "start_learning_rate", "batch_size")
 
 
-@config_options(InferenceConfig, only=KEYS)
+@config_options(InferenceConfig, TrainConfig, only=KEYS)
 def compress(
     options: dict,
     source: Annotated[
@@ -28,46 +35,19 @@ def compress(
     kv_compress_layer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Layers that compress: 14-27, or 0 2 5-7, or deep (the half that the paper compresses), or all.",
-            rich_help_panel="Token compression",
+            help="Layers that compress: 14-27, or 0 2 5-7, or deep (half of them), or all.",
             show_default="deep",
         ),
     ] = None,
     config: ModelConfigFile = None,
     sample_size: SampleSize = None,
-    dtype: Stored = StoredDtype.keep,
-    image_height: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=16384,
-            help="Height of the images that the error is measured on.",
-            show_default="the model's own",
-        ),
-    ] = 0,
-    image_width: Annotated[
-        int, typer.Option(min=0, max=16384, help="Width of these images.", show_default="the model's own")
-    ] = 0,
+    dtype: StoredDtypeOption = StoredDtype.keep,
     adapt_steps: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="Updates that lower the error; need --model and a label file.",
-            rich_help_panel=ADAPTATION,
+            min=0, help="Number of updates that lower the error. They need --model and a label file."
         ),
     ] = 0,
-    json_path: Annotated[
-        Path | None, typer.Option(help="Label file of the adaptation.", rich_help_panel=ADAPTATION)
-    ] = None,
-    image_dir: Annotated[
-        Path | None, typer.Option(help="Folder of its images.", rich_help_panel=ADAPTATION)
-    ] = None,
-    start_learning_rate: Annotated[
-        float, typer.Option(min=0, help="Its learning rate.", rich_help_panel=ADAPTATION)
-    ] = 2e-5,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=4096, help="Its batch size.", rich_help_panel=ADAPTATION)
-    ] = 8,
 ) -> None:
     """Add token compression to a PixArt checkpoint, and measure how far its predictions move.
 
@@ -79,29 +59,27 @@ def compress(
     """
     from pixart_nb.core.training import compress as compression
 
-    options = {"kv_compress_sampling": "conv", "kv_compress_scale_factor": 2} | options
-    target = target or compression.default_target(source, options["kv_compress_scale_factor"])
-    adapt = {}
-    if adapt_steps:
-        adapt = {"steps": adapt_steps, "start_learning_rate": start_learning_rate, "batch_size": batch_size}
-        adapt |= {"json_path": str(json_path or ""), "image_dir": str(image_dir or "")}
+    keys = {key: value for key, value in options.items() if key in InferenceConfig.model_fields}
+    settings = check_config(DEFAULTS, options=keys)
+    target = target or compression.default_target(source, settings.kv_compress_scale_factor)
+    adapt = {key: options[key] for key in ADAPTATION if key in options} | {"steps": adapt_steps}
     report = compression.compress(
         compression.CompressOptions(
             source=source,
             target=target,
             layers=",".join(kv_compress_layer or ["deep"]),
-            ratio=options["kv_compress_scale_factor"],
-            operator=options["kv_compress_sampling"],
+            ratio=settings.kv_compress_scale_factor,
+            operator=settings.kv_compress_sampling,
             config=config,
             sample_size=sample_size,
             dtype=dtype.value,
-            model=options.get("model", ""),
-            prompts=options.get("prompt", ()),
-            steps=options.get("sampling_steps", 20),
-            height=image_height,
-            width=image_width,
-            seed=options.get("seed", 0),
-            adapt=adapt,
+            model=settings.model if "model" in options else "",
+            prompts=settings.prompt if "prompt" in options else (),
+            steps=settings.sampling_steps,
+            height=options.get("image_height", 0),
+            width=options.get("image_width", 0),
+            seed=settings.seed,
+            adapt=adapt if adapt_steps else {},
         )
     )
     typer.echo(_error_table(report))

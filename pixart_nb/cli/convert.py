@@ -23,7 +23,7 @@ SampleSize = Annotated[
         min=1, max=1024, help="Latent side of the training: 32, 64, 128, 256 for 256 to 2048 pixels."
     ),
 ]
-Stored = Annotated[StoredDtype, typer.Option(help="Floating-point type that is written.")]
+StoredDtypeOption = Annotated[StoredDtype, typer.Option(help="Floating-point type that is written.")]
 
 
 def convert(
@@ -43,7 +43,7 @@ def convert(
     ] = None,
     config: ModelConfigFile = None,
     sample_size: SampleSize = None,
-    dtype: Stored = StoredDtype.keep,
+    dtype: StoredDtypeOption = StoredDtype.keep,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Compare one forward pass of both; exit code 1 if they differ."),

@@ -106,37 +106,33 @@ def _is_number(word: str) -> bool:
 
 
 def config_options(
-    model: type[BaseModel], only: Container[str] | None = None, without: Container[str] = ()
+    *models: type[BaseModel], only: Container[str] | None = None, without: Container[str] = ()
 ) -> Callable[[Callable], Callable]:
-    """Give a command an option for each field of ``model``: ``--image-height`` for ``image_height``.
+    """Give a command an option for each field of ``models``: ``--image-height`` for ``image_height``.
 
-    The command receives the given ones as ``options``, a mapping of key to value. Its own options come first.
+    The command receives the given ones as ``options``, a mapping of key to value. Its own options come first, then
+    those of a model itself, then the inherited ones. ``only`` and ``without`` choose among the fields.
     """
-    fields = {
-        name: field
-        for name, field in model.model_fields.items()
-        if (not only or name in only) and name not in without
-    }
+    fields: dict[str, FieldInfo] = {}
+    for model in models:
+        for name in sorted(model.model_fields, key=lambda name: name not in model.__annotations__):
+            if (not only or name in only) and name not in without:
+                fields.setdefault(name, model.model_fields[name])
 
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function, eval_str=True)
         own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
         generated = [_parameter(name, field) for name, field in fields.items()]
-        generated += (
-            []
-            if only
-            else [_hidden(name) for name in (*IGNORED_KEYS, *RENAMED_KEYS, "mode") if name not in fields]
-        )
+        mindone = () if only else (*IGNORED_KEYS, *RENAMED_KEYS, "mode")
+        generated += [_hidden(name) for name in mindone if name not in fields]
 
         def command(**values: Any) -> Any:
             mine = {parameter.name: values.pop(parameter.name) for parameter in own}
-            given = {key: value for key, value in values.items() if value is not None and value != []}
-            annotations = {
-                key: fields[name].annotation
-                for key in given
-                if (name := RENAMED_KEYS.get(key, key)) in fields
-            }
-            options = {key: _value(value, annotations.get(key, str)) for key, value in given.items()}
+            options = {}
+            for key, text in values.items():
+                field = fields.get(RENAMED_KEYS.get(key, key))
+                if text is not None and text != []:
+                    options[key] = _value(text, field.annotation) if field else text
             return function(**mine, options=options)
 
         command.__name__, command.__doc__ = function.__name__, function.__doc__
@@ -177,13 +173,7 @@ def _hidden(name: str) -> inspect.Parameter:
 
 def _default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
-    if (
-        field.is_required()
-        or default is None
-        or default is False
-        or default == ""
-        or isinstance(default, list)
-    ):
+    if field.is_required() or default is False or default in (None, "") or isinstance(default, list):
         return ""
     return f" [dim]\\[default: {'true' if default is True else default}][/dim]"
 
@@ -201,14 +191,14 @@ def _metavar(annotation: Any, choices: list[str]) -> str:
     return "integer" if "int" in part else "number" if "float" in part else "text"
 
 
-def _value(given: Any, annotation: Any) -> Any:
+def _value(text: Any, annotation: Any) -> Any:
     """Value of an option as the configuration takes it; a text that cannot be read stays for its error message."""
-    if isinstance(given, list):
+    if isinstance(text, list):
         part = get_args(annotation)[0]
-        return [_value(value, part) for value in given] if get_origin(annotation) is list else given
+        return [_value(value, part) for value in text] if get_origin(annotation) is list else text
     if get_origin(annotation) is Literal:
-        return next((choice for choice in get_args(annotation) if str(choice) == given), given)
+        return next((choice for choice in get_args(annotation) if str(choice) == text), text)
     try:
-        return TypeAdapter(annotation).validate_python(given)
+        return TypeAdapter(annotation).validate_python(text)
     except ValidationError:
-        return given
+        return text

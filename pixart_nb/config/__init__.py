@@ -31,7 +31,7 @@ from pixart_nb.config.keys import (
 from pixart_nb.core.errors import PixArtNBError
 
 __all__ = [
-    "CONFIG_KINDS",
+    "CONFIG_TYPES",
     "GUIDANCE_SCALE",
     "SAMPLING_METHOD",
     "SAMPLING_METHODS",
@@ -49,7 +49,7 @@ __all__ = [
     "training_identity",
 ]
 
-CONFIG_KINDS: dict[str, type[ModelKeys]] = {"inference": InferenceConfig, "train": TrainConfig}
+CONFIG_TYPES: dict[str, type[ModelKeys]] = {"inference": InferenceConfig, "train": TrainConfig}
 _COMMANDS = {"inference": "sample", "train": "train"}
 _MOST_BYTES = 1024 * 1024
 #: First line of the cell that papermill inserts.
@@ -62,24 +62,24 @@ class ConfigError(PixArtNBError):
 
 
 def load_config(
-    path: str | os.PathLike[str], kind: str = "inference", options: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], config_type: str = "inference", options: Mapping[str, Any] | None = None
 ) -> Any:
     """Read a YAML file, complete it with ``options`` of the command line, and validate both together.
 
     Args:
         path: a file, or the name of one that comes with the package (``configs/inference/tiny.yaml``).
-        kind: ``inference`` or ``train``.
+        config_type: ``inference`` or ``train``.
         options: values that replace those of the file.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or a key or value cannot be used.
     """
-    return check_config(read_yaml(path), kind, str(path), options)
+    return check_config(read_yaml(path), config_type, str(path), options)
 
 
 def check_config(
     values: Mapping[str, Any],
-    kind: str = "inference",
+    config_type: str = "inference",
     source: str = "parameters",
     options: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -88,31 +88,33 @@ def check_config(
     >>> check_config({"model": "m", "image_height": 64, "image_width": 64, "prompt": ["a"]}).sampling_steps
     20
     """
-    if kind not in CONFIG_KINDS:
+    if config_type not in CONFIG_TYPES:
         raise ConfigError(
-            f"configuration kind {kind!r} is not known; expected one of {', '.join(CONFIG_KINDS)}"
+            f"configuration type {config_type!r} is not known; expected one of {', '.join(CONFIG_TYPES)}"
         )
-    options = _translated(options or {}, kind)
-    values = _replaced(_translated(values, kind), options)
+    options = _translated(options or {}, config_type)
+    values = _replaced(_translated(values, config_type), options)
     try:
-        return CONFIG_KINDS[kind].model_validate(values)
+        return CONFIG_TYPES[config_type].model_validate(values)
     except ValidationError as error:
         problems = error.errors()
     unknown = [str(problem["loc"][0]) for problem in problems if problem["type"] == "extra_forbidden"]
-    _refuse_other_kind(unknown, kind, source)
+    _refuse_other_type(unknown, config_type, source)
     described: dict[str, list[str]] = {}
     for problem in problems:
         origin = COMMAND_LINE if problem["loc"] and problem["loc"][0] in options else source
-        described.setdefault(origin, []).append(_problem(problem, list(CONFIG_KINDS[kind].model_fields)))
+        described.setdefault(origin, []).append(
+            _problem(problem, list(CONFIG_TYPES[config_type].model_fields))
+        )
     raise ConfigError(
         "; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items())
     )
 
 
-def _translated(values: Mapping[str, Any], kind: str) -> dict[str, Any]:
+def _translated(values: Mapping[str, Any], config_type: str) -> dict[str, Any]:
     """Rename mindone's keys to those of this package, and leave out with one line those without meaning here."""
     values = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
-    ignored = [key for key in values if key in IGNORED_KEYS or (key == "mode" and kind == "inference")]
+    ignored = [key for key in values if key in IGNORED_KEYS or (key == "mode" and config_type == "inference")]
     if ignored:
         reasons = [
             f"{key} ({IGNORED_KEYS.get(key, 'the execution mode is chosen by device')})" for key in ignored
@@ -177,14 +179,14 @@ class _Loader(yaml.SafeLoader):
 # ---- messages
 
 
-def _refuse_other_kind(unknown: Iterable[str], kind: str, source: str) -> None:
+def _refuse_other_type(unknown: Iterable[str], config_type: str, source: str) -> None:
     """Name a training file that is given for sampling, and the reverse."""
-    for other, model in CONFIG_KINDS.items():
+    for other, model in CONFIG_TYPES.items():
         keys = [key for key in unknown if key in model.model_fields]
-        if other != kind and len(keys) >= 2:
+        if other != config_type and len(keys) >= 2:
             raise ConfigError(
                 f"{source}: is a configuration of `pixart-nb {_COMMANDS[other]}` ({', '.join(keys[:3])}); "
-                f"expected one of `pixart-nb {_COMMANDS[kind]}`"
+                f"expected one of `pixart-nb {_COMMANDS[config_type]}`"
             )
 
 

@@ -167,7 +167,7 @@ def test_a_file_that_holds_no_keys_is_refused(tmp_path, text, message):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ConfigError, match="kind 'inferense' is not known"):
+    with pytest.raises(ConfigError, match="type 'inferense' is not known"):
         check_config(MINIMAL, "inferense")
 
 
