@@ -1,4 +1,4 @@
-"""A short training for compression begins at the average, goes on where it was stopped, and has held-out images."""
+"""A short training for compression begins at the average, resumes where it was stopped, and has held-out images."""
 
 import mindspore as ms
 import numpy as np

@@ -1,4 +1,4 @@
-"""The pieces from which the embedded model is trained again."""
+"""The pieces from which the bundled model is trained again."""
 
 import numpy as np
 import pytest

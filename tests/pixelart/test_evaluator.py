@@ -1,4 +1,4 @@
-"""The judge of drawn scenes, on images it has never seen and on images that show no scene."""
+"""The evaluator of drawn scenes, on images it has never seen and on images that show no scene."""
 
 import numpy as np
 import pytest

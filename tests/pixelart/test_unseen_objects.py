@@ -1,4 +1,4 @@
-"""Objects outside the embedded model's training set: drawn and judged as the others, and kept out of all training."""
+"""Objects outside the bundled model's training set: drawn and evaluated as the others, and kept out of all training."""
 
 import json
 from itertools import product

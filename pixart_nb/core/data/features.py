@@ -109,12 +109,12 @@ class FeatureCache:
     # ---- state
 
     def shards(self) -> list[tuple[str, int]]:
-        """Return kind and number of every shard, in the order in which they are made."""
+        """Return the feature (latents or captions) and number of every shard, in the order in which they are made."""
         return list(self._paths)
 
-    def path(self, kind: str, number: int) -> Path:
+    def path(self, feature: str, number: int) -> Path:
         """Return the path of a shard."""
-        return self._paths[kind, number]
+        return self._paths[feature, number]
 
     def unusable(self) -> dict[tuple[str, int], str]:
         """Return the shards that cannot be used, with the reason, ``missing`` or ``damaged``."""
@@ -140,16 +140,16 @@ class FeatureCache:
     @cached_property
     def _paths(self) -> dict[tuple[str, int], Path]:
         count = -(-len(self.labels) // SHARD)
-        shards = [(kind, number) for kind in (LATENTS, CAPTIONS) for number in range(count)]
+        shards = [(feature, number) for feature in (LATENTS, CAPTIONS) for number in range(count)]
         return {
-            (kind, number): self.folder / f"{kind}-{_hash(self._source(kind, number))}.safetensors"
-            for kind, number in shards
+            (feature, number): self.folder / f"{feature}-{_hash(self._source(feature, number))}.safetensors"
+            for feature, number in shards
         }
 
-    def _source(self, kind: str, number: int) -> list[object]:
+    def _source(self, feature: str, number: int) -> list[object]:
         """Return everything that the features of a shard depend on."""
         rows, made_by = self._rows(number), self.made_by
-        if kind == LATENTS:
+        if feature == LATENTS:
             images = [_image_hash(self.labels[i].file) for i in rows]
             return [images, [self.sizes[i] for i in rows], made_by.vae, made_by.dtype]
         settings = [made_by.text_encoder, made_by.max_length, made_by.clean_caption, made_by.dtype]
@@ -174,11 +174,11 @@ class FeatureCache:
             counts = {shard: len(self._rows(shard[1])) for shard in self._paths}
             done = sum(count for shard, count in counts.items() if shard not in todo)
             with tqdm(total=sum(counts.values()), initial=done, desc="features") as bar, _warned_once():
-                for kind, number in todo:
-                    make = self._latents(number, encode, batch_size) if kind == LATENTS else None
+                for feature, number in todo:
+                    make = self._latents(number, encode, batch_size) if feature == LATENTS else None
                     tensors = dict(make or self._captions(number, embed, batch_size))
-                    save_tensors(self.path(kind, number), tensors)
-                    bar.update(counts[kind, number])
+                    save_tensors(self.path(feature, number), tensors)
+                    bar.update(counts[feature, number])
         self._opened.cache_clear()
         return dict(Counter(todo.values()))
 
@@ -225,8 +225,8 @@ class FeatureCache:
         """Return the embedding (tokens, C) of the empty caption, which a dropped caption becomes."""
         return self._tensor(CAPTIONS, 0, "empty")
 
-    def _tensor(self, kind: str, number: int, name: str) -> np.ndarray:
-        path = self.path(kind, number)
+    def _tensor(self, feature: str, number: int, name: str) -> np.ndarray:
+        path = self.path(feature, number)
         content, sums = self._opened(path)
         tensor = content.get_tensor(name)
         try:

@@ -126,7 +126,7 @@ def _as_bytes(content: object) -> bytes:
 class _Part:
     """Images of an archive or folder by their path in it, and the JSON files that have their prompts.
 
-    ``described``: place of each described image -> (paths of the images that it may mean, prompt).
+    ``described``: name of each described image -> (paths of the images that it may mean, prompt).
     """
 
     def __init__(self, name: str, files: dict[str, Reader]):
@@ -168,8 +168,8 @@ class _Part:
         return self._by_name.get(PurePosixPath(name).name, [])
 
     def members(self) -> Iterator[tuple[str, list[str], object]]:
-        """Yield the place, the images that it may mean, and the prompt of each row; prompt None is unknown."""
-        yield from ((place, images, prompt) for place, (images, prompt) in self.described.items())
+        """Yield the name, the images that it may mean, and the prompt of each row; prompt None is unknown."""
+        yield from ((where, images, prompt) for where, (images, prompt) in self.described.items())
         named = {path for images, _ in self.described.values() for path in images}
         yield from ((path, [path], None) for path in self.images if path not in named)
 
@@ -187,7 +187,7 @@ class _Part:
 
 def _from_parts(source: Path, parts: Sequence[_Part], metadata: Sequence[Path]) -> DataSource:
     members = [(part, *member) for part in parts for member in part.members()]
-    metadata_rows = _look_up(metadata, {PurePosixPath(place).name for _, place, *_ in members})
+    metadata_rows = _look_up(metadata, {PurePosixPath(where).name for _, where, *_ in members})
     if not metadata_rows and not any(part.described for part in parts):
         problems = [f"{part.name}: {problem}" for part in parts for problem in part.problems]
         raise DataError(
@@ -196,10 +196,10 @@ def _from_parts(source: Path, parts: Sequence[_Part], metadata: Sequence[Path]) 
         )
 
     def rows() -> Iterator[SourceRow]:
-        for part, place, images, prompt in members:
-            values = metadata_rows.get(PurePosixPath(place).name, {})
+        for part, where, images, prompt in members:
+            values = metadata_rows.get(PurePosixPath(where).name, {})
             prompt = values.get("prompt") if prompt is None else prompt
-            yield SourceRow(f"{part.name}: {place}", part.reader(images), prompt, _scores(values))
+            yield SourceRow(f"{part.name}: {where}", part.reader(images), prompt, _scores(values))
 
     return DataSource("parts", len(members), rows(), bool(metadata))
 

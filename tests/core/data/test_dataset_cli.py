@@ -27,7 +27,7 @@ def run(monkeypatch, project):
 
 @pytest.fixture
 def config(tmp_path):
-    """A training on four of the shipped images, at the size of the embedded model."""
+    """A training on four of the shipped images, at the size of the bundled model."""
     names = [f"{name}.png" for name in IMAGES]
     (tmp_path / "labels.json").write_text(
         json.dumps([{"path": name, "prompt": name[4:-4]} for name in names])

@@ -141,7 +141,7 @@ def test_workers_share_the_cached_batch(labels, tmp_path):
     np.testing.assert_array_equal(np.concatenate([half.mean for half in halves]), alone.mean)
 
 
-def test_the_embedded_networks_fill_a_cache(tmp_path, project):
+def test_the_bundled_networks_fill_a_cache(tmp_path, project):
     from pixart_nb import PixArtSigmaPipeline
     from pixart_nb.core.backend import ms  # here, for the process that is killed does without it
 
