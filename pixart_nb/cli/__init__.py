@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,11 @@ class Commands(TyperGroup):
         """Read ``--debug``, which is allowed before and after the command."""
         ctx.meta["debug"] = "--debug" in args
         return super().parse_args(ctx, args)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command by its name or by that of mindone's script (``sample.py``, ``tools/convert.py``)."""
+        script = PurePath(cmd_name)
+        return super().get_command(ctx, script.stem if script.suffix == ".py" else cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""

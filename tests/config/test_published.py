@@ -145,7 +145,7 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
             },
         ),
         (
-            "sample -c configs/inference/pixart-sigma-1024-MS.yaml --image_width 1024 --image_height 512 --seed 1024",
+            "sample.py -c configs/inference/pixart-sigma-1024-MS.yaml --image_width 1024 --image_height 512 --seed 1024",
             {"seed": 1024, "prompt": ["A small cactus with a happy face in the Sahara desert."]},
         ),
         (
@@ -153,7 +153,7 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
             {"prompt": [], "prompt_path": "prompts.txt", "batch_size": 4},
         ),
         (
-            "train -c configs/train/pixart-sigma-512-MS.yaml --json_path labels.json --image_dir images "
+            "./train.py -c configs/train/pixart-sigma-512-MS.yaml --json_path labels.json --image_dir images "
             "--use_parallel True",
             {"json_path": "labels.json", "image_dir": "images", "use_parallel": True},
         ),
