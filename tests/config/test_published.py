@@ -145,7 +145,8 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
             },
         ),
         (
-            "sample.py -c configs/inference/pixart-sigma-1024-MS.yaml --image_width 1024 --image_height 512 --seed 1024",
+            "sample.py -c configs/inference/pixart-sigma-1024-MS.yaml --image_width 1024 --image_height 512 "
+            "--seed 1024",
             {"seed": 1024, "prompt": ["A small cactus with a happy face in the Sahara desert."]},
         ),
         (
