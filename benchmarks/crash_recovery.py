@@ -35,14 +35,14 @@ from pixart_nb.core.checkpoints import components
 from pixart_nb.core.data import diffusiondb
 from pixart_nb.core.io import temporaries_in
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.sampling import generate_stages
+from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.schedulers import scheduler_named
 from pixart_nb.core.training import compress
 from pixart_nb.pixelart import autoencoder, batches, bundled_model, text_encoder
 from pixart_nb.pixelart.datasets import write_sample
 
 #: Imported before the processes are forked, so that a process starts in an instant.
-LOADED = (pixart_nb.core.training.run, diffusiondb, generate_stages, compress)
+LOADED = (pixart_nb.core.training.run, diffusiondb, generate, compress)
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = PixArtConfig(
     hidden_size=48, num_heads=4, depth=2, caption_channels=128, input_size=8, pe_interpolation=1.0
@@ -134,7 +134,7 @@ def shorten_tiny() -> None:
     text_encoder.OPTIONS = replace(text_encoder.OPTIONS, **few)
     bundled_model.STAGES = {name: replace(o, **few) for name, o in bundled_model.STAGES.items()}
     bundled_model.BATCH, text_encoder.BATCH, autoencoder.BATCH, batches.SHARD = 2, 4, 2, 32
-    bundled_model.IMAGES = bundled_model.PICTURES = 64
+    bundled_model.IMAGES = 64
 
 
 def start(words: list[Any], log: Path) -> int:
