@@ -14,17 +14,13 @@ RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}, "small": {"shard_
 
 
 def share(workers):
-    """This worker's rows of a batch."""
-
-    def rows(number):
-        return tuple(part[workers.rows(len(part))] for part in batch(number))
-
-    return rows
+    """Return the function of a batch number that returns this worker's rows."""
+    return lambda number: tuple(np.split(part, workers.size)[workers.rank] for part in batch(number))
 
 
 def main(folder: Path, workers: Workers) -> None:
     """Train each way, stop in the middle, go on; tell what this worker keeps."""
-    told = {}
+    kept = {}
     for name, options in RUNS.items():
         options = dict(steps=8, save_every=3, start_learning_rate=0.01, compile=False) | options
         start = trainer(folder / name, share(workers), more={"workers": workers}, **options)
@@ -34,12 +30,12 @@ def main(folder: Path, workers: Workers) -> None:
         again = trainer(folder / name, share(workers), more={"workers": workers}, **options)
         assert again.step == 5
         again.run()
-        told[name] = sorted(again.optimizer.parameters)
+        kept[name] = sorted(again.optimizer.parameters)
         again.state()  # every worker helps to collect it
         (folder / f"{name}-{workers.rank}.json").write_text(
             json.dumps({n: p.asnumpy().tolist() for n, p in again.masters.items()})
         )
-    (folder / f"keeps-{workers.rank}.json").write_text(json.dumps(told))
+    (folder / f"keeps-{workers.rank}.json").write_text(json.dumps(kept))
 
 
 if __name__ == "__main__":

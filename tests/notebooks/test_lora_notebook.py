@@ -11,7 +11,7 @@ from pixart_nb.config import read_yaml
 from pixart_nb.core.lora.files import read_lora
 
 FIGURES = ["after.png", "before.png", "compared.png", "curves.png", "strength.png", "taught.png"]
-FOLDERS = ["adapter", "diffusers", "features", "full", "peft", "pictures"]
+FOLDERS = ["adapter", "diffusers", "features", "full", "images", "peft"]
 
 
 @pytest.mark.notebook
@@ -38,9 +38,9 @@ def check_files(folder):
 
 
 def check_numbers(numbers, values):
-    assert list(numbers["shares"]) == ["before", "LoRA", "everything"]
+    assert list(numbers["shares"]) == ["before", "LoRA", "all weights"]
     assert all(set(s) == {"object", "colour", "setting", "all", "known"} for s in numbers["shares"].values())
-    share = numbers["parameters"]["LoRA"] / numbers["parameters"]["everything"]
+    share = numbers["parameters"]["LoRA"] / numbers["parameters"]["all weights"]
     assert numbers["sizes"]["yours"] == numbers["parameters"]["LoRA"] and 0 < share < 0.05
     assert numbers["training"]["steps"] == values["steps"] and numbers["training"]["lora_rank"] == 0
     assert all(np.isfinite(curve).all() for curve in numbers["loss"].values())

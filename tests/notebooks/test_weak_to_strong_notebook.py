@@ -12,15 +12,15 @@ from pixart_nb.core.checkpoints.load import load_transformer
 
 FIGURES = [
     "compressed.png",
-    "compressed_pictures.png",
+    "compressed_images.png",
     "larger.png",
-    "larger_pictures.png",
-    "largest_pictures.png",
+    "larger_images.png",
+    "largest_images.png",
     "positions.png",
     "taught.png",
 ]
-RUNS = ["positions-interpolated", "started-afresh", "compressed-average", "compressed-random", "largest"]
-FOLDERS = [*RUNS, "features-256", "features-512", "pictures-256", "pictures-512"]
+RUNS = ["positions-interpolated", "from-scratch", "compressed-average", "compressed-random", "largest"]
+FOLDERS = [*RUNS, "features-256", "features-512", "images-256", "images-512"]
 
 
 @pytest.mark.notebook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 
 from pixart_nb.core.checkpoints.layouts import TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
-from pixart_nb.core.io import CheckpointError, read_json
+from pixart_nb.core.io import CheckpointError, load_metadata, read_json
 from pixart_nb.core.models.config_fields import refuse_others
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -104,6 +105,8 @@ def _explicit_config(source: Path, config: PixArtConfig | None) -> tuple[PixArtC
     own = source / "config.json"
     if source.is_dir() and (config is None or own.is_file()):
         return merge(config_from_diffusers(read_json(own), own), config or PixArtConfig(), own), []
+    if (state := _state_config(source)) is not None:
+        return merge(state, config or PixArtConfig(), source), []
     beside = (source.with_name(f"{source.name}.audit.json"), source.with_name("config.json"))
     path = next((path for path in beside if path.is_file()), None)
     if config is not None or path is None:
@@ -112,6 +115,22 @@ def _explicit_config(source: Path, config: PixArtConfig | None) -> tuple[PixArtC
         return read_config(path), [f"The values that the tensors do not show are those of {path}."]
     except CheckpointError as error:
         return PixArtConfig(), [f"The configuration beside the file was not used: {error}."]
+
+
+def _state_config(source: Path) -> PixArtConfig | None:
+    """Return the configuration that a training state of ``pixart-nb train`` names in its metadata."""
+    if source.suffix != ".safetensors" or not source.is_file():
+        return None
+    metadata = load_metadata(source)
+    try:
+        values = json.loads(metadata.get("identity", "{}"))["architecture"]
+        return PixArtConfig.from_dict(values)
+    except KeyError:
+        return None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{source}: the configuration in its metadata cannot be used: {error}"
+        ) from error
 
 
 def _family(shown: Mapping, explicit: PixArtConfig, source: Path) -> str:

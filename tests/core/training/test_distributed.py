@@ -19,7 +19,7 @@ from small_pipeline import train_options, write_small_pipeline
 from two_workers import RUNS
 
 from pixart_nb.core.io import load_tensors
-from pixart_nb.core.training.distributed import ALL, SINGLE, Workers, owners
+from pixart_nb.core.training.distributed import ALL, owners
 
 BIN = str(Path(sys.executable).parent)
 needs_msrun = pytest.mark.skipif(
@@ -56,13 +56,6 @@ def test_small_parameters_are_everyones():
     sizes = {"large": 100, "larger": 200, "small": 9, "smaller": 1}
     assert owners(sizes, 2, 10) == {"larger": 0, "large": 1, "small": ALL, "smaller": ALL}
     assert set(owners(sizes, 2, 1000).values()) == {ALL}
-
-
-def test_rows_are_divided_without_rest():
-    assert [Workers(rank, 3).rows(12) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
-    assert SINGLE.rows(5) == slice(0, 5)
-    with pytest.raises(ValueError, match="5 cannot be divided among 2"):
-        Workers(0, 2).rows(5)
 
 
 @needs_msrun

@@ -139,6 +139,15 @@ def test_a_pipeline_finetuned_from_alpha_is_an_alpha_pipeline(config, tmp_path):
     assert index["_class_name"] == "PixArtAlphaPipeline"
 
 
+def test_a_training_starts_from_the_averages_of_another_trainings_state(config, tmp_path):
+    first = Training(config(tmp_path / "first", steps=2, use_ema=True))
+    list(first.steps())
+    state = str(first.trainer.checkpoints()[-1])
+    second = Training(config(tmp_path / "second", checkpoint=state, sample_size=8))
+    for name, average in first.trainer.weights().items():
+        assert np.array_equal(second.trainer.parameters[name].asnumpy(), average), name
+
+
 # ---- one process at a time
 
 
