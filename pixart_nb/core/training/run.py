@@ -24,6 +24,7 @@ from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import ImageReader
 from pixart_nb.core.io import folder_lock, write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
+from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.aspect_ratio import bins_for
 from pixart_nb.core.training.batches import (
@@ -288,7 +289,8 @@ class Training:
 
     def _write_lora(self, folder: Path) -> None:
         with self.trainer.ema_scope():
-            self.adapter.save(folder)
+            for layout in LAYOUTS:
+                self.adapter.save(folder, layout)
 
     def _write_pipeline(self, folder: Path) -> None:
         components.write_transformer(folder / "transformer", self.net, weights=self.trainer.weights())

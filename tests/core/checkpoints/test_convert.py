@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import tracemalloc
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -27,8 +29,8 @@ from pixart_nb.core.checkpoints.convert import (
 )
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
-from pixart_nb.core.errors import WriteError
-from pixart_nb.core.io import CheckpointError, read_json, save_tensors, write_json
+from pixart_nb.core.errors import FolderInUseError, WriteError
+from pixart_nb.core.io import CheckpointError, folder_lock, read_json, save_tensors, write_json
 
 CASE = "sigma-ms-kvconv4-qknorm"  # has every kind of tensor but micro conditions
 SOURCES = [
@@ -320,6 +322,34 @@ def test_a_disk_that_fills_up_leaves_nothing_and_an_older_target_whole(sources, 
     with pytest.raises(WriteError, match="could not be written"), files_limited_to(room):
         convert(plan)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+KILLED = """
+import os, sys
+from pixart_nb.core import io
+io._sync = lambda path: os._exit(137)
+from pixart_nb.cli import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("target", ["a.ckpt", "folder"])
+def test_what_killed_conversions_left_is_removed_by_the_next(sources, tmp_path, target):
+    words = ["convert", "--source", str(sources / "folder"), "--target", str(tmp_path / target)]
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True).returncode == 137
+    assert any(path.suffix == ".tmp" for path in tmp_path.rglob(".*"))
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
+def test_two_conversions_into_one_target_are_not_made_at_once(sources, tmp_path):
+    plan = plan_conversion(sources / "official.pth", tmp_path / "a.ckpt")
+    with folder_lock(tmp_path, name=".a.ckpt.lock"), pytest.raises(FolderInUseError, match="is writing into"):
+        convert(plan)
+    assert list(tmp_path.iterdir()) == []
+    with folder_lock(tmp_path, name=".b.ckpt.lock"):
+        convert(plan)
 
 
 def test_a_disk_without_room_is_named_before_anything_is_written(sources, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.numpy import save_file
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors
 from pixart_nb.core.lora import Adapters
+from pixart_nb.core.lora.config import pattern_value
 from pixart_nb.core.lora.files import LoraModule, read_lora, write_lora
 
 TO_Q = "transformer_blocks.0.attn1.to_q"
@@ -134,6 +137,99 @@ def test_the_file_of_a_folder_is_found_or_asked_for(tmp_path):
     assert read_lora(tmp_path, "b.safetensors").source.endswith("b.safetensors")
     save_file(LAYOUTS["kohya"], tmp_path / "pytorch_lora_weights.safetensors")
     assert "transformer_blocks_0_attn1_to_q" in read_lora(tmp_path).modules
+
+
+# ---- parts of other networks, patterns, initial values
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "lora_te_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+        "text_encoder.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight",
+        "text_encoder_2.x.lora_A.weight",
+        "bundle_emb.word.string_to_param.*",
+    ],
+)
+def test_parts_of_text_encoders_and_bundled_embeddings_are_left_out_and_named(other):
+    tensors = LAYOUTS["onetrainer"] | {other: DOWN}
+    with pytest.warns(UserWarning, match=r"the 1 tensors of text encoders or embeddings .* were left out"):
+        file = read_lora(tensors)
+    same_modules(file.modules, read_lora(LAYOUTS["onetrainer"]).modules)
+    with pytest.raises(CheckpointError, match="it holds no part of a transformer"):
+        read_lora({other: DOWN})
+
+
+def read_with(config, tmp_path, tensors=None):
+    tensors = tensors or {k: v for k, v in LAYOUTS["diffusers"].items() if "alpha" not in k}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    return read_lora(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "initial", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["pissa"], 3]
+)
+def test_initial_values_that_change_the_model_are_refused(initial, tmp_path):
+    with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
+        read_with({"lora_alpha": 4, "init_lora_weights": initial}, tmp_path)
+
+
+@pytest.mark.parametrize("initial", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_initial_values_that_leave_the_model_alone_are_read(initial, tmp_path):
+    assert read_with({"lora_alpha": 4, "init_lora_weights": initial}, tmp_path).modules[TO_Q].scale == 2.0
+
+
+@pytest.mark.parametrize("setting", [{"fan_in_fan_out": True}, {"lora_bias": True}, {"use_qalora": True}])
+def test_settings_that_are_not_implemented_are_refused(setting, tmp_path):
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        read_with({"lora_alpha": 4} | setting, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "attn1.to_q",
+        r"transformer_blocks\.0\.attn1\.to_q",
+        "^transformer_blocks.0.attn1.to_q$",
+        r"transformer_blocks.\d+.attn1.to_q",
+        ".*to_q",
+        "(to_k|to_q)",
+        r"transformer_blocks\.[0-9]+\..+",
+    ],
+)
+def test_an_alpha_pattern_matches_names_and_simple_expressions(pattern, tmp_path):
+    assert read_with({"lora_alpha": 4, "alpha_pattern": {pattern: 6}}, tmp_path).modules[TO_Q].scale == 3.0
+    assert (
+        read_with({"lora_alpha": 4, "alpha_pattern": {"o_q": 6, "attn1": 6}}, tmp_path).modules[TO_Q].scale
+        == 2.0
+    )
+
+
+def test_an_alpha_pattern_cannot_hang_the_reader(tmp_path):
+    name = "transformer_blocks." + "a" * 400
+    tensors = {f"transformer.{name}.lora_A.weight": DOWN, f"transformer.{name}.lora_B.weight": UP}
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match="is not understood as a pattern"):
+        read_with({"lora_alpha": 4, "alpha_pattern": {"(a+)+b": 1, "(.*)*x": 2}}, tmp_path, tensors)
+    pattern = ".*a" * 60 + "b"
+    assert (
+        read_with({"lora_alpha": 4, "alpha_pattern": {pattern: 1}}, tmp_path, tensors).modules[name].scale
+        == 2.0
+    )
+    assert time.process_time() - started < 2
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "0", r"\.", ".*", ".+", r"\d+", "ab"]), min_size=1, max_size=6).map(
+        "".join
+    ),
+    st.text("ab0.", max_size=7),
+)
+def test_patterns_mean_what_they_mean_to_peft(pattern, name):
+    expected = re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    assert pattern_value({pattern: True}, name, False) == expected
 
 
 # ---- writing

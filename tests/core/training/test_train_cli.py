@@ -218,8 +218,11 @@ def test_a_lora_comes_out_alone(run, model, tmp_path):
     assert str(tmp_path / "out" / "lora") in said
     assert not (tmp_path / "out" / "pipeline").exists()
     assert all("lora" in name for name in state(tmp_path / "out"))
+    files = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+    assert files <= {path.name for path in (tmp_path / "out" / "lora").iterdir()}
     pipe = PixArtSigmaPipeline.from_pretrained(model)
-    pipe.load_lora_weights(tmp_path / "out" / "lora")
+    for name in (None, "adapter_model.safetensors"):  # as diffusers and as PEFT read it
+        pipe.load_lora_weights(tmp_path / "out" / "lora", weight_name=name)
 
 
 @pytest.mark.parametrize(
