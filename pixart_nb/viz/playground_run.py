@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class Progress:
     seconds_left: float | None = None
 
 
-class State(StrEnum):
+class State(str, Enum):
     """State of a session."""
 
     IDLE = "idle"
