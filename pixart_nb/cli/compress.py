@@ -51,9 +51,8 @@ def compress(
 ) -> None:
     """Add token compression to a PixArt checkpoint, and measure how far its predictions move.
 
-    New convolutions start as the average (PixArt-Sigma, section 3.2). The error
-    at every timestep, before and after the adaptation, is printed and written
-    to TARGET.errors.json.
+    New convolutions start as the average (PixArt-Sigma, section 3.2). The errors
+    before and after the adaptation are written to TARGET.errors.json.
 
     Example: pixart-nb compress --source data/tiny-sigma --target outputs/kv.safetensors --model data/tiny-sigma
     """

@@ -11,6 +11,7 @@ from pixart_nb import config
 from pixart_nb.config import (
     ConfigError,
     InferenceConfig,
+    TrainConfig,
     check_config,
     load_config,
     project_folder,
@@ -164,6 +165,105 @@ def test_a_file_that_holds_no_keys_is_refused(tmp_path, text, message):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=message):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1, 2]\nb: [*a, *a]", r"the alias \*a stands for a list or a mapping; write it out"),
+        ("a: &a {x: 1}\nb: {<<: *a}", r"the alias \*a"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("a: " + "[" * 20000, "is not YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+        ("a: 2024-99-99", "is not YAML"),
+        ("a: " + "9" * 5000, "is not YAML"),
+        ("a: 1\n#" + "x" * 2**20, "larger than 1048576 bytes"),
+    ],
+    ids=["alias", "merge", "twice", "nested", "tag", "date", "digits", "size"],
+)
+def test_a_file_that_could_expand_or_execute_is_refused(tmp_path, text, message):
+    path = tmp_path / "stranger.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(path)
+
+
+def test_an_alias_of_a_single_value_is_read(tmp_path):
+    (tmp_path / "some.yaml").write_text("image_height: &side 512\nimage_width: *side\n")
+    assert read_yaml(tmp_path / "some.yaml") == {"image_height": 512, "image_width": 512}
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def forbidden(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(ConfigError, match=r"some\.yaml: cannot be read \(Permission denied\)"):
+        read_yaml(tmp_path / "some.yaml")
+
+
+#: Numbers that scale something and size nothing.
+SCALES = {
+    "guidance_scale", "sd_scale_factor", "memory_limit", "start_learning_rate", "end_learning_rate", "adamw_eps",
+    "weight_decay", "max_grad_norm", "snr_gamma", "noise_offset", "init_loss_scale", "loss_scale_factor", "lora_alpha",
+    "valid_num",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [InferenceConfig, TrainConfig])
+def test_every_number_that_sizes_something_has_a_bound(model):
+    for name, field in model.model_fields.items():
+        if field.annotation in (int, float, int | None) and name not in SCALES:
+            bounds = [
+                getattr(part, limit)
+                for part in field.metadata
+                for limit in ("le", "lt")
+                if hasattr(part, limit)
+            ]
+            assert bounds and max(bounds) <= 2**63, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_height": 2**31}, {"sampling_steps": 2**31}, {"nrows": 10**6}, {"batch_size": 10**9},
+        {"kv_compress_layer": [2**63]}, {"kv_compress_layer": list(range(2000))}, {"sample_size": 2**20},
+        {"seed": 2**64}, {"tile_size": 2**40}, {"lora": ["x"] * 1000},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_a_size_beyond_reason_is_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        check_config(MINIMAL | change)
+
+
+def test_steps_that_are_zero_are_refused_and_null_means_epochs():
+    training = {"model": "m", "json_path": "labels.json", "image_dir": "images"}
+    assert check_config(training | {"steps": None}, "train").steps is None
+    for key in ("steps", "visualize_steps", "ckpt_save_steps"):
+        with pytest.raises(
+            ConfigError, match=rf"{key}: given 0 \(int\); expected a number greater than or equal to 1"
+        ):
+            check_config(training | {key: 0}, "train")
+
+
+def test_bundled_files_are_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("configs/inference/tiny.yaml")
+    assert Path(config.model).is_dir() and Path(config.model).name == "tiny-sigma"
+    assert load_config("configs/train/tiny.yaml", "train").json_path.endswith("data/pixelart/labels.json")
+    assert check_config(MINIMAL | {"model": "data/other"}).model == "data/other"
+    (tmp_path / "data" / "tiny-sigma").mkdir(parents=True)
+    assert load_config("configs/inference/tiny.yaml").model == "data/tiny-sigma"
+
+
+def test_a_home_folder_is_expanded():
+    config = check_config(
+        MINIMAL | {"model": "~/m", "output_path": "~/out", "lora": ["~/style.safetensors:0.5"]}
+    )
+    home = str(Path.home())
+    assert (config.model, config.output_path) == (f"{home}/m", f"{home}/out")
+    assert config.lora == [f"{home}/style.safetensors:0.5"]
 
 
 def test_an_unknown_kind_is_refused():

@@ -1,7 +1,11 @@
 """A configuration becomes the pipeline that it describes."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+from lora_models import trained
 from reference_data import diffusers, official
 
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -9,7 +13,7 @@ from pixart_nb.config import check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.sampling.generate import load_pipeline
-from pixart_nb.core.sampling.run_config import architecture_of
+from pixart_nb.core.sampling.run_config import architecture_of, max_sequence_length
 
 FOLDER = diffusers("sigma")[0]
 SIZE = {"image_height": 64, "image_width": 96, "prompt": ["a red mushroom on grass"]}
@@ -40,6 +44,37 @@ def test_a_part_replaces_that_of_the_model_and_the_solver_is_the_one_asked_for()
     assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
     assert pipe.vae.config.scaling_factor == 0.5
     assert pipe.transformer.config.input_size == 16
+
+
+def test_a_model_says_itself_how_many_tokens_a_prompt_has():
+    for name, length, cls in (("alpha", 120, PixArtAlphaPipeline), ("sigma", 300, PixArtSigmaPipeline)):
+        config = check_config(SIZE | {"model": str(diffusers(name)[0])})
+        assert max_sequence_length(config) == length
+        assert isinstance(load_pipeline(config, ["tokenizer"]), cls)
+
+
+def test_a_replaced_scheduler_is_named(tmp_path, capsys):
+    values = SIZE | {"model": str(shutil.copytree(FOLDER, tmp_path / "lcm"))}
+    lcm = json.dumps({"_class_name": "LCMScheduler"})
+    (tmp_path / "lcm" / "scheduler" / "scheduler_config.json").write_text(lcm)
+    pipe = load_pipeline(check_config(values), ["scheduler"])
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+    assert f"sampling_method dpm++ replaces LCMScheduler of {values['model']}" in capsys.readouterr().err
+    load_pipeline(check_config(values | {"sampling_method": "lcm"}), ["scheduler"])
+    assert "replaces" not in capsys.readouterr().err
+
+
+def test_lora_files_are_applied_with_their_weights(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(FOLDER)
+    adapter = trained(pipe.transformer)
+    path = adapter.save(tmp_path / "lora")
+    pipe.set_adapters(["style"], [0.5])
+    expected = picture(pipe)
+    config = check_config(SIZE | {"model": str(FOLDER), "lora": [f"{path}:0.5"]})
+    assert np.array_equal(picture(load_pipeline(config)), expected)
+    assert not np.array_equal(picture(load_pipeline(check_config(SIZE | {"model": str(FOLDER)}))), expected)
+    with pytest.raises(CheckpointError, match="nothing"):
+        load_pipeline(check_config(SIZE | {"model": str(FOLDER), "lora": "nothing.safetensors"}))
 
 
 def test_alpha_has_prompts_of_120_tokens_and_positions_of_its_own():

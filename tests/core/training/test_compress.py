@@ -229,4 +229,4 @@ def test_help_explains_the_commands(project, monkeypatch):
     for name in ("plan", "compress"):
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
         for option in get_command(app).commands[name].params:
-            assert option.name == "help" or option.help
+            assert option.hidden or option.name == "help" or option.help
