@@ -146,11 +146,18 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
 
 
 def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
-    """Use ``sampling_method``, and say so where it replaces a scheduler of another class."""
+    """Use ``sampling_method`` if it is given, and say so where it replaces a scheduler of another class."""
+    if not _chosen_method(config) and pipe.scheduler is not None:
+        return
     own = type(pipe.scheduler).__name__
     pipe.scheduler = config.sampling_method
     if config.model and type(pipe.scheduler).__name__ != own:
         print(f"sampling_method {config.sampling_method} replaces {own} of {config.model}", file=sys.stderr)
+
+
+def _chosen_method(config: InferenceConfig) -> str:
+    """Return ``sampling_method`` if it is given; empty leaves the model's own scheduler."""
+    return config.sampling_method if "sampling_method" in config.model_fields_set else ""
 
 
 def _apply_loras(pipe: Any, files: Sequence[str]) -> None:
@@ -304,7 +311,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
     if config.model:
         paths |= component_paths(config.model, [name for name in COMPONENTS if name not in paths])
     return {name: fingerprint(path) for name, path in paths.items()} | {
-        "sampling_method": config.sampling_method,
+        "sampling_method": _chosen_method(config),
         **{f"lora {text}": fingerprint(Path(split_weight(text)[0])) for text in config.lora},
         "dtype": config.dtype,
         "sd_scale_factor": str(config.sd_scale_factor),
@@ -350,7 +357,10 @@ def parameters(config: InferenceConfig, prompts: Sequence[str], request: ImageRe
     # from another one's
     tiles = {"tile_size": config.tile_size or TILE} if config.stages_path else {}
     tiles |= {} if config.upscale_from else {"stages_path": ""}
-    return config.model_dump() | alone | grid | tiles
+    values = config.model_dump() | alone | grid | tiles
+    if not _chosen_method(config):
+        del values["sampling_method"]
+    return values
 
 
 def file_name(config: InferenceConfig, prompts: Sequence[str], request: ImageRequest) -> str:

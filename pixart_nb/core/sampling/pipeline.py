@@ -17,7 +17,6 @@ from pixart_nb.core.sampling.conditioning import (
     Conditioning,
     as_list,
     check_embeddings,
-    check_finite,
     embed,
     per_prompt,
     repeat_rows,
@@ -231,9 +230,7 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
     def _decoded(self, latents: Array) -> np.ndarray:
         if self.vae is None:
             raise PixArtNBError("this pipeline has no VAE; ask for output_type='latent'")
-        images = to_images(self.vae.decode(latents / self.vae.config.scaling_factor)[0])
-        check_finite(images, "the VAE decoder")
-        return images
+        return to_images(self.vae.decode(self.vae.config.from_model(latents))[0])
 
     def __call__(
         self,

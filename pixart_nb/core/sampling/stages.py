@@ -35,7 +35,7 @@ from pixart_nb.core.io import (
 )
 from pixart_nb.core.memory import PeakMemory, release
 from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
-from pixart_nb.core.sampling.conditioning import check_finite, embed
+from pixart_nb.core.sampling.conditioning import embed
 from pixart_nb.core.sampling.images import resize_latents, to_images, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.samplers import Predict, Prediction, image_generators, steps_taken
@@ -257,7 +257,7 @@ def _run(
             with folder_lock(image.folder, LOCK, wait=True) if len(images) > 1 else nullcontext():
                 for done, total in stage.work(pipe, image):
                     now = time.perf_counter()
-                    image.files.add_measured(stage.name, memory.look(), **{measure: now - since})
+                    image.files.add_measured(stage.name, memory.update(), **{measure: now - since})
                     first, measure = first or (done, now), "seconds"
                     fresh = done - first[0]
                     left = (now - first[1]) / fresh * (total - done) if fresh else None
@@ -335,7 +335,7 @@ def _stored(predict: Predict, files: StageFiles) -> Predict:
 def _decode(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int, int]]:
     """Decode the image by rows of tiles, or whole if it is no larger than a tile."""
     files, vae = image.files, pipe.vae
-    z = files.load("latents")["latents"] / np.float32(vae.config.scaling_factor)
+    z = vae.config.from_model(files.load("latents")["latents"])
     if max(image.drawn) > image.tile:
         yield from _decode_rows(vae, z, image)
         parts = (files.load(name)["values"] for name in files.names("rows-*"))
@@ -355,7 +355,6 @@ def _finished(parts: Iterable[np.ndarray], image: StagedImage) -> np.ndarray:
         parts = [np.concatenate(list(parts), 2)]
     rows = []
     for part in parts:
-        check_finite(part, "the VAE decoder")
         size = part.shape[2:] if image.drawn == image.size else image.size
         rows.append(to_uint8(resize_and_crop(to_images(part), *size))[0])
     return np.concatenate(rows)

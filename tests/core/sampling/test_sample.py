@@ -12,8 +12,10 @@ from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.config import check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
-from pixart_nb.core.sampling.generate import load_pipeline
+from pixart_nb.core.sampling.generate import like, load_pipeline, sample
+from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.sampling.run_config import architecture_of, max_sequence_length
+from pixart_nb.core.sampling.schedulers import LCMScheduler
 
 FOLDER = diffusers("sigma")[0]
 SIZE = {"image_height": 64, "image_width": 96, "prompt": ["a red mushroom on grass"]}
@@ -113,3 +115,34 @@ def test_a_size_that_the_folder_contradicts_is_refused():
 def test_weights_are_in_the_dtype_that_was_asked_for():
     pipe = load_pipeline(check_config(SIZE | {"model": str(FOLDER), "dtype": "fp16"}))
     assert {p.dtype for p in pipe.transformer.get_parameters()} == {ms.float16}
+
+
+def with_scheduler(folder, **options):
+    """A copy of the reference's pipeline with another scheduler."""
+    shutil.copytree(FOLDER, folder)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(options))
+    return str(folder)
+
+
+def test_the_models_own_scheduler_is_kept_unless_another_is_asked_for(tmp_path, capsys):
+    lcm = with_scheduler(tmp_path / "lcm", _class_name="LCMScheduler", original_inference_steps=20)
+    pipe = load_pipeline(check_config(SIZE | {"model": lcm}))
+    assert pipe.scheduler == LCMScheduler(original_inference_steps=20)
+    assert "replaces" not in capsys.readouterr().err
+    pipe = load_pipeline(check_config(SIZE | {"model": lcm, "sampling_method": "euler"}))
+    assert type(pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert "sampling_method euler replaces LCMScheduler" in capsys.readouterr().err
+
+
+def test_an_image_of_the_models_own_scheduler_is_repeated_with_it(tmp_path):
+    lcm = with_scheduler(tmp_path / "lcm", _class_name="LCMScheduler")
+    values = {"model": lcm, "sampling_steps": 1, "output_path": str(tmp_path / "out")}
+    (path,) = sample(check_config(SIZE | values))
+    assert "sampling_method" not in read_parameters(path)
+    assert load_pipeline(like(path, model=lcm)).scheduler == LCMScheduler()
+
+
+def test_the_tokens_of_a_prompt_are_those_of_the_models_family():
+    for name, tokens in (("alpha", 120), ("sigma", 300)):
+        config = check_config(SIZE | {"model": str(diffusers(name)[0])})
+        assert load_pipeline(config, only=("tokenizer", "transformer")).max_sequence_length == tokens
