@@ -317,7 +317,7 @@ def test_a_published_folder_that_lost_its_index_is_told_what_is_missing(tmp_path
     for name in ("vae", "text_encoder", "tokenizer", "transformer", "scheduler"):
         (tmp_path / name).symlink_to(FOLDER / name)
     with pytest.raises(
-        CheckpointError, match=r"no model_index.json.*lacks \['transformer'\] for mindone's layout"
+        CheckpointError, match=r"no model_index.json.*lacks \['transformer'\] for the layout of mindone"
     ):
         PixArtSigmaPipeline.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"none.ckpt does not exist"):
@@ -332,10 +332,10 @@ def test_a_folder_without_a_component_names_it(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_says_which_folder_to_bring(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"'PixArt-alpha/none'.*Bring its folder"):
+    with pytest.raises(CheckpointError, match=r"'PixArt-alpha/none'.*Download its folder"):
         PixArtSigmaPipeline.from_pretrained("PixArt-alpha/none")
 
 
 def test_what_is_neither_folder_nor_hub_id_is_said_so():
-    with pytest.raises(CheckpointError, match="no folder, nor an id"):
+    with pytest.raises(CheckpointError, match="/no/such/folder does not exist"):
         PixArtSigmaPipeline.from_pretrained("/no/such/folder")
