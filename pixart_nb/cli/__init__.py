@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -9,13 +10,46 @@ import typer
 from typer.core import TyperGroup
 
 from pixart_nb import __version__
-from pixart_nb.cli import bench, compress, convert, dataset, evaluate, plan, sample, tiny, train, upscale
 from pixart_nb.cli.options import Command
 from pixart_nb.core.errors import PixArtNBError
+
+#: Module and function of each command -> panel of the help, in the order in which a user meets them.
+PANELS = {
+    "sample": "Generate images", "upscale": "Generate images", "plan": "Generate images",
+    "dataset": "Train", "train": "Train", "evaluate": "Train", "tiny": "Train",
+    "convert": "Checkpoints", "compress": "Checkpoints", "bench": "Measure",
+}  # fmt: skip
+
+
+class LazyCommands(dict):
+    """Commands by name, each imported when it is used first."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a command."""
+        if super().__getitem__(name) is None:
+            command = getattr(import_module(f"pixart_nb.cli.{name}"), name)
+            if not isinstance(command, typer.Typer):
+                function, command = command, typer.Typer(add_completion=False)
+                command.command(name, cls=Command)(function)
+            self[name] = typer.main.get_command(command)
+            self[name].name, self[name].rich_help_panel = name, PANELS[name]
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a command, or ``default``."""
+        return self[name] if name in self else default  # noqa: SIM401  (dict.get would not import it)
 
 
 class Commands(TyperGroup):
     """The commands, whose errors become one line and exit code 2; a bug keeps its traceback."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.commands = LazyCommands.fromkeys(PANELS)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of the commands in the order of the help."""
+        return list(PANELS)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read ``--debug``, which is allowed before and after the command."""
@@ -55,18 +89,6 @@ app = typer.Typer(
     help="PixArt-Sigma on MindSpore: generate images, look inside the model, finetune it and scale it to 4K.",
     epilog='Start with: pixart-nb sample --prompt "a red mushroom on grass"',
 )
-
-GENERATE, TRAIN, CHECKPOINTS, MEASURE = "Generate images", "Train", "Checkpoints", "Measure"
-app.command(cls=Command, rich_help_panel=GENERATE)(sample.sample)
-app.command(cls=Command, rich_help_panel=GENERATE)(upscale.upscale)
-app.command(cls=Command, rich_help_panel=GENERATE)(plan.plan)
-app.add_typer(dataset.dataset, name="dataset", rich_help_panel=TRAIN)
-app.command(cls=Command, rich_help_panel=TRAIN)(train.train)
-app.command(cls=Command, rich_help_panel=TRAIN)(evaluate.evaluate)
-app.command(cls=Command, rich_help_panel=TRAIN)(tiny.tiny)
-app.command(cls=Command, rich_help_panel=CHECKPOINTS)(convert.convert)
-app.command(cls=Command, rich_help_panel=CHECKPOINTS)(compress.compress)
-app.command(cls=Command, rich_help_panel=MEASURE)(bench.bench)
 
 
 def _print_version(value: bool) -> None:

@@ -12,7 +12,9 @@ from pixart_nb.cli.options import Command
 from pixart_nb.config import load_config
 
 dataset = typer.Typer(
-    no_args_is_help=True, help="Import images with captions, check them, compute their features."
+    add_completion=False,
+    no_args_is_help=True,
+    help="Import images with captions, check them, compute their features.",
 )
 CaptionSource = Enum("CaptionSource", {name: name for name in ("text", "file", "folder")}, type=str)
 TrainingConfigFile = Annotated[
