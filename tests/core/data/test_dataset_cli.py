@@ -78,6 +78,22 @@ def test_a_folder_becomes_labels_or_a_list_of_problems(run, tmp_path):
     assert result.exit_code == 0 and "1 training images" in result.output
 
 
+def test_captions_may_be_the_names_of_the_files(run, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "red_house.png")
+    result = run("folder", "--source", tmp_path, "--caption_from", "file")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "labels.json").read_text())[0]["prompt"] == "red house"
+
+
+def test_a_sample_is_written_and_imported(run, tmp_path):
+    assert "13 images" in run("sample", "-o", tmp_path / "raw", "--count", 4, "--side", 16).output
+    words = ("diffusiondb", "--source", tmp_path / "raw", "-o", tmp_path / "data")
+    assert run(*words, "--test_count", 1).exit_code == 0
+    result = run(*words, "--test_count", 2)
+    assert result.exit_code == 2 and "--overwrite" in result.output
+    assert run(*words, "--test_count", 2, "--overwrite").exit_code == 0
+
+
 def test_check_tells_the_sizes(run, config):
     result = run("check", "-c", config())
     assert result.exit_code == 0, result.output

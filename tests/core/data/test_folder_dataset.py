@@ -9,6 +9,8 @@ from PIL import Image
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.folder import import_folder
 from pixart_nb.core.data.labels import LabelError, load_labels
+from pixart_nb.core.errors import FolderInUseError
+from pixart_nb.core.io import folder_lock
 
 
 @pytest.fixture
@@ -141,6 +143,21 @@ def test_captions_from_the_names_of_files_and_folders(tmp_path):
     assert [text for text, _ in written(tmp_path / "icons").values()] == ["cat", "cat", "dog"]
     with pytest.raises(DataError, match="expected one of text, file, folder"):
         import_folder(tmp_path / "icons", caption_from="name")
+
+
+def test_a_second_process_is_refused_while_the_first_writes(folder):
+    captioned(folder, a="a cat", b="a dog", c="an owl")
+    with folder_lock(folder, name=".labels.json.lock"), pytest.raises(FolderInUseError):
+        import_folder(folder)
+    assert import_folder(folder).training == 3
+
+
+def test_a_caption_of_gigabytes_is_named_and_not_read(folder):
+    captioned(folder, b="a dog", c="an owl")
+    with (folder / "a.txt").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(LabelError, match=r"a\.txt: has 8589934592 bytes; expected at most"):
+        import_folder(folder)
 
 
 def test_links_to_images_elsewhere_are_followed(folder, tmp_path):
