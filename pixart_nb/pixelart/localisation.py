@@ -19,7 +19,7 @@ from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.scenes import Scene
+from pixart_nb.pixelart.scenes import Scene, draw_with_mask, split_scenes
 
 #: Position of the threshold of a map between its minimum and its maximum.
 THRESHOLD = 0.5
@@ -101,23 +101,47 @@ def _located(
     return LocatedWords(scene, image, mask, tuple(t.words(row)), maps, overlaps)
 
 
-def mean_overlaps(located: Sequence[LocatedWords]) -> dict[str, float]:
-    """Return the mean overlaps with the object of the ``object``'s noun, its ``colour`` and the ``setting``'s word.
+def position_prior(height: int = 128, width: int = 128, count: int = 240, seed: int = 0) -> np.ndarray:
+    """Return the mean mask (H, W) float64 of the objects of ``count`` training scenes: a map that needs no model."""
+    rng, (scenes, _) = np.random.default_rng(seed), split_scenes()
+    chosen = rng.choice(len(scenes), min(count, len(scenes)), replace=False)
+    return np.mean([draw_with_mask(scenes[number], rng, height, width).mask for number in chosen], axis=0)
+
+
+def overlaps_by_word(
+    located: Sequence[LocatedWords], prior: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Return the overlap (IoU) with the object in each image, by word: arrays (images that have the word,).
+
+    ``object``, ``colour`` and ``setting`` stand for the words of the scene; other words, such as "on" and the end mark,
+    for themselves. ``position prior`` is the overlap of the thresholded ``prior`` (H, W), a baseline without a model.
+    """
+    values: dict[str, list[float]] = {"object": [], "colour": [], "setting": []}
+    for one in located:
+        roles = {one.scene.object: "object", one.scene.colour: "colour", one.scene.setting: "setting"}
+        for word, value in zip(one.words, one.overlaps, strict=True):
+            values.setdefault(roles.get(word, word), []).append(float(value))
+    if prior is not None and located:
+        mask = thresholded(prior, prior.shape)
+        values["position prior"] = [overlap(mask, one.mask) for one in located]
+    return {word: np.array(numbers) for word, numbers in values.items() if numbers}
+
+
+def mean_overlaps(located: Sequence[LocatedWords], prior: np.ndarray | None = None) -> dict[str, float]:
+    """Return the means of ``overlaps_by_word`` for the scene's three words and the prior, and of the wrong words.
 
     Over the words that name neither object nor colour (the setting and function words), ``mean_wrong`` is the mean, and
     ``best_wrong`` that of the word which overlaps most in each image. ``count``: number of images.
     """
-    roles = {
-        role: np.mean([one.overlap_of(getattr(one.scene, role)) for one in located])
-        for role in ("object", "colour", "setting")
-    }
+    by_word = overlaps_by_word(located, prior)
     wrong = [
         [one.overlap_of(word) for word in one.words if word not in (one.scene.object, one.scene.colour)]
         for one in located
     ]
+    roles = [role for role in ("object", "colour", "setting", "position prior") if role in by_word]
     return {
         "count": len(located),
-        **{k: float(v) for k, v in roles.items()},
+        **{role.replace(" ", "_"): float(by_word[role].mean()) for role in roles},
         "mean_wrong": float(np.mean([np.mean(overlaps) for overlaps in wrong])),
         "best_wrong": float(np.mean([max(overlaps) for overlaps in wrong])),
     }

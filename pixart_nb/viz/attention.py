@@ -20,6 +20,7 @@ from pixart_nb.viz.overlay import as_float, check_cells, overlay, shrunk, spread
 from pixart_nb.viz.style import (
     AMOUNT,
     BAR_HEIGHT,
+    COLOURS,
     DIFFERENCE,
     HEAT,
     MARK,
@@ -284,6 +285,61 @@ def _by_timestep(ax: Axes, values: np.ndarray, layers, timesteps, most: float | 
         ax.set_ylim(lowest, most + 0.12 * (most - lowest))
     ax.invert_xaxis()
     legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def overlap_bars(overlaps: Mapping[str, np.ndarray], least: int = 5) -> Figure:
+    """Mean overlap (IoU) with the object of each word, with its standard error, and the position prior as a line.
+
+    Args:
+        overlaps: word -> overlaps, one for each image; ``position prior`` is drawn as a line.
+        least: words that occur in fewer images are left out.
+
+    >>> figure = overlap_bars({"object": np.full(6, 0.6), "on": np.full(6, 0.4), "position prior": np.full(6, 0.7)})
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['on (n = 6)', 'object (n = 6)']
+    """
+    words = {word: values for word, values in overlaps.items() if word != "position prior"}
+    words = {word: values for word, values in words.items() if len(values) >= least} or words
+    order = sorted(words, key=lambda word: float(np.mean(words[word])))
+    means = [float(np.mean(words[word])) for word in order]
+    errors = [
+        float(np.std(words[word], ddof=min(1, len(words[word]) - 1)) / len(words[word]) ** 0.5)
+        for word in order
+    ]
+    figure = new_figure(6.5, max(2.2, 0.34 * len(order) + 1.0))
+    place = for_curves(
+        axes_grid(figure, 1, 1)[0, 0], "overlap with the object (IoU), mean and standard error", ""
+    )
+    colours = [COLOURS[0] if word == "object" else "0.7" for word in order]
+    place.barh(range(len(order)), means, xerr=errors, color=colours, height=0.7, capsize=3)
+    place.set_yticks(range(len(order)), [f"{word} (n = {len(words[word])})" for word in order], fontsize=TEXT)
+    if "position prior" in overlaps:
+        prior = float(np.mean(overlaps["position prior"]))
+        place.axvline(prior, color=COLOURS[1], linewidth=1.6, linestyle="--")
+        figure.suptitle(f"dashed: position prior without a model, {prior:.2f}", fontsize=TEXT)
+    place.set_xlim(0, 1)
+    return figure
+
+
+def located_words(
+    images: Sequence[np.ndarray],
+    maps: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    titles: Sequence[str],
+) -> Figure:
+    """Images covered by the thresholded map of a word, with the outline of the object: (H, W, 3), (h, w), (H, W) bool.
+
+    >>> mask = np.pad(np.ones((4, 4), bool), 2)
+    >>> len(located_words([np.zeros((8, 8, 3))], [np.eye(2)], [mask], ["cup: 0.5"]).axes[0].collections)
+    1
+    """
+    require_as_many("titles", titles, len(images), "images")
+    columns = min(3, len(images))
+    figure, axes = _image_grid(-(-len(images) // columns), columns, images[0], cell=2.3, room=0.35)
+    for place, image, heat, mask, title in zip(axes, images, maps, masks, titles, strict=False):
+        _show_pixels(place, overlay(image, heat, (float(heat.min()), float(heat.max())), 0.5), title)
+        place.contour(mask.astype(float), [0.5], colors=[MARK], linewidths=1.4)
+    return figure
 
 
 # ---- parts

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from traced_models import compressing, draw, inputs
 
 from pixart_nb.core import Trace, reweight_token, trace
@@ -38,9 +39,27 @@ def test_what_is_read_back_is_what_was_saved(pipe, saved):
     assert np.array_equal(again.word_maps(), t.word_maps())
 
 
-def test_keys_that_steps_share_are_written_once(saved):
+def test_a_file_of_version_0_1_is_read(saved, tmp_path):
+    """It has one checksum of everything, and calls the images pictures."""
     t, path = saved
-    assert path.stat().st_size < t.nbytes + t.images.nbytes + 20_000
+    arrays, metadata = load_tensors(path), load_metadata(path)
+    arrays["pictures"] = arrays.pop("images")
+    value = zlib.crc32(metadata["trace"].encode())
+    for name in sorted(arrays):
+        value = zlib.crc32(
+            np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), value)
+        )
+    metadata = {"format": metadata["format"], "trace": metadata["trace"], "crc32": str(value)}
+    save_file(arrays, tmp_path / "old.safetensors", metadata)
+    again = Trace.load(tmp_path / "old.safetensors")
+    assert np.array_equal(again.images, t.images)
+    assert np.array_equal(again.word_maps(), t.word_maps())
+
+
+def test_keys_that_steps_share_are_written_once(saved):
+    names = [name for name in load_tensors(saved[1]) if name.endswith("/keys/values")]
+    assert sum("cross_attn" in name for name in names) == 3  # one for each layer
+    assert sum("cross_attn" not in name for name in names) == 9  # three layers at three steps
 
 
 def test_compressed_layers_keep_their_grid(tmp_path):
@@ -99,12 +118,8 @@ def rewritten(path, target, change=lambda content: None, tensors=lambda tensors:
     tensors(arrays)
     change(content)
     text = json.dumps(content)
-    value = zlib.crc32(text.encode())
-    for name in sorted(arrays):
-        value = zlib.crc32(
-            np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), value)
-        )
-    save_tensors(target, arrays, {"format": "pixart-nb trace 1", "trace": text, "crc32": str(value)})
+    checksum = str(zlib.crc32(text.encode()))
+    save_tensors(target, arrays, {"format": "pixart-nb trace 1", "trace": text, "trace_crc32": checksum})
     return target
 
 

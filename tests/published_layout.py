@@ -1,0 +1,29 @@
+"""A checkpoint in the published layout: 28 layers, 16 heads and XL/2's names, but narrow and with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pixart_nb.config import read_yaml
+from pixart_nb.core.checkpoints.components import write_transformer
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+
+
+def published_parameters(project: Path, folder: Path, **changes) -> dict:
+    """Write the checkpoint, and return the published 256 configuration with its paths pointing there."""
+    config = PixArtConfig(
+        class_name="PixArt",
+        hidden_size=128,
+        num_heads=16,
+        depth=28,
+        caption_channels=128,
+        input_size=32,
+        pe_interpolation=0.5,
+    )
+    net = PixArt(config)
+    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
+    write_transformer(folder / "transformer", net)
+    values = read_yaml(project / "configs/inference/pixart-sigma-256x256.yaml")
+    bundled = project / "data/tiny-sigma"
+    roots = {f"{name}_root": str(bundled / name) for name in ("vae", "text_encoder", "tokenizer")}
+    return values | roots | {"checkpoint": str(folder / "transformer"), "dtype": "fp32"} | changes
