@@ -12,6 +12,7 @@ from pixart_nb.core.cost import cost_by_size, measure_self_attention, step_cost,
 from pixart_nb.core.hooks.compression import CompressionStudy, relative_errors
 from pixart_nb.core.hooks.weights import learned_kernels, modulation, positions
 from pixart_nb.core.models.transformer import modulation_rows
+from pixart_nb.core.sampling.samplers import denoise
 from pixart_nb.core.sampling.trajectory import follow, guidance_directions, predictions
 
 SIZE = {"height": 64, "width": 96, "num_inference_steps": 3, "max_sequence_length": 16}
@@ -44,12 +45,10 @@ def test_a_run_that_is_followed_is_the_run_of_the_pipeline(pipe, run):
 
 
 def test_predictions_along_a_run_are_those_that_made_it(pipe, run):
-    from pixart_nb.core.sampling.samplers import denoise
-
     noise = predictions(pipe, run)
-    levels = pipe.plan(3).levels
+    sigmas = pipe.plan(3).sigmas
     for step in range(3):
-        clean = denoise(run.latents[step], noise[step], levels[step, 0])
+        clean = denoise(run.latents[step], noise[step], sigmas[step, 0])
         np.testing.assert_allclose(clean, run.denoised[step], rtol=1e-3, atol=1e-3)
 
 
@@ -133,7 +132,7 @@ def test_compression_costs_by_the_square_of_its_ratio():
 
 
 def test_measured_time_counts_all_queries(monkeypatch):
-    monkeypatch.setattr(cost, "_best", lambda work, repeats: work() is None or 1.0)
+    monkeypatch.setattr(cost, "best_seconds", lambda function, repeats: function() is None or 1.0)
     monkeypatch.setattr(cost, "TIMED_QUERIES", 8)
     assert measure_self_attention(4, 8, 1, hidden_size=32, heads=4) == 4.0
     assert measure_self_attention(4, 8, 2, hidden_size=32, heads=4) == 6.0
