@@ -19,9 +19,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from damaged_checkpoints import PATIENCE, Hang, damaged, peak
 from PIL import Image
 
+from benchmarks.mutated_files import PATIENCE, Hang, mutated, peak_megabytes
 from pixart_nb.core.data.buckets import training_sizes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError, ProblemsError
@@ -134,7 +134,7 @@ class Damage:
         return "handled"
 
     def label_file(self, rng: np.random.Generator) -> None:
-        self.json.write_bytes(damaged(json.dumps(self.labels).encode(), rng))
+        self.json.write_bytes(mutated(json.dumps(self.labels).encode(), rng))
         check_usable(self.json, self.sound)
 
     def entries(self, rng: np.random.Generator) -> None:
@@ -148,7 +148,7 @@ class Damage:
         copy, wounded = self._copy(), set(rng.permutation(len(self.names))[: rng.integers(1, 5)].tolist())
         for place in wounded:
             path = copy / self.names[place]
-            path.write_bytes(damaged(path.read_bytes(), rng))
+            path.write_bytes(mutated(path.read_bytes(), rng))
         self.json.write_text(json.dumps(self.labels))
         problems = problems_of(self.json, copy)
         assert entries_in(problems) <= wounded, (wounded, problems)
@@ -173,7 +173,7 @@ class Damage:
             path, lines = copy / "metadata.jsonl", [json.dumps(entry) for entry in self.labels]
         else:
             path, lines = copy / "metadata.csv", ["file_name,text", *(f"{n},a {n}" for n in self.names)]
-        path.write_bytes(damaged("\n".join(lines).encode(), rng))
+        path.write_bytes(mutated("\n".join(lines).encode(), rng))
         report = import_folder(copy, skip=bool(rng.integers(2)))
         check_usable(report.files[0], copy)
 
@@ -186,7 +186,7 @@ class Damage:
     def _import(self, path: Path, rng: np.random.Generator) -> None:
         target = self.folder / "target"
         shutil.rmtree(target, ignore_errors=True)
-        path.write_bytes(damaged(path.read_bytes(), rng))
+        path.write_bytes(mutated(path.read_bytes(), rng))
         try:
             import_diffusiondb(path, target, test_count=2)
         except DataError:
@@ -206,7 +206,7 @@ def main(folder: Path, count: int) -> None:
     os.fsync, os.sync = (lambda file: None), (lambda: None)  # a busy disk is no hang
     sys.stderr = io.StringIO() if "--quiet" in sys.argv else sys.stderr
     damage, rng = Damage(folder), np.random.default_rng(0)
-    found, seconds, before = {kind: Counter() for kind in KINDS}, dict.fromkeys(KINDS, 0.0), peak()
+    found, seconds, before = {kind: Counter() for kind in KINDS}, dict.fromkeys(KINDS, 0.0), peak_megabytes()
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         started = time.process_time()
@@ -214,7 +214,7 @@ def main(folder: Path, count: int) -> None:
         found[kind][damage.run(kind, rng)] += 1
         signal.setitimer(signal.ITIMER_PROF, 0)
         seconds[kind] = max(seconds[kind], time.process_time() - started)
-    print(json.dumps({"found": found, "slowest": seconds, "grown_megabytes": peak() - before}))
+    print(json.dumps({"found": found, "slowest": seconds, "grown_megabytes": peak_megabytes() - before}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.io import CheckpointError, check_file, read_json
 
 _TOP_DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _DOMAIN = rf"[a-z0-9.\-]+[.](?:{_TOP_DOMAINS})[\w/-]*\b/?(?!@)"
@@ -61,6 +61,7 @@ LAST_RULES = [
     (re.compile(r"(\D[,./])\b"), r"\1 "),
     (re.compile(r"\s+"), " "),
 ]
+_SPECIAL_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _JOINED = re.compile(r"(?:-|_)")
 
 
@@ -118,6 +119,19 @@ def warn_of_lost_words(tokenizer: TextTokenizer | None, prompts: Sequence[str], 
         )
 
 
+def _check_settings(path: Path) -> None:
+    """Refuse settings of a tokenizer with which other tokens than T5's would come out."""
+    settings = read_json(path)
+    for name, token in _SPECIAL_TOKENS.items():
+        value = settings.get(name, token)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value != token:
+            raise CheckpointError(f"{path}: {name} is {settings[name]!r:.60}; a T5 tokenizer has {token!r}")
+    extra = settings.get("extra_ids", 100)
+    if type(extra) is not int or not 0 <= extra <= 10_000:
+        raise CheckpointError(f"{path}: extra_ids is {extra!r:.60}; expected a whole number, 100 for T5")
+
+
 def _load_tokenizer(folder: Path):
     """Load a T5 tokenizer. The imports are slow, so they wait until one is loaded; those of cleaning belong to it."""
     variable = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
@@ -155,6 +169,12 @@ class TextTokenizer:
             raise CheckpointError(
                 f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it"
             )
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (self.folder / name).is_file():
+                _check_settings(self.folder / name)
+        for name in ("spiece.model", "tokenizer.json"):
+            if (self.folder / name).is_file():
+                check_file(self.folder / name, "the model of a tokenizer")
         self.tokenizer = _load_tokenizer(self.folder)
 
     def tokenize(self, prompts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ import pickletools
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -191,18 +190,12 @@ def test_a_dtype_that_a_format_lacks_is_named(tmp_path):
         LazyTensor.of(np.ones(3, np.complex64), "w")
 
 
-def test_two_thousand_damaged_files_are_refused_by_name_or_loaded(tmp_path):
-    """In a process of its own, so that a crash, a hang or memory would show."""
-    script = Path(__file__).parents[2] / "damaged_checkpoints.py"
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "2000"], capture_output=True, text=True, timeout=3000
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    told = json.loads(run.stdout)
-    found = {kind: Counter(outcomes) for kind, outcomes in told["found"].items()}
-    assert sum(outcomes.total() for outcomes in found.values()) == 2000
-    assert set(found) == {"zip", "pickle", "legacy", "safetensors", "ckpt", "index"}
-    assert all(outcomes["refused"] > 100 for outcomes in found.values()), found
-    assert sum(outcomes["loaded"] for outcomes in found.values()) > 50, found
-    assert told["slowest"] < 20
-    assert told["grown_megabytes"] < 100
+def test_mutated_files_of_every_form_are_refused_by_name_or_load():
+    """Run in a process of its own, so that a crash, a hang or memory shows."""
+    script = Path(__file__).parents[3] / "benchmarks" / "mutated_files.py"
+    command = [sys.executable, str(script), "--count", "25"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, [row for row in rows if row["failed"]] or run.stderr[-2000:]
+    assert len(rows) == 17 and all(row["loaded"] + row["refused"] == 25 for row in rows)
+    assert all(row["refused"] > 2 and row["slowest s"] < 10 and row["MB"] < 200 for row in rows), rows

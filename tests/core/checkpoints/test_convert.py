@@ -443,7 +443,6 @@ def test_a_random_checkpoint_is_one_that_converts_and_computes(tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_conversion_copies_a_part_of_the_weights_at_a_time(tmp_path, target):
-    """In small what benchmarks/convert_memory.py shows at full size."""
     config = PixArtConfig(hidden_size=576, num_heads=8, depth=6, caption_channels=64)
     write_random(tmp_path / "a.pth", config, dtype="fp16")
     tracemalloc.start()

@@ -124,7 +124,11 @@ def test_the_state_of_a_lora_training_is_named(tmp_path):
 
 def test_pointers_of_git_lfs_are_named(folder):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
-    for name, part in (("diffusion_pytorch_model.safetensors", "transformer"), ("config.json", "vae")):
+    for name, part in (
+        ("diffusion_pytorch_model.safetensors", "transformer"),
+        ("config.json", "vae"),
+        ("spiece.model", "tokenizer"),
+    ):
         (folder / part / name).write_bytes(pointer)
         with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
             LOADERS[part](folder / part, ms.float32)
@@ -234,10 +238,15 @@ RATIO = {"sampling": "conv", "scale_factor": 10**9, "kv_compress_layer": [0]}
         ),
         ("text_encoder", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),
         ("scheduler", {"num_train_timesteps": [1]}, "scheduler_config.json"),
+        ("tokenizer", {"extra_ids": True}, "extra_ids is True; expected a whole number"),
+        ("tokenizer", {"extra_ids": 10**9}, "extra_ids is 1000000000"),
+        ("tokenizer", {"unk_token": ""}, "unk_token is ''; a T5 tokenizer has '<unk>'"),
+        ("tokenizer", {"pad_token": None}, "pad_token is None"),
     ],
 )
 def test_wrong_values_of_a_configuration_are_named_before_anything_is_built(folder, name, change, message):
-    path = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    prefix = {"scheduler": "scheduler_", "tokenizer": "tokenizer_"}.get(name, "")
+    path = folder / name / f"{prefix}config.json"
     write_json(path, read_json(path) | change)
     with pytest.raises(PixArtNBError, match=message):
         LOADERS[name](folder / name, ms.float32)

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from damaged_checkpoints import peak
 from PIL import Image
 
+from benchmarks.mutated_files import peak_megabytes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.labels import load_labels
@@ -432,10 +432,10 @@ def test_a_small_table_that_unpacks_to_gigabytes_is_refused(tmp_path, compressio
     images = pa.DictionaryArray.from_arrays(pa.array(np.zeros(32, np.int32)), one)
     table = pa.table({"image": images, "text": ["a cat"] * 32})
     pq.write_table(table, tmp_path / "t.parquet", compression=compression, write_statistics=False)
-    before = peak()
+    before = peak_megabytes()
     with pytest.raises(DataError, match="unpacks from"):
         import_diffusiondb(tmp_path / "t.parquet", tmp_path / "target", test_count=0)
-    assert peak() - before < 100
+    assert peak_megabytes() - before < 100
 
 
 def test_a_zip_part_with_a_damaged_directory_is_named(tmp_path):
