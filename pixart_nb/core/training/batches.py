@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.data.features import Embed, Encode, FeatureBatch, padded
+from pixart_nb.core.data.features import Embed, Encode, FeatureBatch, FeatureReader, padded
 from pixart_nb.core.data.reader import ImageBatch
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import coefficients
@@ -33,13 +33,6 @@ TIMESTEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "uniform": lambda rng, count: rng.integers(0, 1000, count),
     "logit_normal": logit_normal,
 }
-
-
-class FeatureSource(Protocol):
-    """Source of the features of a batch: ``FeatureReader`` or ``LiveFeatures``."""
-
-    def batch(self, step: int) -> FeatureBatch:
-        """Return the features of this worker's part of batch ``step``."""
 
 
 class LiveFeatures:
@@ -121,7 +114,7 @@ class DiffusionBatches:
 
     def __init__(
         self,
-        features: FeatureSource,
+        features: FeatureReader | LiveFeatures,
         noise: Noise,
         net: PixArt,
         scaling_factor: float,

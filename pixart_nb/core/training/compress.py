@@ -84,14 +84,14 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     target = Path(options.target)
     work = target.with_name(f"{target.name}.adapt")
     start = work / "start" if options.adapt else target  # a folder also keeps what tensors do not show
-    given = read_config(options.config) if options.config else None
+    config = read_config(options.config) if options.config else None
     layers, ratio, operator = options.layers, options.ratio, options.operator
     plan = plan_compression(
-        options.source, start, layers, ratio, operator, given, options.sample_size, options.dtype
+        options.source, start, layers, ratio, operator, config, options.sample_size, options.dtype
     )
     training = _training(options, start, work) if options.adapt else None
     convert(plan)
-    errors = _CompressionErrors(options, plan.source, given)
+    errors = _CompressionErrors(options, plan.source, config)
     report = {
         "source": str(options.source),
         "compression": plan.config.kv_compress_config,
@@ -121,8 +121,8 @@ def _training(options: CompressOptions, start: Path, work: Path) -> Any:
 class _CompressionErrors:
     """Relative errors of compressed checkpoints against the source."""
 
-    def __init__(self, options: CompressOptions, source: Path, given: Any):
-        self.net = load_transformer(source, given)
+    def __init__(self, options: CompressOptions, source: Path, config: Any):
+        self.net = load_transformer(source, config)
         side = 8 * self.net.config.input_size
         height, width = self.size = (options.height or side, options.width or side)
         self.pipe = self.run = None

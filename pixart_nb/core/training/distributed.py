@@ -48,10 +48,6 @@ class Workers:
         if self.size > 1:
             ops.assign(parameter, ops.Broadcast(root)((parameter,))[0])
 
-    def barrier(self) -> None:
-        """Wait for all workers."""
-        self.all_reduce([0.0])
-
 
 SINGLE = Workers()
 #: Owner of a parameter whose optimizer state every worker keeps.

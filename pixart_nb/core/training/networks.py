@@ -11,12 +11,14 @@ from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths as pipeline_paths
+from pixart_nb.core.checkpoints.pipeline_folder import pipeline_class
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.data.features import FeatureCache, MadeBy, fingerprint, text_embedder, vae_encoder
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.sampling.run_config import max_sequence_length
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_named
 
@@ -51,9 +53,8 @@ class FrozenNetworks:
 
     @property
     def max_length(self) -> int:
-        """Number of caption tokens: ``t5_max_length`` if it is given, or that of the model's pipeline."""
-        config = self.config
-        return config.t5_max_length or (120 if self._index_class == PIPELINES["alpha"] else 300)
+        """Number of caption tokens: ``t5_max_length``, or that of the model's pipeline class."""
+        return max_sequence_length(self.config)
 
     def release(self, *names: str) -> None:
         """Free the networks ``vae`` and ``embed``, or those named; they are loaded again when they are used."""
@@ -127,27 +128,21 @@ class FrozenNetworks:
 
     def pipeline_class(self, family: str) -> str:
         """Return the class name of the pipeline to write: that of ``model``, or that of the transformer's family."""
-        return self._index_class or PIPELINES.get(family, PIPELINES["sigma"])
-
-    @cached_property
-    def _index_class(self) -> str:
-        """PixArt class in the ``model_index.json`` of ``model``; empty if there is none."""
-        index = self.paths["vae"].parent / "model_index.json"
-        name = read_json(index).get("_class_name") if self.config.model and index.is_file() else ""
-        return name if name in PIPELINES.values() else ""
+        name = pipeline_class(self.config.model) if self.config.model else ""
+        return name if name in PIPELINES.values() else PIPELINES.get(family, PIPELINES["sigma"])
 
 
 def component_paths(config: TrainConfig) -> dict[str, Path]:
     """Return the paths of the components: those of ``model``, replaced by those that are given one by one."""
-    given = {
+    roots = {
         "transformer": config.checkpoint,
         "vae": config.vae_root,
         "text_encoder": config.text_encoder_root,
         "tokenizer": config.tokenizer_root,
     }
-    rest = [name for name, path in given.items() if not path]
+    rest = [name for name, path in roots.items() if not path]
     paths = pipeline_paths(config.model, rest) if rest else {}
-    paths |= {name: Path(path) for name, path in given.items() if path}
+    paths |= {name: Path(path) for name, path in roots.items() if path}
     missing = [f"{name} {path}" for name, path in paths.items() if not path.exists()]
     if missing:
         raise CheckpointError(f"not found: {', '.join(missing)}; expected files or folders there")

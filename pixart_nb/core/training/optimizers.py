@@ -18,7 +18,7 @@ from pixart_nb.core.io import CheckpointError
 _CHUNK = 1 << 16
 #: Images per update for which ``start_learning_rate`` is meant when ``auto_lr`` scales it.
 BASE_BATCH = 256
-_batch_matmul = ops.BatchMatMul()
+_batch_matmul, _adam_step = ops.BatchMatMul(), ops.AdamWeightDecay()
 
 
 def learning_rate(
@@ -75,8 +75,8 @@ class Optimizer:
     def __init__(
         self,
         parameters: Mapping[str, ms.Parameter],
-        betas: Sequence[float],
-        eps: float | Sequence[float],
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float | Sequence[float] = 1e-8,
         weight_decay: float = 0.0,
     ):
         self.parameters, self.updates = dict(parameters), 0
@@ -118,10 +118,6 @@ class AdamW(Optimizer):
     of ``eps sqrt(1 - b2^t)`` and a decay divided by the change of the rate give the corrected step.
     """
 
-    def __init__(self, parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(parameters, betas, eps, weight_decay)
-        self._step = ops.AdamWeightDecay()
-
     def update(self, gradients: Mapping[str, ms.Tensor], rate: float) -> None:
         """Update every parameter with its gradient (float32)."""
         self.updates += 1
@@ -131,7 +127,7 @@ class AdamW(Optimizer):
         decay = self.weight_decay * rate / corrected if corrected else 0.0
         for name, parameter in self.parameters.items():
             moments = (self.groups[group][name] for group in ("exp_avg", "exp_avg_sq"))
-            self._step(parameter, *moments, corrected, first, second, self.eps * root, decay, gradients[name])
+            _adam_step(parameter, *moments, corrected, first, second, self.eps * root, decay, gradients[name])
 
 
 class CAME(Optimizer):

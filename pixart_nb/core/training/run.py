@@ -29,7 +29,6 @@ from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.aspect_ratio import bins_for
 from pixart_nb.core.training.batches import (
     DiffusionBatches,
-    FeatureSource,
     LiveFeatures,
     Noise,
     ReadAhead,
@@ -44,9 +43,9 @@ from pixart_nb.core.training.result import add_files, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal
 from pixart_nb.core.training.validation import (
     MAX_HELD_OUT,
-    HeldOut,
     Validation,
     embed_prompts,
+    mean_loss,
     psnr,
     reconstruct,
     require_disjoint,
@@ -96,7 +95,7 @@ class Training:
             cache = networks.feature_cache(self.labels, self.sizes)
             if self.workers.is_main and cache.unusable():
                 networks.fill(cache)
-            self.workers.barrier()
+            self.workers.all_reduce([0.0])  # the others wait here
             features = FeatureReader(cache, self.sampler, config.real_prompt_ratio)
             self.empty = cache.empty_caption()
         else:
@@ -112,7 +111,11 @@ class Training:
         return LiveFeatures(read, vae_encoder(self.networks.vae), self.networks.embed)
 
     def _with_noise(
-        self, features: FeatureSource, labels: list[Label], sizes: list[Size], caption_drop: float
+        self,
+        features: FeatureReader | LiveFeatures,
+        labels: list[Label],
+        sizes: list[Size],
+        caption_drop: float,
     ) -> DiffusionBatches:
         config, micro = self.config, None
         if self.net.config.micro_condition:
@@ -151,7 +154,8 @@ class Training:
             parameters,
         )
 
-    def _held_out(self) -> HeldOut | None:
+    def _held_out(self) -> list[tuple] | None:
+        """Return the batches of the validation loss: the same images, noise and timesteps every time."""
         config = self.config
         if not (config.validation_json_path and self.workers.is_main):
             return None
@@ -160,7 +164,8 @@ class Training:
         sizes = training_sizes(labels, self.side, config.multi_scale)
         sampler = BucketSampler(sizes, min(config.batch_size, len(labels)), config.seed)
         count = math.ceil(min(len(labels), MAX_HELD_OUT) / sampler.whole)
-        return HeldOut(self._with_noise(self._live_features(labels, sampler), labels, sizes, 0.0), count)
+        batches = self._with_noise(self._live_features(labels, sampler), labels, sizes, 0.0)
+        return [batches(number) for number in range(count)]
 
     def _trainer(self) -> Trainer:
         config, net = self.config, self.net
@@ -266,7 +271,7 @@ class Training:
             self.net.set_train(False)
             images = self.validation.sample(self.net, self.networks.vae) if self.validation else None
             if self.held_out:
-                results["held_out_loss"] = self.held_out.loss(self.trainer.loss)
+                results["held_out_loss"] = mean_loss(self.trainer.loss, self.held_out)
             self.net.set_train(True)
         self._release_vae()
         if images is not None:

@@ -89,22 +89,6 @@ def embed_prompts(
     return padded(rows)
 
 
-class HeldOut:
-    """Batches that are drawn once and measured at every validation: the same images, noise and timesteps.
-
-    Args:
-        batches: ``batches(number)`` as a ``Trainer`` takes it.
-        count: number of batches.
-    """
-
-    def __init__(self, batches: Callable[[int], tuple[np.ndarray | ms.Tensor, ...]], count: int):
-        self.batches = [batches(number) for number in range(count)]
-
-    def loss(self, loss: Callable) -> float:
-        """Return the mean of ``loss(*tensors)[0]`` over the batches, with the present weights."""
-        return mean_loss(loss, self.batches)
-
-
 def mean_loss(loss: Callable, batches: Sequence[Sequence[np.ndarray | ms.Tensor]]) -> float:
     """Return the mean of ``loss(*tensors)[0]`` over batches."""
     tensors = ([p if isinstance(p, ms.Tensor) else ms.Tensor(p) for p in batch] for batch in batches)

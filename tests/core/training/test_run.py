@@ -14,6 +14,7 @@ from small_pipeline import CONFIG, write_small_pipeline
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.errors import FolderInUseError
+from pixart_nb.core.training import run
 from pixart_nb.core.training.log import read_curve
 from pixart_nb.core.training.run import Training, train
 
@@ -201,12 +202,12 @@ def test_a_validation_is_complete_after_a_kill(looked, tmp_path, monkeypatch, st
 def test_an_interrupted_validation_leaves_the_weights_and_the_state(looked, tmp_path, monkeypatch):
     training = Training(looked(tmp_path / "out"))
 
-    def interrupted(loss):
+    def interrupted(loss, batches):
         raise KeyboardInterrupt
 
     rows = training.steps()
     list(islice(rows, 3))
-    monkeypatch.setattr(training.held_out, "loss", interrupted)
+    monkeypatch.setattr(run, "mean_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(rows)
     assert training.trainer.step == 3
