@@ -153,11 +153,11 @@ def test_what_is_read_ahead_comes_in_any_order_and_once():
 def test_an_error_while_reading_ahead_is_raised_when_its_batch_is_asked_for():
     def broken(number):
         if number == 2:
-            raise ValueError("picture 2 is cut")
+            raise ValueError("image 2 is cut")
         return number
 
     ahead = ReadAhead(broken, 3)
     assert [ahead(0), ahead(1)] == [0, 1]
-    with pytest.raises(ValueError, match="picture 2 is cut"):
+    with pytest.raises(ValueError, match="image 2 is cut"):
         ahead(2)
     assert ReadAhead(broken, 0)(1) == 1

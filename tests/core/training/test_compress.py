@@ -1,4 +1,4 @@
-"""A checkpoint that is made to compress: the average at first, its error told, and lowered by training."""
+"""A checkpoint that is made to compress: the average at first, its error measured, and reduced by training."""
 
 import json
 import shutil
@@ -35,11 +35,11 @@ def test_the_weights_are_the_sources_and_compression_starts_as_the_average(tmp_p
     target = tmp_path / "kv.safetensors"
     convert(plan_compression(SIGMA, target, "1", 2))
     before, after = load_transformer(TRANSFORMER), load_transformer(target)
-    kept = {name: p.asnumpy() for name, p in before.parameters_and_names()}
-    new = {name: p.asnumpy() for name, p in after.parameters_and_names() if name not in kept}
+    wrapped = {name: p.asnumpy() for name, p in before.parameters_and_names()}
+    new = {name: p.asnumpy() for name, p in after.parameters_and_names() if name not in wrapped}
     for name, parameter in after.parameters_and_names():
-        if name in kept and name != "y_embedder.y_embedding":
-            assert np.array_equal(parameter.asnumpy(), kept[name])
+        if name in wrapped and name != "y_embedder.y_embedding":
+            assert np.array_equal(parameter.asnumpy(), wrapped[name])
     assert set(new) == {
         f"blocks.1.attn.{part}" for part in ("sr.weight", "sr.bias", "norm.weight", "norm.bias")
     }
@@ -52,9 +52,9 @@ def test_the_weights_are_the_sources_and_compression_starts_as_the_average(tmp_p
 @pytest.mark.parametrize("target", ["kv.pth", "kv.ckpt", "kv"])
 @pytest.mark.parametrize("operator", ["conv", "mean"])
 def test_every_layout_is_written_and_read_again(tmp_path, target, operator):
-    place = tmp_path / target
-    convert(plan_compression(TRANSFORMER, place, "all", 2, operator))
-    net = load_transformer(place)
+    path = tmp_path / target
+    convert(plan_compression(TRANSFORMER, path, "all", 2, operator))
+    net = load_transformer(path)
     assert (net.config.kv_operator, net.config.kv_ratio) == (operator, 2)
     assert net.config.kv_layers == tuple(range(net.config.depth))
 
@@ -96,22 +96,22 @@ def test_the_error_is_that_of_the_guided_prediction_along_the_sources_own_run():
     other.initialize(np.random.default_rng(1))
     own = pipe.transformer
     assert errors_along(pipe, run, own).max() == 0
-    found = errors_along(pipe, run, other)
+    errors = errors_along(pipe, run, other)
     assert pipe.transformer is own
     swapped = PixArtSigmaPipeline.from_pretrained(SIGMA, vae=None, transformer=other)
     predicted = []
 
     def around(predict):
-        def kept(latents, timestep):
+        def wrapped(latents, timestep):
             predicted.append(predict(run.latents[0], timestep).noise)
             return predict(latents, timestep)
 
-        return kept
+        return wrapped
 
     call = dict(height=64, width=64, num_inference_steps=3, latents=run.latents[0])
     list(swapped.sample("a cup", wrap_predict=around, **call))
     reference = (run.latents[0] - _signal(pipe, run) * run.denoised[0]) / _noise(pipe, run)
-    assert found[0] == pytest.approx(relative_error(predicted[0], reference), rel=1e-3)
+    assert errors[0] == pytest.approx(relative_error(predicted[0], reference), rel=1e-3)
 
 
 def _noise(pipe, run):

@@ -69,10 +69,10 @@ def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
         alone = trainer(tmp_path / "alone" / name, **options)
         alone.run()
         assert np.allclose(losses(tmp_path / name), losses(tmp_path / "alone" / name), rtol=1e-5)
-        ours = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
-        assert ours[0] == ours[1]  # the same weights, bit for bit
+        weights = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert weights[0] == weights[1]  # the same weights, bit for bit
         for parameter, master in alone.masters.items():
-            assert np.allclose(ours[0][parameter], master.asnumpy(), atol=1e-5)
+            assert np.allclose(weights[0][parameter], master.asnumpy(), atol=1e-5)
         if "shard_threshold" in options:  # the bias, of two numbers, is everyone's
             assert "map.bias" in kept[0][name] and "map.bias" in kept[1][name]
         assert set(kept[0][name] + kept[1][name]) == set(alone.masters)
@@ -111,8 +111,8 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_leaves_a_whole_checkpoi
     output = tmp_path / "out"
     options = train_options(project, model, output, batch_size=2, steps=100_000, tensorboard=False)
     command, environment = msrun(tmp_path / "log", script, "train", *options, "--use_parallel", "True")
-    with (tmp_path / "said").open("w") as said:
-        run = subprocess.Popen(command, cwd=project, env=environment, stdout=said, stderr=said)
+    with (tmp_path / "output.log").open("w") as log:
+        run = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
     try:
         wait_for(lambda: len(list(output.glob("step-*.safetensors"))) > 1, run)
         workers = [p for p in psutil.Process(run.pid).children(recursive=True) if "train" in p.cmdline()]
@@ -123,7 +123,7 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_leaves_a_whole_checkpoi
         for process in [*psutil.Process(run.pid).children(recursive=True)] if run.poll() is None else []:
             process.kill()
         run.kill()
-    message = (tmp_path / "said").read_text(errors="replace")
+    message = (tmp_path / "output.log").read_text(errors="replace")
     print(message[-3000:])
     newest = sorted(output.glob("step-*.safetensors"))[-1]
     assert load_tensors(newest)

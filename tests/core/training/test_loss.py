@@ -24,10 +24,10 @@ def losses(model=analytic_model, **changes):
 
 @pytest.mark.parametrize("name", ["mse", "vb", "loss"])
 def test_each_term_equals_the_official_one_at_every_timestep(name):
-    ours = losses()[name].asnumpy()
-    assert ours.shape == (6,)
-    assert relative_error(ours, GOLDEN[f"train/{name}"]) < FORWARD
-    assert np.abs(ours / GOLDEN[f"train/{name}"] - 1).max() < FORWARD
+    term = losses()[name].asnumpy()
+    assert term.shape == (6,)
+    assert relative_error(term, GOLDEN[f"train/{name}"]) < FORWARD
+    assert np.abs(term / GOLDEN[f"train/{name}"] - 1).max() < FORWARD
 
 
 def test_the_model_sees_the_noised_picture():

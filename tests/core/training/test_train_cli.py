@@ -1,4 +1,4 @@
-"""``pixart-nb train``: from a configuration to a pipeline, on real pictures, with a small transformer."""
+"""``pixart-nb train``: from a configuration to a pipeline, on real images, with a small transformer."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def model(project, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(project, model):
-    """Train with these options; what the command said. The configuration is that of the embedded model."""
+    """Train with these options; return the output of the command. The configuration is that of the bundled model."""
 
     def command(output, code=0, **changes):
         words = train_options(project, model, output, tensorboard=False, **changes)
@@ -41,10 +41,10 @@ def run(project, model):
 
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory):
-    """Four steps without interruption, with validation pictures before and after."""
+    """Four steps without interruption, with validation images before and after."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    said = run(folder, start_report=True, visualize=True, visualize_steps=4, sampling_steps=2)
-    return folder, said
+    output = run(folder, start_report=True, visualize=True, visualize_steps=4, sampling_steps=2)
+    return folder, output
 
 
 def losses(folder):
@@ -57,11 +57,11 @@ def state(folder):
 
 
 def test_a_pipeline_comes_out_that_draws(whole, project, model):
-    folder, said = whole
-    assert str(folder / "pipeline") in said
+    folder, output = whole
+    assert str(folder / "pipeline") in output
     pipe = PixArtSigmaPipeline.from_pretrained(folder / "pipeline")
-    pictures = pipe("a red cup on grass", num_inference_steps=2, height=64, width=64)[0]
-    assert pictures[0].size == (64, 64)
+    images = pipe("a red cup on grass", num_inference_steps=2, height=64, width=64)[0]
+    assert images[0].size == (64, 64)
     averages = state(folder)["ema/final_layer.linear.weight"]
     assert np.array_equal(pipe.transformer.final_layer.linear.weight.asnumpy(), averages)
     first = load_transformer(model / "transformer").final_layer.linear.weight.asnumpy()
@@ -69,23 +69,23 @@ def test_a_pipeline_comes_out_that_draws(whole, project, model):
 
 
 def test_everything_is_written_that_tells_of_the_training(whole):
-    folder, said = whole
+    folder, output = whole
     assert len(losses(folder)) == 4
     report = json.loads((folder / "start.json").read_text())
     assert set(report) == {"loss", "latent_std", "reconstruction_psnr"}
-    assert f"before the first step: loss {report['loss']:.4g}" in said
+    assert f"before the first step: loss {report['loss']:.4g}" in output
     assert check_config(json.loads((folder / "config.json").read_text()), "train").batch_size == 4
     assert [path.name for path in sorted((folder / "samples").iterdir())] == [
         "step-00000000",
         "step-00000004",
     ]
-    pictures = sorted((folder / "samples" / "step-00000004").iterdir())
-    assert Image.open(pictures[0]).size == (64, 64)
+    images = sorted((folder / "samples" / "step-00000004").iterdir())
+    assert Image.open(images[0]).size == (64, 64)
     assert (
-        read_parameters(pictures[0])["prompt"]
+        read_parameters(images[0])["prompt"]
         == load_config("configs/train/tiny.yaml", "train").validation_prompts[0]
     )
-    assert read_parameters(pictures[0])["step"] == 4
+    assert read_parameters(images[0])["step"] == 4
 
 
 def test_a_training_in_parts_has_the_same_losses_and_weights_bit_for_bit(whole, run, tmp_path):
@@ -93,23 +93,23 @@ def test_a_training_in_parts_has_the_same_losses_and_weights_bit_for_bit(whole, 
     run(tmp_path / "out", steps=3)
     run(tmp_path / "out", steps=4)
     assert losses(tmp_path / "out") == losses(whole[0])
-    ours, theirs = state(tmp_path / "out"), state(whole[0])
-    assert all(np.array_equal(ours[name], value) for name, value in theirs.items())
+    parts, undisturbed = state(tmp_path / "out"), state(whole[0])
+    assert all(np.array_equal(parts[name], value) for name, value in undisturbed.items())
 
 
 def test_held_out_pictures_are_measured_and_change_nothing(run, project, tmp_path):
     labels = json.loads((project / "data/pixelart/labels.json").read_text())
-    for name, part in {"shown": labels[:24], "kept": labels[24:]}.items():
+    for name, part in {"shown": labels[:24], "held_out": labels[24:]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     shown = {"json_path": tmp_path / "shown.json", "visualize_steps": 2}
     run(tmp_path / "plain", **shown)
-    run(tmp_path / "out", **shown, steps=2, validation_json_path=tmp_path / "kept.json")
-    said = run(tmp_path / "out", **shown, steps=4, validation_json_path=tmp_path / "kept.json")
+    run(tmp_path / "out", **shown, steps=2, validation_json_path=tmp_path / "held_out.json")
+    output = run(tmp_path / "out", **shown, steps=4, validation_json_path=tmp_path / "held_out.json")
     assert losses(tmp_path / "out") == losses(tmp_path / "plain")
     rows = read_curve(tmp_path / "out" / "held_out.csv")
     assert [row["step"] for row in rows] == [0, 2, 4]
     assert len({row["held_out_loss"] for row in rows}) == 3
-    assert f"step 4: held-out loss {rows[-1]['held_out_loss']:.4g}" in said
+    assert f"step 4: held-out loss {rows[-1]['held_out_loss']:.4g}" in output
 
 
 def test_a_full_disk_is_told(run, tmp_path):
@@ -120,8 +120,8 @@ def test_a_full_disk_is_told(run, tmp_path):
     ).returncode:
         pytest.skip("needs the right to mount a file system, as root has")
     try:
-        said = run(disk / "out", code=2, steps=2)
-        assert "could not be written" in said and "Free space" in said and "Traceback" not in said
+        output = run(disk / "out", code=2, steps=2)
+        assert "could not be written" in output and "Free space" in output and "Traceback" not in output
         assert not list((disk / "out").glob("*.safetensors"))
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -141,26 +141,26 @@ def test_features_from_a_cache_train_what_live_ones_train(whole, run, tmp_path):
 def test_another_configuration_is_refused_with_what_differs(run, tmp_path):
     run(tmp_path / "out", steps=1)
     before = state(tmp_path / "out")
-    said = run(tmp_path / "out", code=2, seed=1, optim="came", batch_size=8)
-    assert "another configuration" in said
+    output = run(tmp_path / "out", code=2, seed=1, optim="came", batch_size=8)
+    assert "another configuration" in output
     for difference in (
         "batch_size: 4 there, 8 here",
         "optim: 'adamw' there, 'came' here",
         "seed: 42 there, 1 here",
     ):
-        assert difference in " ".join(said.split())
+        assert difference in " ".join(output.split())
     assert all(np.array_equal(value, state(tmp_path / "out")[name]) for name, value in before.items())
 
 
 def test_a_training_that_blows_up_names_layer_and_pictures_and_keeps_its_checkpoint(run, tmp_path):
-    said = " ".join(
+    output = " ".join(
         run(tmp_path / "out", code=1, steps=9, start_learning_rate=1e30, ckpt_save_steps=1).split()
     )
-    assert "were not updated; the last good checkpoint is" in said
-    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", said), (
-        said
+    assert "were not updated; the last good checkpoint is" in output
+    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", output), (
+        output
     )
-    assert ".png" in said
+    assert ".png" in output
     assert np.isfinite(state(tmp_path / "out")["model/final_layer.linear.weight"]).all()
 
 
@@ -214,8 +214,8 @@ def test_a_stage_takes_a_larger_size_and_compression(run, tmp_path):
 
 
 def test_a_lora_comes_out_alone(run, model, tmp_path):
-    said = run(tmp_path / "out", steps=2, lora_rank=2, lora_dropout=0.1)
-    assert str(tmp_path / "out" / "lora") in said
+    output = run(tmp_path / "out", steps=2, lora_rank=2, lora_dropout=0.1)
+    assert str(tmp_path / "out" / "lora") in output
     assert not (tmp_path / "out" / "pipeline").exists()
     assert all("lora" in name for name in state(tmp_path / "out"))
     files = {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
@@ -226,12 +226,12 @@ def test_a_lora_comes_out_alone(run, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"json_path": "nowhere.json"}, "nowhere.json"),
         ({"image_dir": "nowhere"}, "nowhere"),
         ({"validation_json_path": "data/pixelart/labels.json"}, "36 of its 36 images are trained on too"),
-        ({"batch_size": 37}, "a batch has 37 = 37 pictures, but there are only 36"),
+        ({"batch_size": 37}, "a batch has 37 = 37 images, but there are only 36"),
         ({"model": "nowhere"}, "nowhere"),
         ({"vae_root": "nowhere"}, "vae nowhere"),
         ({"multi_scale": True}, "no table of sizes was published for 64 pixels"),
@@ -242,17 +242,17 @@ def test_a_lora_comes_out_alone(run, model, tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path, changes, told):
-    said = run(tmp_path / "out", code=2, **changes)
-    assert told in " ".join(said.split())
-    assert "Traceback" not in said
+def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path, changes, message):
+    output = run(tmp_path / "out", code=2, **changes)
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
 
 
 def test_every_key_is_an_option():
-    said = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    output = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
     for name in TrainConfig.model_fields:
-        assert f"--{name.replace('_', '-')} " in said, name
+        assert f"--{name.replace('_', '-')} " in output, name
 
 
 def test_an_option_of_another_kind_is_refused():
@@ -264,9 +264,9 @@ def test_an_option_of_another_kind_is_refused():
 def test_a_notebook_sees_rows_and_pictures_as_they_come(project, model, tmp_path):
     words = train_options(project, model, str(tmp_path / "out"), tensorboard=True, visualize=True)
     values = load_config(project / "configs/train/tiny.yaml", "train").model_dump()
-    given = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
+    options = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
     kinds = {name: type(value) for name, value in values.items()}
-    values |= {k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in given.items()}
+    values |= {k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in options.items()}
     values |= {"visualize_steps": 1, "steps": 1, "sampling_steps": 2}
     training = Training(check_config(values, "train"))
     rows = list(training.steps())

@@ -31,8 +31,8 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(tmp_path):
     assert parts.step == 27
     parts.run()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    ours, theirs = parts.state(), whole.state()
-    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    resumed, expected = parts.state(), whole.state()
+    assert all(np.array_equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_steps_that_are_done_again_stand_once_in_the_log(tmp_path):
@@ -248,10 +248,10 @@ def test_a_run_without_an_average_keeps_none(tmp_path):
 
 
 def test_another_configuration_is_refused_with_what_differs(tmp_path):
-    told = {"seed": 0, "json_path": "a.json", "sizes": (1, 2)}
-    trainer(tmp_path, more={"identity": told}).run(until=3)
-    assert trainer(tmp_path, more={"identity": told}).step == 3
+    identity = {"seed": 0, "json_path": "a.json", "sizes": (1, 2)}
+    trainer(tmp_path, more={"identity": identity}).run(until=3)
+    assert trainer(tmp_path, more={"identity": identity}).step == 3
     with pytest.raises(
         CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Use"
     ):
-        trainer(tmp_path, more={"identity": told | {"seed": 1, "batch_size": 8}})
+        trainer(tmp_path, more={"identity": identity | {"seed": 1, "batch_size": 8}})

@@ -26,22 +26,22 @@ TENSORS = {"model/a": np.arange(12, dtype=np.float32).reshape(3, 4), "model/b": 
 def folder(tmp_path):
     files = CheckpointFolder(tmp_path, keep=3)
     for step in (10, 20, 30):
-        files.save(step, {name: value + step for name, value in TENSORS.items()}, {"word": "said"})
+        files.save(step, {name: value + step for name, value in TENSORS.items()}, {"note": "text"})
     return files
 
 
 def test_a_state_comes_back_as_it_was(folder):
     state = folder.newest()
-    assert (state.step, state.metadata["word"]) == (30, "said")
+    assert (state.step, state.metadata["note"]) == (30, "text")
     assert all(np.array_equal(state.tensors[name], value + 30) for name, value in TENSORS.items())
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
-def test_a_state_with_one_wrong_bit_or_cut_short_is_passed_over(folder, place, bit, cut, capsys):
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_a_state_with_one_wrong_bit_or_cut_short_is_passed_over(folder, position, bit, cut, capsys):
     newest = folder.paths()[-1]
     whole = newest.read_bytes()
-    at = int(place * len(whole))
+    at = int(position * len(whole))
     damaged = whole[:at] if cut else whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :]
     newest.write_bytes(damaged)
     try:
@@ -196,5 +196,5 @@ def events(path):
 
 def test_options_are_written_with_a_state(tmp_path):
     trainer(tmp_path, max_grad_norm=None).run(until=1)
-    told = load_metadata(tmp_path / "step-00000001.safetensors")
-    assert json.loads(told["options"])["max_grad_norm"] is None
+    metadata = load_metadata(tmp_path / "step-00000001.safetensors")
+    assert json.loads(metadata["options"])["max_grad_norm"] is None

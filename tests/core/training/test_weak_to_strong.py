@@ -62,9 +62,9 @@ def predicted(net, height=16, width=16):
 def test_a_larger_picture_spans_the_positions_that_the_smaller_one_spanned(weak):
     start = start_stage(weak, TrainingStage(sample_size=16))
     assert (start.net.config.input_size, start.net.config.pe_interpolation) == (16, 1.0)
-    ours = start.net.positions(16, 16).asnumpy()[0].reshape(8, 8, 48)
+    positions = start.net.positions(16, 16).asnumpy()[0].reshape(8, 8, 48)
     small = sincos_positions(48, 4, 4, 4, 0.5).reshape(4, 4, 48)
-    assert np.allclose(ours[::2, ::2], small, atol=1e-6)  # every second token stands where one stood
+    assert np.allclose(positions[::2, ::2], small, atol=1e-6)  # every second token stands where one stood
     assert np.allclose(predicted(start.net), predicted(load_transformer(weak)), atol=1e-5)
 
 
