@@ -43,10 +43,11 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
     labels, sizes = training_data(config)
     networks = FrozenNetworks(config)
     cache = networks.feature_cache(labels, sizes)
-    if not cache.unusable():
-        return f"{cache.folder}: all {len(cache.shards())} shards exist; nothing to do"
-    load_labels(config.json_path, config.image_dir, decode=True)  # names damaged images before hours of work
+    if cache.unusable():  # names damaged images before hours of work
+        load_labels(config.json_path, config.image_dir, decode=True)
     made = networks.fill(cache, batch_size, stream)
+    if not made:
+        return f"{cache.folder}: all {len(cache.shards())} shards exist; nothing to do"
     reasons = ", ".join(f"{count} {reason}" for reason, count in made.items())
     unused = cache.unused()
     other = (

@@ -107,8 +107,11 @@ class FrozenNetworks:
     def fill(self, cache: FeatureCache, batch_size: int = 8, stream: bool = False) -> dict[str, int]:
         """Compute what is missing in a feature cache; return the number of shards made, by reason.
 
-        The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time.
+        The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time. A
+        complete cache is not written to, and may be read-only, unless a killed process left its lock file.
         """
+        if not cache.unusable() and not (cache.folder / ".lock").exists():
+            return {}
         embedders: list[Callable] = []
 
         def embed(captions: list[str]):

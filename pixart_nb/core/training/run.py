@@ -93,7 +93,7 @@ class Training:
         config, networks = self.config, self.networks
         if config.feature_cache:
             cache = networks.feature_cache(self.labels, self.sizes)
-            if self.workers.is_main and cache.unusable():
+            if self.workers.is_main:
                 networks.fill(cache)
             self.workers.all_reduce([0.0])  # the others wait here
             features = FeatureReader(cache, self.sampler, config.real_prompt_ratio)
