@@ -15,7 +15,7 @@ from pixart_nb.core.checkpoints.pipeline_folder import pipeline_class
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.data.features import FeatureCache, MadeBy, fingerprint, text_embedder, vae_encoder
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.io import CheckpointError, read_json
+from pixart_nb.core.io import CheckpointError, folder_lock, read_json
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.run_config import max_sequence_length
@@ -107,11 +107,11 @@ class FrozenNetworks:
     def fill(self, cache: FeatureCache, batch_size: int = 8, stream: bool = False) -> dict[str, int]:
         """Compute what is missing in a feature cache; return the number of shards made, by reason.
 
-        The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time. A
-        complete cache is not written to, and may be read-only, unless a killed process left its lock file.
+        The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time.
         """
-        if not cache.unusable() and not (cache.folder / ".lock").exists():
-            return {}
+        if not cache.unusable() and (cache.folder / ".lock").exists():
+            with folder_lock(cache.folder, wait=True):
+                return {}  # the writer was killed after its last shard: its lock file is removed here
         embedders: list[Callable] = []
 
         def embed(captions: list[str]):

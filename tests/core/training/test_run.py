@@ -217,6 +217,14 @@ def test_an_interrupted_validation_leaves_the_weights_and_the_state(looked, tmp_
         assert np.array_equal(parameter.asnumpy(), training.trainer.parameters[name].asnumpy())
 
 
+def test_a_lock_file_that_a_killed_writer_of_features_left_is_removed(config, folder, tmp_path):
+    Training(config(tmp_path / "out"))
+    lock = folder / "features" / ".lock"
+    lock.write_text("12345 on host")
+    Training(config(tmp_path / "out"))
+    assert not lock.exists()
+
+
 # ---- conditions, memory, reports
 
 
