@@ -328,7 +328,7 @@ def _add_adapter(net: PixArt, config: TrainConfig) -> Adapter | None:
 def train(config: TrainConfig) -> Path | None:
     """Train with a progress bar; return the folder of the result on the main worker.
 
-    Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved, ``DataError`` for a full disk, and
+    Raises ``KeyboardInterrupt`` after SIGINT or SIGTERM, once the state is saved, ``WriteError`` for a full disk, and
     ``WorkerError`` if another worker is lost.
     """
     try:
@@ -336,7 +336,8 @@ def train(config: TrainConfig) -> Path | None:
             with folder_lock(config.output_path):
                 pass  # another training in the folder is noticed before anything is loaded
         training = Training(config)
-        with on_signal(training.trainer.request_stop), write_errors(training.folder), training.session():
+        folder, stop = training.folder, training.trainer.request_stop
+        with on_signal(stop), write_errors(folder, (folder,)), training.session():
             _print_rows(training)
             return training.finish()
     except RuntimeError as error:
