@@ -7,6 +7,7 @@ set up before the first operator runs.
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from contextlib import suppress
@@ -17,19 +18,21 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.own_protobuf import own_protobuf
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: errors only
-with own_protobuf():
-    import mindspore as ms
-    from mindspore import ops
+if "google.protobuf" in sys.modules:
+    from pixart_nb.core.own_protobuf import import_mindspore
+
+    import_mindspore()
+import mindspore as ms
+from mindspore import ops
 
 #: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
 #: The head size of Ascend's flash attention must be a multiple of this.
 FLASH_HEAD_MULTIPLE = 16
 #: Seconds within which MindSpore's new threads take their names, also on a busy machine.
-_NAMING_SECONDS = 0.5
+_NAMING_SECONDS = 0.2
 
 
 def _set_up() -> str:

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 _NAME, _KEY = "google.protobuf", "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 
 
-@contextmanager
-def own_protobuf() -> Iterator[None]:
-    """Let MindSpore import a copy of protobuf of its own inside the block, if that is needed.
+def import_mindspore() -> None:
+    """Import MindSpore with a copy of protobuf of its own, if it needs another implementation than the imported one.
 
     MindSpore's generated files need protobuf's Python implementation, which is chosen at protobuf's first import. With
     another one they end in "Descriptors cannot be created directly".
     """
     api = sys.modules.get(f"{_NAME}.internal.api_implementation")
     if api is None or api.Type() == "python" or "mindspore" in sys.modules:
-        yield
         return
     others, implementation = _pop_modules(), os.environ.get(_KEY)
     os.environ[_KEY] = "python"
     try:
-        yield
+        importlib.import_module("mindspore")
     finally:
         _pop_modules()
         sys.modules.update(others)

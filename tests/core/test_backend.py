@@ -33,7 +33,7 @@ def places(cores, **environment):
     """Cores of each thread of the pool and of the main one, and a number that was computed."""
     done = subprocess.run(
         [sys.executable, "-c", PLACES, json.dumps(cores)],
-        env=os.environ | environment,
+        env=os.environ | {"PIXART_NB_PIN_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=120,

@@ -14,7 +14,7 @@ import numpy as np
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
-from pixart_nb.core.fast.normalization import ImageStatistics
+from pixart_nb.core.fast.cpu_operators import ImageStatistics
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.transformer import PixArt, trim_caption

@@ -16,6 +16,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.fast.cpu_operators import cell_rows, gather, head_rows, layer_norm, merge_heads
 from pixart_nb.core.fast.cross_attention import (
     CaptionAttention,
     CaptionGroup,
@@ -23,8 +24,6 @@ from pixart_nb.core.fast.cross_attention import (
     caption_groups,
     merge_small_groups,
 )
-from pixart_nb.core.fast.head_rows import cell_rows, gather, head_rows, merge_heads
-from pixart_nb.core.fast.normalization import layer_norm
 from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
 from pixart_nb.core.models.kv_compression import compress_cells, positions_read, successive_ratios
 from pixart_nb.core.models.layers import LayerNorm, Linear

@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import ops
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.head_rows import gather, head_rows, merge_heads
+from pixart_nb.core.fast.cpu_operators import gather, head_rows, merge_heads
 from pixart_nb.core.models.attention import MASKED_SCORE, attention
 from pixart_nb.core.models.operators import repeat_tokens
 from pixart_nb.core.models.transformer import Block

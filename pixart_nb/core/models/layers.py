@@ -122,7 +122,7 @@ class GroupNorm(nn.Cell):
     """Group normalization of (N, C, H, W) with per-channel weight and bias.
 
     ``statistics`` is an object with ``normalize(norm, x)`` that takes over: for tiles that share the statistics of one
-    image (``models.tiling``), and for a faster computation without a gradient (``fast.normalization``).
+    image (``models.tiling``), and for a faster computation without a gradient (``fast.cpu_operators``).
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-6):

@@ -179,7 +179,6 @@ class T5Encoder(nn.Cell):
         self.config = config
         self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config, linear)
-        self._buckets: dict[int, ms.Tensor] = {}
 
     @property
     def dtype(self) -> ms.Type:
@@ -222,14 +221,12 @@ class T5Encoder(nn.Cell):
         return self.encoder.final_layer_norm(x).astype(self.shared.weight.dtype)
 
     def buckets(self, length: int) -> ms.Tensor:
-        """Return the buckets of relative positions for ``length`` tokens, computed once."""
-        if length not in self._buckets:
-            config = self.config
-            table = relative_position_buckets(
-                length, config.relative_attention_num_buckets, config.relative_attention_max_distance
-            )
-            self._buckets[length] = ms.Tensor(table)
-        return self._buckets[length]
+        """Return the buckets of relative positions for ``length`` tokens: (length, length) int32."""
+        buckets, distance = (
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
+        return ms.Tensor(relative_position_buckets(length, buckets, distance))
 
     def position_bias(self, buckets: ms.Tensor) -> ms.Tensor:
         """Return the bias of relative positions on the attention scores: (1, H, T, T) float32."""
@@ -239,17 +236,12 @@ class T5Encoder(nn.Cell):
     def initialize(self, rng: np.random.Generator) -> None:
         """Draw new weights by T5's own scheme."""
         config = self.config
-        inner = config.num_heads * config.d_kv
-        spread = {
-            "q": (config.d_model * config.d_kv) ** -0.5,
-            "o": inner**-0.5,
-            "wo": config.d_ff**-0.5,
-            "shared": 1.0,
-        }
+        q, o = (config.d_model * config.d_kv) ** -0.5, (config.num_heads * config.d_kv) ** -0.5
+        deviations = {"q": q, "o": o, "wo": config.d_ff**-0.5, "shared": 1.0}
         for name, weight in self.parameters_and_names():
             if "layer_norm" in name:
                 value = np.ones(weight.shape, np.float32)
             else:
-                std = spread.get(name.split(".")[-2], config.d_model**-0.5)
+                std = deviations.get(name.split(".")[-2], config.d_model**-0.5)
                 value = normal(rng, tuple(weight.shape), std)
             weight.set_data(ms.Tensor(value))

@@ -9,7 +9,7 @@ from reference_data import relative_error
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import fast_group_norms
-from pixart_nb.core.fast.normalization import PART, layer_norm, moments
+from pixart_nb.core.fast.cpu_operators import PART, layer_norm, moments
 from pixart_nb.core.models.layers import GroupNorm, LayerNorm
 
 
