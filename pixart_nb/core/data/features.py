@@ -278,30 +278,6 @@ def padded(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return embeds, mask
 
 
-def vae_encoder(vae) -> Encode:
-    """Return the encoder of an ``AutoencoderKL`` as a function for ``FeatureCache.write``."""
-    from pixart_nb.core.backend import ms
-
-    def encode(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        latents = vae.encode(ms.Tensor(pixels))[0]
-        mean, logvar = (part.astype(ms.float32).asnumpy() for part in (latents.mean, latents.logvar))
-        return mean, np.exp(0.5 * logvar)
-
-    return encode
-
-
-def text_embedder(tokenizer, text_encoder, max_length: int, clean_caption: bool = True) -> Embed:
-    """Return tokenizer and T5 encoder as a function for ``FeatureCache.write``; captions are cleaned as prompts."""
-    from pixart_nb.core.backend import ms
-    from pixart_nb.core.sampling.conditioning import embed
-
-    def embedded(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        embeds, mask = embed(tokenizer, text_encoder, captions, clean_caption, max_length, trim=True)
-        return embeds.astype(ms.float32).asnumpy(), mask
-
-    return embedded
-
-
 def _state(path: Path) -> str:
     try:
         load_metadata(path)

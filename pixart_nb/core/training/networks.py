@@ -7,17 +7,20 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths as pipeline_paths
 from pixart_nb.core.checkpoints.pipeline_folder import pipeline_class
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
-from pixart_nb.core.data.features import FeatureCache, MadeBy, fingerprint, text_embedder, vae_encoder
+from pixart_nb.core.data.features import Embed, Encode, FeatureCache, MadeBy, fingerprint
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.io import CheckpointError, folder_lock, read_json
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.sampling.conditioning import embed as embed_captions
 from pixart_nb.core.sampling.run_config import max_sequence_length
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_named
@@ -150,3 +153,24 @@ def component_paths(config: TrainConfig) -> dict[str, Path]:
     if missing:
         raise CheckpointError(f"not found: {', '.join(missing)}; expected files or folders there")
     return paths
+
+
+def vae_encoder(vae: AutoencoderKL) -> Encode:
+    """Return the encoder of a VAE as a function for ``FeatureCache.write``."""
+
+    def encode(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        latents = vae.encode(ms.Tensor(pixels))[0]
+        mean, logvar = (part.astype(ms.float32).asnumpy() for part in (latents.mean, latents.logvar))
+        return mean, np.exp(0.5 * logvar)
+
+    return encode
+
+
+def text_embedder(tokenizer, text_encoder, max_length: int, clean_caption: bool = True) -> Embed:
+    """Return tokenizer and T5 encoder as a function for ``FeatureCache.write``; captions are cleaned as prompts."""
+
+    def embed(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        embeds, mask = embed_captions(tokenizer, text_encoder, captions, clean_caption, max_length, trim=True)
+        return embeds.astype(ms.float32).asnumpy(), mask
+
+    return embed

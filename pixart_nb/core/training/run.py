@@ -18,7 +18,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.data.buckets import BucketSampler, Size, training_sizes
-from pixart_nb.core.data.features import FeatureReader, fingerprint, vae_encoder
+from pixart_nb.core.data.features import FeatureReader, fingerprint
 from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import ImageReader
@@ -37,7 +37,7 @@ from pixart_nb.core.training.batches import (
 from pixart_nb.core.training.distributed import SINGLE, join
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import NAMES, diffusion_loss, min_snr_weights
-from pixart_nb.core.training.networks import FrozenNetworks
+from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
 from pixart_nb.core.training.options import steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal

@@ -24,8 +24,6 @@ from pixart_nb.core.data.features import (
     FeatureReader,
     MadeBy,
     fingerprint,
-    text_embedder,
-    vae_encoder,
 )
 from pixart_nb.core.data.images import ImageError, load_image, to_signed
 from pixart_nb.core.data.labels import Label
@@ -144,6 +142,7 @@ def test_workers_share_the_cached_batch(labels, tmp_path):
 def test_the_bundled_networks_fill_a_cache(tmp_path, project):
     from pixart_nb import PixArtSigmaPipeline
     from pixart_nb.core.backend import ms  # here, for the process that is killed does without it
+    from pixart_nb.core.training.networks import text_embedder, vae_encoder
 
     pipe = PixArtSigmaPipeline.from_pretrained(
         project / "data" / "tiny-sigma", transformer=None, scheduler=None
