@@ -190,7 +190,7 @@ def test_quickstart_runs_whole_and_writes_what_it_says(project, tmp_path):
 
 def check_quickstart_pictures(folder, config):
     written = sorted(path.name for path in folder.iterdir())
-    assert written == ["film_strip.png", "guidance.png", "pictures.png", "quickstart.json", "steps.png"]
+    assert written == ["film_strip.png", "guidance.png", "images.png", "quickstart.json", "steps.png"]
     for path in folder.glob("*.png"):
         pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
         assert min(pixels.shape[:2]) > 100
@@ -201,8 +201,8 @@ def check_quickstart_numbers(numbers, config):
     assert numbers["config"] == config.model_dump()
     assert set(numbers["agreement"]["guidance"]) == {"1", "2", "4.5", "7"}
     assert list(numbers["agreement"]["steps"])[-1] == str(config.sampling_steps)
-    assert numbers["agreement"]["pictures"] == numbers["agreement"]["guidance"]["4.5"]
-    assert all(0.5 < numbers["agreement"]["pictures"][part] <= 1 for part in ("object", "colour", "setting"))
+    assert numbers["agreement"]["images"] == numbers["agreement"]["guidance"]["4.5"]
+    assert all(0.5 < numbers["agreement"]["images"][part] <= 1 for part in ("object", "colour", "setting"))
     assert numbers["film_strip_distance"][0] > numbers["film_strip_distance"][-1] >= 0
     assert numbers["steps_distance"][str(config.sampling_steps)] < 0.01
     assert set(numbers["seconds"]) == {"load", "draw", "guidance", "steps"}

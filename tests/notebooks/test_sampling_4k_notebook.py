@@ -10,8 +10,8 @@ from PIL import Image
 from pixart_nb.config import read_yaml
 from pixart_nb.core.checkpoints.load import load_transformer
 
-FIGURES = ["compared", "compress", "details", "scores", "seams", "sizes", "stages", "ways"]
-FILES = [f"{name}.png" for name in [*FIGURES, "picture"]] + ["sampling_4k.json", "zoom.html"]
+FIGURES = ["compared", "compress", "details", "scores", "tile_artifacts", "sizes", "stages", "ways"]
+FILES = [f"{name}.png" for name in [*FIGURES, "image"]] + ["sampling_4k.json", "zoom.html"]
 REST = ["kv.safetensors", "kv.safetensors.adapt", "kv.safetensors.errors.json", "stages", "training"]
 
 
@@ -32,7 +32,7 @@ def check_files(folder, values):
         pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=float)
         assert min(pixels.shape[:2]) > 80
         assert pixels.std() > 10, f"{name} shows nothing"
-    picture = Image.open(folder / "picture.png")
+    picture = Image.open(folder / "image.png")
     assert picture.size == (values["image_width"], values["image_height"])
     assert np.asarray(picture, dtype=float).std() > 10
     assert "http" not in (folder / "zoom.html").read_text()
@@ -43,15 +43,15 @@ def check_numbers(numbers, values):
     sizes = numbers["sizes"]
     assert [size["ratio"] for size in sizes] == [1, 2]
     assert [row["steps"] for row in numbers["planned"]] == [4, 2]
-    assert numbers["planned"][1]["denoise s, all keys"] > 0
+    assert numbers["planned"][1]["estimated seconds, all keys"] > 0
     assert set(numbers["measured"]) == {"128 x 96", "256 x 192"}
     for stages in [*numbers["measured"].values(), *numbers["compared"].values()]:
         assert list(stages) == ["encode", "denoise", "decode"]
         assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 1e8 for stage in stages.values())
     assert len(numbers["checks"]) == 6
-    assert all(row["edges"] > 0 and row["ratio"] > 0 and 0 <= row["rank"] <= 1 for row in numbers["seams"])
+    assert all(row["edges"] > 0 and row["ratio"] > 0 and 0 <= row["rank"] <= 1 for row in numbers["tile_artifacts"])
     assert {way: len(found) for way, found in numbers["scores"].items()} == {
-        "grown": 2,
+        "progressive": 2,
         "at once, few keys": 2,
         "at once": 1,
     }
