@@ -109,7 +109,7 @@ def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert Image.open(tmp_path / "out" / "picture.png").size == (64, 128)
+    assert Image.open(tmp_path / "out" / "image.png").size == (64, 128)
     assert (tmp_path / "out" / "zoom.html").stat().st_size > 1000
     assert "64 x 32" in result.output and "128 x 64" in result.output
 
