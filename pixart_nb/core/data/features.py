@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from pixart_nb.core.data.errors import DataError
 from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import BatchChooser
+from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import (
     CRC,
     CheckpointError,
@@ -168,6 +169,7 @@ class FeatureCache:
         ``ImageError`` and ``DataError`` for images and features that cannot be used, ``WriteError`` for a full disk.
         """
         if not self.unusable():
+            self._remove_stale_lock()
             return {}
         with folder_lock(self.folder):
             todo = self.unusable()
@@ -181,6 +183,12 @@ class FeatureCache:
                     bar.update(counts[feature, number])
         self._opened.cache_clear()
         return dict(Counter(todo.values()))
+
+    def _remove_stale_lock(self) -> None:
+        """Remove the lock file of a writer that was killed after its last shard."""
+        if (self.folder / ".lock").exists():
+            with suppress(FolderInUseError, WriteError), folder_lock(self.folder):
+                pass
 
     def _latents(self, number: int, encode: Encode, batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
         for size, rows in _grouped(self._rows(number), self.sizes.__getitem__, batch_size):

@@ -17,7 +17,7 @@ from pixart_nb.core.checkpoints.pipeline_folder import pipeline_class
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.data.features import Embed, Encode, FeatureCache, MadeBy, fingerprint
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.io import CheckpointError, folder_lock, read_json
+from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.conditioning import embed as embed_captions
@@ -112,9 +112,6 @@ class FrozenNetworks:
 
         The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time.
         """
-        if not cache.unusable() and (cache.folder / ".lock").exists():
-            with folder_lock(cache.folder, wait=True):
-                return {}  # the writer was killed after its last shard: its lock file is removed here
         embedders: list[Callable] = []
 
         def embed(captions: list[str]):

@@ -273,6 +273,14 @@ def test_a_second_process_is_refused_while_the_first_writes(labels, tmp_path):
         assert cache.write(encode, embed) == {}  # complete, so nothing is written
 
 
+def test_the_lock_file_of_a_killed_writer_is_removed(labels, tmp_path):
+    cache = cache_of(labels, tmp_path / "features")
+    cache.write(encode, embed)
+    (tmp_path / "features" / ".lock").write_text("99999999 on host")
+    assert cache.write(encode, embed) == {}
+    assert not (tmp_path / "features" / ".lock").exists()
+
+
 def test_a_damaged_shard_is_made_again(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     cache.write(encode, embed)
