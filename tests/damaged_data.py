@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.mutated_files import PATIENCE, Hang, mutated, peak_megabytes
 from pixart_nb.core.data.buckets import training_sizes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
 from pixart_nb.core.data.errors import DataError, ProblemsError
@@ -29,6 +28,9 @@ from pixart_nb.core.data.folder import import_folder
 from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import load_labels
 from pixart_nb.pixelart.datasets import sample_rows, write_part, write_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.mutated_files import PATIENCE, Hang, mutated, peak_megabytes
 
 KINDS = ("label file", "entries", "images", "texts", "table", "zip part", "parquet")
 #: Values that no key of an entry may have.
