@@ -3,8 +3,8 @@
     python benchmarks/mutated_files.py [--count 300] [--form vae_config ...]
 
 A row for each form: how many loaded, how many were refused with an error of the kit, how many failed in any other way
-(a traceback, or more than 20 s of CPU time), the slowest, and the growth of the process in MB. Exit code 1 if any
-failed. Measured on two CPU cores: 300 of each of the 17 forms take about 10 minutes.
+(a traceback, 20 s of CPU time, or other values of a file that carries checksums), the slowest, and the growth of the
+process in MB. Exit code 1 if any failed. Measured on two CPU cores: 300 of each of the 17 forms take about 10 minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.adapters import Adapters
 from pixart_nb.core.lora.config import LoraConfig
-from pixart_nb.core.lora.files import read_lora
+from pixart_nb.core.lora.files import LoraFile, read_lora
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from torch_files import as_saved, write_legacy
@@ -72,11 +73,12 @@ FOREIGN_WRITERS: dict[str, Callable[[Path, dict[str, np.ndarray]], Any]] = {
 
 
 class Form(NamedTuple):
-    """A kind of file: the sound one, the names that an error has to contain, and what loads it."""
+    """A sound file, the names that an error has to contain, its loader, and True if it carries checksums."""
 
     path: Path
     names: tuple[str, ...]
     load: Callable[[], Any]
+    checked: bool = False
 
 
 class Hang(BaseException):
@@ -95,9 +97,8 @@ def forms(folder: Path) -> dict[str, Form]:
         WRITERS[path.suffix](path, tensors)
         if name in FOREIGN_WRITERS:
             FOREIGN_WRITERS[name](path, {key: np.asarray(tensor) for key, tensor in tensors.items()})
-        out[name.removeprefix(".")] = Form(
-            path, (path.name,), lambda path=path: load_transformer(path, config)
-        )
+        load = lambda path=path: load_transformer(path, config)  # noqa: E731
+        out[name.removeprefix(".")] = Form(path, (path.name,), load, name not in FOREIGN_WRITERS)
     shards = folder / "shards"
     shards.mkdir()
     shutil.copy(folder / "a.safetensors", shards / "part.safetensors")
@@ -110,7 +111,7 @@ def forms(folder: Path) -> dict[str, Form]:
     for layout in ("diffusers", "peft"):
         path = adapter.save(folder / layout, layout)
         load = lambda path=path: read_lora(path)  # noqa: E731
-        out[f"lora {layout}"] = Form(path, (path.name,), load)
+        out[f"lora {layout}"] = Form(path, (path.name,), load, True)
     out["lora config"] = Form(path.with_name("adapter_config.json"), (path.parent.name,), load)
     for part in ("transformer", "vae", "text_encoder", "scheduler", "tokenizer"):
         file = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(
@@ -180,10 +181,24 @@ def mutated_zip(path: Path, content: bytes, rng: np.random.Generator) -> bytes:
     return other.read_bytes()
 
 
-def outcome(form: Form) -> str:
+def fingerprint(loaded: Any) -> int:
+    """Return a checksum of the values of a network or a LoRA."""
+    if isinstance(loaded, LoraFile):
+        arrays = {f"{n} {m.scale}": np.concatenate([m.down, m.up.T], 1) for n, m in loaded.modules.items()}
+    else:
+        arrays = {name: p.asnumpy() for name, p in loaded.parameters_and_names()}
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]), zlib.crc32(name.encode(), total))
+    return total
+
+
+def outcome(form: Form, sound: int | None = None) -> str:
     """Return ``loaded``, ``refused``, or a description of any other failure."""
     try:
-        form.load()
+        loaded = form.load()
+        if sound is not None and fingerprint(loaded) != sound:
+            return "failed: other values than those of the sound file"
     except PixArtNBError as error:
         if len(str(error)) > 2000 or not any(name in str(error) for name in form.names):
             return f"failed: a message that names no file, or is endless: {error!s:.200}"
@@ -205,7 +220,7 @@ def peak_megabytes() -> int:
 def measure(name: str, form: Form, count: int, rng: np.random.Generator) -> dict[str, Any]:
     """Load ``count`` mutated copies of one form."""
     sound, outcomes, slowest = form.path.read_bytes(), Counter(), 0.0
-    form.load()
+    reference = fingerprint(form.load()) if form.checked else None
     before = peak_megabytes()
     for _ in range(count):
         if form.path.suffix == ".json":
@@ -217,7 +232,7 @@ def measure(name: str, form: Form, count: int, rng: np.random.Generator) -> dict
         form.path.write_bytes(content)
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, PATIENCE)
-        outcomes[outcome(form)] += 1
+        outcomes[outcome(form, reference)] += 1
         signal.setitimer(signal.ITIMER_PROF, 0)
         slowest = max(slowest, time.process_time() - started)
         form.path.write_bytes(sound)

@@ -44,7 +44,9 @@ def check_fields(config: Any) -> None:
 
 
 def _is_number(value: Any, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return isinstance(value, int) or math.isfinite(value)  # an int may be too large for a float
 
 
 @contextmanager

@@ -236,6 +236,7 @@ RATIO = {"sampling": "conv", "scale_factor": 10**9, "kv_compress_layer": [0]}
             {"num_layers": 10**9},
             "num_layers is 1000000000; expected a whole number from 0 to 1000",
         ),
+        ("text_encoder", {"d_ff": 10**400}, "d_ff is 1000.*expected a whole number"),
         ("text_encoder", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),
         ("scheduler", {"num_train_timesteps": [1]}, "scheduler_config.json"),
         ("tokenizer", {"extra_ids": True}, "extra_ids is True; expected a whole number"),
