@@ -1,13 +1,17 @@
 """The shipped configurations hold the published values, and mindone's files and command lines work unchanged."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from reference_data import diffusers
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
 from pixart_nb.config import TrainConfig, load_config
+from pixart_nb.core import PixArtConfig
+from pixart_nb.core.checkpoints.convert import write_random
 from pixart_nb.core.sampling import generate
 
 MINDONE = Path(__file__).parent / "mindone"
@@ -168,3 +172,31 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
 def test_mindones_command_lines_run_with_pixart_nb_in_place_of_python(given_config, words, expected):
     config, _ = given_config(*words.split())
     assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.slow
+def test_mindones_readme_runs_from_conversion_to_training(project, tmp_path, monkeypatch):
+    """With a small transformer in place of the published one, in the folders that the README describes."""
+    folder, reference = tmp_path / "models", diffusers("sigma")[0]
+    for name in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(reference / name, folder / name)
+    small = PixArtConfig(
+        hidden_size=72, num_heads=1, depth=2, caption_channels=24, input_size=64, pe_interpolation=1.0,
+        model_max_length=300,
+    )  # fmt: skip
+    write_random(folder / "PixArt-Sigma-XL-2-512-MS.pth", small)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = "models/PixArt-Sigma-XL-2-512-MS"
+    labels = f"--json_path {project}/data/pixelart/labels.json --image_dir {project}/data/pixelart"
+    for line in (
+        f"tools/convert.py --source {checkpoint}.pth --target {checkpoint}.ckpt",
+        f"sample.py -c {MINDONE}/inference-512.yaml --prompt magic --sampling_steps 1 -o images",
+        f"train.py -c {MINDONE}/train-512.yaml {labels} --steps 1 --batch_size 1 --sampling_steps 1 -o run "
+        "--validation_prompts magic",
+        f"sample.py -c {MINDONE}/inference-512.yaml --prompt magic --sampling_steps 1 -o trained --checkpoint "
+        "run/step-00000001.safetensors",
+    ):
+        result = CliRunner().invoke(app, line.split())
+        assert result.exit_code == 0, result.output
+    assert len(list(Path("images").glob("*.png"))) == len(list(Path("trained").glob("*.png"))) == 1
+    assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()

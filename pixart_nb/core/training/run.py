@@ -173,7 +173,10 @@ class Training:
         net.set_train(True)
         for parameter in net.get_parameters() if dtype != ms.float32 and self.adapter else ():
             parameter.set_dtype(dtype)
-        for block in net.blocks if config.recompute else ():
+        recompute = config.recompute and (config.mode == 0 or dtype == ms.float32)
+        if config.recompute and not recompute:  # MindSpore's backward pass mixes dtypes there
+            tqdm.write("recompute is left out: in half precision it needs compiled graphs (mode 0)")
+        for block in net.blocks if recompute else ():
             block.recompute()
         # the embedding of the empty caption is not trained, as in the official code
         parameters = {n: p for n, p in net.parameters_and_names() if n != "y_embedder.y_embedding"}

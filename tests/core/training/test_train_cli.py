@@ -174,7 +174,7 @@ def test_a_training_that_blows_up_names_layer_and_pictures_and_keeps_its_checkpo
             "noise_offset": 0.1,
             "batch_size": 2,
         },
-        {"dtype": "fp16", "init_loss_scale": 1024.0, "use_ema": False},
+        {"dtype": "fp16", "init_loss_scale": 1024.0, "use_ema": False, "recompute": True},
         {
             "mode": 0,
             "recompute": True,
