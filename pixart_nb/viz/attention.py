@@ -73,11 +73,11 @@ def word_heat_maps(
     figure, axes = _image_grid(rows, columns, image, room=0.5 if own_scale else 0.3)
     _show_pixels(axes[0], as_float(image), "image")
     for ax, (word, heat) in zip(axes[1:], maps.items(), strict=False):
-        said = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
-        _show_pixels(ax, overlay(image, heat, (0, highest[word]), threshold), said)
+        text = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
+        _show_pixels(ax, overlay(image, heat, (0, highest[word]), threshold), text)
     if own_scale:
-        said = f"{SHARE}, from 0 (dark) to the number above the map (light)"
-        figure.supxlabel(said, fontsize=SMALL)
+        text = f"{SHARE}, from 0 (dark) to the number above the map (light)"
+        figure.supxlabel(text, fontsize=SMALL)
     else:
         _heat_bar(figure, axes, max(highest.values()), SHARE)
     return figure
@@ -307,17 +307,17 @@ def overlap_bars(overlaps: Mapping[str, np.ndarray], least: int = 5) -> Figure:
         for word in order
     ]
     figure = new_figure(6.5, max(2.2, 0.34 * len(order) + 1.0))
-    place = for_curves(
+    ax = for_curves(
         axes_grid(figure, 1, 1)[0, 0], "overlap with the object (IoU), mean and standard error", ""
     )
     colours = [COLOURS[0] if word == "object" else "0.7" for word in order]
-    place.barh(range(len(order)), means, xerr=errors, color=colours, height=0.7, capsize=3)
-    place.set_yticks(range(len(order)), [f"{word} (n = {len(words[word])})" for word in order], fontsize=TEXT)
+    ax.barh(range(len(order)), means, xerr=errors, color=colours, height=0.7, capsize=3)
+    ax.set_yticks(range(len(order)), [f"{word} (n = {len(words[word])})" for word in order], fontsize=TEXT)
     if "position prior" in overlaps:
         prior = float(np.mean(overlaps["position prior"]))
-        place.axvline(prior, color=COLOURS[1], linewidth=1.6, linestyle="--")
+        ax.axvline(prior, color=COLOURS[1], linewidth=1.6, linestyle="--")
         figure.suptitle(f"dashed: position prior without a model, {prior:.2f}", fontsize=TEXT)
-    place.set_xlim(0, 1)
+    ax.set_xlim(0, 1)
     return figure
 
 
@@ -336,9 +336,9 @@ def located_words(
     require_as_many("titles", titles, len(images), "images")
     columns = min(3, len(images))
     figure, axes = _image_grid(-(-len(images) // columns), columns, images[0], cell=2.3, room=0.35)
-    for place, image, heat, mask, title in zip(axes, images, maps, masks, titles, strict=False):
-        _show_pixels(place, overlay(image, heat, (float(heat.min()), float(heat.max())), 0.5), title)
-        place.contour(mask.astype(float), [0.5], colors=[MARK], linewidths=1.4)
+    for ax, image, heat, mask, title in zip(axes, images, maps, masks, titles, strict=False):
+        _show_pixels(ax, overlay(image, heat, (float(heat.min()), float(heat.max())), 0.5), title)
+        ax.contour(mask.astype(float), [0.5], colors=[MARK], linewidths=1.4)
     return figure
 
 

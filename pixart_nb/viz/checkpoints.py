@@ -152,7 +152,9 @@ def _legend(ax: Axes, titles: tuple[str, str], colours: dict[str, str]) -> None:
         ax.legend(handles=lines, ncols=len(lines), frameon=False, fontsize=TEXT, **where)
 
 
-def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("source", "target")) -> Figure:
+def parity(
+    expected: np.ndarray, actual: np.ndarray, labels: tuple[str, str] = ("source", "target")
+) -> Figure:
     """Two predictions (1, C, H, W) and how far apart they are: the first channel, and the difference of all.
 
     The first two images share their colours. The third is the largest difference of any channel, in units of the
@@ -161,22 +163,22 @@ def parity(expected: np.ndarray, found: np.ndarray, labels: tuple[str, str] = ("
     >>> parity(np.ones((1, 4, 8, 8)), np.ones((1, 4, 8, 8))).axes[2].get_title()
     'difference: none, bit for bit'
     """
-    if expected.shape != found.shape:
+    if expected.shape != actual.shape:
         raise PixArtNBError(
             f"the predictions have shapes {expected.shape} and {found.shape}; expected two of one shape"
         )
     figure = new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])
-    places = [for_image(ax) for ax in axes_grid(figure, 1, 3)[0]]
+    axes = [for_image(ax) for ax in axes_grid(figure, 1, 3)[0]]
     largest = np.abs(expected).max() or 1.0
     reach = np.abs(expected[0, 0]).max() or 1.0
-    for ax, values, label in zip(places, (expected, found), labels, strict=False):
+    for ax, values, label in zip(axes, (expected, actual), labels, strict=False):
         image = ax.imshow(values[0, 0], cmap=DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
         ax.set_title(label, size=TEXT)
-    colour_bar(figure, image, places[:2], "prediction, first channel")
-    difference = np.abs(found - expected)[0].max(0) / largest
-    image = places[2].imshow(
+    colour_bar(figure, image, axes[:2], "prediction, first channel")
+    difference = np.abs(actual - expected)[0].max(0) / largest
+    image = axes[2].imshow(
         difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest"
     )
-    places[2].set_title("difference" if difference.any() else "difference: none, bit for bit", size=TEXT)
-    colour_bar(figure, image, places[2], "largest of all channels, relative")
+    axes[2].set_title("difference" if difference.any() else "difference: none, bit for bit", size=TEXT)
+    colour_bar(figure, image, axes[2], "largest of all channels, relative")
     return figure

@@ -28,7 +28,7 @@ class ClickableImage(anywidget.AnyWidget):
 
     @traitlets.validate("cell")
     def _within(self, proposal: dict) -> tuple[int, ...]:
-        cell = tuple(int(place) for place in proposal["value"])
+        cell = tuple(int(index) for index in proposal["value"])
         if cell and not (len(cell) == 2 and 0 <= cell[0] < self.rows and 0 <= cell[1] < self.columns):
             raise traitlets.TraitError(
                 f"there is no cell {cell}; rows are 0 to {self.rows - 1}, columns 0 to {self.columns - 1}"

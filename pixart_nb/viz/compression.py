@@ -182,9 +182,11 @@ def similarity_by_layer(
     for number, (label, numbers) in enumerate(values.items()):
         require_as_many(f"layers of {label!r}", numbers, len(layers), "names")
         style = line_style(number)
-        places = np.arange(len(layers))
-        ax.plot(places, numbers.mean(1), label=label, **style)
-        ax.fill_between(places, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0)
+        positions = np.arange(len(layers))
+        ax.plot(positions, numbers.mean(1), label=label, **style)
+        ax.fill_between(
+            positions, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0
+        )
     every = -(-len(layers) // 14)
     ax.set_xticks(range(0, len(layers), every), list(layers)[::every])
     legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -232,7 +234,7 @@ def error_by_timestep(
 
 
 def beside_the_paper(
-    ours: Mapping[str, Mapping[str, float]], paper: Mapping[str, float], paper_label: str = "paper: FID"
+    measured: Mapping[str, Mapping[str, float]], paper: Mapping[str, float], paper_label: str = "paper: FID"
 ) -> Figure:
     """Draw measured values by choice, and those of the paper, as bars.
 
@@ -242,15 +244,15 @@ def beside_the_paper(
     >>> [[bar.get_width() for bar in place.patches] for place in figure.axes]
     [[0.1, 0.3], [8.5, 9.3]]
     """
-    names = list(dict.fromkeys(name for values in ours.values() for name in values))
+    names = list(dict.fromkeys(name for values in measured.values() for name in values))
     figure = new_figure(WIDTH, 0.36 * len(names) + 0.8)
-    columns = {**ours, paper_label: paper}
+    columns = {**measured, paper_label: paper}
     panels = axes_grid(figure, 1, len(columns), sharey=True)[0]
     for number, (ax, (label, values)) in enumerate(zip(panels, columns.items(), strict=True)):
-        known = [name for name in names if name in values]
+        sizes = [name for name in names if name in values]
         colour = "0.45" if label == paper_label else COLOURS[number]
-        widths = [values[name] for name in known]
-        bars = ax.barh([names.index(name) for name in known], widths, color=colour)
+        widths = [values[name] for name in sizes]
+        bars = ax.barh([names.index(name) for name in sizes], widths, color=colour)
         ax.bar_label(bars, [f"{width:.4g}" for width in widths], fontsize=SMALL, padding=2)
         ax.margins(x=0.22)
         ax.set_xlabel(label)
@@ -279,8 +281,8 @@ def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     axes = axes_grid(figure, -(-len(shown) // 2), 2).ravel()
     for ax, key in zip(axes, shown, strict=False):
         for number, (label, records) in enumerate(costs.items()):
-            known = [record for record in records if record.get(key) is not None]
-            values = [[record[name] for record in known] for name in ("size", key)]
+            counted = [record for record in records if record.get(key) is not None]
+            values = [[record[name] for record in counted] for name in ("size", key)]
             ax.plot(*values, label=label, **line_style(number))
         for_curves(ax, "side of the image, pixels", COSTS[key]).set(xscale="log", yscale="log")
         ax.set_xticks(sizes, sizes)

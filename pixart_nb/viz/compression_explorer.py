@@ -137,8 +137,8 @@ class CompressionExplorer:
         grid = (run.height // unit, run.width // unit)
         rows = []
         for full, small in list(zip(self.study.images, self.outcome.images, strict=True))[:3]:
-            apart = colormaps[HEAT](np.abs(small - full).mean(2))[..., :3]
-            plain = [enlarged(as_bytes(pixels), 256) for pixels in (small, apart)]
+            differences = colormaps[HEAT](np.abs(small - full).mean(2))[..., :3]
+            plain = [enlarged(as_bytes(pixels), 256) for pixels in (small, differences)]
             rows.append([with_cells(full, grid, self.outcome.ratio), *plain])
         return stacked(rows)
 

@@ -70,13 +70,13 @@ def map_of(trace: Any, choice: Choice, row: int = 0) -> Shown:
     if choice.word is not None:
         heat = trace.word_map(_word(trace, choice, row), choice.layer, choice.head, choice.step, row)
         return Shown(heat, 1, trace.grid)
-    found = [
+    maps = [
         Shown(heats.mean(0), trace.compression(name, step)[1], trace.grid)
         for name, step, heats in _patch_rows(trace, choice, row)
     ]
-    if len({shown.heat.shape for shown in found}) == 1:
-        return Shown(np.mean([shown.heat for shown in found], axis=0), found[0].ratio, trace.grid)
-    return Shown(np.mean([shown.tokens for shown in found], axis=0), 1, trace.grid)
+    if len({shown.heat.shape for shown in maps}) == 1:
+        return Shown(np.mean([shown.heat for shown in maps], axis=0), maps[0].ratio, trace.grid)
+    return Shown(np.mean([shown.tokens for shown in maps], axis=0), 1, trace.grid)
 
 
 def _word(trace: Any, choice: Choice, row: int) -> int | str:
@@ -105,8 +105,8 @@ def check_choice(trace: Any, choice: Choice) -> None:
         raise PixArtNBError(
             f"the trace has no {choice.attention}-attention of layer {choice.layer}; it has layers {layers}"
         )
-    for what, number, known in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
-        if number is not None and number not in known:
+    for what, number, valid in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
+        if number is not None and number not in valid:
             raise PixArtNBError(f"the trace has no {what} {number}; it has {known}")
     patch, grid = choice.patch, trace.grid
     if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):

@@ -118,12 +118,12 @@ def image_differences(
             raise PixArtNBError(
                 f"the images of {label!r} are {first.shape} and {second.shape}; sizes must agree"
             )
-    apart = [np.abs(second - first).reshape(*first.shape[:2], -1).mean(2) for first, second in pairs]
-    most = max(float(difference.max()) for difference in apart) or 1.0
+    differences = [np.abs(second - first).reshape(*first.shape[:2], -1).mean(2) for first, second in pairs]
+    most = max(float(difference.max()) for difference in differences) or 1.0
     aspect = pairs[0][0].shape[0] / pairs[0][0].shape[1]
     figure = new_figure(3 * 2.1 + 0.9, len(rows) * (2.0 * aspect + 0.25) + 0.1)
     axes = axes_grid(figure, len(rows), 3)
-    for row, (ax, pair, difference) in enumerate(zip(axes, pairs, apart, strict=True)):
+    for row, (ax, pair, difference) in enumerate(zip(axes, pairs, differences, strict=True)):
         label = _folded(list(rows)[row], max(8, int(2.0 * aspect * 13))) if len(rows) > 1 else ""
         _show_pair(ax, pair, ("", "") if row else columns, label)
         heat = for_image(ax[2]).imshow(difference, cmap=HEAT, vmin=0, vmax=most, interpolation="nearest")
@@ -139,11 +139,11 @@ def as_share(image: np.ndarray) -> np.ndarray:
     return image / 255.0 if image.dtype == np.uint8 else image.astype(float)
 
 
-def _show_pair(places: Sequence[Axes], pair: Sequence[np.ndarray], titles: Sequence[str], label: str) -> None:
-    for ax, image, title in zip(places, pair, titles, strict=False):
+def _show_pair(axes: Sequence[Axes], pair: Sequence[np.ndarray], titles: Sequence[str], label: str) -> None:
+    for ax, image, title in zip(axes, pair, titles, strict=False):
         for_image(ax).imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         ax.set_title(title, fontsize=TEXT)
-    places[0].set_ylabel(label, fontsize=SMALL)
+    axes[0].set_ylabel(label, fontsize=SMALL)
 
 
 def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithmic: bool = False) -> Figure:
@@ -200,9 +200,9 @@ def _on_equal_ground(images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return grounds
 
 
-def require_as_many(what: str, given: Sequence | None, count: int, of_what: str) -> None:
+def require_as_many(what: str, sequence: Sequence | None, count: int, of_what: str) -> None:
     """Refuse a sequence that does not have ``count`` members; None is accepted."""
-    if given is not None and len(given) != count:
+    if sequence is not None and len(sequence) != count:
         raise PixArtNBError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
 
 

@@ -60,19 +60,19 @@ def training_figure(rows: Sequence[Row], total: int = 0) -> Figure:
     ['loss', 'gradient norm']
     """
     figure = new_figure(WIDTH, 3.0)
-    places = axes_grid(figure, 1, 2)[0]
-    for ax, key, label in zip(places, ("loss", "grad_norm"), ("loss", "gradient norm"), strict=True):
+    axes = axes_grid(figure, 1, 2)[0]
+    for ax, key, label in zip(axes, ("loss", "grad_norm"), ("loss", "gradient norm"), strict=True):
         for_curves(ax, "step", label)
         ax.xaxis.get_major_locator().set_params(integer=True)
         _with_mean(ax, [row for row in rows if key in row], key)
         if total:
             ax.set_xlim(0, total)
     if held_out := [(row["step"], row["held_out_loss"]) for row in rows if "held_out_loss" in row]:
-        _held_out(places[0], *map(np.array, zip(*held_out, strict=True)))
-    if places[0].lines:
-        legend(places[0])
-    told = _progress([row for row in rows if "loss" in row], total)
-    figure.suptitle(told, fontsize=TEXT, x=0.01, ha="left")
+        _held_out(axes[0], *map(np.array, zip(*held_out, strict=True)))
+    if axes[0].lines:
+        legend(axes[0])
+    summary = _progress([row for row in rows if "loss" in row], total)
+    figure.suptitle(summary, fontsize=TEXT, x=0.01, ha="left")
     return figure
 
 

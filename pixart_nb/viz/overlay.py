@@ -74,11 +74,11 @@ def cell_of_pixels(
     [[0, 0, 1, 1], [0, 0, 1, 1, -1]]
     """
     grid = check_cells(cells, ratio, grid)
-    found = []
+    indices = []
     for pixels, count, tokens in zip(size, cells, grid, strict=True):
         cell = np.arange(pixels) * tokens // pixels // ratio
-        found.append(np.where(cell < count, cell, -1))
-    return found[0], found[1]
+        indices.append(np.where(cell < count, cell, -1))
+    return indices[0], indices[1]
 
 
 def check_cells(cells: tuple[int, int], ratio: int, grid: tuple[int, int] | None) -> tuple[int, int]:

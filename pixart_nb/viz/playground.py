@@ -42,8 +42,8 @@ class Playground:
     ):
         if not sizes or not schedulers:
             raise PixArtNBError(f"need a size and a scheduler to choose from, got {sizes} and {schedulers}")
-        given = dict(zip(("height", "width"), sizes[0], strict=True)) | {"scheduler": schedulers[0]}
-        self.controls = make_controls(Parameters(**{"prompt": ""} | given | start), sizes, schedulers)
+        parameters = dict(zip(("height", "width"), sizes[0], strict=True)) | {"scheduler": schedulers[0]}
+        self.controls = make_controls(Parameters(**{"prompt": ""} | parameters | start), sizes, schedulers)
         self.view = View(self.controls)
         self.session = Session(pipe, self._render)
         self.folder, self._others = Path(folder), dict(others or {})
@@ -123,9 +123,9 @@ class Playground:
         """Return a callback that runs on the kernel's event loop; JupyterLab may deliver clicks on another thread."""
 
         def callback(_: Any) -> None:
-            here = _running_loop()
-            self._loop = self._loop or here
-            if self._loop is here:
+            current = _running_loop()
+            self._loop = self._loop or current
+            if self._loop is current:
                 act()
             else:
                 self._loop.call_soon_threadsafe(act)

@@ -145,9 +145,9 @@ class View:
         """Show a small image for each entry, newest first; a click restores it."""
         if tuple(history) == self._listed:
             return
-        known = dict(zip(reversed(self._listed), self.cards.children, strict=True))
+        entries = dict(zip(reversed(self._listed), self.cards.children, strict=True))
         self._listed = tuple(history)
-        self.cards.children = [known.get(entry) or _card(entry, act(entry)) for entry in reversed(history)]
+        self.cards.children = [entries.get(entry) or _card(entry, act(entry)) for entry in reversed(history)]
 
     def say(self, text: str, wrong: bool = False) -> None:
         """Show a message; ``wrong`` marks an error."""

@@ -34,18 +34,18 @@ def stage_figure(runs: Mapping[str, Measured]) -> Figure:
                 "hatch": _HATCHES[number % 4],
                 "edgecolor": "white",
             }
-            found = measured.get(stage, {})
+            values = measured.get(stage, {})
             label = {"label": stage} if row == 0 else {}
-            if "seconds" in found:
-                time.barh(row, found["seconds"], 0.6, left=done, **look, **label)
-                done += found["seconds"]
-            if "peak_bytes" in found:
-                ax = row - 0.4 + (number + 0.5) * height
-                memory.barh(ax, found["peak_bytes"] / 1e9, height, **look)
+            if "seconds" in values:
+                time.barh(row, values["seconds"], 0.6, left=done, **look, **label)
+                done += values["seconds"]
+            if "peak_bytes" in values:
+                position = row - 0.4 + (number + 0.5) * height
+                memory.barh(position, values["peak_bytes"] / 1e9, height, **look)
                 memory.text(
-                    found["peak_bytes"] / 1e9,
-                    ax,
-                    f" {found['peak_bytes'] / 1e9:.2f}",
+                    values["peak_bytes"] / 1e9,
+                    position,
+                    f" {values['peak_bytes'] / 1e9:.2f}",
                     va="center",
                     fontsize=SMALL,
                 )

@@ -35,7 +35,7 @@ class Table:
 
     def __repr__(self) -> str:
         lines = [self.columns, *self.cells()]
-        widths = [max(len(line[place]) for line in lines) for place in range(len(self.columns))]
+        widths = [max(len(line[index]) for line in lines) for index in range(len(self.columns))]
         texts = [
             " ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines
         ]

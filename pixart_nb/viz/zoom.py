@@ -41,12 +41,12 @@ class ZoomViewer:
 
     def levels(self) -> list[dict[str, Any]]:
         """Return the image at every power of two of its size as rows of tiles, full resolution first."""
-        image, found = Image.fromarray(self.image), []
+        image, levels = Image.fromarray(self.image), []
         while True:
             width, height = image.size
-            found.append({"width": width, "height": height, "tiles": self._tiles(image)})
+            levels.append({"width": width, "height": height, "tiles": self._tiles(image)})
             if max(image.size) <= TILE:
-                return found
+                return levels
             image = image.resize((-(-width // 2), -(-height // 2)), Image.Resampling.BOX)
 
     def _tiles(self, image: Image.Image) -> list[list[str]]:
@@ -95,12 +95,12 @@ def as_pixels(image: np.ndarray | str | Path) -> np.ndarray:
 
 
 def zoom_figure(
-    image: np.ndarray | str | Path, places: Sequence[tuple[int, int]] | None = None, size: int = 214
+    image: np.ndarray | str | Path, details: Sequence[tuple[int, int]] | None = None, size: int = 214
 ) -> Figure:
     """Draw the whole image and four marked details of ``size`` pixels at 100%.
 
     Args:
-        places: Top and left of each detail. Default: the square with the most contrast of each quarter.
+        details: Top and left of each detail. Default: the square with the most contrast of each quarter.
 
     At ``DPI`` dots per inch, a pixel of a detail is one dot.
 
@@ -110,9 +110,9 @@ def zoom_figure(
     """
     pixels = as_pixels(image)
     size = min(size, *pixels.shape[:2])
-    places = detailed_places(pixels, size) if places is None else list(places)
+    details = detailed_places(pixels, size) if details is None else list(details)
     inches, gap = size / DPI, 0.05
-    columns = -(-len(places) // 2)
+    columns = -(-len(details) // 2)
     whole = 2 * inches + gap
     wide = whole * pixels.shape[1] / pixels.shape[0]
     width, height = wide + columns * (inches + gap) + gap, whole + 0.3
@@ -120,7 +120,7 @@ def zoom_figure(
     left = figure.add_axes((0, 0, wide / width, whole / height))
     for_image(left).imshow(_shrunk(pixels, int(whole * DPI)), extent=(0, pixels.shape[1], pixels.shape[0], 0))
     left.set_title(f"{pixels.shape[1]} x {pixels.shape[0]}, and details at 100%", fontsize=TEXT)
-    for number, (top, start) in enumerate(places):
+    for number, (top, start) in enumerate(details):
         x = wide + gap + number // 2 * (inches + gap)
         y = (1 - number % 2) * (inches + gap)
         ax = figure.add_axes((x / width, y / height, inches / width, inches / height))
@@ -135,13 +135,13 @@ def detailed_places(pixels: np.ndarray, size: int) -> list[tuple[int, int]]:
     """Return top and left of the square of ``size`` pixels with the most contrast in each quarter of (H, W, 3)."""
     height, width = pixels.shape[:2]
     grey = pixels.mean(2)
-    found = []
+    corners = []
     for rows in np.array_split(np.arange(0, height - size + 1, max(1, size // 4)), 2):
         for columns in np.array_split(np.arange(0, width - size + 1, max(1, size // 4)), 2):
             squares = [(int(top), int(left)) for top in rows for left in columns]
             if squares:
-                found.append(max(squares, key=lambda p: grey[p[0] : p[0] + size, p[1] : p[1] + size].std()))
-    return list(dict.fromkeys(found))
+                corners.append(max(squares, key=lambda p: grey[p[0] : p[0] + size, p[1] : p[1] + size].std()))
+    return list(dict.fromkeys(corners))
 
 
 def _shrunk(pixels: np.ndarray, height: int) -> np.ndarray:
