@@ -18,9 +18,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, check_cells, overlay, shrunk, spread_cells
 from pixart_nb.viz.style import (
-    AMOUNT,
     BAR_HEIGHT,
-    COLOURS,
     DIFFERENCE,
     HEAT,
     MARK,
@@ -30,10 +28,7 @@ from pixart_nb.viz.style import (
     Figure,
     axes_grid,
     colour_bar,
-    for_curves,
     for_image,
-    legend,
-    line_style,
     new_figure,
 )
 
@@ -70,11 +65,11 @@ def word_heat_maps(
     if not own_scale:
         highest = dict.fromkeys(maps, max(highest.values()))
     rows = -(-(len(maps) + 1) // columns)
-    figure, axes = _image_grid(rows, columns, image, room=0.5 if own_scale else 0.3)
-    _show_pixels(axes[0], as_float(image), "image")
+    figure, axes = image_axes(rows, columns, image, room=0.5 if own_scale else 0.3)
+    show_pixels(axes[0], as_float(image), "image")
     for ax, (word, heat) in zip(axes[1:], maps.items(), strict=False):
         text = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
-        _show_pixels(ax, overlay(image, heat, (0, highest[word]), threshold), text)
+        show_pixels(ax, overlay(image, heat, (0, highest[word]), threshold), text)
     if own_scale:
         text = f"{SHARE}, from 0 (dark) to the number above the map (light)"
         figure.supxlabel(text, fontsize=SMALL)
@@ -104,11 +99,11 @@ def word_strip(
     require_as_many("images", images, len(maps), "maps")
     require_as_many("labels", labels, len(maps), "maps")
     images = [shrunk(image) for image in images]
-    figure, axes = _image_grid(2, len(maps), images[0], least=2 * _LETTER * len(word))
+    figure, axes = image_axes(2, len(maps), images[0], least=2 * _LETTER * len(word))
     highest = float(np.max(maps))
     for number, (image, heat) in enumerate(zip(images, maps, strict=True)):
-        _show_pixels(axes[number], as_float(image), labels[number])
-        _show_pixels(axes[len(maps) + number], overlay(image, heat, (0, highest), threshold), "")
+        show_pixels(axes[number], as_float(image), labels[number])
+        show_pixels(axes[len(maps) + number], overlay(image, heat, (0, highest), threshold), "")
     for ax, label in ((axes[0], "image"), (axes[len(maps)], word)):
         ax.set_ylabel(label, fontsize=TEXT)
     _heat_bar(figure, axes, highest, SHARE)
@@ -140,7 +135,7 @@ def patch_attention(
     grid = check_cells(weights.shape[1:], ratio, grid)
     _check_patch(query, grid)
     columns, image = min(columns, len(weights)), shrunk(image)
-    figure, axes = _image_grid(-(-len(weights) // columns), columns, image)
+    figure, axes = image_axes(-(-len(weights) // columns), columns, image)
     highest = float(np.max(weights))
     for ax, heat, title in zip(axes, weights, titles, strict=False):
         pixels = overlay(image, heat, (0, highest), None, ratio, grid)
@@ -170,7 +165,7 @@ def full_against_compressed(
     grid, image = full.shape, shrunk(image)
     spread = spread_cells(compressed, ratio, grid)
     _check_patch(query, grid)
-    figure, axes = _image_grid(1, 3, image, cell=2.6)
+    figure, axes = image_axes(1, 3, image, cell=2.6)
     highest = float(max(full.max(), spread.max()))
     panels = (
         (full, 1, f"full: {full.size} keys"),
@@ -226,126 +221,7 @@ def overview_grid(
     return figure
 
 
-def attention_statistics(
-    values: np.ndarray,
-    layers: Sequence[str | int],
-    timesteps: Sequence[float],
-    label: str,
-    heads: Sequence[int] | None = None,
-    most: float | None = None,
-) -> Figure:
-    """Draw a statistic of attention, such as the entropy in nats, by layer and head, and by timestep.
-
-    Args:
-        values: (layers, steps, heads).
-        most: Upper bound of the statistic (log of the number of keys for entropy), drawn as a line.
-
-    >>> figure = attention_statistics(np.ones((3, 2, 4)), [0, 1, 2], [999, 500], "entropy, nats")
-    >>> figure.axes[0].images[0].get_array().shape, len(figure.axes[1].lines)
-    ((3, 4), 3)
-    """
-    if values.ndim != 3 or values.shape[:2] != (len(layers), len(timesteps)):
-        raise PixArtNBError(
-            f"values have shape {values.shape}; expected {len(layers)} layers, {len(timesteps)} steps, heads"
-        )
-    heads = list(range(values.shape[2])) if heads is None else heads
-    figure = new_figure(WIDTH, max(2.8, 0.22 * len(layers) + 1.2))
-    left, right = axes_grid(figure, 1, 2, width_ratios=[1, 1.4])[0]
-    image = left.imshow(values.mean(1), cmap=AMOUNT, aspect="auto", interpolation="nearest")
-    left.set(xlabel="head", ylabel="layer")
-    left.set_title("mean over steps", fontsize=TEXT)
-    left.set_xticks(range(len(heads)), heads)
-    every = -(-len(layers) // 14)
-    left.set_yticks(range(0, len(layers), every), list(layers)[::every])
-    colour_bar(figure, image, left, label)
-    _by_timestep(right, values.mean(2), layers, timesteps, most)
-    for_curves(right, "timestep (sampling runs to the right)", label).set_title(
-        "mean over heads", fontsize=TEXT
-    )
-    return figure
-
-
-def _by_timestep(ax: Axes, values: np.ndarray, layers, timesteps, most: float | None) -> None:
-    """Draw one line per layer, at most eight of them, evenly spaced."""
-    shown = np.unique(np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int))
-    for number, row in enumerate(shown):
-        ax.plot(timesteps, values[row], label=f"layer {layers[row]}", **line_style(number))
-    if most is not None:
-        ax.axhline(most, color="0.4", linewidth=0.8)
-        ax.text(
-            0.99,
-            most,
-            f"most: {most:.2f}",
-            transform=ax.get_yaxis_transform(),
-            fontsize=SMALL,
-            ha="right",
-            va="bottom",
-        )
-        lowest = ax.get_ylim()[0]
-        ax.set_ylim(lowest, most + 0.12 * (most - lowest))
-    ax.invert_xaxis()
-    legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-def overlap_bars(overlaps: Mapping[str, np.ndarray], least: int = 5) -> Figure:
-    """Mean overlap (IoU) with the object of each word, with its standard error, and the position prior as a line.
-
-    Args:
-        overlaps: word -> overlaps, one for each image; ``position prior`` is drawn as a line.
-        least: words that occur in fewer images are left out.
-
-    >>> figure = overlap_bars({"object": np.full(6, 0.6), "on": np.full(6, 0.4), "position prior": np.full(6, 0.7)})
-    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    ['on (n = 6)', 'object (n = 6)']
-    """
-    words = {word: values for word, values in overlaps.items() if word != "position prior"}
-    words = {word: values for word, values in words.items() if len(values) >= least} or words
-    order = sorted(words, key=lambda word: float(np.mean(words[word])))
-    means = [float(np.mean(words[word])) for word in order]
-    errors = [
-        float(np.std(words[word], ddof=min(1, len(words[word]) - 1)) / len(words[word]) ** 0.5)
-        for word in order
-    ]
-    figure = new_figure(6.5, max(2.2, 0.34 * len(order) + 1.0))
-    ax = for_curves(
-        axes_grid(figure, 1, 1)[0, 0], "overlap with the object (IoU), mean and standard error", ""
-    )
-    colours = [COLOURS[0] if word == "object" else "0.7" for word in order]
-    ax.barh(range(len(order)), means, xerr=errors, color=colours, height=0.7, capsize=3)
-    ax.set_yticks(range(len(order)), [f"{word} (n = {len(words[word])})" for word in order], fontsize=TEXT)
-    if "position prior" in overlaps:
-        prior = float(np.mean(overlaps["position prior"]))
-        ax.axvline(prior, color=COLOURS[1], linewidth=1.6, linestyle="--")
-        figure.suptitle(f"dashed: position prior without a model, {prior:.2f}", fontsize=TEXT)
-    ax.set_xlim(0, 1)
-    return figure
-
-
-def located_words(
-    images: Sequence[np.ndarray],
-    maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    titles: Sequence[str],
-) -> Figure:
-    """Images covered by the thresholded map of a word, with the outline of the object: (H, W, 3), (h, w), (H, W) bool.
-
-    >>> mask = np.pad(np.ones((4, 4), bool), 2)
-    >>> len(located_words([np.zeros((8, 8, 3))], [np.eye(2)], [mask], ["cup: 0.5"]).axes[0].collections)
-    1
-    """
-    require_as_many("titles", titles, len(images), "images")
-    columns = min(3, len(images))
-    figure, axes = _image_grid(-(-len(images) // columns), columns, images[0], cell=2.3, room=0.35)
-    for ax, image, heat, mask, title in zip(axes, images, maps, masks, titles, strict=False):
-        _show_pixels(ax, overlay(image, heat, (float(heat.min()), float(heat.max())), 0.5), title)
-        ax.contour(mask.astype(float), [0.5], colors=[MARK], linewidths=1.4)
-    return figure
-
-
-# ---- parts
-
-
-def _image_grid(
+def image_axes(
     rows: int, columns: int, image: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3
 ):
     """Return a figure and a flat list of its axes, for images of one shape.
@@ -362,7 +238,7 @@ def _image_grid(
     return figure, axes
 
 
-def _show_pixels(ax: Axes, pixels: np.ndarray, title: str) -> None:
+def show_pixels(ax: Axes, pixels: np.ndarray, title: str) -> None:
     ax.imshow(pixels, interpolation="nearest")
     ax.set_title(title, fontsize=TEXT)
 

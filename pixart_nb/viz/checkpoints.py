@@ -165,7 +165,7 @@ def parity(
     """
     if expected.shape != actual.shape:
         raise PixArtNBError(
-            f"the predictions have shapes {expected.shape} and {found.shape}; expected two of one shape"
+            f"the predictions have shapes {expected.shape} and {actual.shape}; expected two of one shape"
         )
     figure = new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])
     axes = [for_image(ax) for ax in axes_grid(figure, 1, 3)[0]]

@@ -107,7 +107,7 @@ def check_choice(trace: Any, choice: Choice) -> None:
         )
     for what, number, valid in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
         if number is not None and number not in valid:
-            raise PixArtNBError(f"the trace has no {what} {number}; it has {known}")
+            raise PixArtNBError(f"the trace has no {what} {number}; it has {valid}")
     patch, grid = choice.patch, trace.grid
     if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
         raise PixArtNBError(

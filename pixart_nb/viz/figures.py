@@ -203,7 +203,7 @@ def _on_equal_ground(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 def require_as_many(what: str, sequence: Sequence | None, count: int, of_what: str) -> None:
     """Refuse a sequence that does not have ``count`` members; None is accepted."""
     if sequence is not None and len(sequence) != count:
-        raise PixArtNBError(f"need as many {what} as {of_what}, got {len(given)} for {count}")
+        raise PixArtNBError(f"need as many {what} as {of_what}, got {len(sequence)} for {count}")
 
 
 def _empty_grid(

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from viz_figures import check_layout, shown
 
 from pixart_nb.viz.attention import (
-    attention_statistics,
     full_against_compressed,
     overview_grid,
     patch_attention,
     word_heat_maps,
     word_strip,
 )
+from pixart_nb.viz.attention_statistics import attention_statistics
 from pixart_nb.viz.overlay import COVER, DIMMED, cell_of_pixels, spread_cells
 from pixart_nb.viz.overlay import overlay as overlaid
 from pixart_nb.viz.style import heat_colours
