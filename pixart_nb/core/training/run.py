@@ -217,6 +217,7 @@ class Training:
         with self.trainer.session():
             if self.workers.is_main:
                 write_json(self.folder / "config.json", self.config.model_dump())
+                CurveLog(self.folder, self.trainer.step, name="held_out.csv")  # drops rows that are measured again
                 if self.config.start_report and self.trainer.step == 0 and not self.report:
                     self.report = self._start_report()
                     write_json(self.folder / "start.json", self.report)
@@ -272,10 +273,12 @@ class Training:
         results: dict[str, Any] = {}
         with self.trainer.ema_scope():
             self.net.set_train(False)
-            images = self.validation.sample(self.net, self.networks.vae) if self.validation else None
-            if self.held_out:
-                results["held_out_loss"] = mean_loss(self.trainer.loss, self.held_out)
-            self.net.set_train(True)
+            try:
+                images = self.validation.sample(self.net, self.networks.vae) if self.validation else None
+                if self.held_out:
+                    results["held_out_loss"] = mean_loss(self.trainer.loss, self.held_out)
+            finally:
+                self.net.set_train(True)
         self._release_vae()
         if images is not None:
             self.trainer.log.images(step, self.validation.prompts, images)

@@ -210,7 +210,7 @@ def test_an_interrupted_validation_leaves_the_weights_and_the_state(looked, tmp_
     monkeypatch.setattr(run, "mean_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(rows)
-    assert training.trainer.step == 3
+    assert training.trainer.step == 3 and training.net.training
     again = Training(looked(tmp_path / "out"))
     assert again.trainer.step == 3
     for name, parameter in again.trainer.parameters.items():
