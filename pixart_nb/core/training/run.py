@@ -40,7 +40,8 @@ from pixart_nb.core.training.loss import NAMES, diffusion_loss, min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
 from pixart_nb.core.training.options import steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_result, write_result
-from pixart_nb.core.training.trainer import Trainer, on_signal
+from pixart_nb.core.training.signals import on_signal
+from pixart_nb.core.training.trainer import Trainer
 from pixart_nb.core.training.validation import (
     MAX_HELD_OUT,
     Validation,
@@ -69,17 +70,15 @@ class Training:
         self.networks = FrozenNetworks(config)
         self.result = self.folder / ("lora" if config.lora_rank else "pipeline")
         check_result(self.result, self.networks.paths.values())
-        self.start: Start = start_from_config(
-            config, self.networks.paths["transformer"], self.networks.max_length
-        )
+        checkpoint = self.networks.paths["transformer"]
+        self.start: Start = start_from_config(config, checkpoint, self.networks.max_length)
         self.net, self.report = self.start.net, {}
         self.networks.check_latents(self.net.config)
         self.side = 8 * self.net.config.input_size
         self.labels = load_labels(config.json_path, config.image_dir)
         self.sizes = training_sizes(self.labels, self.side, config.multi_scale, config.valid_num)
-        self.sampler = BucketSampler(
-            self.sizes, config.batch_size, config.seed, self.workers.rank, self.workers.size
-        )
+        rank, world = self.workers.rank, self.workers.size
+        self.sampler = BucketSampler(self.sizes, config.batch_size, config.seed, rank, world)
         self.adapter = _add_adapter(self.net, config)
         self.batches = self._training_batches()
         self.validation, self.held_out = self._validation(), self._held_out()
@@ -217,7 +216,9 @@ class Training:
         with self.trainer.session():
             if self.workers.is_main:
                 write_json(self.folder / "config.json", self.config.model_dump())
-                CurveLog(self.folder, self.trainer.step, name="held_out.csv")  # drops rows that are measured again
+                CurveLog(
+                    self.folder, self.trainer.step, name="held_out.csv"
+                )  # drops rows that are measured again
                 if self.config.start_report and self.trainer.step == 0 and not self.report:
                     self.report = self._start_report()
                     write_json(self.folder / "start.json", self.report)
@@ -228,9 +229,8 @@ class Training:
         report = start_report(self.start, self.trainer.loss, batches)
         rows = range(min(_RECONSTRUCTED, len(self.labels)))
         images = [fit(load_image(self.labels[i].file), *self.sizes[i])[None] for i in rows]
-        report["reconstruction_psnr"] = float(
-            np.mean([psnr(i, reconstruct(self.networks.vae, i)) for i in images])
-        )
+        quality = [psnr(image, reconstruct(self.networks.vae, image)) for image in images]
+        report["reconstruction_psnr"] = float(np.mean(quality))
         self._release_vae()
         return report
 
@@ -311,9 +311,8 @@ class Training:
         for name, path in self.networks.paths.items():
             if name != "transformer":
                 add_files(path, folder / name)
-        components.write_index(
-            folder, self.networks.scheduler(), self.networks.pipeline_class(self.start.family)
-        )
+        name = self.networks.pipeline_class(self.start.family)
+        components.write_index(folder, self.networks.scheduler(), name)
 
 
 def _add_adapter(net: PixArt, config: TrainConfig) -> Adapter | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +23,7 @@ from pixart_nb.core.training.divergence import DivergenceError, find_divergence
 from pixart_nb.core.training.log import CurveLog
 from pixart_nb.core.training.optimizers import CAME, EMA, AdamW, clip_by_norm, global_norm
 from pixart_nb.core.training.options import TrainerOptions
-
-__all__ = ["Batch", "Trainer", "TrainerOptions", "on_signal"]
+from pixart_nb.core.training.signals import on_signal
 
 #: ``batch(number)`` -> NumPy arrays or tensors. A function of the number only: this makes a resumed training the same
 #: training. Step s takes the batches from s * accumulate on; each worker gets its own rows.
@@ -350,17 +347,3 @@ def _master(name: str, parameter: ms.Parameter, dtype: ms.Type) -> ms.Parameter:
     if dtype != ms.float32:
         parameter.set_dtype(dtype)
     return master
-
-
-@contextmanager
-def on_signal(handler: Callable) -> Iterator[None]:
-    """Handle SIGINT and SIGTERM with ``handler`` for a while; Python gives signals to the main thread only."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

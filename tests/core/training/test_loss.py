@@ -30,7 +30,7 @@ def test_each_term_equals_the_official_one_at_every_timestep(name):
     assert np.abs(term / GOLDEN[f"train/{name}"] - 1).max() < FORWARD
 
 
-def test_the_model_sees_the_noised_picture():
+def test_the_model_sees_the_noised_image():
     seen = []
 
     def model(x, t):

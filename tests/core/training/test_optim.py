@@ -96,7 +96,7 @@ def test_the_learning_rate_warms_up_and_falls():
         learning_rate(5, 1.0, 0, 10, "polynomial")
 
 
-def test_a_rate_is_scaled_with_the_pictures_of_an_update():
+def test_a_rate_is_scaled_with_the_images_of_an_update():
     assert scaled_rate(2e-5, 64, "") == 2e-5
     assert scaled_rate(2e-5, 64, "sqrt") == pytest.approx(1e-5)
     assert scaled_rate(2e-5, 64, "linear") == pytest.approx(5e-6)

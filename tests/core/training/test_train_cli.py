@@ -97,7 +97,7 @@ def test_a_training_in_parts_has_the_same_losses_and_weights_bit_for_bit(whole, 
     assert all(np.array_equal(parts[name], value) for name, value in undisturbed.items())
 
 
-def test_held_out_pictures_are_measured_and_change_nothing(run, project, tmp_path):
+def test_held_out_images_are_measured_and_change_nothing(run, project, tmp_path):
     labels = json.loads((project / "data/pixelart/labels.json").read_text())
     for name, part in {"shown": labels[:24], "held_out": labels[24:]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
@@ -152,7 +152,7 @@ def test_another_configuration_is_refused_with_what_differs(run, tmp_path):
     assert all(np.array_equal(value, state(tmp_path / "out")[name]) for name, value in before.items())
 
 
-def test_a_training_that_blows_up_names_layer_and_pictures_and_keeps_its_checkpoint(run, tmp_path):
+def test_a_training_that_blows_up_names_layer_and_images_and_keeps_its_checkpoint(run, tmp_path):
     output = " ".join(
         run(tmp_path / "out", code=1, steps=9, start_learning_rate=1e30, ckpt_save_steps=1).split()
     )
@@ -261,7 +261,7 @@ def test_an_option_of_another_kind_is_refused():
     assert "true" in result.output
 
 
-def test_a_notebook_sees_rows_and_pictures_as_they_come(project, model, tmp_path):
+def test_a_notebook_sees_rows_and_images_as_they_come(project, model, tmp_path):
     words = train_options(project, model, str(tmp_path / "out"), tensorboard=True, visualize=True)
     values = load_config(project / "configs/train/tiny.yaml", "train").model_dump()
     options = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""Training goes on from where it stopped, to the same numbers."""
+"""A stopped training resumes to the same numbers."""
 
 import os
 import signal

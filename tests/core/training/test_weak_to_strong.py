@@ -59,7 +59,7 @@ def predicted(net, height=16, width=16):
     return net(latents, timesteps, captions, mask.asnumpy()).asnumpy()
 
 
-def test_a_larger_picture_spans_the_positions_that_the_smaller_one_spanned(weak):
+def test_a_larger_image_spans_the_positions_that_the_smaller_one_spanned(weak):
     start = start_stage(weak, TrainingStage(sample_size=16))
     assert (start.net.config.input_size, start.net.config.pe_interpolation) == (16, 1.0)
     positions = start.net.positions(16, 16).asnumpy()[0].reshape(8, 8, 48)
@@ -170,7 +170,7 @@ def test_the_same_model_at_its_own_size_has_nothing_to_compare(weak):
     assert list(report) == ["loss", "latent_std"]
 
 
-def test_pictures_need_not_be_square(weak):
+def test_images_need_not_be_square(weak):
     start = start_stage(weak, TrainingStage(sample_size=16))
     report = start_report(start, diffusion_loss(start.net), [[*batch(8, 24), start.net.positions(8, 24)]])
     assert report["loss_interpolated"] == pytest.approx(report["loss"])
