@@ -5,7 +5,7 @@
 
 Each command is run once without kills. Then it is killed after random times, every second time while it is writing a
 file, and started again until it completes; when it has completed, it starts over in an empty folder, until there were
-enough kills. Every completed run must leave the same files, no temporary file and no lock. Times and speeds in logs are
+enough kills. Every completed run must leave the same files, no temporary file and no lock. Times, speeds and memory are
 not compared, nor are TensorBoard's files. Prints one JSON line per command; exit code 1 if anything differs.
 """
 
@@ -47,7 +47,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 SMALL = PixArtConfig(
     hidden_size=48, num_heads=4, depth=2, caption_channels=128, input_size=8, pe_interpolation=1.0
 )
-#: Keys of reports, and columns of logs, that differ between any two runs.
+#: Files and folders of times and memory only, and keys of reports that differ between any two runs.
+MEASUREMENTS = ("stages.json", "tensorboard")
 VOLATILE = ("seconds", "images_per_second", "seconds_left", "measured", "planned", "memory", "time")
 
 
@@ -194,7 +195,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {
         str(path.relative_to(folder)): hashlib.sha256(comparable(path)).hexdigest()
         for path in files
-        if "tensorboard" not in path.parts
+        if not set(MEASUREMENTS) & set(path.parts)
     }
 
 
