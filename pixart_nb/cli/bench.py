@@ -40,10 +40,7 @@ def bench(
             "block: one block, plain and compressed. pipeline: peak memory of a whole run, T5 streamed."
         ),
     ] = Benchmark.denoise,
-    size: Annotated[
-        list[int] | None,
-        typer.Option(help="Sides of the image in pixels. \\[default: 256]"),
-    ] = None,
+    size: Annotated[list[int] | None, typer.Option(help="Image sides in pixels. \\[default: 256]")] = None,
     training_size: Annotated[
         list[int] | None, typer.Option(help="Sides in pixels at which table measures a training step.")
     ] = None,
@@ -55,16 +52,11 @@ def bench(
     ] = False,
     repeats: Annotated[int, typer.Option(min=0, help="Number of measured runs, after one warm-up run.")] = 3,
     sampling_steps: Annotated[
-        int,
-        typer.Option(
-            min=1, max=20, help="Number of denoising steps that run; the rest of 20 is extrapolated."
-        ),
+        int, typer.Option(min=1, max=20, help="Number of measured steps; the rest of 20 is extrapolated.")
     ] = SAMPLING_STEPS,
     depth: Annotated[int, typer.Option(min=1, help="Number of transformer blocks; XL/2 has 28.")] = 28,
     caption_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 20,
-    text_layers: Annotated[
-        int, typer.Option(min=1, help="Number of T5 layers; XXL has 24, of 0.8 GB each.")
-    ] = 2,
+    text_layers: Annotated[int, typer.Option(min=1, help="Number of T5 layers; XXL has 24.")] = 2,
     ratio: Annotated[int, typer.Option(min=1, help="Ratio of token compression in every block.")] = 1,
     output_path: Annotated[
         Path,

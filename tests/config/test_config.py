@@ -17,6 +17,7 @@ from pixart_nb.config import (
     project_folder,
     read_yaml,
 )
+from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -253,6 +254,7 @@ def test_bundled_files_are_found_in_any_folder(tmp_path, monkeypatch):
     assert Path(config.model).is_dir() and Path(config.model).name == "tiny-sigma"
     assert load_config("configs/train/tiny.yaml", "train").json_path.endswith("data/pixelart/labels.json")
     assert check_config(MINIMAL | {"model": "data/other"}).model == "data/other"
+    assert component_paths("data/tiny-sigma", ["vae"])["vae"].is_dir()
     (tmp_path / "data" / "tiny-sigma").mkdir(parents=True)
     assert load_config("configs/inference/tiny.yaml").model == "data/tiny-sigma"
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from pixart_nb.config import bundled_path
 from pixart_nb.core.checkpoints.files import ENDINGS
 from pixart_nb.core.io import CheckpointError, read_json
 
@@ -18,7 +19,7 @@ def component_paths(source: str | Path, names: Sequence[str], revision: str | No
     there are several; or a hub id, with ``revision``. mindone's layout has no scheduler, which is then left out.
     Raises ``CheckpointError``.
     """
-    path = Path(source).expanduser()
+    path = bundled_path(source)
     if path.is_file():
         return _mindone_paths(path.parent, names, path)
     folder = path if path.is_dir() else _from_hub(str(source), names, revision)
@@ -34,7 +35,7 @@ def component_paths(source: str | Path, names: Sequence[str], revision: str | No
 
 def pipeline_class(source: str | Path) -> str:
     """Return the class name in the ``model_index.json`` of a folder or hub id; empty if there is none."""
-    path = Path(source).expanduser()
+    path = bundled_path(source)
     folder = path.parent if path.is_file() else path if path.is_dir() else _from_hub(str(source), [], None)
     index = folder / "model_index.json"
     return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
