@@ -52,10 +52,11 @@ def upscaled(
     config: InferenceConfig, factors: Any, strengths: Any, keys: int
 ) -> tuple[list[Path], list[dict]]:
     """Draw the image and write it with its page. Return the paths, and table rows of planned and measured memory."""
+    from pixart_nb.core.io import ensure_writable
     from pixart_nb.core.run_memory import ActivationMemory
     from pixart_nb.core.run_plan import check_fits, plan_upscaling
     from pixart_nb.core.sampling import planning, upscaling
-    from pixart_nb.core.sampling.images import write_image
+    from pixart_nb.core.sampling.images import write_new_image
     from pixart_nb.core.sampling.run_config import drawn_size, prompts_of
     from pixart_nb.viz.zoom import ZoomViewer
 
@@ -68,10 +69,12 @@ def upscaled(
     plans = plan_upscaling(networks, run, sizes, memory=memory)
     for plan in plans:
         check_fits(plan, planning.memory_limit(config))
+    ensure_writable(config.output_path, needed=3 * height * width)
     images = upscaling.upscale(config, sizes)
-    path = Path(config.output_path) / "image.png"
     steps = {"factors": [sizes[-1].height // size.height for size in sizes], "keys": keys}
     steps |= {"strengths": [size.strength for size in sizes[1:]]}
-    write_image(path, images[-1].pixels(), config.model_dump() | steps)
-    page = ZoomViewer(images[-1].pixels(), prompts_of(config)[0]).write(path.with_name("zoom.html"))
+    path = Path(config.output_path) / "image.png"
+    path = write_new_image(path, images[-1].pixels(), config.model_dump() | steps, config.overwrite)
+    page = path.with_name(f"{path.stem.replace('image', 'zoom')}.html")
+    ZoomViewer(images[-1].pixels(), prompts_of(config)[0]).write(page)
     return [path, page], planning.measured_rows(plans, [image.files.measured() for image in images])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.images import read_parameters, write_image
+from pixart_nb.core.sampling.images import write_new_image
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.playground_run import Entry
 
@@ -55,25 +55,9 @@ def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | Non
     paths = []
     for number, pixels in enumerate(entry.images):
         parameters = dict(others or {}) | entry.parameters.configuration(number)
-        paths.append(_free_place(Path(folder), f"{words}_seed-{entry.parameters.seed}_{number}", parameters))
-        write_image(paths[-1], pixels, parameters)
+        path = Path(folder) / f"{words}_seed-{entry.parameters.seed}_{number}.png"
+        paths.append(write_new_image(path, pixels, parameters))
     return paths
-
-
-def _free_place(folder: Path, stem: str, parameters: Mapping[str, Any]) -> Path:
-    """Return the first of ``stem.png``, ``stem-2.png``, ... that does not exist, or has the same parameters."""
-    path, number = folder / f"{stem}.png", 1
-    while path.exists() and not _holds(path, parameters):
-        number += 1
-        path = folder / f"{stem}-{number}.png"
-    return path
-
-
-def _holds(path: Path, parameters: Mapping[str, Any]) -> bool:
-    try:
-        return read_parameters(path) == parameters
-    except ValueError:
-        return False
 
 
 def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:

@@ -23,9 +23,10 @@ from pixart_nb.core.checkpoints.components import LOADERS
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.checkpoints.pipeline_folder import component_paths
 from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
+from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.sampling.images import read_parameters, to_uint8, write_new_image
+from pixart_nb.core.sampling.images import read_parameters, save_elsewhere, to_uint8, write_new_image
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
 from pixart_nb.core.sampling.planning import check_memory
@@ -336,7 +337,11 @@ def write_images(
             contact_sheet(images[start : start + copies], config.ncols) if config.imagegrid else images[start]
         )
         path = Path(config.output_path) / file_name(config, prompts, request)
-        paths.append(write_new_image(path, pixels, parameters(config, prompts, request), config.overwrite))
+        values = parameters(config, prompts, request)
+        try:
+            paths.append(write_new_image(path, pixels, values, config.overwrite))
+        except WriteError as error:  # the disk is full: the work is not lost
+            paths.append(save_elsewhere(path.name, pixels, values, error))
     return paths
 
 

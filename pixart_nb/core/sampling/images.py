@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from pixart_nb.core.errors import PixArtNBError, WriteError
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -116,25 +116,26 @@ def write_new_image(
     """Write an image without replacing another one; returns the path that holds it.
 
     If ``path`` holds another image, names count up: ``cat.png``, ``cat-2.png``. A file with the same pixels and
-    parameters is kept as it is. ``overwrite`` replaces the file. If the folder cannot be written, the image goes to the
-    system's temporary folder, with a warning that names it.
+    parameters is kept as it is. ``overwrite`` replaces the file. Raises ``WriteError``.
     """
     path = Path(path)
-    try:
-        with folder_lock(path.parent, ".image-names.lock", wait=True):
-            target, number = path, 1
-            while not overwrite and target.exists():
-                if _holds(target, pixels, parameters):
-                    return target
-                number += 1
-                target = path.with_stem(f"{path.stem}-{number}")
-            write_image(target, pixels, parameters)
-            return target
-    except WriteError as error:
-        rescued = Path(tempfile.mkdtemp(prefix="pixart-nb-")) / path.name
-        write_image(rescued, pixels, parameters)
-        warnings.warn(f"{error} The image was saved as {rescued} instead", stacklevel=2)
-        return rescued
+    with folder_lock(path.parent, ".image-names.lock", wait=True):
+        target, number = path, 1
+        while not overwrite and target.exists():
+            if _holds(target, pixels, parameters):
+                return target
+            number += 1
+            target = path.with_stem(f"{path.stem}-{number}")
+        write_image(target, pixels, parameters)
+        return target
+
+
+def save_elsewhere(name: str, pixels: np.ndarray, parameters: Mapping[str, Any], error: Exception) -> Path:
+    """Write an image that could not be saved into the system's temporary folder, with a warning that names it."""
+    path = Path(tempfile.mkdtemp(prefix="pixart-nb-")) / name
+    write_image(path, pixels, parameters)
+    warnings.warn(f"{error} The image was saved as {path} instead", stacklevel=2)
+    return path
 
 
 def _holds(path: Path, pixels: np.ndarray, parameters: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from reference_data import diffusers
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.errors import WriteError
 from pixart_nb.core.sampling import generate, images
-from pixart_nb.core.sampling.images import read_parameters, write_image, write_new_image
+from pixart_nb.core.sampling.images import read_parameters, write_image
 
 FOLDER = diffusers("sigma")[0]
 PIXELS = np.zeros((16, 16, 3), np.uint8)
@@ -73,9 +73,9 @@ def test_an_image_that_cannot_be_saved_is_saved_elsewhere(tmp_path, monkeypatch)
 
     monkeypatch.setattr(images, "write_image", full)
     with pytest.warns(UserWarning, match=r"No space left on device.*saved as .*rescue"):
-        path = write_new_image(tmp_path / "out" / "cup.png", PIXELS, {"seed": 1})
-    assert path == tmp_path / "rescue" / "cup.png"
-    assert np.array_equal(np.asarray(Image.open(path)), PIXELS)
+        (path,) = sampled(tmp_path / "out")
+    assert path == tmp_path / "rescue" / "000_a-red-cup.png"
+    assert Image.open(path).size == (32, 32)
 
 
 def test_no_path_is_taken_from_an_image(tmp_path):
