@@ -74,7 +74,8 @@ PANELS = (
         "distance, rms",
         {"step": "moved by this step", "change": "prediction changed", "distance": "prediction to the end"},
     ),
-    ("guidance", {"guidance": "size, rms", "turn": "cosine with the step before"}),
+    ("size of guidance, rms", {"guidance": "guidance"}),
+    ("cosine of two directions", {"turn": "guidance, with the step before"}),
 )
 
 

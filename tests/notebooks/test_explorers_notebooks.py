@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from notebook_contract import run_notebook, undeclared_keys, widgets_without_figure
 from PIL import Image
+from published_layout import published_parameters
 
 from pixart_nb.config import read_yaml
 
@@ -19,6 +20,7 @@ ATTENTION = {
     "layers_and_heads",
     "modulation",
     "nouns",
+    "overlaps",
     "patch",
     "positions",
     "threshold",
@@ -33,6 +35,7 @@ COMPRESSION = {
     "cost",
     "explorer",
     "full_and_compressed",
+    "images",
     "kernels",
     "keys_by_layer",
     "layers",
@@ -42,12 +45,11 @@ COMPRESSION = {
     "operators_paper",
     "operators_trained",
     "outputs_by_layer",
-    "pictures",
 }
 
 
 @pytest.mark.parametrize("name", ["03_attention_maps", "04_token_compression"])
-def test_they_take_the_configuration_of_the_embedded_model(project, name):
+def test_they_take_the_configuration_of_the_bundled_model(project, name):
     values = read_yaml(project / "configs" / "inference" / "tiny.yaml")
     notebook = nbformat.read(project / "notebooks" / f"{name}.ipynb", as_version=4)
     assert undeclared_keys(notebook, values) == []
@@ -81,6 +83,7 @@ def test_attention_maps_runs_whole_and_writes_what_it_says(project, tmp_path):
     assert (folder / "trace.safetensors").stat().st_size >= numbers["trace_bytes"]
     assert numbers["overlaps"]["count"] == values["scenes"]
     assert numbers["overlaps"]["object"] >= 2 * numbers["overlaps"]["setting"]
+    assert 0.5 < numbers["overlaps"]["position_prior"] < 1
     assert 0 < numbers["entropy"]["last"] < numbers["entropy"]["first"] <= np.log(64)
     assert len(numbers["moved"]) == 3
     assert all(value > 0.01 for value in numbers["moved"].values())
@@ -104,3 +107,26 @@ def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path)
     assert 0 < numbers["adaptation"]["recovered"] < 1
     assert set(numbers["trained"]) == {"shallow", "middle", "deep", "uniform", "mean"}
     assert all(value > 0 for value in numbers["trained"].values())
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("name", "changes", "missing"),
+    [
+        ("03_attention_maps", {"trace_steps": [0, 2]}, {"nouns", "overlaps"}),
+        (
+            "04_token_compression",
+            {"timed_sizes": [256], "operators": ["mean", "conv", "uniform"], "ratios": [2]},
+            {"adaptation", "kernels", "layers_trained", "operators_trained"},
+        ),
+    ],
+)
+def test_they_run_on_a_checkpoint_of_the_published_layout(project, tmp_path, name, changes, missing):
+    """28 layers and 16 heads with a published configuration; what needs the drawn scenes is skipped by name."""
+    values = published_parameters(
+        project, tmp_path, sampling_steps=3, output_path=str(tmp_path / "out"), **changes
+    )
+    done = run_notebook(project / "notebooks" / f"{name}.ipynb", values, tmp_path / "executed.ipynb", project)
+    check_figures(tmp_path / "out", (ATTENTION if "03" in name else COMPRESSION) - missing)
+    printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", ()))
+    assert 'Skipped: "' in printed

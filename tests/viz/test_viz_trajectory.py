@@ -37,7 +37,7 @@ def test_the_trajectory_has_at_most_ten_images_and_all_numbers():
     numbers = trajectory_numbers(LATENTS, DENOISED, GUIDANCE)
     lines = {line.get_label(): line.get_ydata() for place in figure.axes for line in place.lines}
     np.testing.assert_array_equal(lines["moved by this step"], numbers["step"])
-    np.testing.assert_array_equal(lines["cosine with the step before"], numbers["turn"])
+    np.testing.assert_array_equal(lines["guidance, with the step before"], numbers["turn"])
     assert len(lines) == 7
     check_layout(figure)
 

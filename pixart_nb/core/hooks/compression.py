@@ -239,8 +239,8 @@ class CompressionStudy:
     def __init__(self, pipe: Any, prompt: str | Sequence[str], seed: int = 0, **call: Any):
         if pipe.transformer.config.kv_layers and pipe.transformer.config.kv_ratio > 1:
             raise PixArtNBError(
-                f"layers {list(pipe.transformer.config.kv_layers)} of this model compress already; give a model "
-                "that was trained without compression, or open replace_compression(pipe, ratio=1) first"
+                f"layers {list(pipe.transformer.config.kv_layers)} of this model compress already; expected a model "
+                "that was trained without compression"
             )
         self.pipe, self.seed, self.prompt, self.call = pipe, seed, prompt, call
         self.reference, self.seconds = self._sample()
