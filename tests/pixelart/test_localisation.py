@@ -8,7 +8,15 @@ import pytest
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.pixelart.evaluation import held_out_scenes
-from pixart_nb.pixelart.localisation import LocatedWords, locate_words, mean_overlaps, overlap, thresholded
+from pixart_nb.pixelart.localisation import (
+    LocatedWords,
+    locate_words,
+    mean_overlaps,
+    overlap,
+    overlaps_by_word,
+    position_prior,
+    thresholded,
+)
 from pixart_nb.pixelart.scenes import Scene
 
 
@@ -45,6 +53,20 @@ def test_words_that_name_neither_object_nor_colour_are_wrong_ones():
     assert means == pytest.approx(
         {"count": 2, "object": 0.6, "colour": 0.5, "setting": 0.05, "mean_wrong": 0.125, "best_wrong": 0.25}
     )
+
+
+def test_the_position_prior_is_the_mean_mask_of_training_scenes_and_a_baseline(found):
+    prior = position_prior(64, 64, count=20, seed=3)
+    assert prior.shape == (64, 64) and 0 <= prior.min() < 0.05 and prior.max() > 0.9
+    assert (
+        prior[16:48, 16:48].mean() > 3 * np.delete(prior, np.s_[16:48], axis=0).mean()
+    )  # objects are in the middle
+    np.testing.assert_array_equal(position_prior(64, 64, count=20, seed=3), prior)
+    prior = position_prior()
+    by_word = overlaps_by_word(found, prior)
+    assert {"object", "colour", "setting", "</s>", "position prior"} <= set(by_word)
+    assert len(by_word["position prior"]) == len(by_word["object"]) == 6
+    assert mean_overlaps(found, prior)["position_prior"] == pytest.approx(by_word["position prior"].mean())
 
 
 def test_overlap_is_intersection_over_union():
