@@ -209,7 +209,9 @@ def compressions_of(
     net: PixArt, names: Sequence[str], ratio: int, operator: str | None
 ) -> dict[str, LayerCompression]:
     """Return a compression for each self-attention layer, with the layer's own weights where they fit."""
-    check_compression(operator, ratio, tuple(range(len(net.blocks))), len(net.blocks))
+    depth = len(net.blocks)
+    config = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(range(depth))}
+    check_compression(config, depth)
     return {name: _compression(net.blocks[layer_number(name)].attn, ratio, operator) for name in names}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from mindspore import nn, ops
 
@@ -107,12 +107,25 @@ def compress_cells(
     return positions[0]
 
 
-def check_compression(operator: str | None, ratio: int, layers: Sequence[int], depth: int) -> None:
-    """Refuse an unknown operator, a ratio below 1, and layers that the model does not have."""
+def check_compression(config: Mapping, depth: int) -> None:
+    """Refuse a ``kv_compress_config`` with an unknown key or operator, a ratio below 1, or layers beyond ``depth``."""
+    unknown = set(config) - {"sampling", "scale_factor", "kv_compress_layer"}
+    if unknown:
+        raise PixArtNBError(
+            f"kv_compress_config has unknown keys {sorted(map(str, unknown))!s:.60}; expected sampling, scale_factor "
+            "and kv_compress_layer"
+        )
+    operator, ratio, layers = (
+        config.get("sampling"),
+        config.get("scale_factor", 1),
+        config.get("kv_compress_layer") or (),
+    )
     if type(ratio) is not int or not 1 <= ratio <= MAX_RATIO:
         raise PixArtNBError(
             f"KV compression scale_factor is {ratio!r:.60}; expected a whole number from 1 to {MAX_RATIO}"
         )
+    if not isinstance(layers, list | tuple):
+        raise PixArtNBError(f"kv_compress_layer is {layers!r:.60}; expected a list of layer numbers")
     outside = [layer for layer in layers if type(layer) is not int or not 0 <= layer < depth]
     if outside:
         raise PixArtNBError(

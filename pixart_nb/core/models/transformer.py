@@ -62,7 +62,7 @@ class PixArtConfig:
             )
         if self.micro_condition and self.hidden_size % 3:
             raise PixArtNBError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
-        check_compression(self.kv_operator, self.kv_ratio, self.kv_layers, self.depth)
+        check_compression(self.kv_compress_config or {}, self.depth)
 
     def is_set(self, name: str) -> bool:
         """Return True if the field was given rather than left at its default."""
