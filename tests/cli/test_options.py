@@ -8,8 +8,15 @@ from typer.testing import CliRunner
 
 from pixart_nb import __version__
 from pixart_nb.cli import app
-from pixart_nb.config import ConfigError, InferenceConfig, TrainConfig, check_parameters, notebook_config
-from pixart_nb.core.sampling import generate
+from pixart_nb.config import (
+    SAMPLING_METHODS,
+    ConfigError,
+    InferenceConfig,
+    TrainConfig,
+    check_parameters,
+    notebook_config,
+)
+from pixart_nb.core.sampling import generate, schedulers
 
 RUN = CliRunner()
 
@@ -175,3 +182,21 @@ def test_a_notebook_gets_the_configuration_of_its_parameters():
     values = {"model": "m", "image_height": 64, "image_width": 64, "prompt": "a cup", "word": "cup"}
     config = notebook_config(namespace("...", **values), use_resolution_binning=False)
     assert (config.prompt, config.use_resolution_binning, config.image_height) == (["a cup"], False, 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "position", "completions"),
+    [
+        ("pixart-nb ", 1, {"sample", "train", "dataset", "bench"}),
+        ("pixart-nb sample --dtype ", 3, {"fp32", "fp16", "bf16"}),
+        ("pixart-nb train --optim ", 3, {"adamw", "came"}),
+    ],
+)
+def test_a_shell_completes_commands_and_choices(words, position, completions):
+    variables = {"_PIXART_NB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+    result = RUN.invoke(app, [], prog_name="pixart-nb", env=variables)
+    assert completions <= set(result.stdout.split())
+
+
+def test_every_sampling_method_has_its_scheduler():
+    assert set(SAMPLING_METHODS) == set(schedulers.SAMPLING_METHODS)
