@@ -37,9 +37,8 @@ from pixart_nb.viz.style import (
 PICKS = ("ave", "uniform")
 #: Panels of ``cost_curves``: key of a record, name of the axis.
 COSTS = {
-    "keys": "keys of a layer",
     "macs": "MACs of a step",
-    "bytes": "keys and values, bytes",
+    "bytes": "bytes of keys and values",
     "seconds": "attention of a layer, measured, s",
 }
 
@@ -236,59 +235,64 @@ def error_by_timestep(
 def beside_the_paper(
     measured: Mapping[str, Mapping[str, float]], paper: Mapping[str, float], paper_label: str = "paper: FID"
 ) -> Figure:
-    """Draw measured values by choice, and those of the paper, as bars.
+    """Draw measured values by choice, and those of the paper, as points; the axes do not begin at zero.
 
-    There is one panel for each measure, with the paper's last. Missing measurements have no bar.
+    There is one panel for each measure, with the paper's last. Missing measurements have no point.
 
     >>> figure = beside_the_paper({"error": {"deep": 0.1, "shallow": 0.3}}, {"deep": 8.5, "shallow": 9.3})
-    >>> [[bar.get_width() for bar in place.patches] for place in figure.axes]
+    >>> [ax.lines[0].get_xdata().tolist() for ax in figure.axes]
     [[0.1, 0.3], [8.5, 9.3]]
     """
     names = list(dict.fromkeys(name for values in measured.values() for name in values))
-    figure = new_figure(WIDTH, 0.36 * len(names) + 0.8)
+    figure = new_figure(WIDTH, 0.36 * len(names) + 0.9)
     columns = {**measured, paper_label: paper}
     panels = axes_grid(figure, 1, len(columns), sharey=True)[0]
     for number, (ax, (label, values)) in enumerate(zip(panels, columns.items(), strict=True)):
-        sizes = [name for name in names if name in values]
-        colour = "0.45" if label == paper_label else COLOURS[number]
-        widths = [values[name] for name in sizes]
-        bars = ax.barh([names.index(name) for name in sizes], widths, color=colour)
-        ax.bar_label(bars, [f"{width:.4g}" for width in widths], fontsize=SMALL, padding=2)
-        ax.margins(x=0.22)
-        ax.set_xlabel(label)
+        chosen = [name for name in names if name in values]
+        colour = "0.3" if label == paper_label else COLOURS[number]
+        points = [values[name] for name in chosen], [names.index(name) for name in chosen]
+        ax.plot(*points, "o", color=colour, markersize=7)
+        for value, row in zip(*points, strict=True):
+            ax.annotate(
+                f"{value:.4g}", (value, row), (7, 0), textcoords="offset points", va="center", size=SMALL
+            )
+        for_curves(ax, label, "").margins(x=0.25, y=0.2)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     return figure
 
 
 def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw the cost of each choice against the image size: keys, MACs, memory and, where measured, seconds.
+    """Draw MACs and memory of each choice against the image size, as shares of the first choice, and measured seconds.
 
-    Records have ``size`` (side of a square image in pixels), ``keys``, ``macs``, ``bytes`` and ``seconds`` (or None).
+    Records have ``size`` (side of a square image in pixels), ``macs``, ``bytes`` and ``seconds`` (or None).
 
-    >>> record = {"size": 256, "keys": 256, "macs": 2e9, "bytes": 6e5, "seconds": None}
-    >>> figure = cost_curves({"no compression": [record, record | {"size": 512, "keys": 1024}]})
-    >>> [place.get_ylabel() for place in figure.axes[:3]]
-    ['keys of a layer', 'MACs of a step', 'keys and values, bytes']
+    >>> record = {"size": 256, "macs": 2e9, "bytes": 6e5, "seconds": None}
+    >>> figure = cost_curves({"full": [record], "ratio 2": [record | {"macs": 1e9}]})
+    >>> figure.axes[0].get_ylabel(), figure.axes[0].lines[1].get_ydata().tolist()
+    ("MACs of a step,\\nshare of full", [0.5])
     """
-    shown = [
-        key
-        for key in COSTS
-        if any(record.get(key) is not None for records in costs.values() for record in records)
-    ]
+    first = next(iter(costs))
+    full = {record["size"]: record for record in costs[first]}
     sizes = sorted({record["size"] for records in costs.values() for record in records})
-    figure = new_figure(WIDTH, 2.6 * -(-len(shown) // 2) + 0.2 * len(costs))
-    axes = axes_grid(figure, -(-len(shown) // 2), 2).ravel()
-    for ax, key in zip(axes, shown, strict=False):
-        for number, (label, records) in enumerate(costs.items()):
-            counted = [record for record in records if record.get(key) is not None]
-            values = [[record[name] for record in counted] for name in ("size", key)]
-            ax.plot(*values, label=label, **line_style(number))
-        for_curves(ax, "side of the image, pixels", COSTS[key]).set(xscale="log", yscale="log")
+    timed = any(record.get("seconds") is not None for records in costs.values() for record in records)
+    shown = {key: label for key, label in COSTS.items() if key != "seconds" or timed}
+    figure = new_figure(WIDTH, 2.7 + 0.12 * len(costs))
+    axes = axes_grid(figure, 1, len(shown)).ravel()
+    for ax, (key, label) in zip(axes, shown.items(), strict=True):
+        share = key != "seconds"
+        for number, (choice, records) in enumerate(costs.items()):
+            records = [record for record in records if record.get(key) is not None and record["size"] in full]
+            values = [record[key] / full[record["size"]][key] if share else record[key] for record in records]
+            ax.plot([record["size"] for record in records], values, label=choice, **line_style(number))
+        ylabel = f"{label},\nshare of {first}" if share else label
+        for_curves(ax, "side of the image, pixels", ylabel).set_xscale("log", base=2)
+        if share:
+            ax.set_ylim(0, 1.08)
+        else:
+            ax.set_yscale("log")
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
-    for ax in axes[len(shown) :]:
-        ax.set_axis_off()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,

@@ -124,27 +124,22 @@ def test_what_the_paper_did_not_measure_has_no_bar():
     figure = beside_the_paper({"error": ours, "trained": {"deep": 0.05}}, {"shallow": 9.278, "deep": 8.532})
     left, middle, right = figure.axes
     assert [place.get_xlabel() for place in figure.axes] == ["error", "trained", "paper: FID"]
-    assert [(round(bar.get_y() + 0.4), bar.get_width()) for bar in middle.patches] == [(1, 0.05)]
-    assert [bar.get_width() for bar in left.patches] == [0.3, 0.1, 0.5]
-    assert [(round(bar.get_y() + 0.4), bar.get_width()) for bar in right.patches] == [(0, 9.278), (1, 8.532)]
+    assert middle.lines[0].get_xydata().tolist() == [[0.05, 1]]
+    assert left.lines[0].get_xdata().tolist() == [0.3, 0.1, 0.5]
+    assert right.lines[0].get_xydata().tolist() == [[9.278, 0], [8.532, 1]]
     assert [text.get_text() for text in left.get_yticklabels()] == list(ours)
     check_layout(figure)
 
 
-def test_costs_are_drawn_over_sizes_and_time_only_where_it_was_measured():
-    record = {"size": 256, "keys": 64, "macs": 10**9, "bytes": 10**6, "seconds": None}
-    larger = record | {"size": 4096, "keys": 2**16, "seconds": 2.0}
-    figure = cost_curves({"full": [record, larger], "ratio 2": [record | {"keys": 16}]})
-    panels = {place.get_ylabel(): place for place in figure.axes if place.axison}
-    assert list(panels) == [
-        "keys of a layer",
-        "MACs of a step",
-        "keys and values, bytes",
-        "attention of a layer, measured, s",
-    ]
-    keys, seconds = panels["keys of a layer"], panels["attention of a layer, measured, s"]
-    assert [line.get_xydata().tolist() for line in keys.lines] == [[[256, 64], [4096, 65536]], [[256, 16]]]
-    assert [line.get_xydata().tolist() for line in seconds.lines] == [[[4096, 2.0]], []]
+def test_costs_are_shares_of_the_first_choice_and_time_is_drawn_where_it_was_measured():
+    record = {"size": 256, "macs": 10**9, "bytes": 10**6, "seconds": None}
+    larger = record | {"size": 4096, "macs": 4 * 10**9, "seconds": 2.0}
+    figure = cost_curves({"full": [record, larger], "ratio 2": [record, larger | {"macs": 10**9}]})
+    labels = ["MACs of a step,\nshare of full", "bytes of keys and values,\nshare of full"]
+    assert [ax.get_ylabel() for ax in figure.axes] == [*labels, "attention of a layer, measured, s"]
+    shares, _, seconds = figure.axes
+    assert [line.get_ydata().tolist() for line in shares.lines] == [[1, 1], [1, 0.25]]
+    assert seconds.lines[0].get_xydata().tolist() == [[4096, 2.0]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full", "ratio 2"]
     check_layout(figure)
 
