@@ -123,9 +123,9 @@ def ensure_writable(folder: str | Path, needed: int = 0) -> Path:
     try:
         with write_errors(folder):
             made = _make_folders(folder)
-            probe = temporary_beside(folder / "probe")
-            probe.write_bytes(b"")
-            probe.unlink()
+            trial = temporary_beside(folder / "trial")
+            trial.write_bytes(b"")
+            trial.unlink()
         free = shutil.disk_usage(folder).free
     finally:
         _remove_empty(made)

@@ -48,8 +48,8 @@ def plan_compression(
     numbers = layer_numbers(layers, shown["depth"]) if isinstance(layers, str) else list(map(int, layers))
     compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": numbers}
     values = {"depth": shown["depth"], "kv_compress_config": compression}
-    given = PixArtConfig(**(explicit_values(config) if config else {}) | values)
-    return plan_conversion(source, target, given, sample_size, dtype)
+    target_config = PixArtConfig(**(explicit_values(config) if config else {}) | values)
+    return plan_conversion(source, target, target_config, sample_size, dtype)
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:
