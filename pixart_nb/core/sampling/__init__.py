@@ -1,1 +1,1 @@
-"""From noise and a prompt to a picture: schedules, solvers, text, the pipeline."""
+"""Sampling: noise schedule, samplers, schedulers, text, guidance, pipelines, resumable stages."""

@@ -156,7 +156,7 @@ class PipelineBase:
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set ``_interrupt``, which ends the run after the current step."""
+        """True if a callback has set ``_interrupt``, which ends the run after the current step."""
         return self._interrupt
 
     # ---- devices and memory, as diffusers names them

@@ -71,10 +71,10 @@ def architecture_of(config: InferenceConfig) -> dict[str, Any]:
 def transformer_config(config: InferenceConfig) -> PixArtConfig:
     """Return the ``PixArtConfig`` of a configuration's transformer, from the names and shapes of its tensors."""
     if config.checkpoint:
-        path, given = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
+        path, explicit = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
     else:
-        path, given = component_paths(config.model, ["transformer"])["transformer"], None
-    return describe(to_official_names(open_checkpoint(path)), path, given).config
+        path, explicit = component_paths(config.model, ["transformer"])["transformer"], None
+    return describe(to_official_names(open_checkpoint(path)), path, explicit).config
 
 
 def drawn_size(config: InferenceConfig, model: PixArtConfig | None = None) -> tuple[int, int]:

@@ -106,21 +106,23 @@ class Scheduler:
         """
         skipped = {*getattr(config, "defaults", ()), *config.get("_use_default_values", ())}
         options = {key: value for key, value in config.items() if key[:1] != "_" and key not in skipped}
-        known = {field.name: field.default for field in fields(cls)}
-        for key in options.keys() - known.keys() - cls.choices.keys():
-            if hint := nearest(key, known, 0.85):
+        defaults = {field.name: field.default for field in fields(cls)}
+        for key in options.keys() - defaults.keys() - cls.choices.keys():
+            if hint := nearest(key, defaults, 0.85):
                 warnings.warn(f"{cls.__name__} has no option {key!r} and ignores it{hint}", stacklevel=2)
-        for key in overrides.keys() - known.keys() - cls.choices.keys():
-            hint = nearest(key, known) or "; it has " + ", ".join(known)
+        for key in overrides.keys() - defaults.keys() - cls.choices.keys():
+            hint = nearest(key, defaults) or "; it has " + ", ".join(defaults)
             raise PixArtNBError(f"{cls.__name__} has no option {key!r} (given {overrides[key]!r}){hint}")
         options |= overrides
         for key in cls.choices.keys() & options.keys():
             if isinstance(options[key], str):
                 options[key] = cls.replaced.get(key, {}).get(options[key], options[key])
-            if not (options[key] is None and key in known):
+            if not (options[key] is None and key in defaults):
                 _check_choice(cls, key, options[key])
         # null in a file stands for the default
-        chosen = {k: v for k, v in options.items() if k in known and not (v is None and known[k] is not None)}
+        chosen = {
+            k: v for k, v in options.items() if k in defaults and not (v is None and defaults[k] is not None)
+        }
         scheduler = cls(**chosen)
         scheduler.__dict__["_chosen"] = frozenset(chosen)
         return scheduler

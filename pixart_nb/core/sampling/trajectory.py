@@ -122,7 +122,7 @@ def errors_on_noise(
 
     def outputs(part: PixArt) -> np.ndarray:
         inputs = [(ms.Tensor(latents), ms.Tensor(np.full(rows, t, np.float32))) for t in timesteps]
-        out = [part(*given, ms.Tensor(caption)).astype(ms.float32).asnumpy() for given in inputs]
+        out = [part(*pair, ms.Tensor(caption)).astype(ms.float32).asnumpy() for pair in inputs]
         return np.stack([array[:, : config.in_channels] for array in out])
 
     return _relative(outputs(other), outputs(net))
