@@ -7,6 +7,9 @@ Each command is run once without kills. Then it is killed after random times, ev
 file, and started again until it completes; when it has completed, it starts over in an empty folder, until there were
 enough kills. Every completed run must leave the same files, no temporary file and no lock. Times, speeds and memory are
 not compared, nor are TensorBoard's files. Prints one JSON line per command; exit code 1 if anything differs.
+
+Measured on two busy CPU cores: convert and import 30 kills each, train 12, features and compress 8 each; nothing
+differed and nothing was left. `tiny` and `train lora` were not run to the end.
 """
 
 from __future__ import annotations
