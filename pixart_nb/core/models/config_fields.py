@@ -36,9 +36,9 @@ def check_fields(config: Any) -> None:
             if not (_is_number(value, Real) and low <= value <= high):
                 expected = f"a number from {low} to {high}"
         elif annotation.startswith(("bool", "str", "dict")):
-            kind = {"bool": bool, "str": str, "dict": Mapping}[annotation.split(" ")[0]]
-            if not isinstance(value, kind):
-                expected = {bool: "true or false", str: "a string", Mapping: "a mapping"}[kind]
+            valid_type = {"bool": bool, "str": str, "dict": Mapping}[annotation.split(" ")[0]]
+            if not isinstance(value, valid_type):
+                expected = {bool: "true or false", str: "a string", Mapping: "a mapping"}[valid_type]
         if expected:
             raise PixArtNBError(f"{item.name} is {str(value)[:80]}; expected {expected}")
 

@@ -47,7 +47,7 @@ def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
     assert relative_error(fast, slow) < CLOSE
 
 
-KINDS = pytest.mark.parametrize(
+VARIANTS = pytest.mark.parametrize(
     "changes",
     [
         dict(qk_norm=True),
@@ -63,8 +63,8 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-@KINDS
-def test_every_kind_of_attention_gives_the_numbers_of_denoise(changes):
+@VARIANTS
+def test_every_variant_of_attention_gives_the_numbers_of_denoise(changes):
     slow, fast = both_ways(small_net(**changes), (1, 7), height=12, width=20)
     assert relative_error(fast, slow) < CLOSE
 
@@ -102,7 +102,7 @@ def test_official_models_give_the_numbers_of_denoise(case):
     assert relative_error(fast, slow) < 1e-5
 
 
-def test_pictures_of_the_same_prompts_give_the_numbers_of_denoise():
+def test_images_of_the_same_prompts_give_the_numbers_of_denoise():
     """Two rows of each caption, side by side, as with several images for a prompt."""
     net, rng = small_net(), np.random.default_rng(5)
     caption = rng.standard_normal((3, 6, 12)).astype(np.float32).repeat(2, 0)
@@ -124,8 +124,8 @@ def test_neighbours_of_few_rows_go_together_and_captions_of_one_token_stay_alone
     caption = np.random.default_rng(0).standard_normal((6, 31, 3)).astype(np.float32)
     mask = np.arange(31)[None] < np.array(lengths)[:, None]
     groups = caption_groups(ms.Tensor(caption), mask)
-    found = merge_small_groups(groups, 64, 24, 128)
-    assert [(g.start, g.stop, g.tokens, g.mask.sum()) for g in found] == [
+    result = merge_small_groups(groups, 64, 24, 128)
+    assert [(g.start, g.stop, g.tokens, g.mask.sum()) for g in result] == [
         (0, 1, 1, 1), (1, 3, 4, 7), (3, 5, 31, 61), (5, 6, 1, 1)
     ]  # fmt: skip
     assert [(g.start, g.stop) for g in merge_small_groups(groups, 65, 24, 128)] == [
@@ -133,7 +133,7 @@ def test_neighbours_of_few_rows_go_together_and_captions_of_one_token_stay_alone
     ]
 
 
-def test_a_denoiser_serves_pictures_of_another_size():
+def test_a_denoiser_serves_images_of_another_size():
     net, rng = small_net(), np.random.default_rng(6)
     caption, mask = ms.Tensor(rng.standard_normal((2, 5, 12)).astype(np.float32)), np.ones((2, 5), bool)
     denoise = denoiser(net, caption, mask)
@@ -151,7 +151,7 @@ def test_parts_of_the_rows_give_the_numbers_of_the_whole(monkeypatch):
     assert relative_error(parts, whole) < CLOSE
 
 
-@KINDS
+@VARIANTS
 def test_queries_keys_and_values_kept_apart_change_no_bit(monkeypatch, changes):
     net = small_net(**changes)
     monkeypatch.setattr(cpu, "MICRO_BATCH", 50)

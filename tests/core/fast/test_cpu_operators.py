@@ -34,13 +34,13 @@ def norm(groups=4, channels=12):
     return cell
 
 
-def test_pictures_of_a_batch_are_normalised_each_by_itself_as_by_the_operator():
+def test_images_of_a_batch_are_normalised_each_by_itself_as_by_the_operator():
     cell, rng = norm(), np.random.default_rng(1)
     x = ms.Tensor((rng.standard_normal((3, 12, 9, 14)) * [[[[1]]], [[[5]]], [[[30]]]] + 2).astype(np.float32))
     usual = cell(x).asnumpy()
     with fast_group_norms([cell]):
-        found = cell(x).asnumpy()
-    assert relative_error(found, usual) < 2e-6
+        result = cell(x).asnumpy()
+    assert relative_error(result, usual) < 2e-6
     assert cell.statistics is None
     assert np.array_equal(cell(x).asnumpy(), usual)
 
@@ -48,10 +48,10 @@ def test_pictures_of_a_batch_are_normalised_each_by_itself_as_by_the_operator():
 def test_half_precision_stays_half_precision():
     cell, x = norm(), np.random.default_rng(2).standard_normal((1, 12, 8, 8)).astype(np.float16)
     with fast_group_norms([cell]):
-        found = cell(ms.Tensor(x))
+        result = cell(ms.Tensor(x))
         wide = cell(ms.Tensor(x.astype(np.float32))).asnumpy()
-    assert found.dtype == ms.float16
-    assert relative_error(found.asnumpy().astype(np.float32), wide) < 1e-3
+    assert result.dtype == ms.float16
+    assert relative_error(result.asnumpy().astype(np.float32), wide) < 1e-3
 
 
 def test_an_error_leaves_the_norms_as_they_were():
@@ -74,9 +74,9 @@ def test_rows_are_normalised_as_by_the_layer(dtype):
     centres, spreads = np.array([[0.0], [2.0], [-500.0], [0.0]]), np.array([[1.0], [1e-3], [0.5], [1e3]])
     x = ms.Tensor((centres + spreads * rng.standard_normal((4, 1152))).astype(np.float32)).astype(dtype)
     layer = LayerNorm(1152, 1e-6, affine=False)
-    found, usual = layer_norm(layer, x), layer(x)
-    assert found.dtype == dtype
+    result, usual = layer_norm(layer, x), layer(x)
+    assert result.dtype == dtype
     np.testing.assert_allclose(
-        *(values.astype(ms.float32).asnumpy() for values in (found, usual)), rtol=2e-3, atol=2e-3
+        *(values.astype(ms.float32).asnumpy() for values in (result, usual)), rtol=2e-3, atol=2e-3
     )
-    assert relative_error(found.astype(ms.float32).asnumpy(), usual.astype(ms.float32).asnumpy()) < 1e-3
+    assert relative_error(result.astype(ms.float32).asnumpy(), usual.astype(ms.float32).asnumpy()) < 1e-3

@@ -16,8 +16,8 @@ def encoder(name="sigma"):
 @pytest.mark.parametrize("name", ["sigma", "alpha"])
 def test_embeddings_equal_the_reference_at_every_position(name):
     _, _, golden = diffusers(name)
-    ours = encoder(name)(golden["input_ids"], golden["prompt_mask"]).asnumpy()
-    assert relative_error(ours, golden["prompt_embeds"]) < FORWARD
+    out = encoder(name)(golden["input_ids"], golden["prompt_mask"]).asnumpy()
+    assert relative_error(out, golden["prompt_embeds"]) < FORWARD
 
 
 def test_tokens_after_the_longest_prompt_need_not_be_computed():

@@ -1,4 +1,4 @@
-"""Pictures decoded in tiles look as if they were decoded whole."""
+"""Images decoded in tiles look as if they were decoded whole."""
 
 from pathlib import Path
 
@@ -58,13 +58,13 @@ def test_slices_give_the_numbers_of_the_batch():
     assert np.array_equal(net.decode(latents)[0].asnumpy(), together)
 
 
-def test_a_tiled_picture_equals_the_whole_one_within_a_few_levels(trained):
+def test_a_tiled_image_equals_the_whole_one_within_a_few_levels(trained):
     scene = split_scenes()[1][5]
-    picture = to_signed(draw(scene, np.random.default_rng(3), 256, 384)[None])
-    latents = trained.encode(ms.Tensor(picture))[0].mean
+    image = to_signed(draw(scene, np.random.default_rng(3), 256, 384)[None])
+    latents = trained.encode(ms.Tensor(image))[0].mean
     whole = pixels(trained.decode(latents))
     trained.enable_tiling(128)
-    tiled, encoded = pixels(trained.decode(latents)), trained.encode(ms.Tensor(picture))[0].mean
+    tiled, encoded = pixels(trained.decode(latents)), trained.encode(ms.Tensor(image))[0].mean
     trained.disable_tiling()
     assert psnr(tiled, whole) > 50
     assert np.abs(tiled.astype(int) - whole).max() <= 6
@@ -75,8 +75,8 @@ def test_a_tiled_picture_equals_the_whole_one_within_a_few_levels(trained):
 def test_a_sample_of_the_tiles_leaves_no_seams(trained, monkeypatch):
     monkeypatch.setattr(tiling, "SAMPLE_CELLS", 2 * 128**2)
     scene = split_scenes()[1][5]
-    picture = to_signed(draw(scene, np.random.default_rng(3), 256, 384)[None])
-    latents = trained.encode(ms.Tensor(picture))[0].mean
+    image = to_signed(draw(scene, np.random.default_rng(3), 256, 384)[None])
+    latents = trained.encode(ms.Tensor(image))[0].mean
     whole = pixels(trained.decode(latents)).astype(int)
     trained.enable_tiling(128)
     difference = pixels(trained.decode(latents)).astype(int) - whole

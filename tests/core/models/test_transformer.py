@@ -121,7 +121,7 @@ def test_dropped_captions_are_the_null_embedding():
     assert relative_error(dropped, net(latents, timestep, ms.Tensor(null)).asnumpy()) < 1e-6
 
 
-def test_positions_of_a_larger_picture_interpolate_those_of_the_smaller():
+def test_positions_of_a_larger_image_interpolate_those_of_the_smaller():
     small = sincos_positions(24, 8, 8, base_size=8, pe_interpolation=1.0).reshape(8, 8, 24)
     large = sincos_positions(24, 16, 16, base_size=8, pe_interpolation=1.0).reshape(16, 16, 24)
     assert np.allclose(large[::2, ::2], small, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The autoencoder gives the reference's moments and pictures."""
+"""The autoencoder gives the reference's moments and images."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def autoencoder(name="sigma"):
 
 
 @pytest.mark.parametrize("name", ["sigma", "alpha"])
-def test_moments_and_pictures_equal_the_reference(name):
+def test_moments_and_images_equal_the_reference(name):
     _, _, golden = diffusers(name)
     net = autoencoder(name)
     distribution = net.encode(ms.Tensor(golden["vae_in"]))[0]
@@ -36,12 +36,12 @@ def test_samples_of_the_latents_have_the_mean_and_spread_that_were_said():
     assert np.array_equal(distribution.mode().asnumpy(), distribution.mean.asnumpy())
 
 
-def test_a_fresh_autoencoder_keeps_the_blocks_of_a_picture():
+def test_a_fresh_autoencoder_keeps_the_blocks_of_a_image():
     net = AutoencoderKL(VAEConfig(block_out_channels=(8, 16, 32, 32), layers_per_block=1, norm_num_groups=4))
     net.initialize(np.random.default_rng(0))
     cells = np.random.default_rng(1).uniform(-1, 1, (1, 3, 4, 6)).astype(np.float32)
-    picture = ms.Tensor(cells.repeat(8, 2).repeat(8, 3))
-    out = net.decode(net.encode(picture)[0].mode())[0].asnumpy()
+    image = ms.Tensor(cells.repeat(8, 2).repeat(8, 3))
+    out = net.decode(net.encode(image)[0].mode())[0].asnumpy()
     assert out.shape == (1, 3, 32, 48)
     inside = out.reshape(1, 3, 4, 8, 6, 8)
     assert inside.std((3, 5)).max() < 1e-4
@@ -51,7 +51,7 @@ def test_a_fresh_autoencoder_keeps_the_blocks_of_a_picture():
 @pytest.mark.parametrize(
     ("shape", "message"), [((1, 3, 20, 16), "multiples of 8"), ((1, 1, 16, 16), r"\(N, 3, H, W\)")]
 )
-def test_pictures_that_cannot_be_encoded_say_why(shape, message):
+def test_images_that_cannot_be_encoded_say_why(shape, message):
     with pytest.raises(ValueError, match=message):
         autoencoder().encode(ms.Tensor(np.zeros(shape, np.float32)))
 
@@ -81,27 +81,27 @@ def test_a_written_autoencoder_is_read_back_the_same(tmp_path):
 
 def test_the_gradient_predicts_the_change_of_the_loss():
     net = autoencoder()
-    picture = ms.Tensor(diffusers("sigma")[2]["vae_in"][:, :, :16, :24])
+    image = ms.Tensor(diffusers("sigma")[2]["vae_in"][:, :, :16, :24])
     noise = ms.Tensor(np.ones((1, 4, 2, 3), np.float32))
 
-    def loss(picture, noise):
-        out, moments = net(picture, noise)
-        return ((out - picture) ** 2).mean() + 1e-3 * (moments**2).mean()
+    def loss(image, noise):
+        out, moments = net(image, noise)
+        return ((out - image) ** 2).mean() + 1e-3 * (moments**2).mean()
 
     parameters = dict(net.parameters_and_names())
     for name in ("encoder.conv_in.weight", "decoder.up_blocks.1.upsamplers.0.conv.weight"):
         weight = parameters[name]
-        slope = ms.grad(loss, None, weight)(picture, noise).asnumpy().astype(np.float64)
+        slope = ms.grad(loss, None, weight)(image, noise).asnumpy().astype(np.float64)
         before, direction = weight.asnumpy().copy(), slope / np.linalg.norm(slope)
         values = []
         for step in (0.01, -0.01):
             weight.set_data(ms.Tensor((before + step * direction).astype(np.float32)))
-            values.append(float(loss(picture, noise)))
+            values.append(float(loss(image, noise)))
         weight.set_data(ms.Tensor(before))
         assert (values[0] - values[1]) / 0.02 == pytest.approx(np.linalg.norm(slope), rel=0.02)
 
 
-def test_attention_in_chunks_gives_the_same_picture(monkeypatch):
+def test_attention_in_chunks_gives_the_same_image(monkeypatch):
     net = autoencoder()
     latents = ms.Tensor(diffusers("sigma")[2]["dpm++2m/trajectory"][-1][:1])
     whole = net.decode(latents)[0].asnumpy()
