@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.config import read_yaml
+from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import write_transformer
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
@@ -21,7 +22,10 @@ def published_parameters(project: Path, folder: Path, **changes) -> dict:
         pe_interpolation=0.5,
     )
     net = PixArt(config)
-    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
+    rng = np.random.default_rng(0)
+    net.initialize(rng, zero_cross_attention=False)
+    output = net.final_layer.linear.weight  # zero at the start of a training: then nothing would be predicted
+    output.set_data(ms.Tensor(rng.standard_normal(output.shape).astype(np.float32) * 0.05))
     write_transformer(folder / "transformer", net)
     values = read_yaml(project / "configs/inference/pixart-sigma-256x256.yaml")
     bundled = project / "data/tiny-sigma"

@@ -319,7 +319,8 @@ class CompressionStudy:
 
 
 def relative_errors(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return ||predicted - reference|| / ||reference|| of each step, (S, ...) -> (S,)."""
+    """Return ||predicted - reference|| / ||reference|| of each step, (S, ...) -> (S,); the norm where the latter is 0."""
     rows = (len(predicted), -1)
     differences = np.linalg.norm((predicted - reference).reshape(rows).astype(np.float64), axis=1)
-    return differences / np.linalg.norm(reference.reshape(rows).astype(np.float64), axis=1)
+    norms = np.linalg.norm(reference.reshape(rows).astype(np.float64), axis=1)
+    return differences / np.where(norms == 0, 1, norms)

@@ -77,6 +77,12 @@ def test_an_outcome_is_that_of_the_replaced_compression(pipe, study):
     np.testing.assert_array_equal(predictions(pipe, study.reference), study.predicted)
 
 
+def test_errors_are_finite_where_nothing_is_predicted():
+    zeros = np.zeros((2, 1, 4))
+    assert relative_errors(zeros, zeros).tolist() == [0, 0]
+    assert relative_errors(zeros + 1, zeros).tolist() == [2, 2]
+
+
 def test_no_compression_changes_nothing(study):
     outcome = study.outcome([0, 1], 1, "conv")
     assert (outcome.error, outcome.image_error) == (0, 0)
