@@ -319,7 +319,7 @@ class CompressionStudy:
 
 
 def relative_errors(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return ||predicted - reference|| / ||reference|| of each step, (S, ...) -> (S,); the norm where the latter is 0."""
+    """Return ||predicted - reference|| / ||reference|| of each step, (S, ...) -> (S,); finite for a zero reference."""
     rows = (len(predicted), -1)
     differences = np.linalg.norm((predicted - reference).reshape(rows).astype(np.float64), axis=1)
     norms = np.linalg.norm(reference.reshape(rows).astype(np.float64), axis=1)
