@@ -47,9 +47,7 @@ from pixart_nb.pixelart.datasets import write_sample
 #: Imported before the processes are forked, so that a process starts in an instant.
 LOADED = (pixart_nb.core.training.run, diffusiondb, generate, compress)
 PROJECT = Path(__file__).resolve().parents[1]
-SMALL = PixArtConfig(
-    hidden_size=48, num_heads=4, depth=2, caption_channels=128, input_size=8, pe_interpolation=1.0
-)
+SMALL = PixArtConfig(hidden_size=48, num_heads=4, depth=2, caption_channels=128, input_size=8, pe_interpolation=1.0)
 #: Files and folders of times and memory only, and keys of reports that differ between any two runs.
 MEASUREMENTS = ("stages.json", "tensorboard")
 VOLATILE = ("seconds", "images_per_second", "seconds_left", "measured", "planned", "memory", "time")
@@ -104,29 +102,17 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
     adapt = ["--adapt_steps", 6, "--json_path", base / "train.json", "--image_dir", images]
     sizes = ["--image_height", 64, "--image_width", 64, "--sampling_steps", 3]
     tiny = PROJECT / "configs" / "inference" / "tiny.yaml"
-    sampling = [
-        "--prompt",
-        "a red cup",
-        "a green dragon",
-        "--stages_path",
-        out / "stages",
-        "-o",
-        out / "images",
-    ]
+    sampling = ["--prompt", "a red cup", "a green dragon", "--stages_path", out / "stages", "-o", out / "images"]
     return {
         "train": LongCommand(["train", "-c", config], out),
         "train lora": LongCommand(["train", "-c", lora], out),
         "features": LongCommand(["dataset", "features", "-c", config], out),
-        "import": LongCommand(
-            ["dataset", "diffusiondb", "-s", base / "raw", "-o", out, "--test-count", 20], out
-        ),
+        "import": LongCommand(["dataset", "diffusiondb", "-s", base / "raw", "-o", out, "--test-count", 20], out),
         "convert": LongCommand(
             ["convert", "-s", PROJECT / "data" / "tiny-sigma" / "transformer", "-t", out / "net.ckpt"], out
         ),
         "sample": LongCommand(["sample", "-c", tiny, "--model", model, *sizes, *sampling], out),
-        "compress": LongCommand(
-            ["compress", "-s", model, "-t", out / "kv", "--model", model, *sizes, *adapt], out
-        ),
+        "compress": LongCommand(["compress", "-s", model, "-t", out / "kv", "--model", model, *sizes, *adapt], out),
         "tiny": LongCommand(["tiny", "-o", out / "model", "--work_path", out / "work"], out),
     }
 

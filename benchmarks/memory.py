@@ -86,10 +86,7 @@ def decode(side: int, rows: int) -> None:
 def encode(folder: Path, load: str) -> dict[str, Any]:
     """Load a text encoder in one of three ways and encode 20 tokens."""
     encoder = T5EncoderModel.from_pretrained(
-        folder,
-        mindspore_dtype=dtype_from_name("fp16"),
-        load_in_8bit=load == "int8",
-        stream=load == "streamed",
+        folder, mindspore_dtype=dtype_from_name("fp16"), load_in_8bit=load == "int8", stream=load == "streamed"
     )
     ids = np.arange(2, 22)[None]
     return {"embeddings": encoder(ids, np.ones_like(ids, bool)).astype(ms.float32).asnumpy()}
@@ -151,9 +148,7 @@ def measure_text_encoder(options: argparse.Namespace) -> bool:
     """Compare the three ways of loading T5. Streaming needs the same memory for any number of layers."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_text_encoder(Shapes(text_layers=options.layers), Path(folder))
-        results = {
-            load: in_process(load, encode, Path(folder), load) for load in ("whole", "int8", "streamed")
-        }
+        results = {load: in_process(load, encode, Path(folder), load) for load in ("whole", "int8", "streamed")}
     whole = results["whole"]["embeddings"]
     for load in ("int8", "streamed"):
         error = np.linalg.norm(results[load]["embeddings"] - whole) / np.linalg.norm(whole)
@@ -201,14 +196,10 @@ MEASUREMENTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measurement", choices=MEASUREMENTS)
     parser.add_argument("--side", type=int, default=4096, help="side of the image in pixels")
-    parser.add_argument(
-        "--width", type=int, default=1152, help="trace: channels of the transformer, a multiple of 72"
-    )
+    parser.add_argument("--width", type=int, default=1152, help="trace: channels of the transformer, a multiple of 72")
     parser.add_argument("--steps", type=int, default=2, help="trace: denoising steps")
     parser.add_argument("--layers", type=int, default=2, help="text-encoder: number of layers; XXL has 24")
     parser.add_argument("--depth", type=int, default=28, help="convert: blocks; XL/2 has 28")

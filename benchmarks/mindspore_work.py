@@ -31,11 +31,7 @@ def versions() -> str:
 
 def transformer_config(shapes: Shapes) -> PixArtConfig:
     """Return the transformer's configuration; with a ``ratio`` above 1 every block compresses keys and values."""
-    compression = {
-        "sampling": "conv",
-        "scale_factor": shapes.ratio,
-        "kv_compress_layer": [*range(shapes.depth)],
-    }
+    compression = {"sampling": "conv", "scale_factor": shapes.ratio, "kv_compress_layer": [*range(shapes.depth)]}
     return PixArtConfig(
         hidden_size=shapes.hidden_size,
         num_heads=shapes.heads,
@@ -88,9 +84,7 @@ def autoencoder(shapes: Shapes) -> AutoencoderKL:
 
 def captions(shapes: Shapes, rng: np.random.Generator) -> dict:
     """Return random embeddings of a prompt of ``caption_tokens`` tokens and of an empty one."""
-    embeds = [
-        rng.standard_normal((1, n, shapes.caption_channels), np.float32) for n in (shapes.caption_tokens, 1)
-    ]
+    embeds = [rng.standard_normal((1, n, shapes.caption_channels), np.float32) for n in (shapes.caption_tokens, 1)]
     return {
         "prompt_embeds": ms.Tensor(embeds[0]),
         "prompt_attention_mask": np.ones((1, shapes.caption_tokens), bool),
@@ -110,11 +104,7 @@ class Denoise:
     def __call__(self) -> dict:
         shapes, times = self.shapes, [time.perf_counter()]
         run = self.pipe.sample(
-            **self.captions,
-            height=shapes.size,
-            width=shapes.size,
-            num_inference_steps=shapes.steps,
-            generator=self.rng,
+            **self.captions, height=shapes.size, width=shapes.size, num_inference_steps=shapes.steps, generator=self.rng
         )
         next(run)
         for self.last in run:
@@ -130,9 +120,7 @@ class Encode:
         self.ids = np.arange(2, 2 + shapes.caption_tokens)[None] % shapes.vocabulary
 
     def __call__(self) -> dict:
-        self.embeds = [
-            self.net(ids, np.ones(ids.shape, bool)).asnumpy() for ids in (self.ids, self.ids[:, :1])
-        ]
+        self.embeds = [self.net(ids, np.ones(ids.shape, bool)).asnumpy() for ids in (self.ids, self.ids[:, :1])]
         return {}
 
 
@@ -166,10 +154,7 @@ class TextToImage:
     def __call__(self) -> dict:
         self.encode()
         embeds, negative = self.encode.embeds
-        self.denoise.captions |= {
-            "prompt_embeds": ms.Tensor(embeds),
-            "negative_prompt_embeds": ms.Tensor(negative),
-        }
+        self.denoise.captions |= {"prompt_embeds": ms.Tensor(embeds), "negative_prompt_embeds": ms.Tensor(negative)}
         self.denoise()
         self.decode.latents = self.denoise.last.latents
         return self.decode()
@@ -209,9 +194,7 @@ class Block:
     def __init__(self, shapes: Shapes):
         self.net = transformer(replace(shapes, depth=1))
         rng = np.random.default_rng(1)
-        caption = ms.Tensor(
-            rng.standard_normal((1, shapes.caption_tokens, shapes.caption_channels), np.float32)
-        )
+        caption = ms.Tensor(rng.standard_normal((1, shapes.caption_tokens, shapes.caption_channels), np.float32))
         self.denoiser = denoiser(self.net, caption, None)
         side = shapes.size // 8
         self.latents = ms.Tensor(rng.standard_normal((1, 4, side, side), np.float32))
@@ -236,10 +219,7 @@ class Pipeline:
         del encode
         gc.collect()
         denoise = Denoise(shapes)
-        denoise.captions |= {
-            "prompt_embeds": ms.Tensor(embeds),
-            "negative_prompt_embeds": ms.Tensor(negative),
-        }
+        denoise.captions |= {"prompt_embeds": ms.Tensor(embeds), "negative_prompt_embeds": ms.Tensor(negative)}
         denoise()
         latents, peaks["denoise"] = denoise.last.latents, peak()
         del denoise
@@ -265,9 +245,7 @@ def write_text_encoder(shapes: Shapes, folder: Path) -> None:
     for number in range(shapes.text_layers):
         renamed = {name.replace(".block.0.", f".block.{number}."): value for name, value in layer.items()}
         if number:
-            renamed = {
-                name: value for name, value in renamed.items() if "relative_attention_bias" not in name
-            }
+            renamed = {name: value for name, value in renamed.items() if "relative_attention_bias" not in name}
         shards[f"layer-{number}.safetensors"] = renamed
     for name, values in shards.items():
         save_tensors(folder / name, values)

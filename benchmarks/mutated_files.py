@@ -44,24 +44,7 @@ from torch_files import as_saved, write_legacy
 REFERENCE = Path(__file__).resolve().parents[1] / "tests" / "reference"
 PATIENCE = 20
 #: Values that replace one in a JSON file.
-VALUES = (
-    None,
-    True,
-    -1,
-    0,
-    2**31,
-    2**63,
-    10**400,
-    1e308,
-    float("nan"),
-    "",
-    "x",
-    "../../etc",
-    [],
-    [[]],
-    {},
-    {"a": 1},
-)
+VALUES = (None, True, -1, 0, 2**31, 2**63, 10**400, 1e308, float("nan"), "", "x", "../../etc", [], [[]], {}, {"a": 1})
 #: Files of other programs, which carry no checksums.
 FOREIGN_WRITERS: dict[str, Callable[[Path, dict[str, np.ndarray]], Any]] = {
     "foreign.safetensors": lambda path, arrays: save_file(arrays, path),
@@ -114,9 +97,7 @@ def forms(folder: Path) -> dict[str, Form]:
         out[f"lora {layout}"] = Form(path, (path.name,), load, True)
     out["lora config"] = Form(path.with_name("adapter_config.json"), (path.parent.name,), load)
     for part in ("transformer", "vae", "text_encoder", "scheduler", "tokenizer"):
-        file = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(
-            part, "config.json"
-        )
+        file = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}.get(part, "config.json")
         load = lambda part=part: LOADERS[part](pipeline / part, ms.float32)  # noqa: E731
         out[f"{part} config"] = Form(pipeline / part / file, (part,), load)
     out["spiece.model"] = Form(pipeline / "tokenizer" / "spiece.model", ("tokenizer",), load)
@@ -226,9 +207,7 @@ def measure(name: str, form: Form, count: int, rng: np.random.Generator) -> dict
         if form.path.suffix == ".json":
             content = mutated_json(sound, rng)
         else:
-            content = (
-                mutated_zip(form.path, sound, rng) if zipfile.is_zipfile(form.path) else mutated(sound, rng)
-            )
+            content = mutated_zip(form.path, sound, rng) if zipfile.is_zipfile(form.path) else mutated(sound, rng)
         form.path.write_bytes(content)
         started = time.process_time()
         signal.setitimer(signal.ITIMER_PROF, PATIENCE)
@@ -243,9 +222,7 @@ def measure(name: str, form: Form, count: int, rng: np.random.Generator) -> dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300, help="mutated files of each form")
     parser.add_argument("--form", nargs="*", help="forms to load, all by default")
     parser.add_argument("--seed", type=int, default=0)

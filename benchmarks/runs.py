@@ -102,9 +102,7 @@ def speedup(rows: list[Row], measure: str) -> list[Row]:
     return [replace(row, system="ratio", value=other.value / row.value, unit="x")]
 
 
-def compare_systems(
-    work: str, shapes: Shapes, repeats: int, compare: bool, one_at_a_time: bool = False
-) -> list[Row]:
+def compare_systems(work: str, shapes: Shapes, repeats: int, compare: bool, one_at_a_time: bool = False) -> list[Row]:
     """Return medians of alternating repeats, and the ratio to diffusers.
 
     Args:
@@ -148,9 +146,7 @@ def denoise(shapes: Shapes, repeats: int, compare: bool, profile: bool = True) -
         rows += speedup(rows, f"{PUBLISHED_STEPS} steps") + speedup(rows, CPU_TIME)
         versions = workers[0].ready["versions"]
         delay = first["mindspore"][0]["steps"][0] - median_step(answers["mindspore"])
-        rows.append(
-            Row("denoise", shapes.size, "mindspore", "first step minus a later one", delay, "s", versions)
-        )
+        rows.append(Row("denoise", shapes.size, "mindspore", "first step minus a later one", delay, "s", versions))
         rows += _profile_rows(workers[0], shapes) if profile else []
     return rows
 

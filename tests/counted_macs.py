@@ -37,9 +37,5 @@ def counted():
 
         return mock.patch.object(operator, "__call__", call)
 
-    with (
-        counting(ops.MatMul, matmul),
-        counting(ops.BatchMatMul, batched),
-        counting(ops.Conv2D, convolution),
-    ):
+    with counting(ops.MatMul, matmul), counting(ops.BatchMatMul, batched), counting(ops.Conv2D, convolution):
         yield macs

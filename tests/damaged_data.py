@@ -85,9 +85,7 @@ def break_entries(sound: list[dict], rng: np.random.Generator) -> tuple[list[obj
         if wound == 4:
             broken[place] = NOT_ENTRIES[rng.integers(len(NOT_ENTRIES))]
             continue
-        key, values = [("path", NOT_PATHS), ("prompt", NOT_PROMPTS), ("height", NOT_NUMBERS), ("path", ())][
-            wound
-        ]
+        key, values = [("path", NOT_PATHS), ("prompt", NOT_PROMPTS), ("height", NOT_NUMBERS), ("path", ())][wound]
         changed = dict(broken[place])
         if values:
             changed[key] = values[rng.integers(len(values))]

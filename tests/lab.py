@@ -44,9 +44,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text(
-        '{"fetchNews": "false", "checkForUpdates": false}'
-    )
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -124,9 +122,7 @@ def run_cell(page, number):
         cell.locator(".cm-content").click()
         page.keyboard.press("Shift+Enter")
         try:
-            return sync_api.expect(cell.locator(".jp-InputPrompt").first).not_to_have_text(
-                "[ ]:", timeout=3000
-            )
+            return sync_api.expect(cell.locator(".jp-InputPrompt").first).not_to_have_text("[ ]:", timeout=3000)
         except AssertionError:
             continue
     raise AssertionError(f"cell {number} does not run")

@@ -55,13 +55,7 @@ def undeclared_keys(notebook: nbformat.NotebookNode, values: Iterable[str]) -> l
 
 def violations(notebook: nbformat.NotebookNode, size: int = 0) -> list[str]:
     """Every rule that the notebook breaks, in words; ``size`` is that of its file in bytes."""
-    found = [
-        *_opening(notebook),
-        *_parameters(notebook),
-        *_cells(notebook),
-        *_stored(notebook),
-        *_ending(notebook),
-    ]
+    found = [*_opening(notebook), *_parameters(notebook), *_cells(notebook), *_stored(notebook), *_ending(notebook)]
     if size > MOST_BYTES:
         found.append(f"the file has {size} bytes; at most {MOST_BYTES}")
     return found
@@ -84,9 +78,7 @@ def _parameters(notebook: nbformat.NotebookNode) -> Iterable[str]:
         return
     if code_cells(notebook)[0] is not tagged[0]:
         yield "there is code before the parameters"
-    if not re.search(
-        r"check_parameters\(globals\(\)|notebook_config\(globals\(\)", code_cells(notebook)[1].source
-    ):
+    if not re.search(r"check_parameters\(globals\(\)|notebook_config\(globals\(\)", code_cells(notebook)[1].source):
         yield "the cell after the parameters does not check them"
     for node in ast.parse(tagged[0].source).body:
         yield from _parameter(node, tagged[0].source.splitlines())
@@ -148,9 +140,7 @@ def _is_bar(output: nbformat.NotebookNode) -> bool:
     return bool(re.search(r"\d+%\|| \?/s\]|\dit \[", output.get("data", {}).get("text/plain", "")))
 
 
-def run_notebook(
-    path: Path, parameters: Mapping[str, Any], output: Path, folder: Path
-) -> nbformat.NotebookNode:
+def run_notebook(path: Path, parameters: Mapping[str, Any], output: Path, folder: Path) -> nbformat.NotebookNode:
     """Run a notebook whole by papermill in ``folder``, with this Python, and return it with its outputs.
 
     Raises:
@@ -159,10 +149,5 @@ def run_notebook(
     bin_first = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with mock.patch.dict(os.environ, {"PATH": bin_first, "JUPYTER_PREFER_ENV_PATH": "1"}):
         return papermill.execute_notebook(
-            str(path),
-            str(output),
-            dict(parameters),
-            kernel_name="python3",
-            cwd=str(folder),
-            progress_bar=False,
+            str(path), str(output), dict(parameters), kernel_name="python3", cwd=str(folder), progress_bar=False
         )

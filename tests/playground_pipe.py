@@ -41,7 +41,5 @@ class Pipe:
 
 
 def expected_image(parameters, number):
-    noise = np.random.default_rng((parameters.seed, number)).random(
-        (4, parameters.height // 8, parameters.width // 8)
-    )
+    noise = np.random.default_rng((parameters.seed, number)).random((4, parameters.height // 8, parameters.width // 8))
     return (noise[:3].repeat(8, 1).repeat(8, 2).transpose(1, 2, 0) * 255).round().astype(np.uint8)

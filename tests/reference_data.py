@@ -20,11 +20,7 @@ def relative_error(ours, theirs) -> float:
 def official(case: str) -> tuple[Path, dict, dict]:
     """Checkpoint path, configuration and input/output arrays of an official case."""
     folder = REFERENCE / "official" / case
-    return (
-        folder / "official.pth",
-        json.loads((folder / "config.json").read_text()),
-        dict(np.load(folder / "io.npz")),
-    )
+    return (folder / "official.pth", json.loads((folder / "config.json").read_text()), dict(np.load(folder / "io.npz")))
 
 
 def diffusers(name: str) -> tuple[Path, dict, dict]:

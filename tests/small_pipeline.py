@@ -9,13 +9,7 @@ from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling.schedulers import scheduler_named
 
 CONFIG = PixArtConfig(
-    hidden_size=48,
-    num_heads=4,
-    depth=2,
-    caption_channels=128,
-    input_size=8,
-    pe_interpolation=1.0,
-    model_max_length=300,
+    hidden_size=48, num_heads=4, depth=2, caption_channels=128, input_size=8, pe_interpolation=1.0, model_max_length=300
 )
 
 

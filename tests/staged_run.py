@@ -17,9 +17,7 @@ COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 
 def load(names, scheduler="dpm++"):
     """Only these components of the reference's pipeline."""
-    pipe = PixArtSigmaPipeline.from_pretrained(
-        SOURCE, **{name: None for name in COMPONENTS if name not in names}
-    )
+    pipe = PixArtSigmaPipeline.from_pretrained(SOURCE, **{name: None for name in COMPONENTS if name not in names})
     if "scheduler" in names:
         pipe.scheduler = scheduler
     return pipe

@@ -80,9 +80,7 @@ def _imports(name: str, tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            )
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             base = ".".join(filter(None, (base, node.module)))
             targets = [f"{base}.{alias.name}" for alias in node.names]
             targets = [target if target in modules() else base for target in targets]
@@ -126,10 +124,7 @@ def import_cycles() -> list[Measurement]:
         f"{modules()[name][0].relative_to(ROOT)}:{line}: imports {target}"
         for name, rows in edges.items()
         for target, line, inside in rows
-        if inside
-        and target != name
-        and name in component_of
-        and component_of.get(target) == component_of[name]
+        if inside and target != name and name in component_of and component_of.get(target) == component_of[name]
     ]
     return [
         Measurement("import cycles", len(cycles), 0, cycles),
@@ -320,9 +315,7 @@ def _text_files() -> list[Path]:
         "CONTRIB",
     )
     folders += ("Makefile", "pyproject", "environment")
-    return [
-        ROOT / name for name in listed.splitlines() if name.startswith(folders) and name.endswith(endings)
-    ]
+    return [ROOT / name for name in listed.splitlines() if name.startswith(folders) and name.endswith(endings)]
 
 
 def words() -> list[Measurement]:
@@ -351,12 +344,7 @@ def _names() -> Measurement:
     for path, node in nodes_with_path((ast.Name, ast.arg, ast.FunctionDef, ast.ClassDef, ast.Attribute)):
         if isinstance(node, ast.Name | ast.Attribute) and not isinstance(node.ctx, ast.Store):
             continue
-        name = (
-            getattr(node, "id", None)
-            or getattr(node, "arg", None)
-            or getattr(node, "attr", None)
-            or node.name
-        )
+        name = getattr(node, "id", None) or getattr(node, "arg", None) or getattr(node, "attr", None) or node.name
         word = name if name in NAMES else name.lstrip("_")
         if word in NAMES and (path, word) not in ALLOWED:
             findings.append(f"{path}:{node.lineno}: {name}, write {NAMES[word]}")
@@ -368,11 +356,7 @@ def _openings() -> Measurement:
     for path, node in nodes_with_path((ast.Module, ast.ClassDef, ast.FunctionDef, ast.keyword)):
         if isinstance(node, ast.keyword):
             value = node.value
-            text = (
-                value.value
-                if node.arg in ("help", "description") and isinstance(value, ast.Constant)
-                else None
-            )
+            text = value.value if node.arg in ("help", "description") and isinstance(value, ast.Constant) else None
         else:
             text = ast.get_docstring(node)
         if isinstance(text, str) and re.match(OPENINGS, text):
@@ -396,9 +380,7 @@ MEASUREMENTS = {
 
 def measure(only: str | None = None) -> list[Measurement]:
     """Return the measurements, or those of one name."""
-    return list(
-        itertools.chain.from_iterable(f() for name, f in MEASUREMENTS.items() if only in (None, name))
-    )
+    return list(itertools.chain.from_iterable(f() for name, f in MEASUREMENTS.items() if only in (None, name)))
 
 
 def main() -> int:

@@ -48,9 +48,7 @@ class TorchPickler(pickle._Pickler):
 
 def tensor(key, kind, count, size, stride, offset=0):
     storage = Storage(key, kind, count)
-    return Call(
-        Global("torch._utils", "_rebuild_tensor_v2"), storage, offset, size, stride, False, OrderedDict()
-    )
+    return Call(Global("torch._utils", "_rebuild_tensor_v2"), storage, offset, size, stride, False, OrderedDict())
 
 
 def as_saved(arrays, prefix=""):
@@ -100,11 +98,7 @@ class LegacyPickler(TorchPickler):
 
 def write_legacy(path, content, storages, machine=None):
     """A file in torch's format of before 1.6: five pickles, then each storage's count and numbers."""
-    little = {
-        "protocol_version": 1001,
-        "little_endian": True,
-        "type_sizes": {"short": 2, "int": 4, "long": 4},
-    }
+    little = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     with path.open("wb") as file:
         for header in (0x1950A86A20F9469CFC6C, 1001, machine or little):
             pickle.dump(header, file, 2)

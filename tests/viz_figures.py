@@ -19,9 +19,7 @@ def check_layout(figure):
     for text, box in zip(texts, boxes, strict=True):
         said = f"{text.get_text()!r} at {box}"
         assert text.get_size() >= 7, said
-        assert (
-            box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
-        ), said
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1, said
     for number, (text, box) in enumerate(zip(texts, boxes, strict=True)):
         for other, place in zip(texts[:number], boxes[:number], strict=True):
             width = min(box.x1, place.x1) - max(box.x0, place.x0)

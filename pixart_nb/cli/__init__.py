@@ -100,12 +100,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[
-        bool,
-        typer.Option("--debug", help="Show the traceback of every error. Also allowed after the command."),
+        bool, typer.Option("--debug", help="Show the traceback of every error. Also allowed after the command.")
     ] = False,
 ) -> None:
     """Options of all commands."""

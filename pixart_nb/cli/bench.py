@@ -46,9 +46,7 @@ def bench(
     ] = None,
     with_diffusers: Annotated[
         bool,
-        typer.Option(
-            "--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."
-        ),
+        typer.Option("--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."),
     ] = False,
     repeats: Annotated[int, typer.Option(min=0, help="Number of measured runs, after one warm-up run.")] = 3,
     sampling_steps: Annotated[
@@ -59,8 +57,7 @@ def bench(
     text_layers: Annotated[int, typer.Option(min=1, help="Number of T5 layers; XXL has 24.")] = 2,
     ratio: Annotated[int, typer.Option(min=1, help="Ratio of token compression in every block.")] = 1,
     output_path: Annotated[
-        Path,
-        typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure."),
+        Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
     ] = Path("outputs/bench"),
 ) -> None:
     """Measure PixArt-Sigma XL/2 with random weights in float32, and write the numbers as CSV and as a figure.
@@ -74,11 +71,7 @@ def bench(
         raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
     runs, shapes_class = load_benchmarks()
     shapes = shapes_class(
-        steps=sampling_steps,
-        depth=depth,
-        caption_tokens=caption_tokens,
-        text_layers=text_layers,
-        ratio=ratio,
+        steps=sampling_steps, depth=depth, caption_tokens=caption_tokens, text_layers=text_layers, ratio=ratio
     )
     shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
     if what is Benchmark.table:

@@ -25,28 +25,21 @@ ADAPTATION = ("json_path", "image_dir", "start_learning_rate", "batch_size")
 @config_options(InferenceConfig, TrainConfig, only=KEYS)
 def compress(
     options: dict,
-    source: Annotated[
-        Path, typer.Option("--source", "-s", help="Checkpoint without compression, or its pipeline.")
-    ],
+    source: Annotated[Path, typer.Option("--source", "-s", help="Checkpoint without compression, or its pipeline.")],
     target: Annotated[
-        Path | None,
-        typer.Option("--target", "-t", help="File or folder to write. By default, SOURCE-kv2.safetensors."),
+        Path | None, typer.Option("--target", "-t", help="File or folder to write. By default, SOURCE-kv2.safetensors.")
     ] = None,
     kv_compress_layer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Layers that compress: 14-27, or 0 2 5-7, or deep (half of them), or all.",
-            show_default="deep",
+            help="Layers that compress: 14-27, or 0 2 5-7, or deep (half of them), or all.", show_default="deep"
         ),
     ] = None,
     config: ModelConfigFile = None,
     sample_size: SampleSize = None,
     dtype: StoredDtypeOption = StoredDtype.keep,
     adapt_steps: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Number of updates that lower the error. They need --model and a label file."
-        ),
+        int, typer.Option(min=0, help="Number of updates that lower the error. They need --model and a label file.")
     ] = 0,
 ) -> None:
     """Add token compression to a PixArt checkpoint, and measure how far its predictions move.

@@ -13,25 +13,18 @@ from pixart_nb.core.errors import PixArtNBError
 StoredDtype = Enum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")}, type=str)
 ModelConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        metavar="file", help="JSON with what the tensors do not show, for example a diffusers config.json."
-    ),
+    typer.Option(metavar="file", help="JSON with what the tensors do not show, for example a diffusers config.json."),
 ]
 SampleSize = Annotated[
     int | None,
-    typer.Option(
-        min=1, max=1024, help="Latent side of the training: 32, 64, 128, 256 for 256 to 2048 pixels."
-    ),
+    typer.Option(min=1, max=1024, help="Latent side of the training: 32, 64, 128, 256 for 256 to 2048 pixels."),
 ]
 StoredDtypeOption = Annotated[StoredDtype, typer.Option(help="Floating-point type that is written.")]
 
 
 def convert(
     source: Annotated[
-        Path,
-        typer.Option(
-            "--source", "-s", help="A .pth, .bin, .ckpt or .safetensors file, or a folder of diffusers."
-        ),
+        Path, typer.Option("--source", "-s", help="A .pth, .bin, .ckpt or .safetensors file, or a folder of diffusers.")
     ],
     target: Annotated[
         Path | None,
@@ -45,8 +38,7 @@ def convert(
     sample_size: SampleSize = None,
     dtype: StoredDtypeOption = StoredDtype.keep,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Compare one forward pass of both; exit code 1 if they differ."),
+        bool, typer.Option("--verify", help="Compare one forward pass of both; exit code 1 if they differ.")
     ] = False,
 ) -> None:
     """Convert a PixArt transformer, alpha or Sigma, to another file format, without PyTorch, and audit every tensor.

@@ -12,9 +12,7 @@ from pixart_nb.cli.options import Command
 from pixart_nb.config import load_config
 
 dataset = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    help="Import images with captions, check them, compute their features.",
+    add_completion=False, no_args_is_help=True, help="Import images with captions, check them, compute their features."
 )
 CaptionSource = Enum("CaptionSource", {name: name for name in ("text", "file", "folder")}, type=str)
 TrainingConfigFile = Annotated[
@@ -44,25 +42,17 @@ def sample(
 def diffusiondb(
     source: Annotated[
         Path,
-        typer.Option(
-            "--source", "-s", help="Downloaded parquet file, zip part or metadata.parquet, or their folder."
-        ),
+        typer.Option("--source", "-s", help="Downloaded parquet file, zip part or metadata.parquet, or their folder."),
     ],
     output_path: Annotated[
         Path,
-        typer.Option(
-            "--output-path", "-o", "--target", help="Folder for labels.json, labels_test.json and images/."
-        ),
+        typer.Option("--output-path", "-o", "--target", help="Folder for labels.json, labels_test.json and images/."),
     ],
     max_nsfw: Annotated[
         float, typer.Option(min=0, max=2, help="Leave out images and prompts with a higher NSFW score.")
     ] = 0.5,
-    test_count: Annotated[
-        int, typer.Option(min=0, help="Number of last rows that are kept for testing.")
-    ] = 400,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the labels of another import.")
-    ] = False,
+    test_count: Annotated[int, typer.Option(min=0, help="Number of last rows that are kept for testing.")] = 400,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the labels of another import.")] = False,
 ) -> None:
     """Convert diffusiondb-pixelart, in any of its published forms, into labels and images.
 
@@ -78,9 +68,7 @@ def diffusiondb(
 
 @dataset.command(cls=Command)
 def folder(
-    source: Annotated[
-        Path, typer.Option("--source", "-s", help="Folder of images, the image_dir of the training.")
-    ],
+    source: Annotated[Path, typer.Option("--source", "-s", help="Folder of images, the image_dir of the training.")],
     captions: Annotated[
         Path | None,
         typer.Option(
@@ -89,13 +77,10 @@ def folder(
     ] = None,
     output_path: Annotated[
         Path | None,
-        typer.Option(
-            "--output-path", "-o", help="Label file to write. By default, labels.json in the folder."
-        ),
+        typer.Option("--output-path", "-o", help="Label file to write. By default, labels.json in the folder."),
     ] = None,
     caption_from: Annotated[
-        CaptionSource,
-        typer.Option(help="Captions are texts, or the names of the image files or their folders."),
+        CaptionSource, typer.Option(help="Captions are texts, or the names of the image files or their folders.")
     ] = CaptionSource.text,
     skip: Annotated[bool, typer.Option("--skip", help="Leave out what cannot be used, and name it.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing label file.")] = False,
@@ -123,14 +108,9 @@ def check(config: TrainingConfigFile) -> None:
 @dataset.command(cls=Command)
 def features(
     config: TrainingConfigFile,
-    batch_size: Annotated[
-        int, typer.Option(min=1, max=4096, help="Number of images or captions per batch.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Number of images or captions per batch.")] = 8,
     stream: Annotated[
-        bool,
-        typer.Option(
-            "--stream", help="Load T5 one layer at a time, which needs less memory and takes longer."
-        ),
+        bool, typer.Option("--stream", help="Load T5 one layer at a time, which needs less memory and takes longer.")
     ] = False,
 ) -> None:
     """Compute latents and caption embeddings once, into the feature_cache of a training configuration.

@@ -27,9 +27,7 @@ def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Number of held-out scenes to generate.")] = 240,
     labels: Annotated[
         Path | None,
-        typer.Option(
-            metavar="file", help="Label file of drawn scenes, whose captions are generated in place of them."
-        ),
+        typer.Option(metavar="file", help="Label file of drawn scenes, whose captions are generated in place of them."),
     ] = None,
     vae: Annotated[bool, typer.Option("--vae", help="Measure the reconstruction by the VAE too.")] = False,
 ) -> None:

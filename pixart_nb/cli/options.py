@@ -18,16 +18,7 @@ from typer.core import TyperArgument, TyperCommand
 from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS
 
 _BOOLEAN = "true|false"
-_WORDS = {
-    "true": True,
-    "yes": True,
-    "on": True,
-    "1": True,
-    "false": False,
-    "no": False,
-    "off": False,
-    "0": False,
-}
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _MOST_CHOICES = 4
 
 
@@ -144,11 +135,7 @@ def config_options(
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    choices = (
-        [str(choice) for choice in get_args(field.annotation)]
-        if get_origin(field.annotation) is Literal
-        else []
-    )
+    choices = [str(choice) for choice in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
     several = _is_list(field.annotation)
     names = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output_path" else [])
     help_text = (field.description or "").replace("[", "\\[")

@@ -16,12 +16,8 @@ from pixart_nb.config import InferenceConfig, load_config
 def plan(
     options: dict,
     config: ConfigFile = INFERENCE_CONFIG,
-    sizes: Annotated[
-        list[int] | None, typer.Option(help="Image sides in pixels that the overview shows.")
-    ] = None,
-    ratios: Annotated[
-        list[int] | None, typer.Option(help="Compression ratios that the overview shows.")
-    ] = None,
+    sizes: Annotated[list[int] | None, typer.Option(help="Image sides in pixels that the overview shows.")] = None,
+    ratios: Annotated[list[int] | None, typer.Option(help="Compression ratios that the overview shows.")] = None,
     timed: Annotated[
         bool, typer.Option("--timed/--no-timed", help="Estimate the time from one measured step and tile.")
     ] = True,

@@ -12,8 +12,7 @@ from pixart_nb.config import InferenceConfig, load_config
 
 #: The option of a configuration file, for all commands that read one.
 ConfigFile = Annotated[
-    Path,
-    typer.Option("--config", "-c", metavar="file", help="YAML file. The options below replace its values."),
+    Path, typer.Option("--config", "-c", metavar="file", help="YAML file. The options below replace its values.")
 ]
 INFERENCE_CONFIG = Path("configs/inference/tiny.yaml")
 
@@ -24,9 +23,7 @@ def sample(
     config: ConfigFile = INFERENCE_CONFIG,
     like: Annotated[
         Path | None,
-        typer.Option(
-            metavar="file", help="Image of this command to generate again, with the options below changed."
-        ),
+        typer.Option(metavar="file", help="Image of this command to generate again, with the options below changed."),
     ] = None,
 ) -> None:
     """Generate images of prompts, as PNG files that hold the settings to repeat them.

@@ -12,25 +12,18 @@ from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, load_config
 
 
-@config_options(
-    InferenceConfig, without=("upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size")
-)
+@config_options(InferenceConfig, without=("upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size"))
 def upscale(
     options: dict,
     config: ConfigFile = INFERENCE_CONFIG,
     factors: Annotated[
-        list[int] | None,
-        typer.Option(help="Divisors of the final size, falling to 1. Powers of 2 by default."),
+        list[int] | None, typer.Option(help="Divisors of the final size, falling to 1. Powers of 2 by default.")
     ] = None,
     strengths: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the denoising steps at each size but the first."),
+        list[float] | None, typer.Option(help="Share of the denoising steps at each size but the first.")
     ] = None,
     keys: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Number of keys per side that self-attention is compressed to at every size."
-        ),
+        int, typer.Option(min=1, help="Number of keys per side that self-attention is compressed to at every size.")
     ] = 8,
 ) -> None:
     """Generate a large image by progressive upscaling: small first, then upscaled and denoised again.
@@ -48,9 +41,7 @@ def upscale(
     typer.echo("\n".join(map(str, paths)))
 
 
-def upscaled(
-    config: InferenceConfig, factors: Any, strengths: Any, keys: int
-) -> tuple[list[Path], list[dict]]:
+def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -> tuple[list[Path], list[dict]]:
     """Draw the image and write it with its page. Return the paths, and table rows of planned and measured memory."""
     from pixart_nb.core.io import ensure_writable
     from pixart_nb.core.run_memory import ActivationMemory

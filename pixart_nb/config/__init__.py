@@ -89,9 +89,7 @@ def check_config(
     20
     """
     if config_type not in CONFIG_TYPES:
-        raise ConfigError(
-            f"configuration type {config_type!r} is not known; expected one of {', '.join(CONFIG_TYPES)}"
-        )
+        raise ConfigError(f"configuration type {config_type!r} is not known; expected one of {', '.join(CONFIG_TYPES)}")
     options = _translated(options or {}, config_type)
     values = _replaced(_translated(values, config_type), options)
     try:
@@ -103,12 +101,8 @@ def check_config(
     described: dict[str, list[str]] = {}
     for problem in problems:
         origin = COMMAND_LINE if problem["loc"] and problem["loc"][0] in options else source
-        described.setdefault(origin, []).append(
-            _problem(problem, list(CONFIG_TYPES[config_type].model_fields))
-        )
-    raise ConfigError(
-        "; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items())
-    )
+        described.setdefault(origin, []).append(_problem(problem, list(CONFIG_TYPES[config_type].model_fields)))
+    raise ConfigError("; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items()))
 
 
 def _translated(values: Mapping[str, Any], config_type: str) -> dict[str, Any]:
@@ -116,9 +110,7 @@ def _translated(values: Mapping[str, Any], config_type: str) -> dict[str, Any]:
     values = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
     ignored = [key for key in values if key in IGNORED_KEYS or (key == "mode" and config_type == "inference")]
     if ignored:
-        reasons = [
-            f"{key} ({IGNORED_KEYS.get(key, 'the execution mode is chosen by device')})" for key in ignored
-        ]
+        reasons = [f"{key} ({IGNORED_KEYS.get(key, 'the execution mode is chosen by device')})" for key in ignored]
         print(f"Ignored, without meaning here: {', '.join(reasons)}", file=sys.stderr)
     return {key: value for key, value in values.items() if key not in ignored}
 
@@ -163,9 +155,7 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             if not isinstance(self.anchors.get(event.anchor), yaml.ScalarNode):
-                raise yaml.YAMLError(
-                    f"the alias *{event.anchor} stands for a list or a mapping; write it out"
-                )
+                raise yaml.YAMLError(f"the alias *{event.anchor} stands for a list or a mapping; write it out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
@@ -237,9 +227,7 @@ def project_folder(start: str | os.PathLike[str] = ".") -> Path:
     Without one it is ``start`` itself.
     """
     start = Path(start).resolve()
-    return next(
-        (folder for folder in (start, *start.parents) if (folder / "pyproject.toml").is_file()), start
-    )
+    return next((folder for folder in (start, *start.parents) if (folder / "pyproject.toml").is_file()), start)
 
 
 def notebook_config(namespace: Mapping[str, Any], **values: Any) -> InferenceConfig:
@@ -273,9 +261,7 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
     declared = _assigned(cells[: injected[-1]])
     for name in _assigned([cells[injected[-1]]]):
         if name not in declared:
-            raise ConfigError(
-                f"parameter {name!r} is not declared by this notebook; {closest(name, declared)}"
-            )
+            raise ConfigError(f"parameter {name!r} is not declared by this notebook; {closest(name, declared)}")
 
 
 def _assigned(cells: Iterable[str]) -> list[str]:

@@ -97,9 +97,7 @@ OutputPath = Annotated[str, AfterValidator(lambda text: os.path.expanduser(text)
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]], BeforeValidator(_layers)]
 LoraFiles = Annotated[
-    list[Annotated[str, Field(min_length=1), AfterValidator(_input_path)]],
-    BeforeValidator(_list),
-    Field(max_length=64),
+    list[Annotated[str, Field(min_length=1), AfterValidator(_input_path)]], BeforeValidator(_list), Field(max_length=64)
 ]
 NegativePrompt = Annotated[str | list[str], AfterValidator(_one_text)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_list)]
@@ -115,9 +113,7 @@ def _panel(title: str):
 
 
 _model, _compression, _sampling, _output = map(_panel, ("Model", "Token compression", "Sampling", "Output"))
-_machine, _data, _stage, _rate = map(
-    _panel, ("Memory and devices", "Data", "Weak-to-strong training", "Learning rate")
-)
+_machine, _data, _stage, _rate = map(_panel, ("Memory and devices", "Data", "Weak-to-strong training", "Learning rate"))
 _update, _precision, _lora, _look = map(_panel, ("Optimization", "Precision", "LoRA", "Validation"))
 
 # fmt: off
@@ -340,9 +336,7 @@ def training_identity(config: TrainConfig, workers: int = 1) -> dict[str, Any]:
     The same batches come from many workers or one, and a constant learning rate does not depend on the length of the
     training, so neither is part of it.
     """
-    settings = {
-        key: value for key, value in config.model_dump().items() if key not in _FREE_KEYS | _PATH_KEYS
-    }
+    settings = {key: value for key, value in config.model_dump().items() if key not in _FREE_KEYS | _PATH_KEYS}
     settings["batch_size"] = config.batch_size * workers
     settings["features from a cache"] = bool(config.feature_cache)
     if config.scheduler == "constant":

@@ -154,9 +154,7 @@ def join_workers() -> tuple[int, int]:
     return communication.get_rank(), communication.get_group_size()
 
 
-def flash_attention(
-    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float
-) -> ms.Tensor:
+def flash_attention(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float) -> ms.Tensor:
     """Compute attention by Ascend's fused operator. **Not run on Ascend**; a substitute tests the call.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, True = token. Heads are zero-padded to a multiple of 16
@@ -174,9 +172,7 @@ def flash_attention(
         batch, keys = mask.shape
         discard = ops.logical_not(mask).reshape(batch, 1, 1, keys)
         discard = ops.tile(discard, (1, 1, q.shape[2], 1)).astype(ms.uint8)
-    out = flash_attention_score(
-        q, k, v, q.shape[1], attn_mask=discard, scalar_value=scale, input_layout="BNSD"
-    )
+    out = flash_attention_score(q, k, v, q.shape[1], attn_mask=discard, scalar_value=scale, input_layout="BNSD")
     return out[..., :head_size].astype(dtype)
 
 

@@ -81,9 +81,7 @@ def step_cost(
     """
     unit, channels = 8 * config.patch_size, config.hidden_size
     if height < unit or width < unit or height % unit or width % unit:
-        raise PixArtNBError(
-            f"height and width are {height}x{width}; both must be positive multiples of {unit}"
-        )
+        raise PixArtNBError(f"height and width are {height}x{width}; both must be positive multiples of {unit}")
     grid = (height // unit, width // unit)
     tokens = grid[0] * grid[1]
     keys = [key_count(grid, config.layer_ratio(layer)) for layer in range(config.depth)]
@@ -107,9 +105,7 @@ def key_count(grid: tuple[int, int], ratio: int) -> int:
     return (grid[0] // ratio) * (grid[1] // ratio)
 
 
-def block_macs(
-    config: PixArtConfig, grid: tuple[int, int], layer: int, caption_tokens: int
-) -> dict[str, int]:
+def block_macs(config: PixArtConfig, grid: tuple[int, int], layer: int, caption_tokens: int) -> dict[str, int]:
     """Return the MACs of one block by part, for a (height, width) grid of tokens.
 
     The keys and values of the caption are computed once per prompt: see ``caption_macs``.
@@ -138,9 +134,7 @@ def step_macs(config: PixArtConfig, height: int, width: int, caption_tokens: Seq
     for layer in range(config.depth):
         parts = block_macs(config, grid, layer, 0) | {"cross-attention": 0}
         total.update({name: rows * count for name, count in parts.items()})
-    total["cross-attention"] = (
-        config.depth * tokens * sum(_macs_per_query(config, count) for count in caption_tokens)
-    )
+    total["cross-attention"] = config.depth * tokens * sum(_macs_per_query(config, count) for count in caption_tokens)
     total["patches"] = rows * tokens * channels * patch * (config.in_channels + config.out_channels)
     total["timestep"] = FREQUENCIES * channels + channels**2 + 6 * channels**2  # shared by all rows
     if config.micro_condition:  # height, width and aspect ratio, each a third of the channels
@@ -173,9 +167,7 @@ def with_compression(
 ) -> PixArtConfig:
     """Return the configuration with the keys and values of ``layers`` compressed; none for ratio 1."""
     compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(layers)}
-    return PixArtConfig(
-        **config.to_dict() | {"kv_compress_config": compression if ratio > 1 and len(layers) else None}
-    )
+    return PixArtConfig(**config.to_dict() | {"kv_compress_config": compression if ratio > 1 and len(layers) else None})
 
 
 def cost_by_size(
@@ -258,11 +250,7 @@ def best_seconds(function: Callable[[], ms.Tensor], repeats: int = 3) -> float:
 def encode_macs(config: T5Config, tokens: int) -> int:
     """Return the MACs of encoding one text of ``tokens`` tokens."""
     inner = config.num_heads * config.d_kv
-    layer = (
-        4 * tokens * config.d_model * inner
-        + 2 * tokens**2 * inner
-        + 3 * tokens * config.d_model * config.d_ff
-    )
+    layer = 4 * tokens * config.d_model * inner + 2 * tokens**2 * inner + 3 * tokens * config.d_model * config.d_ff
     return config.num_layers * layer
 
 
@@ -283,9 +271,7 @@ def _up_block_macs(config: VAEConfig) -> Iterator[int]:
     widths, scale = config.block_out_channels[::-1], 1
     before = widths[0]
     for number, channels in enumerate(widths):
-        yield scale * (
-            _resnet_macs(before, channels) + config.layers_per_block * _resnet_macs(channels, channels)
-        )
+        yield scale * (_resnet_macs(before, channels) + config.layers_per_block * _resnet_macs(channels, channels))
         if number < len(widths) - 1:
             scale *= 4
             yield scale * 9 * channels**2

@@ -317,9 +317,7 @@ def read_json(path: str | Path) -> dict:
     path = Path(path).expanduser()
     check_file(path, "a JSON file")
     if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes; expected a JSON file of at most {_MAX_JSON}"
-        )
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; expected a JSON file of at most {_MAX_JSON}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # damaged, not UTF-8, or nested without end

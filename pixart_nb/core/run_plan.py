@@ -122,16 +122,11 @@ class Speed:
 
 
 def plan_run(
-    networks: Networks,
-    run: RunSettings,
-    speed: Speed | None = None,
-    memory: ActivationMemory = DEFAULT_MEMORY,
+    networks: Networks, run: RunSettings, speed: Speed | None = None, memory: ActivationMemory = DEFAULT_MEMORY
 ) -> RunPlan:
     """Plan a run. With ``speed``, measured in the same dtype, denoise and decode have estimated seconds."""
     if speed is not None and speed.dtype != run.dtype:
-        raise PixArtNBError(
-            f"speed was measured in {speed.dtype}, the run is in {run.dtype}; measure it again"
-        )
+        raise PixArtNBError(f"speed was measured in {speed.dtype}, the run is in {run.dtype}; measure it again")
     per_step = step_macs(networks.transformer, run.height, run.width, run.row_captions)
     weights, activations = weight_bytes(networks, run), activation_bytes(networks, run, memory)
     captions = sum(caption_macs(networks.transformer, count) for count in run.texts)
@@ -238,9 +233,7 @@ def check_fits(plan: RunPlan, limit: float) -> None:
     )
     for options, smaller in smaller_runs(plan):
         if smaller.peak <= limit:
-            raise DoesNotFitError(
-                f"{message}. With {' '.join(options)} it needs {smaller.peak / 1e9:.1f} GB."
-            )
+            raise DoesNotFitError(f"{message}. With {' '.join(options)} it needs {smaller.peak / 1e9:.1f} GB.")
     options, least = min(smaller_runs(plan), key=lambda pair: pair[1].peak)
     raise DoesNotFitError(
         f"{message}. The least that it can take is {least.peak / 1e9:.1f} GB"

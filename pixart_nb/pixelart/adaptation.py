@@ -18,13 +18,7 @@ from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import NAMES, add_noise, diffusion_loss, loss_terms
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
-from pixart_nb.pixelart.batches import (
-    caption_pool,
-    diffusion_batches,
-    draw_scenes,
-    generator,
-    trained_parameters,
-)
+from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, draw_scenes, generator, trained_parameters
 from pixart_nb.pixelart.scenes import Scene, split_scenes
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS
 

@@ -65,8 +65,5 @@ def scaling_factor(net: AutoencoderKL, scenes: list[Scene], seed: int) -> float:
     """Return ``LATENT_SPREAD`` / standard deviation of the latents."""
     rng = generator(seed, 2)
     chosen = [scenes[i] for i in rng.integers(0, len(scenes), 128)]
-    means = [
-        net.encode(ms.Tensor(to_signed(draw_scenes(chosen[i : i + 16], rng))))[0].mean
-        for i in range(0, 128, 16)
-    ]
+    means = [net.encode(ms.Tensor(to_signed(draw_scenes(chosen[i : i + 16], rng))))[0].mean for i in range(0, 128, 16)]
     return round(float(LATENT_SPREAD / np.concatenate([m.asnumpy() for m in means]).std()), 5)

@@ -26,9 +26,7 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
 
 
-def draw_scenes(
-    scenes: Sequence[Scene], rng: np.random.Generator, height: int = 128, width: int = 128
-) -> np.ndarray:
+def draw_scenes(scenes: Sequence[Scene], rng: np.random.Generator, height: int = 128, width: int = 128) -> np.ndarray:
     """Draw scenes: (N, height, width, 3) uint8."""
     return np.stack([draw(scene, rng, height, width) for scene in scenes])
 
@@ -119,12 +117,7 @@ class CaptionPool:
 
 
 def caption_pool(
-    scenes: Sequence[Scene],
-    numbers: np.ndarray,
-    tokenize: Tokenize,
-    lengths: Sequence[int],
-    copies: int,
-    seed: int,
+    scenes: Sequence[Scene], numbers: np.ndarray, tokenize: Tokenize, lengths: Sequence[int], copies: int, seed: int
 ) -> CaptionPool:
     """Return ``copies`` captions of every cached image, each padded to the first of ``lengths`` that holds it."""
     rng = generator(seed, 6)

@@ -83,20 +83,11 @@ def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
 
 
 def train_transformer(
-    scenes: list[Scene],
-    vae: AutoencoderKL,
-    tokenizer: TextTokenizer,
-    encoder: T5Encoder,
-    work: Path,
-    seed: int = 0,
+    scenes: list[Scene], vae: AutoencoderKL, tokenizer: TextTokenizer, encoder: T5Encoder, work: Path, seed: int = 0
 ) -> PixArt:
     """Train, resume or load the transformer in ``work``; return it with its EMA weights."""
     means, numbers = cached_latents(
-        lambda images: vae.encode(ms.Tensor(images))[0].mean.asnumpy(),
-        scenes,
-        work / "latents",
-        IMAGES,
-        seed,
+        lambda images: vae.encode(ms.Tensor(images))[0].mean.asnumpy(), scenes, work / "latents", IMAGES, seed
     )
     net = PixArt(CONFIG)
     net.initialize(generator(seed, 5), zero_cross_attention=False)
@@ -107,13 +98,7 @@ def train_transformer(
     positions = net.positions(CONFIG.input_size, CONFIG.input_size)
     for number, (name, options) in enumerate(STAGES.items()):
         batches = diffusion_batches(
-            latents,
-            pool,
-            lambda ids, mask: encoder(ids, mask).asnumpy(),
-            empty,
-            BATCH,
-            CAPTION_DROP,
-            seed + number,
+            latents, pool, lambda ids, mask: encoder(ids, mask).asnumpy(), empty, BATCH, CAPTION_DROP, seed + number
         )
         trainer = Trainer(
             diffusion_loss(net, positions), parameters, batches, options, work / name, names=("mse", "vb")
@@ -123,9 +108,7 @@ def train_transformer(
     return net
 
 
-def write_pipeline(
-    folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt
-) -> None:
+def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt) -> None:
     """Write the networks (float16 weights), the tokenizer, the scheduler and the training curves."""
     components.write_vae(folder / "vae", vae, np.float16)
     components.write_text_encoder(folder / "text_encoder", encoder, np.float16)

@@ -12,11 +12,7 @@ from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS
 #: Share of captions in which a synonym replaces the word: enough to learn it, too few to blur the ten colours.
 SYNONYM_SHARE = 0.05
 
-COLOUR_SYNONYMS: dict[str, tuple[str, ...]] = {
-    "purple": ("violet",),
-    "red": ("crimson",),
-    "teal": ("turquoise",),
-}
+COLOUR_SYNONYMS: dict[str, tuple[str, ...]] = {"purple": ("violet",), "red": ("crimson",), "teal": ("turquoise",)}
 
 OBJECT_SYNONYMS: dict[str, tuple[str, ...]] = {
     "boat": ("sailboat",),
@@ -32,12 +28,7 @@ OBJECT_SYNONYMS: dict[str, tuple[str, ...]] = {
 #: Phrases of each setting, the canonical one first. None has a colour word: the only colour is the object's.
 WHERE: dict[str, tuple[str, ...]] = {
     "grass": ("on grass", "on the grass", "on the grass under a clear sky", "on short grass in a meadow"),
-    "desert": (
-        "in the desert",
-        "in a sandy desert",
-        "on the sand of a dry desert",
-        "in the desert by a dune",
-    ),
+    "desert": ("in the desert", "in a sandy desert", "on the sand of a dry desert", "in the desert by a dune"),
     "snow": ("in the snow", "on fresh snow", "in falling snow", "in the snow on a cold winter day"),
     "cave": ("in a cave", "in a dark cave", "on the floor of a stone cave", "in a cave under hanging rocks"),
     "night": ("at night", "at night under the stars", "on a starry night", "on dark ground at night"),

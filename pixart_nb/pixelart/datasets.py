@@ -18,15 +18,7 @@ from PIL import Image
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock, write_text
 from pixart_nb.pixelart.captions import long_caption, short_caption
-from pixart_nb.pixelart.scenes import (
-    COLOURS,
-    OBJECTS,
-    SETTINGS,
-    UNSEEN_OBJECTS,
-    Scene,
-    draw,
-    split_scenes,
-)
+from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene, draw, split_scenes
 
 #: (height, width) in pixels, taken in turn: mostly square, with some wide, high and large images.
 SIZES = ((128, 128),) * 3 + ((128, 192),) + ((128, 128),) * 3 + ((192, 128), (256, 256))
@@ -76,8 +68,7 @@ def write_scenes(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     labels = [
-        _write_image(folder, number, scene, rng, sizes[number % len(sizes)])
-        for number, scene in enumerate(scenes)
+        _write_image(folder, number, scene, rng, sizes[number % len(sizes)]) for number, scene in enumerate(scenes)
     ]
     write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
     return folder / "labels.json"
@@ -109,9 +100,7 @@ def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> l
 # ---- the published forms of diffusiondb-pixelart
 
 
-def write_sample(
-    folder: str | os.PathLike[str], count: int = 120, side: int = 128, overwrite: bool = False
-) -> int:
+def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 128, overwrite: bool = False) -> int:
     """Write a sample in all published forms: ``count`` scenes, ``side`` pixels high; return the number of images.
 
     Two thirds of the scenes show an object that the bundled model was never trained on. The last quarter, meant for
@@ -123,9 +112,7 @@ def write_sample(
     with folder_lock(folder) as folder:
         existing = next((path for path in (folder / TABLE, folder / METADATA) if path.exists()), None)
         if existing and not overwrite:
-            raise PixArtNBError(
-                f"{existing} exists; choose another folder, or replace the data set with --overwrite"
-            )
+            raise PixArtNBError(f"{existing} exists; choose another folder, or replace the data set with --overwrite")
         return len(write_published(folder, len(scenes), side=side, scenes=scenes))
 
 
@@ -148,9 +135,7 @@ def repeat_scenes(scenes: Sequence[Scene], test_count: int, repeats: int) -> lis
     return [*scenes[:first]] * repeats + [*scenes[first:]]
 
 
-def sample_rows(
-    count: int, seed: int = 0, side: int = 64, scenes: Sequence[Scene] | None = None
-) -> list[PublishedRow]:
+def sample_rows(count: int, seed: int = 0, side: int = 64, scenes: Sequence[Scene] | None = None) -> list[PublishedRow]:
     """Rows of the table, each with its image as PNG bytes under ``png`` and that file's ``name``.
 
     Images are ``side`` pixels high and wide; every third is half as wide again. They show ``scenes`` in turn, by

@@ -169,9 +169,7 @@ def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: d
     return np.concatenate(drawn)
 
 
-def _object_accuracy(
-    evaluator: SpriteEvaluator, images: np.ndarray, scenes: Sequence[Scene]
-) -> dict[str, float]:
+def _object_accuracy(evaluator: SpriteEvaluator, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
     right: dict[str, list[bool]] = {}
     for verdict, scene in zip(evaluator.evaluate_many(images), scenes, strict=True):
         right.setdefault(scene.object, []).append(verdict.object == scene.object)
@@ -179,13 +177,7 @@ def _object_accuracy(
 
 
 def reconstruction_psnr(
-    vae: Any,
-    scenes: Sequence[Scene],
-    *,
-    batch_size: int = 24,
-    seed: int = 0,
-    height: int = 128,
-    width: int = 128,
+    vae: Any, scenes: Sequence[Scene], *, batch_size: int = 24, seed: int = 0, height: int = 128, width: int = 128
 ) -> float:
     """Return the mean PSNR in dB of drawn scenes after encoding and decoding them."""
     rng = np.random.default_rng(seed)

@@ -70,9 +70,7 @@ def locate_words(
         threshold: see ``THRESHOLD``.
     """
     if batch_size < 1 or not scenes:
-        raise PixArtNBError(
-            f"need a batch size of at least 1 and a scene, got {batch_size} and {len(scenes)} scenes"
-        )
+        raise PixArtNBError(f"need a batch size of at least 1 and a scene, got {batch_size} and {len(scenes)} scenes")
     size = {"height": height, "width": width}
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
     located: list[LocatedWords] = []
@@ -82,9 +80,7 @@ def locate_words(
             rngs = image_generators(seed, range(first, first + len(batch)))
             prompts = [short_caption(scene) for scene in batch]
             with trace(pipe, layers, attention="cross", steps=kept_steps, announce=None) as t:
-                drawn = pipe(prompts, generator=rngs, use_resolution_binning=False, output_type="np", **call)[
-                    0
-                ]
+                drawn = pipe(prompts, generator=rngs, use_resolution_binning=False, output_type="np", **call)[0]
             images = to_uint8(drawn)
             verdicts = SpriteEvaluator().evaluate_many(images)
             for row, (scene, verdict) in enumerate(zip(batch, verdicts, strict=True)):
@@ -93,9 +89,7 @@ def locate_words(
     return located
 
 
-def _located(
-    t: Trace, row: int, scene: Scene, image: np.ndarray, mask: np.ndarray, threshold: float
-) -> LocatedWords:
+def _located(t: Trace, row: int, scene: Scene, image: np.ndarray, mask: np.ndarray, threshold: float) -> LocatedWords:
     maps = t.word_maps(row=row)
     overlaps = np.array([overlap(thresholded(part, mask.shape, threshold), mask) for part in maps])
     return LocatedWords(scene, image, mask, tuple(t.words(row)), maps, overlaps)
@@ -108,9 +102,7 @@ def position_prior(height: int = 128, width: int = 128, count: int = 240, seed: 
     return np.mean([draw_with_mask(scenes[number], rng, height, width).mask for number in chosen], axis=0)
 
 
-def overlaps_by_word(
-    located: Sequence[LocatedWords], prior: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
+def overlaps_by_word(located: Sequence[LocatedWords], prior: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Return the overlap (IoU) with the object in each image, by word: arrays (images that have the word,).
 
     ``object``, ``colour`` and ``setting`` stand for the words of the scene; other words, such as "on" and the end mark,

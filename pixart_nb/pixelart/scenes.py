@@ -12,15 +12,7 @@ import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.backgrounds import BACKGROUNDS
-from pixart_nb.pixelart.shapes import (
-    LETTERS,
-    MIRRORED,
-    RAMP_LETTERS,
-    SECONDARY,
-    SHAPE_SIZE,
-    SHAPES,
-    UNSEEN_SHAPES,
-)
+from pixart_nb.pixelart.shapes import LETTERS, MIRRORED, RAMP_LETTERS, SECONDARY, SHAPE_SIZE, SHAPES, UNSEEN_SHAPES
 
 GRID = 16
 JITTER = 1
@@ -60,9 +52,7 @@ class Scene:
         valid = {"object": OBJECTS + UNSEEN_OBJECTS, "colour": COLOURS, "setting": SETTINGS}
         for field, names in valid.items():
             if getattr(self, field) not in names:
-                raise PixArtNBError(
-                    f"unknown {field} {getattr(self, field)!r}; valid ones: {', '.join(names)}"
-                )
+                raise PixArtNBError(f"unknown {field} {getattr(self, field)!r}; valid ones: {', '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -119,9 +109,7 @@ def _place(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width:
     return Placement(int(top + down), int(left + right), mirrored)
 
 
-def _compose(
-    scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int
-) -> tuple[np.ndarray, Placement]:
+def _compose(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int) -> tuple[np.ndarray, Placement]:
     """Return the (gh, gw, 3) uint8 grid of a scene, and the placement of its object."""
     if min(grid_height, grid_width) < GRID:
         raise PixArtNBError(f"a grid needs at least {GRID}x{GRID} cells, got {grid_height}x{grid_width}")
@@ -129,9 +117,7 @@ def _compose(
     shade = 1 + rng.uniform(-COLOUR_VARIATION, COLOUR_VARIATION, size=(2, 3)).astype(np.float32)
     grid = BACKGROUNDS[scene.setting](rng, grid_height, grid_width) * shade[0]
     sprite = sprite_colours(scene.object, scene.colour, placement.mirrored) * shade[1]
-    np.copyto(
-        _window(grid, placement), sprite, where=sprite_mask(scene.object, placement.mirrored)[..., None]
-    )
+    np.copyto(_window(grid, placement), sprite, where=sprite_mask(scene.object, placement.mirrored)[..., None])
     return np.clip(grid, 0, 255).astype(np.uint8), placement
 
 
@@ -155,9 +141,7 @@ def resize_nearest(grid: np.ndarray, height: int, width: int) -> np.ndarray:
     return grid.take(columns, axis=1).take(rows, axis=0)
 
 
-def draw_grid(
-    scene: Scene, rng: np.random.Generator, grid_height: int = GRID, grid_width: int = GRID
-) -> np.ndarray:
+def draw_grid(scene: Scene, rng: np.random.Generator, grid_height: int = GRID, grid_width: int = GRID) -> np.ndarray:
     """Draw a scene with one value per cell: (grid_height, grid_width, 3) uint8."""
     return _compose(scene, rng, grid_height, grid_width)[0]
 

@@ -63,15 +63,9 @@ def train_tokenizer(scenes: list[Scene], folder: Path, seed: int = 0) -> Path:
         num_threads=1,
         minloglevel=2,
     )
-    settings = {
-        "tokenizer_class": "T5Tokenizer",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-    }
+    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     write_json(
-        folder / "tokenizer_config.json",
-        settings | {"extra_ids": EXTRA_IDS, "model_max_length": 300, "legacy": True},
+        folder / "tokenizer_config.json", settings | {"extra_ids": EXTRA_IDS, "model_max_length": 300, "legacy": True}
     )
     with atomic_write(folder / "spiece.model") as temporary:
         temporary.write_bytes(model.getvalue())

@@ -147,11 +147,7 @@ def patch_attention(
 
 
 def full_against_compressed(
-    image: np.ndarray,
-    full: np.ndarray,
-    compressed: np.ndarray,
-    query: tuple[int, int],
-    ratio: int,
+    image: np.ndarray, full: np.ndarray, compressed: np.ndarray, query: tuple[int, int], ratio: int
 ) -> Figure:
     """Draw the attention of a patch with full keys (h, w) and compressed keys (kh, kw), and the difference per token.
 
@@ -167,10 +163,7 @@ def full_against_compressed(
     _check_patch(query, grid)
     figure, axes = image_axes(1, 3, image, cell=2.6)
     highest = float(max(full.max(), spread.max()))
-    panels = (
-        (full, 1, f"full: {full.size} keys"),
-        (compressed, ratio, f"compressed: {compressed.size} keys"),
-    )
+    panels = ((full, 1, f"full: {full.size} keys"), (compressed, ratio, f"compressed: {compressed.size} keys"))
     for ax, (heat, side, title) in zip(axes, panels, strict=False):
         shares = heat / side**2
         _show_tokens(ax, overlay(image, shares, (0, highest), None, side, grid), grid, title)
@@ -200,9 +193,7 @@ def overview_grid(
     (['head 0', 'head 1', 'head 2'], ['layer 0', 'layer 14'])
     """
     if maps.shape[:2] != (len(layers), len(heads)):
-        raise PixArtNBError(
-            f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads"
-        )
+        raise PixArtNBError(f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads")
     aspect, cell = maps.shape[2] / maps.shape[3], min(1.3, WIDTH / len(heads))
     image = None if image is None else shrunk(image, 256)
     figure = new_figure(len(heads) * cell + 0.4, len(layers) * cell * aspect + 0.6)
@@ -221,9 +212,7 @@ def overview_grid(
     return figure
 
 
-def image_axes(
-    rows: int, columns: int, image: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3
-):
+def image_axes(rows: int, columns: int, image: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3):
     """Return a figure and a flat list of its axes, for images of one shape.
 
     ``cell`` is the width of an image, ``least`` the smallest height of the figure and ``room`` the height of the
@@ -257,9 +246,7 @@ def _aspect(pixels: np.ndarray, grid: tuple[int, int]) -> float:
 def _show_difference(ax: Axes, difference: np.ndarray, grid: tuple[int, int]):
     most = float(np.abs(difference).max()) or 1.0
     extent = (0, grid[1], grid[0], 0)
-    return ax.imshow(
-        difference, cmap=DIFFERENCE, vmin=-most, vmax=most, interpolation="nearest", extent=extent
-    )
+    return ax.imshow(difference, cmap=DIFFERENCE, vmin=-most, vmax=most, interpolation="nearest", extent=extent)
 
 
 def _draw_cells(ax: Axes, cells: tuple[int, int], ratio: int) -> None:

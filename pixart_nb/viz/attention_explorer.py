@@ -29,15 +29,7 @@ from pixart_nb.viz.explorers import (
 from pixart_nb.viz.html_export import export_attention
 from pixart_nb.viz.overlay import as_float, shrunk
 from pixart_nb.viz.playground_images import png_bytes
-from pixart_nb.viz.widget_parts import (
-    MEAN,
-    heat_scale,
-    lay_out,
-    mean_slider,
-    say,
-    side_by_side,
-    text_line,
-)
+from pixart_nb.viz.widget_parts import MEAN, heat_scale, lay_out, mean_slider, say, side_by_side, text_line
 
 
 class AttentionExplorer:
@@ -63,9 +55,7 @@ class AttentionExplorer:
         choice: Choice | None = None,
     ):
         if by_step is not None and len(by_step) != len(trace.steps):
-            raise PixArtNBError(
-                f"by_step has {len(by_step)} images, the trace keeps {len(trace.steps)} steps"
-            )
+            raise PixArtNBError(f"by_step has {len(by_step)} images, the trace keeps {len(trace.steps)} steps")
         self.trace, self.row, self.image = trace, row, as_float(shrunk(image))
         self._by_step = None if by_step is None else dict(zip(trace.steps, by_step, strict=True))
         self._quiet, self.seconds = False, 0.0
@@ -127,17 +117,10 @@ class AttentionExplorer:
         self.words = widgets.ToggleButtons(options=options, value=None, tooltips=_hints(options))
         self.layer = mean_slider("Layer", [], "Layer; the mean is over all layers of the trace")
         self.head = mean_slider("Head", self.trace.heads, "Attention head")
-        steps = [
-            (f"{step}: t {t:.0f}", step)
-            for step, t in zip(self.trace.steps, self.trace.timesteps, strict=True)
-        ]
+        steps = [(f"{step}: t {t:.0f}", step) for step, t in zip(self.trace.steps, self.trace.timesteps, strict=True)]
         self.step = mean_slider("Step", steps, "Denoising step and its timestep")
         self.threshold = widgets.FloatSlider(
-            min=0,
-            max=1,
-            step=0.05,
-            description="Threshold",
-            tooltip="Share of the maximum below which cells stay grey",
+            min=0, max=1, step=0.05, description="Threshold", tooltip="Share of the maximum below which cells stay grey"
         )
         lay_out(self.threshold)
         self.scale, self.message, self.note = widgets.HTML(), text_line(), text_line()

@@ -61,9 +61,7 @@ def attention_statistics(
     left.set_yticks(range(0, len(layers), every), list(layers)[::every])
     colour_bar(figure, image, left, label)
     _by_timestep(right, values.mean(2), layers, timesteps, most)
-    for_curves(right, "timestep (sampling runs to the right)", label).set_title(
-        "mean over heads", fontsize=TEXT
-    )
+    for_curves(right, "timestep (sampling runs to the right)", label).set_title("mean over heads", fontsize=TEXT)
     return figure
 
 
@@ -75,13 +73,7 @@ def _by_timestep(ax: Axes, values: np.ndarray, layers, timesteps, most: float | 
     if most is not None:
         ax.axhline(most, color="0.4", linewidth=0.8)
         ax.text(
-            0.99,
-            most,
-            f"most: {most:.2f}",
-            transform=ax.get_yaxis_transform(),
-            fontsize=SMALL,
-            ha="right",
-            va="bottom",
+            0.99, most, f"most: {most:.2f}", transform=ax.get_yaxis_transform(), fontsize=SMALL, ha="right", va="bottom"
         )
         lowest = ax.get_ylim()[0]
         ax.set_ylim(lowest, most + 0.12 * (most - lowest))
@@ -104,14 +96,9 @@ def overlap_bars(overlaps: Mapping[str, np.ndarray], least: int = 5) -> Figure:
     words = {word: values for word, values in words.items() if len(values) >= least} or words
     order = sorted(words, key=lambda word: float(np.mean(words[word])))
     means = [float(np.mean(words[word])) for word in order]
-    errors = [
-        float(np.std(words[word], ddof=min(1, len(words[word]) - 1)) / len(words[word]) ** 0.5)
-        for word in order
-    ]
+    errors = [float(np.std(words[word], ddof=min(1, len(words[word]) - 1)) / len(words[word]) ** 0.5) for word in order]
     figure = new_figure(6.5, max(2.2, 0.34 * len(order) + 1.0))
-    ax = for_curves(
-        axes_grid(figure, 1, 1)[0, 0], "overlap with the object (IoU), mean and standard error", ""
-    )
+    ax = for_curves(axes_grid(figure, 1, 1)[0, 0], "overlap with the object (IoU), mean and standard error", "")
     colours = [COLOURS[0] if word == "object" else "0.7" for word in order]
     ax.barh(range(len(order)), means, xerr=errors, color=colours, height=0.7, capsize=3)
     ax.set_yticks(range(len(order)), [f"{word} (n = {len(words[word])})" for word in order], fontsize=TEXT)
@@ -124,10 +111,7 @@ def overlap_bars(overlaps: Mapping[str, np.ndarray], least: int = 5) -> Figure:
 
 
 def located_words(
-    images: Sequence[np.ndarray],
-    maps: Sequence[np.ndarray],
-    masks: Sequence[np.ndarray],
-    titles: Sequence[str],
+    images: Sequence[np.ndarray], maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], titles: Sequence[str]
 ) -> Figure:
     """Images covered by the thresholded map of a word, with the outline of the object: (H, W, 3), (h, w), (H, W) bool.
 

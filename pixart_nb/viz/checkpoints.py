@@ -105,10 +105,7 @@ def _in_order(links: Sequence[Link]) -> list[Link]:
     """The links in the order of the right side's first levels, so that few lines cross; the lonely ones last."""
     first = [right[0].split(".")[0] if left and right else "" for left, right, _ in links]
     order = {part: number for number, part in enumerate(dict.fromkeys(part for part in first if part))}
-    return [
-        link
-        for _, link in sorted(zip(first, links, strict=True), key=lambda pair: order.get(pair[0], len(order)))
-    ]
+    return [link for _, link in sorted(zip(first, links, strict=True), key=lambda pair: order.get(pair[0], len(order)))]
 
 
 def _colours(links: Sequence[Link]) -> dict[str, str]:
@@ -116,9 +113,7 @@ def _colours(links: Sequence[Link]) -> dict[str, str]:
     return {way: COLOURS[number % len(COLOURS)] for number, way in enumerate(ways)}
 
 
-def _draw_tree(
-    ax: Axes, rows: Sequence[Row], side: int, lonely: dict[str, str]
-) -> dict[str, tuple[float, float]]:
+def _draw_tree(ax: Axes, rows: Sequence[Row], side: int, lonely: dict[str, str]) -> dict[str, tuple[float, float]]:
     """Draw a tree, from the left edge or from the right; the inner end of each leaf's label, by its name."""
     ends = {}
     sign, edge = (1, 0.15) if side == 0 else (-1, WIDTH - 0.15)
@@ -152,9 +147,7 @@ def _legend(ax: Axes, titles: tuple[str, str], colours: dict[str, str]) -> None:
         ax.legend(handles=lines, ncols=len(lines), frameon=False, fontsize=TEXT, **where)
 
 
-def parity(
-    expected: np.ndarray, actual: np.ndarray, labels: tuple[str, str] = ("source", "target")
-) -> Figure:
+def parity(expected: np.ndarray, actual: np.ndarray, labels: tuple[str, str] = ("source", "target")) -> Figure:
     """Two predictions (1, C, H, W) and how far apart they are: the first channel, and the difference of all.
 
     The first two images share their colours. The third is the largest difference of any channel, in units of the
@@ -176,9 +169,7 @@ def parity(
         ax.set_title(label, size=TEXT)
     colour_bar(figure, image, axes[:2], "prediction, first channel")
     difference = np.abs(actual - expected)[0].max(0) / largest
-    image = axes[2].imshow(
-        difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest"
-    )
+    image = axes[2].imshow(difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest")
     axes[2].set_title("difference" if difference.any() else "difference: none, bit for bit", size=TEXT)
     colour_bar(figure, image, axes[2], "largest of all channels, relative")
     return figure

@@ -36,11 +36,7 @@ from pixart_nb.viz.style import (
 #: Operators that take the upper left token of a cell instead of all of them.
 PICKS = ("ave", "uniform")
 #: Panels of ``cost_curves``: key of a record, name of the axis.
-COSTS = {
-    "macs": "MACs of a step",
-    "bytes": "bytes of keys and values",
-    "seconds": "attention of a layer, measured, s",
-}
+COSTS = {"macs": "MACs of a step", "bytes": "bytes of keys and values", "seconds": "attention of a layer, measured, s"}
 
 
 def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
@@ -144,9 +140,7 @@ def mean_colours(image: np.ndarray, grid: tuple[int, int], ratio: int, operator:
 
 def _check_ratio(grid: tuple[int, int], ratio: int) -> None:
     if not 1 <= ratio <= min(grid):
-        raise PixArtNBError(
-            f"ratio {ratio} makes no cell of {grid[0]}x{grid[1]} tokens; give 1 to {min(grid)}"
-        )
+        raise PixArtNBError(f"ratio {ratio} makes no cell of {grid[0]}x{grid[1]} tokens; give 1 to {min(grid)}")
 
 
 def _draw_cells(ax: Axes, rows: int, columns: int, ratio: int, operator: str) -> None:
@@ -183,9 +177,7 @@ def similarity_by_layer(
         style = line_style(number)
         positions = np.arange(len(layers))
         ax.plot(positions, numbers.mean(1), label=label, **style)
-        ax.fill_between(
-            positions, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0
-        )
+        ax.fill_between(positions, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0)
     every = -(-len(layers) // 14)
     ax.set_xticks(range(0, len(layers), every), list(layers)[::every])
     legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -253,9 +245,7 @@ def beside_the_paper(
         points = [values[name] for name in chosen], [names.index(name) for name in chosen]
         ax.plot(*points, "o", color=colour, markersize=7)
         for value, row in zip(*points, strict=True):
-            ax.annotate(
-                f"{value:.4g}", (value, row), (7, 0), textcoords="offset points", va="center", size=SMALL
-            )
+            ax.annotate(f"{value:.4g}", (value, row), (7, 0), textcoords="offset points", va="center", size=SMALL)
         for_curves(ax, label, "").margins(x=0.25, y=0.2)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()

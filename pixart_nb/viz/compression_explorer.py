@@ -13,24 +13,13 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from pixart_nb.viz.compression import error_by_timestep
-from pixart_nb.viz.explorers import (
-    as_bytes,
-    enlarged,
-    stacked,
-    with_cells,
-)
+from pixart_nb.viz.explorers import as_bytes, enlarged, stacked, with_cells
 from pixart_nb.viz.figures import image_differences
 from pixart_nb.viz.html_export import export_compression
 from pixart_nb.viz.playground_images import png_bytes
 from pixart_nb.viz.style import HEAT
 from pixart_nb.viz.tables import Table
-from pixart_nb.viz.widget_parts import (
-    figure_png,
-    lay_out,
-    say,
-    side_by_side,
-    text_line,
-)
+from pixart_nb.viz.widget_parts import figure_png, lay_out, say, side_by_side, text_line
 
 
 class CompressionExplorer:
@@ -53,16 +42,10 @@ class CompressionExplorer:
         self.tried: list[Any] = []
         depth = len(study.layers)
         layers, ratio, operator = start or (range(depth // 2, depth), 2, operators[0])
-        self.ratio = widgets.ToggleButtons(
-            options=[(str(r), r) for r in ratios], value=ratio, description="Ratio"
-        )
+        self.ratio = widgets.ToggleButtons(options=[(str(r), r) for r in ratios], value=ratio, description="Ratio")
         self.operator = widgets.ToggleButtons(options=list(operators), value=operator, description="Operator")
         self.layers = widgets.IntRangeSlider(
-            min=0,
-            max=depth - 1,
-            value=(min(layers), max(layers)),
-            description="Layers",
-            continuous_update=False,
+            min=0, max=depth - 1, value=(min(layers), max(layers)), description="Layers", continuous_update=False
         )
         lay_out(self.layers)
         self.images, self.curve = widgets.Image(format="png"), widgets.Image(format="png")
@@ -98,11 +81,7 @@ class CompressionExplorer:
         layers, ratio, operator = value
         self._quiet = True
         try:
-            self.layers.value, self.ratio.value, self.operator.value = (
-                (min(layers), max(layers)),
-                ratio,
-                operator,
-            )
+            self.layers.value, self.ratio.value, self.operator.value = ((min(layers), max(layers)), ratio, operator)
         finally:
             self._quiet = False
         self._draw()
@@ -153,9 +132,7 @@ class CompressionExplorer:
         )
         figure.set_size_inches(5.4, 2.8)
         if shown:
-            figure.axes[0].legend(
-                fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2
-            )
+            figure.axes[0].legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         return figure
 
     def table(self) -> Table:
@@ -168,12 +145,7 @@ class CompressionExplorer:
             "bytes": "keys and values, bytes",
         }
         rows = [
-            {
-                "": label,
-                "full": full[name],
-                "compressed": small[name],
-                "share": f"{small[name] / full[name]:.1%}",
-            }
+            {"": label, "full": full[name], "compressed": small[name], "share": f"{small[name] / full[name]:.1%}"}
             for name, label in names.items()
         ]
         return Table(rows)
@@ -181,9 +153,7 @@ class CompressionExplorer:
     def figure(self) -> Figure:
         """Return the current images as a figure."""
         pairs = list(zip(self.study.images, self.outcome.images, strict=True))[:3]
-        return image_differences(
-            {f"image {k}": pair for k, pair in enumerate(pairs)}, ("full", _name(self.outcome))
-        )
+        return image_differences({f"image {k}": pair for k, pair in enumerate(pairs)}, ("full", _name(self.outcome)))
 
     def export(self, path: str | Path) -> Path:
         """Write all outcomes as one HTML file that needs neither Python nor a network, and return the path."""

@@ -110,9 +110,7 @@ def check_choice(trace: Any, choice: Choice) -> None:
             raise PixArtNBError(f"the trace has no {what} {number}; it has {valid}")
     patch, grid = choice.patch, trace.grid
     if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
-        raise PixArtNBError(
-            f"there is no patch {patch}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
-        )
+        raise PixArtNBError(f"there is no patch {patch}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}")
 
 
 def overview_of(trace: Any, choice: Choice, row: int = 0) -> np.ndarray | None:

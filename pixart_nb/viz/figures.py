@@ -77,9 +77,7 @@ def comparison_grid(
     for label, images in rows.items():
         require_as_many(f"images in row {label!r}", images, len(columns), "columns")
     images = [as_image(image) for row in rows.values() for image in row]
-    figure = image_grid(
-        _on_equal_ground(images), columns=len(columns) or None, row_labels=list(rows), cell=cell
-    )
+    figure = image_grid(_on_equal_ground(images), columns=len(columns) or None, row_labels=list(rows), cell=cell)
     for ax, label in zip(figure.axes, columns, strict=False):
         ax.set_title(_folded(label, int(cell * 15.5)), fontsize=SMALL)
     return figure
@@ -115,9 +113,7 @@ def image_differences(
     pairs = [tuple(as_share(image) for image in pair) for pair in rows.values()]
     for label, (first, second) in zip(rows, pairs, strict=True):
         if first.shape != second.shape:
-            raise PixArtNBError(
-                f"the images of {label!r} are {first.shape} and {second.shape}; sizes must agree"
-            )
+            raise PixArtNBError(f"the images of {label!r} are {first.shape} and {second.shape}; sizes must agree")
     differences = [np.abs(second - first).reshape(*first.shape[:2], -1).mean(2) for first, second in pairs]
     most = max(float(difference.max()) for difference in differences) or 1.0
     aspect = pairs[0][0].shape[0] / pairs[0][0].shape[1]

@@ -26,12 +26,7 @@ MOST_BYTES = 24_000_000
 
 
 def export_attention(
-    path: str | Path,
-    trace: Any,
-    image: np.ndarray,
-    choice: Choice,
-    row: int = 0,
-    most_bytes: int = MOST_BYTES,
+    path: str | Path, trace: Any, image: np.ndarray, choice: Choice, row: int = 0, most_bytes: int = MOST_BYTES
 ) -> Path:
     """Write the attention explorer as a page that starts with ``choice``, and return the path.
 
@@ -112,9 +107,7 @@ def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: i
         rows = np.stack([trace.rows(name, step, patches, None, row) for step in steps])
         maps = rows.reshape(*rows.shape[:3], *cells[steps[0]])
         ratio = trace.compression(name, steps[0])[1]
-        maps_by_layer.append(
-            {"layer": layer, "ratio": ratio, "cells": list(cells[steps[0]])} | quantised(maps)
-        )
+        maps_by_layer.append({"layer": layer, "ratio": ratio, "cells": list(cells[steps[0]])} | quantised(maps))
     return maps_by_layer
 
 
@@ -140,10 +133,7 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
     data = {
         "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
         "timesteps": [float(t) for t in study.timesteps],
-        "full": {
-            "images": [image_url(as_bytes(p)) for p in study.images],
-            "cost": study.cost.to_dict(),
-        },
+        "full": {"images": [image_url(as_bytes(p)) for p in study.images], "cost": study.cost.to_dict()},
         "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
         "start": start,
     }

@@ -93,9 +93,7 @@ def _along_the_middle(figure, small, large, labels, channel: int) -> None:
     legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
-def timestep_modulation(
-    values: np.ndarray, timesteps: Sequence[float], layers: Sequence[int] | None = None
-) -> Figure:
+def timestep_modulation(values: np.ndarray, timesteps: Sequence[float], layers: Sequence[int] | None = None) -> Figure:
     """Draw shift, scale and gate of adaLN-single by layer and timestep, as root mean squares over the channels.
 
     Args:

@@ -76,9 +76,7 @@ def training_figure(rows: Sequence[Row], total: int = 0) -> Figure:
     return figure
 
 
-def live_curves(
-    rows: Iterable[Row], earlier: Sequence[Row] = (), total: int = 0, every: float = 2.0
-) -> Iterator[Row]:
+def live_curves(rows: Iterable[Row], earlier: Sequence[Row] = (), total: int = 0, every: float = 2.0) -> Iterator[Row]:
     """Yield the rows of a training unchanged while one figure of its curves is updated.
 
     Args:

@@ -41,9 +41,7 @@ class Parameters:
     def check(self) -> None:
         """Refuse parameters that the pipeline would not refuse."""
         if not self.prompt.strip():
-            raise PixArtNBError(
-                "the prompt is empty; write what to draw, for example 'a red mushroom on grass'"
-            )
+            raise PixArtNBError("the prompt is empty; write what to draw, for example 'a red mushroom on grass'")
         if self.count < 1:
             raise PixArtNBError(f"the number of images is {self.count}; expected at least 1")
         if self.seed < 0:

@@ -37,9 +37,7 @@ def make_controls(
 ) -> dict[str, widgets.ValueWidget]:
     """Return a control for each parameter by name; ``size`` is (height, width)."""
     size = (first.height, first.width)
-    sizes, schedulers = (
-        [*dict.fromkeys([*all_, own])] for all_, own in ((sizes, size), (schedulers, first.scheduler))
-    )
+    sizes, schedulers = ([*dict.fromkeys([*all_, own])] for all_, own in ((sizes, size), (schedulers, first.scheduler)))
     made = {
         "prompt": widgets.Textarea(rows=3, placeholder="what to draw", continuous_update=True),
         "negative_prompt": widgets.Textarea(rows=1, placeholder="what to steer away from"),
@@ -94,9 +92,7 @@ class View:
         self.caption, self.message, self.status = _line(), _line(), _line()
         self.bar = widgets.IntProgress(min=0, layout=widgets.Layout(width="160px", flex="none"))
         self.progress = widgets.HBox([self.bar, self.status])
-        self.cards = widgets.HBox(
-            layout=widgets.Layout(flex_flow="row wrap", max_height="252px", overflow="auto")
-        )
+        self.cards = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", max_height="252px", overflow="auto"))
         self.cards.add_class("pixart-cards")
         self.widget = self._laid_out(controls)
         self._listed: tuple[Entry, ...] = ()
@@ -112,9 +108,7 @@ class View:
         frame.add_class("pixart-frame")
         right = widgets.VBox([frame, self.caption], layout=widgets.Layout(flex="1", min_width="320px"))
         style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-        whole = widgets.HBox(
-            [style, left, right], layout=widgets.Layout(flex_flow="row wrap", grid_gap="16px")
-        )
+        whole = widgets.HBox([style, left, right], layout=widgets.Layout(flex_flow="row wrap", grid_gap="16px"))
         whole.add_class("pixart-playground")
         return whole
 

@@ -8,9 +8,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz.style import Figure, axes_grid, for_curves, legend, line_style, new_figure
 
 
-def score_figure(
-    sizes: Sequence[int], curves: Mapping[str, Sequence[float]], images: Sequence[int]
-) -> Figure:
+def score_figure(sizes: Sequence[int], curves: Mapping[str, Sequence[float]], images: Sequence[int]) -> Figure:
     """Draw a curve of shares, 0 to 1, for each method over the image side in pixels; ``images`` were evaluated at each.
 
     A method may end at a smaller size than others.
@@ -26,9 +24,7 @@ def score_figure(
     for number, (name, shares) in enumerate(curves.items()):
         ax.plot(range(len(shares)), shares, label=name, **line_style(number) | {"markersize": 5})
     labels = [f"{size}\n{count}" for size, count in zip(sizes, images, strict=True)]
-    ax.set_xticks(
-        range(len(sizes)), [f"{label} images" if k == 0 else label for k, label in enumerate(labels)]
-    )
+    ax.set_xticks(range(len(sizes)), [f"{label} images" if k == 0 else label for k, label in enumerate(labels)])
     ax.set_ylim(-0.04, 1.04)
     if curves:
         legend(ax)

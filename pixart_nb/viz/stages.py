@@ -29,11 +29,7 @@ def stage_figure(runs: Mapping[str, Measured]) -> Figure:
     for row, measured in enumerate(runs.values()):
         done, height = 0.0, 0.8 / len(stages)
         for number, stage in enumerate(stages):
-            look = {
-                "color": COLOURS[number % len(COLOURS)],
-                "hatch": _HATCHES[number % 4],
-                "edgecolor": "white",
-            }
+            look = {"color": COLOURS[number % len(COLOURS)], "hatch": _HATCHES[number % 4], "edgecolor": "white"}
             values = measured.get(stage, {})
             label = {"label": stage} if row == 0 else {}
             if "seconds" in values:
@@ -54,10 +50,5 @@ def stage_figure(runs: Mapping[str, Measured]) -> Figure:
         ax.set(xlabel=label, yticks=[], ylim=(len(names) - 0.5, -0.5))
         ax.margins(x=0.2)
     time.set_yticks(range(len(names)), names, fontsize=SMALL)
-    legend(
-        time,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 1.0 + 0.35 / (0.5 * len(runs) + 0.3)),
-        ncols=len(stages),
-    )
+    legend(time, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.35 / (0.5 * len(runs) + 0.3)), ncols=len(stages))
     return figure

@@ -19,9 +19,7 @@ class Table:
         4  4,096
     """
 
-    def __init__(
-        self, rows: Iterable[Mapping[str, Any]], caption: str = "", columns: Sequence[str] | None = None
-    ):
+    def __init__(self, rows: Iterable[Mapping[str, Any]], caption: str = "", columns: Sequence[str] | None = None):
         self.rows = [dict(row) for row in rows]
         self.caption = caption
         self.columns = list(columns or dict.fromkeys(name for row in self.rows for name in row))
@@ -36,16 +34,12 @@ class Table:
     def __repr__(self) -> str:
         lines = [self.columns, *self.cells()]
         widths = [max(len(line[index]) for line in lines) for index in range(len(self.columns))]
-        texts = [
-            " ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines
-        ]
+        texts = [" ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
         return "\n".join([self.caption, *texts] if self.caption else texts)
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in self.cells()
-        )
+        body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in self.cells())
         caption = f"<caption style='text-align:left'>{escape(self.caption)}</caption>" if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

@@ -49,13 +49,7 @@ def loss_and_score(
     if share.lines:
         handles, labels = share.get_legend_handles_labels()
         figure.legend(
-            handles,
-            labels,
-            loc="outside lower center",
-            ncols=3,
-            fontsize=SMALL,
-            frameon=False,
-            handlelength=3,
+            handles, labels, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False, handlelength=3
         )
     return figure
 

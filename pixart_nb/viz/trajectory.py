@@ -51,10 +51,7 @@ def trajectory_numbers(
     }
     if guidance is not None:
         require_as_many("guidance directions", guidance, len(denoised), "predicted images")
-        numbers |= {
-            "guidance": _size(guidance),
-            "turn": np.append(np.nan, _cosine(guidance[1:], guidance[:-1])),
-        }
+        numbers |= {"guidance": _size(guidance), "turn": np.append(np.nan, _cosine(guidance[1:], guidance[:-1]))}
     return numbers
 
 

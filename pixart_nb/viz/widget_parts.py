@@ -29,9 +29,7 @@ MEAN = -1
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:
     """Return a slider over options, preceded by the mean, whose value is ``MEAN``."""
     named = [option if isinstance(option, tuple) else (str(option), option) for option in options]
-    slider = widgets.SelectionSlider(
-        options=[("mean", MEAN), *named], value=MEAN, description=name, tooltip=tooltip
-    )
+    slider = widgets.SelectionSlider(options=[("mean", MEAN), *named], value=MEAN, description=name, tooltip=tooltip)
     lay_out(slider)
     return slider
 

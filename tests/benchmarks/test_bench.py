@@ -118,10 +118,7 @@ def test_a_worker_that_ends_early_is_reported():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        (["denoise", "--size", "100"], "multiple of 16"),
-        (["encode", "--caption_tokens", "301"], "at most 300 tokens"),
-    ],
+    [(["denoise", "--size", "100"], "multiple of 16"), (["encode", "--caption_tokens", "301"], "at most 300 tokens")],
 )
 def test_impossible_shapes_are_refused_before_anything_runs(options, message, tmp_path):
     result = CliRunner().invoke(app, ["bench", *options, "-o", str(tmp_path / "out")])
@@ -146,11 +143,7 @@ def test_memory_of_a_trace_is_bounded_and_changes_no_bit(project):
 
 
 def test_the_figure_has_a_bar_for_each_system_and_names_the_ratio():
-    rows = [
-        ROW,
-        replace(ROW, system="diffusers", value=3.0),
-        replace(ROW, benchmark="decode", measure="seconds"),
-    ]
+    rows = [ROW, replace(ROW, system="diffusers", value=3.0), replace(ROW, benchmark="decode", measure="seconds")]
     (axes,) = benchmark_figure(rows).axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["20 steps, 256 px", "decode, 256 px"]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([2 / 3, 1.0, 1.0])

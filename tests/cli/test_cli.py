@@ -55,8 +55,7 @@ def run(monkeypatch, project):
 
 
 @pytest.mark.parametrize(
-    "words",
-    [[], ["--help"], ["sample", "--help"], ["convert", "--help"], ["evaluate", "--help"], ["tiny", "--help"]],
+    "words", [[], ["--help"], ["sample", "--help"], ["convert", "--help"], ["evaluate", "--help"], ["tiny", "--help"]]
 )
 def test_help_explains_every_option(run, words):
     result = run(*words)
@@ -74,10 +73,7 @@ def app_options(name):
 
 def test_help_loads_no_mindspore():
     check = "import sys, pixart_nb.cli; print('mindspore' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip()
-        == "False"
-    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(
@@ -125,11 +121,7 @@ def test_sample_options_replace_the_values_of_the_configuration(run, painter, tm
     assert result.exit_code == 0, result.output
     call = painter.calls[0]
     assert (call["prompts"], call["height"], call["width"]) == (["a blue cup at night"], 64, 96)
-    assert (call["num_inference_steps"], call["guidance_scale"], call["negative_prompt"]) == (
-        3,
-        2.0,
-        ["blur"],
-    )
+    assert (call["num_inference_steps"], call["guidance_scale"], call["negative_prompt"]) == (3, 2.0, ["blur"])
     assert Image.open(tmp_path / "000_a-blue-cup-at-night.png").size == (96, 64)
     assert json.loads((tmp_path / "sample.json").read_text())["seed"] == 5
 
@@ -139,9 +131,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(run, painter, tmp_pa
     for folder, seed, batch in (("a", 1, 1), ("b", 1, 8), ("c", 2, 8)):
         assert run(*words, "--seed", seed, "--batch_size", batch, "-o", tmp_path / folder).exit_code == 0
     assert [len(call["prompts"]) for call in painter.calls] == [1, 1, 2, 2]
-    first, again, other = (
-        np.asarray(Image.open(tmp_path / folder / "001_a-red-cup-at-night.png")) for folder in "abc"
-    )
+    first, again, other = (np.asarray(Image.open(tmp_path / folder / "001_a-red-cup-at-night.png")) for folder in "abc")
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
@@ -151,9 +141,7 @@ def test_a_picture_is_repeated_from_itself(run, painter, tmp_path):
     assert run("sample", "-c", CONFIG, *words).exit_code == 0
     picture = tmp_path / "first" / "003_a-blue-fish-in-the-snow_01.png"
     assert run("sample", "--like", picture, "-o", tmp_path / "again").exit_code == 0
-    assert np.array_equal(
-        Image.open(tmp_path / "again" / "000_a-blue-fish-in-the-snow.png"), Image.open(picture)
-    )
+    assert np.array_equal(Image.open(tmp_path / "again" / "000_a-blue-fish-in-the-snow.png"), Image.open(picture))
     changed = run("sample", "--like", picture, "--sampling_steps", 7, "-o", tmp_path / "changed")
     assert changed.exit_code == 0
     assert painter.calls[-1]["num_inference_steps"] == 7
@@ -178,9 +166,7 @@ def test_a_grid_holds_all_the_pictures_of_a_prompt(run, painter, tmp_path):
 
 def test_prompts_are_read_from_a_file(run, painter, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cup at night\n\n  a blue cup at night \n")
-    assert (
-        run("sample", "-c", CONFIG, "--prompt_path", tmp_path / "prompts.txt", "-o", tmp_path).exit_code == 0
-    )
+    assert run("sample", "-c", CONFIG, "--prompt_path", tmp_path / "prompts.txt", "-o", tmp_path).exit_code == 0
     assert painter.calls[0]["prompts"] == ["a red cup at night", "a blue cup at night"]
     (tmp_path / "empty.txt").write_text("\n")
     for name, message in (("empty.txt", "holds no prompt"), ("none.txt", "cannot be read")):
@@ -195,9 +181,7 @@ def test_workers_share_the_prompts_and_draw_what_one_would(run, painter, tmp_pat
     for rank in range(3):
         monkeypatch.setattr(backend, "join_workers", lambda rank=rank: (rank, 3))
         result = run("sample", "-c", CONFIG, "--use_parallel", "True", "-o", tmp_path / "three")
-        assert result.stdout.split()[: len(files[rank::3])] == [
-            str(tmp_path / "three" / f) for f in files[rank::3]
-        ]
+        assert result.stdout.split()[: len(files[rank::3])] == [str(tmp_path / "three" / f) for f in files[rank::3]]
     assert json.loads((tmp_path / "three" / "sample.json").read_text())["files"] == files
     for name in files:
         assert np.array_equal(Image.open(tmp_path / "one" / name), Image.open(tmp_path / "three" / name))
@@ -230,9 +214,7 @@ def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
     assert result.exit_code == 0, result.output
     assert painter.calls[0]["prompts"] == prompts
     assert f"2 captions of {labels}" in result.stdout and re.search(r"all\W+100\.0%", result.stdout)
-    labels.write_text(
-        json.dumps([{"path": "a.png", "prompt": "a cathedral"}, {"path": "b.png", "prompt": ""}])
-    )
+    labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}, {"path": "b.png", "prompt": ""}]))
     result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
     assert result.exit_code == 2 and "entry 1: prompt is empty" in result.stderr
     labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}]))

@@ -41,10 +41,7 @@ def run(monkeypatch, project):
     [
         (["--image_width", 64, "--image-height", 96], {"image_width": 64, "image_height": 96}),
         (["--image_width=64"], {"image_width": 64}),
-        (
-            ["--prompt", "a cat, 8k", "b", "--prompt", "c", "--seed", 3],
-            {"prompt": ["a cat, 8k", "b", "c"], "seed": 3},
-        ),
+        (["--prompt", "a cat, 8k", "b", "--prompt", "c", "--seed", 3], {"prompt": ["a cat, 8k", "b", "c"], "seed": 3}),
         (["--prompt", "--image_width"], {"prompt": ["--image_width"]}),
         (["--kv_compress_layer", 14, "16-18"], {"kv_compress_layer": [14, 16, 17, 18]}),
         (["--kv_compress_layer", "0,2-3"], {"kv_compress_layer": [0, 2, 3]}),
@@ -80,19 +77,13 @@ def test_a_model_on_the_command_line_replaces_the_components_of_the_file(run):
         (["--image_hight", 3], "--image-height"),
         (["--image_height", "tall"], "command line: image_height: given 'tall' (str); expected an integer"),
         (["--image_height", 0], "image_height: given 0 (int); expected a number greater than 0"),
-        (
-            ["--sampling_steps", 0],
-            "sampling_steps: given 0 (int); expected a number greater than or equal to 1",
-        ),
+        (["--sampling_steps", 0], "sampling_steps: given 0 (int); expected a number greater than or equal to 1"),
         (["--imagegrid", "perhaps"], "imagegrid: given 'perhaps' (str); expected true or false"),
         (["--dtype", "fp23"], "expected 'fp32', 'fp16' or 'bf16'; did you mean 'fp32'?"),
         (["--kv_compress_layer", "deep"], "kv_compress_layer.0: given 'deep' (str); expected an integer"),
         (["--kv_compress_layer", "0-99999999999"], "kv_compress_layer"),
         (["--prompt"], "requires an argument"),
-        (
-            ["-c", "configs/train/tiny.yaml"],
-            "is a configuration of `pixart-nb train` (json_path, image_dir, steps)",
-        ),
+        (["-c", "configs/train/tiny.yaml"], "is a configuration of `pixart-nb train` (json_path, image_dir, steps)"),
     ],
 )
 def test_what_cannot_be_read_is_said(run, words, message):
@@ -116,18 +107,7 @@ def test_every_key_is_an_option_with_its_help(command, model):
 
 def test_commands_appear_in_the_order_in_which_they_are_met():
     text = RUN.invoke(app, ["--help"]).output
-    names = [
-        "sample",
-        "upscale",
-        "plan",
-        "dataset",
-        "train",
-        "evaluate",
-        "tiny",
-        "convert",
-        "compress",
-        "bench",
-    ]
+    names = ["sample", "upscale", "plan", "dataset", "train", "evaluate", "tiny", "convert", "compress", "bench"]
     assert re.findall(r"^│ (\w+) ", text, re.MULTILINE) == names
     assert "--install-completion" in text
 
@@ -136,9 +116,7 @@ def test_the_version_is_shown():
     assert RUN.invoke(app, ["--version"]).stdout == f"pixart-nb {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "words", [["--debug", "sample", "-c", "none.yaml"], ["sample", "-c", "none.yaml", "--debug"]]
-)
+@pytest.mark.parametrize("words", [["--debug", "sample", "-c", "none.yaml"], ["sample", "-c", "none.yaml", "--debug"]])
 def test_debug_shows_the_traceback_of_every_error(words):
     assert isinstance(RUN.invoke(app, words).exception, ConfigError)
 
@@ -148,10 +126,7 @@ def test_an_error_of_the_operating_system_is_one_line_and_a_bug_is_not(run, monk
     monkeypatch.chdir(project)
     monkeypatch.setattr(generate, "sample", lambda config: (tmp_path / "file" / "x").mkdir(parents=True))
     result = RUN.invoke(app, ["sample"])
-    assert (result.exit_code, result.stderr) == (
-        2,
-        f"pixart-nb: {tmp_path / 'file' / 'x'}: Not a directory\n",
-    )
+    assert (result.exit_code, result.stderr) == (2, f"pixart-nb: {tmp_path / 'file' / 'x'}: Not a directory\n")
     for error in (ValueError("bug"), KeyError("bug"), TypeError("bug")):
         monkeypatch.setattr(generate, "sample", lambda config, error=error: (_ for _ in ()).throw(error))
         assert RUN.invoke(app, ["sample"]).exception is error
@@ -168,14 +143,10 @@ def test_parameters_that_papermill_inserts_must_be_declared():
     check_parameters(namespace("count = 3  # number", "check_parameters(globals())"))
     check_parameters(namespace("count = 3  # number", "# Parameters\ncount = 4\n"))
     check_parameters({})
-    with pytest.raises(
-        ConfigError, match="parameter 'cuont' is not declared by this notebook; did you mean 'count'"
-    ):
+    with pytest.raises(ConfigError, match="parameter 'cuont' is not declared by this notebook; did you mean 'count'"):
         check_parameters(namespace("count = 3", "# Parameters\ncuont = 4\n"))
     with pytest.raises(ConfigError, match="'other' is not declared by this notebook; valid: count"):
-        check_parameters(
-            namespace("count: int = 3", "# Parameters\nother = 4", "%matplotlib inline\nother = 5")
-        )
+        check_parameters(namespace("count: int = 3", "# Parameters\nother = 4", "%matplotlib inline\nother = 5"))
 
 
 def test_a_notebook_gets_the_configuration_of_its_parameters():

@@ -31,15 +31,8 @@ def command(project, tmp_path_factory):
     (folder / "empty").mkdir()
 
     def run(*words):
-        program = [
-            folder / "venv" / "bin" / "python",
-            "-c",
-            "from pixart_nb.cli import app; app()",
-            *map(str, words),
-        ]
-        result = subprocess.run(
-            program, cwd=folder / "empty", env=environment, capture_output=True, text=True
-        )
+        program = [folder / "venv" / "bin" / "python", "-c", "from pixart_nb.cli import app; app()", *map(str, words)]
+        result = subprocess.run(program, cwd=folder / "empty", env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -54,23 +47,9 @@ def test_sample_evaluate_plan_and_train_find_their_configuration_and_model(comma
     assert "_bundled" in json.loads((command.folder / "images" / "sample.json").read_text())["model"]
     assert "2 held-out scenes" in command("evaluate", "--count", 2, *small)
     assert "denoise" in command("plan", "--no-timed")
-    command(
-        "train",
-        "--steps",
-        1,
-        "--batch_size",
-        2,
-        "--visualize",
-        "False",
-        "--tensorboard",
-        "False",
-        "-o",
-        "run",
-    )
+    command("train", "--steps", 1, "--batch_size", 2, "--visualize", "False", "--tensorboard", "False", "-o", "run")
     assert (command.folder / "run" / "pipeline" / "model_index.json").is_file()
 
 
 def test_a_configuration_of_the_package_is_found_by_its_name(command):
-    assert "4096x4096" in command(
-        "plan", "--no-timed", "-c", "configs/inference/pixart-sigma-4K-MS-KV-Compress.yaml"
-    )
+    assert "4096x4096" in command("plan", "--no-timed", "-c", "configs/inference/pixart-sigma-4K-MS-KV-Compress.yaml")

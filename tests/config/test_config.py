@@ -46,9 +46,7 @@ def project_files():
             yield path
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs" / "inference").glob("*.yaml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "inference").glob("*.yaml")), ids=lambda path: path.stem)
 def test_inference_configurations_are_valid(path):
     assert isinstance(load_config(path), InferenceConfig)
 
@@ -89,11 +87,7 @@ def test_a_key_like_no_other_gets_the_list_of_known_ones():
         ("image_height", 0, "image_height: given 0 (int); expected a number greater than 0"),
         ("image_width", -16, "image_width: given -16 (int); expected a number greater than 0"),
         ("image_width", 64.0, "image_width: given 64.0 (float); expected an integer"),
-        (
-            "guidance_scale",
-            0.5,
-            "guidance_scale: given 0.5 (float); expected a number greater than or equal to 1",
-        ),
+        ("guidance_scale", 0.5, "guidance_scale: given 0.5 (float); expected a number greater than or equal to 1"),
         ("guidance_scale", float("nan"), "guidance_scale: given nan (float); expected a number greater than"),
         ("dtype", "fp8", "dtype: given 'fp8' (str); expected 'fp32', 'fp16' or 'bf16'"),
         ("t5_max_length", 77, "t5_max_length: given 77 (int); expected 0, 120 or 300"),
@@ -117,19 +111,14 @@ def test_empty_prompts_are_refused():
 def test_all_problems_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         check_config({"model": "m", "image_height": -3, "prompt": ["a"], "colour": 1})
-    assert all(
-        part in str(caught.value) for part in ("'colour'", "'image_width' is missing", "greater than 0")
-    )
+    assert all(part in str(caught.value) for part in ("'colour'", "'image_width' is missing", "greater than 0"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model": ""}, "expected model, or all of checkpoint, vae_root, text_encoder_root, tokenizer_root"),
-        (
-            {"model": "", "checkpoint": "a.pth", "vae_root": "vae"},
-            "not given: text_encoder_root, tokenizer_root",
-        ),
+        ({"model": "", "checkpoint": "a.pth", "vae_root": "vae"}, "not given: text_encoder_root, tokenizer_root"),
         ({"prompt_path": "prompts.txt"}, "either prompt"),
         ({"prompt": []}, "either prompt"),
         ({"kv_compress": True}, "at least one layer in kv_compress_layer"),
@@ -215,12 +204,7 @@ SCALES = {
 def test_every_number_that_sizes_something_has_a_bound(model):
     for name, field in model.model_fields.items():
         if field.annotation in (int, float, int | None) and name not in SCALES:
-            bounds = [
-                getattr(part, limit)
-                for part in field.metadata
-                for limit in ("le", "lt")
-                if hasattr(part, limit)
-            ]
+            bounds = [getattr(part, limit) for part in field.metadata for limit in ("le", "lt") if hasattr(part, limit)]
             assert bounds and max(bounds) <= 2**63, name
 
 
@@ -242,9 +226,7 @@ def test_steps_that_are_zero_are_refused_and_null_means_epochs():
     training = {"model": "m", "json_path": "labels.json", "image_dir": "images"}
     assert check_config(training | {"steps": None}, "train").steps is None
     for key in ("steps", "visualize_steps", "ckpt_save_steps"):
-        with pytest.raises(
-            ConfigError, match=rf"{key}: given 0 \(int\); expected a number greater than or equal to 1"
-        ):
+        with pytest.raises(ConfigError, match=rf"{key}: given 0 \(int\); expected a number greater than or equal to 1"):
             check_config(training | {key: 0}, "train")
 
 
@@ -260,9 +242,7 @@ def test_bundled_files_are_found_in_any_folder(tmp_path, monkeypatch):
 
 
 def test_a_home_folder_is_expanded():
-    config = check_config(
-        MINIMAL | {"model": "~/m", "output_path": "~/out", "lora": ["~/style.safetensors:0.5"]}
-    )
+    config = check_config(MINIMAL | {"model": "~/m", "output_path": "~/out", "lora": ["~/style.safetensors:0.5"]})
     home = str(Path.home())
     assert (config.model, config.output_path) == (f"{home}/m", f"{home}/out")
     assert config.lora == [f"{home}/style.safetensors:0.5"]
@@ -278,9 +258,7 @@ def test_options_replace_the_values_of_a_file(tmp_path):
     assert load_config(path, options={"seed": 7}) == check_config(MINIMAL | {"seed": 7})
     partial = {key: value for key, value in MINIMAL.items() if key != "image_height"}
     assert load_config(write(tmp_path, partial), options={"image_height": 64}) == check_config(MINIMAL)
-    with pytest.raises(
-        ConfigError, match=r"command line: image_height: given 0.*; .*some\.yaml: seed: given 'x'"
-    ):
+    with pytest.raises(ConfigError, match=r"command line: image_height: given 0.*; .*some\.yaml: seed: given 'x'"):
         load_config(write(tmp_path, MINIMAL | {"seed": "x"}), options={"image_height": 0})
 
 

@@ -76,11 +76,7 @@ def test_training_configurations_hold_the_published_values(project, name):
     checkpoint, side, batch_size, rate, multi_scale, interval, layers = TRAIN[name]
     assert config.checkpoint == f"models/{checkpoint}.pth"
     assert (config.sample_size, config.batch_size, config.start_learning_rate) == (side, batch_size, rate)
-    assert (config.multi_scale, config.kv_compress, config.kv_compress_layer) == (
-        multi_scale,
-        bool(layers),
-        layers,
-    )
+    assert (config.multi_scale, config.kv_compress, config.kv_compress_layer) == (multi_scale, bool(layers), layers)
     assert config.ckpt_save_interval == config.visualize_interval == interval
     assert {key: getattr(config, key) for key in RECIPE} == RECIPE
 
@@ -117,10 +113,7 @@ def given_config(monkeypatch, project):
     [
         ("inference-512", ["--prompt", "your magic prompt"]),
         ("inference-2K-KV-Compress", ["--prompt", "your magic prompt", "--checkpoint", "my.ckpt"]),
-        (
-            "train-512",
-            ["--json_path", "path_to_your_label_file", "--image_dir", "path_to_your_image_directory"],
-        ),
+        ("train-512", ["--json_path", "path_to_your_label_file", "--image_dir", "path_to_your_image_directory"]),
     ],
 )
 def test_mindones_files_are_completed_by_the_command_line(given_config, name, words):
@@ -128,12 +121,8 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
     config, errors = given_config("train" if "train" in name else "sample", "-c", path, *words)
     values = yaml.safe_load(path.read_text())
     assert values.pop("enable_flash_attention")
-    assert {key: getattr(config, key) for key in values if values[key]} == {
-        k: v for k, v in values.items() if v
-    }
-    assert errors.splitlines() == [
-        "Ignored, without meaning here: enable_flash_attention (attention is always fused)"
-    ]
+    assert {key: getattr(config, key) for key in values if values[key]} == {k: v for k, v in values.items() if v}
+    assert errors.splitlines() == ["Ignored, without meaning here: enable_flash_attention (attention is always fused)"]
 
 
 @pytest.mark.parametrize(

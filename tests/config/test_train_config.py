@@ -104,9 +104,7 @@ def test_what_is_missing_is_named():
         check_config({"model": "m", "image_dir": "b"}, "train")
     with pytest.raises(ConfigError, match="not given: tokenizer_root"):
         check(model="", checkpoint="a.pth", vae_root="v", text_encoder_root="t")
-    with pytest.raises(
-        ConfigError, match="not given: checkpoint, vae_root, text_encoder_root, tokenizer_root"
-    ):
+    with pytest.raises(ConfigError, match="not given: checkpoint, vae_root, text_encoder_root, tokenizer_root"):
         check(model="")
 
 
@@ -138,14 +136,7 @@ def test_every_key_is_described_and_belongs_to_a_panel():
 
 def test_a_run_goes_on_with_what_its_numbers_depend_on():
     before = training_identity(check())
-    free = {
-        "ckpt_max_keep": 9,
-        "tensorboard": False,
-        "output_path": "x",
-        "steps": 5,
-        "epochs": 3,
-        "model": "n",
-    }
+    free = {"ckpt_max_keep": 9, "tensorboard": False, "output_path": "x", "steps": 5, "epochs": 3, "model": "n"}
     assert training_identity(check(**free)) == before
     for key, value in {"seed": 1, "optim": "adamw", "start_learning_rate": 1e-3, "use_ema": False}.items():
         assert training_identity(check(**{key: value})) != before
@@ -174,7 +165,6 @@ def test_the_shipped_configurations_read_what_the_import_writes(project, tmp_pat
         config = load_config(path, "train")
         folder = Path(config.json_path).parent
         json_path, image_dir = (
-            tmp_path / "data" / Path(place).relative_to(folder)
-            for place in (config.json_path, config.image_dir)
+            tmp_path / "data" / Path(place).relative_to(folder) for place in (config.json_path, config.image_dir)
         )
         assert len(load_labels(json_path, image_dir)) == 4, path

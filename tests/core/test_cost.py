@@ -10,15 +10,7 @@ from hypothesis import strategies as st
 from small_networks import SMALL, TINY_T5
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.cost import (
-    caption_macs,
-    decode_macs,
-    empty_network,
-    encode_macs,
-    parameters,
-    step_cost,
-    step_macs,
-)
+from pixart_nb.core.cost import caption_macs, decode_macs, empty_network, encode_macs, parameters, step_cost, step_macs
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -53,9 +45,7 @@ def test_parameters_are_those_of_the_published_networks():
 )
 def test_macs_of_a_guided_step_are_those_that_are_computed(height, width, caption, layers, operator, micro):
     compression = {"sampling": operator, "scale_factor": 2, "kv_compress_layer": sorted(layers)}
-    config = replace(
-        SMALL.transformer, micro_condition=micro, kv_compress_config=compression if layers else None
-    )
+    config = replace(SMALL.transformer, micro_condition=micro, kv_compress_config=compression if layers else None)
     both = random(2, caption, 24)
     latents = random(2, 4, 2 * height, 2 * width)
     with counted() as first:  # the first step prepares the captions
@@ -64,9 +54,7 @@ def test_macs_of_a_guided_step_are_those_that_are_computed(height, width, captio
     with counted() as later:
         step(latents, 5.0)
     planned = step_macs(config, 16 * height, 16 * width, [caption, caption])
-    assert (
-        sum(later) == sum(planned.values()) - planned["compression"]
-    )  # compression is element-wise arithmetic
+    assert sum(later) == sum(planned.values()) - planned["compression"]  # compression is element-wise arithmetic
     assert sum(first) - sum(later) == 2 * caption_macs(config, caption)
 
 

@@ -95,9 +95,7 @@ def test_what_dead_writers_left_is_removed_and_what_is_being_written_stays(tmp_p
         (tmp_path / name / ".tmpAb12Cd").write_bytes(b"left by safetensors")
     for name in left[2:]:
         (tmp_path / name).write_bytes(b"")
-    os.utime(
-        tmp_path / left[3], (1, 1)
-    )  # written before this process, which has the number of its dead writer
+    os.utime(tmp_path / left[3], (1, 1))  # written before this process, which has the number of its dead writer
     living = [temporary_beside(tmp_path / "b.safetensors").name, f".b.other-host.{GONE}.tmp", ".keep.tmp"]
     for name in living:
         (tmp_path / name).write_bytes(b"")

@@ -20,14 +20,7 @@ def test_every_public_name_is_listed_and_can_be_imported(package):
 
 def test_help_shows_tracing_training_conversion_figures_and_widgets():
     text = pydoc.plain(pydoc.render_doc(pixart_nb))
-    for name in (
-        "PixArtSigmaPipeline",
-        "trace(",
-        "class Training",
-        "convert(",
-        "image_grid(",
-        "AttentionExplorer",
-    ):
+    for name in ("PixArtSigmaPipeline", "trace(", "class Training", "convert(", "image_grid(", "AttentionExplorer"):
         assert name in text
 
 

@@ -54,9 +54,7 @@ def test_it_converts_a_small_checkpoint_to_every_layout(ran):
         assert {t.dtype for t in open_checkpoint(folder / row["file"]).tensors.values()} == {row["dtype"]}
         error = row["relative error"]
         assert error == 0 if row["dtype"] == "F32" else 1e-5 < error < 1e-2
-    assert {name.split(".")[0] for name in numbers["differences"]} == {
-        *("y_embedder", "csize_embedder", "ar_embedder"),
-    }
+    assert {name.split(".")[0] for name in numbers["differences"]} == {*("y_embedder", "csize_embedder", "ar_embedder")}
     assert ["120 caption tokens" in text for text in numbers["refused"]] == [True, False, False]
     assert "os.system" in numbers["refused"][2]
     assert not (folder / "the-command-ran").exists()

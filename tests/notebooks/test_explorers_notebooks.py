@@ -123,9 +123,7 @@ def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path)
 )
 def test_they_run_on_a_checkpoint_of_the_published_layout(project, tmp_path, name, changes, missing):
     """28 layers and 16 heads with a published configuration; what needs the drawn scenes is skipped by name."""
-    values = published_parameters(
-        project, tmp_path, sampling_steps=3, output_path=str(tmp_path / "out"), **changes
-    )
+    values = published_parameters(project, tmp_path, sampling_steps=3, output_path=str(tmp_path / "out"), **changes)
     done = run_notebook(project / "notebooks" / f"{name}.ipynb", values, tmp_path / "executed.ipynb", project)
     check_figures(tmp_path / "out", (ATTENTION if "03" in name else COMPRESSION) - missing)
     printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", ()))

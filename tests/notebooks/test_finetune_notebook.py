@@ -50,9 +50,7 @@ def check_training(folder, project, values):
     looks = [path.name for path in sorted((folder / "samples").iterdir())]
     assert looks == ["step-00000000", "step-00000002", "step-00000003"]
     assert len(list((folder / "samples" / looks[-1]).iterdir())) == 6
-    net, first = (
-        load_transformer(place / "transformer") for place in (folder / "pipeline", project / values["model"])
-    )
+    net, first = (load_transformer(place / "transformer") for place in (folder / "pipeline", project / values["model"]))
     moved = net.final_layer.linear.weight.asnumpy() - first.final_layer.linear.weight.asnumpy()
     assert 0 < np.abs(moved).max() < 0.01
 

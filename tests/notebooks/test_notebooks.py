@@ -9,13 +9,7 @@ import numpy as np
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_contract import (
-    declared_parameters,
-    run_notebook,
-    undeclared_keys,
-    violations,
-    widgets_without_figure,
-)
+from notebook_contract import declared_parameters, run_notebook, undeclared_keys, violations, widgets_without_figure
 from PIL import Image
 
 from pixart_nb.config import check_config, read_yaml
@@ -35,9 +29,7 @@ def names(paths):
 def sound_notebook():
     """The smallest notebook that keeps every rule."""
     cells = [
-        new_markdown_cell(
-            "# Title\n\nGoal: to be the smallest notebook. Cost: none at all, it runs in no time."
-        ),
+        new_markdown_cell("# Title\n\nGoal: to be the smallest notebook. Cost: none at all, it runs in no time."),
         new_code_cell("count = 3  # how many", metadata={"tags": ["parameters"]}),
         new_code_cell("from pixart_nb.config import check_parameters\n\ncheck_parameters(globals())"),
         new_code_cell("import sys\n\nsys.version"),
@@ -65,9 +57,7 @@ def test_smoke_configurations_are_those_of_notebooks():
     assert names(sorted((ROOT / "configs" / "smoke").glob("*.yaml"))) == names(NOTEBOOKS)
 
 
-@pytest.mark.parametrize(
-    "name", ["00_quickstart", "02_sampling", "03_attention_maps", "04_token_compression"]
-)
+@pytest.mark.parametrize("name", ["00_quickstart", "02_sampling", "03_attention_maps", "04_token_compression"])
 def test_sampling_notebooks_declare_every_key_of_the_inference_configurations(name):
     notebook = read(ROOT / "notebooks" / f"{name}.ipynb")
     for path in sorted((ROOT / "configs" / "inference").glob("*.yaml")):
@@ -81,16 +71,8 @@ def test_a_sound_notebook_has_no_violations():
 @pytest.mark.parametrize(
     ("position", "source", "complaint"),
     [
-        (
-            0,
-            "Goal and cost, but no title, in many words that say nothing about anything at all",
-            "not a title",
-        ),
-        (
-            0,
-            "# Title\n\nGoal: many words that say nothing about anything at all, one after the other",
-            "cost",
-        ),
+        (0, "Goal and cost, but no title, in many words that say nothing about anything at all", "not a title"),
+        (0, "# Title\n\nGoal: many words that say nothing about anything at all, one after the other", "cost"),
         (1, "count = 3", "no comment"),
         (1, "count = 3  # how many\nprint(count)  # shown", "does more than assign"),
         (1, "count = 3  # n = how many", "papermill cannot read"),

@@ -52,10 +52,7 @@ def check_configuration(numbers, values):
         key: value for key, value in values.items() if key in InferenceConfig.model_fields
     }
     saved = check_config(read_parameters(numbers["saved"][0]))
-    assert saved.model_dump() == numbers["config"] | {
-        "prompt": values["prompt"][:1],
-        "seed": values["seed"] + 1,
-    }
+    assert saved.model_dump() == numbers["config"] | {"prompt": values["prompt"][:1], "seed": values["seed"] + 1}
 
 
 def check_numbers(numbers, values):
@@ -74,12 +71,5 @@ def check_numbers(numbers, values):
     assert sum(before.values()) == sum(after.values()) == drawn
     avoided = numbers["negative_prompt"]["avoided"]
     assert before[avoided] == max(before.values()) > after.get(avoided, 0)
-    assert set(numbers["seconds"]) == {
-        "load",
-        "playground",
-        "schedulers",
-        "guidance",
-        "sizes",
-        "negative prompt",
-    }
+    assert set(numbers["seconds"]) == {"load", "playground", "schedulers", "guidance", "sizes", "negative prompt"}
     assert all(value > 0 for value in numbers["seconds"].values())

@@ -49,9 +49,7 @@ def check_numbers(numbers, values):
         assert list(stages) == ["encode", "denoise", "decode"]
         assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 1e8 for stage in stages.values())
     assert len(numbers["checks"]) == 6
-    assert all(
-        row["edges"] > 0 and row["ratio"] > 0 and 0 <= row["rank"] <= 1 for row in numbers["tile_artifacts"]
-    )
+    assert all(row["edges"] > 0 and row["ratio"] > 0 and 0 <= row["rank"] <= 1 for row in numbers["tile_artifacts"])
     assert {way: len(found) for way, found in numbers["scores"].items()} == {
         "progressive": 2,
         "at once, few keys": 2,

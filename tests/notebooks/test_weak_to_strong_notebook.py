@@ -36,9 +36,7 @@ def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
 
 
 def check_files(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [*FIGURES, *FOLDERS, "weak_to_strong.json"]
-    )
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FIGURES, *FOLDERS, "weak_to_strong.json"])
     for name in FIGURES:
         pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=float)
         assert min(pixels.shape[:2]) > 80

@@ -77,9 +77,7 @@ def test_a_curve_is_measured_once_and_whole_when_it_goes_on(pipe, tmp_path, firs
         again.measured([1], {"other": lambda: 0.0})
 
 
-@pytest.mark.parametrize(
-    ("change", "said"), [({"images": 2}, "images: 4 there, 2 here"), ({"steps": 3}, "steps")]
-)
+@pytest.mark.parametrize(("change", "said"), [({"images": 2}, "images: 4 there, 2 here"), ({"steps": 3}, "steps")])
 def test_a_training_of_something_else_is_not_gone_on_with(pipe, tmp_path, first, change, said):
     CompressionAdaptation(pipe, DEEP, 2, "conv", tmp_path, 2, like=first, **SMALL).train(1)
     with pytest.raises(CheckpointError, match=said):

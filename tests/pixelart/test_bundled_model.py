@@ -21,9 +21,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pool(tokenizer):
-    return batches.caption_pool(
-        SCENES[:50], np.arange(50), tokenizer.tokenize, (14, 24, CAPTION_TOKENS), 3, 0
-    )
+    return batches.caption_pool(SCENES[:50], np.arange(50), tokenizer.tokenize, (14, 24, CAPTION_TOKENS), 3, 0)
 
 
 def test_the_tokenizer_spells_every_ascii_word_and_keeps_captions_short(tokenizer):
@@ -115,7 +113,5 @@ def test_trained_weights_are_set_by_name():
     net = PixArt(bundled_model.CONFIG)
     parameters = batches.trained_parameters(net)
     assert set(dict(net.parameters_and_names())) - set(parameters) == {"y_embedder.y_embedding"}
-    batches.set_weights(
-        parameters, {name: np.full(p.shape, 0.25, np.float32) for name, p in parameters.items()}
-    )
+    batches.set_weights(parameters, {name: np.full(p.shape, 0.25, np.float32) for name, p in parameters.items()})
     assert all((p.asnumpy() == 0.25).all() for p in parameters.values())

@@ -65,8 +65,7 @@ def test_images_with_a_colour_cast_are_read_right():
 
 
 @pytest.mark.parametrize(
-    ("height", "width"),
-    [(128, 128), (128, 192), (256, 256), (192, 128), (64, 64), (97, 130), (16, 16), (200, 512)],
+    ("height", "width"), [(128, 128), (128, 192), (256, 256), (192, 128), (64, 64), (97, 130), (16, 16), (200, 512)]
 )
 def test_images_of_any_size_are_read_right(height, width):
     images, scenes = fresh(60, height + width, height, width)
@@ -98,9 +97,7 @@ def test_an_object_two_cells_off_its_usual_place_is_still_found():
         assert EVALUATOR.evaluate(corner).object == scene.object, scene
 
 
-@pytest.mark.parametrize(
-    "kind", ["background", "noisy background", "pixel noise", "cell noise", "blobs", "flat"]
-)
+@pytest.mark.parametrize("kind", ["background", "noisy background", "pixel noise", "cell noise", "blobs", "flat"])
 def test_an_image_without_an_object_is_flagged(kind):
     rng = np.random.default_rng(3)
     make = {
@@ -110,12 +107,8 @@ def test_an_image_without_an_object_is_flagged(kind):
         "cell noise": lambda: [
             resize_nearest(g, 128, 128) for g in rng.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8)
         ],
-        "blobs": lambda: [
-            resize_nearest(g, 128, 128) for g in rng.integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)
-        ],
-        "flat": lambda: [
-            np.full((64, 64, 3), c, np.uint8) for c in rng.integers(0, 256, (64, 3), dtype=np.uint8)
-        ],
+        "blobs": lambda: [resize_nearest(g, 128, 128) for g in rng.integers(0, 256, (64, 4, 4, 3), dtype=np.uint8)],
+        "flat": lambda: [np.full((64, 64, 3), c, np.uint8) for c in rng.integers(0, 256, (64, 3), dtype=np.uint8)],
     }
     verdicts = EVALUATOR.evaluate_many(make[kind]())
     assert not any(verdict.confident for verdict in verdicts)

@@ -58,9 +58,7 @@ def test_words_that_name_neither_object_nor_colour_are_wrong_ones():
 def test_the_position_prior_is_the_mean_mask_of_training_scenes_and_a_baseline(found):
     prior = position_prior(64, 64, count=20, seed=3)
     assert prior.shape == (64, 64) and 0 <= prior.min() < 0.05 and prior.max() > 0.9
-    assert (
-        prior[16:48, 16:48].mean() > 3 * np.delete(prior, np.s_[16:48], axis=0).mean()
-    )  # objects are in the middle
+    assert prior[16:48, 16:48].mean() > 3 * np.delete(prior, np.s_[16:48], axis=0).mean()  # objects are in the middle
     np.testing.assert_array_equal(position_prior(64, 64, count=20, seed=3), prior)
     prior = position_prior()
     by_word = overlaps_by_word(found, prior)

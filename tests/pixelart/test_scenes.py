@@ -63,11 +63,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
 
 @pytest.mark.parametrize(
     ("names", "valid"),
-    [
-        (("sofa", "red", "grass"), "mushroom"),
-        (("cat", "mauve", "grass"), "teal"),
-        (("cat", "red", "moon"), "lava"),
-    ],
+    [(("sofa", "red", "grass"), "mushroom"), (("cat", "mauve", "grass"), "teal"), (("cat", "red", "moon"), "lava")],
 )
 def test_an_unknown_name_is_refused_with_the_valid_ones(names, valid):
     wrong = next(name for name in names if name in ("sofa", "mauve", "moon"))
@@ -110,16 +106,12 @@ def test_an_object_has_as_many_cells_at_every_size(height, width):
 
 
 def test_the_grid_is_the_image_at_one_value_per_cell():
-    assert np.array_equal(
-        draw(MUSHROOM, generator(4), 128, 192)[4::8, 4::8], draw_grid(MUSHROOM, generator(4), 16, 24)
-    )
+    assert np.array_equal(draw(MUSHROOM, generator(4), 128, 192)[4::8, 4::8], draw_grid(MUSHROOM, generator(4), 16, 24))
 
 
 def test_objects_take_all_nine_places_and_only_some_are_mirrored():
     for name in OBJECTS:
-        placements = [
-            draw_with_mask(Scene(name, "red", "cave"), generator(k), 16, 16).placement for k in range(120)
-        ]
+        placements = [draw_with_mask(Scene(name, "red", "cave"), generator(k), 16, 16).placement for k in range(120)]
         assert {(p.row, p.column) for p in placements} == set(product((1, 2, 3), repeat=2))
         assert {p.mirrored for p in placements} == ({False, True} if name in MIRRORED else {False})
 
@@ -169,8 +161,7 @@ def test_no_two_objects_look_alike():
 def test_settings_differ_in_their_corners():
     corners = {
         setting: np.mean(
-            [draw_grid(Scene("key", "red", setting), generator(k))[[0, -1], 0].ravel() for k in range(40)],
-            axis=0,
+            [draw_grid(Scene("key", "red", setting), generator(k))[[0, -1], 0].ravel() for k in range(40)], axis=0
         )
         for setting in SETTINGS
     }
@@ -284,12 +275,7 @@ def test_the_shipped_images_are_those_the_code_draws(tmp_path):
     again = write_dataset(tmp_path, count=36, seed=0)
     assert (SHIPPED / "labels.json").read_text() == again.read_text()
     labels = json.loads(again.read_text())
-    assert {(label["height"], label["width"]) for label in labels} >= {
-        (128, 128),
-        (128, 192),
-        (192, 128),
-        (256, 256),
-    }
+    assert {(label["height"], label["width"]) for label in labels} >= {(128, 128), (128, 192), (192, 128), (256, 256)}
     for label in labels:
         with Image.open(SHIPPED / label["path"]) as shipped, Image.open(tmp_path / label["path"]) as drawn:
             assert np.array_equal(np.asarray(shipped), np.asarray(drawn)), label["path"]

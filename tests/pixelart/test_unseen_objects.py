@@ -12,16 +12,7 @@ from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.datasets import write_scenes
 from pixart_nb.pixelart.evaluation import evaluate_model
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.scenes import (
-    COLOURS,
-    OBJECTS,
-    SETTINGS,
-    UNSEEN_OBJECTS,
-    Scene,
-    all_scenes,
-    draw,
-    split_scenes,
-)
+from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene, all_scenes, draw, split_scenes
 
 
 def unseen_scenes():

@@ -217,14 +217,7 @@ def decoded(layer, steps, heads):
 def test_a_page_holds_every_map_in_eight_bits(run, tmp_path):
     path = export_attention(tmp_path / "page.html", run, IMAGE, Choice(None, (1, 1), 0, 1, 1))
     text, data = page_data(path)
-    assert data["start"] == {
-        "word": None,
-        "patch": [1, 1],
-        "layer": 0,
-        "head": 1,
-        "step": 1,
-        "threshold": 0.0,
-    }
+    assert data["start"] == {"word": None, "patch": [1, 1], "layer": 0, "head": 1, "step": 1, "threshold": 0.0}
     assert data["words"] == ["red", "cup", "</s>"]
     assert [layer["ratio"] for layer in data["self"]] == [2, 1]
     for layer, name in zip(data["self"], ("blocks.0.attn", "blocks.1.attn"), strict=True):

@@ -219,10 +219,7 @@ def check_compression_page(browser, path):
     page.goto(path.as_uri())
     page.wait_for_selector("body[data-ready=yes]")
     page.screenshot(path=SCREENSHOTS / "6_compression_page.png")
-    said, image = (
-        page.locator("#say").inner_text(),
-        page.locator("#images img").nth(2).get_attribute("src"),
-    )
+    said, image = (page.locator("#say").inner_text(), page.locator("#images img").nth(2).get_attribute("src"))
     options = page.locator("#choice option").all_inner_texts()
     assert options[0] == "mean 2, layers 3, 4, 5"
     page.locator("#choice").select_option("0")

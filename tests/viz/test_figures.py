@@ -26,8 +26,7 @@ def test_a_grid_shows_every_image_in_order_with_its_title():
 
 
 @pytest.mark.parametrize(
-    ("count", "columns", "expected"),
-    [(1, None, (1, 1)), (4, None, (2, 2)), (7, None, (3, 3)), (2, 5, (1, 2))],
+    ("count", "columns", "expected"), [(1, None, (1, 1)), (4, None, (2, 2)), (7, None, (3, 3)), (2, 5, (1, 2))]
 )
 def test_a_grid_has_as_many_rows_and_columns_as_it_needs(count, columns, expected):
     layout = image_grid(np.zeros((count, 4, 4, 3)), columns=columns).axes[0].get_subplotspec().get_gridspec()
@@ -148,9 +147,7 @@ def test_a_comparison_without_a_image_for_each_place_is_refused(rows, columns, m
 
 
 def test_curves_hold_the_values_under_their_names():
-    figure = training_curves(
-        {"train": ([0, 5, 9], [3.0, 2.0, 1.0]), "held out": ([0, 9], [4.0, 2.5])}, "error", True
-    )
+    figure = training_curves({"train": ([0, 5, 9], [3.0, 2.0, 1.0]), "held out": ([0, 9], [4.0, 2.5])}, "error", True)
     place = figure.axes[0]
     assert [line.get_label() for line in place.lines] == ["train", "held out"]
     np.testing.assert_array_equal(place.lines[0].get_xydata(), [[0, 3], [5, 2], [9, 1]])

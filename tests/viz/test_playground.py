@@ -107,9 +107,7 @@ def test_only_buttons_that_do_something_can_be_pressed():
 
 def test_a_cancelled_run_says_after_which_step():
     async def act(playground):
-        playground.session.pipe.step_cost = lambda: asyncio.get_running_loop().call_soon(
-            playground.view.cancel.click
-        )
+        playground.session.pipe.step_cost = lambda: asyncio.get_running_loop().call_soon(playground.view.cancel.click)
         await pressed(playground)
 
     playground = played(act)
@@ -236,10 +234,7 @@ def test_there_must_be_something_to_choose_from():
 
 def test_the_playground_does_not_load_mindspore():
     check = "import sys, pixart_nb.viz.playground; print('mindspore' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip()
-        == "False"
-    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip() == "False"
 
 
 # ---- in a kernel

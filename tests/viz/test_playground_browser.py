@@ -164,9 +164,7 @@ def test_a_run_can_be_cancelled_and_the_kernel_is_free_meanwhile(user):
     user.reads("step ")
     run_cell(user.page, 2)
     user.page.locator(".jp-OutputArea-output", has_text="42").wait_for(timeout=SLOW)
-    assert user.widget.get_by_role("button", name="Cancel").is_enabled(), (
-        "the cell waited for the end of the run"
-    )
+    assert user.widget.get_by_role("button", name="Cancel").is_enabled(), "the cell waited for the end of the run"
     user.press("Cancel")
     user.reads("Cancelled after step ")
     user.photograph("5_cancelled")

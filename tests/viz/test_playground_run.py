@@ -174,9 +174,7 @@ def test_what_is_shown_approaches_the_finished_image():
 def test_progress_tells_the_seconds_that_are_left():
     pipe, clock, told = Pipe(), Clock(), []
     pipe.step_cost = clock.cost(2.0)
-    session = Session(
-        pipe, lambda: told.append((session.progress.done, session.progress.seconds_left)), clock=clock
-    )
+    session = Session(pipe, lambda: told.append((session.progress.done, session.progress.seconds_left)), clock=clock)
     sampled(session, CUP)
     assert told[0] == (0, None)
     assert {(1, 8.0), (2, 6.0), (3, 4.0), (4, 2.0), (5, 0.0)} <= set(told)
@@ -257,9 +255,7 @@ def test_the_history_as_a_figure_shows_each_entry_with_its_parameters():
         history_figure([])
 
 
-@pytest.mark.parametrize(
-    "module", [playground_run, playground_images, playground_view], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", [playground_run, playground_images, playground_view], ids=lambda m: m.__name__)
 def test_the_examples_in_the_docstrings_hold(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -6,13 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from viz_figures import check_layout, shown
 
-from pixart_nb.viz.attention import (
-    full_against_compressed,
-    overview_grid,
-    patch_attention,
-    word_heat_maps,
-    word_strip,
-)
+from pixart_nb.viz.attention import full_against_compressed, overview_grid, patch_attention, word_heat_maps, word_strip
 from pixart_nb.viz.attention_statistics import attention_statistics
 from pixart_nb.viz.overlay import COVER, DIMMED, cell_of_pixels, spread_cells
 from pixart_nb.viz.overlay import overlay as overlaid
@@ -51,16 +45,12 @@ def test_tokens_that_are_in_no_cell_get_no_heat():
     assert (pixels[:8, :12, 0] > 0.5).all()
 
 
-@given(
-    st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 4), st.tuples(*[st.integers(1, 40)] * 2)
-)
+@given(st.tuples(st.integers(1, 9), st.integers(1, 9)), st.integers(1, 4), st.tuples(*[st.integers(1, 40)] * 2))
 def test_every_pixel_belongs_to_the_cell_that_covers_it(grid, ratio, size):
     cells = tuple(side // ratio for side in grid)
     if min(cells) == 0:
         return
-    for found, pixels, tokens, count in zip(
-        cell_of_pixels(size, cells, ratio, grid), size, grid, cells, strict=True
-    ):
+    for found, pixels, tokens, count in zip(cell_of_pixels(size, cells, ratio, grid), size, grid, cells, strict=True):
         for pixel in range(pixels):
             token = int(pixel * tokens / pixels + 1e-9)
             assert found[pixel] == (token // ratio if token // ratio < count else -1)
@@ -78,9 +68,7 @@ def test_spreading_keeps_the_sum_and_the_cells(height, width, ratio, rest):
 
 
 def test_a_map_of_another_grid_is_refused():
-    with pytest.raises(
-        ValueError, match="2x2 cells does not belong to 8x8 tokens at ratio 2, which make 4x4"
-    ):
+    with pytest.raises(ValueError, match="2x2 cells does not belong to 8x8 tokens at ratio 2, which make 4x4"):
         overlaid(WIDE, np.ones((2, 2)), ratio=2, grid=(8, 8))
 
 
@@ -104,14 +92,10 @@ def test_a_strip_has_images_above_and_maps_below_on_one_scale():
     strip = word_strip(images, maps, ["t 999", "t 500", "t 1"], "cup")
     for step in range(3):
         np.testing.assert_allclose(shown(strip.axes[step]), images[step])
-        np.testing.assert_allclose(
-            shown(strip.axes[3 + step]), overlaid(images[step], maps[step], (0, maps.max()))
-        )
+        np.testing.assert_allclose(shown(strip.axes[3 + step]), overlaid(images[step], maps[step], (0, maps.max())))
     assert [strip.axes[place].get_ylabel() for place in (0, 3)] == ["image", "cup"]
     check_layout(strip)
-    check_layout(
-        word_strip(RNG.random((10, 8, 24, 3)), RNG.random((10, 4, 12)), ["t"] * 10, "wheelbarrow-maker")
-    )
+    check_layout(word_strip(RNG.random((10, 8, 24, 3)), RNG.random((10, 4, 12)), ["t"] * 10, "wheelbarrow-maker"))
 
 
 def test_a_patch_is_framed_on_axes_that_count_tokens():
@@ -122,9 +106,7 @@ def test_a_patch_is_framed_on_axes_that_count_tokens():
         assert place.images[0].get_extent() == [0, 13, 7, 0]
         frame = place.patches[0]
         assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((11, 2), 1, 1)
-        np.testing.assert_allclose(
-            shown(place), overlaid(WIDE, weights[head], (0, weights.max()), None, 2, (7, 13))
-        )
+        np.testing.assert_allclose(shown(place), overlaid(WIDE, weights[head], (0, weights.max()), None, 2, (7, 13)))
         across = [tuple(path.vertices[:, 1]) for path in place.collections[0].get_paths()]
         assert across == [(0, 0), (2, 2), (4, 4), (6, 6)]
     check_layout(figure)

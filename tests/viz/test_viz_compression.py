@@ -22,9 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def test_kernels_are_shown_as_multiples_of_the_average():
-    weights = {
-        name: 0.25 + 0.05 * RNG.standard_normal((40, 2, 2)) for name in ("layer 14", "layer 20", "layer 27")
-    }
+    weights = {name: 0.25 + 0.05 * RNG.standard_normal((40, 2, 2)) for name in ("layer 14", "layer 20", "layer 27")}
     figure = learned_kernels(weights)
     images = [place for place in figure.axes if place.images and place.get_title() in weights]
     for place in images:
@@ -71,9 +69,7 @@ def test_each_key_stands_for_its_cell():
     assert right.images[0].get_extent() == [0, 6, 4, 0]
     picked = [patch.get_xy() for patch in left.patches if not patch.get_fill()]
     assert picked == [(x, y) for y in (0, 2) for x in (0, 2, 4)]
-    rest = {
-        (patch.get_xy(), patch.get_width(), patch.get_height()) for patch in left.patches if patch.get_fill()
-    }
+    rest = {(patch.get_xy(), patch.get_width(), patch.get_height()) for patch in left.patches if patch.get_fill()}
     assert rest == {((0, 4), 7, 1), ((6, 0), 1, 4)}
     assert left.get_title() == "35 tokens, 6 keys of 8 x 8 pixels"
     check_layout(figure)

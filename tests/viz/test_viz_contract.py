@@ -19,10 +19,7 @@ def views(path):
     found = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
     found = [node for node in found if node.returns and ast.unparse(node.returns) == "Figure"]
     given = {
-        node.name
-        for node in found
-        for a in node.args.args
-        if a.annotation and "Figure" in ast.unparse(a.annotation)
+        node.name for node in found for a in node.args.args if a.annotation and "Figure" in ast.unparse(a.annotation)
     }
     return {node.name: node for node in found if not node.name.startswith("_") and node.name not in given}
 

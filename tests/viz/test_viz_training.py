@@ -22,9 +22,7 @@ def test_losses_and_scores_of_a_run_look_alike():
         for line, (steps, values) in zip(place.lines, curves.values(), strict=False):
             np.testing.assert_allclose(line.get_xdata(), steps)
             np.testing.assert_allclose(line.get_ydata(), values)
-    looks = [
-        [(line.get_color(), line.get_linestyle()) for line in place.lines[:2]] for place in (loss, share)
-    ]
+    looks = [[(line.get_color(), line.get_linestyle()) for line in place.lines[:2]] for place in (loss, share)]
     assert looks[0] == looks[1]
     said = [text.get_text() for text in figure.legends[0].get_texts()]
     assert said == ["interpolated", "afresh", "before"]

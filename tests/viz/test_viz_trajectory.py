@@ -95,9 +95,7 @@ def test_differences_are_means_over_colours_on_one_scale():
     figure = image_differences(rows, ("before", "after"))
     np.testing.assert_allclose(shown(figure.axes[2]), np.abs(second - first).mean(2))
     assert shown(figure.axes[5]).max() == 0
-    assert {figure.axes[k].images[0].get_clim() for k in (2, 5)} == {
-        (0, np.abs(second - first).mean(2).max())
-    }
+    assert {figure.axes[k].images[0].get_clim() for k in (2, 5)} == {(0, np.abs(second - first).mean(2).max())}
     assert figure.axes[5].get_title() == "difference, rms 0.000"
     assert [figure.axes[k].get_ylabel() for k in (0, 3)] == list(rows)
     assert [figure.axes[k].get_title() for k in (0, 1)] == ["before", "after"]

@@ -131,9 +131,7 @@ def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
     assert complaints == []
 
 
-@pytest.mark.parametrize(
-    "title", ["{{data}}", '{{data}} onfocus="alert(1)" autofocus ', "</script><script>alert(1)"]
-)
+@pytest.mark.parametrize("title", ["{{data}}", '{{data}} onfocus="alert(1)" autofocus ', "</script><script>alert(1)"])
 def test_a_prompt_with_a_placeholder_or_html_stays_text(title):
     page = ZoomViewer(image(8, 8), title).html()
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)[1]

@@ -89,9 +89,7 @@ class Audit:
         rows: dict[tuple, list[AuditEntry]] = {}
         for entry in self.entries:
             names = (tuple(map(general_name, side)) for side in (entry.source, entry.target))
-            rows.setdefault((entry.action, *names, entry.source_shapes, entry.target_shapes), []).append(
-                entry
-            )
+            rows.setdefault((entry.action, *names, entry.source_shapes, entry.target_shapes), []).append(entry)
         return [
             {
                 "source": _joined(source),
@@ -206,9 +204,7 @@ def _on_unknown_values(description: Description) -> Iterable[str]:
         )
 
 
-def _on_compression(
-    description: Description, layout: str, ending: str, started: Collection[str]
-) -> Iterable[str]:
+def _on_compression(description: Description, layout: str, ending: str, started: Collection[str]) -> Iterable[str]:
     layers, ratio = list(description.config.kv_layers), description.config.kv_ratio
     if not layers or ratio == 1 or description.config.kv_operator != "conv":
         return

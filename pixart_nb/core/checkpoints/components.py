@@ -76,10 +76,7 @@ def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
 
 
 def write_transformer(
-    folder: Path,
-    net: PixArt,
-    dtype: type[np.floating] = np.float32,
-    weights: Mapping[str, np.ndarray] | None = None,
+    folder: Path, net: PixArt, dtype: type[np.floating] = np.float32, weights: Mapping[str, np.ndarray] | None = None
 ) -> None:
     """Write a transformer in the diffusers layout, without the learned empty caption, which sampling does not use.
 
@@ -98,10 +95,7 @@ def write_vae(folder: Path, net: AutoencoderKL, dtype: type[np.floating] = np.fl
     save_tensors(folder / WEIGHTS, _weights(net, dtype), {"format": "pt"})
     config = asdict(net.config)
     blocks = len(net.config.block_out_channels)
-    extra = {
-        "down_block_types": ["DownEncoderBlock2D"] * blocks,
-        "up_block_types": ["UpDecoderBlock2D"] * blocks,
-    }
+    extra = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
     write_json(folder / "config.json", {"_class_name": "AutoencoderKL", "act_fn": "silu", **config, **extra})
 
 

@@ -128,16 +128,12 @@ def _state_config(source: Path) -> PixArtConfig | None:
     except KeyError:
         return None
     except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{source}: the configuration in its metadata cannot be used: {error}"
-        ) from error
+        raise CheckpointError(f"{source}: the configuration in its metadata cannot be used: {error}") from error
 
 
 def _family(shown: Mapping, explicit: PixArtConfig, source: Path) -> str:
     """Return ``alpha`` or ``sigma``, by caption tokens, micro conditions, published name or pipeline; or nothing."""
-    tokens = shown.get("model_max_length") or (
-        explicit.is_set("model_max_length") and explicit.model_max_length
-    )
+    tokens = shown.get("model_max_length") or (explicit.is_set("model_max_length") and explicit.model_max_length)
     if tokens in FAMILIES:
         return FAMILIES[tokens]
     if shown["micro_condition"]:
@@ -208,9 +204,7 @@ def _depth(tensors: Mapping[str, LazyTensor], width: int, source: str | Path) ->
     blocks = {int(match[1]) for match in map(_BLOCK.match, tensors) if match}
     lost = sorted(set(range(max(blocks) + 1)) - blocks)
     if lost:
-        raise CheckpointError(
-            f"{source} has blocks up to {max(blocks)}, but not {lost[:8]}; it is incomplete"
-        )
+        raise CheckpointError(f"{source} has blocks up to {max(blocks)}, but not {lost[:8]}; it is incomplete")
     for block in blocks:
         name = f"blocks.{block}.attn.qkv.weight"
         shape = tuple(tensors[name].shape) if name in tensors else (3 * width, width)
@@ -260,9 +254,7 @@ def merge(first: PixArtConfig, second: PixArtConfig, source: str | Path) -> PixA
     """Combine two configurations, which must not contradict each other; ``source`` names the first in messages."""
     for name, value in explicit_values(second).items():
         if first.is_set(name) and getattr(first, name) != value:
-            raise CheckpointError(
-                f"{source} says {name} = {getattr(first, name)}, the given configuration {value}"
-            )
+            raise CheckpointError(f"{source} says {name} = {getattr(first, name)}, the given configuration {value}")
     return PixArtConfig(**explicit_values(first) | explicit_values(second))
 
 
@@ -321,14 +313,10 @@ def config_from_fields(values: Mapping, source: str | Path) -> PixArtConfig:
 def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -> PixArtConfig:
     """Convert a diffusers ``transformer/config.json``."""
     if values.get("_class_name") not in ("PixArtTransformer2DModel", "Transformer2DModel"):
-        raise CheckpointError(
-            f"{source} is of {values.get('_class_name')!r:.60}; expected PixArtTransformer2DModel"
-        )
+        raise CheckpointError(f"{source} is of {values.get('_class_name')!r:.60}; expected PixArtTransformer2DModel")
     for name in ("num_attention_heads", "attention_head_dim", "num_layers"):
         if type(values.get(name)) is not int or not 0 < values[name] <= 2**16:
-            raise CheckpointError(
-                f"{source}: {name} is {values.get(name)!r:.60}; expected a whole number up to 65536"
-            )
+            raise CheckpointError(f"{source}: {name} is {values.get(name)!r:.60}; expected a whole number up to 65536")
     try:
         refuse_others(values, _FIXED)
         return _from_diffusers(values)
@@ -341,9 +329,7 @@ def _from_diffusers(values: Mapping) -> PixArtConfig:
     width = values["num_attention_heads"] * values["attention_head_dim"]
     micro, scale = values.get("use_additional_conditions"), values.get("interpolation_scale")
     if values.get("cross_attention_dim") not in (None, width):
-        raise ValueError(
-            f"cross_attention_dim is {values['cross_attention_dim']}; expected the width, {width}"
-        )
+        raise ValueError(f"cross_attention_dim is {values['cross_attention_dim']}; expected the width, {width}")
     own = ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
     return PixArtConfig(
         hidden_size=width,

@@ -19,12 +19,7 @@ from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.audit import Audit, AuditEntry, sentences_on
 from pixart_nb.core.checkpoints.configuration import describe, diffusers_config
 from pixart_nb.core.checkpoints.files import WEIGHTS, WRITERS, open_checkpoint
-from pixart_nb.core.checkpoints.layouts import (
-    TransformerTensors,
-    init_compression,
-    to_layout,
-    to_official_names,
-)
+from pixart_nb.core.checkpoints.layouts import TransformerTensors, init_compression, to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import build_transformer, load_transformer, shapes_of
 from pixart_nb.core.checkpoints.torch_writer import write_torch
@@ -137,13 +132,9 @@ def _layout_of(source: Path, target: Path) -> str:
         return "official"
     if target.is_file() or (target.suffix and not target.is_dir()):
         endings = ", ".join(WRITERS)
-        raise CheckpointError(
-            f"{target}: expected a file that ends in {endings}, or a folder (without a dot)"
-        )
+        raise CheckpointError(f"{target}: expected a file that ends in {endings}, or a folder (without a dot)")
     if (target / "model_index.json").is_file():
-        raise CheckpointError(
-            f"{target} is a whole pipeline; give its transformer folder, {target / 'transformer'}"
-        )
+        raise CheckpointError(f"{target} is a whole pipeline; give its transformer folder, {target / 'transformer'}")
     others = [p.name for p in target.glob("*") if p.name != WEIGHTS and p.suffix in (".bin", ".safetensors")]
     others += [p.name for p in target.glob("*.index.json")]
     if others:
@@ -183,9 +174,7 @@ def _entries(
     return entries
 
 
-def _target_side(
-    name: str, tensor: LazyTensor, layout: str
-) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+def _target_side(name: str, tensor: LazyTensor, layout: str) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
     """Return names and shapes that an official tensor has in the target."""
     parts = to_layout({name: tensor}, layout)
     return tuple(parts), tuple(part.shape for part in parts.values())
@@ -269,9 +258,7 @@ def write_random(path: str | Path, config: PixArtConfig, seed: int = 0, dtype: s
         start = int(rng.integers(pool.size - math.prod(shape)))
         arrays[name] = pool[start : start + math.prod(shape)].reshape(shape)
     side = config.input_size // config.patch_size
-    arrays["pos_embed"] = sincos_positions(config.hidden_size, side, side, side, config.pe_interpolation)[
-        None
-    ]
+    arrays["pos_embed"] = sincos_positions(config.hidden_size, side, side, side, config.pe_interpolation)[None]
     tensors = {name: LazyTensor.of(value, name) for name, value in arrays.items()}
     with atomic_write(path) as temporary:
         write_torch(temporary, {name: t.astype(DTYPES[dtype] or t.dtype) for name, t in tensors.items()})

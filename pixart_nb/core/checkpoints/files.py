@@ -79,9 +79,7 @@ def open_checkpoint(
         return _open_folder(path, keep, variant, use_safetensors)
     check_file(path, "a checkpoint file or a folder in the diffusers layout")
     if path.suffix not in ENDINGS:
-        raise CheckpointError(
-            f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors"
-        )
+        raise CheckpointError(f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors")
     checkpoint = _OPENERS[path.suffix](path)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if keep(name)}
     if path.suffix == ".safetensors":
@@ -95,9 +93,7 @@ def read_tensors(path: str | Path, keep: Keep = everything, **options) -> dict[s
 
     Read-only views of the files where possible; bfloat16 becomes float32.
     """
-    return {
-        name: np.asarray(tensor) for name, tensor in open_checkpoint(path, keep, **options).tensors.items()
-    }
+    return {name: np.asarray(tensor) for name, tensor in open_checkpoint(path, keep, **options).tensors.items()}
 
 
 def _open_torch(path: Path) -> Checkpoint:
@@ -163,11 +159,7 @@ def _check_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     with open_tensors(path) as content:
         sums = (content.metadata() or {}).get(CRC)
     if sums is not None:
-        check_sums(
-            path,
-            sums,
-            {n: checksum(_raw(t.parts[0]), crc_seed(t.dtype, t.shape)) for n, t in tensors.items()},
-        )
+        check_sums(path, sums, {n: checksum(_raw(t.parts[0]), crc_seed(t.dtype, t.shape)) for n, t in tensors.items()})
 
 
 def _raw(array: np.ndarray) -> np.ndarray:
@@ -197,11 +189,7 @@ def _safetensors_header(tensors: Mapping[str, LazyTensor], sums: Mapping[str, st
     start = 0
     for name in sums:
         stop = start + tensors[name].nbytes
-        header[name] = {
-            "dtype": tensors[name].dtype,
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, stop],
-        }
+        header[name] = {"dtype": tensors[name].dtype, "shape": list(tensors[name].shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
@@ -272,21 +260,13 @@ def _open_shards(folder: Path, index: Path, keep: Keep) -> Checkpoint:
 def _shards_of(folder: Path, index: Path) -> dict[str, str]:
     """Return the file of each tensor of an index; all are files of the folder."""
     shards = read_json(index).get("weight_map")
-    if (
-        not isinstance(shards, dict)
-        or not shards
-        or not all(isinstance(shard, str) for shard in shards.values())
-    ):
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         raise CheckpointError(f"{index} has no weight_map; expected names of tensors with names of files")
     names = sorted(set(shards.values()))
     outside = [name for name in names if Path(name).name != name or Path(name).suffix not in ENDINGS]
     if outside:
-        raise CheckpointError(
-            f"{index} names {outside[:4]}; expected names of checkpoint files inside {folder}"
-        )
+        raise CheckpointError(f"{index} names {outside[:4]}; expected names of checkpoint files inside {folder}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{folder} lacks {missing}, which {index.name} names. Download the missing shards."
-        )
+        raise CheckpointError(f"{folder} lacks {missing}, which {index.name} names. Download the missing shards.")
     return shards

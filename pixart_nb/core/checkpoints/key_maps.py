@@ -44,9 +44,7 @@ RECOMPUTED = ("pos_embed",)
 OPTIONAL = ("y_embedder.y_embedding",)
 
 _BLOCK = re.compile(r"(?<=blocks\.)\d+(?=\.)")
-_OFFICIAL_MODULES = {
-    name: (official, n) for official, names in MODULES.items() for n, name in enumerate(names)
-}
+_OFFICIAL_MODULES = {name: (official, n) for official, names in MODULES.items() for n, name in enumerate(names)}
 _OFFICIAL_TENSORS = {name: official for official, name in TENSORS.items()}
 _OFFICIAL_TENSORS["pos_embed.pos_embed"] = "pos_embed"  # older diffusers folders have it
 
@@ -67,9 +65,7 @@ def diffusers_names(official: str) -> tuple[str, ...]:
     """Return diffusers' names of an official tensor, stacked along axis 0 if several; () if it has none."""
     module, leaf, block = _split(official)
     general = general_name(official)
-    names = (
-        (TENSORS[general],) if general in TENSORS else tuple(f"{n}.{leaf}" for n in MODULES.get(module, ()))
-    )
+    names = (TENSORS[general],) if general in TENSORS else tuple(f"{n}.{leaf}" for n in MODULES.get(module, ()))
     return tuple(name.replace("{i}", block) for name in names)
 
 

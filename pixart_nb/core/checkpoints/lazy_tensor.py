@@ -61,9 +61,7 @@ class LazyTensor:
         """Wrap an array of floats, integers or booleans."""
         dtype = next((key for key, value in DTYPES.items() if key != "BF16" and value == values.dtype), None)
         if dtype is None:
-            raise CheckpointError(
-                f"{name or 'a tensor'} has dtype {values.dtype}; expected {', '.join(DTYPES)}"
-            )
+            raise CheckpointError(f"{name or 'a tensor'} has dtype {values.dtype}; expected {', '.join(DTYPES)}")
         return cls(dtype, (values,), name=name)
 
     @property
@@ -95,9 +93,7 @@ class LazyTensor:
     def split(self, count: int) -> tuple[LazyTensor, ...]:
         """Split into ``count`` tensors of equally many rows."""
         if not self.shape or self.shape[0] % count:
-            raise CheckpointError(
-                f"{self.name} has shape {self.shape}; expected {count} equal parts along axis 0"
-            )
+            raise CheckpointError(f"{self.name} has shape {self.shape}; expected {count} equal parts along axis 0")
         rows = self.shape[0] // count
         return tuple(self.rows(i * rows, (i + 1) * rows) for i in range(count))
 
@@ -130,17 +126,13 @@ def stacked(parts: Sequence[LazyTensor]) -> LazyTensor:
     layouts = {(part.dtype, part.storage_dtype, part.shape[1:]) for part in parts}
     if len(layouts) > 1 or any(not part.shape for part in parts):
         listed = ", ".join(f"{part.name} {part.shape} {part.dtype}" for part in parts)
-        raise CheckpointError(
-            f"cannot stack {listed}: expected one dtype, and shapes that differ in axis 0 only"
-        )
+        raise CheckpointError(f"cannot stack {listed}: expected one dtype, and shapes that differ in axis 0 only")
     return replace(parts[0], parts=tuple(array for part in parts for array in part.parts))
 
 
 def same_bits(first: Mapping[str, LazyTensor], second: Mapping[str, LazyTensor]) -> bool:
     """Return whether two sets of tensors have the same names, dtypes, shapes and bits."""
-    if {n: (t.dtype, t.shape) for n, t in first.items()} != {
-        n: (t.dtype, t.shape) for n, t in second.items()
-    }:
+    if {n: (t.dtype, t.shape) for n, t in first.items()} != {n: (t.dtype, t.shape) for n, t in second.items()}:
         return False
     return all(np.array_equal(_bytes_of(tensor), _bytes_of(second[name])) for name, tensor in first.items())
 

@@ -49,13 +49,9 @@ def load_into(
     Names in ``optional`` may be missing. Weights are cast to the parameter's dtype; those of ``Int8Linear`` are
     quantized. Raises ``CheckpointError`` for missing and unexpected tensors and wrong shapes; nothing is changed then.
     """
-    quantized = {
-        f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, Int8Linear)
-    }
+    quantized = {f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, Int8Linear)}
     scales = {name.removesuffix("weight") + "scale" for name in quantized}
-    parameters = {
-        name: p for name, p in net.parameters_and_names() if name.startswith(prefix) and name not in scales
-    }
+    parameters = {name: p for name, p in net.parameters_and_names() if name.startswith(prefix) and name not in scales}
     problems = {
         "missing": sorted(set(parameters) - set(tensors) - set(optional)),
         "unexpected": sorted(set(tensors) - set(parameters)),

@@ -68,9 +68,7 @@ class PickleProgram:
     ``storage_of(name, dtype, count)`` returns the storage of a name.
     """
 
-    def __init__(
-        self, path, data: np.ndarray, storage_of: Callable[[str, str, int], Storage], start: int = 0
-    ):
+    def __init__(self, path, data: np.ndarray, storage_of: Callable[[str, str, int], Storage], start: int = 0):
         self.path, self.storage_of, self.start = path, storage_of, start
         self.code = data[start : start + MAX_PROGRAM].tobytes()
         self.end = start
@@ -151,12 +149,8 @@ class PickleProgram:
         """Return a dictionary of pairs; keys are texts and numbers, as hashing nested tuples can take forever."""
         out = {}
         for key, value in pairs:
-            if not isinstance(key, str | bytes | int | float | None) or (
-                type(key) is int and key.bit_length() > 64
-            ):
-                raise self.refused(
-                    f"has a dictionary with a key of type {type(key).__name__} (expected texts)"
-                )
+            if not isinstance(key, str | bytes | int | float | None) or (type(key) is int and key.bit_length() > 64):
+                raise self.refused(f"has a dictionary with a key of type {type(key).__name__} (expected texts)")
             out[key] = value
         return out
 
@@ -176,17 +170,11 @@ class PickleProgram:
 
     def _stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self._global(
-            f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "an unnamed object"
-        )
+        self._global(f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "an unnamed object")
 
     def _call(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        if (
-            not isinstance(function, Global)
-            or type(arguments) is not tuple
-            or len(arguments) > _MAX_ARGUMENTS
-        ):
+        if not isinstance(function, Global) or type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
             raise self.refused("makes a call with unknown arguments")
         if function.name in _TENSOR:
             self.stack.append(self._tensor(*arguments[:4]))
@@ -234,15 +222,9 @@ class PickleProgram:
         check_count(self.path, self.tensors)
         shown = reprlib.repr((offset, size, stride))
         shapes = type(size) is tuple and type(stride) is tuple and len(size) == len(stride) <= _MAX_AXES
-        if (
-            not isinstance(storage, Storage)
-            or not shapes
-            or not all(map(_is_count, (offset, *size, *stride)))
-        ):
+        if not isinstance(storage, Storage) or not shapes or not all(map(_is_count, (offset, *size, *stride))):
             raise self.refused(f"has a tensor with offset, size and stride {shown} (expected whole numbers)")
-        last = (
-            offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else offset - 1
-        )
+        last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else offset - 1
         if last >= len(storage.values):
             raise self.refused(
                 f"has a tensor with offset, size and stride {shown} in a storage of {len(storage.values)} numbers"

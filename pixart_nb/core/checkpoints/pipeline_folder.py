@@ -27,9 +27,7 @@ def component_paths(source: str | Path, names: Sequence[str], revision: str | No
         return _mindone_paths(folder, names)
     missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
-        raise CheckpointError(
-            f"{folder} lacks the folders {missing}; give those components, or None if not needed"
-        )
+        raise CheckpointError(f"{folder} lacks the folders {missing}; give those components, or None if not needed")
     return {name: folder / name for name in names}
 
 
@@ -75,8 +73,7 @@ def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
         near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise CheckpointError(
-            f"{source} does not exist.{hint} Give a folder with {files}, or the id "
-            "of a model on a hub, owner/name."
+            f"{source} does not exist.{hint} Give a folder with {files}, or the id of a model on a hub, owner/name."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

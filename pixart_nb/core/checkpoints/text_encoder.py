@@ -74,9 +74,7 @@ def _fill_layer(net: T5Encoder, folder: Path, layer: int, index: int, **options)
         _fill(net, folder, source, target, () if layer == 0 else (f"{target}{POSITIONS}",), **options)
 
 
-def _fill(
-    net: T5Encoder, folder: Path, source: str, target: str, optional: tuple[str, ...] = (), **options
-) -> None:
+def _fill(net: T5Encoder, folder: Path, source: str, target: str, optional: tuple[str, ...] = (), **options) -> None:
     """Load the tensors whose names begin with ``source`` into the parameters whose names begin with ``target``."""
     tensors = read_tensors(folder, keep=lambda name: name.startswith(source), **options)
     renamed = {target + name.removeprefix(source): value for name, value in tensors.items()}

@@ -24,15 +24,7 @@ from pixart_nb.core.checkpoints.pickle_program import PickleProgram, Storage
 from pixart_nb.core.io import CheckpointError
 
 #: Keys under which training scripts save the weights, in order of preference; they may be nested.
-_WRAPPERS = (
-    "state_dict_ema",
-    "ema_state_dict",
-    "model_ema",
-    "ema",
-    "state_dict",
-    "model_state_dict",
-    "model",
-)
+_WRAPPERS = ("state_dict_ema", "ema_state_dict", "model_ema", "ema", "state_dict", "model_state_dict", "model")
 _MAX_WRAPPERS = 4
 _PREFIX = "module."
 _MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
@@ -78,18 +70,14 @@ class _ZipFile:
             self.members = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in self.members if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise CheckpointError(
-                f"{path} is a zip archive without data.pkl; expected a file that torch.save wrote"
-            )
+            raise CheckpointError(f"{path} is a zip archive without data.pkl; expected a file that torch.save wrote")
         self.prefix = pickles[0].removesuffix("data.pkl")
         self.storages: dict[str, Storage] = {}
 
     def load(self) -> Any:
         order = f"{self.prefix}byteorder"
         if order in self.members and self.member(order).tobytes() != b"little":
-            raise CheckpointError(
-                f"{self.path} was not written on a little-endian machine; that is not supported"
-            )
+            raise CheckpointError(f"{self.path} was not written on a little-endian machine; that is not supported")
         return PickleProgram(self.path, self.member(f"{self.prefix}data.pkl"), self.storage).run()
 
     def storage(self, name: str, dtype: str, count: int) -> Storage:
@@ -102,25 +90,19 @@ class _ZipFile:
                 raise CheckpointError(f"{self.path}: {member} has {size} bytes; expected {expected}")
             self.storages[name] = Storage(self.member(member).view(DTYPES[dtype]), dtype)
         if self.storages[name].dtype != dtype:
-            raise CheckpointError(
-                f"{self.path} reads storage {name} as {self.storages[name].dtype} and as {dtype}"
-            )
+            raise CheckpointError(f"{self.path} reads storage {name} as {self.storages[name].dtype} and as {dtype}")
         return self.storages[name]
 
     def member(self, name: str) -> np.ndarray:
         """Return the bytes of an uncompressed member, compared with its checksum and not copied."""
         info = self.members[name]
         if info.compress_type != zipfile.ZIP_STORED or info.header_offset < 0:
-            raise CheckpointError(
-                f"{self.path}: {name} is compressed; expected it stored, as torch.save does"
-            )
+            raise CheckpointError(f"{self.path}: {name} is compressed; expected it stored, as torch.save does")
         names, extra = struct.unpack_from("<HH", self.data, info.header_offset + _LOCAL_HEADER - 4)
         start = info.header_offset + _LOCAL_HEADER + names + extra
         values = self.data[start : start + info.file_size]
         if len(values) != info.file_size or checksum(values) != info.CRC:
-            raise CheckpointError(
-                f"{self.path} is damaged: {name} does not match its checksum. Copy it again."
-            )
+            raise CheckpointError(f"{self.path} is damaged: {name} does not match its checksum. Copy it again.")
         return values
 
 
@@ -151,9 +133,7 @@ def _read_legacy(path: Path, data: np.ndarray) -> Any:
         raise CheckpointError(f"{path} is of an unknown version of torch's format of before 1.6")
     if not isinstance(machine, Mapping) or machine.get("little_endian") is not True:
         raise CheckpointError(f"{path} was not written on a little-endian machine; that is not supported")
-    if not isinstance(names, list) or {str(name) for name in names if isinstance(name, str | int)} != set(
-        needed
-    ):
+    if not isinstance(names, list) or {str(name) for name in names if isinstance(name, str | int)} != set(needed):
         raise CheckpointError(f"{path} is damaged: its list of storages is not that of its tensors")
     position = ends[-1]
     for name in map(str, names):
@@ -169,9 +149,7 @@ def _read_legacy(path: Path, data: np.ndarray) -> Any:
     return PickleProgram(path, data, storage, ends[3]).run()
 
 
-def find_weights(
-    content: Any, source: str | Path = "checkpoint"
-) -> tuple[dict[str, LazyTensor], str, list[str]]:
+def find_weights(content: Any, source: str | Path = "checkpoint") -> tuple[dict[str, LazyTensor], str, list[str]]:
     """Return the tensors by name, the key under which they were (``state_dict_ema``, or nothing), and other such keys.
 
     EMA weights are preferred; ``module.`` prefixes are removed.

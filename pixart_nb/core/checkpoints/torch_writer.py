@@ -28,9 +28,7 @@ def write_torch(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write a ``.pth`` file tensor by tensor."""
     wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _CLASSES]
     if wrong:
-        raise CheckpointError(
-            f"a .pth file cannot hold {', '.join(wrong[:4])}; it can hold {', '.join(_CLASSES)}"
-        )
+        raise CheckpointError(f"a .pth file cannot hold {', '.join(wrong[:4])}; it can hold {', '.join(_CLASSES)}")
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", _pickled(tensors))
         archive.writestr("archive/byteorder", "little")

@@ -16,9 +16,7 @@ from pixart_nb.core.sampling.aspect_ratio import ASPECT_RATIO_BINS, bins_for, cl
 Size = tuple[int, int]
 
 
-def training_sizes(
-    labels: Sequence[Label], image_size: int, multi_scale: bool, valid_num: int = 0
-) -> list[Size]:
+def training_sizes(labels: Sequence[Label], image_size: int, multi_scale: bool, valid_num: int = 0) -> list[Size]:
     """Return the (height, width) in pixels at which each image is trained.
 
     Without ``multi_scale`` all are squares of ``image_size``. With it, each gets the published size of that table

@@ -62,13 +62,9 @@ def import_diffusiondb(
             writer.add(row)
         report = writer.report()
         if not report.training:
-            raise ProblemsError(
-                f"{source}: no image to train on is left ({dict(report.left_out)})", report.problems
-            )
+            raise ProblemsError(f"{source}: no image to train on is left ({dict(report.left_out)})", report.problems)
         if not data.scored:
-            report.notes.append(
-                "the source has no NSFW scores, so nothing was filtered by them; look at the images"
-            )
+            report.notes.append("the source has no NSFW scores, so nothing was filtered by them; look at the images")
         writer.write_labels(report)
         if overwrite:
             for path in before.keys() - writer.entries.keys():

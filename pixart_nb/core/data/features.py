@@ -23,15 +23,7 @@ from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import BatchChooser
 from pixart_nb.core.errors import FolderInUseError, WriteError
-from pixart_nb.core.io import (
-    CRC,
-    CheckpointError,
-    check_sums,
-    folder_lock,
-    load_metadata,
-    save_tensors,
-    tensor_crc,
-)
+from pixart_nb.core.io import CRC, CheckpointError, check_sums, folder_lock, load_metadata, save_tensors, tensor_crc
 
 #: Images of one shard: an interruption loses the work of one, and the memory holds one.
 SHARD = 64
@@ -95,13 +87,7 @@ class FeatureCache:
     folder, and a shard is never rewritten. Each tensor has a checksum.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        labels: Sequence[Label],
-        sizes: Sequence[Size],
-        made_by: MadeBy,
-    ):
+    def __init__(self, folder: str | os.PathLike[str], labels: Sequence[Label], sizes: Sequence[Size], made_by: MadeBy):
         if len(labels) != len(sizes):
             raise DataError(f"{len(labels)} labels and {len(sizes)} sizes; expected a size for each label")
         self.folder, self.labels, self.sizes, self.made_by = Path(folder), labels, sizes, made_by
@@ -130,9 +116,7 @@ class FeatureCache:
         """Raise ``FeatureError`` unless all shards exist."""
         if unusable := self.unusable():
             reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(unusable.values()).items())
-            other = f"; {len(self.unused())} shards are of other data, networks or settings" * bool(
-                self.unused()
-            )
+            other = f"; {len(self.unused())} shards are of other data, networks or settings" * bool(self.unused())
             raise FeatureError(
                 f"{self.folder}: {len(unusable)} of {len(self._paths)} shards of features cannot be used: {reasons}"
                 f"{other}. Make them with `pixart-nb dataset features -c` and the configuration."
@@ -221,9 +205,7 @@ class FeatureCache:
 
     def latents(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation (C, h, w) of the latents of image ``index``, as stored."""
-        return tuple(
-            self._tensor(LATENTS, index // SHARD, f"{index % SHARD}/{part}") for part in ("mean", "std")
-        )
+        return tuple(self._tensor(LATENTS, index // SHARD, f"{index % SHARD}/{part}") for part in ("mean", "std"))
 
     def caption(self, index: int, number: int = 0) -> np.ndarray:
         """Return the embedding (tokens, C) of a caption of image ``index``, counted as in ``Label.captions``."""

@@ -56,9 +56,7 @@ def path_inside(folder: Path, path: object) -> Path:
         raise DataError(f"path is {shortened(path)}; expected a path relative to the folder of images")
     normal = os.path.normpath(path)
     if normal.split(os.sep)[0] == "..":
-        raise DataError(
-            f"path {shortened(path)} leaves the folder of images {folder}; expected one within it"
-        )
+        raise DataError(f"path {shortened(path)} leaves the folder of images {folder}; expected one within it")
     try:
         os.fsencode(path)
     except UnicodeEncodeError:
@@ -134,9 +132,7 @@ def _json_line(line: str) -> object:
 
 def _csv_entries(name: str, text: str) -> Iterator[PlacedEntry]:
     header = text.split("\n", 1)[0]
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True
-    )
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
     try:
         columns = reader.fieldnames or []
         if columns and not (set(PATHS) & set(columns) and set(PROMPTS) & set(columns)):

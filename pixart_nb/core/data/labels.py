@@ -13,14 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from pixart_nb.core.data.errors import DataError, ProblemsError, shortened
-from pixart_nb.core.data.files import (
-    DESCRIPTIONS,
-    PATHS,
-    PROMPTS,
-    PlacedEntry,
-    path_inside,
-    read_entries,
-)
+from pixart_nb.core.data.files import DESCRIPTIONS, PATHS, PROMPTS, PlacedEntry, path_inside, read_entries
 from pixart_nb.core.data.images import ImageError, load_image, read_image_size
 
 #: Longest caption in characters; the text encoder reads some hundred words of it.
@@ -68,9 +61,7 @@ class Label:
 
     def as_json(self) -> dict[str, object]:
         """Return the entry as official label files have it; several prompts are in ``captions`` too."""
-        entry = {
-            key: getattr(self, key) for key in ("path", "prompt", "sharegpt4v", "height", "width", "ratio")
-        }
+        entry = {key: getattr(self, key) for key in ("path", "prompt", "sharegpt4v", "height", "width", "ratio")}
         return entry | ({"captions": list(self.prompts)} if self.more_prompts else {})
 
 
@@ -122,16 +113,12 @@ def check_entries(
     """Return the labels of the valid entries, the problems of the others, and notes on what was changed."""
     labels: dict[Path, Label] = {}
     problems, other_size, repeated = [], 0, 0
-    for (where, entry), (label, wrong) in zip(
-        entries, _check_all(entries, folder, decode, description), strict=True
-    ):
+    for (where, entry), (label, wrong) in zip(entries, _check_all(entries, folder, decode, description), strict=True):
         problems += [f"{where}: {problem}" for problem in wrong]
         if label is None:
             continue
         size = (label.height, label.width)
-        other_size += (
-            tuple(entry.get(key, n) for key, n in zip(("height", "width"), size, strict=True)) != size
-        )
+        other_size += tuple(entry.get(key, n) for key, n in zip(("height", "width"), size, strict=True)) != size
         if label.file in labels:
             repeated += 1
             label = _merged(labels[label.file], label)
@@ -194,11 +181,7 @@ def _check_all(
 def _check(entry: object, folder: Path, decode: bool) -> tuple[Label | None, list[str]]:
     """Return the label of an entry, or None and its problems."""
     if not isinstance(entry, dict):
-        text = (
-            str(entry)
-            if isinstance(entry, DataError)
-            else f"is {shortened(entry)}; expected a label, {{...}}"
-        )
+        text = str(entry) if isinstance(entry, DataError) else f"is {shortened(entry)}; expected a label, {{...}}"
         return None, [text]
     prompts = prompts_of(entry)
     described = next((entry[key] for key in DESCRIPTIONS if entry.get(key) not in (None, "")), "")

@@ -72,9 +72,7 @@ def open_source(source: str | os.PathLike[str]) -> DataSource:
         return _from_tables(with_images)
     metadata = [path for path, names in columns.items() if NAME in names]
     if source.is_file() and not metadata and source.suffix.lower() == ".parquet":
-        raise DataError(
-            f"{source} has the columns {', '.join(columns[source])}; expected {IMAGE} and text, or {NAME}"
-        )
+        raise DataError(f"{source} has the columns {', '.join(columns[source])}; expected {IMAGE} and text, or {NAME}")
     folder = source.parent if metadata and source.is_file() else source
     parts = [_Part(path.stem, _zip_files(path)) for path in _list(folder, ".zip")]
     if not parts and folder.is_dir():
@@ -148,9 +146,7 @@ class _Part:
             self.problems.append(f"{path} is not JSON: {error or 'nested too deeply'}. Download it again.")
             return
         if not isinstance(content, dict):
-            self.problems.append(
-                f'{path} holds a {type(content).__name__}; expected {{"name.png": {{"p": prompt}}}}'
-            )
+            self.problems.append(f'{path} holds a {type(content).__name__}; expected {{"name.png": {{"p": prompt}}}}')
             return
         folder = PurePosixPath(path).parent
         meant = {name: self._images_of(name, folder) for name in content}
@@ -249,9 +245,7 @@ def _look_up(metadata: Sequence[Path], names: set[str]) -> dict[str, dict[str, o
         with _arrow_errors(path):
             for batch in _batches(path, columns, 65_536):
                 chosen = batch.filter(pc.is_in(batch[NAME].cast(pa.string()), name_array)).to_pylist()
-                rows |= {
-                    r[NAME]: r | {"prompt": next((r[k] for k in PROMPTS if k in r), None)} for r in chosen
-                }
+                rows |= {r[NAME]: r | {"prompt": next((r[k] for k in PROMPTS if k in r), None)} for r in chosen}
     return rows
 
 

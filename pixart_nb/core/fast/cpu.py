@@ -90,9 +90,7 @@ class CPUDenoiser:
         attentions = [[caption_attention(block, *caption) for caption in captions] for block in net.blocks]
         batches = micro_batches(groups, tokens)
         largest = max(batch.tokens.stop - batch.tokens.start for batch in batches)
-        return StepPlan(
-            tokens, batches, attentions, [BlockLinears.of(block, largest) for block in net.blocks]
-        )
+        return StepPlan(tokens, batches, attentions, [BlockLinears.of(block, largest) for block in net.blocks])
 
     def _embed(self, latents: ms.Tensor, outer: list[slice]) -> ms.Tensor:
         """Latents (B, C, H, W) -> tokens with their positions, (B N, D)."""
@@ -113,10 +111,7 @@ class CPUDenoiser:
     def _qkv(self, number: int, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> list[ms.Tensor]:
         """Return one matrix (B N, 3 D) of queries, keys and values, or of many tokens three (B N, D)."""
         block, linear = self.net.blocks[number], self.plan.linears[number].qkv
-        parts = [
-            linear(_modulate(block.pre_norm, _rows(x, part), shift, scale))
-            for part, _ in self.plan.micro_batches
-        ]
+        parts = [linear(_modulate(block.pre_norm, _rows(x, part), shift, scale)) for part, _ in self.plan.micro_batches]
         if x.shape[0] < SEPARATE_QKV_TOKENS:
             return [_concat(parts)]
         separate = [], [], []
@@ -130,9 +125,7 @@ class CPUDenoiser:
             rows.clear()
         return matrices
 
-    def _add_projected(
-        self, number: int, x: ms.Tensor, attended: ms.Tensor, gate: ms.Tensor
-    ) -> list[ms.Tensor]:
+    def _add_projected(self, number: int, x: ms.Tensor, attended: ms.Tensor, gate: ms.Tensor) -> list[ms.Tensor]:
         """Add the output projection of the self-attention to x (B N, D): one tensor for each micro-batch."""
         parts = []
         for part, _ in self.plan.micro_batches:
@@ -175,9 +168,7 @@ class CPUDenoiser:
         return _concat([layer.linear(_modulate(layer.pre_norm, _rows(x, p), shift, scale)) for p in outer])
 
 
-def _heads(
-    layer: SelfAttention, index: int, qkv: list[ms.Tensor], batch: int, height: int, width: int
-) -> ms.Tensor:
+def _heads(layer: SelfAttention, index: int, qkv: list[ms.Tensor], batch: int, height: int, width: int) -> ms.Tensor:
     """Return queries (0), keys (1) or values (2) as heads (B, H, N or M, d), normalized and compressed.
 
     The list ``qkv`` is emptied on the way: each matrix of a large image is a good part of a gigabyte.

@@ -59,9 +59,7 @@ def _padded_group(start: int, stop: int, captions: list[np.ndarray], dtype: ms.T
     return CaptionGroup(start, stop, ms.Tensor(np.stack(padded)).astype(dtype), mask)
 
 
-def merge_small_groups(
-    groups: list[CaptionGroup], tokens: int, head_size: int, limit: int
-) -> list[CaptionGroup]:
+def merge_small_groups(groups: list[CaptionGroup], tokens: int, head_size: int, limit: int) -> list[CaptionGroup]:
     """Merge neighbouring groups of few tokens: batched products instead of many small ones.
 
     ``tokens`` are those of an image, ``limit`` the largest number of tokens of a merged group. Captions of one token
@@ -71,9 +69,7 @@ def merge_small_groups(
     for group in groups:
         count, run = group.stop - group.start, runs[-1] if runs else []
         fits = count * tokens * (len(run) + 1) <= limit and group.tokens > 1
-        alike = [(g.stop - g.start, g.tokens < head_size) for g in run[:1]] == [
-            (count, group.tokens < head_size)
-        ]
+        alike = [(g.stop - g.start, g.tokens < head_size) for g in run[:1]] == [(count, group.tokens < head_size)]
         if fits and alike and run[0].tokens > 1:
             run.append(group)
         else:

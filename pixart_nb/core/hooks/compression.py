@@ -13,20 +13,8 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import StepCost, step_cost, with_compression
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.hook_points import (
-    AttentionCall,
-    Hook,
-    HookedRun,
-    LayerCompression,
-    attached,
-    transformer_of,
-)
-from pixart_nb.core.hooks.interventions import (
-    CompressionReplacement,
-    check_ratio,
-    compressions_of,
-    replace_compression,
-)
+from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, LayerCompression, attached, transformer_of
+from pixart_nb.core.hooks.interventions import CompressionReplacement, check_ratio, compressions_of, replace_compression
 from pixart_nb.core.hooks.selection import Layers, Numbers, as_list, layer_names
 from pixart_nb.core.models.attention import attention, merge_heads, split_heads
 from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
@@ -67,9 +55,7 @@ class CompressionLoss:
 
     def values(self, measure: str, row: int = 0) -> np.ndarray:
         """Return a field of ``LayerLoss``, mean over tokens: (layers, steps)."""
-        means = [
-            [np.nanmean(getattr(self._loss(n, s), measure)[row]) for s in self.steps] for n in self.names
-        ]
+        means = [[np.nanmean(getattr(self._loss(n, s), measure)[row]) for s in self.steps] for n in self.names]
         return np.array(means, np.float64).reshape(len(self.names), len(self.steps))
 
     def map(self, measure: str, name: str, steps: Numbers = None, row: int = 0) -> np.ndarray:
@@ -87,11 +73,7 @@ class CompressionLoss:
 
 @contextmanager
 def compression_loss(
-    model: Any,
-    layers: Layers = None,
-    ratio: int | None = None,
-    operator: str | None = None,
-    steps: Numbers = None,
+    model: Any, layers: Layers = None, ratio: int | None = None, operator: str | None = None, steps: Numbers = None
 ) -> Iterator[CompressionLoss]:
     """Measure the error of compression in each self-attention layer during a run, which is not changed.
 
@@ -152,9 +134,7 @@ class LossHook(Hook):
         result.timestep_of[run.index] = run.timestep
         result.losses[name, run.index] = self._measure(call, *keys_values, compression)
 
-    def _measure(
-        self, call: AttentionCall, k: ms.Tensor, v: ms.Tensor, compression: LayerCompression
-    ) -> LayerLoss:
+    def _measure(self, call: AttentionCall, k: ms.Tensor, v: ms.Tensor, compression: LayerCompression) -> LayerLoss:
         grid, count = call.run.grid, call.run.rows
         if compression.ratio == 1:
             return LayerLoss(*[np.ones((count, *grid), np.float32)] * 2, *[np.zeros(count)] * 2)

@@ -119,9 +119,7 @@ class TokenReweighting(Hook):
     def __init__(self, names, word, factor: float, heads: list[int], steps: Numbers, renormalize: bool):
         super().__init__(names, steps)
         self.word, self.factor, self.heads, self.renormalize = word, float(factor), heads, renormalize
-        self.description = (
-            f"attention to {word!r} times {factor}{'' if renormalize else ', not renormalized'}"
-        )
+        self.description = f"attention to {word!r} times {factor}{'' if renormalize else ', not renormalized'}"
         self.values = PerLayer()
 
     def on_prompts(self, run: HookedRun) -> None:
@@ -178,9 +176,7 @@ def replace_compression(
 class CompressionReplacement(Hook):
     """Hook of ``replace_compression``."""
 
-    def __init__(
-        self, net: PixArt, names: Sequence[str], ratio: int, operator: str | None, steps: Numbers = None
-    ):
+    def __init__(self, net: PixArt, names: Sequence[str], ratio: int, operator: str | None, steps: Numbers = None):
         super().__init__(names, steps)
         self.ratio, self.compressions = ratio, compressions_of(net, names, ratio, operator)
         label = f"{operator} {ratio}x{ratio}" if ratio > 1 else "no"
@@ -205,9 +201,7 @@ def check_ratio(ratio: int, grid: tuple[int, int]) -> None:
         )
 
 
-def compressions_of(
-    net: PixArt, names: Sequence[str], ratio: int, operator: str | None
-) -> dict[str, LayerCompression]:
+def compressions_of(net: PixArt, names: Sequence[str], ratio: int, operator: str | None) -> dict[str, LayerCompression]:
     """Return a compression for each self-attention layer, with the layer's own weights where they fit."""
     depth = len(net.blocks)
     config = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(range(depth))}
@@ -259,9 +253,7 @@ def swap_prompt(
         encoder = getattr(model, "text_encoder", None)
         embeds, mask = embed(tokenizer, encoder, as_list(prompt), clean_caption, length, trim=True)
     else:
-        embeds, mask = check_embeddings(
-            prompt_embeds, prompt_attention_mask, None, net.config.caption_channels
-        )
+        embeds, mask = check_embeddings(prompt_embeds, prompt_attention_mask, None, net.config.caption_channels)
         prompts = [None] * len(mask)
     texts = [text_of(tokenizer, text, int(m.sum())) for text, m in zip(prompts, mask, strict=True)]
     return attached(model, PromptSwap(int(at_step), net.caption_keys_values(embeds), mask, texts))

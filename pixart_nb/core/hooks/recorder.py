@@ -12,23 +12,8 @@ from pixart_nb.core import memory
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.attention_maps import LayerRecord, Packed, pack, packed_bytes
-from pixart_nb.core.hooks.hook_points import (
-    AttentionCall,
-    Hook,
-    HookedRun,
-    PerLayer,
-    attached,
-    transformer_of,
-)
-from pixart_nb.core.hooks.selection import (
-    Layers,
-    Numbers,
-    Text,
-    as_list,
-    head_numbers,
-    is_cross,
-    layer_names,
-)
+from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, PerLayer, attached, transformer_of
+from pixart_nb.core.hooks.selection import Layers, Numbers, Text, as_list, head_numbers, is_cross, layer_names
 from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.hooks.trace_files import model_fingerprint
 
@@ -115,16 +100,12 @@ class Recorder(Hook):
 
     def _open(self, run: HookedRun) -> None:
         if self.trace.records:
-            raise PixArtNBError(
-                "this trace already holds a run; open another `with trace(...)` for the next one"
-            )
+            raise PixArtNBError("this trace already holds a run; open another `with trace(...)` for the next one")
         self.run, batch = run, range(run.batch)
         rows = {"conditional": run.conditional, "unconditional": range(run.conditional[0])}
         self.rows = list(rows.get(self.row_choice, batch))
         if not self.rows:
-            raise PixArtNBError(
-                "rows is 'unconditional', but a run without guidance has none; use 'conditional'"
-            )
+            raise PixArtNBError("rows is 'unconditional', but a run without guidance has none; use 'conditional'")
         names = ["conditional" if row in run.conditional else "unconditional" for row in self.rows]
         labels = [f"{name} {row % run.rows}" for name, row in zip(names, self.rows, strict=True)]
         self.trace.labels, self.trace.grid = labels, run.grid
@@ -170,9 +151,7 @@ class Recorder(Hook):
     def on_step(self, run: HookedRun) -> None:
         if run is not self.run:
             self._open(run)
-        if run.timesteps is None and self._recorded(
-            run.index, run.timestep
-        ):  # the number of steps is not known
+        if run.timesteps is None and self._recorded(run.index, run.timestep):  # the number of steps is not known
             self._check_size(1, run)
 
     def _recorded(self, step: int, timestep: float) -> bool:

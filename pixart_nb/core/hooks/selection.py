@@ -37,9 +37,7 @@ def layer_number(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def layer_names(
-    depth: int, layers: Layers = None, attention: str | Sequence[str] = ("self", "cross")
-) -> list[str]:
+def layer_names(depth: int, layers: Layers = None, attention: str | Sequence[str] = ("self", "cross")) -> list[str]:
     """Return the names of layers (numbers, or names such as ``blocks.14.attn``; None is all) in the model's order."""
     attention = as_list(attention)
     if not attention or not set(attention) <= set(ATTENTION_MODULES):
@@ -88,9 +86,7 @@ def select(what: str, numbers: Numbers, available: Sequence[int]) -> list[int]:
     chosen = list(available) if numbers is None else as_list(numbers)
     missing = [number for number in chosen if number not in available]
     if missing or not chosen:
-        raise PixArtNBError(
-            f"the trace has no {what} {missing or '(none was given)'}; it has {list(available)}"
-        )
+        raise PixArtNBError(f"the trace has no {what} {missing or '(none was given)'}; it has {list(available)}")
     return [int(number) for number in chosen]
 
 
@@ -193,9 +189,7 @@ def find_word(text: Text, word: str | int) -> tuple[int, ...]:
     parts, spelled = [_normalize(part) for part in word.split()], [_normalize(w.text) for w in words]
     starts = [k for k in range(len(spelled)) if parts and spelled[k : k + len(parts)] == parts]
     if not starts:
-        raise PixArtNBError(
-            f"there is no word {word!r}; {_listed(text)}{did_you_mean(word.lower(), spelled)}"
-        )
+        raise PixArtNBError(f"there is no word {word!r}; {_listed(text)}{did_you_mean(word.lower(), spelled)}")
     return tuple(sorted({t for k in starts for w in words[k : k + len(parts)] for t in w.tokens}))
 
 

@@ -158,19 +158,12 @@ class Trace:
         names = self._names(layers, attention)
         grids = {name: self.key_grid(name) for name in names}
         if len(set(grids.values())) > 1:
-            raise PixArtNBError(
-                f"the layers have keys on different grids, {grids}; choose layers with one grid"
-            )
+            raise PixArtNBError(f"the layers have keys on different grids, {grids}; choose layers with one grid")
         means = self._measure(attention_maps.query_mean, names, steps, heads, queries, row)
         return means.mean((0, 1, 2)).reshape(grids[names[0]]).astype(np.float32)
 
     def word_map(
-        self,
-        word: str | int,
-        layers: Layers = None,
-        heads: Numbers = None,
-        steps: Numbers = None,
-        row: int = 0,
+        self, word: str | int, layers: Layers = None, heads: Numbers = None, steps: Numbers = None, row: int = 0
     ) -> np.ndarray:
         """Return the attention of each patch to a word: (h, w) float32, mean over layers, heads and steps.
 
@@ -194,9 +187,7 @@ class Trace:
         """Return ``word_map`` of every word of ``words(row)``: (words, h, w) float32; the sum over words is one."""
         texts = {step: self.text(row, step) for step in select("step", steps, self.steps)}
         if len(set(texts.values())) > 1:
-            raise PixArtNBError(
-                f"the prompt changes during these steps; choose steps of one prompt: {self.text_of}"
-            )
+            raise PixArtNBError(f"the prompt changes during these steps; choose steps of one prompt: {self.text_of}")
         groups = {step: [word.tokens for word in text.words] for step, text in texts.items()}
         return self._token_sums(groups, layers, heads, row)
 
@@ -242,9 +233,7 @@ class Trace:
     def _measure(self, measure: Callable, names: list[str], steps, heads, queries, row: int) -> np.ndarray:
         self._check_row(row)
         heads, queries, steps = self._heads(heads), self._queries(queries), select("step", steps, self.steps)
-        return np.array(
-            [[measure(self._record(n, step), row, heads, queries) for step in steps] for n in names]
-        )
+        return np.array([[measure(self._record(n, step), row, heads, queries) for step in steps] for n in names])
 
     # ---- checked selections
 
@@ -286,14 +275,10 @@ class Trace:
         array = np.atleast_1d(np.asarray(queries))
         if array.dtype == bool:
             if array.shape != self.grid or not array.any():
-                raise PixArtNBError(
-                    f"a mask of queries must be {self.grid} with at least one True, got {array.shape}"
-                )
+                raise PixArtNBError(f"a mask of queries must be {self.grid} with at least one True, got {array.shape}")
             return np.flatnonzero(array)
         if array.size == 0 or array.min() < 0 or array.max() >= total:
-            raise PixArtNBError(
-                f"queries are {queries!r}; expected numbers 0 to {total - 1} of {self.grid} patches"
-            )
+            raise PixArtNBError(f"queries are {queries!r}; expected numbers 0 to {total - 1} of {self.grid} patches")
         return array
 
     # ---- files

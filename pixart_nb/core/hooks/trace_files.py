@@ -74,10 +74,7 @@ class TraceHeader(BaseModel):
 
 
 def write_trace(
-    path: str | Path,
-    header: dict[str, Any],
-    records: dict[tuple[str, int], LayerRecord],
-    images: np.ndarray | None,
+    path: str | Path, header: dict[str, Any], records: dict[tuple[str, int], LayerRecord], images: np.ndarray | None
 ) -> None:
     """Write a trace; keys that several steps share are written once."""
     tensors: dict[str, np.ndarray] = {}
@@ -93,10 +90,7 @@ def write_trace(
     for (name, step), record in records.items():
         prefix = f"{name}/{step}"
         entry = dict(name=name, step=step, scale=record.scale, ratio=record.ratio, operator=record.operator)
-        entry |= {
-            "queries": put(record.queries, f"{prefix}/queries"),
-            "keys": put(record.keys, f"{prefix}/keys"),
-        }
+        entry |= {"queries": put(record.queries, f"{prefix}/queries"), "keys": put(record.keys, f"{prefix}/keys")}
         tensors |= {f"{prefix}/{n}": a for n in ("mask", "bias") if (a := getattr(record, n)) is not None}
         entries.append(entry)
     if images is not None:
@@ -111,9 +105,7 @@ def read_trace(path: str | Path) -> tuple[TraceHeader, dict[tuple[str, int], Lay
     with open_tensors(path) as file:
         metadata = dict(file.metadata() or {})
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} is not a trace: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-            )
+            raise CheckpointError(f"{path} is not a trace: its format is {metadata.get('format')!r}, not {FORMAT!r}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     content, sums = metadata.get("trace", ""), metadata.get(CRC, "")
     if sums.isdecimal():  # files of version 0.1 have one checksum
@@ -122,9 +114,7 @@ def read_trace(path: str | Path) -> tuple[TraceHeader, dict[tuple[str, int], Lay
         check_sums(path, sums, {name: tensor_crc(value) for name, value in tensors.items()})
         intact = metadata.get("trace_crc32") == str(zlib.crc32(content.encode()))
     if not intact:
-        raise CheckpointError(
-            f"{path} is damaged: its checksum does not match its content. Trace the run again."
-        )
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its content. Trace the run again.")
     try:
         header = TraceHeader.model_validate(json.loads(content))
         records = _records(header, tensors)
@@ -149,9 +139,7 @@ def _records(header: TraceHeader, tensors: dict[str, np.ndarray]) -> dict[tuple[
         for name, count in ((entry.queries, height * width), (entry.keys, cells)):
             packed[name] = packed.get(name) or _packed(tensors, name, rows, heads)
             if packed[name].count != count and not (count is None and packed[name].count):
-                raise ValueError(
-                    f"{name} has {packed[name].count} vectors for a grid of {height} x {width} tokens"
-                )
+                raise ValueError(f"{name} has {packed[name].count} vectors for a grid of {height} x {width} tokens")
         queries, keys = packed[entry.queries], packed[entry.keys]
         _check(entry.keys, keys.values, np.int16, (*keys.values.shape[:3], queries.values.shape[3]))
         mask, bias = (tensors.get(f"{entry.name}/{entry.step}/{part}") for part in ("mask", "bias"))
@@ -187,9 +175,7 @@ def _check(name: str, array: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> 
 def _checksum(content: str, tensors: dict[str, np.ndarray]) -> int:
     value = zlib.crc32(content.encode())
     for name in sorted(tensors):
-        value = zlib.crc32(
-            np.ascontiguousarray(tensors[name]).view(np.uint8).data, zlib.crc32(name.encode(), value)
-        )
+        value = zlib.crc32(np.ascontiguousarray(tensors[name]).view(np.uint8).data, zlib.crc32(name.encode(), value))
     return value
 
 
@@ -212,6 +198,4 @@ def check_model(fingerprint: dict[str, Any], model: Any) -> None:
         pairs = (f"{key} {traced.get(key)!r} in the trace, {config[key]!r} in the model" for key in different)
         raise CheckpointError(f"the trace is of another model: {', '.join(pairs)}")
     if fingerprint.get("weights") != own["weights"]:
-        raise CheckpointError(
-            "the trace is of a model of the same shape with other weights; trace this one again"
-        )
+        raise CheckpointError("the trace is of a model of the same shape with other weights; trace this one again")

@@ -190,18 +190,14 @@ class Adapters:
 
     def _check_unfused(self, action: str) -> None:
         if self.originals:
-            raise PixArtNBError(
-                f"adapters are fused into the weights; unfuse them (unfuse_lora) before {action}"
-            )
+            raise PixArtNBError(f"adapters are fused into the weights; unfuse them (unfuse_lora) before {action}")
 
     def _adopt(self, adapter: Adapter) -> Adapter:
         self.adapters[adapter.name] = adapter
         self.activate([adapter.name])
         return adapter
 
-    def _initial(
-        self, module: str, target: Target, config: LoraConfig, rng: np.random.Generator
-    ) -> LoraModule:
+    def _initial(self, module: str, target: Target, config: LoraConfig, rng: np.random.Generator) -> LoraModule:
         weight = self.layers.cells[target.layer].weight
         rank, size = config.rank(module), int(np.prod(weight.shape[1:]))
         if config.init_lora_weights == "gaussian":
@@ -223,10 +219,7 @@ class Adapters:
         for name, target in targets.items():
             if target is not None:
                 module, shape = file.modules[name], self.layers.cells[target.layer].weight.shape
-                sizes = (
-                    (len(module.up), *module.down.shape[1:]),
-                    (target.stop - target.start, *shape[1:]),
-                )
+                sizes = ((len(module.up), *module.down.shape[1:]), (target.stop - target.start, *shape[1:]))
                 wrong += [f"{name}: LoRA {sizes[0]}, model {sizes[1]}"] if sizes[0] != sizes[1] else []
         if unknown or wrong:
             parts = [
@@ -281,9 +274,7 @@ class Adapters:
     def _checked(self, names: Sequence[str]) -> list[str]:
         missing = [name for name in names if name not in self.adapters]
         if missing:
-            raise PixArtNBError(
-                f"no adapter is called {missing[0]!r}; there are {list(self.adapters) or 'none'}"
-            )
+            raise PixArtNBError(f"no adapter is called {missing[0]!r}; there are {list(self.adapters) or 'none'}")
         if len(set(names)) != len(names):
             raise PixArtNBError(f"adapters {list(names)}: one of them is named twice")
         return list(names)

@@ -16,11 +16,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 #: Initial lora_A. ``kaiming``: uniform within 1 / sqrt(in), PEFT's default; ``gaussian``: normal, 1 / r.
 STARTS = ("kaiming", "gaussian")
 #: Wildcards of a pattern: the characters that they accept, and the fewest of them.
-_WILDCARDS = {
-    ".*": (None, 0),
-    ".+": (None, 1),
-    **dict.fromkeys((r"\d+", "[0-9]+"), ("0123456789", 1)),
-}
+_WILDCARDS = {".*": (None, 0), ".+": (None, 1), **dict.fromkeys((r"\d+", "[0-9]+"), ("0123456789", 1))}
 _TOKEN = re.compile(r"\.\*|\.\+|\\d\+|\[0-9\]\+|\\[^\w\s]|[\w./-]")
 
 
@@ -115,9 +111,7 @@ class LoraConfig:
         if not 0 <= self.lora_dropout < 1:
             raise PixArtNBError(f"lora_dropout is {self.lora_dropout}; expected 0 <= lora_dropout < 1")
         if self.init_lora_weights not in STARTS:
-            raise PixArtNBError(
-                f"init_lora_weights is {self.init_lora_weights!r}; expected one of {', '.join(STARTS)}"
-            )
+            raise PixArtNBError(f"init_lora_weights is {self.init_lora_weights!r}; expected one of {', '.join(STARTS)}")
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             pattern_value({pattern: None}, "", None)
 

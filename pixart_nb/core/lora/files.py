@@ -19,14 +19,7 @@ import numpy as np
 
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import (
-    CheckpointError,
-    atomic_write_together,
-    load_metadata,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from pixart_nb.core.io import CheckpointError, atomic_write_together, load_metadata, read_json, save_tensors, write_json
 from pixart_nb.core.lora.config import pattern_tokens, pattern_value
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -186,9 +179,7 @@ def _alphas_of(config: Mapping[str, Any], source: str) -> _Alphas:
         )
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(
-            f"{source}: alpha_pattern is {patterns!r:.60}; expected names of modules with numbers"
-        )
+        raise CheckpointError(f"{source}: alpha_pattern is {patterns!r:.60}; expected names of modules with numbers")
     for value in (alpha, *patterns.values()):
         if value is not None and not (type(value) in (int, float) and abs(value) < 1e30):
             raise CheckpointError(f"{source}: an alpha is {value!r:.60}; expected a number")
@@ -274,9 +265,7 @@ def _rank_and_alpha(name: str, parts: Mapping[str, np.ndarray], source: str) -> 
         if not np.isfinite(tensor).all():
             raise CheckpointError(f"{source}: {name} has a {part} that is not finite")
     if "alpha" in parts and parts["alpha"].size != 1:
-        raise CheckpointError(
-            f"{source}: {name} has an alpha of shape {parts['alpha'].shape}; expected a number"
-        )
+        raise CheckpointError(f"{source}: {name} has an alpha of shape {parts['alpha'].shape}; expected a number")
     return len(down), float(parts["alpha"].reshape(())) if "alpha" in parts else None
 
 
@@ -289,9 +278,7 @@ def _module(name: str, parts: Mapping[str, np.ndarray], scale: float, source: st
                 "output"
             )
         magnitude = np.array(magnitude, np.float32).reshape(rows)
-    return LoraModule(
-        np.array(parts["down"], np.float32), np.array(parts["up"], np.float32), scale, magnitude
-    )
+    return LoraModule(np.array(parts["down"], np.float32), np.array(parts["up"], np.float32), scale, magnitude)
 
 
 def _some(names: list[str], count: int = 3) -> str:

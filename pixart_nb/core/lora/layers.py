@@ -163,9 +163,7 @@ class AdaptedLayer(nn.Cell):
     def __init__(self, layer: nn.Cell, updates: Sequence[Sequence[tuple[int, int, nn.Cell]]]):
         super().__init__(auto_prefix=False)
         self.weight, self.bias = layer.weight, layer.bias
-        self.updates = tuple(
-            tuple(update) for update in updates
-        )  # cells in tuples are not registered as children
+        self.updates = tuple(tuple(update) for update in updates)  # cells in tuples are not registered as children
 
     @property
     def dtype(self) -> ms.Type:

@@ -17,9 +17,7 @@ class LoraLoaderMixin:
     @property
     def _adapters(self) -> Adapters:
         if self.transformer is None:
-            raise PixArtNBError(
-                "this pipeline has no transformer, so there is nothing that a LoRA could change"
-            )
+            raise PixArtNBError("this pipeline has no transformer, so there is nothing that a LoRA could change")
         return Adapters.of(self.transformer)
 
     def load_lora_weights(
@@ -48,9 +46,7 @@ class LoraLoaderMixin:
         adapters = self._adapters
         if adapter_name is None:
             if len(adapters.active) != 1:
-                raise PixArtNBError(
-                    f"active adapters are {adapters.active}; give the one to save as adapter_name"
-                )
+                raise PixArtNBError(f"active adapters are {adapters.active}; give the one to save as adapter_name")
             adapter_name = adapters.active[0]
         return adapters.named(adapter_name).save(save_directory, layout)
 

@@ -48,9 +48,7 @@ class LayerTargets:
                 ends = [general_name(n).rpartition("{i}.")[2] for n in (*self.diffusers, *self.official)]
                 ends = [*dict.fromkeys(ends)]
                 hint = did_you_mean(name, ends)
-                raise PixArtNBError(
-                    f"no layer's name ends with {name!r}{hint}; the ends are: {', '.join(ends)}"
-                )
+                raise PixArtNBError(f"no layer's name ends with {name!r}{hint}; the ends are: {', '.join(ends)}")
             chosen |= {self.canonical(target): target for target in matches}
         self.check_overlap(chosen)
         return chosen

@@ -60,9 +60,7 @@ def attention(
     return _attention_in_chunks(q, k, v, scale, bias)
 
 
-def _attention_in_chunks(
-    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None
-) -> ms.Tensor:
+def _attention_in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None) -> ms.Tensor:
     batch, heads, queries, _ = q.shape
     rows = batch * heads
     if bias is None:
@@ -99,9 +97,7 @@ def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
     return max(1, min(heads, rows // chunk)), chunk
 
 
-def _attention(
-    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None = None
-) -> ms.Tensor:
+def _attention(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None = None) -> ms.Tensor:
     dtype = v.dtype
     q, k, v = upcast(q), upcast(k), upcast(v)
     q = q if scale == 1.0 else q * scale
@@ -139,9 +135,7 @@ class SelfAttention(nn.Cell):
     With ``ratio`` R > 1 keys and values are on a grid that is R times coarser in each direction; queries are not.
     """
 
-    def __init__(
-        self, size: int, heads: int, qk_norm: bool = False, operator: str | None = None, ratio: int = 1
-    ):
+    def __init__(self, size: int, heads: int, qk_norm: bool = False, operator: str | None = None, ratio: int = 1):
         super().__init__()
         self.heads, self.size, self.operator, self.ratio = heads, size, operator, ratio
         self.qkv, self.proj = Linear(size, 3 * size), Linear(size, size)

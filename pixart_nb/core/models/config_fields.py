@@ -29,9 +29,7 @@ def check_fields(config: Any) -> None:
         expected = None
         if annotation.startswith(("int", "tuple[int")):
             if not all(_is_number(n, Integral) and low <= n <= high for n in numbers) or not numbers:
-                expected = (
-                    f"{'whole numbers' if 'tuple' in annotation else 'a whole number'} from {low} to {high}"
-                )
+                expected = f"{'whole numbers' if 'tuple' in annotation else 'a whole number'} from {low} to {high}"
         elif annotation.startswith("float"):
             if not (_is_number(value, Real) and low <= value <= high):
                 expected = f"a number from {low} to {high}"

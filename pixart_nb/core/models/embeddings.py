@@ -14,9 +14,7 @@ from pixart_nb.core.models.operators import linear, silu, transpose
 FREQUENCIES = 256
 
 
-def sincos_positions(
-    size: int, height: int, width: int, base_size: int, pe_interpolation: float
-) -> np.ndarray:
+def sincos_positions(size: int, height: int, width: int, base_size: int, pe_interpolation: float) -> np.ndarray:
     """Return the sine-cosine positions of a token grid, (height * width, size) float32.
 
     A grid of any size spans the coordinates 0 .. base_size / pe_interpolation, so a larger image interpolates. As in
@@ -67,9 +65,7 @@ class PatchProjection(nn.Cell):
         self.weight, self.bias = parameter((size, channels, patch, patch)), parameter((size,), name="bias")
 
     def construct(self, patches: ms.Tensor) -> ms.Tensor:
-        return linear(
-            patches, transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1), self.bias
-        )
+        return linear(patches, transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1), self.bias)
 
 
 class FrequencyMLP(nn.Cell):

@@ -65,8 +65,7 @@ def _cell_positions(x: ms.Tensor, height: int, width: int, ratio: int, count: in
     lines = grid.reshape(batch * rows, ratio, columns, ratio * size)
     cells = batch * rows * columns
     return [
-        lines[:, i // ratio, :, i % ratio * size : (i % ratio + 1) * size].reshape(cells, size)
-        for i in range(count)
+        lines[:, i // ratio, :, i % ratio * size : (i % ratio + 1) * size].reshape(cells, size) for i in range(count)
     ]
 
 
@@ -128,9 +127,7 @@ def check_compression(config: Mapping, depth: int) -> None:
         raise PixArtNBError(f"kv_compress_layer is {layers!r:.60}; expected a list of layer numbers")
     outside = [layer for layer in layers if type(layer) is not int or not 0 <= layer < depth]
     if outside:
-        raise PixArtNBError(
-            f"kv_compress_layer names layers {outside!s:.60}; this model has layers 0 to {depth - 1}"
-        )
+        raise PixArtNBError(f"kv_compress_layer names layers {outside!s:.60}; this model has layers 0 to {depth - 1}")
     if layers and ratio > 1 and operator not in OPERATORS:
         raise PixArtNBError(
             f"KV compression operator {operator!r:.60} is unknown; expected one of {', '.join(OPERATORS)}"

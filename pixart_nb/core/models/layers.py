@@ -106,9 +106,7 @@ class Embedding(nn.Cell):
 class Conv2d(nn.Cell):
     """2-D convolution with PyTorch's conventions: bias, symmetric ``padding``, weight (out, in, k, k)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
         super().__init__()
         self.weight = parameter((out_channels, in_channels, kernel_size, kernel_size))
         self.bias = parameter((out_channels,), name="bias")

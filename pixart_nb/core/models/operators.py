@@ -178,11 +178,7 @@ class _ScaledDotProductAttention(nn.Cell):
         delta = _row_sum((dout * out).reshape(-1, size), 1).reshape(batch, heads, queries, 1)
         ones = _ones((batch, heads, v.shape[2], 1), v.dtype)
         scores = weights * _scores(_concat((dout, -delta)), _concat((v, ones)))
-        return (
-            _weighted_sum(scores, k),
-            _batch_matmul_transposed(scores, q),
-            _batch_matmul_transposed(weights, dout),
-        )
+        return (_weighted_sum(scores, k), _batch_matmul_transposed(scores, q), _batch_matmul_transposed(weights, dout))
 
 
 scaled_dot_product_attention = _ScaledDotProductAttention()

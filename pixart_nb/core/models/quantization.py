@@ -40,9 +40,7 @@ class Int8Linear(nn.Cell):
         self.weight = ms.Parameter(
             ms.Tensor(np.zeros((out_features, in_features), np.int8)), name="weight", requires_grad=False
         )
-        self.scale = ms.Parameter(
-            ms.Tensor(np.ones(out_features, np.float32)), name="scale", requires_grad=False
-        )
+        self.scale = ms.Parameter(ms.Tensor(np.ones(out_features, np.float32)), name="scale", requires_grad=False)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return linear(x.astype(ms.float32), self.weight.astype(ms.float32)) * self.scale

@@ -23,13 +23,7 @@ LinearClass = type[Linear] | type[Int8Linear]
 
 
 #: Sizes that transformers' T5Config takes for keys that a config.json leaves out.
-TRANSFORMERS_DEFAULTS = {
-    "d_model": 512,
-    "d_ff": 2048,
-    "num_layers": 6,
-    "num_heads": 8,
-    "feed_forward_proj": "relu",
-}
+TRANSFORMERS_DEFAULTS = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "feed_forward_proj": "relu"}
 #: Keys that change the result, and the values of them that are implemented here.
 IMPLEMENTED = {
     "model_type": ("t5",),
@@ -151,9 +145,7 @@ class T5Block(nn.Cell):
 
     def __init__(self, config: T5Config, with_positions: bool, linear: LinearClass = Linear):
         super().__init__()
-        self.layer = nn.CellList(
-            [T5SelfAttention(config, with_positions, linear), T5FeedForward(config, linear)]
-        )
+        self.layer = nn.CellList([T5SelfAttention(config, with_positions, linear), T5FeedForward(config, linear)])
 
     def construct(self, x: ms.Tensor, mask: ms.Tensor, bias: ms.Tensor) -> ms.Tensor:
         return self.layer[1](self.layer[0](x, mask, bias))
@@ -198,9 +190,7 @@ class T5Encoder(nn.Cell):
         ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
         mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
         if ids.ndim != 2 or ids.shape != mask.shape:
-            raise PixArtNBError(
-                f"input_ids have shape {ids.shape} and mask {mask.shape}; expected the same (N, T)"
-            )
+            raise PixArtNBError(f"input_ids have shape {ids.shape} and mask {mask.shape}; expected the same (N, T)")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise PixArtNBError(
                 f"token ids are {ids.min()}..{ids.max()}; the text encoder has ids 0..{self.config.vocab_size - 1}. "
@@ -222,10 +212,7 @@ class T5Encoder(nn.Cell):
 
     def buckets(self, length: int) -> ms.Tensor:
         """Return the buckets of relative positions for ``length`` tokens: (length, length) int32."""
-        buckets, distance = (
-            self.config.relative_attention_num_buckets,
-            self.config.relative_attention_max_distance,
-        )
+        buckets, distance = (self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance)
         return ms.Tensor(relative_position_buckets(length, buckets, distance))
 
     def position_bias(self, buckets: ms.Tensor) -> ms.Tensor:

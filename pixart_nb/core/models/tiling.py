@@ -228,9 +228,7 @@ class SharedStatistics:
     def _measure(self, x: np.ndarray, groups: int) -> None:
         sums, squares, count = np.zeros(groups), np.zeros(groups), 0
         for image, core in zip(x, self.cores, strict=True):
-            rows, columns = (
-                slice(*(round(f * n) for f in span)) for span, n in zip(core, x.shape[2:], strict=True)
-            )
+            rows, columns = (slice(*(round(f * n) for f in span)) for span, n in zip(core, x.shape[2:], strict=True))
             cells = image[:, rows, columns].reshape(groups, -1)
             sums += cells.sum(1, dtype=np.float64)
             squares += np.einsum("gi,gi->g", cells, cells, dtype=np.float64)

@@ -135,13 +135,9 @@ class Block(nn.Cell):
         """x (B, N, D), caption keys and values, t0 (B, 6, D), token grid height x width -> (B, N, D)."""
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation_rows(self.scale_shift_table, t0, 6)
         tokens = x.shape[1]
-        x = x + repeat_tokens(gate, tokens) * self.attn(
-            modulate(self.pre_norm(x), shift, scale), height, width
-        )
+        x = x + repeat_tokens(gate, tokens) * self.attn(modulate(self.pre_norm(x), shift, scale), height, width)
         x = x + self.cross_attn(x, k, v, mask)
-        return x + repeat_tokens(gate_mlp, tokens) * self.mlp(
-            modulate(self.pre_norm(x), shift_mlp, scale_mlp)
-        )
+        return x + repeat_tokens(gate_mlp, tokens) * self.mlp(modulate(self.pre_norm(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Cell):
@@ -198,9 +194,7 @@ class PixArt(nn.Cell):
 
     def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None):
         """Compute ``construct`` on tensors alone, so that it can be compiled: without checks and caches."""
-        return self.denoise(
-            latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro
-        )
+        return self.denoise(latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro)
 
     def caption_keys_values(self, caption, drop=None):
         """Return keys and values of every block's cross-attention, [(k, v)]; all steps of a prompt use them."""
@@ -237,11 +231,7 @@ class PixArt(nn.Cell):
                 del self._positions[next(iter(self._positions))]
             config, patch = self.config, self.config.patch_size
             grid = sincos_positions(
-                config.hidden_size,
-                height // patch,
-                width // patch,
-                config.input_size // patch,
-                config.pe_interpolation,
+                config.hidden_size, height // patch, width // patch, config.input_size // patch, config.pe_interpolation
             )
             self._positions[key] = ms.Tensor(grid[None]).astype(self.dtype)
         return self._positions[key]
@@ -260,9 +250,7 @@ class PixArt(nn.Cell):
         channels, size, p = self.config.in_channels, self.config.caption_channels, self.config.patch_size
         shape = latents.shape
         if latents.ndim != 4 or shape[1] != channels or shape[2] % p or shape[3] % p:
-            raise PixArtNBError(
-                f"latents have shape {shape}; expected (N, {channels}, H, W), H and W multiples of {p}"
-            )
+            raise PixArtNBError(f"latents have shape {shape}; expected (N, {channels}, H, W), H and W multiples of {p}")
         if caption.ndim != 3 or caption.shape[-1] != size or caption.shape[0] != shape[0]:
             raise PixArtNBError(f"caption has shape {caption.shape}; expected ({shape[0]}, T, {size})")
         if mask is not None and tuple(mask.shape) != tuple(caption.shape[:2]):
@@ -280,9 +268,7 @@ class PixArt(nn.Cell):
             weight.set_data(ms.Tensor(value, weight.dtype))
 
 
-def _initial_value(
-    rng, name: str, shape: tuple[int, ...], size: int, zero_cross_attention: bool
-) -> np.ndarray:
+def _initial_value(rng, name: str, shape: tuple[int, ...], size: int, zero_cross_attention: bool) -> np.ndarray:
     zero = name.startswith("final_layer.linear") or (zero_cross_attention and "cross_attn.proj" in name)
     if name.endswith("scale_shift_table"):
         return normal(rng, shape, size**-0.5)

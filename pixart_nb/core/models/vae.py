@@ -60,9 +60,7 @@ class AutoencoderKL(nn.Cell):
         """Encode and decode a batch at once."""
         self.use_slicing = False
 
-    def enable_tiling(
-        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25
-    ) -> None:
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> None:
         """Encode and decode images larger than a tile (``tile_sample_min_size`` pixels a side) in tiles.
 
         Neighbours overlap by ``tile_overlap_factor`` of a tile and are blended there; all use the same statistics in
@@ -109,9 +107,7 @@ class AutoencoderKL(nn.Cell):
     def encode(self, x: ms.Tensor) -> tuple[DiagonalGaussian]:
         """Images (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of ``factor``."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise PixArtNBError(
-                f"images have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)"
-            )
+            raise PixArtNBError(f"images have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise PixArtNBError(
                 f"images are {x.shape[2]}x{x.shape[3]}; both sides must be multiples of {self.factor}. Crop them."
@@ -194,9 +190,7 @@ def _initial_value(rng: np.random.Generator, name: str, shape: tuple[int, ...]) 
         return value
     if "samplers" in name:
         rows = slice(0, 2) if "downsamplers" in name else slice(1, 2)
-        value[:, :, rows, rows] = (
-            np.eye(shape[0], dtype=np.float32)[..., None, None] / (rows.stop - rows.start) ** 2
-        )
+        value[:, :, rows, rows] = np.eye(shape[0], dtype=np.float32)[..., None, None] / (rows.stop - rows.start) ** 2
         return value
     if "conv1" in name or shape[2:] in ((), (1, 1)):
         return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)

@@ -17,12 +17,7 @@ from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
 from pixart_nb.core.models.operators import silu, transpose
 
 #: Values that diffusers' AutoencoderKL takes for keys that a config.json leaves out.
-DIFFUSERS_DEFAULTS = {
-    "block_out_channels": (64,),
-    "layers_per_block": 1,
-    "sample_size": 32,
-    "scaling_factor": 0.18215,
-}
+DIFFUSERS_DEFAULTS = {"block_out_channels": (64,), "layers_per_block": 1, "sample_size": 32, "scaling_factor": 0.18215}
 #: Keys that change the result, and the values of them that are implemented here.
 IMPLEMENTED = {
     "_class_name": ("AutoencoderKL",),
@@ -67,15 +62,10 @@ class VAEConfig:
 
         Keys that change the result are honoured or refused with a ``PixArtNBError`` that names ``source``.
         """
-        values = DIFFUSERS_DEFAULTS | {
-            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
-        }
+        values = DIFFUSERS_DEFAULTS | {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         if isinstance(values["sample_size"], tuple):
             values["sample_size"] = max(values["sample_size"], default=0)
-        block_types = {
-            "down_block_types": "DownEncoderBlock2D",
-            "up_block_types": "UpDecoderBlock2D",
-        }
+        block_types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         with named_source(source):
             refuse_others(values, IMPLEMENTED)
             config = cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
@@ -124,9 +114,7 @@ class SpatialAttention(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         n, c, height, width = x.shape
         tokens = transpose(self.group_norm(x).reshape(n, c, height * width), 0, 2, 1)
-        q, k, v = (
-            part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (part(tokens).reshape(n, 1, height * width, c) for part in (self.to_q, self.to_k, self.to_v))
         out = self.to_out[0](attention(q, k, v).reshape(n, height * width, c))
         return x + transpose(out, 0, 2, 1).reshape(n, c, height, width)
 

@@ -74,9 +74,7 @@ def _filled(config: Any, height: int | None, width: int | None) -> tuple[int, in
     sides = [side if side is not None else 8 * config.input_size for side in (height, width)]
     for side in sides:
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
-            raise PixArtNBError(
-                f"height and width are {height!r} and {width!r}; expected whole numbers of pixels"
-            )
+            raise PixArtNBError(f"height and width are {height!r} and {width!r}; expected whole numbers of pixels")
     return tuple(sides)
 
 

@@ -42,9 +42,7 @@ def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
     """Return a negative prompt for each of ``count`` prompts; None is the empty one."""
     negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
     if len(negatives) != count:
-        raise PixArtNBError(
-            f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each"
-        )
+        raise PixArtNBError(f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each")
     return negatives
 
 
@@ -82,9 +80,7 @@ def check_embeddings(
     ``rows``: N, if it is known. ``name``: prompt or negative_prompt, for the message.
     """
     if mask is None:
-        raise PixArtNBError(
-            f"{name}_embeds needs {name}_attention_mask, (N, T) with 1 for a token and 0 for padding"
-        )
+        raise PixArtNBError(f"{name}_embeds needs {name}_attention_mask, (N, T) with 1 for a token and 0 for padding")
     embeds = embeds if isinstance(embeds, ms.Tensor) else ms.Tensor(np.asarray(embeds, np.float32))
     mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
     channels = channels or embeds.shape[-1]
@@ -92,9 +88,7 @@ def check_embeddings(
     if embeds.ndim != 3 or tuple(embeds.shape) != expected:
         raise PixArtNBError(f"{name}_embeds have shape {tuple(embeds.shape)}; expected {expected}")
     if mask.shape != tuple(embeds.shape[:2]):
-        raise PixArtNBError(
-            f"{name}_attention_mask has shape {mask.shape}; expected {tuple(embeds.shape[:2])}"
-        )
+        raise PixArtNBError(f"{name}_attention_mask has shape {mask.shape}; expected {tuple(embeds.shape[:2])}")
     check_mask(mask)
     return embeds, mask
 
@@ -104,8 +98,6 @@ def stack_rows(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:
     parts = (condition.negative_embeds, condition.prompt_embeds)
     masks = (condition.negative_mask, condition.prompt_attention_mask)
     length = max(mask.shape[1] for mask in masks)
-    padded = [
-        np.pad(p.astype(ms.float32).asnumpy(), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts
-    ]
+    padded = [np.pad(p.astype(ms.float32).asnumpy(), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts]
     mask = np.concatenate([np.pad(m, ((0, 0), (0, length - m.shape[1]))) for m in masks])
     return ms.Tensor(np.concatenate(padded)), mask

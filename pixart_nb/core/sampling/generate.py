@@ -265,9 +265,7 @@ def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], l
         bar.close()
 
 
-def staged_images(
-    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]
-) -> list[Any]:
+def staged_images(config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]) -> list[Any]:
     """Return the ``StagedImage`` of every request, each in a folder of its own in ``config.stages_path``."""
     from pixart_nb.core.sampling.stages import StagedImage
 
@@ -293,9 +291,7 @@ def staged_images(
 def staged_options(config: InferenceConfig) -> dict[str, Any]:
     """Return the fields of a ``StagedImage`` that do not depend on its prompt and size."""
     return {
-        "negative_prompt": negative_prompts_of(config, 1)[0]
-        if isinstance(config.negative_prompt, str)
-        else "",
+        "negative_prompt": negative_prompts_of(config, 1)[0] if isinstance(config.negative_prompt, str) else "",
         "steps": config.sampling_steps,
         "guidance_scale": config.guidance_scale,
         "max_sequence_length": max_sequence_length(config),
@@ -333,9 +329,7 @@ def write_images(
     paths = []
     for start in range(0, len(requests), copies):
         request = requests[start]
-        pixels = (
-            contact_sheet(images[start : start + copies], config.ncols) if config.imagegrid else images[start]
-        )
+        pixels = contact_sheet(images[start : start + copies], config.ncols) if config.imagegrid else images[start]
         path = Path(config.output_path) / file_name(config, prompts, request)
         values = parameters(config, prompts, request)
         try:

@@ -12,12 +12,7 @@ from pixart_nb.core.sampling.samplers import Predict, Prediction
 
 
 def classifier_free_guidance(
-    net: PixArt,
-    condition: Conditioning,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    guidance_rescale: float = 0.0,
+    net: PixArt, condition: Conditioning, guidance_scale: float, height: int, width: int, guidance_rescale: float = 0.0
 ) -> Predict:
     """Return ``predict(latents, timestep)`` for images of height x width pixels (Ho and Salimans 2022).
 
@@ -28,9 +23,7 @@ def classifier_free_guidance(
     guided = condition.negative_embeds is not None
     if net.hook_manager is not None:
         net.hook_manager.on_prompts(condition, height // 8, width // 8)
-    caption, mask = (
-        stack_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
-    )
+    caption, mask = stack_rows(condition) if guided else (condition.prompt_embeds, condition.prompt_attention_mask)
     denoise, channels = denoiser(net, caption, mask), net.config.in_channels
 
     def predict(latents: np.ndarray, timestep: float) -> Prediction:

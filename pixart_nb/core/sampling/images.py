@@ -83,9 +83,7 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
             f"an image of {8 * rows}x{8 * columns} cannot be upscaled to {8 * height}x{8 * width}, which would stretch "
             "it; give a size of the same ratio"
         )
-    down, across = (
-        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in ((height, rows), (width, columns))
-    )
+    down, across = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in ((height, rows), (width, columns)))
     return latents.take(down, axis=2).take(across, axis=3)
 
 

@@ -33,9 +33,7 @@ class NoiseSchedule:
             )
         betas = (self.beta_start, self.beta_end)
         if not all(isinstance(beta, (int, float)) for beta in betas) or not 0 < betas[0] <= betas[1] < 1:
-            raise PixArtNBError(
-                f"betas go from {betas[0]!r} to {betas[1]!r}; expected numbers, 0 < start <= end < 1"
-            )
+            raise PixArtNBError(f"betas go from {betas[0]!r} to {betas[1]!r}; expected numbers, 0 < start <= end < 1")
 
     @cached_property
     def betas(self) -> np.ndarray:

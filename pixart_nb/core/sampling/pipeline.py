@@ -13,25 +13,11 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.pipeline import LoraLoaderMixin
 from pixart_nb.core.sampling import aspect_ratio
-from pixart_nb.core.sampling.conditioning import (
-    Conditioning,
-    as_list,
-    check_embeddings,
-    embed,
-    per_prompt,
-    repeat_rows,
-)
+from pixart_nb.core.sampling.conditioning import Conditioning, as_list, check_embeddings, embed, per_prompt, repeat_rows
 from pixart_nb.core.sampling.guidance import classifier_free_guidance
 from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_images, to_output_type
 from pixart_nb.core.sampling.pipeline_base import PipelineBase, ignore_options, parameters_of
-from pixart_nb.core.sampling.samplers import (
-    Generators,
-    Predict,
-    Step,
-    StepSchedule,
-    check_generators,
-    draw_noise,
-)
+from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, draw_noise
 from pixart_nb.core.sampling.scheduler import check_eta
 from pixart_nb.core.sampling.text import prepare_prompt, warn_of_lost_words
 
@@ -101,19 +87,12 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         if (self.tokenizer is None or self.text_encoder is None) and list in (type(positive), type(negative)):
             missing = "prompt" if isinstance(positive, list) else "negative_prompt"
             raise PixArtNBError(
-                f"this pipeline has no text encoder or no tokenizer; give {missing}_embeds and "
-                f"{missing}_attention_mask"
+                f"this pipeline has no text encoder or no tokenizer; give {missing}_embeds and {missing}_attention_mask"
             )
         return positive, negative
 
     def _encoded(
-        self,
-        positive: TextInput,
-        negative: TextInput | None,
-        copies: int,
-        clean: bool,
-        length: int,
-        trim: bool,
+        self, positive: TextInput, negative: TextInput | None, copies: int, clean: bool, length: int, trim: bool
     ) -> Conditioning:
         """Encode the prompts among the inputs, and repeat every row ``copies`` times."""
         parts = []
@@ -199,9 +178,7 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels, the model's own where None. Both must be multiples of 16 (VAE x patch)."""
         if self.transformer is None:
-            raise PixArtNBError(
-                "this pipeline has no transformer, so it cannot sample; it can encode prompts"
-            )
+            raise PixArtNBError("this pipeline has no transformer, so it cannot sample; it can encode prompts")
         return aspect_ratio.checked_size(self.transformer.config, height, width)
 
     def binned_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -218,9 +195,7 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
             return draw_noise(shape, generator)
         latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
         if latents.shape != shape:
-            raise PixArtNBError(
-                f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels"
-            )
+            raise PixArtNBError(f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels")
         return latents
 
     def decode_latents(self, latents: Array) -> np.ndarray:

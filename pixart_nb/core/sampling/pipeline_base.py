@@ -105,11 +105,7 @@ class PipelineBase:
         Raises ``CheckpointError`` for a folder that is missing or incomplete and for a hub that cannot be reached.
         """
         parts = dict(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            transformer=transformer,
-            scheduler=scheduler,
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         names = [name for name, part in parts.items() if part is _LOAD]
         dtype = supported_dtype(as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype))
@@ -200,9 +196,7 @@ class PipelineBase:
         """Decode the images of a batch together."""
         self.vae.disable_slicing()
 
-    enable_attention_slicing = disable_attention_slicing = _no_effect(
-        "attention is always computed in chunks"
-    )
+    enable_attention_slicing = disable_attention_slicing = _no_effect("attention is always computed in chunks")
     enable_xformers_memory_efficient_attention = _no_effect("attention is always computed in chunks")
     disable_xformers_memory_efficient_attention = _no_effect("attention is always computed in chunks")
     enable_model_cpu_offload = enable_sequential_cpu_offload = _no_effect(

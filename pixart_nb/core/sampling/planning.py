@@ -65,9 +65,7 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
         path = Path(root) / "config.json"
         networks[name] = network.from_dict(read_json(path), path) if path.is_file() else network()
         if not path.is_file():
-            notes.append(
-                f"{root or name} does not exist: planned for the published {name.replace('_', ' ')}."
-            )
+            notes.append(f"{root or name} does not exist: planned for the published {name.replace('_', ' ')}.")
     return Networks(transformer, **networks), notes
 
 

@@ -37,9 +37,7 @@ def negative_prompts_of(config: InferenceConfig, prompts: int) -> list[str]:
     negative = config.negative_prompt
     texts = [negative] if isinstance(negative, str) else negative or [""]
     if len(texts) not in (1, prompts):
-        raise ConfigError(
-            f"{len(texts)} negative prompts for {prompts} prompts; expected one, or one for each"
-        )
+        raise ConfigError(f"{len(texts)} negative prompts for {prompts} prompts; expected one, or one for each")
     return texts * prompts if len(texts) == 1 else list(texts)
 
 

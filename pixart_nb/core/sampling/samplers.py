@@ -64,9 +64,7 @@ class StepSchedule:
 
     def __iter__(self) -> Iterator[tuple[int, float, float, float]]:
         """Yield (index, timestep, sigma, sigma_next)."""
-        for index, (timestep, (sigma, sigma_next)) in enumerate(
-            zip(self.timesteps, self.sigmas, strict=True)
-        ):
+        for index, (timestep, (sigma, sigma_next)) in enumerate(zip(self.timesteps, self.sigmas, strict=True)):
             yield index, float(timestep), float(sigma), float(sigma_next)
 
     def last(self, strength: float) -> StepSchedule:
@@ -157,9 +155,7 @@ def _log_ratio(sigma: float, sigma_next: float) -> float:
     return float(np.log(sigma / sigma_next)) if sigma_next else np.inf
 
 
-def _exponential_step(
-    latents: np.ndarray, estimate: np.ndarray, sigma: float, sigma_next: float
-) -> np.ndarray:
+def _exponential_step(latents: np.ndarray, estimate: np.ndarray, sigma: float, sigma_next: float) -> np.ndarray:
     """Solve the ODE exactly for constant clean latents ``estimate`` (Lu et al. 2022, equation 8 with k = 1)."""
     signal, noise = scales(sigma_next)
     return noise / scales(sigma)[1] * latents + signal * (1.0 - sigma_next / sigma) * estimate
@@ -197,9 +193,7 @@ def _unipc_predict(latents: np.ndarray, history: list, sigma_next: float, order:
     return _exponential_step(latents, estimate, sigma, sigma_next)
 
 
-def _unipc_correct(
-    start: np.ndarray, denoised: np.ndarray, history: list, sigma: float, order: int
-) -> np.ndarray:
+def _unipc_correct(start: np.ndarray, denoised: np.ndarray, history: list, sigma: float, order: int) -> np.ndarray:
     """Return corrected latents at ``sigma`` from those at the step's start (UniC, equation 9 of Zhao et al.)."""
     middle, level = history[-1]
     if order == 1:
@@ -233,9 +227,7 @@ def euler(predict, latents, schedule, generator=None) -> Iterator[Step]:
         yield Step(index, timestep, latents, denoised)
 
 
-def ddim(
-    predict, latents, schedule, generator=None, *, eta: float = 0.0, clip: float | None = None
-) -> Iterator[Step]:
+def ddim(predict, latents, schedule, generator=None, *, eta: float = 0.0, clip: float | None = None) -> Iterator[Step]:
     """DDIM (Song et al. 2021, equations 12 and 16).
 
     ``eta`` 0 adds no noise, 1 as much as DDPM. ``clip`` limits the clean latents, as diffusers' ``clip_sample`` does.
@@ -264,9 +256,7 @@ class Moments(NamedTuple):
     denoised: np.ndarray
 
 
-def iddpm_moments(
-    latents: np.ndarray, prediction: Prediction, row: int, respaced: RespacedSchedule
-) -> Moments:
+def iddpm_moments(latents: np.ndarray, prediction: Prediction, row: int, respaced: RespacedSchedule) -> Moments:
     """Return the moments of the reverse step from ``respaced.timesteps[row]`` (Nichol and Dhariwal 2021, equation 11).
 
     The model's variance, -1..1, interpolates between the logarithms of the posterior variance and of beta (equation

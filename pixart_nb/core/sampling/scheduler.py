@@ -89,9 +89,7 @@ class Scheduler:
         fixed = {key: part[0] for key, part in self.choices.items() if key not in values}
         chosen = self.__dict__.get("_chosen", frozenset())
         defaults = [
-            field.name
-            for field in fields(self)
-            if values[field.name] == field.default and field.name not in chosen
+            field.name for field in fields(self) if values[field.name] == field.default and field.name not in chosen
         ]
         words = {key: value for key, value in fixed.items() if isinstance(value, str)}
         return SchedulerConfig({"_class_name": type(self).__name__} | values | words, [*defaults, *words])
@@ -120,9 +118,7 @@ class Scheduler:
             if not (options[key] is None and key in defaults):
                 _check_choice(cls, key, options[key])
         # null in a file stands for the default
-        chosen = {
-            k: v for k, v in options.items() if k in defaults and not (v is None and defaults[k] is not None)
-        }
+        chosen = {k: v for k, v in options.items() if k in defaults and not (v is None and defaults[k] is not None)}
         scheduler = cls(**chosen)
         scheduler.__dict__["_chosen"] = frozenset(chosen)
         return scheduler
@@ -218,9 +214,7 @@ def _check_choice(cls: type[Scheduler], name: str, value: Any) -> None:
     values = cls.choices.get(name)
     if values is not None and value not in values:
         expected = " or ".join(repr(v) for v in values)
-        raise PixArtNBError(
-            f"{cls.__name__}: {name} is {value!r}, which is not implemented; supported: {expected}"
-        )
+        raise PixArtNBError(f"{cls.__name__}: {name} is {value!r}, which is not implemented; supported: {expected}")
 
 
 def _check_number(cls: type[Scheduler], name: str, value: Any, default: Any) -> None:
@@ -229,9 +223,7 @@ def _check_number(cls: type[Scheduler], name: str, value: Any, default: Any) -> 
         return
     types, expected = (int, "whole number") if isinstance(default, int) else ((int, float), "number")
     if isinstance(value, bool) or not isinstance(value, types) or not np.isfinite(value):
-        raise PixArtNBError(
-            f"{cls.__name__}: {name} is {value!r}; expected a {expected}, by default {default}"
-        )
+        raise PixArtNBError(f"{cls.__name__}: {name} is {value!r}; expected a {expected}, by default {default}")
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:

@@ -39,9 +39,7 @@ class _SigmaScheduler(Scheduler):
 
     takes_sigmas: ClassVar[bool] = True
     choices: ClassVar = COMMON | _SIGMA_SPACINGS | options_with("timestep_spacing", *SPACINGS)
-    choices |= options_with("use_karras_sigmas", *SWITCH) | options_with(
-        "final_sigmas_type", "zero", "sigma_min"
-    )
+    choices |= options_with("use_karras_sigmas", *SWITCH) | options_with("final_sigmas_type", "zero", "sigma_min")
 
     def at_timesteps(self, timesteps: np.ndarray) -> StepSchedule:
         if self.use_karras_sigmas:
@@ -150,9 +148,7 @@ class DDIMScheduler(Scheduler):
     set_alpha_to_one: bool = True
 
     sampler = staticmethod(samplers.ddim)
-    choices: ClassVar = (
-        COMMON | options_with("timestep_spacing", *SPACINGS) | options_with("thresholding", False)
-    )
+    choices: ClassVar = COMMON | options_with("timestep_spacing", *SPACINGS) | options_with("thresholding", False)
     choices |= options_with("clip_sample set_alpha_to_one", *SWITCH)
 
     def spaced(self, count: int) -> StepSchedule:
@@ -198,9 +194,7 @@ class LCMScheduler(Scheduler):
             )
 
     def spaced(self, count: int) -> StepSchedule:
-        return self.at_timesteps(
-            spacings.lcm_timesteps(count, self.num_train_timesteps, self.original_inference_steps)
-        )
+        return self.at_timesteps(spacings.lcm_timesteps(count, self.num_train_timesteps, self.original_inference_steps))
 
     def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         clip = self.clip_sample_range if self.clip_sample else None
@@ -274,9 +268,7 @@ class DPMSolverContinuousScheduler(_ContinuousScheduler):
     lower_order_final: bool = True
 
     sampler = staticmethod(samplers.dpm_solver_2m)
-    choices: ClassVar = (
-        COMMON | options_with("solver_order", 1, 2) | options_with("lower_order_final", *SWITCH)
-    )
+    choices: ClassVar = COMMON | options_with("solver_order", 1, 2) | options_with("lower_order_final", *SWITCH)
     options = _MultistepScheduler.options
 
 
@@ -298,18 +290,14 @@ class SASolverScheduler(_ContinuousScheduler):
     choices: ClassVar = COMMON | _SIGMA_SPACINGS | options_with("predictor_order", 1, 2, 3)
     choices |= options_with("corrector_order", 0, 1, 2, 3) | options_with("rescaled", *SWITCH)
     choices |= options_with("thresholding use_karras_sigmas", False) | options_with("lower_order_final", True)
-    choices |= options_with("algorithm_type", "data_prediction") | options_with(
-        "timestep_spacing", "linspace"
-    )
+    choices |= options_with("algorithm_type", "data_prediction") | options_with("timestep_spacing", "linspace")
     choices |= options_with("steps_offset", 0) | options_with("variance_type", None)
     choices |= options_with("lambda_min_clipped", -np.inf)
 
     def __post_init__(self):
         super().__post_init__()
         if self.tau_func is not None and not callable(self.tau_func):
-            raise PixArtNBError(
-                f"tau_func is {self.tau_func!r}; expected a function of the timestep, or None"
-            )
+            raise PixArtNBError(f"tau_func is {self.tau_func!r}; expected a function of the timestep, or None")
 
     def tau(self, timestep: float) -> float:
         """Return the noise scale of a step that ends at ``timestep``."""

@@ -179,9 +179,7 @@ class StagedImage:
         """Raise an error for a smaller image that is not finished, and for a strength outside 0..1."""
         steps_taken(self.steps, self.strength)
         if self.upscale_from is not None and not StageFiles.of(self.upscale_from).has("latents"):
-            raise CheckpointError(
-                f"the image in {self.upscale_from} is not finished; finish it before upscaling"
-            )
+            raise CheckpointError(f"the image in {self.upscale_from} is not finished; finish it before upscaling")
 
     def source_latents(self) -> np.ndarray | None:
         """Return the latents of the smaller image, resized: (1, C, height / 8, width / 8), or None without one."""
@@ -246,9 +244,7 @@ class _Stage:
     work: Callable[[PixArtSigmaPipeline, StagedImage], Iterator[tuple[int, int]]]
 
 
-def _run(
-    stage: _Stage, numbers: list[int], images: Sequence[StagedImage], load: Load
-) -> Iterator[StageProgress]:
+def _run(stage: _Stage, numbers: list[int], images: Sequence[StagedImage], load: Load) -> Iterator[StageProgress]:
     since = time.perf_counter()
     with PeakMemory(LOOK_SECONDS) as memory:
         pipe, measure = load(stage.components), "load_seconds"
@@ -274,9 +270,7 @@ def _encode(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int
     tensors = {}
     yield 0, len(texts)
     for done, (name, text) in enumerate(texts.items(), 1):
-        embeds, mask = embed(
-            pipe.tokenizer, pipe.text_encoder, [text], True, image.max_sequence_length, trim=True
-        )
+        embeds, mask = embed(pipe.tokenizer, pipe.text_encoder, [text], True, image.max_sequence_length, trim=True)
         tensors |= {f"{name}_embeds": embeds.astype(ms.float32).asnumpy(), f"{name}_mask": mask}
         if done == len(texts):
             image.files.save("embeddings", tensors)

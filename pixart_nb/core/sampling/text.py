@@ -114,8 +114,7 @@ def warn_of_lost_words(tokenizer: TextTokenizer | None, prompts: Sequence[str], 
     spelled = tokenizer.spelled(prepared) if tokenizer is not None else []
     if spelled:
         warnings.warn(
-            f"the tokenizer spells {spelled} letter by letter; the model may not know these words",
-            stacklevel=4,
+            f"the tokenizer spells {spelled} letter by letter; the model may not know these words", stacklevel=4
         )
 
 
@@ -166,9 +165,7 @@ class TextTokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not any((self.folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
-            raise CheckpointError(
-                f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it"
-            )
+            raise CheckpointError(f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it")
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             if (self.folder / name).is_file():
                 _check_settings(self.folder / name)

@@ -91,9 +91,7 @@ def custom_timesteps(values: Sequence[float], total: int, fractions: bool = Fals
     """Return the caller's timesteps as float64 (N,). They must fall strictly and be in 0..total - 1."""
     timesteps = _falling(values, "timesteps", 1)
     if timesteps[0] > total - 1 or timesteps[-1] < 0:
-        raise PixArtNBError(
-            f"timesteps go from {timesteps[0]:g} to {timesteps[-1]:g}; expected them in {total - 1}..0"
-        )
+        raise PixArtNBError(f"timesteps go from {timesteps[0]:g} to {timesteps[-1]:g}; expected them in {total - 1}..0")
     if not fractions and (timesteps != timesteps.round()).any():
         raise PixArtNBError(f"timesteps are {timesteps.tolist()}; this scheduler takes whole numbers")
     return timesteps
@@ -118,9 +116,7 @@ def _falling(values: Sequence[float], name: str, least: int) -> np.ndarray:
         raise PixArtNBError(f"{name} are {values!r}; expected a list of numbers") from None
     if array.ndim != 1 or len(array) < least or not np.isfinite(array).all():
         more = "; the last is the sigma at which sampling ends, usually 0" if least > 1 else ""
-        raise PixArtNBError(
-            f"{name} are {values!r}; expected a list of at least {least} finite numbers{more}"
-        )
+        raise PixArtNBError(f"{name} are {values!r}; expected a list of at least {least} finite numbers{more}")
     if (np.diff(array) >= 0).any():
         raise PixArtNBError(f"{name} are {array.tolist()}; expected each smaller than the one before")
     return array

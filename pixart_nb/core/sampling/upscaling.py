@@ -81,9 +81,7 @@ def upscale_sizes(
     if factors != sorted(set(factors), reverse=True) or factors[-1] < 1:
         raise PixArtNBError(f"factors are {factors}; expected them to fall, for example 4, 2, 1")
     if len(strengths) != len(factors) - 1:
-        raise PixArtNBError(
-            f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first"
-        )
+        raise PixArtNBError(f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first")
     for strength in strengths:
         steps_taken(1, strength)
     unit, sizes = 8 * config.patch_size, []

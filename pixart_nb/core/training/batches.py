@@ -133,9 +133,7 @@ class DiffusionBatches:
     def __call__(self, number: int) -> tuple[np.ndarray | ms.Tensor, ...]:
         part = self.features.batch(number)
         timesteps, dropped, own, noise = self.noise.draw(number, self.first_row, part.mean.shape)
-        latents = (part.mean + part.std * own - np.float32(self.shift_factor)) * np.float32(
-            self.scaling_factor
-        )
+        latents = (part.mean + part.std * own - np.float32(self.shift_factor)) * np.float32(self.scaling_factor)
         embeds, mask = self._captions(part, dropped)
         micro = [self.micro(part.indices)] if self.micro else []
         return (
@@ -168,8 +166,6 @@ def micro_conditions(
     As in the official ``InternalDataMS``: height and width are those of the original image (``sizes``), the ratio is
     that of the training size (``trained``) as the published table rounds it (``ratios``), 1 for squares.
     """
-    rows = [
-        (*size, ratios.get(train, train[0] / train[1])) for size, train in zip(sizes, trained, strict=True)
-    ]
+    rows = [(*size, ratios.get(train, train[0] / train[1])) for size, train in zip(sizes, trained, strict=True)]
     table = np.array(rows, np.float32)
     return lambda indices: table[indices]

@@ -109,17 +109,12 @@ def read_state(path: str | Path) -> TrainingState:
 
 
 def check_fits(
-    state: TrainingState,
-    shapes: Mapping[str, tuple[int, ...]],
-    groups: Sequence[str],
-    identity: Mapping[str, Any],
+    state: TrainingState, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[str], identity: Mapping[str, Any]
 ) -> None:
     """Refuse the state of another model (shapes of the parameters in each group), or of another ``identity``."""
     missing = [key for group in groups for name in shapes if (key := f"{group}/{name}") not in state.tensors]
     if missing:
-        raise CheckpointError(
-            f"{state.path} is of another model: it lacks {missing[:3]} ({len(missing)} in all)"
-        )
+        raise CheckpointError(f"{state.path} is of another model: it lacks {missing[:3]} ({len(missing)} in all)")
     for name, shape in shapes.items():
         actual = state.tensors[f"model/{name}"].shape
         if actual != shape:

@@ -86,9 +86,7 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     start = work / "start" if options.adapt else target  # a folder also keeps what tensors do not show
     config = read_config(options.config) if options.config else None
     layers, ratio, operator = options.layers, options.ratio, options.operator
-    plan = plan_compression(
-        options.source, start, layers, ratio, operator, config, options.sample_size, options.dtype
-    )
+    plan = plan_compression(options.source, start, layers, ratio, operator, config, options.sample_size, options.dtype)
     training = _training(options, start, work) if options.adapt else None
     convert(plan)
     errors = _CompressionErrors(options, plan.source, config)

@@ -28,9 +28,7 @@ def image_size(config: TrainConfig) -> int:
     path = component_paths(config)["transformer"] / "config.json"
     if path.is_file() and (side := read_json(path).get("sample_size")):
         return int(side) * FACTOR
-    raise ConfigError(
-        "sample_size is not given and the model does not say it; expected image pixels / 8, 64 for 512"
-    )
+    raise ConfigError("sample_size is not given and the model does not say it; expected image pixels / 8, 64 for 512")
 
 
 def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = False) -> str:
@@ -50,9 +48,8 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
         return f"{cache.folder}: all {len(cache.shards())} shards exist; nothing to do"
     reasons = ", ".join(f"{count} {reason}" for reason, count in made.items())
     unused = cache.unused()
-    other = (
-        f"; {len(unused)} shards ({sum(p.stat().st_size for p in unused) / 1e6:.0f} MB) are of other data"
-        * bool(unused)
+    other = f"; {len(unused)} shards ({sum(p.stat().st_size for p in unused) / 1e6:.0f} MB) are of other data" * bool(
+        unused
     )
     return f"{cache.folder}: made {sum(made.values())} of {len(cache.shards())} shards ({reasons}){other}"
 

@@ -34,9 +34,7 @@ class CurveLog:
 
             # the suffix keeps apart two sessions that begin within one second
             self._board = SummaryWriter(
-                str(Path(folder) / "tensorboard"),
-                purge_step=step + 1,
-                filename_suffix=f".{step}.{os.getpid()}",
+                str(Path(folder) / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}.{os.getpid()}"
             )
 
     def trim(self, step: int) -> None:

@@ -78,9 +78,7 @@ def coefficients(timestep: np.ndarray, schedule: NoiseSchedule = LINEAR) -> np.n
     return np.stack(columns, 1)[t].astype(np.float32)
 
 
-def training_losses(
-    model, x_start, timestep, noise, schedule: NoiseSchedule = LINEAR
-) -> dict[str, ms.Tensor]:
+def training_losses(model, x_start, timestep, noise, schedule: NoiseSchedule = LINEAR) -> dict[str, ms.Tensor]:
     """Compute the loss terms of a noise prediction with learned variance (official ``IDDPM``; arXiv 2102.09672).
 
     Args:
@@ -136,9 +134,7 @@ def _column(table: ms.Tensor, index: int) -> ms.Tensor:
 
 def _normal_kl(mean_a, log_variance_a, mean_b, log_variance_b):
     ratio = ops.exp(log_variance_a - log_variance_b)
-    return 0.5 * (
-        log_variance_b - log_variance_a - 1.0 + ratio + (mean_a - mean_b) ** 2 * ops.exp(-log_variance_b)
-    )
+    return 0.5 * (log_variance_b - log_variance_a - 1.0 + ratio + (mean_a - mean_b) ** 2 * ops.exp(-log_variance_b))
 
 
 def _normal_cdf(x):

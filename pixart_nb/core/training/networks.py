@@ -46,9 +46,7 @@ class FrozenNetworks:
     @cached_property
     def embed(self) -> Callable:
         """Function from captions to embeddings (N, T, C) and mask (N, T)."""
-        return self._embedder(
-            LOADERS["text_encoder"](self.paths["text_encoder"], dtype_from_name(self.config.dtype))
-        )
+        return self._embedder(LOADERS["text_encoder"](self.paths["text_encoder"], dtype_from_name(self.config.dtype)))
 
     def _embedder(self, text_encoder) -> Callable:
         tokenizer = LOADERS["tokenizer"](self.paths["tokenizer"], ms.float32)

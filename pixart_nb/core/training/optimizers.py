@@ -21,9 +21,7 @@ BASE_BATCH = 256
 _batch_matmul, _adam_step = ops.BatchMatMul(), ops.AdamWeightDecay()
 
 
-def learning_rate(
-    step: int, peak: float, warmup: int, total: int, shape: str = "cosine", end: float = 0.0
-) -> float:
+def learning_rate(step: int, peak: float, warmup: int, total: int, shape: str = "cosine", end: float = 0.0) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then a schedule.
 
     ``constant`` keeps ``peak``; ``cosine`` and ``linear`` fall to ``end`` at step ``total``.
@@ -139,12 +137,7 @@ class CAME(Optimizer):
     """
 
     def __init__(
-        self,
-        parameters,
-        betas=(0.9, 0.999, 0.9999),
-        eps=(1e-30, 1e-16),
-        weight_decay=0.0,
-        clip_threshold: float = 1.0,
+        self, parameters, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), weight_decay=0.0, clip_threshold: float = 1.0
     ):
         super().__init__(parameters, betas, tuple(eps), weight_decay)
         self.clip_threshold = clip_threshold
@@ -156,9 +149,7 @@ class CAME(Optimizer):
             return {"exp_avg": shape, "exp_avg_sq": shape}
         rows, columns = shape[:-1], shape[:-2] + shape[-1:]
         factored = {
-            f"exp_avg_{what}_{axis}": s
-            for what in ("sq", "res")
-            for axis, s in (("row", rows), ("col", columns))
+            f"exp_avg_{what}_{axis}": s for what in ("sq", "res") for axis, s in (("row", rows), ("col", columns))
         }
         return {"exp_avg": shape, **factored}
 

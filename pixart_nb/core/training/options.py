@@ -59,9 +59,7 @@ class TrainerOptions:
 
     def new_loss_scale(self) -> LossScale:
         """Return the loss scale of the first step."""
-        return LossScale(
-            self.loss_scale, self.dynamic_loss_scale, self.loss_scale_factor, self.loss_scale_window
-        )
+        return LossScale(self.loss_scale, self.dynamic_loss_scale, self.loss_scale_factor, self.loss_scale_window)
 
 
 def steps_per_epoch(config: TrainConfig, sampler: BucketSampler) -> int:
@@ -99,9 +97,7 @@ def trainer_options(config: TrainConfig, sampler: BucketSampler) -> TrainerOptio
         loss_scale_factor=config.loss_scale_factor,
         loss_scale_window=config.scale_window,
         images=images,
-        shard_threshold=sys.maxsize
-        if config.hsdp_shard_size == 1
-        else config.hsdp_threshold * _ELEMENTS_PER_KB,
+        shard_threshold=sys.maxsize if config.hsdp_shard_size == 1 else config.hsdp_threshold * _ELEMENTS_PER_KB,
     )
     if options.warmup_steps > options.steps:
         warnings.warn(

@@ -27,13 +27,7 @@ from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.aspect_ratio import bins_for
-from pixart_nb.core.training.batches import (
-    DiffusionBatches,
-    LiveFeatures,
-    Noise,
-    ReadAhead,
-    micro_conditions,
-)
+from pixart_nb.core.training.batches import DiffusionBatches, LiveFeatures, Noise, ReadAhead, micro_conditions
 from pixart_nb.core.training.distributed import SINGLE, join
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import NAMES, diffusion_loss, min_snr_weights
@@ -110,11 +104,7 @@ class Training:
         return LiveFeatures(read, vae_encoder(self.networks.vae), self.networks.embed)
 
     def _with_noise(
-        self,
-        features: FeatureReader | LiveFeatures,
-        labels: list[Label],
-        sizes: list[Size],
-        caption_drop: float,
+        self, features: FeatureReader | LiveFeatures, labels: list[Label], sizes: list[Size], caption_drop: float
     ) -> DiffusionBatches:
         config, micro = self.config, None
         if self.net.config.micro_condition:
@@ -216,9 +206,7 @@ class Training:
         with self.trainer.session():
             if self.workers.is_main:
                 write_json(self.folder / "config.json", self.config.model_dump())
-                CurveLog(
-                    self.folder, self.trainer.step, name="held_out.csv"
-                )  # drops rows that are measured again
+                CurveLog(self.folder, self.trainer.step, name="held_out.csv")  # drops rows that are measured again
                 if self.config.start_report and self.trainer.step == 0 and not self.report:
                     self.report = self._start_report()
                     write_json(self.folder / "start.json", self.report)

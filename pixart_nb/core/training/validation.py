@@ -78,9 +78,7 @@ class Validation:
         return paths
 
 
-def embed_prompts(
-    embed: Embed, prompts: Sequence[str], negatives: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
+def embed_prompts(embed: Embed, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Return embeddings (2N, T, C) and mask (2N, T) of N prompts, followed by N negative prompts."""
     rows = []
     for text in (*prompts, *negatives):  # one at a time: the longest of them must not change the others

@@ -89,9 +89,7 @@ def start_from_config(config: TrainConfig, checkpoint: Path, tokens: int) -> Sta
     return start_stage(checkpoint, stage, tokens, seed)
 
 
-def start_stage(
-    checkpoint: str | Path, stage: TrainingStage, tokens: int | None = None, seed: int = 0
-) -> Start:
+def start_stage(checkpoint: str | Path, stage: TrainingStage, tokens: int | None = None, seed: int = 0) -> Start:
     """Load the transformer of the stage before as that of this stage, in float32.
 
     Args:
@@ -131,9 +129,7 @@ def start_from_scratch(
 def _previous(checkpoint: str | Path, stage: TrainingStage, tokens: int | None) -> tuple:
     """Return the tensors of a checkpoint under official names, and the description of its model."""
     view = to_official_names(open_checkpoint(checkpoint))
-    before: Description = describe(
-        view, checkpoint, PixArtConfig(model_max_length=tokens) if tokens else None
-    )
+    before: Description = describe(view, checkpoint, PixArtConfig(model_max_length=tokens) if tokens else None)
     if stage.sample_size and not before.is_certain("input_size"):
         note = f"{checkpoint} does not say its size; taken to be latents of {stage.sample_size}."
         config = replace(before.config, **positions_of(stage.sample_size, before.family))

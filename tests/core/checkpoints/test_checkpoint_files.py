@@ -33,9 +33,7 @@ def test_what_mindspore_writes_is_read_and_what_is_written_mindspore_reads(tmp_p
     }
     data = [{"name": name, "data": ms.Tensor(value)} for name, value in arrays.items()]
     data.append({"name": "bf", "data": ms.Tensor(arrays["half"]).astype(ms.bfloat16)})
-    ms.save_checkpoint(
-        data, str(tmp_path / "a.ckpt"), append_dict={"note": "words", "epoch": 3}, crc_check=True
-    )
+    ms.save_checkpoint(data, str(tmp_path / "a.ckpt"), append_dict={"note": "words", "epoch": 3}, crc_check=True)
     tensors, others = open_mindspore(tmp_path / "a.ckpt")
     assert others == ["note"]
     assert tensors["bf"].dtype == "BF16"
@@ -90,9 +88,7 @@ def test_stored_tensors_are_split_stacked_and_cut_without_being_read():
     whole = stacked(parts)
     assert np.array_equal(np.asarray(whole), values)
     assert np.array_equal(np.asarray(whole.rows(1, 5)), values[1:5])
-    assert np.array_equal(
-        np.asarray(stacked([whole.rows(5, 6), stored])), np.concatenate([values[5:], values])
-    )
+    assert np.array_equal(np.asarray(stacked([whole.rows(5, 6), stored])), np.concatenate([values[5:], values]))
     assert np.shares_memory(whole.rows(1, 5).parts[0], values)
     with pytest.raises(CheckpointError, match="expected 4 equal parts"):
         stored.split(4)
@@ -161,9 +157,7 @@ def bits(tensor):
 
 def test_written_safetensors_are_what_the_library_reads(tmp_path):
     arrays = {"a": np.ones((2, 3), np.float16), "b": np.arange(3.0), "c": np.array(1, np.int8)}
-    write_safetensors(
-        tmp_path / "a.safetensors", {name: LazyTensor.of(value) for name, value in arrays.items()}
-    )
+    write_safetensors(tmp_path / "a.safetensors", {name: LazyTensor.of(value) for name, value in arrays.items()})
     read = load_tensors(tmp_path / "a.safetensors")
     assert all(np.array_equal(read[name], value) for name, value in arrays.items())
     assert store.load_metadata(tmp_path / "a.safetensors") == {"format": "pt"}

@@ -9,11 +9,7 @@ from reference_data import OFFICIAL, diffusers, official
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.checkpoints.files import read_tensors
-from pixart_nb.core.io import (
-    CheckpointError,
-    load_tensors,
-    save_tensors,
-)
+from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
 
 
 def test_damaged_files_give_an_error_or_a_right_load_and_never_crash(tmp_path):
@@ -94,9 +90,7 @@ def test_an_index_that_points_outside_the_folder_is_refused(tmp_path):
 def test_shards_are_joined_and_a_missing_one_is_named(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"x": np.ones(2, np.float32)})
     save_tensors(tmp_path / "b.safetensors", {"y": np.zeros(3, np.float32)})
-    (tmp_path / "m.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
-    )
+    (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
     assert {name: t.shape for name, t in read_tensors(tmp_path).items()} == {"x": (2,), "y": (3,)}
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"lacks \['b.safetensors'\]"):
@@ -113,10 +107,7 @@ def test_shards_are_joined_and_a_missing_one_is_named(tmp_path):
         ('{"weight_map": {}}', "has no weight_map"),
         ('["x"]', "holds a list; expected an object"),
         ("[" * 100_000, "is not valid JSON"),
-        (
-            '{"weight_map": {"x": "a.safetensors", "z": "a.safetensors"}}',
-            "places z in a.safetensors, which does not",
-        ),
+        ('{"weight_map": {"x": "a.safetensors", "z": "a.safetensors"}}', "places z in a.safetensors, which does not"),
     ],
 )
 def test_a_wrong_index_is_named(tmp_path, index, message):
@@ -129,7 +120,5 @@ def test_a_wrong_index_is_named(tmp_path, index, message):
 def test_only_the_shards_that_are_wanted_are_opened(tmp_path):
     save_tensors(tmp_path / "a.safetensors", {"x": np.ones(2, np.float32)})
     (tmp_path / "b.safetensors").write_text("damaged")
-    (tmp_path / "m.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}'
-    )
+    (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
     assert list(read_tensors(tmp_path, keep=lambda name: name == "x")) == ["x"]

@@ -19,31 +19,14 @@ from pixart_nb.cli import app
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import convert as conversion
-from pixart_nb.core.checkpoints.convert import (
-    convert,
-    outputs,
-    plan_conversion,
-    tolerance,
-    verify,
-    write_random,
-)
+from pixart_nb.core.checkpoints.convert import convert, outputs, plan_conversion, tolerance, verify, write_random
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import CheckpointError, folder_lock, read_json, save_tensors, write_json
 
 CASE = "sigma-ms-kvconv4-qknorm"  # has every kind of tensor but micro conditions
-SOURCES = [
-    "official.pth",
-    "legacy.pth",
-    "nested.pth",
-    "a.safetensors",
-    "a.ckpt",
-    "folder",
-    "bin",
-    "shards",
-    "pipeline",
-]
+SOURCES = ["official.pth", "legacy.pth", "nested.pth", "a.safetensors", "a.ckpt", "folder", "bin", "shards", "pipeline"]
 TARGETS = ["target.safetensors", "target.ckpt", "target.pth", "target"]
 
 
@@ -56,10 +39,7 @@ def converted(source, target, **options):
 def bits(path):
     """Official name -> kind, shape and bytes of every tensor of a checkpoint, but for what is recomputed."""
     tensors = to_official_names(open_checkpoint(path)).tensors
-    return {
-        name: (t.dtype, t.shape, b"".join(chunk.tobytes() for chunk in t.chunks()))
-        for name, t in tensors.items()
-    }
+    return {name: (t.dtype, t.shape, b"".join(chunk.tobytes() for chunk in t.chunks())) for name, t in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +69,9 @@ def sources(tmp_path_factory):
         part = {name: t for name, t in theirs.items() if places[name] == shard}
         WRITERS[".safetensors"](folder / "shards" / shard, part)
     write_json(
-        folder / "shards" / "diffusion_pytorch_model.safetensors.index.json",
-        {"weight_map": places, "metadata": {}},
+        folder / "shards" / "diffusion_pytorch_model.safetensors.index.json", {"weight_map": places, "metadata": {}}
     )
-    shutil.copy(
-        folder / "folder" / "diffusion_pytorch_model.safetensors", folder / "pipeline" / "transformer"
-    )
+    shutil.copy(folder / "folder" / "diffusion_pytorch_model.safetensors", folder / "pipeline" / "transformer")
     write_json(folder / "pipeline" / "model_index.json", {"_class_name": "PixArtSigmaPipeline"})
     return folder
 
@@ -145,9 +122,7 @@ def test_published_diffusers_folders_become_official_files_and_back(tmp_path):
         assert verify(plan) == 0.0
         back = converted(tmp_path / f"{name}.pth", tmp_path / name)
         weights = "diffusion_pytorch_model.safetensors"
-        before, after = (
-            open_checkpoint(p / weights).tensors for p in (folder / "transformer", tmp_path / name)
-        )
+        before, after = (open_checkpoint(p / weights).tensors for p in (folder / "transformer", tmp_path / name))
         assert {n: np.asarray(t).tobytes() for n, t in before.items()} == {
             n: np.asarray(t).tobytes() for n, t in after.items()
         }
@@ -183,14 +158,10 @@ def test_an_incomplete_source_is_audited_and_not_converted(sources, tmp_path):
     short = {name: t for name, t in tensors.items() if name != "blocks.1.mlp.fc1.bias"}
     short["final_layer.linear.bias"] = short["final_layer.linear.bias"].rows(0, 3)
     WRITERS[".safetensors"](tmp_path / "short.safetensors", short)
-    plan = plan_conversion(
-        tmp_path / "short.safetensors", tmp_path / "out" / "a.ckpt", PixArtConfig(num_heads=2)
-    )
+    plan = plan_conversion(tmp_path / "short.safetensors", tmp_path / "out" / "a.ckpt", PixArtConfig(num_heads=2))
     assert [entry.target for entry in plan.audit.of("missing")] == [("blocks.1.mlp.fc1.bias",)]
     assert [(e.source_shapes, e.target_shapes) for e in plan.audit.of("misfit")] == [(((3,),), ((32,),))]
-    with pytest.raises(
-        CheckpointError, match=r"not complete: .*blocks\.1\.mlp\.fc1\.bias.*Nothing was written"
-    ):
+    with pytest.raises(CheckpointError, match=r"not complete: .*blocks\.1\.mlp\.fc1\.bias.*Nothing was written"):
         convert(plan)
     assert not (tmp_path / "out").exists()
 
@@ -214,10 +185,7 @@ def test_a_target_that_cannot_be_written_is_named_before_anything_is(sources, ta
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"config": PixArtConfig(model_max_length=120)},
-            "alpha's checkpoints have 120 caption tokens, sigma's 300",
-        ),
+        ({"config": PixArtConfig(model_max_length=120)}, "alpha's checkpoints have 120 caption tokens, sigma's 300"),
         ({"config": PixArtConfig(micro_condition=True)}, "only alpha-1024 has micro conditions"),
         ({"config": PixArtConfig(kv_compress_config={"scale_factor": 2})}, "shows kv_compress_config"),
         ({"config": PixArtConfig(depth=28)}, "shows depth = 4, but the configuration says 28"),
@@ -262,9 +230,7 @@ def test_the_published_name_of_a_file_tells_its_size(tmp_path):
         audit = plan_conversion(source, tmp_path / "folder", PixArtConfig(num_heads=2)).audit
         assert (audit.config["input_size"], audit.config["pe_interpolation"]) == (size, stretch)
         assert audit.family == ("sigma" if "Sigma" in name else "alpha")
-        assert any(
-            f"latents of {size}, is that of the published file of this name" in s for s in audit.sentences
-        )
+        assert any(f"latents of {size}, is that of the published file of this name" in s for s in audit.sentences)
 
 
 def test_heads_that_no_one_tells_are_needed_for_a_folder_and_not_for_a_file(tmp_path):
@@ -396,11 +362,7 @@ def test_the_command_fails_where_verification_does(sources, tmp_path, monkeypatc
 
 def test_the_command_takes_a_configuration_in_any_of_its_forms(sources, tmp_path):
     source = without(tmp_path / "x" / "mine.pth", "pos_embed")
-    for config in (
-        sources / "config.json",
-        sources / "folder" / "config.json",
-        sources / "folder.audit.json",
-    ):
+    for config in (sources / "config.json", sources / "folder" / "config.json", sources / "folder.audit.json"):
         result = run("--source", source, "--target", tmp_path / "folder", "--config", config)
         assert result.exit_code == 0, result.output
         assert read_json(tmp_path / "folder" / "config.json") == read_json(sources / "folder" / "config.json")
@@ -411,10 +373,7 @@ def test_the_command_takes_a_configuration_in_any_of_its_forms(sources, tmp_path
     [
         (["--source", "none.pth", "--target", "a.ckpt"], "none.pth does not exist"),
         (["--source", "README.md", "--target", "a.ckpt"], "unknown ending '.md'"),
-        (
-            ["--source", "data/tiny-sigma/vae", "--target", "a.ckpt"],
-            "is no PixArt transformer: it has no tensor",
-        ),
+        (["--source", "data/tiny-sigma/vae", "--target", "a.ckpt"], "is no PixArt transformer: it has no tensor"),
         (["--source", "data/pixelart", "--target", "a.ckpt"], "holds no weights"),
     ],
 )

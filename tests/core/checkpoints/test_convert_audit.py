@@ -51,10 +51,7 @@ def test_every_tensor_of_source_and_target_is_accounted_for_once_with_its_shape(
 
 
 def test_the_written_audit_lists_the_tensors_by_what_became_of_them(tmp_path):
-    tensors = small() | {
-        "stranger.weight": np.ones(7, np.float32),
-        "pos_embed": np.zeros((1, 9, 24), np.float32),
-    }
+    tensors = small() | {"stranger.weight": np.ones(7, np.float32), "pos_embed": np.zeros((1, 9, 24), np.float32)}
     save_tensors(tmp_path / "source.safetensors", tensors)
     plan = plan_conversion(tmp_path / "source.safetensors", tmp_path / "a.ckpt", PixArtConfig(num_heads=2))
     convert(plan)
@@ -90,9 +87,7 @@ def test_the_table_folds_the_blocks_and_says_how_tensors_were_mapped(tmp_path):
     }
     assert rows["t_block.1.bias"]["outcome"] == "renamed"
     assert rows["t_block.1.bias"]["blocks"] == ""
-    convert(
-        plan_conversion(tmp_path / "source.safetensors", tmp_path / "folder", PixArtConfig(num_heads=2), 64)
-    )
+    convert(plan_conversion(tmp_path / "source.safetensors", tmp_path / "folder", PixArtConfig(num_heads=2), 64))
     back = plan_conversion(tmp_path / "folder", tmp_path / "b.ckpt").audit
     ways = {row["target"]: row["outcome"] for row in back.rows()}
     assert ways["blocks.{i}.attn.qkv.weight"] == "stacked of 3"
@@ -167,9 +162,7 @@ def test_compression_without_weights_starts_as_an_average_if_it_is_requested(tmp
     assert audit.counts["started"] == 4
     convert(plan_conversion(tmp_path / "source.safetensors", tmp_path / "a.pth", config))
     written = open_checkpoint(tmp_path / "a.pth").tensors
-    values = {
-        leaf: np.unique(np.asarray(written[f"blocks.1.attn.{leaf}"])) for leaf in ("sr.weight", "sr.bias")
-    }
+    values = {leaf: np.unique(np.asarray(written[f"blocks.1.attn.{leaf}"])) for leaf in ("sr.weight", "sr.bias")}
     assert values == {"sr.weight": 0.25, "sr.bias": 0.0}
 
 

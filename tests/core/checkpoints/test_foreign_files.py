@@ -24,9 +24,7 @@ from pixart_nb.core.io import CheckpointError, load_tensors, read_json, save_ten
 @pytest.fixture
 def folder(tmp_path):
     """A copy of the reference pipeline."""
-    return shutil.copytree(
-        diffusers("sigma")[0], tmp_path / "pipeline", ignore=shutil.ignore_patterns("golden*")
-    )
+    return shutil.copytree(diffusers("sigma")[0], tmp_path / "pipeline", ignore=shutil.ignore_patterns("golden*"))
 
 
 # ---- variants
@@ -112,9 +110,7 @@ def test_a_training_state_loads_and_converts_with_its_ema_weights(tmp_path):
 
 
 def test_the_state_of_a_lora_training_is_named(tmp_path):
-    save_tensors(
-        tmp_path / "a.safetensors", {"model/transformer_blocks.0.attn1.to_q.lora_A": np.ones((2, 3), "f4")}
-    )
+    save_tensors(tmp_path / "a.safetensors", {"model/transformer_blocks.0.attn1.to_q.lora_A": np.ones((2, 3), "f4")})
     with pytest.raises(CheckpointError, match=r"state of a LoRA training.*load_lora_weights"):
         load_transformer(tmp_path / "a.safetensors")
 
@@ -159,9 +155,7 @@ def test_a_local_path_that_does_not_exist_is_never_looked_up_on_a_hub(folder, mo
 
 def test_a_hub_id_and_its_revision_are_passed_on(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder)
-    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder))
     assert component_paths("owner/name", ["vae"], revision="v1") == {"vae": folder / "vae"}
     assert calls == [(("owner/name",), {"revision": "v1", "allow_patterns": ["model_index.json", "vae/*"]})]
 
@@ -217,25 +211,13 @@ RATIO = {"sampling": "conv", "scale_factor": 10**9, "kv_compress_layer": [0]}
         ("transformer", {"interpolation_scale": 0}, "pe_interpolation is 0"),
         ("transformer", {"use_additional_conditions": "no"}, "expected true or false"),
         ("transformer", {"norm_eps": 1e-5}, "norm_eps is '1e-05'; this kit only implements 1e-06"),
-        (
-            "transformer",
-            {"attention_bias": False},
-            "attention_bias is 'False'; this kit only implements True",
-        ),
+        ("transformer", {"attention_bias": False}, "attention_bias is 'False'; this kit only implements True"),
         ("transformer", {"cross_attention_dim": 12}, "cross_attention_dim is 12; expected the width, 24"),
         ("transformer", {"kv_compress_config": RATIO}, "scale_factor is 1000000000"),
         ("transformer", {"kv_compress_config": [1]}, "expected a mapping"),
-        (
-            "vae",
-            {"layers_per_block": 10**6},
-            "layers_per_block is 1000000; expected a whole number from 1 to 64",
-        ),
+        ("vae", {"layers_per_block": 10**6}, "layers_per_block is 1000000; expected a whole number from 1 to 64"),
         ("vae", {"act_fn": "relu"}, "act_fn is 'relu'"),
-        (
-            "text_encoder",
-            {"num_layers": 10**9},
-            "num_layers is 1000000000; expected a whole number from 0 to 1000",
-        ),
+        ("text_encoder", {"num_layers": 10**9}, "num_layers is 1000000000; expected a whole number from 0 to 1000"),
         ("text_encoder", {"d_ff": 10**400}, "d_ff is 1000.*expected a whole number"),
         ("text_encoder", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),
         ("scheduler", {"num_train_timesteps": [1]}, "scheduler_config.json"),
@@ -253,9 +235,7 @@ def test_wrong_values_of_a_configuration_are_named_before_anything_is_built(fold
         LOADERS[name](folder / name, ms.float32)
 
 
-@pytest.mark.skipif(
-    os.name == "nt" or os.geteuid() == 0, reason="needs a user without the right to read everything"
-)
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a user without the right to read everything")
 def test_a_file_that_may_not_be_read_is_named(folder):
     (folder / "vae" / "config.json").chmod(0)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read \(Permission denied\)"):

@@ -10,12 +10,7 @@ from reference_data import OFFICIAL, official
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
-from pixart_nb.core.checkpoints.configuration import (
-    config_from_diffusers,
-    diffusers_config,
-    positions_shown,
-    shown_by,
-)
+from pixart_nb.core.checkpoints.configuration import config_from_diffusers, diffusers_config, positions_shown, shown_by
 from pixart_nb.core.checkpoints.files import Checkpoint, read_tensors
 from pixart_nb.core.checkpoints.layouts import to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
@@ -34,9 +29,7 @@ def test_names_map_without_weights():
     )
     assert key_maps.official_name("nothing.weight") is None
     net = PixArt(
-        PixArtConfig(
-            hidden_size=12, num_heads=2, depth=1, caption_channels=4, micro_condition=True, qk_norm=True
-        )
+        PixArtConfig(hidden_size=12, num_heads=2, depth=1, caption_channels=4, micro_condition=True, qk_norm=True)
     )
     for name, _ in net.parameters_and_names():
         for place, other in enumerate(key_maps.diffusers_names(name)):
@@ -53,18 +46,14 @@ def in_diffusers_layout(tensors):
 
 
 def small_transformer(**options):
-    config = PixArtConfig(
-        hidden_size=24, num_heads=2, depth=2, caption_channels=8, model_max_length=5, **options
-    )
+    config = PixArtConfig(hidden_size=24, num_heads=2, depth=2, caption_channels=8, model_max_length=5, **options)
     return config, {name: np.ones(shape, np.float32) for name, shape in shapes_of(config).items()}
 
 
 @pytest.mark.parametrize("prefix", ["module.", "network.", "model.", "module.model.", "_orig_mod.", "ema."])
 def test_prefixes_of_what_wrapped_the_network_are_taken_off(prefix):
     _, tensors = small_transformer()
-    view = to_official_names(
-        opened(**{prefix + name: value for name, value in tensors.items()}, step=np.ones(1))
-    )
+    view = to_official_names(opened(**{prefix + name: value for name, value in tensors.items()}, step=np.ones(1)))
     assert set(view.tensors) == set(tensors)
     assert list(view.rest) == ["step"]
     assert view.origins["t_block.1.bias"] == (f"{prefix}t_block.1.bias",)
@@ -119,9 +108,7 @@ def test_mindones_compressed_layers_load_without_the_parameters_that_its_model_l
     assert len(lacking) == 3
     theirs = {name: value for name, value in tensors.items() if name not in lacking}
     path = tmp_path / "mindone.ckpt"
-    ms.save_checkpoint(
-        [{"name": name, "data": ms.Tensor(value)} for name, value in theirs.items()], str(path)
-    )
+    ms.save_checkpoint([{"name": name, "data": ms.Tensor(value)} for name, value in theirs.items()], str(path))
     net = load_transformer(path, PixArtConfig(num_heads=2))
     assert net.config.kv_layers == (1,)
     loaded = {name: parameter.asnumpy() for name, parameter in net.parameters_and_names()}
@@ -134,12 +121,8 @@ def test_compression_that_was_never_trained_is_explained(tmp_path):
     _, tensors = small_transformer()
     save_tensors(tmp_path / "a.safetensors", tensors)
     compression = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}
-    with pytest.raises(
-        CheckpointError, match=r"no weights for the compressed layers \[1\].*start as averages"
-    ):
-        load_transformer(
-            tmp_path / "a.safetensors", PixArtConfig(num_heads=2, kv_compress_config=compression)
-        )
+    with pytest.raises(CheckpointError, match=r"no weights for the compressed layers \[1\].*start as averages"):
+        load_transformer(tmp_path / "a.safetensors", PixArtConfig(num_heads=2, kv_compress_config=compression))
 
 
 @pytest.mark.parametrize(
@@ -165,10 +148,7 @@ def test_a_checkpoint_that_shows_an_impossible_model_builds_none(change, message
         ({"_class_name": "UNet2DModel"}, "is of 'UNet2DModel'"),
         ({"num_attention_heads": None}, ": num_attention_heads is None; expected"),
         ({"num_layers": ...}, ": num_layers is None; expected"),
-        (
-            {"attention_head_dim": 11},
-            "is no PixArt transformer's: cross_attention_dim is 24; expected the width, 22",
-        ),
+        ({"attention_head_dim": 11}, "is no PixArt transformer's: cross_attention_dim is 24; expected the width, 22"),
     ],
 )
 def test_a_wrong_config_json_is_named(values, message):

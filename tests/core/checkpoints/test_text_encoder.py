@@ -66,9 +66,7 @@ def test_a_streamed_encoder_holds_one_layer_however_many_there_are(tmp_path):
 
 def test_eight_bits_take_a_quarter_of_the_memory_and_stay_close():
     whole = load_t5(FOLDER, ms.float32)
-    small = T5EncoderModel.from_pretrained(
-        PIPELINE, subfolder="text_encoder", load_in_8bit=True, device_map="auto"
-    )
+    small = T5EncoderModel.from_pretrained(PIPELINE, subfolder="text_encoder", load_in_8bit=True, device_map="auto")
     layers = [bytes_of(net.encoder.block[1]) for net in (small, whole)]
     assert layers[0] < 0.35 * layers[1]  # rows here are short, so their scales weigh
     error = relative_error(small(IDS, MASK).asnumpy(), whole(IDS, MASK).asnumpy())
@@ -88,10 +86,7 @@ def test_rows_are_quantized_to_the_nearest_of_255_values():
 def test_the_quantized_product_is_that_of_the_dequantized_weight():
     layer = Int8Linear(40, 5)
     rng = np.random.default_rng(1)
-    weight, x = (
-        rng.standard_normal((5, 40)).astype(np.float32),
-        rng.standard_normal((2, 3, 40)).astype(np.float32),
-    )
+    weight, x = (rng.standard_normal((5, 40)).astype(np.float32), rng.standard_normal((2, 3, 40)).astype(np.float32))
     layer.take(weight)
     values, scale = quantize(weight)
     assert relative_error(layer(ms.Tensor(x)).asnumpy(), x @ (values * scale[:, None]).T) < 1e-6

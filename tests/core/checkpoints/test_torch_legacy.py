@@ -8,16 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 from reference_data import official
-from torch_files import (
-    Call,
-    Global,
-    LegacyStorage,
-    TorchPickler,
-    as_saved,
-    tensor,
-    write_legacy,
-    write_pickle,
-)
+from torch_files import Call, Global, LegacyStorage, TorchPickler, as_saved, tensor, write_legacy, write_pickle
 
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.lazy_tensor import mapping_of
@@ -118,10 +109,7 @@ def test_old_files_with_wrong_counts_names_and_views_are_refused(tmp_path):
     zeros = np.zeros(4, np.float32)
     w = tensor("0", "FloatStorage", 4, (4,), (1,))
     wrong = {
-        "a storage has 4000000000 numbers": (
-            {"w": tensor("0", "FloatStorage", 4 * 10**9, (4,), (1,))},
-            {"0": zeros},
-        ),
+        "a storage has 4000000000 numbers": ({"w": tensor("0", "FloatStorage", 4 * 10**9, (4,), (1,))}, {"0": zeros}),
         "list of storages": ({"w": w}, {"1": zeros}),
         "has not 4 numbers": ({"w": w}, {"0": zeros[:3]}),
         "cannot be understood": ({"w": LegacyStorage("0", "FloatStorage", 4, ("7", 3, 2))}, {"0": zeros}),

@@ -15,14 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_data import OFFICIAL, official
-from torch_files import (
-    Call,
-    Global,
-    TorchPickler,
-    tensor,
-    write_pickle,
-    write_torch,
-)
+from torch_files import Call, Global, TorchPickler, tensor, write_pickle, write_torch
 
 from pixart_nb.core.checkpoints import pickle_program
 from pixart_nb.core.checkpoints.files import read_tensors
@@ -69,9 +62,7 @@ def test_ema_weights_are_preferred_and_prefixes_removed(tmp_path):
     assert np.array_equal(read["w"], [1, 1])
 
 
-@pytest.mark.parametrize(
-    "module", [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("torch", "load")]
-)
+@pytest.mark.parametrize("module", [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("torch", "load")])
 def test_a_pickle_that_would_run_a_command_is_refused_and_did_not_run(tmp_path, module):
     proof = tmp_path / "ran"
     content = {"w": Call(Global(*module), f"touch {proof}")}
@@ -133,11 +124,7 @@ def test_every_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
 def test_parameters_and_nested_containers_are_rebuilt(tmp_path):
     weight = tensor("0", "FloatStorage", 2, (2,), (1,))
     parameter = Call(Global("torch._utils", "_rebuild_parameter"), weight, True, OrderedDict())
-    content = {
-        "optimizer": [{"lr": 0.1, "betas": (0.9, 0.999)}],
-        "state_dict": {"w": parameter},
-        "none": None,
-    }
+    content = {"optimizer": [{"lr": 0.1, "betas": (0.9, 0.999)}], "state_dict": {"w": parameter}, "none": None}
     read = read_torch(write_torch(tmp_path / "a.pth", content, {"0": np.array([1, 2], np.float32)}))
     assert read["optimizer"] == [{"lr": 0.1, "betas": (0.9, 0.999)}]
     assert read["none"] is None
@@ -237,9 +224,7 @@ def test_a_pickle_that_makes_objects_in_other_ways_makes_none(tmp_path, ending):
     """INST, OBJ, NEWOBJ, STACK_GLOBAL, BUILD, extension codes: none of them reaches a class or a function."""
     proof = tmp_path / "ran"
     command = pickle.SHORT_BINUNICODE + bytes([len(f"touch {proof}")]) + f"touch {proof}".encode()
-    system = (
-        pickle.SHORT_BINUNICODE + b"\x02os" + pickle.SHORT_BINUNICODE + b"\x06system" + pickle.STACK_GLOBAL
-    )
+    system = pickle.SHORT_BINUNICODE + b"\x02os" + pickle.SHORT_BINUNICODE + b"\x06system" + pickle.STACK_GLOBAL
     known = pickle.GLOBAL + b"collections\nOrderedDict\n"
     attributes = pickle.EMPTY_DICT + pickle.SHORT_BINUNICODE + b"\x09__class__" + command + pickle.SETITEM
     programs = [
@@ -340,24 +325,18 @@ def test_pickles_with_changed_bytes_load_or_are_refused_and_raise_nothing_else(t
 
 def instruction(code: bytes) -> st.SearchStrategy[bytes]:
     """An instruction of pickle with an argument of the kind that it takes, often a wrong one."""
-    names = st.sampled_from(
-        [b"torch\nFloatStorage\n", b"torch._utils\n_rebuild_tensor_v2\n", b"os\nsystem\n"]
-    )
+    names = st.sampled_from([b"torch\nFloatStorage\n", b"torch._utils\n_rebuild_tensor_v2\n", b"os\nsystem\n"])
     names |= st.sampled_from([b"collections\nOrderedDict\n", b"torch._utils\n_rebuild_parameter\n"])
     arguments = {
         "stringnl_noescape_pair": names,
         "uint1": st.binary(min_size=1, max_size=1),
         "uint4": st.integers(0, 300).map(lambda n: n.to_bytes(4, "little")),
-        "unicodestring4": st.text(max_size=5).map(
-            lambda t: len(t.encode()).to_bytes(4, "little") + t.encode()
-        ),
+        "unicodestring4": st.text(max_size=5).map(lambda t: len(t.encode()).to_bytes(4, "little") + t.encode()),
         "decimalnl_short": st.integers(-5, 5).map(lambda n: f"{n}\n".encode()),
         "long1": st.binary(max_size=9).map(lambda b: bytes([len(b)]) + b),
     }
     argument = next(op.arg for op in pickletools.opcodes if op.code.encode("latin-1") == code)
-    return (arguments.get(argument.name, st.binary(max_size=9)) if argument else st.just(b"")).map(
-        code.__add__
-    )
+    return (arguments.get(argument.name, st.binary(max_size=9)) if argument else st.just(b"")).map(code.__add__)
 
 
 INSTRUCTIONS = [op.code.encode("latin-1") for op in pickletools.opcodes if op.name != "PROTO"]
@@ -377,9 +356,7 @@ def test_any_program_is_refused_or_rebuilds_containers_and_looks_up_nothing(prog
 
 
 @pytest.mark.parametrize("ending", [".pth", ".bin", ".ckpt", ".safetensors"])
-@given(
-    content=st.binary(max_size=200), start=st.sampled_from([b"", b"PK\x03\x04", LEGACY_START, b"\x0a\x10"])
-)
+@given(content=st.binary(max_size=200), start=st.sampled_from([b"", b"PK\x03\x04", LEGACY_START, b"\x0a\x10"]))
 def test_any_bytes_are_refused_with_the_name_of_the_file_or_read(ending, content, start):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"any{ending}"

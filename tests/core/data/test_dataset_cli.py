@@ -10,13 +10,7 @@ from pixart_nb.cli import app
 from pixart_nb.pixelart.datasets import write_published
 
 IMAGES = ("000_teal_boat_snow", "001_green_fish_desert", "002_yellow_star_forest", "003_blue_mushroom_lava")
-ROOTS = {
-    "model": "",
-    "checkpoint": "data/none.pth",
-    "vae_root": "a",
-    "text_encoder_root": "b",
-    "tokenizer_root": "c",
-}
+ROOTS = {"model": "", "checkpoint": "data/none.pth", "vae_root": "a", "text_encoder_root": "b", "tokenizer_root": "c"}
 
 
 @pytest.fixture
@@ -29,9 +23,7 @@ def run(monkeypatch, project):
 def config(tmp_path):
     """A training on four of the shipped images, at the size of the bundled model."""
     names = [f"{name}.png" for name in IMAGES]
-    (tmp_path / "labels.json").write_text(
-        json.dumps([{"path": name, "prompt": name[4:-4]} for name in names])
-    )
+    (tmp_path / "labels.json").write_text(json.dumps([{"path": name, "prompt": name[4:-4]} for name in names]))
 
     def write(**more):
         keys = {
@@ -100,10 +92,7 @@ def test_check_tells_the_sizes(run, config):
     assert "0 of them with a sharegpt4v caption" in result.output
     assert "128x128: 4 images" in result.output
     result = run("check", "-c", config(sample_size=32, multi_scale=True))
-    assert (
-        "256x256: 3 images" in result.output
-        and "208x304: 1 images, fewer than the 2 of a batch" in result.output
-    )
+    assert "256x256: 3 images" in result.output and "208x304: 1 images, fewer than the 2 of a batch" in result.output
 
 
 def test_check_names_every_problem(run, config, tmp_path):

@@ -176,9 +176,7 @@ def test_what_cannot_be_used_is_named_row_by_row_and_the_others_are_kept(tmp_pat
     rows[6]["png"] = rows[0]["png"]
     report = import_diffusiondb(write_table(tmp_path / "t.parquet", rows), tmp_path / "target", test_count=1)
     assert labels_in(tmp_path / "target") == expected([rows[0]])
-    assert [problem.split(":")[0] for problem in report.problems] == [
-        f"t.parquet row {n}" for n in range(1, 6)
-    ]
+    assert [problem.split(":")[0] for problem in report.problems] == [f"t.parquet row {n}" for n in range(1, 6)]
     assert report.left_out["that an earlier row has too"] == 1
     assert "cut off or damaged" in report.problems[0] and "row 5" in str(report)
 
@@ -293,9 +291,7 @@ def small_disk(tmp_path):
     """A file system of 64 KB."""
     place = tmp_path / "disk"
     place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system, as root has")
     yield place
     subprocess.run(["umount", place], check=True)
@@ -312,9 +308,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(tmp_path, small_disk
         import_diffusiondb(write_table(tmp_path / "t.parquet", rows), small_disk, test_count=0)
     written = [path for path in small_disk.rglob("*") if path.is_file()]
     known = {hashlib.sha256(row["png"]).hexdigest()[:16] for row in rows}
-    assert written and all(
-        hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem for path in written
-    )
+    assert written and all(hashlib.sha256(path.read_bytes()).hexdigest()[:16] == path.stem for path in written)
     assert {path.stem for path in written} < known
 
 
@@ -352,12 +346,7 @@ def test_a_second_process_is_refused_while_the_first_writes(published, tmp_path)
 
 def test_equal_names_in_two_folders_of_a_part_are_two_images(tmp_path):
     one, two = (row["png"] for row in sample_rows(2))
-    beside = {
-        "x/1.png": one,
-        "y/1.png": two,
-        "x/p.json": {"1.png": {"p": "one"}},
-        "y/p.json": {"1.png": "two"},
-    }
+    beside = {"x/1.png": one, "y/1.png": two, "x/p.json": {"1.png": {"p": "one"}}, "y/p.json": {"1.png": "two"}}
     by_path = {"x/1.png": one, "y/1.png": two, "p.json": {"x/1.png": {"p": "one"}, "y/1.png": {"p": "two"}}}
     for number, files in enumerate((beside, by_path)):
         import_diffusiondb(archive(tmp_path / f"{number}.zip", files), tmp_path / str(number), test_count=0)
@@ -376,9 +365,7 @@ def test_images_that_the_json_does_not_name_are_counted(tmp_path):
     one, two = (row["png"] for row in sample_rows(2))
     path = archive(tmp_path / "p.zip", {"1.png": one, "2.png": two, "p.json": {"1.png": {"p": "one"}}})
     report = import_diffusiondb(path, tmp_path / "target", test_count=0)
-    assert report.training == 1 and report.problems == [
-        "p: 2.png: prompt is None (NoneType); expected a text"
-    ]
+    assert report.training == 1 and report.problems == ["p: 2.png: prompt is None (NoneType); expected a text"]
 
 
 def test_a_part_packed_by_macos_is_read(tmp_path):
@@ -449,12 +436,7 @@ def test_a_zip_part_with_a_damaged_directory_is_named(tmp_path):
 
 def test_captions_in_lists_and_scores_in_texts_are_read(tmp_path):
     image = {"bytes": sample_rows(1)[0]["png"], "path": "a.png"}
-    columns = {
-        "image": [image],
-        "caption": [["a cat", "a pet"]],
-        "image_nsfw": ["0.1"],
-        "prompt_nsfw": ["0.1"],
-    }
+    columns = {"image": [image], "caption": [["a cat", "a pet"]], "image_nsfw": ["0.1"], "prompt_nsfw": ["0.1"]}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     import_diffusiondb(tmp_path / "t.parquet", tmp_path / "target", test_count=0)
     (label,) = load_labels(tmp_path / "target" / "labels.json", tmp_path / "target")

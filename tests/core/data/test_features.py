@@ -18,13 +18,7 @@ from PIL import Image
 from pixart_nb.core.data import features
 from pixart_nb.core.data.buckets import BucketSampler
 from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.data.features import (
-    FeatureCache,
-    FeatureError,
-    FeatureReader,
-    MadeBy,
-    fingerprint,
-)
+from pixart_nb.core.data.features import FeatureCache, FeatureError, FeatureReader, MadeBy, fingerprint
 from pixart_nb.core.data.images import ImageError, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import ImageReader
@@ -144,16 +138,11 @@ def test_the_bundled_networks_fill_a_cache(tmp_path, project):
     from pixart_nb.core.backend import ms  # here, for the process that is killed does without it
     from pixart_nb.core.training.networks import text_embedder, vae_encoder
 
-    pipe = PixArtSigmaPipeline.from_pretrained(
-        project / "data" / "tiny-sigma", transformer=None, scheduler=None
-    )
+    pipe = PixArtSigmaPipeline.from_pretrained(project / "data" / "tiny-sigma", transformer=None, scheduler=None)
     folder = project / "data" / "pixelart"
     labels = [
         Label(name, folder / name, text, "", 32, 32)
-        for name, text in (
-            ("000_teal_boat_snow.png", "A <b>teal</b> boat"),
-            ("001_green_fish_desert.png", "a fish"),
-        )
+        for name, text in (("000_teal_boat_snow.png", "A <b>teal</b> boat"), ("001_green_fish_desert.png", "a fish"))
     ]
     cache = FeatureCache(tmp_path, labels, [(32, 48)] * 2, replace(MADE_BY, dtype="fp32"))
     cache.write(vae_encoder(pipe.vae), text_embedder(pipe.tokenizer, pipe.text_encoder, 300), batch_size=2)
@@ -217,8 +206,7 @@ def test_only_shards_of_what_changed_are_made(labels, tmp_path, change, made_by,
     changed = change(labels) if change else labels
     cache = cache_of(changed, tmp_path / "features", replace(MADE_BY, **made_by))
     with pytest.raises(
-        FeatureError,
-        match=f"{shards} of 6 shards.*{shards} missing; {shards} shards are of other data.*dataset",
+        FeatureError, match=f"{shards} of 6 shards.*{shards} missing; {shards} shards are of other data.*dataset"
     ):
         FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
     assert cache.write(encode, embed) == {"missing": shards}
@@ -256,9 +244,9 @@ def test_images_of_equal_size_and_time_in_two_folders_are_told_apart(tmp_path):
         Image.new("RGB", (32, 32), colour).save(tmp_path / name / "a.bmp")
         os.utime(tmp_path / name / "a.bmp", (0, 0))
     paths = {
-        FeatureCache(
-            tmp_path, [Label("a.bmp", tmp_path / name / "a.bmp", "a", "", 32, 32)], [(32, 32)], MADE_BY
-        ).path("latents", 0)
+        FeatureCache(tmp_path, [Label("a.bmp", tmp_path / name / "a.bmp", "a", "", 32, 32)], [(32, 32)], MADE_BY).path(
+            "latents", 0
+        )
         for name in ("one", "two")
     }
     assert len(paths) == 2
@@ -329,9 +317,7 @@ def test_features_that_do_not_fit_the_dtype_are_named(labels, tmp_path, value):
 def small_disk(place):
     """A file system of 256 KB."""
     place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system, as root has")
     try:
         yield place

@@ -38,25 +38,14 @@ def written(folder):
 def test_captions_beside_the_images(folder):
     captioned(folder, a="a cat\non grass\n", b="\ufeffein Bär", c=" 猫 ")
     report = import_folder(folder)
-    assert written(folder) == {
-        "a.png": ("a cat on grass", ""),
-        "b.JPG": ("ein Bär", ""),
-        "sub/c.webp": ("猫", ""),
-    }
+    assert written(folder) == {"a.png": ("a cat on grass", ""), "b.JPG": ("ein Bär", ""), "sub/c.webp": ("猫", "")}
     assert (report.training, report.files) == (3, [folder / "labels.json"])
 
 
 def test_the_label_file_has_the_official_keys(folder):
     import_folder(captioned(folder, a="a cat", b="a dog", c="an owl"))
     first = json.loads((folder / "labels.json").read_text())[0]
-    assert first == {
-        "path": "a.png",
-        "prompt": "a cat",
-        "sharegpt4v": "",
-        "height": 8,
-        "width": 12,
-        "ratio": 8 / 12,
-    }
+    assert first == {"path": "a.png", "prompt": "a cat", "sharegpt4v": "", "height": 8, "width": 12, "ratio": 8 / 12}
 
 
 def test_hidden_files_are_left_alone(folder):
@@ -85,9 +74,7 @@ def test_captions_in_a_table(folder, tmp_path, name, beside):
 
 
 def test_a_table_may_have_descriptions_and_need_not_name_all(folder, tmp_path):
-    (tmp_path / "t.tsv").write_text(
-        "path\tprompt\tsharegpt4v\na.png\ta cat\ta grey cat on grass\nb.JPG\ta dog\t\n"
-    )
+    (tmp_path / "t.tsv").write_text("path\tprompt\tsharegpt4v\na.png\ta cat\ta grey cat on grass\nb.JPG\ta dog\t\n")
     report = import_folder(folder, tmp_path / "t.tsv")
     assert written(folder) == {"a.png": ("a cat", "a grey cat on grass"), "b.JPG": ("a dog", "")}
     assert "1 images of" in report.notes[0]
@@ -251,8 +238,6 @@ def test_another_label_file_is_only_replaced_when_asked(folder):
 
 
 def test_the_label_file_may_lie_elsewhere(folder, tmp_path):
-    report = import_folder(
-        captioned(folder, a="a cat", b="a dog", c="an owl"), output=tmp_path / "out" / "mine.json"
-    )
+    report = import_folder(captioned(folder, a="a cat", b="a dog", c="an owl"), output=tmp_path / "out" / "mine.json")
     assert report.files == [tmp_path / "out" / "mine.json"]
     assert len(load_labels(tmp_path / "out" / "mine.json", folder)) == 3

@@ -13,15 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixart_nb.core.data.images import (
-    MAX_PIXELS,
-    ImageError,
-    check_image,
-    fit,
-    load_image,
-    read_image_size,
-    to_signed,
-)
+from pixart_nb.core.data.images import MAX_PIXELS, ImageError, check_image, fit, load_image, read_image_size, to_signed
 
 ORIENTATION = 0x0112
 #: What EXIF says the stored pixels need, to be upright.
@@ -134,9 +126,7 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("side", [10_000, 100_000])
 def test_a_bomb_is_refused_before_it_is_unpacked(side):
     def chunk(kind, content):
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(10**6))
@@ -203,9 +193,7 @@ def test_threads_may_be_the_first_to_read(tmp_path):
         "from pixart_nb.core.data.images import load_image\n"
         "with ThreadPoolExecutor(16) as pool: print(len(list(pool.map(load_image, Path(sys.argv[1]).iterdir()))))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "16", run.stderr
 
 

@@ -151,10 +151,7 @@ def test_an_image_that_is_named_again_gets_more_captions(folder):
         ('[\n  {"path": "a.png", "prompt": "a cat, ]", "ratio": 0.6667,},\n]', ("a cat, ]",)),
         ('[{"path": "a.png", "prompt": "a \\",}\\\\",},]', ('a ",}\\',)),
         ('{"path": "a.png", "prompt": "a cat"}\n', ("a cat",)),
-        (
-            '{"file_name": "a.png", "text": "a cat"}\n\n{"file_name": "a.png", "text": "a pet"}\n',
-            ("a cat", "a pet"),
-        ),
+        ('{"file_name": "a.png", "text": "a cat"}\n\n{"file_name": "a.png", "text": "a pet"}\n', ("a cat", "a pet")),
         ('[{"image": "a.png", "caption": "a cat"}]', ("a cat",)),
         ('[{"path": "a.png", "prompt": ["a cat", "a pet", "a cat"]}]', ("a cat", "a pet")),
         ('[{"path": "a.png", "prompt": "a cat", "captions": ["a cat", "a pet"]}]', ("a cat", "a pet")),
@@ -227,9 +224,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["path", "prompt", "sharegpt4v", "height", "ratio", "x"]), inner, max_size=5
-        )
+        | st.dictionaries(st.sampled_from(["path", "prompt", "sharegpt4v", "height", "ratio", "x"]), inner, max_size=5)
     ),
     max_leaves=12,
 )
@@ -255,10 +250,7 @@ def test_damaged_files_are_handled_or_named(tmp_path):
     """350 of them; ``python tests/damaged_data.py FOLDER 1001`` reads as many as one likes."""
     script = Path(__file__).parents[2] / "damaged_data.py"
     run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "350", "--quiet"],
-        capture_output=True,
-        text=True,
-        timeout=900,
+        [sys.executable, str(script), str(tmp_path), "350", "--quiet"], capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     told = json.loads(run.stdout)

@@ -39,8 +39,7 @@ def both_ways(net, lengths, height=8, width=12, timestep=811.0, seed=4):
 
 
 @pytest.mark.parametrize(
-    "lengths",
-    [(1, 7), (1, 1), (7, 7), (3, 30), (1, 30, 5), (24, 1), (1, 1, 1, 9, 3, 5), (5, 26, 30, 4), (2,)],
+    "lengths", [(1, 7), (1, 1), (7, 7), (3, 30), (1, 30, 5), (24, 1), (1, 1, 1, 9, 3, 5), (5, 26, 30, 4), (2,)]
 )
 def test_captions_of_any_length_give_the_numbers_of_denoise(lengths):
     slow, fast = both_ways(small_net(), lengths)
@@ -53,9 +52,7 @@ VARIANTS = pytest.mark.parametrize(
         dict(qk_norm=True),
         dict(micro_condition=True),
         *(
-            dict(
-                kv_compress_config=dict(sampling=name, scale_factor=2, kv_compress_layer=[1]), qk_norm=normed
-            )
+            dict(kv_compress_config=dict(sampling=name, scale_factor=2, kv_compress_layer=[1]), qk_norm=normed)
             for name in ("conv", "ave", "uniform", "mean")
             for normed in (False, True)
         ),
@@ -128,9 +125,7 @@ def test_neighbours_of_few_rows_go_together_and_captions_of_one_token_stay_alone
     assert [(g.start, g.stop, g.tokens, g.mask.sum()) for g in result] == [
         (0, 1, 1, 1), (1, 3, 4, 7), (3, 5, 31, 61), (5, 6, 1, 1)
     ]  # fmt: skip
-    assert [(g.start, g.stop) for g in merge_small_groups(groups, 65, 24, 128)] == [
-        (i, i + 1) for i in range(6)
-    ]
+    assert [(g.start, g.stop) for g in merge_small_groups(groups, 65, 24, 128)] == [(i, i + 1) for i in range(6)]
 
 
 def test_a_denoiser_serves_images_of_another_size():

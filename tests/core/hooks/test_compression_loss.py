@@ -34,9 +34,7 @@ def test_similarities_and_errors_are_those_of_the_direct_formulas(monkeypatch, s
     def cells(x):  # the mean of each 2x2 cell, (B, H, M, d)
         grid = x.reshape(*x.shape[:2], height, width, -1)[:, :, : 2 * rows, : 2 * columns]
         return (
-            grid.reshape(*x.shape[:2], rows, 2, columns, 2, -1)
-            .mean((3, 5))
-            .reshape(*x.shape[:2], rows * columns, -1)
+            grid.reshape(*x.shape[:2], rows, 2, columns, 2, -1).mean((3, 5)).reshape(*x.shape[:2], rows * columns, -1)
         )
 
     small = call | {"k": cells(call["k"]), "v": cells(call["v"])}
@@ -53,8 +51,7 @@ def test_similarities_and_errors_are_those_of_the_direct_formulas(monkeypatch, s
     covered = keys[:, : 2 * rows, : 2 * columns]
     assert np.allclose(loss.key_similarity[:, : 2 * rows, : 2 * columns], cosines(covered, near), atol=1e-5)
     assert (
-        np.isnan(loss.key_similarity[:, 2 * rows :]).all()
-        and np.isnan(loss.key_similarity[:, :, 2 * columns :]).all()
+        np.isnan(loss.key_similarity[:, 2 * rows :]).all() and np.isnan(loss.key_similarity[:, :, 2 * columns :]).all()
     )
     expected = [np.linalg.norm(near[r] - covered[r]) / np.linalg.norm(covered[r]) for r in range(2)]
     assert np.allclose(loss.key_error, expected, rtol=1e-4)
@@ -93,11 +90,7 @@ def test_a_compression_of_the_model_is_measured_unless_told(pipe):
     with compression_loss(net, ratio=2, operator="conv") as told:
         net(*inputs())
     assert told.values("key_error")[1] == own.values("key_error")[1]
-    with (
-        replace_compression(pipe, [0], 2, "mean"),
-        compression_loss(pipe) as put,
-        trace(pipe, announce=None) as t,
-    ):
+    with replace_compression(pipe, [0], 2, "mean"), compression_loss(pipe) as put, trace(pipe, announce=None) as t:
         draw(pipe)
     assert put.values("output_similarity")[0].max() < 1
     assert (put.values("output_similarity")[1:] == 1).all()
@@ -135,9 +128,7 @@ def test_what_was_not_measured_is_refused_with_what_was():
     net = compressing("ave")
     with compression_loss(net, layers=1) as found:
         net(*inputs())
-    with pytest.raises(
-        ValueError, match=r"layer 'blocks.0.attn' was not measured; measured were blocks.1.attn"
-    ):
+    with pytest.raises(ValueError, match=r"layer 'blocks.0.attn' was not measured; measured were blocks.1.attn"):
         found.map("key_similarity", NAME)
     with pytest.raises(ValueError, match=r"step 3 was not measured; measured were \[0\]"):
         found.map("key_similarity", "blocks.1.attn", steps=3)

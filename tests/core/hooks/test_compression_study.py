@@ -39,9 +39,7 @@ def test_a_run_that_is_followed_is_the_run_of_the_pipeline(pipe, run):
     np.testing.assert_allclose(run.latents[-1], np.asarray(again), atol=1e-5)
     assert run.latents.shape == (4, 2, 4, 8, 12)
     assert run.denoised.shape == (3, 2, 4, 8, 12)
-    np.testing.assert_array_equal(
-        run.latents[0], np.random.default_rng(5).standard_normal((2, 4, 8, 12), np.float32)
-    )
+    np.testing.assert_array_equal(run.latents[0], np.random.default_rng(5).standard_normal((2, 4, 8, 12), np.float32))
 
 
 def test_predictions_along_a_run_are_those_that_made_it(pipe, run):
@@ -69,9 +67,7 @@ def test_an_outcome_is_that_of_the_replaced_compression(pipe, study):
     np.testing.assert_allclose(outcome.errors, relative_errors(predicted, study.predicted), rtol=1e-6)
     np.testing.assert_allclose(outcome.images, pipe.decode_latents(drawn.latents[-1]), atol=1e-6)
     assert outcome.error > 0
-    assert outcome.image_error == pytest.approx(
-        np.sqrt(np.mean((outcome.images - study.images) ** 2)), rel=1e-4
-    )
+    assert outcome.image_error == pytest.approx(np.sqrt(np.mean((outcome.images - study.images) ** 2)), rel=1e-4)
     assert study.outcome([1, 2], 2, "mean") is outcome
     assert [row["layers"] for row in study.table()] == ["1, 2"]
     np.testing.assert_array_equal(predictions(pipe, study.reference), study.predicted)
@@ -118,9 +114,7 @@ def test_a_model_that_compresses_already_is_refused(pipe):
 
 def test_the_papers_saving_at_4k_is_met():
     """34% less time in the paper, for the deep half at 4K."""
-    records = cost_by_size(PixArtConfig(), {"deep": (range(14, 28), 2)}, [1024, 4096], {(4096, 2): 1.5})[
-        "deep"
-    ]
+    records = cost_by_size(PixArtConfig(), {"deep": (range(14, 28), 2)}, [1024, 4096], {(4096, 2): 1.5})["deep"]
     assert records[1]["share"] == pytest.approx(0.667, abs=0.001)
     assert records[0]["share"] > 0.85
     assert (records[1]["keys"], records[1]["tokens"]) == (16384, 65536)

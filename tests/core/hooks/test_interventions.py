@@ -353,10 +353,7 @@ def test_a_generator_that_outlives_its_block_continues_without_the_hook(pipe):
         (lambda p: ablate_heads(p, 9), "it has blocks.0 to blocks.2"),
         (lambda p: ablate_heads(p, heads=5), "the model has heads 0 to 1"),
         (lambda p: ablate_heads(p, steps=[3]), r"no steps \[3\]; it has steps 0 to 2"),
-        (
-            lambda p: reweight_token(p, "moon", 2),
-            "no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a'",
-        ),
+        (lambda p: reweight_token(p, "moon", 2), "no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a'"),
         (lambda p: reweight_token(p, "mushrom", 2), "did you mean 'mushroom'?"),
         (lambda p: ablate_heads(p, "blocks.0.atn"), "did you mean 'blocks.0.attn'?"),
         (lambda p: reweight_token(p, "red", -1), "at least 0"),
@@ -384,10 +381,7 @@ def test_what_cannot_be_done_is_refused_before_the_run(pipe, monkeypatch, change
 
 
 def test_a_word_of_a_prompt_without_words_is_refused(pipe):
-    with (
-        pytest.raises(ValueError, match="the prompt '' has no words, only 0: '</s>'"),
-        reweight_token(pipe, "cat", 2),
-    ):
+    with pytest.raises(ValueError, match="the prompt '' has no words, only 0: '</s>'"), reweight_token(pipe, "cat", 2):
         draw(pipe, prompt=["", ""])
 
 

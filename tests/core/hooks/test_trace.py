@@ -6,17 +6,7 @@ from copy import copy
 
 import numpy as np
 import pytest
-from traced_models import (
-    CALL,
-    NAMES,
-    assert_untouched,
-    compressing,
-    direct_maps,
-    draw,
-    inputs,
-    never,
-    watched,
-)
+from traced_models import CALL, NAMES, assert_untouched, compressing, direct_maps, draw, inputs, never, watched
 
 from pixart_nb.core import TraceTooLargeError, trace
 from pixart_nb.core.backend import ms
@@ -87,9 +77,7 @@ def test_rows_of_the_prompts_are_kept_unless_told(pipe, traced):
         place = "blocks.1.cross_attn", 2, [0, 7]
         assert np.array_equal(traced.rows(*place, row=row), every.rows(*place, row=2 + row))
         assert np.array_equal(other.rows(*place, row=row), every.rows(*place, row=row))
-    assert (
-        np.abs(every.rows("blocks.1.attn", 2, [5]) - every.rows("blocks.1.attn", 2, [5], row=2)).max() > 1e-4
-    )
+    assert np.abs(every.rows("blocks.1.attn", 2, [5]) - every.rows("blocks.1.attn", 2, [5], row=2)).max() > 1e-4
     assert traced.prompts == ["a red mushroom on grass", "blue cat"]
     assert traced.words(1) == ["blue", "cat", "</s>"]
     assert every.words(0) == []
@@ -99,17 +87,12 @@ def test_without_guidance_every_row_follows_a_prompt(pipe):
     with trace(pipe, announce=None) as t:
         draw(pipe, guidance_scale=1.0)
     assert t.labels == ["conditional 0", "conditional 1"]
-    with (
-        pytest.raises(ValueError, match="without guidance"),
-        trace(pipe, rows="unconditional", announce=None),
-    ):
+    with pytest.raises(ValueError, match="without guidance"), trace(pipe, rows="unconditional", announce=None):
         draw(pipe, guidance_scale=1.0)
 
 
 def test_chosen_layers_heads_and_steps_are_kept(pipe, traced):
-    with trace(
-        pipe, layers=(1, "blocks.0.attn"), heads=1, timesteps=traced.timesteps[1:], announce=None
-    ) as t:
+    with trace(pipe, layers=(1, "blocks.0.attn"), heads=1, timesteps=traced.timesteps[1:], announce=None) as t:
         draw(pipe)
     assert t.names == [NAMES[0], *NAMES[2:]]
     assert (t.heads, t.steps, t.timesteps) == ([1], [1, 2], traced.timesteps[1:])
@@ -142,11 +125,7 @@ def test_words_merge_their_pieces_and_sum_with_the_rest_to_one(traced):
     pieces = [n for n, piece in enumerate(traced.tokens()) if n in traced.word_tokens()[2].tokens]
     assert len(pieces) > 1  # else the test says nothing
     expected = np.mean(
-        [
-            traced.rows(n, step, None)[..., pieces].sum(-1)
-            for n in traced.names[1::2]
-            for step in traced.steps
-        ],
+        [traced.rows(n, step, None)[..., pieces].sum(-1) for n in traced.names[1::2] for step in traced.steps],
         axis=(0, 1),
     )
     assert np.allclose(traced.word_map("mushroom").ravel(), expected, atol=1e-6)
@@ -208,9 +187,7 @@ def test_queries_for_large_pictures_are_spread_evenly(traced):
 def test_memory_is_announced_before_the_run_and_bounds_what_is_taken(pipe):
     said = []
     with trace(pipe, attention="self", announce=said.append) as t:
-        steps = pipe.sample(
-            **{k: v for k, v in CALL.items() if k not in ("output_type", "use_resolution_binning")}
-        )
+        steps = pipe.sample(**{k: v for k, v in CALL.items() if k not in ("output_type", "use_resolution_binning")})
         assert len(said) == 1 and not t.records
         list(steps)
     assert f"trace: {t.nbytes / 1e3:.1f} kB (3 layers x 3 steps x 2 of 4 rows" in said[0]

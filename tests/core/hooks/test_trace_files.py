@@ -46,9 +46,7 @@ def test_a_file_of_version_0_1_is_read(saved, tmp_path):
     arrays["pictures"] = arrays.pop("images")
     value = zlib.crc32(metadata["trace"].encode())
     for name in sorted(arrays):
-        value = zlib.crc32(
-            np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), value)
-        )
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).data, zlib.crc32(name.encode(), value))
     metadata = {"format": metadata["format"], "trace": metadata["trace"], "crc32": str(value)}
     save_file(arrays, tmp_path / "old.safetensors", metadata)
     again = Trace.load(tmp_path / "old.safetensors")

@@ -12,10 +12,7 @@ from pixart_nb.core import trace
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"layers": 7},
-            r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\]; it has blocks.0 to blocks.2",
-        ),
+        ({"layers": 7}, r"no layers \['blocks.7.attn', 'blocks.7.cross_attn'\]; it has blocks.0 to blocks.2"),
         ({"layers": "blocks.0.mlp"}, r"blocks.0.mlp.*each with attn and cross_attn"),
         ({"layers": ()}, "none was given"),
         ({"heads": [0, 9]}, r"heads is \[0, 9\]; the model has heads 0 to \d"),
@@ -42,18 +39,12 @@ def test_what_a_run_does_not_have_is_refused_with_what_it_has(pipe, options, mes
         (lambda t: t.rows(NAMES[0], 0, 24), r"numbers 0 to 23 of \(4, 6\) patches"),
         (lambda t: t.rows(NAMES[0], 0, np.zeros((4, 6), bool)), "at least one True"),
         (lambda t: t.rows(NAMES[0], 0, 0, row=2), "no image 2; it has 0: conditional 0, 1: conditional 1"),
-        (
-            lambda t: t.word_map("moon"),
-            r"no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a', 1: 'red'",
-        ),
+        (lambda t: t.word_map("moon"), r"no word 'moon'; the prompt 'a red mushroom on grass' has 0: 'a', 1: 'red'"),
         (lambda t: t.word_map("grass red"), "no word 'grass red'"),
         (lambda t: t.word_map("gras"), "did you mean 'grass'?"),
         (lambda t: t.rows("blocks.0.atn", 0, 0), "did you mean 'blocks.0.attn'?"),
         (lambda t: t.word_map(6), "no word number 6"),
-        (
-            lambda t: t.word_map("red", layers=4),
-            r"no layer 4; it has blocks.0.cross_attn, ",
-        ),
+        (lambda t: t.word_map("red", layers=4), r"no layer 4; it has blocks.0.cross_attn, "),
         (lambda t: t.word_map("red", steps=[]), "no step"),
         (lambda t: setattr(t, "images", [np.zeros((4, 4, 3), np.uint8)]), "expected 2 images"),
     ],

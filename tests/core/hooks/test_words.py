@@ -33,9 +33,7 @@ def test_words_are_those_of_the_prompt_with_punctuation_apart(tokenizer, prompt,
     assert words_of(tokenizer, prompt) == words
 
 
-@given(
-    st.lists(st.text(alphabet=f"{MARK}ab,.-'é", min_size=1, max_size=4) | st.sampled_from(["</s>", "<unk>"]))
-)
+@given(st.lists(st.text(alphabet=f"{MARK}ab,.-'é", min_size=1, max_size=4) | st.sampled_from(["</s>", "<unk>"])))
 def test_every_token_belongs_to_exactly_one_word(pieces):
     words = merge_pieces(pieces)
     assert [token for word in words for token in word.tokens] == list(range(len(pieces)))

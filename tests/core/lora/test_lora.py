@@ -2,17 +2,7 @@
 
 import numpy as np
 import pytest
-from lora_models import (
-    CASES,
-    EVERYTHING,
-    TRANSFORMER,
-    inputs,
-    run,
-    same_weights,
-    trained,
-    transformer,
-    weights,
-)
+from lora_models import CASES, EVERYTHING, TRANSFORMER, inputs, run, same_weights, trained, transformer, weights
 from mindspore import mint
 from reference_data import FORWARD, REFERENCE, relative_error
 
@@ -377,10 +367,7 @@ def test_names_that_are_taken_unknown_or_no_names_are_refused(net):
 
 def test_what_cannot_be_done_to_fused_adapters_is_refused_with_the_way_out(net):
     adapters = Adapters.of(net)
-    for wrong, complaint in (
-        (adapters.fuse, "no adapter is active"),
-        (adapters.unfuse, "nothing to take out"),
-    ):
+    for wrong, complaint in ((adapters.fuse, "no adapter is active"), (adapters.unfuse, "nothing to take out")):
         with pytest.raises(ValueError, match=complaint):
             wrong()
     trained(net, "style")

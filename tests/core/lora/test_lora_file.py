@@ -92,9 +92,7 @@ def test_names_with_underscores_find_their_layers(form):
         for key, value in tensors.items()
     }
     file = read_lora(tensors)
-    assert set(Adapters.of(net).load("a", file).branches) == {
-        f"transformer_blocks.{k}.attn1.to_q" for k in range(3)
-    }
+    assert set(Adapters.of(net).load("a", file).branches) == {f"transformer_blocks.{k}.attn1.to_q" for k in range(3)}
     if "_attn1" in form:
         assert set(Adapters.of(net).load("b", read_lora(own)).branches) == {
             f"transformer_blocks.{k}.attn2.to_out.0" for k in range(3)
@@ -115,9 +113,7 @@ def test_the_alpha_beside_the_weights_goes_before_the_configuration(tmp_path):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(described)})
     assert read_lora(tmp_path).modules[TO_Q].scale == 4.0
-    save_file(
-        tensors, path, {"lora_adapter_metadata": json.dumps(described | {"transformer.use_rslora": True})}
-    )
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(described | {"transformer.use_rslora": True})})
     assert read_lora(tmp_path).modules[TO_Q].scale == pytest.approx(8 / math.sqrt(2))
     save_file(LAYOUTS["diffusers"], path, {"lora_adapter_metadata": json.dumps(described)})
     assert read_lora(tmp_path).modules[TO_Q].scale == 1.5
@@ -168,9 +164,7 @@ def read_with(config, tmp_path, tensors=None):
     return read_lora(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "initial", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["pissa"], 3]
-)
+@pytest.mark.parametrize("initial", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", ["pissa"], 3])
 def test_initial_values_that_change_the_model_are_refused(initial, tmp_path):
     with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
         read_with({"lora_alpha": 4, "init_lora_weights": initial}, tmp_path)
@@ -201,10 +195,7 @@ def test_settings_that_are_not_implemented_are_refused(setting, tmp_path):
 )
 def test_an_alpha_pattern_matches_names_and_simple_expressions(pattern, tmp_path):
     assert read_with({"lora_alpha": 4, "alpha_pattern": {pattern: 6}}, tmp_path).modules[TO_Q].scale == 3.0
-    assert (
-        read_with({"lora_alpha": 4, "alpha_pattern": {"o_q": 6, "attn1": 6}}, tmp_path).modules[TO_Q].scale
-        == 2.0
-    )
+    assert read_with({"lora_alpha": 4, "alpha_pattern": {"o_q": 6, "attn1": 6}}, tmp_path).modules[TO_Q].scale == 2.0
 
 
 def test_an_alpha_pattern_cannot_hang_the_reader(tmp_path):
@@ -214,17 +205,12 @@ def test_an_alpha_pattern_cannot_hang_the_reader(tmp_path):
     with pytest.raises(CheckpointError, match="is not understood as a pattern"):
         read_with({"lora_alpha": 4, "alpha_pattern": {"(a+)+b": 1, "(.*)*x": 2}}, tmp_path, tensors)
     pattern = ".*a" * 60 + "b"
-    assert (
-        read_with({"lora_alpha": 4, "alpha_pattern": {pattern: 1}}, tmp_path, tensors).modules[name].scale
-        == 2.0
-    )
+    assert read_with({"lora_alpha": 4, "alpha_pattern": {pattern: 1}}, tmp_path, tensors).modules[name].scale == 2.0
     assert time.process_time() - started < 2
 
 
 @given(
-    st.lists(st.sampled_from(["a", "b", "0", r"\.", ".*", ".+", r"\d+", "ab"]), min_size=1, max_size=6).map(
-        "".join
-    ),
+    st.lists(st.sampled_from(["a", "b", "0", r"\.", ".*", ".+", r"\d+", "ab"]), min_size=1, max_size=6).map("".join),
     st.text("ab0.", max_size=7),
 )
 def test_patterns_mean_what_they_mean_to_peft(pattern, name):
@@ -253,18 +239,11 @@ def test_what_peft_saved_is_the_same_when_it_is_saved_again(case, layout, tmp_pa
 
 def test_a_rank_stabilised_adapter_keeps_its_alpha(tmp_path):
     net = transformer()
-    adapter = trained(
-        net, r=3, lora_alpha=7, use_rslora=True, lora_dropout=0.25, rank_pattern={"attn2.to_q": 5}
-    )
+    adapter = trained(net, r=3, lora_alpha=7, use_rslora=True, lora_dropout=0.25, rank_pattern={"attn2.to_q": 5})
     expected = run(net)
     adapter.save(tmp_path, "peft")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["lora_dropout"]) == (
-        3,
-        7,
-        True,
-        0.25,
-    )
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["lora_dropout"]) == (3, 7, True, 0.25)
     assert config["alpha_pattern"] == {} and set(config["rank_pattern"].values()) == {5}
     for layout in ("peft", "diffusers"):
         again = transformer()
@@ -272,9 +251,7 @@ def test_a_rank_stabilised_adapter_keeps_its_alpha(tmp_path):
         assert relative_error(run(again), expected) < 1e-6
 
 
-names = st.sampled_from(
-    [f"transformer_blocks.{k}.{end}" for k in range(3) for end in ("attn1.to_q", "ff.net.2")]
-)
+names = st.sampled_from([f"transformer_blocks.{k}.{end}" for k in range(3) for end in ("attn1.to_q", "ff.net.2")])
 numbers = st.floats(-1e3, 1e3, width=32)
 
 
@@ -392,9 +369,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         read_lora(path)
 
 
-keys = st.text(max_size=12) | st.sampled_from(
-    [*LAYOUTS["diffusers"], *LAYOUTS["kohya"], TO_Q + ".dora_scale"]
-)
+keys = st.text(max_size=12) | st.sampled_from([*LAYOUTS["diffusers"], *LAYOUTS["kohya"], TO_Q + ".dora_scale"])
 arrays = st.builds(
     lambda shape, kind: np.ones(shape, kind),
     st.lists(st.integers(0, 3), max_size=5).map(tuple),

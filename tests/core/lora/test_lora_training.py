@@ -51,9 +51,7 @@ def test_only_the_adapter_is_trained(kind, compiled, tmp_path):
 
 def test_a_compiled_step_trains_as_an_eager_one_with_dropout_too(tmp_path):
     config = LoraConfig(lora_dropout=0.3, use_dora=True)
-    eager, compiled = (
-        train(transformer(), config, tmp_path / str(k), compile=bool(k), steps=3) for k in (0, 1)
-    )
+    eager, compiled = (train(transformer(), config, tmp_path / str(k), compile=bool(k), steps=3) for k in (0, 1))
     for name, parameter in eager.parameters().items():
         other = compiled.parameters()[name].asnumpy()
         np.testing.assert_allclose(parameter.asnumpy(), other, atol=1e-4, err_msg=name)
@@ -107,9 +105,7 @@ def test_dropout_keeps_the_mean_and_its_numbers_are_independent(share):
 
 
 def test_more_rows_than_phases_are_dropped_too():
-    dropout = LoraDropout(
-        2, 0.5, ms.Parameter(ms.Tensor(np.linspace(0, 1, PHASES, dtype=np.float32))), "columns"
-    )
+    dropout = LoraDropout(2, 0.5, ms.Parameter(ms.Tensor(np.linspace(0, 1, PHASES, dtype=np.float32))), "columns")
     out = dropout(ms.Tensor(np.ones((PHASES + 10, 2), np.float32))).asnumpy()
     assert np.array_equal(out[PHASES:], out[:10])
     assert out.mean() == pytest.approx(1, abs=0.01)

@@ -14,9 +14,7 @@ from pixart_nb.core.models.attention import attention, check_mask
 
 def arrays(queries=10, keys=7, head_size=72, heads=2, rows=3, seed=0):
     rng = np.random.default_rng(seed)
-    q, k, v = (
-        rng.standard_normal((rows, heads, n, head_size)).astype(np.float32) for n in (queries, keys, keys)
-    )
+    q, k, v = (rng.standard_normal((rows, heads, n, head_size)).astype(np.float32) for n in (queries, keys, keys))
     mask = rng.random((rows, keys)) < 0.6
     mask[:, 0] = True
     return q, k, v, mask
@@ -84,9 +82,7 @@ def test_the_chunk_follows_the_memory_budget(monkeypatch, rows, least, expected)
     assert relative_error(out, direct(q, k, v)) < 1e-5
 
 
-def flash_attention_substitute(
-    q, k, v, head_num, attn_mask=None, scalar_value=1.0, input_layout="", sparse_mode=0
-):
+def flash_attention_substitute(q, k, v, head_num, attn_mask=None, scalar_value=1.0, input_layout="", sparse_mode=0):
     """The contract of Ascend's operator, in NumPy: half precision, head size of 16s, mask 1 = discard."""
     assert q.dtype in (ms.float16, ms.bfloat16)
     assert input_layout == "BNSD"

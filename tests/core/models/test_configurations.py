@@ -36,18 +36,8 @@ VAE = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 64], "scaling_
         (PixArtConfig, "class_name", 3, "class_name is 3; expected a string"),
         (PixArtConfig, "kv_compress_config", [1], "expected a mapping"),
         (PixArtConfig, "kv_compress_config", {"scale_factor": 10**9}, "scale_factor is 1000000000"),
-        (
-            PixArtConfig,
-            "kv_compress_config",
-            {"scale_factor": 2, "kv_compress_layer": [0, "1"]},
-            "names layers",
-        ),
-        (
-            VAEConfig,
-            "layers_per_block",
-            10**6,
-            "layers_per_block is 1000000; expected a whole number from 1 to 64",
-        ),
+        (PixArtConfig, "kv_compress_config", {"scale_factor": 2, "kv_compress_layer": [0, "1"]}, "names layers"),
+        (VAEConfig, "layers_per_block", 10**6, "layers_per_block is 1000000; expected a whole number from 1 to 64"),
         (VAEConfig, "block_out_channels", [32] * 17, "at most 16 multiples"),
         (VAEConfig, "block_out_channels", [32, 40], "multiples of norm_num_groups, 32"),
         (VAEConfig, "block_out_channels", [], "expected whole numbers"),
@@ -128,8 +118,6 @@ def test_a_vae_without_a_scaling_factor_has_that_of_the_first_stable_diffusion(v
     assert LOADERS["vae"](vae_folder(scaling_factor="absent"), ms.float32).config.scaling_factor == 0.18215
 
 
-@pytest.mark.parametrize(
-    ("upcast", "dtype"), [(True, ms.float32), ("absent", ms.float32), (False, ms.float16)]
-)
+@pytest.mark.parametrize(("upcast", "dtype"), [(True, ms.float32), ("absent", ms.float32), (False, ms.float16)])
 def test_a_vae_that_must_be_upcast_computes_in_float32(vae_folder, upcast, dtype):
     assert LOADERS["vae"](vae_folder(force_upcast=upcast), ms.float16).dtype == dtype

@@ -43,9 +43,7 @@ def test_every_kind_of_reference_is_there():
     assert operators == {None, "conv", "ave", "uniform"}
     assert {(c.get("kv_compress_config") or {}).get("scale_factor") for c in configs} == {None, 2, 4}
     assert any(c.get("micro_condition") for c in configs)
-    assert any(
-        a["latents"].shape[2] != a["latents"].shape[3] for a in (official(case)[2] for case in OFFICIAL)
-    )
+    assert any(a["latents"].shape[2] != a["latents"].shape[3] for a in (official(case)[2] for case in OFFICIAL))
     assert any(not a["mask"].all() for a in (official(case)[2] for case in OFFICIAL))
 
 
@@ -149,14 +147,8 @@ def test_recompute_gives_the_same_gradients():
     [
         (dict(class_name="DiT"), "expected 'PixArt' or 'PixArtMS'"),
         (dict(hidden_size=26), "multiple of 4"),
-        (
-            dict(kv_compress_config=dict(sampling="max", scale_factor=2, kv_compress_layer=[0])),
-            "expected one of conv",
-        ),
-        (
-            dict(kv_compress_config=dict(sampling="conv", scale_factor=2, kv_compress_layer=[2])),
-            "layers 0 to 1",
-        ),
+        (dict(kv_compress_config=dict(sampling="max", scale_factor=2, kv_compress_layer=[0])), "expected one of conv"),
+        (dict(kv_compress_config=dict(sampling="conv", scale_factor=2, kv_compress_layer=[2])), "layers 0 to 1"),
         (dict(hidden_size=20, micro_condition=True), "divisible by 3"),
     ],
 )

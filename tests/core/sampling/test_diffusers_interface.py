@@ -55,9 +55,7 @@ def test_tensors_of_torch_are_refused_with_the_reason(pipe):
 def test_options_without_a_meaning_are_named_and_misspelt_ones_are_refused(pipe):
     with pytest.warns(UserWarning, match="no meaning here, ignored: cross_attention_kwargs, mask_feature$"):
         drawn(pipe, cross_attention_kwargs={}, mask_feature=True, ip_adapter_image=None)
-    with pytest.raises(
-        ValueError, match="no parameter 'num_inference_step'; did you mean 'num_inference_steps'"
-    ):
+    with pytest.raises(ValueError, match="no parameter 'num_inference_step'; did you mean 'num_inference_steps'"):
         drawn(pipe, num_inference_step=3)
 
 
@@ -90,12 +88,7 @@ def test_guidance_rescale_keeps_the_deviation_of_the_conditional_prediction(pipe
         return lambda latents, timestep: predicted.append(predict(latents, timestep)) or predicted[-1]
 
     for scale, rescale in ((1.0001, 0.0), (4.5, 1.0)):
-        call = {
-            "height": 64,
-            "width": 64,
-            "num_inference_steps": 1,
-            "latents": np.ones((1, 4, 8, 8), np.float32),
-        }
+        call = {"height": 64, "width": 64, "num_inference_steps": 1, "latents": np.ones((1, 4, 8, 8), np.float32)}
         list(pipe.sample("a cup", guidance_scale=scale, guidance_rescale=rescale, wrap_predict=keep, **call))
     conditional, rescaled = (prediction.noise.std() for prediction in predicted)
     assert rescaled == pytest.approx(conditional, rel=1e-3)
@@ -117,9 +110,7 @@ def test_the_progress_bar_shows_the_steps_and_can_be_switched_off(capsys):
 def test_a_dtype_is_given_in_any_way(dtype):
     pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, dtype, text_encoder=None, tokenizer=None, vae=None)
     assert pipe.dtype == ms.float16
-    pipe = PixArtSigmaPipeline.from_pretrained(
-        FOLDER, torch_dtype=dtype, text_encoder=None, tokenizer=None, vae=None
-    )
+    pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, torch_dtype=dtype, text_encoder=None, tokenizer=None, vae=None)
     assert pipe.dtype == ms.float16
 
 

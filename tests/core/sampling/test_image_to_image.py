@@ -45,12 +45,7 @@ def test_the_last_steps_of_the_plan_are_taken_and_little_strength_keeps_the_pict
     for strength in (0.05, 0.5, 1.0):
         rng = np.random.default_rng(3)
         steps = pipe.sample(
-            "a cup",
-            num_inference_steps=20,
-            image_latents=latents(1),
-            strength=strength,
-            generator=rng,
-            **SIZE,
+            "a cup", num_inference_steps=20, image_latents=latents(1), strength=strength, generator=rng, **SIZE
         )
         records = list(steps)[1:]
         assert [step.timestep for step in records] == whole[-round(20 * strength) :].tolist()

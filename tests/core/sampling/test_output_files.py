@@ -12,13 +12,7 @@ from pixart_nb.core.sampling.images import read_parameters, write_image
 
 FOLDER = diffusers("sigma")[0]
 PIXELS = np.zeros((16, 16, 3), np.uint8)
-STORED = {
-    "model": "data/tiny-sigma",
-    "prompt": ["a red cup"],
-    "image_height": 64,
-    "image_width": 64,
-    "seed": 3,
-}
+STORED = {"model": "data/tiny-sigma", "prompt": ["a red cup"], "image_height": 64, "image_width": 64, "seed": 3}
 
 
 def sampled(folder, **changes):

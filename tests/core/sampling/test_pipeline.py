@@ -39,12 +39,7 @@ def call():
 
 
 def encoded(pipe) -> dict:
-    names = (
-        "prompt_embeds",
-        "prompt_attention_mask",
-        "negative_prompt_embeds",
-        "negative_prompt_attention_mask",
-    )
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
     values = pipe.encode_prompt(CALL["prompts"], True, CALL["negative_prompt"], max_sequence_length=32)
     return dict(zip(names, values, strict=True))
 
@@ -54,9 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:prompt has 33 tokens")
 
 def test_embeddings_and_masks_equal_the_reference_also_where_padded(pipe):
     ours = encoded(pipe)
-    for name, golden in zip(
-        ours, ("prompt_embeds", "prompt_mask", "negative_embeds", "negative_mask"), strict=True
-    ):
+    for name, golden in zip(ours, ("prompt_embeds", "prompt_mask", "negative_embeds", "negative_mask"), strict=True):
         assert relative_error(ours[name].asnumpy(), GOLDEN[golden]) < FORWARD
 
 
@@ -103,12 +96,8 @@ def test_the_callback_sees_every_nth_step(pipe, call):
 
 def test_a_seed_gives_one_picture_alone_or_in_a_batch(pipe, call):
     call = {key: value for key, value in call.items() if key != "latents"} | {"num_inference_steps": 2}
-    both = pipe(**call, generator=[np.random.default_rng(1), np.random.default_rng(2)], output_type="latent")[
-        0
-    ]
-    alone = pipe(
-        **call | {"prompt": CALL["prompts"][1]}, generator=np.random.default_rng(2), output_type="latent"
-    )[0]
+    both = pipe(**call, generator=[np.random.default_rng(1), np.random.default_rng(2)], output_type="latent")[0]
+    alone = pipe(**call | {"prompt": CALL["prompts"][1]}, generator=np.random.default_rng(2), output_type="latent")[0]
     assert relative_error(both[1:], alone) < 1e-5
 
 
@@ -205,9 +194,7 @@ def test_the_low_memory_walk_through_of_alpha_gives_the_same_picture(tmp_path):
     image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
     image = pipe.image_processor.postprocess(image, output_type="pil")[0]
     image.save(tmp_path / "cat.png")
-    whole = PixArtAlphaPipeline.from_pretrained(folder)(
-        "cute cat", generator=np.random.default_rng(0), **alpha
-    )
+    whole = PixArtAlphaPipeline.from_pretrained(folder)("cute cat", generator=np.random.default_rng(0), **alpha)
     difference = np.asarray(whole[0][0], float) - np.asarray(Image.open(tmp_path / "cat.png"), float)
     assert np.abs(difference).mean() < 3  # eight bits and half precision
 
@@ -250,9 +237,7 @@ def test_the_layout_of_mindones_example_gives_the_same_picture(pipe, call, tmp_p
     for name in ("vae", "text_encoder", "tokenizer"):
         (tmp_path / name).rename(tmp_path / "models" / name)
     (tmp_path / "models" / "other.ckpt").write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=r"several checkpoints \(PixArt-Sigma.ckpt, other.ckpt\); give the path"
-    ):
+    with pytest.raises(CheckpointError, match=r"several checkpoints \(PixArt-Sigma.ckpt, other.ckpt\); give the path"):
         PixArtSigmaPipeline.from_pretrained(tmp_path / "models")
     ours = PixArtSigmaPipeline.from_pretrained(checkpoint)
     assert np.array_equal(ours(**call, output_type="np")[0], expected)

@@ -28,9 +28,7 @@ PARTS = {
 
 
 def picture(pipe):
-    call = dict(
-        height=64, width=96, num_inference_steps=2, generator=np.random.default_rng(0), output_type="np"
-    )
+    call = dict(height=64, width=96, num_inference_steps=2, generator=np.random.default_rng(0), output_type="np")
     return pipe("a red mushroom on grass", **call)[0]
 
 

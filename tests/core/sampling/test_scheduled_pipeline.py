@@ -37,11 +37,7 @@ def reference(request):
     """A pipeline of the reference, the call that made its golden arrays, and these."""
     folder, call, golden = diffusers(request.param)
     pipe = PIPELINES[request.param].from_pretrained(folder, mindspore_dtype=ms.float32)
-    arguments = {
-        "prompt": call["prompts"],
-        "num_inference_steps": call["steps"],
-        "latents": golden["latents"],
-    }
+    arguments = {"prompt": call["prompts"], "num_inference_steps": call["steps"], "latents": golden["latents"]}
     same = ("negative_prompt", "height", "width", "guidance_scale", "max_sequence_length", "clean_caption")
     return pipe, arguments | {name: call[name] for name in same}, golden
 
@@ -61,10 +57,7 @@ def pipe(painter):
 def call():
     """Arguments of a short run without a text encoder."""
     embeds = np.random.default_rng(0).standard_normal((2, 5, 24), dtype=np.float32)
-    given = {
-        "prompt_embeds": ms.Tensor(embeds),
-        "prompt_attention_mask": ms.Tensor(np.ones((2, 5), np.int64)),
-    }
+    given = {"prompt_embeds": ms.Tensor(embeds), "prompt_attention_mask": ms.Tensor(np.ones((2, 5), np.int64))}
     return given | {
         "guidance_scale": 1.0,
         "height": 32,
@@ -138,13 +131,7 @@ FINALS = [
         (30.8361, -153.112),
     ),
     ("DPMSolverMultistepScheduler", {}, {"timesteps": [999, 600, 400, 31, 0]}, 0, (40.6755, -171.671)),
-    (
-        "UniPCMultistepScheduler",
-        {"use_karras_sigmas": True},
-        {"num_inference_steps": 7},
-        0,
-        (21.8705, -125.553),
-    ),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, {"num_inference_steps": 7}, 0, (21.8705, -125.553)),
     (
         "UniPCMultistepScheduler",
         {"solver_order": 1, "timestep_spacing": "leading"},
@@ -204,9 +191,7 @@ def test_options_do_what_they_do_in_diffusers(name, options, arguments, eta, fin
     scheduler = CLASSES[name](**options)
     latents = np.array([0.7, -1.3]).reshape(1, 1, 1, 2)
     plan, rng = scheduler.plan(**arguments), np.random.default_rng(7)
-    steps = scheduler.steps(
-        lambda x, t: Prediction(np.tanh(0.3 * x) + t / 5000), latents, plan, rng, float(eta)
-    )
+    steps = scheduler.steps(lambda x, t: Prediction(np.tanh(0.3 * x) + t / 5000), latents, plan, rng, float(eta))
     assert list(steps)[-1].latents.ravel().tolist() == pytest.approx(final, rel=3e-5)
 
 

@@ -38,9 +38,7 @@ def full(**changes) -> dict:
 
 def test_the_published_configuration_is_read():
     assert scheduler_from_config(full()) == DPMSolverMultistepScheduler()
-    changed = scheduler_from_config(
-        full(beta_end=0.01, use_karras_sigmas=True, final_sigmas_type="sigma_min")
-    )
+    changed = scheduler_from_config(full(beta_end=0.01, use_karras_sigmas=True, final_sigmas_type="sigma_min"))
     assert changed.schedule == NoiseSchedule(1e-4, 0.01)
     assert (changed.use_karras_sigmas, changed.final_sigmas_type) == (True, "sigma_min")
 
@@ -67,12 +65,7 @@ def test_a_configuration_of_another_class_gives_the_options_that_it_chose_as_in_
     assert UniPCMultistepScheduler.from_config(trailing.config) == UniPCMultistepScheduler(
         timestep_spacing="trailing", use_karras_sigmas=True
     )
-    foreign = {
-        "_class_name": "DDPMScheduler",
-        "beta_end": 0.01,
-        "timestep_spacing": "trailing",
-        "variance": 3,
-    }
+    foreign = {"_class_name": "DDPMScheduler", "beta_end": 0.01, "timestep_spacing": "trailing", "variance": 3}
     assert EulerDiscreteScheduler.from_config(foreign).timestep_spacing == "trailing"
 
 
@@ -159,9 +152,7 @@ def test_every_scheduler_can_be_imported_from_the_package():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(list(SAMPLING_METHODS)),
-    st.integers(1, 999),
-    st.sampled_from(["linspace", "leading", "trailing"]),
+    st.sampled_from(list(SAMPLING_METHODS)), st.integers(1, 999), st.sampled_from(["linspace", "leading", "trailing"])
 )
 def test_every_plan_has_the_steps_asked_for_and_falls(name, count, spacing):
     scheduler = scheduler_named(name)
@@ -217,11 +208,7 @@ def test_given_sigmas_are_the_levels_of_the_plan(name, sigmas):
         ("dpm++", {"num_inference_steps": 0}, "num_inference_steps is 0; expected 1 to 999"),
         ("ddim-diffusers", {"num_inference_steps": 1001}, "expected 1 to 1000"),
         ("euler", {"num_inference_steps": 2.5}, "num_inference_steps is 2.5; expected 1 to 1000"),
-        (
-            "lcm",
-            {"num_inference_steps": 51},
-            "expected 1 to 50, the number that the model was distilled with",
-        ),
+        ("lcm", {"num_inference_steps": 51}, "expected 1 to 50, the number that the model was distilled with"),
         ("dmd", {"num_inference_steps": 20}, "take one step, so give 1"),
         ("dpm++", {"timesteps": [400], "sigmas": [1.0, 0.0]}, "both timesteps and sigmas were given"),
         ("unipc", {"timesteps": []}, "timesteps are .*; expected a list of at least 1"),
@@ -234,11 +221,7 @@ def test_given_sigmas_are_the_levels_of_the_plan(name, sigmas):
         ("lcm", {"timesteps": 400}, "expected a list of at least 1"),
         ("lcm", {"timesteps": [float("nan")]}, "finite numbers"),
         ("dpm++karras", {"timesteps": [400]}, "use_karras_sigmas chooses its own"),
-        (
-            "ddim-diffusers",
-            {"sigmas": [1.0, 0.0]},
-            "DDIMScheduler takes no sigmas",
-        ),
+        ("ddim-diffusers", {"sigmas": [1.0, 0.0]}, "DDIMScheduler takes no sigmas"),
         ("dpm", {"sigmas": [1.0, 0.0]}, "DPMSolverContinuousScheduler takes no sigmas"),
         ("euler", {"sigmas": [1.0]}, "at least 2 finite numbers; the last is the sigma at which"),
         ("euler", {"sigmas": [1.0, 2.0]}, "sigmas are .*; expected each smaller"),

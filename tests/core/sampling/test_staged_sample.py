@@ -52,14 +52,8 @@ def test_a_finished_run_is_not_drawn_again_and_t5_may_be_streamed(tmp_path, monk
 
 
 def test_a_picture_is_enlarged_from_the_stages_of_a_smaller_one_and_repeated_from_its_file(tmp_path):
-    (small, _) = drawn(
-        tmp_path, "small", stages_path=str(tmp_path / "state"), image_height=48, image_width=32
-    )
-    changes = {
-        "stages_path": str(tmp_path / "larger"),
-        "upscale_from": str(tmp_path / "state"),
-        "strength": 0.5,
-    }
+    (small, _) = drawn(tmp_path, "small", stages_path=str(tmp_path / "state"), image_height=48, image_width=32)
+    changes = {"stages_path": str(tmp_path / "larger"), "upscale_from": str(tmp_path / "state"), "strength": 0.5}
     (first, second) = drawn(tmp_path, "large", **changes)
     assert small.shape == (48, 32, 3) and first.shape == (96, 64, 3)
     path = next((tmp_path / "large").glob("001*.png"))

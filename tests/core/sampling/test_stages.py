@@ -47,9 +47,7 @@ def called(pipe, drawing, output_type="np"):
 
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
 def test_a_picture_in_stages_is_the_pipelines_own(tmp_path, guidance):
-    drawing = picture(
-        tmp_path, drawn=(64, 96), size=(64, 96), steps=3, tile=96, guidance_scale=guidance, seed=(7, 2)
-    )
+    drawing = picture(tmp_path, drawn=(64, 96), size=(64, 96), steps=3, tile=96, guidance_scale=guidance, seed=(7, 2))
     parts = finished(drawing)
     assert np.array_equal(drawing.pixels(), to_uint8(called(whole_pipeline(), drawing))[0])
     assert [(part.stage, part.done) for part in parts[-5:]] == [
@@ -188,9 +186,7 @@ def test_a_file_of_another_run_is_refused(tmp_path):
     for each in (drawing, other):
         next(part for part in run_stages([each], load) if part.stage == "denoise")
     drawing.files.path("embeddings").write_bytes(other.files.path("embeddings").read_bytes())
-    with pytest.raises(
-        CheckpointError, match=r"embeddings\.safetensors belongs to another run.*remove the file"
-    ):
+    with pytest.raises(CheckpointError, match=r"embeddings\.safetensors belongs to another run.*remove the file"):
         list(run_stages([drawing], load))
     drawing.files.path("embeddings").unlink()
     save_tensors(drawing.files.path("prediction-0000"), {"noise": np.zeros(1, np.float32)})

@@ -111,11 +111,7 @@ def test_a_damaged_vocabulary_is_refused_and_never_gives_other_tokens(tmp_path, 
     folder = tmp_path / "tokenizer"
     shutil.copytree(diffusers(name)[0] / "tokenizer", folder)
     content = (folder / file).read_bytes()
-    changed = {
-        "empty": b"",
-        "cut": content[: len(content) // 2],
-        "changed": content[:9] + bytes(50) + content[59:],
-    }
+    changed = {"empty": b"", "cut": content[: len(content) // 2], "changed": content[:9] + bytes(50) + content[59:]}
     (folder / file).write_bytes(changed[damage])
     with pytest.raises(CheckpointError, match=r"cannot be read.*Copy the folder again"):
         TextTokenizer(folder)

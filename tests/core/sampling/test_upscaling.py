@@ -66,8 +66,7 @@ def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
     call = dict(height=64, width=96, num_inference_steps=2, output_type="latent")
     expected = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
     found = {
-        ratio: next(upscale_latents(pipe, ["a cup"], [UpscaleSize(64, 96, 1.0, ratio)], steps=2))
-        for ratio in (1, 2)
+        ratio: next(upscale_latents(pipe, ["a cup"], [UpscaleSize(64, 96, 1.0, ratio)], steps=2)) for ratio in (1, 2)
     }
     again = pipe("a cup", generator=np.random.default_rng([0, 0]), **call)[0]
     assert np.array_equal(expected, again)

@@ -80,9 +80,7 @@ def test_a_dropped_caption_is_the_empty_one(net):
     assert all_dropped[5].all()
     none = DiffusionBatches(Rows(), Noise(0, caption_drop=0.0), net, 1.0, EMPTY)(0)
     assert none[5].sum(1).tolist() == [3, 5, 1, 4]
-    shares = [
-        (DiffusionBatches(Rows(), Noise(0), net, 1.0, EMPTY)(k)[4][:, 0, 0] == 9).mean() for k in range(200)
-    ]
+    shares = [(DiffusionBatches(Rows(), Noise(0), net, 1.0, EMPTY)(k)[4][:, 0, 0] == 9).mean() for k in range(200)]
     assert np.mean(shares) == pytest.approx(0.1, abs=0.03)
 
 
@@ -104,9 +102,7 @@ def test_timesteps_reach_all_of_the_schedule():
     assert drawn.min() < 5
     assert drawn.max() > 994
     assert np.histogram(drawn, 4, (0, 1000))[0].min() > 850
-    middle = np.concatenate(
-        [Noise(0, "logit_normal").draw(number, 0, (64, 1, 1, 1))[0] for number in range(20)]
-    )
+    middle = np.concatenate([Noise(0, "logit_normal").draw(number, 0, (64, 1, 1, 1))[0] for number in range(20)])
     assert ((middle > 350) & (middle < 800)).mean() > 0.5
 
 

@@ -56,9 +56,7 @@ def test_matrices_and_vectors_follow_the_paper(decay):
     optimizer = CAME(weights, BETAS, EPS, decay)
     for number in range(30):
         scale = 10.0 ** (number % 5 - 3)
-        gradients = {
-            name: (scale * rng.standard_normal(p.shape)).astype(np.float32) for name, p in weights.items()
-        }
+        gradients = {name: (scale * rng.standard_normal(p.shape)).astype(np.float32) for name, p in weights.items()}
         optimizer.update({name: ms.Tensor(g) for name, g in gradients.items()}, 1e-3)
         for name, gradient in gradients.items():
             expected[name].step(gradient, 1e-3)
@@ -72,20 +70,15 @@ def test_a_kernel_is_a_stack_of_matrices():
     kernel = rng.standard_normal((5, 2, 2, 3)).astype(np.float32)
     weight = ms.Parameter(ms.Tensor(kernel), name="kernel")
     optimizer = CAME({"kernel": weight}, clip_threshold=1e9)  # the clipping looks at the whole tensor
-    parts = [
-        ms.Parameter(ms.Tensor(part.copy()), name=f"p{k}") for k, part in enumerate(kernel.reshape(10, 2, 3))
-    ]
+    parts = [ms.Parameter(ms.Tensor(part.copy()), name=f"p{k}") for k, part in enumerate(kernel.reshape(10, 2, 3))]
     alone = CAME({p.name: p for p in parts}, clip_threshold=1e9)
     for _ in range(5):
         gradient = rng.standard_normal(kernel.shape).astype(np.float32)
         optimizer.update({"kernel": ms.Tensor(gradient)}, 1e-3)
         alone.update(
-            {p.name: ms.Tensor(g.copy()) for p, g in zip(parts, gradient.reshape(10, 2, 3), strict=True)},
-            1e-3,
+            {p.name: ms.Tensor(g.copy()) for p, g in zip(parts, gradient.reshape(10, 2, 3), strict=True)}, 1e-3
         )
-    assert weight.asnumpy().reshape(10, 2, 3) == pytest.approx(
-        np.stack([p.asnumpy() for p in parts]), abs=1e-6
-    )
+    assert weight.asnumpy().reshape(10, 2, 3) == pytest.approx(np.stack([p.asnumpy() for p in parts]), abs=1e-6)
 
 
 def test_gradients_that_are_zero_change_nothing():
@@ -101,9 +94,7 @@ def test_it_remembers_rows_and_columns_and_goes_on_bit_for_bit():
     def run(weights, optimizer, first, last):
         for number in range(first, last):
             rng = np.random.default_rng((3, number))
-            optimizer.update(
-                {n: ms.Tensor(rng.standard_normal(s).astype(np.float32)) for n, s in SHAPES.items()}, 1e-3
-            )
+            optimizer.update({n: ms.Tensor(rng.standard_normal(s).astype(np.float32)) for n, s in SHAPES.items()}, 1e-3)
         return {name: p.asnumpy().copy() for name, p in weights.items()}
 
     whole = parameters(np.random.default_rng(4))

@@ -40,9 +40,7 @@ def test_the_weights_are_the_sources_and_compression_starts_as_the_average(tmp_p
     for name, parameter in after.parameters_and_names():
         if name in wrapped and name != "y_embedder.y_embedding":
             assert np.array_equal(parameter.asnumpy(), wrapped[name])
-    assert set(new) == {
-        f"blocks.1.attn.{part}" for part in ("sr.weight", "sr.bias", "norm.weight", "norm.bias")
-    }
+    assert set(new) == {f"blocks.1.attn.{part}" for part in ("sr.weight", "sr.bias", "norm.weight", "norm.bias")}
     x, attention = random(1, 24, before.config.hidden_size), after.blocks[1].attn
     cells = x.asnumpy().reshape(2, 2, 3, 2, -1).mean((1, 3)).reshape(1, 6, -1)
     expected = (cells - cells.mean(-1, keepdims=True)) / np.sqrt(cells.var(-1, keepdims=True) + 1e-5)
@@ -164,9 +162,7 @@ def test_an_adaptation_is_measured_and_is_what_the_target_holds(tmp_path, projec
     assert (tmp_path / "kv.adapt" / "start" / "config.json").is_file()
     adapted = load_transformer(tmp_path / "kv")
     started = load_transformer(tmp_path / "kv.adapt" / "start")
-    moved = relative_error(
-        adapted.blocks[0].attn.sr.weight.asnumpy(), started.blocks[0].attn.sr.weight.asnumpy()
-    )
+    moved = relative_error(adapted.blocks[0].attn.sr.weight.asnumpy(), started.blocks[0].attn.sr.weight.asnumpy())
     assert moved > 1e-3
     assert set(report) >= {"before", "after"}
 
@@ -215,9 +211,7 @@ def test_the_target_is_beside_the_source_unless_told(tmp_path):
         "--kv_compress_sampling",
         "conv",
     ]
-    result = CliRunner().invoke(
-        app, [str(word) for word in [*words, "--image_height", 64, "--image_width", 64]]
-    )
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--image_height", 64, "--image_width", 64]])
     assert result.exit_code == 0, result.output
     assert load_transformer(tmp_path / "net-kv2.safetensors").config.kv_layers == (0, 1)
 

@@ -23,8 +23,7 @@ from pixart_nb.core.training.distributed import ALL, owners
 
 BIN = str(Path(sys.executable).parent)
 needs_msrun = pytest.mark.skipif(
-    not (shutil.which("msrun", path=BIN) or shutil.which("msrun")),
-    reason="runs once there is MindSpore's msrun",
+    not (shutil.which("msrun", path=BIN) or shutil.which("msrun")), reason="runs once there is MindSpore's msrun"
 )
 
 
@@ -91,9 +90,7 @@ def test_the_command_trains_with_two_workers_what_it_trains_with_one(project, tm
     halves = train_options(project, model, tmp_path / "two", batch_size=2, tensorboard=False)
     two, environment = msrun(tmp_path / "log", script, "train", *halves, "--use_parallel", "True")
     for command in (list(map(str, one)), two):
-        done = subprocess.run(
-            command, cwd=project, env=environment, capture_output=True, text=True, timeout=1800
-        )
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + logs(tmp_path / "log")
     assert np.allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
     assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()

@@ -236,9 +236,7 @@ def test_micro_conditions_are_those_of_the_original_images(config, project, tmp_
         Image.new("RGB", (width, height), (40 * number, 90, 20)).save(tmp_path / f"{number}.png")
         labels.append({"path": f"{number}.png", "prompt": "a cup"})
     (tmp_path / "labels.json").write_text(json.dumps(labels))
-    net = type(CONFIG)(
-        **CONFIG.to_dict() | {"micro_condition": True, "input_size": 32, "pe_interpolation": 0.5}
-    )
+    net = type(CONFIG)(**CONFIG.to_dict() | {"micro_condition": True, "input_size": 32, "pe_interpolation": 0.5})
     write_small_pipeline(tmp_path / "model", project, net)
     data = {
         "model": str(tmp_path / "model"),
@@ -274,9 +272,7 @@ def test_the_start_report_says_how_well_the_autoencoder_shows_the_images(config,
 
 
 def test_a_warm_up_that_is_longer_than_the_training_is_named(config, tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"warmup_steps is 1000 and the training has 6 steps.*ends at 5.3e-07"
-    ):
+    with pytest.warns(UserWarning, match=r"warmup_steps is 1000 and the training has 6 steps.*ends at 5.3e-07"):
         Training(config(tmp_path / "out", warmup_steps=1000))
 
 

@@ -75,16 +75,10 @@ def test_everything_is_written_that_tells_of_the_training(whole):
     assert set(report) == {"loss", "latent_std", "reconstruction_psnr"}
     assert f"before the first step: loss {report['loss']:.4g}" in output
     assert check_config(json.loads((folder / "config.json").read_text()), "train").batch_size == 4
-    assert [path.name for path in sorted((folder / "samples").iterdir())] == [
-        "step-00000000",
-        "step-00000004",
-    ]
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step-00000000", "step-00000004"]
     images = sorted((folder / "samples" / "step-00000004").iterdir())
     assert Image.open(images[0]).size == (64, 64)
-    assert (
-        read_parameters(images[0])["prompt"]
-        == load_config("configs/train/tiny.yaml", "train").validation_prompts[0]
-    )
+    assert read_parameters(images[0])["prompt"] == load_config("configs/train/tiny.yaml", "train").validation_prompts[0]
     assert read_parameters(images[0])["step"] == 4
 
 
@@ -115,9 +109,7 @@ def test_held_out_images_are_measured_and_change_nothing(run, project, tmp_path)
 def test_a_full_disk_is_told(run, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True
-    ).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system, as root has")
     try:
         output = run(disk / "out", code=2, steps=2)
@@ -143,23 +135,15 @@ def test_another_configuration_is_refused_with_what_differs(run, tmp_path):
     before = state(tmp_path / "out")
     output = run(tmp_path / "out", code=2, seed=1, optim="came", batch_size=8)
     assert "another configuration" in output
-    for difference in (
-        "batch_size: 4 there, 8 here",
-        "optim: 'adamw' there, 'came' here",
-        "seed: 42 there, 1 here",
-    ):
+    for difference in ("batch_size: 4 there, 8 here", "optim: 'adamw' there, 'came' here", "seed: 42 there, 1 here"):
         assert difference in " ".join(output.split())
     assert all(np.array_equal(value, state(tmp_path / "out")[name]) for name, value in before.items())
 
 
 def test_a_training_that_blows_up_names_layer_and_images_and_keeps_its_checkpoint(run, tmp_path):
-    output = " ".join(
-        run(tmp_path / "out", code=1, steps=9, start_learning_rate=1e30, ckpt_save_steps=1).split()
-    )
+    output = " ".join(run(tmp_path / "out", code=1, steps=9, start_learning_rate=1e30, ckpt_save_steps=1).split())
     assert "were not updated; the last good checkpoint is" in output
-    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", output), (
-        output
-    )
+    assert re.search(r"not finite is that of layer [\w.]+ \(\w+\), in rows \[|the gradients of \w", output), output
     assert ".png" in output
     assert np.isfinite(state(tmp_path / "out")["model/final_layer.linear.weight"]).all()
 
@@ -167,13 +151,7 @@ def test_a_training_that_blows_up_names_layer_and_images_and_keeps_its_checkpoin
 @pytest.mark.parametrize(
     "changes",
     [
-        {
-            "optim": "came",
-            "gradient_accumulation_steps": 2,
-            "snr_gamma": 5.0,
-            "noise_offset": 0.1,
-            "batch_size": 2,
-        },
+        {"optim": "came", "gradient_accumulation_steps": 2, "snr_gamma": 5.0, "noise_offset": 0.1, "batch_size": 2},
         {"dtype": "fp16", "init_loss_scale": 1024.0, "use_ema": False, "recompute": True},
         {
             "mode": 0,

@@ -49,10 +49,7 @@ def test_steps_that_are_done_again_stand_once_in_the_log(tmp_path):
 def test_the_newest_checkpoints_are_kept(tmp_path):
     run = trainer(tmp_path, keep=2)
     run.run()
-    assert [path.name for path in run.checkpoints()] == [
-        "step-00000030.safetensors",
-        "step-00000040.safetensors",
-    ]
+    assert [path.name for path in run.checkpoints()] == ["step-00000030.safetensors", "step-00000040.safetensors"]
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
@@ -134,9 +131,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     trainer(tmp_path).run(until=3)
     other = Linear(4, 2)
     with pytest.raises(CheckpointError, match="of another model"):
-        Trainer(
-            lambda x: (x, x), dict(other.parameters_and_names()), batch, TrainerOptions(steps=5), tmp_path
-        )
+        Trainer(lambda x: (x, x), dict(other.parameters_and_names()), batch, TrainerOptions(steps=5), tmp_path)
 
 
 def test_steps_are_yielded_one_by_one_and_saved_when_nobody_asks_for_more(tmp_path):
@@ -179,9 +174,7 @@ def test_half_precision_is_updated_through_copies_that_keep_small_steps(tmp_path
     assert run.parameters["map.bias"].dtype == ms.float16
     moved = np.abs(run.masters["map.bias"].asnumpy() - before)
     assert (moved > 1e-4).all()  # twenty steps of 1e-5, each too small for half precision at 0.5
-    assert np.array_equal(
-        run.parameters["map.bias"].asnumpy(), run.masters["map.bias"].asnumpy().astype(np.float16)
-    )
+    assert np.array_equal(run.parameters["map.bias"].asnumpy(), run.masters["map.bias"].asnumpy().astype(np.float16))
     assert run.state()["model/map.bias"].dtype == np.float32
 
 
@@ -190,9 +183,7 @@ def test_an_overflow_costs_a_step_and_halves_the_loss_scale(tmp_path):
         x, y = batch(step)
         return x, y * np.float32(1000 if step == 5 else 1)
 
-    options = dict(
-        dtype=ms.float16, loss_scale=2048.0, dynamic_loss_scale=True, loss_scale_window=4, compile=False
-    )
+    options = dict(dtype=ms.float16, loss_scale=2048.0, dynamic_loss_scale=True, loss_scale_window=4, compile=False)
     run = trainer(tmp_path / "whole", loud, **options)
     before = None
     for row in run.steps(until=9):
@@ -233,9 +224,7 @@ def test_either_optimizer_resumes_bit_for_bit(tmp_path, optimizer):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert all(np.array_equal(parts.state()[name], value) for name, value in whole.state().items())
     other = {"adamw": "came", "came": "adamw"}[optimizer]
-    swapped = (
-        {"betas": (0.9, 0.99)} if other == "adamw" else {"betas": (0.9, 0.99, 0.999), "eps": (1e-30, 1e-16)}
-    )
+    swapped = {"betas": (0.9, 0.99)} if other == "adamw" else {"betas": (0.9, 0.99, 0.999), "eps": (1e-30, 1e-16)}
     with pytest.raises(CheckpointError, match="another optimizer"):
         trainer(tmp_path / "parts", **options | {"optimizer": other, "eps": 1e-8} | swapped)
 
@@ -251,7 +240,5 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path):
     identity = {"seed": 0, "json_path": "a.json", "sizes": (1, 2)}
     trainer(tmp_path, more={"identity": identity}).run(until=3)
     assert trainer(tmp_path, more={"identity": identity}).step == 3
-    with pytest.raises(
-        CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Use"
-    ):
+    with pytest.raises(CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Use"):
         trainer(tmp_path, more={"identity": identity | {"seed": 1, "batch_size": 8}})

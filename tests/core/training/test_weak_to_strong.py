@@ -20,9 +20,7 @@ from pixart_nb.core.training.weak_to_strong import (
     uncompressed,
 )
 
-CONFIG = PixArtConfig(
-    hidden_size=48, num_heads=4, depth=3, caption_channels=6, input_size=8, pe_interpolation=0.5
-)
+CONFIG = PixArtConfig(hidden_size=48, num_heads=4, depth=3, caption_channels=6, input_size=8, pe_interpolation=0.5)
 COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1, 2]}
 
 
@@ -103,9 +101,7 @@ def test_layers_that_learned_to_compress_go_on(weak, tmp_path):
     net = start_stage(weak, TrainingStage(compression=COMPRESSION), seed=0).net
     net.blocks[1].attn.sr.weight.set_data(ms.Tensor(np.full((48, 1, 2, 2), 0.3, np.float32)))
     components.write_transformer(tmp_path / "next", net)
-    more = start_stage(
-        tmp_path / "next", TrainingStage(compression=COMPRESSION | {"kv_compress_layer": [0, 1, 2]})
-    )
+    more = start_stage(tmp_path / "next", TrainingStage(compression=COMPRESSION | {"kv_compress_layer": [0, 1, 2]}))
     assert more.new_layers == (0,)
     assert np.allclose(more.net.blocks[1].attn.sr.weight.asnumpy(), 0.3)
     assert np.allclose(more.net.blocks[0].attn.sr.weight.asnumpy(), 0.25)

@@ -32,9 +32,7 @@ def test_two_workers_draw_what_one_would(project, tmp_path):
     start += ["--cluster_time_out=60", f"--log_dir={tmp_path / 'log'}"]
     for before, after, folder in (([], [], "one"), (start, ["--use_parallel", "True"], "two")):
         command = [str(word) for word in (*before, *words, *after, "-o", tmp_path / folder)]
-        done = subprocess.run(
-            command, cwd=project, env=environment, capture_output=True, text=True, timeout=200
-        )
+        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     files = json.loads((tmp_path / "two" / "sample.json").read_text())["files"]
     assert len(files) == 3
