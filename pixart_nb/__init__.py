@@ -41,10 +41,12 @@ _MODULES = {
     "core.checkpoints.load": ("load_transformer",),
     "core.checkpoints.convert": ("plan_conversion", "convert"),
     # figures and widgets
-    "viz.figures": ("image_grid", "comparison_grid", "film_strip", "training_curves", "save_figure"),
+    "viz.figures": ("image_grid", "comparison_grid", "film_strip", "save_figure"),
+    "viz.curves": ("training_curves",),
     "viz.attention": ("word_heat_maps",),
     "viz.playground": ("Playground",),
-    "viz.widgets": ("AttentionExplorer", "CompressionExplorer"),
+    "viz.attention_explorer": ("AttentionExplorer",),
+    "viz.compression_explorer": ("CompressionExplorer",),
 }
 _PUBLIC = {name: f"pixart_nb.{module}" for module, names in _MODULES.items() for name in names}
 __all__ = [*_PUBLIC, "__version__"]

@@ -108,8 +108,8 @@ def load_benchmarks() -> tuple[Any, type]:
 
 def written(runs: Any, rows: list, folder: Path, name: str) -> list[Path]:
     """Write ``name.csv`` and, where there are seconds to draw, ``name.png``. Return the paths."""
-    from pixart_nb.viz.benchmark import SECONDS, benchmark_figure
     from pixart_nb.viz.figures import save_figure
+    from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
     paths = [runs.write_csv(folder / f"{name}.csv", rows)]
     if any(row.measure in SECONDS for row in rows):

@@ -1,4 +1,4 @@
-"""Figures of attention: words over the image, the view of one patch, layers x heads, statistics.
+"""Figures of attention: words over the image, the view of one patch, layers x heads, statistics, located objects.
 
 Attention is a share: what one patch gives to all keys sums to 1.
 """
@@ -6,31 +6,16 @@ Attention is a share: what one patch gives to all keys sums to 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib import cm
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.viz import style
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, check_cells, overlay, shrunk, spread_cells
-from pixart_nb.viz.style import (
-    BAR_HEIGHT,
-    DIFFERENCE,
-    HEAT,
-    MARK,
-    SMALL,
-    TEXT,
-    WIDTH,
-    Figure,
-    axes_grid,
-    colour_bar,
-    for_image,
-    new_figure,
-)
+from pixart_nb.viz.style import SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_curves, heat_bar, new_figure
 
 #: More cells a side than this are drawn without lines between them.
 MOST_LINES = 32
@@ -53,10 +38,6 @@ def word_heat_maps(
         maps: word -> (h, w) share of each patch's attention.
         threshold: Share of the scale below which cells stay grey.
         own_scale: Scale each word from 0 to its own largest share. Otherwise all words share one scale and colour bar.
-
-    >>> figure = word_heat_maps(np.zeros((8, 8, 3)), {"red": np.eye(2), "cup": np.ones((2, 2))})
-    >>> [place.get_title() for place in figure.axes[:3]]
-    ['image', 'red', 'cup']
     """
     if not maps:
         raise PixArtNBError("there is no word to show; give at least one map")
@@ -74,7 +55,7 @@ def word_heat_maps(
         text = f"{SHARE}, from 0 (dark) to the number above the map (light)"
         figure.supxlabel(text, fontsize=SMALL)
     else:
-        _heat_bar(figure, axes, max(highest.values()), SHARE)
+        heat_bar(figure, axes, max(highest.values()), SHARE)
     return figure
 
 
@@ -91,10 +72,6 @@ def word_strip(
         images: (S, H, W, 3).
         maps: (S, h, w).
         labels: One for each step.
-
-    >>> strip = word_strip(np.zeros((2, 8, 8, 3)), np.ones((2, 4, 4)), ["t 999", "t 500"], "cup")
-    >>> [place.get_title() for place in strip.axes[:4]]
-    ['t 999', 't 500', '', '']
     """
     require_as_many("images", images, len(maps), "maps")
     require_as_many("labels", labels, len(maps), "maps")
@@ -106,7 +83,7 @@ def word_strip(
         show_pixels(axes[len(maps) + number], overlay(image, heat, (0, highest), threshold), "")
     for ax, label in ((axes[0], "image"), (axes[len(maps)], word)):
         ax.set_ylabel(label, fontsize=TEXT)
-    _heat_bar(figure, axes, highest, SHARE)
+    heat_bar(figure, axes, highest, SHARE)
     return figure
 
 
@@ -126,23 +103,19 @@ def patch_attention(
         query: (row, column) of the patch in tokens; it is framed.
         titles: One for each of the n maps.
         grid: (height, width) of the image in tokens, where cells do not fill it.
-
-    >>> figure = patch_attention(np.zeros((8, 8, 3)), np.ones((2, 2, 2)) / 4, (3, 0), ["head 0", "head 1"], ratio=2)
-    >>> figure.axes[1].patches[0].get_xy()  # the patch's frame, in tokens
-    (0, 3)
     """
     require_as_many("titles", titles, len(weights), "maps")
     grid = check_cells(weights.shape[1:], ratio, grid)
-    _check_patch(query, grid)
+    check_patch(query, grid)
     columns, image = min(columns, len(weights)), shrunk(image)
     figure, axes = image_axes(-(-len(weights) // columns), columns, image)
     highest = float(np.max(weights))
     for ax, heat, title in zip(axes, weights, titles, strict=False):
         pixels = overlay(image, heat, (0, highest), None, ratio, grid)
         _show_tokens(ax, pixels, grid, title)
-        _draw_cells(ax, heat.shape, ratio)
+        _faint_cells(ax, heat.shape, ratio)
         _frame_patch(ax, query)
-    _heat_bar(figure, axes, highest, "share of the patch's attention, a cell")
+    heat_bar(figure, axes, highest, "share of the patch's attention, a cell")
     return figure
 
 
@@ -153,28 +126,24 @@ def full_against_compressed(
 
     The share of a compressed key is divided evenly among its tokens, so that all panels have one unit. The title of the
     difference gives the overlap, 1 - sum |difference| / 2, which is 1 for equal maps.
-
-    >>> figure = full_against_compressed(np.zeros((8, 8, 3)), np.eye(4) / 4, np.eye(2) / 2, (0, 0), 2)
-    >>> figure.axes[2].get_title()
-    'compressed - full\\n50% of the attention is the same'
     """
     grid, image = full.shape, shrunk(image)
     spread = spread_cells(compressed, ratio, grid)
-    _check_patch(query, grid)
+    check_patch(query, grid)
     figure, axes = image_axes(1, 3, image, cell=2.6)
     highest = float(max(full.max(), spread.max()))
     panels = ((full, 1, f"full: {full.size} keys"), (compressed, ratio, f"compressed: {compressed.size} keys"))
     for ax, (heat, side, title) in zip(axes, panels, strict=False):
         shares = heat / side**2
         _show_tokens(ax, overlay(image, shares, (0, highest), None, side, grid), grid, title)
-        _draw_cells(ax, heat.shape, side)
+        _faint_cells(ax, heat.shape, side)
     difference = spread - full
     same = 1 - np.abs(difference).sum() / 2
     heat_image = _show_difference(axes[2], difference, grid)
     axes[2].set_title(f"compressed - full\n{same:.0%} of the attention is the same", fontsize=TEXT)
     for ax in axes:
         _frame_patch(ax, query)
-    _heat_bar(figure, axes[:2], highest, "share of attention, a token")
+    heat_bar(figure, axes[:2], highest, "share of attention, a token")
     colour_bar(figure, heat_image, axes[2], "difference of shares")
     return figure
 
@@ -186,12 +155,7 @@ def overview_grid(
     image: np.ndarray | None = None,
     label: str = SHARE,
 ) -> Figure:
-    """Draw maps (layers, heads, h, w) as a grid with one row per layer, each scaled from its minimum to its maximum.
-
-    >>> grid = overview_grid(np.random.default_rng(0).random((2, 3, 4, 4)), [0, 14], [0, 1, 2])
-    >>> [place.get_title() for place in grid.axes[:3]], [place.get_ylabel() for place in grid.axes[::3]]
-    (['head 0', 'head 1', 'head 2'], ['layer 0', 'layer 14'])
-    """
+    """Draw maps (layers, heads, h, w) as a grid with one row per layer, each scaled from its minimum to its maximum."""
     if maps.shape[:2] != (len(layers), len(heads)):
         raise PixArtNBError(f"maps have shape {maps.shape}; expected {len(layers)} layers x {len(heads)} heads")
     aspect, cell = maps.shape[2] / maps.shape[3], min(1.3, WIDTH / len(heads))
@@ -200,16 +164,104 @@ def overview_grid(
     axes = axes_grid(figure, len(layers), len(heads))
     for row, layer in enumerate(layers):
         for column, head in enumerate(heads):
-            ax, heat = for_image(axes[row, column]), maps[row, column]
+            ax, heat = style.for_image(axes[row, column]), maps[row, column]
             limits = (float(heat.min()), float(heat.max()))
             if image is None:
-                ax.imshow(heat, cmap=HEAT, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+                ax.imshow(heat, cmap=style.HEAT, vmin=limits[0], vmax=limits[1], interpolation="nearest")
             else:
                 ax.imshow(overlay(image, heat, limits), interpolation="nearest")
             ax.set_title(f"head {head}" if row == 0 else "", fontsize=SMALL)
         axes[row, 0].set_ylabel(f"layer {layer}", fontsize=SMALL)
     figure.supxlabel(f"{label}: each map from its smallest (dark) to its largest value", fontsize=SMALL)
     return figure
+
+
+def attention_statistics(
+    values: np.ndarray,
+    layers: Sequence[str | int],
+    timesteps: Sequence[float],
+    label: str,
+    heads: Sequence[int] | None = None,
+    most: float | None = None,
+) -> Figure:
+    """Draw a statistic of attention, such as the entropy in nats, by layer and head, and by timestep.
+
+    Args:
+        values: (layers, steps, heads).
+        most: Upper bound of the statistic (log of the number of keys for entropy), drawn as a line.
+    """
+    if values.ndim != 3 or values.shape[:2] != (len(layers), len(timesteps)):
+        raise PixArtNBError(
+            f"values have shape {values.shape}; expected {len(layers)} layers, {len(timesteps)} steps, heads"
+        )
+    heads = list(range(values.shape[2])) if heads is None else heads
+    figure = new_figure(WIDTH, max(2.8, 0.22 * len(layers) + 1.2))
+    left, right = axes_grid(figure, 1, 2, width_ratios=[1, 1.4])[0]
+    image = left.imshow(values.mean(1), cmap=style.AMOUNT, aspect="auto", interpolation="nearest")
+    left.set(xlabel="head", ylabel="layer")
+    left.set_title("mean over steps", fontsize=TEXT)
+    left.set_xticks(range(len(heads)), heads)
+    style.label_every(left.set_yticks, layers)
+    colour_bar(figure, image, left, label)
+    _by_timestep(right, values.mean(2), layers, timesteps, most)
+    for_curves(right, "timestep (sampling runs to the right)", label).set_title("mean over heads", fontsize=TEXT)
+    return figure
+
+
+def _by_timestep(ax: Axes, values: np.ndarray, layers, timesteps, most: float | None) -> None:
+    """Draw one line per layer, at most eight of them, evenly spaced."""
+    shown = np.unique(np.linspace(0, len(layers) - 1, min(8, len(layers))).round().astype(int))
+    for number, row in enumerate(shown):
+        ax.plot(timesteps, values[row], label=f"layer {layers[row]}", **style.line_style(number))
+    if most is not None:
+        ax.axhline(most, color="0.4", linewidth=0.8)
+        across = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+        ax.text(0.99, most, f"most: {most:.2f}", fontsize=SMALL, **across)
+        lowest = ax.get_ylim()[0]
+        ax.set_ylim(lowest, most + 0.12 * (most - lowest))
+    ax.invert_xaxis()
+    style.legend(ax, "right")
+
+
+def overlap_bars(overlaps: Mapping[str, np.ndarray], least: int = 5) -> Figure:
+    """Draw the mean overlap (IoU) of each word's map with the object, its standard error, and the position prior.
+
+    Args:
+        overlaps: word -> overlaps, one for each image; ``position prior`` is drawn as a line.
+        least: words that occur in fewer images are left out.
+    """
+    words = {word: values for word, values in overlaps.items() if word != "position prior"}
+    words = {word: values for word, values in words.items() if len(values) >= least} or words
+    order = sorted(words, key=lambda word: float(np.mean(words[word])))
+    means = [float(np.mean(words[word])) for word in order]
+    errors = [float(np.std(words[word], ddof=min(1, len(words[word]) - 1)) / len(words[word]) ** 0.5) for word in order]
+    height, xlabel = max(2.2, 0.34 * len(order) + 1.0), "overlap with the object (IoU), mean and standard error"
+    figure, ax = style.curve_axes(6.5, height, xlabel, "")
+    colours = [style.COLOURS[0] if word == "object" else "0.7" for word in order]
+    ax.barh(range(len(order)), means, xerr=errors, color=colours, height=0.7, capsize=3)
+    ax.set_yticks(range(len(order)), [f"{word} (n = {len(words[word])})" for word in order], fontsize=TEXT)
+    if "position prior" in overlaps:
+        prior = float(np.mean(overlaps["position prior"]))
+        ax.axvline(prior, color=style.COLOURS[1], linewidth=1.6, linestyle="--")
+        figure.suptitle(f"dashed: position prior without a model, {prior:.2f}", fontsize=TEXT)
+    ax.set_xlim(0, 1)
+    return figure
+
+
+def located_words(
+    images: Sequence[np.ndarray], maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], titles: Sequence[str]
+) -> Figure:
+    """Draw images (H, W, 3) under the thresholded map (h, w) of a word, with the outline of the mask (H, W) bool."""
+    require_as_many("titles", titles, len(images), "images")
+    columns = min(3, len(images))
+    figure, axes = image_axes(-(-len(images) // columns), columns, images[0], cell=2.3, room=0.35)
+    for ax, image, heat, mask, title in zip(axes, images, maps, masks, titles, strict=False):
+        show_pixels(ax, overlay(image, heat, (float(heat.min()), float(heat.max())), 0.5), title)
+        ax.contour(mask.astype(float), [0.5], colors=[style.MARK], linewidths=1.4)
+    return figure
+
+
+# ---- parts
 
 
 def image_axes(rows: int, columns: int, image: np.ndarray, cell: float = 0.0, least: float = 0.0, room: float = 0.3):
@@ -220,55 +272,51 @@ def image_axes(rows: int, columns: int, image: np.ndarray, cell: float = 0.0, le
     """
     aspect = image.shape[0] / image.shape[1]
     cell = cell or min(2.2, (WIDTH - 0.9) / columns)
-    figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, least, rows * ((cell - 0.1) * aspect + room)))
+    figure = new_figure(columns * cell + 0.9, max(style.BAR_HEIGHT, least, rows * ((cell - 0.1) * aspect + room)))
     axes = list(axes_grid(figure, rows, columns).ravel())
     for ax in axes:
-        for_image(ax)
+        style.for_image(ax)
     return figure, axes
 
 
 def show_pixels(ax: Axes, pixels: np.ndarray, title: str) -> None:
+    """Show an image with a title."""
     ax.imshow(pixels, interpolation="nearest")
     ax.set_title(title, fontsize=TEXT)
 
 
 def _show_tokens(ax: Axes, pixels: np.ndarray, grid: tuple[int, int], title: str) -> None:
     """Show pixels on axes that count tokens."""
-    ax.imshow(pixels, interpolation="nearest", extent=(0, grid[1], grid[0], 0), aspect=_aspect(pixels, grid))
+    aspect = (pixels.shape[0] / grid[0]) / (pixels.shape[1] / grid[1])
+    ax.imshow(pixels, interpolation="nearest", extent=(0, grid[1], grid[0], 0), aspect=aspect)
     ax.set_title(title, fontsize=TEXT)
-
-
-def _aspect(pixels: np.ndarray, grid: tuple[int, int]) -> float:
-    """Return the height of a token divided by its width."""
-    return (pixels.shape[0] / grid[0]) / (pixels.shape[1] / grid[1])
 
 
 def _show_difference(ax: Axes, difference: np.ndarray, grid: tuple[int, int]):
     most = float(np.abs(difference).max()) or 1.0
-    extent = (0, grid[1], grid[0], 0)
-    return ax.imshow(difference, cmap=DIFFERENCE, vmin=-most, vmax=most, interpolation="nearest", extent=extent)
+    look = {"cmap": style.DIFFERENCE, "vmin": -most, "vmax": most, "interpolation": "nearest"}
+    return ax.imshow(difference, extent=(0, grid[1], grid[0], 0), **look)
 
 
-def _draw_cells(ax: Axes, cells: tuple[int, int], ratio: int) -> None:
-    """Draw lines between the cells of the key grid."""
-    if max(cells) > MOST_LINES:
-        return
+def draw_cells(ax: Axes, cells: tuple[int, int], ratio: int, **look) -> None:
+    """Draw white lines between the cells of the key grid, on axes that count tokens."""
     rows, columns = (np.arange(side + 1) * ratio for side in cells)
-    ax.hlines(rows, 0, columns[-1], color="white", linewidth=0.4, alpha=0.6)
-    ax.vlines(columns, 0, rows[-1], color="white", linewidth=0.4, alpha=0.6)
+    ax.hlines(rows, 0, columns[-1], color="white", **look)
+    ax.vlines(columns, 0, rows[-1], color="white", **look)
+
+
+def _faint_cells(ax: Axes, cells: tuple[int, int], ratio: int) -> None:
+    if max(cells) <= MOST_LINES:
+        draw_cells(ax, cells, ratio, linewidth=0.4, alpha=0.6)
 
 
 def _frame_patch(ax: Axes, query: tuple[int, int]) -> None:
-    frame = Rectangle((query[1], query[0]), 1, 1, fill=False, edgecolor=MARK, linewidth=1.8)
+    frame = Rectangle((query[1], query[0]), 1, 1, fill=False, edgecolor=style.MARK, linewidth=1.8)
     ax.add_patch(frame)
 
 
-def _check_patch(query: tuple[int, int], grid: tuple[int, int]) -> None:
-    if not all(0 <= ax < side for ax, side in zip(query, grid, strict=True)):
-        raise PixArtNBError(
-            f"there is no patch {tuple(query)}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}"
-        )
-
-
-def _heat_bar(figure: Figure, axes: Sequence[Axes], highest: float, label: str) -> Any:
-    colour_bar(figure, cm.ScalarMappable(Normalize(0, highest), HEAT), axes, label)
+def check_patch(query: tuple[int, int], grid: tuple[int, int]) -> None:
+    """Refuse a patch (row, column) that is not on the grid."""
+    if not all(0 <= index < side for index, side in zip(query, grid, strict=True)):
+        rows, columns = (side - 1 for side in grid)
+        raise PixArtNBError(f"there is no patch {tuple(query)}; rows are 0 to {rows}, columns 0 to {columns}")

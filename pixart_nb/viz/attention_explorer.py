@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.clickable import ClickableImage
 from pixart_nb.viz.explorers import (
     Choice,
     check_choice,
@@ -28,8 +27,17 @@ from pixart_nb.viz.explorers import (
 )
 from pixart_nb.viz.html_export import export_attention
 from pixart_nb.viz.overlay import as_float, shrunk
-from pixart_nb.viz.playground_images import png_bytes
-from pixart_nb.viz.widget_parts import MEAN, heat_scale, lay_out, mean_slider, say, side_by_side, text_line
+from pixart_nb.viz.widget_parts import (
+    MEAN,
+    ClickableImage,
+    heat_scale,
+    lay_out,
+    mean_slider,
+    png_bytes,
+    say,
+    side_by_side,
+    text_line,
+)
 
 
 class AttentionExplorer:

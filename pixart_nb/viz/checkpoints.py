@@ -1,4 +1,4 @@
-"""Images of checkpoints: the module trees of two layouts with what becomes what, and two predictions compared."""
+"""Figures of checkpoints: the module trees of two layouts with what becomes what, and two predictions compared."""
 
 from __future__ import annotations
 
@@ -12,19 +12,8 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.style import (
-    AMOUNT,
-    COLOURS,
-    DIFFERENCE,
-    SMALL,
-    TEXT,
-    WIDTH,
-    Figure,
-    axes_grid,
-    colour_bar,
-    for_image,
-    new_figure,
-)
+from pixart_nb.viz import style
+from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure
 
 #: (modules of the left, modules of the right, way); either side may be empty.
 Link = tuple[Sequence[str], Sequence[str], str]
@@ -38,8 +27,8 @@ _FAINT, _GREY = "0.65", "0.5"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a tree: what is written, how deep, the row above it in the tree (-1: none), and a leaf's whole name."""
+class TreeRow:
+    """Line of a tree: label, depth, row of its parent (-1: none), and the whole name of a leaf."""
 
     label: str
     depth: int
@@ -47,8 +36,8 @@ class Row:
     name: str = ""
 
 
-def tree_rows(names: Iterable[str]) -> list[Row]:
-    """Dotted names as the rows of a tree, in the order of first appearance; lone branches are one row.
+def tree_rows(names: Iterable[str]) -> list[TreeRow]:
+    """Return dotted names as the rows of a tree, in the order of first appearance; lone branches are one row.
 
     >>> [(row.depth, row.label) for row in tree_rows(["a.b.c", "a.b.d", "e.f"])]
     [(0, 'a.b'), (1, 'c'), (1, 'd'), (0, 'e.f')]
@@ -58,30 +47,26 @@ def tree_rows(names: Iterable[str]) -> list[Row]:
         branch = tree
         for part in name.split("."):
             branch = branch.setdefault(part, {})
-    rows: list[Row] = []
+    rows: list[TreeRow] = []
     _add_rows(rows, tree, "", 0, -1)
     return rows
 
 
-def _add_rows(rows: list[Row], tree: dict[str, dict], above: str, depth: int, parent: int) -> None:
+def _add_rows(rows: list[TreeRow], tree: dict[str, dict], above: str, depth: int, parent: int) -> None:
     for part, below in tree.items():
         label = part
         while len(below) == 1:
             (only, below), *_ = below.items()
             label += f".{only}"
-        rows.append(Row(label, depth, parent, "" if below else above + label))
+        rows.append(TreeRow(label, depth, parent, "" if below else above + label))
         _add_rows(rows, below, f"{above}{label}.", depth + 1, len(rows) - 1)
 
 
 def two_trees(links: Sequence[Link], titles: tuple[str, str] = ("official", "diffusers")) -> Figure:
-    """The trees of two layouts side by side, the right one mirrored, with a line for each module that is mapped.
+    """Draw the trees of two layouts side by side, the right one mirrored, with a line for each module that is mapped.
 
     ``links`` as ``Audit.links()`` gives them. A line has the colour of its way (same name, renamed, split, ...); what
     has no counterpart is written in grey, its way beside it.
-
-    >>> figure = two_trees([(("a.x",), ("left.q", "left.k"), "split in 2"), (("b",), (), "recomputed")])
-    >>> len(figure.axes[0].patches), [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    (2, ['split in 2'])
     """
     links = _in_order(links)
     sides = [tree_rows(name for link in links for name in link[side]) for side in (0, 1)]
@@ -102,7 +87,7 @@ def two_trees(links: Sequence[Link], titles: tuple[str, str] = ("official", "dif
 
 
 def _in_order(links: Sequence[Link]) -> list[Link]:
-    """The links in the order of the right side's first levels, so that few lines cross; the lonely ones last."""
+    """Sort links by the first levels of the right side, so that few lines cross; those without counterpart last."""
     first = [right[0].split(".")[0] if left and right else "" for left, right, _ in links]
     order = {part: number for number, part in enumerate(dict.fromkeys(part for part in first if part))}
     return [link for _, link in sorted(zip(first, links, strict=True), key=lambda pair: order.get(pair[0], len(order)))]
@@ -113,8 +98,8 @@ def _colours(links: Sequence[Link]) -> dict[str, str]:
     return {way: COLOURS[number % len(COLOURS)] for number, way in enumerate(ways)}
 
 
-def _draw_tree(ax: Axes, rows: Sequence[Row], side: int, lonely: dict[str, str]) -> dict[str, tuple[float, float]]:
-    """Draw a tree, from the left edge or from the right; the inner end of each leaf's label, by its name."""
+def _draw_tree(ax: Axes, rows: Sequence[TreeRow], side: int, lonely: dict[str, str]) -> dict[str, tuple[float, float]]:
+    """Draw a tree from the left or the right edge; return the inner end of each leaf's label by its name."""
     ends = {}
     sign, edge = (1, 0.15) if side == 0 else (-1, WIDTH - 0.15)
     for number, row in enumerate(rows):
@@ -122,8 +107,8 @@ def _draw_tree(ax: Axes, rows: Sequence[Row], side: int, lonely: dict[str, str])
         way = lonely.get(row.name)
         label = row.label if not way else f"{way}   {row.label}" if side else f"{row.label}   {way}"
         weight = "normal" if row.name else "bold"
-        style = {"family": _FONT, "size": SMALL, "weight": weight, "color": _GREY if way else "black"}
-        ax.text(x, y, label, ha="right" if side else "left", va="center", **style)
+        look = {"family": _FONT, "size": SMALL, "weight": weight, "color": _GREY if way else "black"}
+        ax.text(x, y, label, ha="right" if side else "left", va="center", **look)
         if row.parent >= 0:
             stem, above = x - sign * 0.6 * _INDENT, _TOP + _ROW * (row.parent + 0.4)
             ax.plot([stem, stem, x - sign * 0.03], [above, y, y], color=_FAINT, linewidth=0.7)
@@ -148,28 +133,27 @@ def _legend(ax: Axes, titles: tuple[str, str], colours: dict[str, str]) -> None:
 
 
 def parity(expected: np.ndarray, actual: np.ndarray, labels: tuple[str, str] = ("source", "target")) -> Figure:
-    """Two predictions (1, C, H, W) and how far apart they are: the first channel, and the difference of all.
+    """Draw the first channel of two predictions (1, C, H, W), and the difference of all channels.
 
     The first two images share their colours. The third is the largest difference of any channel, in units of the
     largest value; where everything is equal it says so.
-
-    >>> parity(np.ones((1, 4, 8, 8)), np.ones((1, 4, 8, 8))).axes[2].get_title()
-    'difference: none, bit for bit'
     """
     if expected.shape != actual.shape:
         raise PixArtNBError(
             f"the predictions have shapes {expected.shape} and {actual.shape}; expected two of one shape"
         )
-    figure = new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])
-    axes = [for_image(ax) for ax in axes_grid(figure, 1, 3)[0]]
+    figure = style.new_figure(WIDTH, 0.5 + WIDTH / 3 * expected.shape[2] / expected.shape[3])
+    axes = [style.for_image(ax) for ax in style.axes_grid(figure, 1, 3)[0]]
     largest = np.abs(expected).max() or 1.0
     reach = np.abs(expected[0, 0]).max() or 1.0
     for ax, values, label in zip(axes, (expected, actual), labels, strict=False):
-        image = ax.imshow(values[0, 0], cmap=DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
+        image = ax.imshow(values[0, 0], cmap=style.DIFFERENCE, vmin=-reach, vmax=reach, interpolation="nearest")
         ax.set_title(label, size=TEXT)
-    colour_bar(figure, image, axes[:2], "prediction, first channel")
+    style.colour_bar(figure, image, axes[:2], "prediction, first channel")
     difference = np.abs(actual - expected)[0].max(0) / largest
-    image = axes[2].imshow(difference, cmap=AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest")
+    image = axes[2].imshow(
+        difference, cmap=style.AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest"
+    )
     axes[2].set_title("difference" if difference.any() else "difference: none, bit for bit", size=TEXT)
-    colour_bar(figure, image, axes[2], "largest of all channels, relative")
+    style.colour_bar(figure, image, axes[2], "largest of all channels, relative")
     return figure

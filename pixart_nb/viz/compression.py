@@ -6,32 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import cm
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.viz import style
+from pixart_nb.viz.attention import draw_cells, image_axes, show_pixels
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.overlay import as_float, overlay, shrunk
-from pixart_nb.viz.style import (
-    BAR_HEIGHT,
-    COLOURS,
-    DIFFERENCE,
-    HEAT,
-    MARK,
-    SMALL,
-    TEXT,
-    WIDTH,
-    Figure,
-    axes_grid,
-    colour_bar,
-    for_curves,
-    for_image,
-    legend,
-    line_style,
-    new_figure,
-)
+from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, for_curves, line_style, new_figure
 
 #: Operators that take the upper left token of a cell instead of all of them.
 PICKS = ("ave", "uniform")
@@ -44,10 +27,6 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
 
     Weights are multiplied by R^2, so 1 is the average. Top: mean over the channels, at most seven layers in a row.
     Bottom: spread over the channels of each layer: middle half (box) and 5% to 95% (whiskers).
-
-    >>> figure = learned_kernels({"layer 14": np.full((8, 2, 2), 0.25)})
-    >>> figure.axes[0].images[0].get_array().tolist()
-    [[1.0, 1.0], [1.0, 1.0]]
     """
     if not kernels:
         raise PixArtNBError("there is no kernel to show; only layers compressed by 'conv' have one")
@@ -71,12 +50,12 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
 def _show_means(figure: Any, means: Mapping[str, np.ndarray], rows: int, columns: int) -> None:
     """Show mean kernels on one scale around the average."""
     most = max(float(np.abs(mean - 1).max()) for mean in means.values()) or 1e-6
-    axes = [for_image(ax) for ax in axes_grid(figure, rows, columns).ravel()]
+    axes = [style.for_image(ax) for ax in axes_grid(figure, rows, columns).ravel()]
     for ax, (name, mean) in zip(axes, means.items(), strict=False):
-        image = ax.imshow(mean, cmap=DIFFERENCE, vmin=1 - most, vmax=1 + most)
+        image = ax.imshow(mean, cmap=style.DIFFERENCE, vmin=1 - most, vmax=1 + most)
         ax.set_title(name, fontsize=TEXT)
         _write_values(ax, mean, most)
-    colour_bar(figure, image, axes, "mean weight x R²")
+    style.colour_bar(figure, image, axes, "mean weight x R²")
 
 
 def _write_values(ax: Axes, values: np.ndarray, most: float) -> None:
@@ -85,15 +64,8 @@ def _write_values(ax: Axes, values: np.ndarray, most: float) -> None:
         return
     for (row, column), value in np.ndenumerate(values):
         dark = abs(value - 1) > 0.6 * most
-        ax.text(
-            column,
-            row,
-            f"{value:.{2 if most >= 0.02 else 3}f}",
-            ha="center",
-            va="center",
-            fontsize=SMALL,
-            color="white" if dark else "black",
-        )
+        look = {"ha": "center", "va": "center", "fontsize": SMALL, "color": "white" if dark else "black"}
+        ax.text(column, row, f"{value:.{2 if most >= 0.02 else 3}f}", **look)
 
 
 def cells_of_keys(image: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv") -> Figure:
@@ -101,16 +73,12 @@ def cells_of_keys(image: np.ndarray, grid: tuple[int, int], ratio: int, operator
 
     Left: cells of R x R tokens. Operators that pick one token of a cell have it marked; tokens in no cell are hatched.
     Right: mean colour of the tokens of each key.
-
-    >>> figure = cells_of_keys(np.zeros((32, 40, 3)), (4, 5), 2)
-    >>> figure.axes[1].images[0].get_array().shape
-    (2, 2, 3)
     """
     _check_ratio(grid, ratio)
     pixels = as_float(image)
     aspect, cell = pixels.shape[0] / pixels.shape[1], 3.4
     figure = new_figure(2 * cell + 0.2, cell * aspect + 0.5)
-    left, right = (for_image(ax) for ax in axes_grid(figure, 1, 2)[0])
+    left, right = (style.for_image(ax) for ax in axes_grid(figure, 1, 2)[0])
     rows, columns = grid[0] // ratio, grid[1] // ratio
     token = (pixels.shape[0] / grid[0], pixels.shape[1] / grid[1])
     scale = token[0] / token[1]
@@ -145,13 +113,11 @@ def _check_ratio(grid: tuple[int, int], ratio: int) -> None:
 
 def _draw_cells(ax: Axes, rows: int, columns: int, ratio: int, operator: str) -> None:
     width = 1.2 if max(rows, columns) <= 32 else 0.4
-    style = {"color": "white", "linewidth": width}
-    ax.hlines(np.arange(rows + 1) * ratio, 0, columns * ratio, **style)
-    ax.vlines(np.arange(columns + 1) * ratio, 0, rows * ratio, **style)
+    draw_cells(ax, (rows, columns), ratio, linewidth=width)
     if operator in PICKS and rows * columns <= 1024:
         for row, column in np.ndindex(rows, columns):
             corner = (column * ratio, row * ratio)
-            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=MARK, linewidth=1.5))
+            ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=style.MARK, linewidth=1.5))
 
 
 def _hatch_rest(ax: Axes, grid: tuple[int, int], rows: int, columns: int) -> None:
@@ -164,63 +130,42 @@ def _hatch_rest(ax: Axes, grid: tuple[int, int], rows: int, columns: int) -> Non
 def similarity_by_layer(
     values: Mapping[str, np.ndarray], layers: Sequence[str | int], ylabel: str = "cosine similarity"
 ) -> Figure:
-    """Draw values (layers, steps) of several choices: a line of means over the steps, shaded from minimum to maximum.
-
-    >>> figure = similarity_by_layer({"keys, ratio 2": np.array([[0.9, 0.8], [0.7, 0.5]])}, [0, 1])
-    >>> figure.axes[0].lines[0].get_ydata().round(2).tolist()
-    [0.85, 0.6]
-    """
-    figure = new_figure(WIDTH * 0.8, 3.0)
-    ax = for_curves(axes_grid(figure, 1, 1)[0, 0], "layer", f"{ylabel}, mean and range over steps")
+    """Draw values (layers, steps) of several choices: means over the steps, shaded from minimum to maximum."""
+    figure, ax = style.curve_axes(WIDTH * 0.8, 3.0, "layer", f"{ylabel}, mean and range over steps")
     for number, (label, numbers) in enumerate(values.items()):
         require_as_many(f"layers of {label!r}", numbers, len(layers), "names")
-        style = line_style(number)
-        positions = np.arange(len(layers))
-        ax.plot(positions, numbers.mean(1), label=label, **style)
-        ax.fill_between(positions, numbers.min(1), numbers.max(1), color=style["color"], alpha=0.15, linewidth=0)
-    every = -(-len(layers) // 14)
-    ax.set_xticks(range(0, len(layers), every), list(layers)[::every])
-    legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        look, positions = line_style(number), np.arange(len(layers))
+        ax.plot(positions, numbers.mean(1), label=label, **look)
+        ax.fill_between(positions, numbers.min(1), numbers.max(1), color=look["color"], alpha=0.15, linewidth=0)
+    style.label_every(ax.set_xticks, layers)
+    style.legend(ax, "right")
     return figure
 
 
 def lost_maps(image: np.ndarray, similarities: Mapping[str, np.ndarray], columns: int = 6) -> Figure:
-    """Draw 1 - similarity (h, w) of each layer over the image, on one scale.
-
-    >>> figure = lost_maps(np.zeros((8, 8, 3)), {"layer 0": np.full((4, 4), 0.75)})
-    >>> figure.axes[-1].get_ylabel()
-    '1 - cosine similarity'
-    """
+    """Draw 1 - similarity (h, w) of each layer over the image, on one scale."""
     lost = {name: 1 - np.nan_to_num(values, nan=0.0) for name, values in similarities.items()}
     columns, image = min(columns, len(lost)), shrunk(image)
-    rows, cell = -(-len(lost) // columns), min(2.0, (WIDTH - 0.9) / columns)
-    aspect = image.shape[0] / image.shape[1]
-    figure = new_figure(columns * cell + 0.9, max(BAR_HEIGHT, rows * ((cell - 0.1) * aspect + 0.3)))
-    axes = [for_image(ax) for ax in axes_grid(figure, rows, columns).ravel()]
+    cell = min(2.0, (WIDTH - 0.9) / columns)
+    figure, axes = image_axes(-(-len(lost) // columns), columns, image, cell)
     highest = max(float(values.max()) for values in lost.values())
     for ax, (name, values) in zip(axes, lost.items(), strict=False):
-        ax.imshow(overlay(image, values, (0, highest)), interpolation="nearest")
-        ax.set_title(name, fontsize=TEXT)
-    colour_bar(figure, cm.ScalarMappable(Normalize(0, highest), HEAT), axes, "1 - cosine similarity")
+        show_pixels(ax, overlay(image, values, (0, highest)), name)
+    style.heat_bar(figure, axes, highest, "1 - cosine similarity")
     return figure
 
 
 def error_by_timestep(
     errors: Mapping[str, Sequence[float]], timesteps: Sequence[float], ylabel: str, logarithmic: bool = True
 ) -> Figure:
-    """Draw one line per choice over the timesteps of a run, in the order of sampling.
-
-    >>> error_by_timestep({"conv 2": [0.1, 0.2]}, [999, 500], "relative error").axes[0].lines[0].get_ydata().tolist()
-    [0.1, 0.2]
-    """
-    figure = new_figure(WIDTH * 0.85, 3.2)
-    ax = for_curves(axes_grid(figure, 1, 1)[0, 0], "timestep (sampling runs to the right)", ylabel)
+    """Draw one line per choice over the timesteps of a run, in the order of sampling."""
+    figure, ax = style.curve_axes(WIDTH * 0.85, 3.2, "timestep (sampling runs to the right)", ylabel)
     for number, (label, values) in enumerate(errors.items()):
         require_as_many(f"values of {label!r}", values, len(timesteps), "timesteps")
         ax.plot(list(timesteps), np.asarray(values, float), label=label, **line_style(number))
     ax.set_yscale("log" if logarithmic else "linear")
     ax.invert_xaxis()
-    legend(ax, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    style.legend(ax, "right")
     return figure
 
 
@@ -230,10 +175,6 @@ def beside_the_paper(
     """Draw measured values by choice, and those of the paper, as points; the axes do not begin at zero.
 
     There is one panel for each measure, with the paper's last. Missing measurements have no point.
-
-    >>> figure = beside_the_paper({"error": {"deep": 0.1, "shallow": 0.3}}, {"deep": 8.5, "shallow": 9.3})
-    >>> [ax.lines[0].get_xdata().tolist() for ax in figure.axes]
-    [[0.1, 0.3], [8.5, 9.3]]
     """
     names = list(dict.fromkeys(name for values in measured.values() for name in values))
     figure = new_figure(WIDTH, 0.36 * len(names) + 0.9)
@@ -256,11 +197,6 @@ def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draw MACs and memory of each choice against the image size, as shares of the first choice, and measured seconds.
 
     Records have ``size`` (side of a square image in pixels), ``macs``, ``bytes`` and ``seconds`` (or None).
-
-    >>> record = {"size": 256, "macs": 2e9, "bytes": 6e5, "seconds": None}
-    >>> figure = cost_curves({"full": [record], "ratio 2": [record | {"macs": 1e9}]})
-    >>> figure.axes[0].lines[1].get_ydata().tolist()
-    [0.5]
     """
     first = next(iter(costs))
     full = {record["size"]: record for record in costs[first]}
@@ -283,14 +219,5 @@ def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
             ax.set_yscale("log")
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(3, len(labels)),
-        fontsize=SMALL,
-        frameon=False,
-        handlelength=3,
-    )
+    style.legend_below(figure, axes[0])
     return figure

@@ -16,10 +16,9 @@ from pixart_nb.viz.compression import error_by_timestep
 from pixart_nb.viz.explorers import as_bytes, enlarged, stacked, with_cells
 from pixart_nb.viz.figures import image_differences
 from pixart_nb.viz.html_export import export_compression
-from pixart_nb.viz.playground_images import png_bytes
 from pixart_nb.viz.style import HEAT
 from pixart_nb.viz.tables import Table
-from pixart_nb.viz.widget_parts import figure_png, lay_out, say, side_by_side, text_line
+from pixart_nb.viz.widget_parts import figure_png, lay_out, png_bytes, say, side_by_side, text_line
 
 
 class CompressionExplorer:

@@ -15,11 +15,10 @@ from matplotlib import colormaps
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
-from pixart_nb.viz.clickable import STATIC
 from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
 from pixart_nb.viz.overlay import COVER, DIMMED, as_float, shrunk
-from pixart_nb.viz.playground_images import png_bytes
 from pixart_nb.viz.style import HEAT
+from pixart_nb.viz.widget_parts import STATIC, png_bytes
 
 #: Most bytes of maps in a file, before base64.
 MOST_BYTES = 24_000_000

@@ -30,9 +30,6 @@ def overlay(
         limits: Values of the darkest and the brightest colour. Default: 0 and the maximum.
         threshold: Share of ``limits``, 0 to 1. Cells above it keep their colours and get heat; others stay grey.
         ratio, grid: Tokens per side of a cell, and (height, width) of the image in tokens, where cells do not fill it.
-
-    >>> overlay(np.ones((4, 4, 3)), np.array([[0.0, 1.0]]), threshold=0.5).shape
-    (4, 4, 3)
     """
     pixels = as_float(image)
     lowest, highest = limits or (0.0, float(np.max(heat)))
@@ -50,11 +47,7 @@ def overlay(
 
 
 def shrunk(image: np.ndarray, most: int = SHOWN) -> np.ndarray:
-    """Subsample the image until no side has more than ``most`` pixels, so that figures of 4K images stay fast.
-
-    >>> shrunk(np.zeros((4096, 2048, 3), np.uint8)).shape
-    (1024, 512, 3)
-    """
+    """Subsample the image until no side has more than ``most`` pixels, so that figures of 4K images stay fast."""
     every = -(-max(image.shape[:2]) // most)
     return image[::every, ::every]
 
@@ -68,11 +61,7 @@ def as_float(image: np.ndarray) -> np.ndarray:
 def cell_of_pixels(
     size: tuple[int, int], cells: tuple[int, int], ratio: int = 1, grid: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cell row of each pixel row (H,) and the cell column of each pixel column (W,), -1 for none.
-
-    >>> [numbers.tolist() for numbers in cell_of_pixels((4, 5), (2, 2), 2, (4, 5))]
-    [[0, 0, 1, 1], [0, 0, 1, 1, -1]]
-    """
+    """Return the cell row of each pixel row (H,) and the cell column of each pixel column (W,), -1 for none."""
     grid = check_cells(cells, ratio, grid)
     indices = []
     for pixels, count, tokens in zip(size, cells, grid, strict=True):
@@ -100,9 +89,6 @@ def spread_cells(weights: np.ndarray, ratio: int, grid: tuple[int, int] | None =
     """Convert attention to cells (..., kh, kw) into attention to tokens (..., h, w) by dividing each share evenly.
 
     Tokens in no cell get 0, so sums are kept.
-
-    >>> spread_cells(np.array([[0.4, 0.6]]), 2, (2, 5))[0].round(2).tolist()
-    [0.1, 0.1, 0.15, 0.15, 0.0]
     """
     height, width = check_cells(weights.shape[-2:], ratio, grid)
     out = np.zeros((*weights.shape[:-2], height, width), np.result_type(weights, np.float32))

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.playground_images import save_entry
-from pixart_nb.viz.playground_run import Entry, Parameters, Session, State
+from pixart_nb.viz.playground_run import Entry, Parameters, Session, State, save_entry
 from pixart_nb.viz.playground_view import View, make_controls
 
 

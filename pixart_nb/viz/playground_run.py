@@ -1,20 +1,26 @@
-"""Playground without widgets: parameters, a run that can be cancelled between two steps, and the history."""
+"""Playground without widgets: parameters, a run that can be cancelled between two steps, the history, and files."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.sampling.images import write_new_image
 from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.viz.figures import image_grid
+from pixart_nb.viz.style import Figure
+from pixart_nb.viz.widget_parts import tiles
 
 #: A preview is due once the steps since the last one took this many times as long as it did.
 PREVIEW_PAUSE = 4
@@ -243,3 +249,26 @@ def thinned(latents: np.ndarray) -> np.ndarray:
     """Subsample latents (N, C, h, w) to at most ``PREVIEW_CELLS`` cells per side."""
     every = -(-max(latents.shape[2:]) // PREVIEW_CELLS)
     return latents[:, :, ::every, ::every]
+
+
+def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write each image of an entry as a PNG that carries the configuration that repeats it, with ``others``.
+
+    A file that exists is never replaced by another image.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", entry.parameters.prompt.lower()).strip("-")[:60] or "image"
+    paths = []
+    for number, pixels in enumerate(entry.images):
+        parameters = dict(others or {}) | entry.parameters.configuration(number)
+        path = Path(folder) / f"{words}_seed-{entry.parameters.seed}_{number}.png"
+        paths.append(write_new_image(path, pixels, parameters))
+    return paths
+
+
+def history_figure(history: Sequence[Entry], columns: int = 4) -> Figure:
+    """Draw the history: the images of each entry with its parameters above."""
+    if not history:
+        raise PixArtNBError("the history is empty; sample something first")
+    sheets = [np.where(s[..., 3:] > 0, s[..., :3], np.uint8(255)) for s in (tiles(e.images) for e in history)]
+    titles = [f"{entry.number}: {entry.parameters.summary}" for entry in history]
+    return image_grid(sheets, titles, columns=columns, cell=2.6)

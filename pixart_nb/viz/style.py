@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import cm, colormaps
 from matplotlib import figure as matplotlib_figure
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
@@ -55,11 +56,7 @@ class Figure(matplotlib_figure.Figure):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of width x height inches with constrained layout.
-
-    >>> new_figure(9, 3).get_size_inches().tolist()
-    [9.0, 3.0]
-    """
+    """Return an empty figure of width x height inches with constrained layout."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -97,6 +94,18 @@ def for_curves(ax: Axes, xlabel: str, ylabel: str) -> Axes:
     return ax
 
 
+def curve_axes(width: float, height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """Return a figure of width x height inches with one pair of axes for curves."""
+    figure = new_figure(width, height)
+    return figure, for_curves(axes_grid(figure, 1, 1)[0, 0], xlabel, ylabel)
+
+
+def label_every(set_ticks: Callable, labels: Sequence[Any], most: int = 14) -> None:
+    """Label an axis by index with evenly spaced ones of many labels; ``set_ticks`` is a method of the axes."""
+    every = -(-len(labels) // most)
+    set_ticks(range(0, len(labels), every), list(labels)[::every])
+
+
 def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label: str) -> None:
     """Add a colour bar with its label beside axes."""
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=25, pad=0.02)
@@ -106,9 +115,24 @@ def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label
     bar.outline.set_visible(False)
 
 
-def legend(ax: Axes, **options: Any) -> None:
-    """Add a legend."""
+def heat_bar(figure: Any, axes: Axes | Sequence[Axes], highest: float, label: str) -> None:
+    """Add the colour bar of heat from 0 to ``highest``."""
+    colour_bar(figure, cm.ScalarMappable(Normalize(0, highest), HEAT), axes, label)
+
+
+def legend(ax: Axes, side: str = "", **options: Any) -> None:
+    """Add a legend inside the axes, or at their ``right`` or ``above`` them."""
+    place = {"right": ("center left", (1.01, 0.5)), "above": ("lower center", (0.5, 1.0))}.get(side)
+    if place:
+        options = {"loc": place[0], "bbox_to_anchor": place[1]} | options
     ax.legend(fontsize=SMALL, frameon=False, handlelength=2.2, **options)
+
+
+def legend_below(figure: Any, ax: Axes) -> None:
+    """Add the legend of some axes below the figure, in up to three columns."""
+    handles, labels = ax.get_legend_handles_labels()
+    look = {"fontsize": SMALL, "frameon": False, "handlelength": 3}
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), **look)
 
 
 def line_style(number: int) -> dict[str, Any]:
@@ -123,10 +147,6 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def heat_colours(values: np.ndarray, lowest: float, highest: float, name: str = HEAT) -> np.ndarray:
-    """Map values (...) between lowest and highest to colours (..., 3), float in [0, 1].
-
-    >>> heat_colours(np.array([0.0, 2.0]), 0, 2, "gray").tolist()
-    [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
-    """
+    """Map values (...) between lowest and highest to colours (..., 3), float in [0, 1]."""
     share = (np.asarray(values, float) - lowest) / (highest - lowest) if highest > lowest else 0 * values
     return np.asarray(colormaps[name](np.clip(share, 0, 1)))[..., :3]

@@ -1,18 +1,23 @@
-"""Parts of the explorers: sliders with a mean, lines of text, a colour bar, layout."""
+"""Parts of the widgets: an image with cells to select, sliders with a mean, lines of text, a colour bar, layout."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
+import anywidget
 import ipywidgets as widgets
 import numpy as np
+import traitlets
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from PIL import Image
 
 from pixart_nb.viz.style import HEAT, Figure
 
+STATIC = Path(__file__).parent / "static"
 STYLE = """<style>
 .pixart-explorer .pixart-say .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
 .pixart-explorer .pixart-wrong .widget-html-content { color: var(--jp-error-color1, #b71c1c); font-weight: 600; }
@@ -22,8 +27,34 @@ STYLE = """<style>
 .pixart-explorer table { border-collapse: collapse; font-size: 12px; line-height: 1.5; }
 .pixart-explorer td, .pixart-explorer th { padding: 1px 10px 1px 0; text-align: right; }
 </style>"""
-#: The value of a slider that stands for the mean.
+#: Value of a slider that stands for the mean.
 MEAN = -1
+
+
+class ClickableImage(anywidget.AnyWidget):
+    """PNG divided into ``rows`` x ``columns`` cells. ``cell`` is the selected (row, column), or () for none.
+
+    A click or the arrow keys select a cell. ``label`` is read by screen readers.
+    """
+
+    _esm = STATIC / "clickable.js"
+    _css = STATIC / "clickable.css"
+
+    png = traitlets.Bytes().tag(sync=True)
+    rows = traitlets.Int(1).tag(sync=True)
+    columns = traitlets.Int(1).tag(sync=True)
+    cell = traitlets.Tuple().tag(sync=True)
+    width = traitlets.Int(400).tag(sync=True)
+    label = traitlets.Unicode("image").tag(sync=True)
+
+    @traitlets.validate("cell")
+    def _within(self, proposal: dict) -> tuple[int, ...]:
+        cell = tuple(int(index) for index in proposal["value"])
+        if cell and not (len(cell) == 2 and 0 <= cell[0] < self.rows and 0 <= cell[1] < self.columns):
+            raise traitlets.TraitError(
+                f"there is no cell {cell}; rows are 0 to {self.rows - 1}, columns 0 to {self.columns - 1}"
+            )
+        return cell
 
 
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:
@@ -75,3 +106,27 @@ def figure_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
+
+
+def png_bytes(pixels: np.ndarray, most: int | None = None) -> bytes:
+    """Return a PNG of pixels (H, W, 3 or 4) uint8, reduced until no side has more than ``most`` pixels."""
+    image = Image.fromarray(pixels)
+    if most is not None:
+        image.thumbnail((most, most))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def tiles(images: np.ndarray) -> np.ndarray:
+    """Tile images (N, H, W, 3) uint8 with transparent gaps, in about as many rows as columns: (h, w, 4) uint8."""
+    count, height, width, _ = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    gap = 0 if count == 1 else max(height, width) // 32
+    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
+    for number, image in enumerate(images):
+        top, left = number // columns * (height + gap), number % columns * (width + gap)
+        sheet[top : top + height, left : left + width, :3] = image
+        sheet[top : top + height, left : left + width, 3] = 255
+    return sheet

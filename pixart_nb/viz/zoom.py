@@ -51,13 +51,11 @@ class ZoomViewer:
 
     def _tiles(self, image: Image.Image) -> list[list[str]]:
         width, height = image.size
-        return [
-            [
-                self._address(image.crop((x, y, min(x + TILE, width), min(y + TILE, height))))
-                for x in range(0, width, TILE)
-            ]
+        boxes = (
+            [(x, y, min(x + TILE, width), min(y + TILE, height)) for x in range(0, width, TILE)]
             for y in range(0, height, TILE)
-        ]
+        )
+        return [[self._address(image.crop(box)) for box in row] for row in boxes]
 
     def _address(self, tile: Image.Image) -> str:
         content = io.BytesIO()
@@ -103,10 +101,6 @@ def zoom_figure(
         details: Top and left of each detail. Default: the square with the most contrast of each quarter.
 
     At ``DPI`` dots per inch, a pixel of a detail is one dot.
-
-    >>> figure = zoom_figure(np.zeros((400, 600, 3), np.uint8), [(0, 0), (200, 300)], 100)
-    >>> [place.images[0].get_array().shape for place in figure.axes[1:]]
-    [(100, 100, 3), (100, 100, 3)]
     """
     pixels = as_pixels(image)
     size = min(size, *pixels.shape[:2])

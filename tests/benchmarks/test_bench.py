@@ -17,7 +17,7 @@ from benchmarks.worker import Worker
 from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder, load_t5
-from pixart_nb.viz.benchmark import benchmark_figure, share_figure, share_table, speed_table
+from pixart_nb.viz.measurements import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(
     size=32, steps=3, caption_tokens=5, max_length=12, hidden_size=48, heads=2, depth=2, caption_channels=32,

@@ -14,11 +14,11 @@ from pixart_nb.core import trace
 from pixart_nb.core.hooks.interventions import replace_compression
 from pixart_nb.core.hooks.selection import Text
 from pixart_nb.viz import explorers
-from pixart_nb.viz.clickable import ClickableImage
+from pixart_nb.viz.attention_explorer import AttentionExplorer
 from pixart_nb.viz.explorers import Choice, figure_of, in_words, map_of, map_pixels, overview_of
 from pixart_nb.viz.html_export import export_attention, quantised
 from pixart_nb.viz.overlay import overlay, spread_cells
-from pixart_nb.viz.widgets import AttentionExplorer
+from pixart_nb.viz.widget_parts import ClickableImage
 
 IMAGE = np.random.default_rng(0).random((64, 96, 3))
 

@@ -30,8 +30,7 @@ SET_UP = """
 import os
 os.chdir({project!r})
 import numpy as np
-from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.viz.widgets import AttentionExplorer, Choice, CompressionExplorer
+from pixart_nb import AttentionExplorer, CompressionExplorer, PixArtSigmaPipeline
 pipe = PixArtSigmaPipeline.from_pretrained({model!r})
 """
 ATTENTION = """

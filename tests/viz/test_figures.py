@@ -7,7 +7,8 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from pixart_nb.viz.figures import comparison_grid, film_strip, image_grid, training_curves
+from pixart_nb.viz.curves import training_curves
+from pixart_nb.viz.figures import comparison_grid, film_strip, image_grid
 
 
 def shown(place):
@@ -144,20 +145,6 @@ def test_a_comparison_of_one_column_keeps_its_rows():
 def test_a_comparison_without_a_image_for_each_place_is_refused(rows, columns, message):
     with pytest.raises(ValueError, match=message):
         comparison_grid(rows, columns)
-
-
-def test_curves_hold_the_values_under_their_names():
-    figure = training_curves({"train": ([0, 5, 9], [3.0, 2.0, 1.0]), "held out": ([0, 9], [4.0, 2.5])}, "error", True)
-    place = figure.axes[0]
-    assert [line.get_label() for line in place.lines] == ["train", "held out"]
-    np.testing.assert_array_equal(place.lines[0].get_xydata(), [[0, 3], [5, 2], [9, 1]])
-    np.testing.assert_array_equal(place.lines[1].get_xydata(), [[0, 4], [9, 2.5]])
-    assert (place.get_ylabel(), place.get_yscale(), place.get_xlabel()) == ("error", "log", "step")
-
-
-def test_curves_need_a_value_for_each_step():
-    with pytest.raises(ValueError, match="values of 'train'"):
-        training_curves({"train": ([0, 1], [1.0])})
 
 
 def test_a_figure_is_written_as_a_image(tmp_path):

@@ -1,7 +1,6 @@
 """The playground's runs, history and files, without widgets."""
 
 import asyncio
-import doctest
 import io
 from dataclasses import replace
 
@@ -12,9 +11,8 @@ from playground_pipe import CUP, Pipe, expected_image
 
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.images import read_parameters
-from pixart_nb.viz import playground_images, playground_run, playground_view
-from pixart_nb.viz.playground_images import history_figure, png_bytes, save_entry, tiles
-from pixart_nb.viz.playground_run import Session, State, thinned
+from pixart_nb.viz.playground_run import Session, State, history_figure, save_entry, thinned
+from pixart_nb.viz.widget_parts import png_bytes, tiles
 
 
 def sampled(session, parameters):
@@ -253,10 +251,3 @@ def test_the_history_as_a_figure_shows_each_entry_with_its_parameters():
     assert figure.axes[1].images[0].get_array()[32, 0].tolist() == [255, 255, 255]  # a gap
     with pytest.raises(ValueError, match="the history is empty; sample something first"):
         history_figure([])
-
-
-@pytest.mark.parametrize("module", [playground_run, playground_images, playground_view], ids=lambda m: m.__name__)
-def test_the_examples_in_the_docstrings_hold(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0

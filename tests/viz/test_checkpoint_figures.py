@@ -1,9 +1,6 @@
 """The image of two layouts: trees of modules, and a line for everything that is mapped."""
 
-import doctest
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ from PIL import Image
 from reference_data import OFFICIAL, official
 
 from pixart_nb.core.checkpoints.convert import plan_conversion
-from pixart_nb.viz import checkpoints
 from pixart_nb.viz.checkpoints import parity, tree_rows, two_trees
 
 LINKS = [
@@ -89,13 +85,6 @@ def test_the_image_is_drawn_and_grows_with_the_trees():
     few, many = (two_trees([((f"m{k}",), (f"n{k}",), "renamed") for k in range(n)]) for n in (3, 30))
     assert many.get_size_inches()[1] > 2 * few.get_size_inches()[1]
     assert (drawn(few) != 255).any()
-
-
-def test_examples_and_no_mindspore():
-    assert doctest.testmod(checkpoints).failed == 0
-    check = "import sys, pixart_nb.viz.checkpoints; print('mindspore' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    assert run.stdout.strip() == "False"
 
 
 def test_equal_predictions_say_so_and_others_show_where_they_differ():

@@ -1,12 +1,14 @@
-"""Tables and figures of benchmark rows (``benchmarks.runs.Row``)."""
+"""Tables and figures of measured speed and memory: benchmark rows, stages of runs, artifacts of tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, new_figure, styled
+from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, legend, new_figure
 from pixart_nb.viz.tables import Table, in_words
 
 #: Measures that a bar shows: the first that a benchmark has.
@@ -17,6 +19,15 @@ PUBLISHED = {256: (18.04, 88.1), 512: (15.95, 33.5), 1024: (4.96, 6.8), 2048: (0
 PUBLISHED_NAMES = ("published steps/s, one Ascend 910*", "published training images/s, four Ascend 910*")
 #: Parts of the time of a run, in the order of ``_time_shares``.
 SHARES = ("matrix products, at the machine's rate", "matrix products, beyond it", "everything else")
+#: By stage: ``seconds`` and ``peak_bytes``, as ``StageFiles.measured`` gives them.
+StageCosts = Mapping[str, Mapping[str, float]]
+_HATCHES = ("", "///", "...", "xxx")
+#: Edges and other lines of an image: mean jumps, 0..255, as ``measure_tile_artifacts`` gives them.
+Jumps = tuple[Sequence[float], Sequence[float]]
+_JUMP_TICKS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+
+
+# ---- benchmark rows (``benchmarks.runs.Row``)
 
 
 def speed_table(rows: Sequence[Any]) -> Table:
@@ -44,20 +55,11 @@ def share_table(rows: Sequence[Any]) -> Table:
 
 
 def share_figure(rows: Sequence[Any]) -> Figure:
-    """Draw the time of each size in three parts: products at the machine's rate, beyond it, and everything else.
-
-    >>> from types import SimpleNamespace
-    >>> names = ("share of matrix products", "rate of matrix products / rate of the machine")
-    >>> same = {"benchmark": "denoise", "size": 256, "unit": ""}
-    >>> rows = [SimpleNamespace(**same, measure=name, value=value) for name, value in zip(names, (0.5, 0.5))]
-    >>> [bar.get_width() for bar in share_figure(rows).axes[0].patches]
-    [0.25, 0.25, 0.5]
-    """
+    """Draw the time of each size in three parts: products at the machine's rate, beyond it, and everything else."""
     lines = _time_shares(rows)
     if not lines:
         raise PixArtNBError("there are no shares to draw; run the benchmark 'denoise' first")
-    figure = new_figure(WIDTH, 1.1 + 0.45 * len(lines))
-    axes = styled(figure.subplots())
+    figure, axes = _lines_of_bars(1.1 + 0.45 * len(lines), list(lines))
     left = [0.0] * len(lines)
     for number, name in enumerate(SHARES):
         widths = [parts[number] for parts in lines.values()]
@@ -65,12 +67,18 @@ def share_figure(rows: Sequence[Any]) -> Figure:
         texts = [f"{width:.0%}" if width > 0.03 else "" for width in widths]
         axes.bar_label(bars, texts, label_type="center", fontsize=TEXT, color="white")
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(lines)), lines)
-    axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel="share of the time")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     figure.legend(loc="outside upper left", ncols=3, fontsize=SMALL, frameon=False)
     return figure
+
+
+def _lines_of_bars(height: float, names: Sequence[str]) -> tuple[Figure, Any]:
+    figure = new_figure(WIDTH, height)
+    axes = axes_grid(figure, 1, 1)[0, 0]
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    return figure, axes
 
 
 def _time_shares(rows: Sequence[Any]) -> dict[str, tuple[float, float, float]]:
@@ -89,23 +97,14 @@ def _time_shares(rows: Sequence[Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def benchmark_figure(rows: Sequence[Any]) -> Figure:
-    """Draw the time of this kit against that of diffusers for every benchmark and size, with the seconds beside it.
+    """Draw the seconds of each benchmark and size, one bar per system, as a share of the slower system.
 
-    Bars start at 0 and are shares of the longest time of their line, so that steps of a second and of a minute are
-    readable in one figure.
-
-    >>> from types import SimpleNamespace
-    >>> same = {"benchmark": "encode", "size": 256, "measure": "seconds"}
-    >>> pairs = (("mindspore", 2.0), ("diffusers", 5.0))
-    >>> figure = benchmark_figure([SimpleNamespace(**same, system=name, value=value) for name, value in pairs])
-    >>> [bar.get_width() for bar in figure.axes[0].patches], figure.axes[0].texts[-1].get_text()
-    ([0.4, 1.0], '2.50 x as fast')
+    The seconds stand beside the bars; lines of both systems end with their ratio.
     """
     lines = _seconds(rows)
     if not lines:
         raise PixArtNBError("there are no seconds to draw; run a benchmark first")
-    figure = new_figure(WIDTH, 0.9 + 0.55 * len(lines))
-    axes = styled(figure.subplots())
+    figure, axes = _lines_of_bars(0.9 + 0.55 * len(lines), list(lines))
     names = [name for name in NAMES if any(name in values for values in lines.values())]
     for number, system in enumerate(names):
         own = [(line, values) for line, values in enumerate(lines.values()) if system in values]
@@ -118,8 +117,6 @@ def benchmark_figure(rows: Sequence[Any]) -> Figure:
         if set(NAMES) <= set(values):
             text = f"{values['diffusers'] / values['mindspore']:.2f} x as fast"
             axes.text(1.01, line, text, transform=axes.get_yaxis_transform(), va="center", fontsize=TEXT)
-    axes.set_yticks(range(len(lines)), lines)
-    axes.invert_yaxis()
     axes.set(xlim=(0, 1.15), xlabel="time, as a share of the slower system (lower is better)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
     figure.legend(loc="outside upper left", ncols=2, fontsize=SMALL, frameon=False)
@@ -134,3 +131,65 @@ def _seconds(rows: Sequence[Any]) -> dict[str, dict[str, float]]:
             work = "20 steps" if row.benchmark == "denoise" else row.benchmark
             lines.setdefault(f"{work}, {row.size} px", {})[row.system] = row.value
     return lines
+
+
+# ---- stages and tiles of large images
+
+
+def stage_figure(runs: Mapping[str, StageCosts]) -> Figure:
+    """Draw for each named run the seconds of each stage (left) and its peak memory (right).
+
+    Stages without a number are left out. Runs need not have the same stages.
+    """
+    if not runs:
+        raise PixArtNBError("a figure of stages needs at least one run, got none")
+    stages = list(dict.fromkeys(stage for costs in runs.values() for stage in costs))
+    figure, height = new_figure(WIDTH, 1.2 + 0.5 * len(runs)), 0.8 / len(stages)
+    time, memory = axes_grid(figure, 1, 2)[0]
+    for row, costs in enumerate(runs.values()):
+        done = 0.0
+        for number, stage in enumerate(stages):
+            look = {"color": COLOURS[number % len(COLOURS)], "hatch": _HATCHES[number % 4], "edgecolor": "white"}
+            values = costs.get(stage, {})
+            if "seconds" in values:
+                label = {"label": stage} if row == 0 else {}
+                time.barh(row, values["seconds"], 0.6, left=done, **look, **label)
+                done += values["seconds"]
+            if "peak_bytes" in values:
+                middle, peak = row - 0.4 + (number + 0.5) * height, values["peak_bytes"] / 1e9
+                memory.barh(middle, peak, height, **look)
+                memory.text(peak, middle, f" {peak:.2f}", va="center", fontsize=SMALL)
+        time.text(done, row, f" {done:,.0f} s", va="center", fontsize=SMALL)
+    for ax, label in ((time, "seconds"), (memory, "peak memory, GB")):
+        ax.set(xlabel=label, yticks=[], ylim=(len(runs) - 0.5, -0.5))
+        ax.margins(x=0.2)
+    time.set_yticks(range(len(runs)), list(runs), fontsize=SMALL)
+    legend(time, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.35 / (0.5 * len(runs) + 0.3)), ncols=len(stages))
+    return figure
+
+
+def tile_artifact_figure(jumps: Mapping[str, Jumps]) -> Figure:
+    """Draw for each named image the jump of brightness at every line between cells, with the edges of tiles marked.
+
+    Without artifacts, edges lie anywhere among the other lines.
+    """
+    if not jumps:
+        raise PixArtNBError("a figure of tile artifacts needs at least one image, got none")
+    figure = new_figure(WIDTH, 1.1 + 0.55 * len(jumps))
+    ax, rng = axes_grid(figure, 1, 1)[0, 0], np.random.default_rng(0)
+    for row, (edges, others) in enumerate(jumps.values()):
+        spread = row + rng.uniform(-0.25, 0.25, len(others))
+        labels = ("other lines between cells", "edges of tiles") if row == 0 else (None, None)
+        ax.scatter(others, spread, s=5, color=COLOURS[4], alpha=0.5, linewidth=0, label=labels[0])
+        ax.scatter(edges, np.full(len(edges), row), s=55, marker="|", color=COLOURS[1], zorder=3, label=labels[1])
+    ax.set_yticks(range(len(jumps)), list(jumps), fontsize=SMALL)
+    ax.set(xlabel="mean jump of brightness across the line, 0 to 255", ylim=(len(jumps) - 0.5, -0.5))
+    ax.set_xscale("symlog", linthresh=1.0)
+    every = [jump for pair in jumps.values() for part in pair for jump in part] or [0.0]
+    least = max(tick for tick in _JUMP_TICKS if tick <= min(every))
+    ticks = [tick for tick in _JUMP_TICKS if least <= tick <= max(1.0, *every)]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xlim(left=0.9 * least or -0.05)
+    ax.minorticks_off()
+    legend(ax, "above", ncols=2)
+    return figure

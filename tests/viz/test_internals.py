@@ -5,8 +5,13 @@ import pytest
 from viz_figures import check_layout, shown
 
 from pixart_nb.viz.figures import image_differences
-from pixart_nb.viz.internals import MODULATION, position_interpolation, timestep_modulation
-from pixart_nb.viz.trajectory import denoising_trajectory, trajectory_numbers
+from pixart_nb.viz.internals import (
+    MODULATION,
+    denoising_trajectory,
+    position_interpolation,
+    timestep_modulation,
+    trajectory_numbers,
+)
 
 RNG = np.random.default_rng(0)
 LATENTS, DENOISED, GUIDANCE = (RNG.standard_normal((count, 4, 6, 8)) for count in (13, 12, 12))

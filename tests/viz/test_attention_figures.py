@@ -6,8 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from viz_figures import check_layout, shown
 
-from pixart_nb.viz.attention import full_against_compressed, overview_grid, patch_attention, word_heat_maps, word_strip
-from pixart_nb.viz.attention_statistics import attention_statistics
+from pixart_nb.viz.attention import (
+    attention_statistics,
+    full_against_compressed,
+    located_words,
+    overlap_bars,
+    overview_grid,
+    patch_attention,
+    word_heat_maps,
+    word_strip,
+)
 from pixart_nb.viz.overlay import COVER, DIMMED, cell_of_pixels, spread_cells
 from pixart_nb.viz.overlay import overlay as overlaid
 from pixart_nb.viz.style import heat_colours
@@ -172,3 +180,19 @@ def test_colours_tell_apart_without_red_and_green():
     seen = lms @ np.linalg.inv(to_lms).T
     luminance = seen @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(luminance) > 0).mean() > 0.95
+
+
+def test_words_are_ordered_by_their_overlap_beside_the_position_prior():
+    overlaps = {"object": np.full(6, 0.6), "on": np.full(6, 0.4), "rare": [1.0], "position prior": np.full(6, 0.7)}
+    figure = overlap_bars(overlaps)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["on (n = 6)", "object (n = 6)"]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([0.4, 0.6])
+    assert figure.axes[0].lines[-1].get_xdata() == pytest.approx([0.7, 0.7])
+    check_layout(figure)
+
+
+def test_an_object_is_outlined_over_the_map_of_its_word():
+    mask = np.pad(np.ones((4, 4), bool), 2)
+    figure = located_words([np.zeros((8, 8, 3))], [np.eye(2)], [mask], ["cup: 0.5"])
+    np.testing.assert_allclose(shown(figure.axes[0]), overlaid(np.zeros((8, 8, 3)), np.eye(2), (0, 1), 0.5))
+    assert len(figure.axes[0].collections) == 1
