@@ -8,6 +8,8 @@ _PUBLIC = {
     "PixArtConfig": "pixart_nb.core.models.transformer",
     "PixArt": "pixart_nb.core.models.transformer",
     "load_transformer": "pixart_nb.core.checkpoints.load",
+    "PixArtControlNet": "pixart_nb.core.models.controlnet",
+    "load_controlnet": "pixart_nb.core.checkpoints.controlnet",
     "training_losses": "pixart_nb.core.training.loss",
     "trace": "pixart_nb.core.hooks.recorder",
     "Trace": "pixart_nb.core.hooks.trace",

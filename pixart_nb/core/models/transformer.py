@@ -27,6 +27,7 @@ class PixArtConfig:
     ``input_size`` is the latent side of the training resolution (image side / 8); ``pe_interpolation`` stretches the
     positions to it (0.5 at 256, 1 at 512, 2 at 1024, 4 at 2048). ``kv_compress_config`` has ``sampling`` (conv, ave,
     uniform, mean), ``scale_factor`` and ``kv_compress_layer`` (a list of layer numbers).
+    ``copy_blocks_num`` is the number of blocks that a ControlNet copies; the transformer itself ignores it.
     """
 
     class_name: str = "PixArtMS"
@@ -44,6 +45,7 @@ class PixArtConfig:
     micro_condition: bool = False
     qk_norm: bool = False
     kv_compress_config: dict | None = field(default=None, hash=False)
+    copy_blocks_num: int = bounded(0, 0, 1000)
 
     def __new__(cls, *args, **values):
         """Remember which fields are given: a checkpoint may fill in the others."""
@@ -78,8 +80,8 @@ class PixArtConfig:
         return cls(**values)
 
     def to_dict(self) -> dict:
-        """Return all fields as a mapping that JSON can hold."""
-        return asdict(self)
+        """Return all fields as a mapping that JSON can hold, without ``copy_blocks_num`` if there is no ControlNet."""
+        return {name: value for name, value in asdict(self).items() if value or name != "copy_blocks_num"}
 
     @property
     def out_channels(self) -> int:
@@ -185,7 +187,7 @@ class PixArt(nn.Cell):
         latents unless given; ``drop`` (N,) bool replaces those captions by ``y_embedding``.
         -> (N, out_channels, H, W).
         """
-        self._check(latents, caption, mask)
+        self.check_inputs(latents, caption, mask)
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
         micro = self.micro_conditions(latents, size)
@@ -203,6 +205,13 @@ class PixArt(nn.Cell):
 
     def denoise(self, latents, timestep, keys_values, mask, positions, micro=None):
         """Compute one step from the keys and values of the caption: -> (N, out_channels, H, W)."""
+        x, t, t0, height, width = self.embed(latents, timestep, positions, micro)
+        for block, (k, v) in zip(self.blocks, keys_values):  # noqa: B905 - a compiled graph knows no strict
+            x = block(x, k, v, mask, t0, height, width)
+        return self.unpatchify(self.final_layer(x, t), height, width)
+
+    def embed(self, latents, timestep, positions, micro=None):
+        """Return tokens (N, T, D), timestep embedding t (N, D), its modulation t0 (N, 6, D), and the token grid."""
         patch = self.config.patch_size
         height, width = latents.shape[2] // patch, latents.shape[3] // patch
         if self.hook_manager is not None:
@@ -211,10 +220,7 @@ class PixArt(nn.Cell):
         t = self.t_embedder(timestep)
         if micro is not None:
             t = t + mint.cat((self.csize_embedder(micro[:, :2]), self.ar_embedder(micro[:, 2:])), 1)
-        t0 = self.t_block[1](silu(t)).reshape(t.shape[0], 6, -1)
-        for block, (k, v) in zip(self.blocks, keys_values):  # noqa: B905 - a compiled graph knows no strict
-            x = block(x, k, v, mask, t0, height, width)
-        return self.unpatchify(self.final_layer(x, t), height, width)
+        return x, t, self.t_block[1](silu(t)).reshape(t.shape[0], 6, -1), height, width
 
     def unpatchify(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Tokens (N, height * width, p p C) -> (N, C, height p, width p)."""
@@ -245,7 +251,7 @@ class PixArt(nn.Cell):
             size = np.tile(np.array([[height, width, height / width]], np.float32), (latents.shape[0], 1))
         return ms.Tensor(size, ms.float32) if isinstance(size, np.ndarray) else size
 
-    def _check(self, latents, caption, mask) -> None:
+    def check_inputs(self, latents, caption, mask) -> None:
         """Refuse inputs of a wrong shape."""
         channels, size, p = self.config.in_channels, self.config.caption_channels, self.config.patch_size
         shape = latents.shape

@@ -1,0 +1,70 @@
+"""ControlNet files: the official form, which holds the base model too, and the adapter folders of diffusers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints import key_maps
+from pixart_nb.core.checkpoints.configuration import describe
+from pixart_nb.core.checkpoints.files import open_checkpoint
+from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, stacked
+from pixart_nb.core.checkpoints.load import build_transformer, init_empty, load_into
+from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.models.controlnet import PixArtControlNet
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+
+_BASE = "base_model."
+_CONTROL = re.compile(r"(?:.*\.)?(controlnet|controlnet_blocks)\.(\d{1,4})\.(.+)")
+_COPY = re.compile(r"(?:copied_block|transformer_block)\.(.+)")
+
+
+def load_controlnet(
+    path: str | Path, config: PixArtConfig | None = None, dtype: ms.Type = ms.float32, base_model: PixArt | None = None
+) -> PixArtControlNet:
+    """Load a ControlNet-Transformer (PixArt-delta) from a checkpoint file or an adapter folder of diffusers.
+
+    Official files hold the base model; ``base_model`` replaces it, and is required for files without one. The number of
+    copied blocks is read from the names. Raises ``CheckpointError`` for missing, unexpected and misshapen tensors.
+    """
+    path = Path(path).expanduser()
+    checkpoint = open_checkpoint(path)
+    control = {name: match for name in checkpoint.tensors if (match := _CONTROL.fullmatch(name))}
+    if not control:
+        raise CheckpointError(f"{path} holds no ControlNet: expected tensors controlnet.0.* or controlnet_blocks.0.*")
+    copies = 1 + max(int(match[2]) for match in control.values())
+    if config is not None and config.copy_blocks_num not in (0, copies):
+        raise CheckpointError(f"{path} holds {copies} copied blocks; copy_blocks_num is {config.copy_blocks_num}")
+    if base_model is None:
+        names = {name: name.partition(_BASE)[2] for name in checkpoint.tensors if _BASE in name and name not in control}
+        if not names:
+            raise CheckpointError(f"{path} holds a ControlNet without its base model; give base_model, the transformer")
+        tensors = {new: replace(checkpoint.tensors[name], name=new) for name, new in names.items()}
+        view = to_official_names(replace(checkpoint, tensors=tensors))
+        base_model = build_transformer(view.complete | view.rest, describe(view, path, config).config, path, dtype)
+    elif copies >= base_model.config.depth:
+        raise CheckpointError(f"{path} copies {copies} blocks; this transformer has {base_model.config.depth}")
+    net = init_empty(lambda: PixArtControlNet(base_model, copies), dtype)
+    load_into(net, _control_tensors(checkpoint.tensors, control), path, prefix="controlnet.")
+    return net.set_train(False)
+
+
+def _control_tensors(tensors: dict[str, LazyTensor], control: dict[str, re.Match]) -> dict[str, LazyTensor]:
+    """Return the tensors of the copied blocks under the names of ``PixArtControlNet``."""
+    out, blocks = {}, {}
+    for name, match in control.items():
+        copy = _COPY.fullmatch(match[3])
+        if copy is None:
+            out[f"controlnet.{match[2]}.{match[3]}"] = tensors[name]
+        else:
+            stem = "transformer_blocks" if match[1] == "controlnet_blocks" else "blocks"
+            blocks[f"{stem}.{match[2]}.{copy[1]}"] = name
+    groups, rest = key_maps.origins(blocks)
+    for official, parts in groups.items():
+        number, leaf = official.removeprefix("blocks.").split(".", 1)
+        group = [tensors[blocks[part]] for part in parts]
+        out[f"controlnet.{number}.copied_block.{leaf}"] = group[0] if len(group) == 1 else stacked(group)
+    return out | {blocks[name]: tensors[blocks[name]] for name in rest}
