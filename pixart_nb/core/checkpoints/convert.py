@@ -22,7 +22,7 @@ from pixart_nb.core.checkpoints.files import WEIGHTS, WRITERS, open_checkpoint
 from pixart_nb.core.checkpoints.layouts import TransformerTensors, init_compression, to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import build_transformer, load_transformer, shapes_of
-from pixart_nb.core.checkpoints.torch_writer import write_torch
+from pixart_nb.core.checkpoints.torch_file import write_torch
 from pixart_nb.core.io import (
     CheckpointError,
     atomic_write,

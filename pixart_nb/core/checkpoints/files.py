@@ -19,8 +19,7 @@ import numpy as np
 
 from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, LazyTensor, check_count, checksum, map_file
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
-from pixart_nb.core.checkpoints.torch_reader import find_weights, read_torch
-from pixart_nb.core.checkpoints.torch_writer import write_torch
+from pixart_nb.core.checkpoints.torch_file import find_weights, read_torch, write_torch
 from pixart_nb.core.io import (
     CRC,
     CheckpointError,

@@ -200,9 +200,9 @@ def checksum(data: np.ndarray, total: int = 0) -> int:
 def mapping_of(array: np.ndarray) -> mmap.mmap | None:
     """Return the mapped file that an array views; None for an array in memory."""
     base = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return base.obj if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap) else None
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def release(array: np.ndarray) -> None:

@@ -10,6 +10,7 @@ version of protobuf is imported first.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,97 +37,92 @@ _VARINT, _BYTES = 0, 2
 _MAX_AXES, _MAX_LETTERS = 16, 4096
 
 
-class _Messages:
-    """Fields of protobuf messages in the bytes of a file; every length is compared with what is there."""
-
-    def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.data = path, memoryview(data)
-
-    def damaged(self, position: int, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} ({len(self.data)} bytes) is truncated or no MindSpore checkpoint: {reason} at byte {position}"
-        )
-
-    def varint(self, position: int, stop: int) -> tuple[int, int]:
-        """Return a number of seven bits per byte, and the position after it."""
-        value = 0
-        for shift in range(0, 70, 7):
-            if position >= stop:
-                raise self.damaged(position, "it ends")
-            byte = self.data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value & (2**64 - 1), position
-        raise self.damaged(position, "a number is too long")
-
-    def fields(self, start: int, stop: int, wire_types: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
-        """Yield (field, start, stop) of each field of bytes and (field, value, value) of each number."""
-        while start < stop:
-            key, start = self.varint(start, stop)
-            number, wire = key >> 3, key & 7
-            if wire_types.get(number) != wire:
-                raise self.damaged(start, f"unknown field {number} of wire type {wire}")
-            value, start = self.varint(start, stop)
-            if wire == _VARINT:
-                yield number, value, value
-                continue
-            if value > stop - start:
-                raise self.damaged(start, f"{value} bytes are announced and {stop - start} follow")
-            yield number, start, start + value
-            start += value
-
-    def text(self, start: int, stop: int) -> str:
-        try:
-            if stop - start <= _MAX_LETTERS:
-                return bytes(self.data[start:stop]).decode()
-        except UnicodeDecodeError:
-            pass
-        raise self.damaged(start, "a name is too long or no text")
-
-    def value(self, start: int, stop: int) -> tuple[str, str, tuple[int, ...], slice]:
-        """Return tag, type, dimensions and content of a ``Value``."""
-        fields = {number: (a, b) for number, a, b in self.fields(start, stop, {1: _BYTES, 2: _BYTES})}
-        if set(fields) != {1, 2} or not (tag := self.text(*fields[1])):
-            raise self.damaged(start, "a value without a name or a tensor")
-        name, dims, content = "", [], slice(0, 0)
-        for number, a, b in self.fields(*fields[2], {1: _VARINT, 2: _BYTES, 3: _BYTES}):
-            if number == 1:
-                dims.append(a)
-            elif number == 2:
-                name = self.text(a, b)
-            else:
-                content = slice(a, b)
-            if len(dims) > _MAX_AXES:
-                raise self.damaged(a, f"{tag} has more than {_MAX_AXES} dimensions")
-        return tag, name, tuple(dims), content
-
-
 def open_mindspore(path: str | Path) -> tuple[dict[str, LazyTensor], list[str]]:
     """Return the tensors of a ``.ckpt`` file, mapped, and the names of values that are no tensors (texts, say)."""
     path = Path(path)
-    data = _without_checksum(path, map_file(path))
-    messages, slices, others = _Messages(path, data), {}, []
-    for count, (_, start, stop) in enumerate(messages.fields(0, len(data), {1: _BYTES}), 1):
-        check_count(path, count)
-        tag, name, dims, content = messages.value(start, stop)
-        if name not in NAMES:
-            others.append(tag)
-            continue
-        first = slices.setdefault(tag, (name, dims, []))
-        if first[:2] != (name, dims):
-            raise CheckpointError(f"{path} holds {tag} twice, as {first[:2]} and as {(name, dims)}")
-        first[2].append(data[content])
+    data, slices, others = _without_checksum(path, map_file(path)), {}, []
+    try:
+        for count, (_, value) in enumerate(_fields(memoryview(data), {1: _BYTES}), 1):
+            check_count(path, count)
+            tag, name, dims, content = _value(value)
+            if name not in NAMES:
+                others.append(tag)
+                continue
+            first = slices.setdefault(tag, (name, dims, []))
+            if first[:2] != (name, dims):
+                raise CheckpointError(f"{path} holds {tag} twice, as {first[:2]} and as {(name, dims)}")
+            first[2].append(np.frombuffer(content, np.uint8))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        size = f"{path} ({data.size} bytes)"
+        raise CheckpointError(f"{size} is truncated or no MindSpore checkpoint: {error}") from error
     if not slices:
         raise CheckpointError(f"{path} ({data.size} bytes) holds no tensors; expected a MindSpore checkpoint")
     return {tag: _tensor(path, tag, *parts) for tag, parts in slices.items()}, others
+
+
+def _fields(data: memoryview, wire_types: Mapping[int, int]) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield number and content of each field of a message; every length is compared with what is there."""
+    position = 0
+    while position < len(data):
+        key, position = _varint_at(data, position)
+        number, wire = key >> 3, key & 7
+        if wire_types.get(number) != wire:
+            raise ValueError(f"unknown field {number} of wire type {wire}")
+        content, position = _varint_at(data, position)
+        if wire == _BYTES:
+            start, position = position, position + content
+            if position > len(data):
+                raise ValueError(f"{content} bytes are announced and {len(data) - start} follow")
+            content = data[start:position]
+        yield number, content
+
+
+def _varint_at(data: memoryview, position: int) -> tuple[int, int]:
+    """Return a number of seven bits per byte, and the position after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(data):
+            raise ValueError("it ends within a number")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & (2**64 - 1), position
+    raise ValueError("a number is too long")
+
+
+def _value(message: memoryview) -> tuple[str, str, tuple[int, ...], memoryview]:
+    """Return tag, type, dimensions and content of a ``Value``."""
+    fields = dict(_fields(message, {1: _BYTES, 2: _BYTES}))
+    if set(fields) != {1, 2} or not (tag := _text(fields[1])):
+        raise ValueError("a value without a name or a tensor")
+    name, dims, content = "", [], memoryview(b"")
+    for number, part in _fields(fields[2], {1: _VARINT, 2: _BYTES, 3: _BYTES}):
+        if number == 1:
+            dims.append(part)
+        elif number == 2:
+            name = _text(part)
+        else:
+            content = part
+        if len(dims) > _MAX_AXES:
+            raise ValueError(f"{tag} has more than {_MAX_AXES} dimensions")
+    return tag, name, tuple(dims), content
+
+
+def _text(data: memoryview) -> str:
+    text = bytes(data[: _MAX_LETTERS + 1]).decode(errors="replace")
+    if len(data) > _MAX_LETTERS or "\N{REPLACEMENT CHARACTER}" in text:
+        raise ValueError("a name is too long or no text")
+    return text
 
 
 def _tensor(path: Path, tag: str, name: str, dims: tuple[int, ...], slices: list[np.ndarray]) -> LazyTensor:
     dtype = DTYPES[NAMES[name]]
     size = sum(part.size for part in slices)
     shape = () if dims == (0,) and size == dtype.itemsize else dims
-    if size != int(np.prod(shape, dtype=object)) * dtype.itemsize:
+    if size != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{path}: {tag} of shape {shape} and type {name} has {size} bytes")
     content = slices[0] if len(slices) == 1 else np.concatenate(slices)
     return LazyTensor(NAMES[name], (content.view(dtype).reshape(shape),), name=tag)
@@ -143,6 +139,9 @@ def _without_checksum(path: Path, data: np.ndarray) -> np.ndarray:
     return data
 
 
+# ---- writing
+
+
 def write_mindspore(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     """Write a ``.ckpt`` file tensor by tensor, with MindSpore's checksum at its end.
 
@@ -151,13 +150,13 @@ def write_mindspore(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     total = 0
     with path.open("wb") as file:
         for name, tensor in tensors.items():
-            for chunk in _values(name, tensor):
+            for chunk in _messages(name, tensor):
                 total = zlib.crc32(chunk, total)
                 file.write(chunk)
         file.write(_CHECKSUM + total.to_bytes(_CHECKSUM_BYTES, "big"))
 
 
-def _values(name: str, tensor: LazyTensor) -> Iterator[bytes | np.ndarray]:
+def _messages(name: str, tensor: LazyTensor) -> Iterator[bytes | np.ndarray]:
     """Yield the bytes of a tensor's ``Value`` messages, one for each slice."""
     if not tensor.size:
         raise CheckpointError(f"{name} has shape {tensor.shape}, which a MindSpore checkpoint cannot hold")

@@ -12,7 +12,7 @@ from torch_files import Call, Global, LegacyStorage, TorchPickler, as_saved, ten
 
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.lazy_tensor import mapping_of
-from pixart_nb.core.checkpoints.torch_reader import read_torch
+from pixart_nb.core.checkpoints.torch_file import read_torch
 from pixart_nb.core.io import CheckpointError
 
 NAMES = ["Float", "Double", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool"]
