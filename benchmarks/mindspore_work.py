@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.shapes import Shapes
 from pixart_nb.core.backend import device_name, ms
-from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder
+from pixart_nb.core.checkpoints.load import StreamedT5Encoder
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.io import save_tensors, write_json
 from pixart_nb.core.models.t5 import T5Config, T5Encoder

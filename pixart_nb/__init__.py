@@ -14,7 +14,7 @@ __version__ = "0.2.0"
 _MODULES = {
     # pipelines, their components and schedulers
     "core.sampling.pipeline": ("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
-    "core.checkpoints.text_encoder": ("T5EncoderModel",),
+    "core.checkpoints.components": ("T5EncoderModel",),
     "core.sampling.schedulers": (
         "DPMSolverMultistepScheduler",
         "DDIMScheduler",

@@ -16,7 +16,7 @@ from benchmarks.shapes import Shapes
 from benchmarks.worker import Worker
 from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder, load_t5
+from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.viz.measurements import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(

@@ -17,7 +17,7 @@ from pixart_nb.config import (
     project_folder,
     read_yaml,
 )
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths
+from pixart_nb.core.checkpoints.components import component_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -1,7 +1,8 @@
-"""Components of a pipeline, loaded from and written to the folders of the diffusers layout."""
+"""Components of a pipeline: found in a folder or on a hub, loaded, and written in the layout of diffusers."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,22 +10,99 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.backend import ms
+from pixart_nb.config import bundled_path
+from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
-from pixart_nb.core.checkpoints.files import WEIGHTS, read_tensors, write_safetensors
+from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, write_safetensors
 from pixart_nb.core.checkpoints.layouts import to_layout
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
-from pixart_nb.core.checkpoints.load import init_empty, load_into, load_transformer
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths
-from pixart_nb.core.checkpoints.text_encoder import load_t5
+from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_tensors, write_json
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
+
+
+def component_paths(source: str | Path, names: Sequence[str], revision: str | None = None) -> dict[str, Path]:
+    """Return the paths of the components of a pipeline.
+
+    ``source``: a folder in the layout of diffusers, or in that of mindone's example (a checkpoint beside the folders
+    vae, text_encoder and tokenizer, or in a folder ``models`` with or beside them); the checkpoint in such a folder, if
+    there are several; or a hub id, with ``revision``. mindone's layout has no scheduler, which is then left out.
+    Raises ``CheckpointError``.
+    """
+    path = bundled_path(source)
+    if path.is_file():
+        return _mindone_paths(path.parent, names, path)
+    folder = path if path.is_dir() else _from_hub(str(source), names, revision)
+    if not (folder / "model_index.json").is_file():
+        return _mindone_paths(folder, names)
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks the folders {missing}; give those components, or None if not needed")
+    return {name: folder / name for name in names}
+
+
+def pipeline_class(source: str | Path) -> str:
+    """Return the class name in the ``model_index.json`` of a folder or hub id; empty if there is none."""
+    path = bundled_path(source)
+    folder = path.parent if path.is_file() else path if path.is_dir() else _from_hub(str(source), [], None)
+    index = folder / "model_index.json"
+    return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
+
+
+def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None = None) -> dict[str, Path]:
+    roots = (folder, folder / "models")
+    files = [path for root in roots for path in sorted(root.glob("*")) if path.suffix in ENDINGS and path.is_file()]
+    checkpoints = [checkpoint] if checkpoint else files
+    if "transformer" in names and len(checkpoints) > 1:
+        raise CheckpointError(
+            f"{folder} holds several checkpoints ({', '.join(p.name for p in checkpoints[:6])}); give the path of the "
+            "one to load"
+        )
+    folders = [name for name in names if name != "transformer"]
+    paths = {name: root / name for root in reversed(roots) for name in folders if (root / name).is_dir()}
+    paths |= {"transformer": checkpoints[0]} if checkpoints else {}
+    missing = [name for name in names if name not in (*paths, "scheduler")]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no model_index.json, so it is no pipeline in diffusers' layout; and it lacks {missing} "
+            "for the layout of mindone, a checkpoint and the folders vae, text_encoder and tokenizer. It holds "
+            f"{sorted(part.name for part in folder.iterdir())[:10]}. Give those components, or None if not needed."
+        )
+    return {name: paths[name] for name in names if name in paths}
+
+
+def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
+    """Return the folder of a snapshot; a path that can only be a local one is not looked up."""
+    path, files = Path(source).expanduser(), " and ".join(["model_index.json", *names])
+    local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
+    if local or path.parent.is_dir():
+        beside = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise CheckpointError(
+            f"{source} does not exist.{hint} Give a folder with {files}, or the id of a model on a hub, owner/name."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["model_index.json", *(f"{name}/*" for name in names)]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(
+            f"{source!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Download "
+            f"its folder ({files}) and give the path."
+        ) from error
+
+
+# ---- loading
 
 
 def load_components(
@@ -39,18 +117,6 @@ def load_components(
     return {name: LOADERS[name](path, dtype, **options) for name, path in paths.items()}
 
 
-def _load_transformer(path: Path, dtype: ms.Type, **options) -> PixArt:
-    return load_transformer(path, dtype=dtype, **options)
-
-
-def _load_vae(folder: Path, dtype: ms.Type, **options) -> AutoencoderKL:
-    path = folder / "config.json"
-    config = VAEConfig.from_dict(read_json(path), path)
-    net = init_empty(lambda: AutoencoderKL(config), config.compute_dtype(dtype))
-    load_into(net, key_maps.rename_former_vae(read_tensors(folder, **options)), folder)
-    return net.set_train(False)
-
-
 def _load_scheduler(folder: Path, dtype: ms.Type, **options) -> Scheduler:
     values = read_json(folder / "scheduler_config.json")
     try:
@@ -61,12 +127,45 @@ def _load_scheduler(folder: Path, dtype: ms.Type, **options) -> Scheduler:
 
 #: Component -> function of its own folder and the dtype.
 LOADERS = {
-    "transformer": _load_transformer,
+    "transformer": lambda path, dtype, **options: load_transformer(path, dtype=dtype, **options),
     "text_encoder": load_t5,
-    "vae": _load_vae,
+    "vae": load_vae,
     "scheduler": _load_scheduler,
     "tokenizer": lambda folder, dtype, **options: TextTokenizer(folder),
 }
+
+
+class T5EncoderModel:
+    """Loader of T5 under the name of transformers' class."""
+
+    @staticmethod
+    def from_pretrained(
+        folder_or_hub_id: str | Path,
+        subfolder: str = "",
+        mindspore_dtype: ms.Type | None = None,
+        load_in_8bit: bool = False,
+        stream: bool = False,
+        device_map: str | None = None,
+        revision: str | None = None,
+        **options,
+    ) -> T5Encoder | StreamedT5Encoder:
+        """Load the T5 encoder of a folder, or of the ``subfolder`` of a pipeline's folder or hub id.
+
+        ``mindspore_dtype``: float32 by default. ``load_in_8bit`` keeps the projections of every layer as int8 with a
+        scale for each row; they are computed in float32. ``stream`` reads a layer when it is computed and drops it
+        afterwards: memory of one layer, but the files are read for every prompt. ``device_map`` has no effect, as
+        there is one device. ``options``: ``variant`` and ``use_safetensors``.
+        """
+        folder = Path(folder_or_hub_id).expanduser()
+        if subfolder:
+            folder = component_paths(folder_or_hub_id, [subfolder], revision)[subfolder]
+        if load_in_8bit and stream:
+            raise PixArtNBError("load_in_8bit and stream are both on; expected at most one of them")
+        dtype = supported_dtype(mindspore_dtype or ms.float32)
+        if stream:
+            return StreamedT5Encoder(folder, dtype, **options)
+        return load_t5(folder, dtype, load_in_8bit, **options)
+
 
 # ---- writing
 
@@ -83,10 +182,9 @@ def write_transformer(
     ``weights`` are written in place of those of ``net``, by the same names.
     """
     weights = _weights(net, dtype) if weights is None else weights
-    weights = {name: value for name, value in weights.items() if name not in key_maps.OPTIONAL}
-    tensors = to_layout({name: LazyTensor.of(value, name) for name, value in weights.items()}, "diffusers")
+    tensors = {n: LazyTensor.of(value, n) for n, value in weights.items() if n not in key_maps.OPTIONAL}
     with atomic_write(folder / WEIGHTS) as temporary:
-        write_safetensors(temporary, tensors)
+        write_safetensors(temporary, to_layout(tensors, "diffusers"))
     write_json(folder / "config.json", diffusers_config(net.config))
 
 

@@ -8,7 +8,7 @@ import pickle
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ _INSTRUCTIONS = (
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
     *("GLOBAL", "STACK_GLOBAL", "BINPERSID"),
 )
+_CODES = [getattr(pickle, name)[0] for name in _INSTRUCTIONS]
 
 
 class Global(NamedTuple):
@@ -68,7 +69,7 @@ class TensorUnpickler(pickle._Unpickler):
     ``storage_of(name, dtype, count)`` returns a storage.
     """
 
-    dispatch = {getattr(pickle, n)[0]: pickle._Unpickler.dispatch[getattr(pickle, n)[0]] for n in _INSTRUCTIONS}
+    dispatch: ClassVar = {code: pickle._Unpickler.dispatch[code] for code in _CODES}
 
     def __init__(self, path: Path, data: np.ndarray, storage_of: Callable[[str, str, int], Storage], start: int = 0):
         self.path, self.storage_of, self.start = path, storage_of, start

@@ -19,10 +19,8 @@ from pixart_nb.config import ConfigError, InferenceConfig, bundled_path, check_c
 from pixart_nb.config.keys import ROOTS
 from pixart_nb.core import backend
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
-from pixart_nb.core.checkpoints.components import LOADERS
+from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, component_paths
 from pixart_nb.core.checkpoints.load import load_transformer
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths
-from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.transformer import PixArtConfig

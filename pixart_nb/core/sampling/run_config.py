@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import ConfigError, InferenceConfig
+from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths, pipeline_class
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size

@@ -11,10 +11,8 @@ import numpy as np
 
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
-from pixart_nb.core.checkpoints.components import LOADERS
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths as pipeline_paths
-from pixart_nb.core.checkpoints.pipeline_folder import pipeline_class
-from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
+from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, pipeline_class
+from pixart_nb.core.checkpoints.components import component_paths as pipeline_paths
 from pixart_nb.core.data.features import Embed, Encode, FeatureCache, MadeBy, fingerprint
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.io import CheckpointError, read_json

@@ -11,12 +11,16 @@ from safetensors.numpy import load_file, save_file
 
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.components import LOADERS, load_components, write_transformer
+from pixart_nb.core.checkpoints.components import (
+    LOADERS,
+    T5EncoderModel,
+    component_paths,
+    load_components,
+    write_transformer,
+)
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, same_bits
-from pixart_nb.core.checkpoints.pipeline_folder import component_paths
-from pixart_nb.core.checkpoints.text_encoder import T5EncoderModel
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, load_tensors, read_json, save_tensors, write_json
 

@@ -7,8 +7,8 @@ import pytest
 from reference_data import diffusers, relative_error
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.components import write_text_encoder
-from pixart_nb.core.checkpoints.text_encoder import StreamedT5Encoder, T5EncoderModel, load_t5
+from pixart_nb.core.checkpoints.components import T5EncoderModel, write_text_encoder
+from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
 from pixart_nb.core.models.quantization import Int8Linear, quantize
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
