@@ -1,4 +1,4 @@
-"""Device, dtype, threads, and the operators that depend on the device. No other file asks MindSpore for the device.
+"""Device, dtype and threads. No other file asks MindSpore for the device.
 
 Every other module of ``core`` imports MindSpore from here (``from pixart_nb.core.backend import ms``), so that it is
 set up before the first operator runs.
@@ -29,8 +29,6 @@ from mindspore import ops
 
 #: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
-#: The head size of Ascend's flash attention must be a multiple of this.
-FLASH_HEAD_MULTIPLE = 16
 #: Seconds within which MindSpore's new threads take their names, also on a busy machine.
 _NAMING_SECONDS = 0.2
 
@@ -51,6 +49,7 @@ def _set_up() -> str:
 
 
 _DEVICE = _set_up()
+_GRAPH_MODE = False
 
 
 @cache
@@ -95,6 +94,17 @@ def device_name() -> str:
 def on_ascend() -> bool:
     """Return True if the fused Ascend operators are used."""
     return _DEVICE == "Ascend"
+
+
+def set_graph_mode(on: bool) -> None:
+    """Compile the blocks of the transformer on Ascend (``mode: 0``), or run them operator by operator (``mode: 1``)."""
+    global _GRAPH_MODE
+    _GRAPH_MODE = on
+
+
+def graph_mode() -> bool:
+    """Return True if the blocks of the transformer are compiled."""
+    return _GRAPH_MODE
 
 
 def free_device_memory() -> int | None:
@@ -152,30 +162,3 @@ def join_workers() -> tuple[int, int]:
     except RuntimeError as error:
         raise WorkerError(error) from error
     return communication.get_rank(), communication.get_group_size()
-
-
-def flash_attention(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None, scale: float) -> ms.Tensor:
-    """Compute attention by Ascend's fused operator. **Not run on Ascend**; a substitute tests the call.
-
-    q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, True = token. Heads are zero-padded to a multiple of 16
-    (72 -> 80), which is exact; in the operator's own mask 1 means discard.
-    """
-    head_size = q.shape[-1]
-    pad = -head_size % FLASH_HEAD_MULTIPLE
-    if pad:
-        q, k, v = (ops.pad(x, (0, pad)) for x in (q, k, v))
-    dtype = q.dtype
-    if dtype == ms.float32:  # the operator takes half precision only
-        q, k, v = (x.astype(ms.bfloat16) for x in (q, k, v))
-    discard = None
-    if mask is not None:
-        batch, keys = mask.shape
-        discard = ops.logical_not(mask).reshape(batch, 1, 1, keys)
-        discard = ops.tile(discard, (1, 1, q.shape[2], 1)).astype(ms.uint8)
-    out = flash_attention_score(q, k, v, q.shape[1], attn_mask=discard, scalar_value=scale, input_layout="BNSD")
-    return out[..., :head_size].astype(dtype)
-
-
-def flash_attention_score(q, k, v, head_num, **options):
-    """Call the operator, by a name that a test can replace."""
-    return ops.flash_attention_score(q, k, v, head_num, **options)

@@ -1,7 +1,6 @@
 """Inference paths behind one entry for each task: the numbers of ``models/`` with fewer operations.
 
-``denoiser`` runs the transformer and ``fast_group_norms`` the norms of the VAE. ``cpu.py`` is the path of the CPU. A
-path for another device is a file beside it, with a class like ``CPUDenoiser``, that ``denoiser`` returns.
+``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, and ``fast_group_norms`` the norms of the VAE.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import numpy as np
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.fast.ascend import AscendDenoiser
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.fast.cpu_operators import ImageStatistics
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
-from pixart_nb.core.models.operators import check_finite
-from pixart_nb.core.models.transformer import PixArt, trim_caption
+from pixart_nb.core.models.transformer import PixArt
 
 #: ``denoise(latents (B, C, H, W), timestep) -> (B, out_channels, H, W)``, one timestep for the whole batch.
 Denoiser = Callable[[ms.Tensor, float], ms.Tensor]
@@ -30,7 +29,7 @@ def denoiser(net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | Non
     transformer is traced or changed (``core.hooks``), every attention goes through its hook point; what the hooks
     leave as it is keeps its numbers, bit for bit.
     """
-    return (ModelDenoiser if backend.on_ascend() else CPUDenoiser)(net, caption, mask)
+    return (AscendDenoiser if backend.on_ascend() else CPUDenoiser)(net, caption, mask)
 
 
 def fast_group_norms(norms: Sequence[GroupNorm]) -> AbstractContextManager[None]:
@@ -38,21 +37,3 @@ def fast_group_norms(norms: Sequence[GroupNorm]) -> AbstractContextManager[None]
     if backend.on_ascend():
         return nullcontext()
     return norm_statistics(norms, [ImageStatistics()] * len(norms))
-
-
-class ModelDenoiser:
-    """Denoising steps by ``PixArt.denoise``, for a device without a path of its own. **Not run on Ascend.**"""
-
-    def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
-        if mask is not None:
-            caption, mask = trim_caption(caption, mask)
-        self.net, self.mask, self.keys_values = net, mask, net.caption_keys_values(caption)
-
-    def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
-        """latents (B, C, H, W) -> (B, out_channels, H, W)."""
-        net, (batch, _, height, width) = self.net, latents.shape
-        timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
-        positions, micro = net.positions(height, width), net.micro_conditions(latents)
-        out = net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro)
-        check_finite(out, f"the transformer at timestep {timestep:g}")
-        return out

@@ -8,6 +8,7 @@ from mindspore import mint, nn, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.ascend_operators import flash_attention, flash_supports
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
 from pixart_nb.core.models.operators import scaled_dot_product_attention, transpose, upcast
@@ -43,8 +44,9 @@ def attention(
     """Return ``softmax(scale q k^T + bias) v`` over the tokens that ``mask`` allows, softmax in float32.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool with True = token, bias (B or 1, H, N, M) added to the
-    scores -> (B, H, N, d). ``scale`` is d ** -0.5 by default. On the CPU as many heads and queries are computed at a
-    time as the memory budget allows, so that no N x M matrix exists; on Ascend the fused operator is used.
+    scores -> (B, H, N, d). ``scale`` is d ** -0.5 by default. As many heads and queries are computed at a time as the
+    memory budget allows, so that no N x M matrix exists. Ascend's flash attention takes over in half precision, without
+    a bias and for heads of up to 256.
 
     ``hook_point`` (``core.hooks``) takes over when the layer is traced or changed. It computes the
     attention by this function too, so a trace does not change a bit.
@@ -52,8 +54,8 @@ def attention(
     if hook_point is not None:
         return hook_point(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend.on_ascend() and bias is None:
-        return backend.flash_attention(q, k, v, mask, scale)
+    if backend.on_ascend() and bias is None and flash_supports(q.shape[-1], q.dtype):
+        return flash_attention(q, k, v, mask, scale)
     if mask is not None:
         q, k = _append_mask(q * scale, k, mask)
         scale = 1.0

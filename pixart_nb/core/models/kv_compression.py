@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mindspore import nn, ops
+from mindspore import mint, nn, ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import LayerNorm, parameter
+from pixart_nb.core.models.operators import transpose
 
 #: ``conv``: learned depthwise convolution, then LayerNorm (the paper's). ``ave`` and ``uniform``: the upper left token
 #: of each cell, which is what the official code computes under both names. ``mean``: the true average of each cell.
@@ -46,11 +49,28 @@ def compress_tokens(
     norm: LayerNorm | None = None,
 ) -> ms.Tensor:
     """Compress the token grid: x (B, height * width, D) -> (B, (height // ratio) * (width // ratio), D)."""
+    if backend.on_ascend() and operator == "conv":
+        return norm(convolve_cells(x, height, width, reduction.weight, reduction.bias))
+    if backend.on_ascend() and operator == "mean":
+        return convolve_cells(x, height, width, mean_kernel(x.shape[2], ratio, x.dtype), None)
     for factor in successive_ratios(operator, ratio):
         positions = _cell_positions(x, height, width, factor, positions_read(operator, factor))
         x = compress_cells(positions, operator, reduction, norm).reshape(x.shape[0], -1, x.shape[2])
         height, width = height // factor, width // factor
     return x
+
+
+def convolve_cells(x: ms.Tensor, height: int, width: int, weight: ms.Tensor, bias: ms.Tensor | None) -> ms.Tensor:
+    """Depthwise convolution of stride R over the token grid, by Ascend's operator: weight (D, 1, R, R)."""
+    batch, _, size = x.shape
+    grid = transpose(x.reshape(batch, height, width, size), 0, 3, 1, 2)
+    cells = ascend_operators.conv2d(grid, weight, bias, stride=weight.shape[-1], groups=size)
+    return transpose(cells.reshape(batch, size, -1), 0, 2, 1)
+
+
+def mean_kernel(size: int, ratio: int, dtype: ms.Type) -> ms.Tensor:
+    """Return the weight (size, 1, ratio, ratio) of a depthwise convolution that averages."""
+    return mint.ones((size, 1, ratio, ratio), dtype=dtype) * (1 / ratio**2)
 
 
 def _cell_positions(x: ms.Tensor, height: int, width: int, ratio: int, count: int) -> list[ms.Tensor]:

@@ -11,8 +11,10 @@ import numpy as np
 from mindspore import nn, ops
 from mindspore.common.initializer import initializer
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.models.operators import gelu_tanh, linear, normalize, repeat_tokens
+from pixart_nb.core.models import ascend_operators
+from pixart_nb.core.models.operators import Normalize, gelu_tanh, linear, repeat_tokens
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:
@@ -62,15 +64,22 @@ class LayerNorm(nn.Cell):
 
     def __init__(self, size: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
-        self.normalize, self.eps = normalize(eps), eps
+        self.normalize, self.eps = Normalize(eps), eps
         self.weight = parameter((size,), "ones") if affine else None
         self.bias = parameter((size,), name="bias") if affine else None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
+        if backend.on_ascend():
+            return self._fused(x)
         rows = self.normalize(x.astype(ms.float32).reshape(-1, x.shape[-1]))
         if self.weight is not None:
             rows = rows * self._repeat(self.weight, rows) + self._repeat(self.bias, rows)
         return rows.reshape(x.shape).astype(x.dtype)
+
+    def _fused(self, x: ms.Tensor) -> ms.Tensor:
+        if self.weight is None:
+            return ascend_operators.layer_norm(x, None, None, self.eps)
+        return ascend_operators.layer_norm(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), self.eps)
 
     @staticmethod
     def _repeat(vector: ms.Tensor, rows: ms.Tensor) -> ms.Tensor:
@@ -87,6 +96,8 @@ class RMSNorm(nn.Cell):
         self.eps = eps
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
+        if backend.on_ascend():
+            return ascend_operators.rms_norm(x, self.weight.astype(x.dtype), self.eps)
         wide = x.astype(ms.float32)
         wide = wide * ops.rsqrt((wide * wide).mean(-1, keep_dims=True) + self.eps)
         return wide.astype(x.dtype) * self.weight
@@ -100,6 +111,8 @@ class Embedding(nn.Cell):
         self.weight = parameter((count, size))
 
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
+        if backend.on_ascend():
+            return ascend_operators.embedding(self.weight, ids)
         return ops.gather(self.weight, ids, 0)
 
 
@@ -111,8 +124,11 @@ class Conv2d(nn.Cell):
         self.weight = parameter((out_channels, in_channels, kernel_size, kernel_size))
         self.bias = parameter((out_channels,), name="bias")
         self.conv = ops.Conv2D(out_channels, kernel_size, pad_mode="pad", pad=padding, stride=stride)
+        self.stride, self.padding = stride, padding
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
+        if backend.on_ascend():
+            return ascend_operators.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return ops.bias_add(self.conv(x, self.weight), self.bias)
 
 
@@ -131,6 +147,9 @@ class GroupNorm(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         if self.statistics is not None:
             return self.statistics.normalize(self, x)
+        if backend.on_ascend():  # in float32, as half precision is poor there
+            weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
+            return ops.group_norm(x.astype(ms.float32), self.groups, weight, bias, self.eps).astype(x.dtype)
         return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
 
 

@@ -1,4 +1,4 @@
-"""Operators that are fast on the CPU. They compute what MindSpore's own operators compute.
+"""Operators that are fast on the device. They compute what MindSpore's own operators compute.
 
 Slow on the CPU (MindSpore 2.8): broadcasting arithmetic, reductions over any but the last axis of a matrix, and the
 gradients of softmax and LayerNorm. An operator whose automatic gradient is slow defines its own.
@@ -12,8 +12,10 @@ from mindspore import nn, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import ascend_operators
 
 _matmul = ops.MatMul(transpose_b=True)
+_dense = ops.Dense()
 _scores = ops.BatchMatMul(transpose_b=True)
 _weighted_sum = ops.BatchMatMul()
 _batch_matmul_transposed = ops.BatchMatMul(transpose_a=True)
@@ -35,8 +37,10 @@ def linear(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor | None = None) -> ms
     A matrix product and ``bias_add`` are three times as fast on the CPU as ``ops.dense``, which broadcasts its bias.
     With few rows and a large weight, ``weight @ x.T`` is another three to four times as fast.
     """
+    if backend.on_ascend():
+        return _dense(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if 1 < rows.shape[0] <= FEW_ROWS and weight.size >= LARGE_WEIGHT and not backend.on_ascend():
+    if 1 < rows.shape[0] <= FEW_ROWS and weight.size >= LARGE_WEIGHT:
         rows = transpose(_matmul(weight, rows), 1, 0)
     else:
         rows = _matmul(rows, weight)
@@ -74,6 +78,8 @@ def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
 
     ``0.5 x (1 + tanh(u))`` equals ``x sigmoid(2u)``, which is several times faster on the CPU than ``ops.gelu``.
     """
+    if backend.on_ascend():
+        return ascend_operators.gelu_tanh(x)
     wide = upcast(x)
     gate = ops.sigmoid(wide * (1.5957691216057308 + 0.07135481627260025 * (wide * wide)))
     return (wide * gate).astype(x.dtype)
@@ -109,8 +115,11 @@ _repeat_tokens = _RepeatTokens()
 
 
 def repeat_tokens(x: ms.Tensor, count: int) -> ms.Tensor:
-    """Repeat (B, 1, D) to (B, count, D) in memory: broadcasting arithmetic is 20 times slower on the CPU."""
-    return _repeat_tokens(x, count)
+    """Repeat (B, 1, D) to (B, count, D) in memory: broadcasting arithmetic is 20 times slower on the CPU.
+
+    On Ascend x is returned as it is, to be broadcast.
+    """
+    return x if backend.on_ascend() else _repeat_tokens(x, count)
 
 
 def repeat_vector(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
@@ -118,8 +127,8 @@ def repeat_vector(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
     return _tile(vector.reshape(1, -1), (x.shape[0], 1))
 
 
-class _Normalize(nn.Cell):
-    """Rows (M, D) with mean 0 and variance 1."""
+class Normalize(nn.Cell):
+    """Bring rows (M, D) to mean 0 and variance 1: layer normalization without weights."""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -140,23 +149,6 @@ class _Normalize(nn.Cell):
         along = _tile(_row_mean(dout * out, 1), (1, size))
         mean = _tile(_row_mean(dout, 1), (1, size))
         return (self.inverse_deviation(centred) * (dout - mean - out * along),)
-
-
-class _FusedNormalize(nn.Cell):
-    """Rows (M, D) with mean 0 and variance 1, by Ascend's own operator. **Not run on Ascend.**"""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=eps)
-
-    def construct(self, x):
-        size = x.shape[1]
-        return self.norm(x, _ones((size,), x.dtype), ops.zeros_like(x[0]))[0]
-
-
-def normalize(eps: float) -> nn.Cell:
-    """Return a cell that brings rows (M, D) to mean 0 and variance 1: layer normalization without weights."""
-    return _FusedNormalize(eps) if backend.on_ascend() else _Normalize(eps)
 
 
 class _ScaledDotProductAttention(nn.Cell):

@@ -9,8 +9,10 @@ from typing import Any
 
 from mindspore import nn, ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
@@ -127,7 +129,7 @@ class Downsample(nn.Cell):
         self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        return self.conv(ops.pad(x, (0, 1, 0, 1)))
+        return self.conv((ascend_operators.pad if backend.on_ascend() else ops.pad)(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Cell):

@@ -6,6 +6,7 @@ import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import denoiser
+from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.conditioning import Conditioning, stack_rows
 from pixart_nb.core.sampling.samplers import Predict, Prediction
@@ -29,6 +30,7 @@ def classifier_free_guidance(
     def predict(latents: np.ndarray, timestep: float) -> Prediction:
         x = ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
         out = denoise(x, timestep).astype(ms.float32).asnumpy()  # (N or 2N, C or 2C, H, W)
+        check_finite(out, f"the transformer at timestep {timestep:g}")
         noise = out[:, :channels]
         variance = out[-len(latents) :, channels:] if out.shape[1] > channels else None
         if guided:

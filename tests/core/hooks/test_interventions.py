@@ -5,19 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from reference_data import relative_error
-from test_attention import flash_attention_substitute
 from test_transformer import small_net
 from traced_models import CALL, assert_untouched, compressing, draw, inputs, never
 
-from pixart_nb.core import (
-    ablate_heads,
-    backend,
-    compression_loss,
-    replace_compression,
-    reweight_token,
-    swap_prompt,
-    trace,
-)
+from benchmarks.ascend_stand_ins import ascend
+from pixart_nb.core import ablate_heads, compression_loss, replace_compression, reweight_token, swap_prompt, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.hooks.hook_points import Hook, HookManager, attached
@@ -135,16 +127,14 @@ def test_without_renormalising_the_words_share_of_the_output_is_scaled(pipe):
     assert np.array_equal(before, after)
 
 
-def test_a_word_is_scaled_in_the_fused_operator_too(pipe, monkeypatch):
+def test_a_word_is_scaled_in_the_fused_operator_too(pipe):
     expected, _, _ = maps(pipe, lambda p: reweight_token(p, "grass", 0.25))
     on_the_cpu, on_ascend = Outputs(), Outputs()
     with attached(pipe, on_the_cpu), reweight_token(pipe, "grass", 0.25):
         draw(pipe)
-    monkeypatch.setattr(backend, "on_ascend", lambda: True)
-    monkeypatch.setattr(backend, "flash_attention_score", flash_attention_substitute)
-    with attached(pipe, on_ascend), reweight_token(pipe, "grass", 0.25):
+    with ascend(flash_in_float32=True), attached(pipe, on_ascend), reweight_token(pipe, "grass", 0.25):
         draw(pipe)
-    assert relative_error(on_ascend.out, on_the_cpu.out) < 2e-2  # the fused operator works in half precision
+    assert relative_error(on_ascend.out, on_the_cpu.out) < 1e-4
     assert np.allclose(expected.sum(-1), 1, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_data import relative_error
 
+from benchmarks.ascend_stand_ins import ascend
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import attention as attention_module
@@ -82,36 +83,27 @@ def test_the_chunk_follows_the_memory_budget(monkeypatch, rows, least, expected)
     assert relative_error(out, direct(q, k, v)) < 1e-5
 
 
-def flash_attention_substitute(q, k, v, head_num, attn_mask=None, scalar_value=1.0, input_layout="", sparse_mode=0):
-    """The contract of Ascend's operator, in NumPy: half precision, head size of 16s, mask 1 = discard."""
-    assert q.dtype in (ms.float16, ms.bfloat16)
-    assert input_layout == "BNSD"
-    assert head_num == q.shape[1]
-    assert q.shape[-1] % 16 == 0
-    parts = [part.astype(ms.float32).asnumpy() for part in (q, k, v)]
-    keep = None
-    if attn_mask is not None:
-        assert attn_mask.dtype in (ms.uint8, ms.bool_)
-        assert attn_mask.shape == (q.shape[0], 1, q.shape[2], k.shape[2])
-        discard = attn_mask.asnumpy().astype(bool)
-        assert (discard == discard[:, :, :1]).all()
-        keep = ~discard[:, 0, 0]
-    out = direct(*parts, keep, scale=scalar_value)
-    return ms.Tensor(out.astype(np.float32)).astype(q.dtype)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("head_size", [72, 64, 12])
-def test_the_fused_operator_is_called_by_its_contract(monkeypatch, masked, head_size):
-    monkeypatch.setattr(backend, "on_ascend", lambda: True)
-    monkeypatch.setattr(backend, "flash_attention_score", flash_attention_substitute)
+def test_the_fused_operator_is_called_by_its_contract(masked, head_size):
     q, k, v, mask = (
         part.astype(np.float16) if part.dtype == np.float32 else part for part in arrays(head_size=head_size)
     )
     mask = mask if masked else None
-    out = compute_attention(q, k, v, mask)
-    assert out.shape == q.shape
+    calls = []
+    with ascend(wrap=lambda name, f: lambda *a: calls.append(name) or f(*a)):
+        out = compute_attention(q, k, v, mask)
+    assert calls == ["flash_attention_score"]
     assert relative_error(out, direct(q, k, v, mask)) < 2e-3
+
+
+@pytest.mark.parametrize(("head_size", "dtype"), [(72, np.float32), (272, np.float16), (512, np.float16)])
+def test_float32_and_large_heads_are_computed_exactly_on_ascend(head_size, dtype):
+    q, k, v, mask = arrays(head_size=head_size)
+    q, k, v = (part.astype(dtype) for part in (q, k, v))
+    with ascend(wrap=lambda name, f: None):  # no operator of Ascend is called
+        out = compute_attention(q, k, v, mask)
+    assert relative_error(out, direct(q, k, v, mask)) < (1e-5 if dtype == np.float32 else 5e-3)
 
 
 def test_a_row_that_may_see_nothing_is_refused():

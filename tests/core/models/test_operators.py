@@ -6,9 +6,9 @@ import pytest
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import operators
 from pixart_nb.core.models.operators import (
+    Normalize,
     gelu_tanh,
     linear,
-    normalize,
     repeat_tokens,
     scaled_dot_product_attention,
     silu,
@@ -54,7 +54,7 @@ def numbers(*shape, seed=0):
 
 CASES = {
     "linear": (linear, reference_linear, [numbers(2, 3, 7), numbers(4, 7), numbers(4)]),
-    "normalize": (normalize(1e-6), reference_normalize, [3 + 2 * numbers(6, 9)]),
+    "normalize": (Normalize(1e-6), reference_normalize, [3 + 2 * numbers(6, 9)]),
     "scaled_dot_product_attention": (
         scaled_dot_product_attention,
         reference_attention,

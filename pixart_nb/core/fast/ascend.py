@@ -1,0 +1,269 @@
+"""Denoising steps on Ascend: the numbers of ``PixArt.denoise`` in about 16 operators for each block.
+
+LayerNormExt takes the modulation as its weight and bias; the heads of the projections are padded to a multiple of 16 in
+the weights, once for each run; FlashAttentionScore takes tokens as the projections give them (layout BSH). In float32,
+which it does not take, attention is the exact one of ``models.attention``. With ``backend.set_graph_mode`` each block
+is a compiled graph that takes its weights as arguments, so that all blocks of a kind share it. **Not run on Ascend.**
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from mindspore import mint
+
+from pixart_nb.core import backend
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models import ascend_operators
+from pixart_nb.core.models.attention import attention, merge_heads, split_heads
+from pixart_nb.core.models.kv_compression import convolve_cells, mean_kernel
+from pixart_nb.core.models.operators import gelu_tanh, linear, silu
+from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, trim_caption
+
+#: Epsilon of the norms before attention and MLP, of those of queries and keys, and of the one after compression.
+MODULATED_EPS, NORM_EPS = 1e-6, 1e-5
+
+
+class AscendDenoiser:
+    """``denoise(latents, timestep)`` of one run; see ``fast.denoiser``."""
+
+    def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+        self.net, self.fused, self.compiled = net, uses_flash(net.config, net.dtype), backend.graph_mode()
+        if mask is not None:
+            caption, mask = trim_caption(caption, mask)
+        self.caption, self.mask = caption, mask
+        if self.compiled:  # one length for all captions, so that one graph serves them all
+            caption, mask = _padded_caption(caption, mask, net.config.model_max_length)
+        projected = net.y_embedder(caption.astype(net.dtype))
+        self.tensors = [block_tensors(block, projected, self.fused) for block in net.blocks]
+        ones = ms.Tensor(np.array([0, 1, 0, 0, 1, 0], np.float32).reshape(1, 6, 1)).astype(net.dtype)
+        self.tables = mint.cat([block.scale_shift_table.expand_dims(0) for block in net.blocks]) + ones
+        self.final_table = net.final_layer.scale_shift_table + ones[0, :2]
+        self._caption_mask, self._size, self._of_size = mask, None, None
+
+    def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
+        """latents (B, C, H, W) -> (B, out_channels, H, W)."""
+        net, (height, width) = self.net, latents.shape[2:]
+        if net.hook_manager is not None:  # traced or changed
+            return self._denoise_by_model(latents, timestep)
+        grid = height // net.config.patch_size, width // net.config.patch_size
+        functions, mask, positions, micro = self._constants(latents, grid)
+        x = net.x_embedder(latents.astype(net.dtype)) + positions
+        t = net.t_embedder(ms.Tensor(np.full(1, timestep, np.float32)))
+        t = t if micro is None else t + micro
+        modulation = self.tables + net.t_block[1](silu(t)).reshape(1, 6, -1)
+        rows = mint.split(modulation.reshape(-1), net.config.hidden_size)  # six for each block
+        for number, (function, tensors) in enumerate(zip(functions, self.tensors, strict=True)):
+            x = function(x, *rows[6 * number : 6 * number + 6], mask, *tensors)
+        shift, scale = mint.split((self.final_table + t).reshape(-1), net.config.hidden_size)
+        out = net.final_layer.linear(ascend_operators.layer_norm(x, scale, shift, MODULATED_EPS))
+        return net.unpatchify(out, *grid)
+
+    def _constants(self, latents: ms.Tensor, grid: tuple[int, int]) -> tuple:
+        """Return what all steps of a size share: functions of the blocks, mask, positions, micro conditions."""
+        net, (height, width) = self.net, latents.shape[2:]
+        if self._size != (height, width):
+            config, mask = net.config, self._caption_mask
+            functions = [
+                block_function(
+                    config.num_heads,
+                    config.hidden_size // config.num_heads,
+                    config.kv_operator if config.layer_ratio(layer) > 1 else None,
+                    config.layer_ratio(layer),
+                    grid if config.layer_ratio(layer) > 1 else None,
+                    self.fused,
+                    self.compiled,
+                )
+                for layer in range(config.depth)
+            ]
+            if mask is not None and self.fused:
+                mask = ascend_operators.discard_mask(mask, grid[0] * grid[1])
+            micro = net.micro_conditions(latents)
+            if micro is not None:
+                micro = mint.cat((net.csize_embedder(micro[:1, :2]), net.ar_embedder(micro[:1, 2:])), 1)
+            self._size, self._of_size = (height, width), (functions, mask, net.positions(height, width), micro)
+        return self._of_size
+
+    def _denoise_by_model(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
+        net, (batch, _, height, width) = self.net, latents.shape
+        timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
+        positions, micro = net.positions(height, width), net.micro_conditions(latents)
+        keys_values = net.caption_keys_values(self.caption)
+        return net.denoise(latents, timesteps, keys_values, self.mask, positions, micro)
+
+
+def uses_flash(config: PixArtConfig, dtype: ms.Type) -> bool:
+    """Return True if attention is FlashAttentionScore; otherwise it is the exact one."""
+    return ascend_operators.flash_supports(config.hidden_size // config.num_heads, dtype)
+
+
+def _padded_caption(caption: ms.Tensor, mask: ms.Tensor | None, length: int) -> tuple[ms.Tensor, ms.Tensor]:
+    """Pad a caption (B, T, C) and its mask to ``length`` tokens, or leave a longer one."""
+    batch, tokens, channels = caption.shape
+    keep = np.ones((batch, tokens), bool) if mask is None else mask.asnumpy()
+    extra = max(0, length - tokens)
+    if extra:
+        caption = mint.cat((caption, mint.zeros((batch, extra, channels), dtype=caption.dtype)), 1)
+    return caption, ms.Tensor(np.pad(keep, ((0, 0), (0, extra))))
+
+
+class BlockTensors(NamedTuple):
+    """Weights and caption of one block, in the order in which the function of a block takes them.
+
+    With flash attention the heads of queries, keys, values and of the inputs of the output projections are padded.
+    ``key`` of a block that compresses by convolution holds the weights of keys and values, unpadded, one above the
+    other; ``value`` is None there. ``caption_key`` and ``caption_value`` are (B, T, H d).
+    """
+
+    query: ms.Tensor
+    query_bias: ms.Tensor
+    key: ms.Tensor
+    key_bias: ms.Tensor
+    value: ms.Tensor | None
+    value_bias: ms.Tensor | None
+    out: ms.Tensor
+    out_bias: ms.Tensor
+    caption_query: ms.Tensor
+    caption_query_bias: ms.Tensor
+    caption_key: ms.Tensor
+    caption_value: ms.Tensor
+    caption_out: ms.Tensor
+    caption_out_bias: ms.Tensor
+    fc1: ms.Tensor
+    fc1_bias: ms.Tensor
+    fc2: ms.Tensor
+    fc2_bias: ms.Tensor
+    query_norm: ms.Tensor | None = None
+    query_norm_bias: ms.Tensor | None = None
+    key_norm: ms.Tensor | None = None
+    key_norm_bias: ms.Tensor | None = None
+    kernel: ms.Tensor | None = None
+    kernel_bias: ms.Tensor | None = None
+    cell_norm: ms.Tensor | None = None
+    cell_norm_bias: ms.Tensor | None = None
+
+
+def block_tensors(block: Block, caption: ms.Tensor, fused: bool) -> BlockTensors:
+    """Return the tensors of one block; caption (B, T, D) is projected already. Adapters are merged into the weights."""
+    attn, cross, mlp, size = block.attn, block.cross_attn, block.mlp, block.attn.size
+
+    def pad(x: ms.Tensor, axis: int) -> ms.Tensor:
+        return ascend_operators.padded_heads(x, attn.heads, axis) if fused else x
+
+    def parts(layer, count: int) -> list[tuple[ms.Tensor, ms.Tensor]]:
+        weight, bias = layer.matrix(), layer.bias
+        return [(weight[i * size : (i + 1) * size], bias[i * size : (i + 1) * size]) for i in range(count)]
+
+    query, key, value = parts(attn.qkv, 3)
+    optional = {}
+    if attn.q_norm is None:
+        query = tuple(pad(x, 0) for x in query)
+    else:  # the norm comes first
+        optional = dict(zip(BlockTensors._fields[18:22], _affine(attn.q_norm) + _affine(attn.k_norm), strict=True))
+    if attn.ratio > 1 and attn.operator in ("conv", "mean"):
+        key, value = tuple(mint.cat(pair) for pair in zip(key, value, strict=True)), (None, None)
+        optional |= _cell_tensors(attn)
+    else:
+        key = key if optional else tuple(pad(x, 0) for x in key)
+        value = tuple(pad(x, 0) for x in value)
+    (cross_query,) = parts(cross.q_linear, 1)
+    caption_keys = [pad(linear(caption, *part), -1) for part in parts(cross.kv_linear, 2)]
+    outs = [(pad(layer.matrix(), 1), layer.bias) for layer in (attn.proj, cross.proj)]
+    fc1, fc2 = ((layer.matrix(), layer.bias) for layer in (mlp.fc1, mlp.fc2))
+    cross_query = (pad(x, 0) for x in cross_query)
+    return BlockTensors(
+        *query, *key, *value, *outs[0], *cross_query, *caption_keys, *outs[1], *fc1, *fc2, **optional
+    )  # fmt: skip
+
+
+def _affine(norm) -> list[ms.Tensor]:
+    return [norm.weight, norm.bias]
+
+
+def _cell_tensors(attn) -> dict[str, ms.Tensor | None]:
+    """Return the depthwise convolution of keys and values together, and the norm after it."""
+    if attn.operator == "mean":
+        return {"kernel": mean_kernel(2 * attn.size, attn.ratio, attn.qkv.weight.dtype)}
+    weight, bias = attn.sr.weight, attn.sr.bias
+    norm, norm_bias = _affine(attn.norm)
+    return {
+        "kernel": mint.cat((weight, weight)), "kernel_bias": mint.cat((bias, bias)),
+        "cell_norm": norm, "cell_norm_bias": norm_bias,
+    }  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def block_function(
+    heads: int,
+    head_size: int,
+    operator: str | None,
+    ratio: int,
+    grid: tuple[int, int] | None,
+    fused: bool,
+    compiled: bool,
+) -> Callable[..., ms.Tensor]:
+    """Return the function of a block: ``(x (B, N, D), six rows of modulation (D,), mask, *BlockTensors) -> (B, N, D)``.
+
+    The scales have their one added. ``mask`` is that of ``discard_mask`` for flash attention, otherwise (B, T) bool.
+    """
+    scale, size = head_size**-0.5, heads * head_size
+
+    def attend(q, k, v, mask):
+        if fused:
+            return ascend_operators.flash_attention_score(q, k, v, heads, mask, scale, "BSH")
+        q, k, v = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+        return merge_heads(attention(q, k, v, mask))
+
+    def pad(x):
+        return ascend_operators.padded_heads(x, heads, -1) if fused else x
+
+    def cells(x):
+        """The upper left token of each cell."""
+        if operator is None:
+            return x
+        height, width = grid[0] // ratio * ratio, grid[1] // ratio * ratio
+        tokens = x.reshape(x.shape[0], *grid, size)[:, :height:ratio, :width:ratio].contiguous()
+        return tokens.reshape(x.shape[0], -1, size)
+
+    def convolved(kv, kernel, kernel_bias, norm, norm_bias):
+        """Keys and values (B, N, 2 D) -> compressed keys and values, each (B, M, H d)."""
+        batch = kv.shape[0]
+        both = convolve_cells(kv, *grid, kernel, kernel_bias)  # (B, M, 2 D)
+        both = mint.permute(both.reshape(batch, -1, 2, size), (2, 0, 1, 3)).contiguous()
+        if norm is not None:
+            both = ascend_operators.layer_norm(both, norm, norm_bias, NORM_EPS)
+        both = pad(both)
+        return both[0], both[1]
+
+    def block(
+        x, shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, mask,
+        query, query_bias, key, key_bias, value, value_bias, out, out_bias,
+        caption_query, caption_query_bias, caption_key, caption_value, caption_out, caption_out_bias,
+        fc1, fc1_bias, fc2, fc2_bias, query_norm, query_norm_bias, key_norm, key_norm_bias,
+        kernel, kernel_bias, cell_norm, cell_norm_bias,
+    ):  # fmt: skip
+        hidden = ascend_operators.layer_norm(x, scale, shift, MODULATED_EPS)
+        q = linear(hidden, query, query_bias)
+        if query_norm is not None:
+            q = pad(ascend_operators.layer_norm(q, query_norm, query_norm_bias, NORM_EPS))
+        if kernel is None:
+            tokens = cells(hidden)
+            k, v = linear(tokens, key, key_bias), linear(tokens, value, value_bias)
+            if key_norm is not None:
+                k = pad(ascend_operators.layer_norm(k, key_norm, key_norm_bias, NORM_EPS))
+        else:
+            kv = linear(hidden, key, key_bias)
+            if key_norm is not None:
+                k = ascend_operators.layer_norm(kv[..., :size], key_norm, key_norm_bias, NORM_EPS)
+                kv = mint.cat((k, kv[..., size:]), -1)
+            k, v = convolved(kv, kernel, kernel_bias, cell_norm, cell_norm_bias)
+        x = ascend_operators.addcmul(x, gate, linear(attend(q, k, v, None), out, out_bias))
+        q = linear(x, caption_query, caption_query_bias)
+        x = x + linear(attend(q, caption_key, caption_value, mask), caption_out, caption_out_bias)
+        hidden = ascend_operators.layer_norm(x, mlp_scale, mlp_shift, MODULATED_EPS)
+        return ascend_operators.addcmul(x, mlp_gate, linear(gelu_tanh(linear(hidden, fc1, fc1_bias)), fc2, fc2_bias))
+
+    return ms.jit(block, jit_level="O0") if compiled else block

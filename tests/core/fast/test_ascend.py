@@ -1,0 +1,182 @@
+"""The Ascend path gives the numbers of the CPU path, with stand-ins that keep to the contracts of its operators."""
+
+import numpy as np
+import pytest
+from reference_data import FORWARD, OFFICIAL, official, relative_error
+
+from benchmarks.ascend_stand_ins import STAND_INS, ContractError, ascend
+from pixart_nb.core import PixArtConfig, backend, load_transformer
+from pixart_nb.core.backend import ms
+from pixart_nb.core.fast import denoiser
+from pixart_nb.core.fast.ascend import block_function
+from pixart_nb.core.models.transformer import PixArt
+
+SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
+CLOSE = 1e-5
+VARIANTS = pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(num_heads=1),  # heads of 48 need no padding
+        dict(qk_norm=True),
+        dict(micro_condition=True),
+        *(
+            dict(kv_compress_config=dict(sampling=name, scale_factor=ratio, kv_compress_layer=[1]), qk_norm=normed)
+            for name, ratio in (("conv", 2), ("conv", 4), ("mean", 3), ("ave", 2), ("uniform", 4))
+            for normed in (False, True)
+        ),
+    ],
+    ids=str,
+)
+FLASH = pytest.mark.parametrize("flash", [True, False], ids=["flash attention", "exact attention"])
+
+
+def small_net(dtype=ms.float32, **changes) -> PixArt:
+    """A small net with weights in which every part shows."""
+    net = PixArt(PixArtConfig(**SMALL | changes))
+    rng = np.random.default_rng(3)
+    for parameter in net.get_parameters():
+        parameter.set_data(ms.Tensor((0.2 * rng.standard_normal(parameter.shape)).astype(np.float32)))
+        parameter.set_dtype(dtype)
+    return net
+
+
+def inputs(lengths=(1, 7), height=12, width=20, channels=12):
+    rng = np.random.default_rng(4)
+    latents = ms.Tensor(rng.standard_normal((len(lengths), 4, height, width)).astype(np.float32))
+    caption = ms.Tensor(rng.standard_normal((len(lengths), max(lengths), channels)).astype(np.float32))
+    return latents, caption, np.arange(max(lengths))[None] < np.array(lengths)[:, None]
+
+
+def step(net, latents, caption, mask, timestep=811.0):
+    return denoiser(net, caption, mask)(latents, timestep).astype(ms.float32).asnumpy()
+
+
+@FLASH
+@VARIANTS
+def test_every_variant_gives_the_numbers_of_the_cpu(changes, flash):
+    net, arguments = small_net(**changes), inputs()
+    expected = step(net, *arguments)
+    with ascend(flash_in_float32=flash):
+        assert relative_error(step(net, *arguments), expected) < CLOSE
+
+
+@VARIANTS
+def test_in_half_precision_the_contracts_hold_and_the_numbers_are_close(changes):
+    expected = step(small_net(**changes), *inputs())
+    with ascend():
+        assert relative_error(step(small_net(ms.float16, **changes), *inputs()), expected) < 2e-2
+
+
+@FLASH
+@pytest.mark.parametrize("lengths", [(2,), (7, 7), (1, 30, 5)])
+def test_captions_of_any_length_give_the_numbers_of_the_cpu(lengths, flash):
+    net, arguments = small_net(), inputs(lengths)
+    expected = step(net, *arguments)
+    with ascend(flash_in_float32=flash):
+        assert relative_error(step(net, *arguments), expected) < CLOSE
+
+
+@FLASH
+@pytest.mark.parametrize("case", OFFICIAL)
+def test_official_models_give_the_official_numbers(case, flash):
+    path, config, arrays = official(case)
+    net = load_transformer(path, PixArtConfig(**config))
+    with ascend(flash_in_float32=flash):
+        out = net(*(ms.Tensor(arrays[name]) for name in ("latents", "timestep", "caption")), arrays["mask"])
+        assert relative_error(out.asnumpy(), arrays["output"]) < FORWARD
+        arguments = inputs((1, 5), *arrays["latents"].shape[2:], config["caption_channels"])
+        fast = step(net, *arguments)
+    assert relative_error(fast, step(net, *arguments)) < CLOSE
+
+
+@FLASH
+def test_twenty_steps_stay_close(flash):
+    net, (latents, caption, mask) = small_net(), inputs()
+
+    def trajectory():
+        denoise, x = denoiser(net, caption, mask), latents
+        for timestep in np.linspace(999, 1, 20):
+            x = x - 0.02 * denoise(x, float(timestep))[:, :4]
+        return x.asnumpy()
+
+    expected = trajectory()
+    with ascend(flash_in_float32=flash):
+        assert relative_error(trajectory(), expected) < 1e-4
+
+
+def test_a_denoiser_serves_images_of_another_size():
+    net, (_, caption, mask) = small_net(), inputs()
+    with ascend(flash_in_float32=True):
+        denoise = denoiser(net, caption, mask)
+        for height, width in ((8, 8), (4, 12), (8, 8)):
+            latents = inputs(height=height, width=width)[0]
+            assert np.array_equal(denoise(latents, 7.0).asnumpy(), step(net, latents, caption, mask, 7.0))
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The graphs that MindSpore would compile: function and shapes of the arguments. The functions run uncompiled."""
+    graphs = set()
+
+    def jit(function, **options):
+        def called(*arguments):
+            shapes = tuple(x if x is None else (x.shape, str(x.dtype)) for x in arguments)
+            graphs.add((function, shapes))
+            return function(*arguments)
+
+        return called
+
+    monkeypatch.setattr(ms, "jit", jit)
+    block_function.cache_clear()
+    backend.set_graph_mode(True)
+    yield graphs
+    backend.set_graph_mode(False)
+    block_function.cache_clear()
+
+
+@FLASH
+def test_one_graph_serves_all_blocks_of_a_size_and_captions_of_all_lengths(compilations, flash):
+    net = small_net(depth=3)
+    all_lengths = [(1, 7), (1, 30), (3, 5), (40, 40)]
+    expected = [step(net, *inputs(lengths)) for lengths in all_lengths]
+    with ascend(flash_in_float32=flash):
+        for lengths, out in zip(all_lengths, expected, strict=True):
+            assert relative_error(step(net, *inputs(lengths)), out) < CLOSE
+        assert len(compilations) == 1
+        for height, width in ((8, 8), (16, 8)):
+            step(net, *inputs(height=height, width=width))
+    assert len(compilations) == 3
+
+
+def test_compressed_blocks_are_a_second_graph(compilations):
+    net = small_net(depth=4, kv_compress_config=dict(sampling="conv", scale_factor=2, kv_compress_layer=[2, 3]))
+    with ascend():
+        step(net, *inputs())
+    assert len(compilations) == 2
+
+
+HALF, FLOAT = np.float16, np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "dtype", "options", "reason"),
+    [
+        ("flash_attention_score", [(1, 4, 64)] * 3, FLOAT, (2, None, 0.1, "BSH"), "dtype"),
+        ("flash_attention_score", [(1, 4, 144)] * 3, HALF, (2, None, 0.1, "BSH"), "multiple of 16"),
+        ("flash_attention_score", [(1, 4, 512)] * 3, HALF, (1, None, 0.1, "BSH"), "up to 256"),
+        ("flash_attention_score", [(1, 2, 4, 16)] * 3, HALF, (1, None, 0.1, "BNSD"), "heads"),
+        ("flash_attention_score", [(1, 4, 64)] * 3, HALF, (2, None, 0.1, "SBH"), "layout"),
+        ("flash_attention_score", [(1, 4, 64)] * 3, HALF, (2, None, 1, "BSH"), "scale"),
+        ("flash_attention_score", [(1, 4, 64)] * 3, HALF, (2, np.zeros((1, 4), np.uint8), 0.1, "BSH"), "mask"),
+        ("flash_attention_score", [(1, 4, 64)] * 3, HALF, (2, np.ones((1, 1, 4, 4), np.uint8), 0.1, "BSH"), "discards"),
+        ("layer_norm", [(2, 8), (4,), (4,)], HALF, (1e-6,), "weight"),
+        ("addcmul", [(8,), (2, 8), (2, 8)], FLOAT, (), "2"),
+        ("conv2d", [(1, 6, 4, 4), (6, 2, 2, 2), (6,)], FLOAT, (2, 0, 6), "by"),
+    ],
+)  # fmt: skip
+def test_a_stand_in_refuses_what_the_documentation_refuses(name, shapes, dtype, options, reason):
+    tensors = [ms.Tensor(np.zeros(shape, dtype)) for shape in shapes]
+    options = [ms.Tensor(x) if isinstance(x, np.ndarray) else x for x in options]
+    with pytest.raises(ContractError, match=reason):
+        STAND_INS[name](*tensors, *options)
