@@ -1,0 +1,1 @@
+"""A richer drawn world: vector drawings in unit coordinates, rendered at any size and quantised to palettes."""

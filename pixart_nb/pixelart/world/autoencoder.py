@@ -1,0 +1,92 @@
+"""VAE of factor 8 of the bundled models, trained on drawn scenes of all sizes and on synthetic images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from mindspore import mint, ops
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
+from pixart_nb.pixelart.batches import generator, set_weights
+from pixart_nb.pixelart.world.pool import PATCH, autoencoder_pool
+
+#: Few groups: a group of one channel would lose the mean of the channel, and with it the colours.
+CONFIG = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4, sample_size=256)
+OPTIONS = TrainerOptions(
+    steps=3000,
+    start_learning_rate=2e-3,
+    warmup_steps=50,
+    schedule="cosine",
+    betas=(0.9, 0.95),
+    ema_rate=0.99,
+    save_every=50,
+    log_every=10,
+    compile=False,
+)
+SHARDS = 24
+BATCH, CROP = 8, 64
+KL_WEIGHT = 1e-4
+#: Standard deviation of the scaled latents. A latent cell of a drawn scene is one cell of it, with much less
+#: redundancy than in a photograph; a larger deviation shifts the noise schedule to where scenes are decided.
+LATENT_SPREAD = 2.0
+
+
+def train_autoencoder(work: Path, seed: int = 0, processes: int = 2) -> AutoencoderKL:
+    """Train, resume or load the VAE in ``work``; return it with EMA weights and its measured scaling factor."""
+    net = AutoencoderKL(CONFIG)
+    net.initialize(generator(seed, 1))
+    parameters = dict(net.parameters_and_names())
+    drawn, synthetic = autoencoder_pool(work / "images", SHARDS, seed, processes)
+    batch = patch_batches(drawn, synthetic, seed)
+    trainer = Trainer(autoencoder_loss(net), parameters, batch, OPTIONS, work, names=("squared_error", "kl"))
+    trainer.run()
+    set_weights(parameters, trainer.weights())
+    net.config = replace(CONFIG, scaling_factor=scaling_factor(net, drawn))
+    return net
+
+
+def patch_batches(drawn: np.ndarray, synthetic: np.ndarray, seed: int) -> Batch:
+    """Return batches of (images (BATCH, 3, CROP, CROP), noise), half of each source.
+
+    Crops are flipped and transposed at random; those of drawn scenes start on the grid of the latents.
+    """
+
+    def crop(images: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
+        y, x = step * rng.integers(0, (PATCH - CROP) // step + 1, 2)
+        image = images[rng.integers(len(images)), y : y + CROP, x : x + CROP]
+        image = image[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
+        return image.transpose(1, 0, 2) if rng.random() < 0.5 else image
+
+    def batch(step: int) -> tuple[np.ndarray, ...]:
+        rng = generator(seed, step, 12)
+        sources = ((drawn, 8), (synthetic, 1))
+        crops = [crop(*sources[k % 2], rng) for k in range(BATCH)]
+        noise = rng.standard_normal((BATCH, CONFIG.latent_channels, CROP // 8, CROP // 8), dtype=np.float32)
+        return to_signed(np.stack(crops)), noise
+
+    return batch
+
+
+def autoencoder_loss(net: AutoencoderKL):
+    """Return the loss of a batch: squared and absolute error, and the KL divergence from the unit normal."""
+
+    def loss(images: ms.Tensor, noise: ms.Tensor):
+        output, moments = net(images, noise)
+        difference = output - images
+        squared = (difference * difference).mean()
+        mean, logvar = mint.chunk(moments, 2, 1)
+        kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
+        return squared + 0.1 * ops.abs(difference).mean() + KL_WEIGHT * kl, squared, kl
+
+    return loss
+
+
+def scaling_factor(net: AutoencoderKL, drawn: np.ndarray) -> float:
+    """Return ``LATENT_SPREAD`` / standard deviation of the latents of drawn scenes."""
+    means = [net.encode(ms.Tensor(to_signed(drawn[i : i + 16])))[0].mean.asnumpy() for i in range(0, 256, 16)]
+    return round(float(LATENT_SPREAD / np.concatenate(means).std()), 5)

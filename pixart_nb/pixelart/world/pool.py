@@ -1,0 +1,73 @@
+"""Pools of images on disk, drawn by several processes, in shards that depend on their number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pixart_nb.core.io import atomic_write
+from pixart_nb.pixelart.world.scenes import draw_cells
+from pixart_nb.pixelart.world.split import training_scene
+from pixart_nb.pixelart.world.synthetic import synthetic_image
+
+#: Side of the images that the VAE is trained on.
+PATCH = 128
+#: Cells of the drawn scenes among them, their share, and how many patches are cut from one scene.
+SIZES = ((16, 0.15, 1), (32, 0.4, 2), (64, 0.3, 4), (128, 0.15, 8))
+CELL_SIDES = (8, 8, 8, 4)
+SHARD = 256
+
+
+def drawn_patches(rng: np.random.Generator) -> list[np.ndarray]:
+    """Draw a scene of a random size and cut (PATCH, PATCH, 3) uint8 from it, most with cells of 8 x 8 pixels."""
+    cells, _, count = SIZES[rng.choice(len(SIZES), p=[share for _, share, _ in SIZES])]
+    side = int(rng.choice(CELL_SIDES)) if cells > 16 else 8
+    grid = draw_cells(training_scene(rng), rng, cells, cells).pixels
+    window = PATCH // side
+    corners = rng.integers(0, cells - window + 1, (count, 2))
+    return [grid[y : y + window, x : x + window].repeat(side, 0).repeat(side, 1) for y, x in corners]
+
+
+def autoencoder_shard(number: int, seed: int) -> dict[str, np.ndarray]:
+    """Draw ``SHARD`` patches of scenes and as many synthetic images: ``drawn`` and ``synthetic``, uint8."""
+    rng = np.random.default_rng((seed, number, 11))
+    drawn: list[np.ndarray] = []
+    while len(drawn) < SHARD:
+        drawn += drawn_patches(rng)
+    return {
+        "drawn": np.stack(drawn[:SHARD]),
+        "synthetic": np.stack([synthetic_image(PATCH, rng) for _ in range(SHARD)]),
+    }
+
+
+def _write(path: Path, number: int, draw: Callable[[int], dict[str, np.ndarray]]) -> None:
+    arrays = draw(number)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_pool(
+    folder: Path, count: int, draw: Callable[[int], dict[str, np.ndarray]], processes: int = 2
+) -> list[Path]:
+    """Write the shards that ``folder`` lacks with ``draw(number)``, by several processes; return all paths."""
+    paths = [folder / f"shard-{number:04d}.npz" for number in range(count)]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(processes) as executor:
+            tasks = [executor.submit(_write, paths[number], number, draw) for number in missing]
+            for task in tqdm(tasks, desc=folder.name, unit="shard"):
+                task.result()
+    return paths
+
+
+def autoencoder_pool(folder: Path, count: int, seed: int = 0, processes: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """Return the drawn and the synthetic images of ``count`` shards, each (count * SHARD, PATCH, PATCH, 3) uint8."""
+    paths = write_pool(folder, count, partial(autoencoder_shard, seed=seed), processes)
+    shards = [np.load(path) for path in paths]
+    return tuple(np.concatenate([shard[name] for shard in shards]) for name in ("drawn", "synthetic"))
