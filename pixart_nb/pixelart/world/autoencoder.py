@@ -16,9 +16,9 @@ from pixart_nb.pixelart.batches import generator, set_weights
 from pixart_nb.pixelart.world.pool import PATCH, autoencoder_pool
 
 #: Few groups: a group of one channel would lose the mean of the channel, and with it the colours.
-CONFIG = VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=4, sample_size=256)
+CONFIG = VAEConfig(block_out_channels=(8, 16, 64, 64), layers_per_block=1, norm_num_groups=4, sample_size=256)
 OPTIONS = TrainerOptions(
-    steps=3000,
+    steps=2500,
     start_learning_rate=2e-3,
     warmup_steps=50,
     schedule="cosine",

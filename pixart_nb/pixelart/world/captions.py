@@ -36,16 +36,36 @@ def short_world_caption(scene: WorldScene) -> str:
 
 def world_caption(scene: WorldScene, rng: np.random.Generator) -> str:
     """Return a caption in one of many wordings; the same state of ``rng`` gives the same words."""
+    return " ".join(word for word, _ in caption_words(scene, rng))
+
+
+def caption_words(
+    scene: WorldScene, rng: np.random.Generator, names: tuple[str, ...] | None = None
+) -> list[tuple[str, int]]:
+    """Return the words of ``world_caption``, each with the number of the thing that it belongs to, or -1.
+
+    ``names`` replaces the objects' names, as new words would.
+    """
+    chosen = names or tuple(_word(thing.object, OBJECT_SYNONYMS, rng) for thing in scene.things)
     things = [
-        f"{with_article(_word(thing.colour, COLOUR_SYNONYMS, rng))} {_word(thing.object, OBJECT_SYNONYMS, rng)}"
-        for thing in scene.things
+        (f"{with_article(_word(thing.colour, COLOUR_SYNONYMS, rng))} {name}", number)
+        for number, (thing, name) in enumerate(zip(scene.things, chosen, strict=True))
     ]
     relation = scene.relation
     if relation and rng.random() < 0.3:
         things, relation = things[::-1], INVERSE[relation]
-    subject = things[0] if not relation else f"{things[0]} {rng.choice(PHRASES[relation])} {things[1]}"
     form = str(rng.choice(FORMS))
-    return form.format(subject=subject, where=rng.choice(WHERE[scene.setting]), setting=scene.setting)
+    start, end = form.format(
+        subject="\n", where=rng.choice(WHERE[scene.setting]), setting=scene.setting
+    ).split("\n")  # fmt: skip
+    parts = [(start, -1), things[0]]
+    if relation:
+        parts += [(str(rng.choice(PHRASES[relation])), -1), things[1]]
+    words = [(word, number) for text, number in parts for word in text.split()]
+    if end.startswith(","):  # the comma belongs to the word before
+        words[-1] = (words[-1][0] + ",", words[-1][1])
+        end = end[1:]
+    return words + [(word, -1) for word in end.split()]
 
 
 def _word(name: str, synonyms: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:

@@ -69,7 +69,7 @@ OBJECTS: dict[str, tuple[Part, ...]] = {
         Part(stroke((0.5, 0.05), (0.5, 0.72), width=0.05), "wood"),
         Part(polygon((0.54, 0.08), (0.9, 0.6), (0.54, 0.62)), round=0.4, texture="stripes"),
         Part(polygon((0.46, 0.14), (0.14, 0.6), (0.46, 0.62)), "paper", round=0.4),
-        Part(smooth((0.03, 0.68), (0.5, 0.72), (0.97, 0.68), (0.84, 0.94), (0.5, 0.97), (0.16, 0.94)), "wood", texture="wood"),
+        Part(smooth((0.03, 0.68), (0.5, 0.72), (0.97, 0.68), (0.84, 0.94), (0.5, 0.97), (0.16, 0.94)), texture="wood"),
         Part(ellipse(0.3, 0.82, 0.04) | ellipse(0.5, 0.84, 0.04) | ellipse(0.7, 0.82, 0.04), "glass", round=0.4, detail=20),
     ),
     "car": (

@@ -15,6 +15,10 @@ from pixart_nb.pixelart.world.settings import SETTINGS, draw_setting
 COLOURS = tuple(RAMPS)
 RELATIONS = ("left of", "right of", "above", "in front of")
 MIN_CELLS, MAX_CELLS = 16, 512
+#: Share of each colour channel of the objects that a dark setting leaves.
+LIGHTS = {"night": (0.8, 0.82, 0.95), "cave": (0.9, 0.88, 0.92), "forest": (0.93, 0.95, 0.9), "lava": (1.0, 0.91, 0.87)}
+#: Height from which on every setting is ground, and how much of it a shadow leaves.
+GROUND, SHADOW = 0.72, 0.7
 
 
 @dataclass(frozen=True)
@@ -67,15 +71,15 @@ class WorldDrawing:
 
 
 def place(scene: WorldScene, rng: np.random.Generator, aspect: float = 1.0) -> tuple[ThingPlacement, ...]:
-    """Place the things of a scene. ``aspect``: width / height, x runs to it if it is above 1, y to its inverse below."""
+    """Place the things of a scene; x and y run to 1, along the longer side further."""
     wide, high = max(aspect, 1.0), max(1 / aspect, 1.0)
     flips = [bool(rng.random() < 0.5) and thing.object in MIRRORED for thing in scene.things]
     if len(scene.things) == 1:
-        size = rng.uniform(0.36, 0.66)
+        size = rng.uniform(0.38, 0.66)
         x = rng.uniform(size / 2 + 0.02, wide - size / 2 - 0.02)
         y = rng.uniform(max(size / 2 + 0.02, 0.3 * high), high - size / 2 - 0.02)
         return (ThingPlacement(x, y, size, flips[0]),)
-    first, second = rng.uniform(0.34, 0.44, 2)
+    first, second = rng.uniform(0.38, 0.46, 2)
     if scene.relation in ("left of", "right of"):
         x1, x2 = rng.uniform(0.23, 0.29) * wide, rng.uniform(0.71, 0.77) * wide
         y1, y2 = rng.uniform(0.5, 0.72, 2) * high
@@ -102,6 +106,9 @@ def draw_cells(scene: WorldScene, rng: np.random.Generator, height: int, width: 
     side = min(height, width)
     grid = draw_setting(scene.setting, height, width, seed)
     masks = [np.zeros((height, width), bool) for _ in scene.things]
+    light = np.array(LIGHTS.get(scene.setting, (1.0, 1.0, 1.0)), np.float32)
+    for at in placements:
+        _cast_shadow(grid, at, side)
     for number in reversed(range(len(scene.things))):  # the first is in front
         thing, at = scene.things[number], placements[number]
         size = at.size * side
@@ -109,8 +116,18 @@ def draw_cells(scene: WorldScene, rng: np.random.Generator, height: int, width: 
             OBJECTS[thing.object], np.array(RAMPS[thing.colour], float), height, width,
             at.x * side - size / 2, at.y * side - size / 2, size, at.mirrored,
         )  # fmt: skip
-        grid[rendered.mask] = rendered.colours[rendered.mask]
+        grid[rendered.mask] = rendered.colours[rendered.mask] * light
         for mask in masks:
             mask &= ~rendered.mask
         masks[number] = rendered.mask
     return WorldDrawing(np.clip(grid, 0, 255).astype(np.uint8), tuple(masks), placements)
+
+
+def _cast_shadow(grid: np.ndarray, at: ThingPlacement, side: int) -> None:
+    """Darken the ground below an object that stands on it."""
+    foot = at.y + 0.47 * at.size
+    if foot * side / grid.shape[0] < GROUND:
+        return
+    y, x = (np.arange(n, dtype=np.float32) + 0.5 for n in grid.shape[:2])
+    distance = ((x / side - at.x) / (0.42 * at.size)) ** 2 + ((y[:, None] / side - foot) / (0.07 * at.size)) ** 2
+    grid[distance < 1] *= SHADOW

@@ -166,6 +166,8 @@ def _beach(c: Canvas) -> None:
     c.fill(sea, c.gradient((46, 110, 160), (92, 176, 190), 0.46, 0.7))
     ripple = value_noise((c.x + c.shift) * 7, c.y * 46, 3) + 0.5 * value_noise((c.x + c.shift) * 17, c.y * 110, 4)
     c.fill(sea & (ripple > 1.08), (168, 212, 218))
+    island = fractal(c.x + c.shift, 0 * c.y, c.seed % 97 + 1, 1.5, c.cells)
+    c.fill(0.5 * (sea & (c.y - 0.46 < 0.02 + 0.09 * (island - 0.5)) & (ripple < 1.0)), (96, 124, 138))
     shore = 0.68 + 0.03 * np.sin((c.x + c.shift) * 9) + 0.02 * np.sin((c.x + c.shift) * 23)
     c.fill(c.y > shore, (234, 244, 240))
     sand = c.y > shore + 0.025
