@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.world.captions import short_world_caption, world_caption
+from pixart_nb.pixelart.world.captions import caption_words, short_world_caption, world_caption
 from pixart_nb.pixelart.world.objects import OBJECTS
+from pixart_nb.pixelart.world.pool import PATCH, autoencoder_shard, write_pool
 from pixart_nb.pixelart.world.scenes import COLOURS, RELATIONS, Thing, WorldScene, draw_cells
 from pixart_nb.pixelart.world.settings import SETTINGS
+from pixart_nb.pixelart.world.split import held_out_pairs, held_out_triples, held_out_world, is_held_out, training_scene
+from pixart_nb.pixelart.world.synthetic import synthetic_image
 
 NAMES = sorted(OBJECTS)
 
@@ -75,3 +78,48 @@ def test_scenes_that_cannot_be_are_refused():
             WorldScene(things, "beach", relation)
     with pytest.raises(PixArtNBError, match="expected 16 to 512"):
         draw_cells(WorldScene((cat,), "beach"), np.random.default_rng(0), 8, 8)
+
+
+def test_words_of_a_caption_belong_to_their_thing():
+    scene = WorldScene((Thing("cat", "orange"), Thing("boat", "blue")), "beach", "above")
+    for k in range(40):
+        words = caption_words(scene, np.random.default_rng(k), ("foo", "bar"))
+        first, second = ([word.strip(",") for word, thing in words if thing == n] for n in (0, 1))
+        assert first == ["an", "orange", "foo"] and second == ["a", "blue", "bar"]
+        assert " ".join(word for word, _ in words).count("  ") == 0
+
+
+def test_held_out_scenes_are_new_combinations_of_known_parts():
+    seen = [training_scene(np.random.default_rng(k)) for k in range(4000)]
+    assert not any(is_held_out(scene) for scene in seen)
+    triples = {(thing.object, thing.colour, scene.setting) for scene in seen for thing in scene.things}
+    for name, colour, setting in held_out_triples()[:40]:
+        assert any(t[:2] == (name, colour) for t in triples) and any(t[0] == name and t[2] == setting for t in triples)
+    for things in (1, 2):
+        scenes_ = held_out_world(90, things)
+        assert all(is_held_out(scene) and len(scene.things) == things for scene in scenes_)
+        assert scenes_ == held_out_world(90, things)
+    assert len({frozenset(pair) for pair in held_out_pairs()}) == 45
+    with pytest.raises(PixArtNBError, match="expected 1 to 240"):
+        held_out_world(241)
+
+
+def test_a_pool_depends_on_its_seed_alone_and_is_not_drawn_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixart_nb.pixelart.world.pool.SHARD", 6)
+    one, other = autoencoder_shard(3, 0), autoencoder_shard(3, 0)
+    assert one["drawn"].shape == one["synthetic"].shape == (6, PATCH, PATCH, 3)
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    paths = write_pool(tmp_path, 3, _numbered, processes=2)
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    assert [int(np.load(path)["number"]) for path in write_pool(tmp_path, 3, _numbered, 2)] == [0, 1, 2]
+    assert stamps == [path.stat().st_mtime_ns for path in paths]
+
+
+def _numbered(number):
+    return {"number": np.array(number)}
+
+
+def test_synthetic_images_vary():
+    images = np.stack([synthetic_image(64, np.random.default_rng(k)) for k in range(24)])
+    assert images.shape == (24, 64, 64, 3) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 24 and np.std(images.mean((1, 2, 3))) > 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -68,7 +69,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> Shape:
 def stroke(*points: tuple[float, float], width: float) -> Shape:
     """Thick line with round ends through the points."""
     shape = Shape(())
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         length = max(np.hypot(x1 - x0, y1 - y0), 1e-9)
         dx, dy = -(y1 - y0) / length * width / 2, (x1 - x0) / length * width / 2
         shape |= polygon((x0 + dx, y0 + dy), (x1 + dx, y1 + dy), (x1 - dx, y1 - dy), (x0 - dx, y0 - dy))
@@ -177,7 +178,8 @@ def ramp(red: int, green: int, blue: int) -> np.ndarray:
 MATERIALS: dict[str, np.ndarray] = {
     "wood": ramp(140, 90, 52), "gold": ramp(232, 186, 64), "steel": ramp(150, 160, 178), "leaf": ramp(86, 158, 66),
     "glass": ramp(170, 220, 236), "cream": ramp(238, 218, 182), "ink": ramp(40, 34, 48), "white": ramp(240, 240, 236),
-    "flame": ramp(238, 110, 40), "stone": ramp(128, 124, 132), "skin": ramp(226, 178, 140), "paper": ramp(246, 240, 222),
+    "flame": ramp(238, 110, 40), "stone": ramp(128, 124, 132), "skin": ramp(226, 178, 140),
+    "paper": ramp(246, 240, 222),
 }  # fmt: skip
 
 
