@@ -48,7 +48,11 @@ class Packed:
 def pack(array: np.ndarray, rows: Sequence[int], heads: Sequence[int], folder: Path | None = None) -> Packed:
     """Pack some rows and heads of (B, H, N, d). With ``folder`` the values are in an unnamed file there."""
     shape = (len(rows), len(heads), *array.shape[2:])
-    values = _empty(shape, folder)
+    if folder is None:
+        values = np.empty(shape, np.int16)
+    else:
+        with tempfile.TemporaryFile(dir=folder) as file:  # lives as long as the array that is mapped from it
+            values = np.memmap(file, np.int16, "w+", shape=shape)
     scale, offset = np.empty((*shape[:3], 1), np.float32), np.empty((*shape[:2], 1, shape[3]), np.float32)
     for i, row in enumerate(rows):
         for j, head in enumerate(heads):
@@ -61,18 +65,6 @@ def pack(array: np.ndarray, rows: Sequence[int], heads: Sequence[int], folder: P
             scale[i, j] = np.where(largest > 0, largest / LARGEST, 1)
             values[i, j] = np.rint(vectors / scale[i, j])
     return Packed(values, scale, offset)
-
-
-def packed_bytes(vectors: int, size: int, sets: int) -> int:
-    """Return the bytes of ``vectors`` of ``size`` numbers, in ``sets`` of one row and head."""
-    return vectors * (2 * size + 4) + sets * 4 * size
-
-
-def _empty(shape: tuple[int, ...], folder: Path | None) -> np.ndarray:
-    if folder is None:
-        return np.empty(shape, np.int16)
-    with tempfile.TemporaryFile(dir=folder) as file:  # lives as long as the array that is mapped from it
-        return np.memmap(file, np.int16, "w+", shape=shape)
 
 
 @dataclass(frozen=True)

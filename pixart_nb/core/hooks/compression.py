@@ -101,24 +101,20 @@ class LossHook(Hook):
         self.compressions = {} if ratio is None else compressions_of(net, names, ratio, operator)
         self.uncompressed: dict[str, list[ms.Tensor]] = {}
 
-    def on_plan(self, run: HookedRun) -> None:
-        super().on_plan(run)
-        self.on_step(run)
-
-    def on_step(self, run: HookedRun) -> None:
+    def check(self, run: HookedRun) -> None:
         if self.ratio is not None:
             check_ratio(self.ratio, run.grid)
-        elif not any(self._may_compress(name, run) for name in self.names):
-            raise PixArtNBError(
-                f"none of {', '.join(self.names)} compresses its keys; give ratio and operator to measure theirs"
-            )
+        else:
+            self._check_compressed(run)
         self.result.grid = run.grid
         self.uncompressed.clear()
 
-    def _may_compress(self, name: str, run: HookedRun) -> bool:
-        """Return True if the layer compresses, or a ``replace_compression`` may make it compress at some step."""
-        replaced = any(isinstance(h, CompressionReplacement) and name in h.names for h in self.manager.hooks)
-        return replaced or self.manager.compression(name, run).ratio > 1
+    def _check_compressed(self, run: HookedRun) -> None:
+        """Refuse a run in which no layer compresses, and no ``replace_compression`` may make it at some step."""
+        replaced = {n for h in self.manager.hooks if isinstance(h, CompressionReplacement) for n in h.names}
+        if not any(name in replaced or self.manager.compression(name, run).ratio > 1 for name in self.names):
+            names = ", ".join(self.names)
+            raise PixArtNBError(f"none of {names} compresses its keys; give ratio and operator to measure theirs")
 
     def on_tokens(self, name: str, x: ms.Tensor) -> None:
         if name in self.names:
@@ -217,11 +213,10 @@ class CompressionStudy:
     """
 
     def __init__(self, pipe: Any, prompt: str | Sequence[str], seed: int = 0, **call: Any):
-        if pipe.transformer.config.kv_layers and pipe.transformer.config.kv_ratio > 1:
-            raise PixArtNBError(
-                f"layers {list(pipe.transformer.config.kv_layers)} of this model compress already; expected a model "
-                "that was trained without compression"
-            )
+        config = pipe.transformer.config
+        if config.kv_layers and config.kv_ratio > 1:
+            problem = f"layers {list(config.kv_layers)} of this model compress already"
+            raise PixArtNBError(f"{problem}; expected a model that was trained without compression")
         self.pipe, self.seed, self.prompt, self.call = pipe, seed, prompt, call
         self.reference, self.seconds = self._sample()
         self.images = pipe.decode_latents(self.reference.latents[-1])
@@ -240,7 +235,7 @@ class CompressionStudy:
 
     @property
     def cost(self) -> StepCost:
-        """StepCost of a step without compression."""
+        """Cost of a step without compression."""
         return self._cost(self.pipe.transformer.config)
 
     def outcome(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome:

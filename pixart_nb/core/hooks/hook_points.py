@@ -16,15 +16,7 @@ from mindspore import mint
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.selection import (
-    ATTENTION_MODULES,
-    Numbers,
-    Text,
-    check_steps,
-    is_cross,
-    step_numbers,
-    text_of,
-)
+from pixart_nb.core.hooks.selection import ATTENTION_MODULES, Numbers, Text, is_cross, step_numbers, text_of
 from pixart_nb.core.models.attention import SelfAttention, attention
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
@@ -126,13 +118,12 @@ class Hook:
 
     #: Hooks run in this order: prompts are swapped (0), attention is changed (1), attention is recorded (2).
     order = 1
-    #: Description of the change for a trace; empty if nothing is changed.
-    description = ""
     #: Manager that the hook is attached to.
     manager: HookManager
 
-    def __init__(self, names: Sequence[str] = (), steps: Numbers = None):
-        self.names, self.steps = list(names), step_numbers(steps)
+    def __init__(self, names: Sequence[str] = (), steps: Numbers = None, description: str = ""):
+        #: ``description`` of the change for a trace; empty if nothing is changed.
+        self.names, self.steps, self.description = list(names), step_numbers(steps), description
 
     def applies(self, name: str, run: HookedRun) -> bool:
         """Return True if the hook is for this layer and the current step."""
@@ -140,13 +131,19 @@ class Hook:
 
     def on_plan(self, run: HookedRun) -> None:
         """Called before a run starts; an exception refuses the run."""
-        check_steps(self.steps, run.timesteps)
+        if missing := [step for step in self.steps or () if step >= len(run.timesteps)]:
+            raise PixArtNBError(f"the run has no steps {missing}; it has steps 0 to {len(run.timesteps) - 1}")
+        self.check(run)
+
+    def check(self, run: HookedRun) -> None:
+        """Refuse a run by an exception; called before it starts and, as it may not be planned, before each step."""
 
     def on_prompts(self, run: HookedRun) -> None:
         """Called when the prompts of the run are encoded."""
 
     def on_step(self, run: HookedRun) -> None:
         """Called before the model is."""
+        self.check(run)
 
     def compression(self, name: str, run: HookedRun) -> LayerCompression | None:
         """Return a compression that replaces the layer's own, or None."""
@@ -162,32 +159,44 @@ class Hook:
         return out
 
 
-class PerLayer:
+class PerLayer(dict):
     """Cache of values made from tensors that are the same at every step, such as keys of a caption: one per layer."""
-
-    def __init__(self):
-        self._values: dict[str, tuple[ms.Tensor, Any]] = {}
 
     def __call__(self, name: str, source: ms.Tensor, make: Callable[[], Any]) -> Any:
         """Return the layer's value; ``make`` is called again if ``source`` is another tensor object."""
-        if name not in self._values or self._values[name][0] is not source:
-            self._values[name] = source, make()
-        return self._values[name][1]
+        if name not in self or self[name][0] is not source:
+            self[name] = source, make()
+        return self[name][1]
 
 
+@dataclass(frozen=True)
 class HookPoint:
-    """Installed in an attention layer: passes its computation to the manager, with the layer's name."""
+    """Installed in an attention layer: computes its attention with all hooks of the manager applied."""
 
-    def __init__(self, manager: HookManager, name: str):
-        self.manager, self.name = manager, name
-
-    def __call__(self, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
-        """Return the attention, (B, H, N, d), with all hooks applied."""
-        return self.manager.attention(self.name, q, k, v, mask)
+    manager: HookManager
+    name: str
 
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Return keys or values (B, N, D) on the compressed grid."""
-        return self.manager.compress(self.name, x, height, width)
+        for hook in self.manager.hooks:
+            hook.on_tokens(self.name, x)
+        return self.manager.compression(self.name, self.manager.run)(x, height, width)
+
+    def __call__(self, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
+        """Return the attention, (B, H, N, d)."""
+        manager, run, cross = self.manager, self.manager.run, is_cross(self.name)
+        texts = run.texts or [text_of(None, None, k.shape[2] if cross else 0)] * run.rows
+        batch_texts = [None] * (run.batch - run.rows) + list(texts)
+        compression = LayerCompression(None, 1) if cross else manager.compression(self.name, run)
+        call = AttentionCall(self.name, run, q, k, v, mask, q.shape[-1] ** -0.5, compression, batch_texts)
+        for hook in manager.hooks:
+            hook.before(call)
+        out = computed = call.compute()
+        for hook in manager.hooks:
+            out = hook.after(call, out)
+        same = call.bias is None and call.q is q and call.k is k and call.v is v and call.mask is mask
+        manager.changed = out is not computed or not same
+        return out
 
 
 class HookManager:
@@ -247,36 +256,12 @@ class HookManager:
         for hook in self.hooks:
             hook.on_step(self.run)
 
-    # ---- called by the hook points
-
     def compression(self, name: str, run: HookedRun) -> LayerCompression:
         """Return the compression of a layer at this step of a run: the last hook decides."""
         for hook in reversed(self.hooks):
             if (compression := hook.compression(name, run)) is not None:
                 return compression
         return LayerCompression.of(self.layers[name])
-
-    def compress(self, name: str, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
-        """Return keys or values (B, N, D) on the compressed grid."""
-        for hook in self.hooks:
-            hook.on_tokens(name, x)
-        return self.compression(name, self.run)(x, height, width)
-
-    def attention(self, name: str, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None):
-        """Return the attention of a layer with all hooks applied: (B, H, N, d)."""
-        run = self.run
-        texts = run.texts or [text_of(None, None, k.shape[2] if is_cross(name) else 0)] * run.rows
-        compression = LayerCompression(None, 1) if is_cross(name) else self.compression(name, run)
-        batch_texts = [None] * (run.batch - run.rows) + list(texts)
-        call = AttentionCall(name, run, q, k, v, mask, q.shape[-1] ** -0.5, compression, batch_texts)
-        for hook in self.hooks:
-            hook.before(call)
-        out = computed = call.compute()
-        for hook in self.hooks:
-            out = hook.after(call, out)
-        same = call.bias is None and call.q is q and call.k is k and call.v is v and call.mask is mask
-        self.changed = out is not computed or not same
-        return out
 
 
 def attention_layers(net: PixArt) -> Iterator[tuple[str, Any]]:

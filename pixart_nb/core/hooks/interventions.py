@@ -17,6 +17,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.hooks import selection
 from pixart_nb.core.hooks.hook_points import (
     AttentionCall,
     Hook,
@@ -26,17 +27,7 @@ from pixart_nb.core.hooks.hook_points import (
     attached,
     transformer_of,
 )
-from pixart_nb.core.hooks.selection import (
-    Layers,
-    Numbers,
-    Text,
-    find_word,
-    head_numbers,
-    is_cross,
-    layer_names,
-    layer_number,
-    text_of,
-)
+from pixart_nb.core.hooks.selection import Layers, Numbers, Text, layer_names, layer_number
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, check_compression
 from pixart_nb.core.models.layers import LayerNorm
 from pixart_nb.core.models.transformer import PixArt
@@ -64,16 +55,15 @@ def ablate_heads(
     """
     net = transformer_of(model)
     names = layer_names(len(net.blocks), layers, attention)
-    return attached(model, HeadAblation(names, head_numbers(net.config.num_heads, heads), steps))
+    return attached(model, HeadAblation(names, selection.head_numbers(net.config.num_heads, heads), steps))
 
 
 class HeadAblation(Hook):
     """Hook of ``ablate_heads``."""
 
     def __init__(self, names: Sequence[str], heads: list[int], steps: Numbers = None):
-        super().__init__(names, steps)
+        super().__init__(names, steps, f"heads {heads} off in {', '.join(names)}")
         self.heads = heads
-        self.description = f"heads {heads} off in {', '.join(names)}"
 
     def after(self, call: AttentionCall, out: ms.Tensor) -> ms.Tensor:
         if not self.applies(call.name, call.run):
@@ -109,7 +99,7 @@ def reweight_token(
         raise PixArtNBError(f"factor is {factor}; expected a number{limit}")
     net = transformer_of(model)
     names = layer_names(len(net.blocks), layers, "cross")
-    numbers = head_numbers(net.config.num_heads, heads)
+    numbers = selection.head_numbers(net.config.num_heads, heads)
     return attached(model, TokenReweighting(names, word, factor, numbers, steps, renormalize))
 
 
@@ -117,16 +107,16 @@ class TokenReweighting(Hook):
     """Hook of ``reweight_token``."""
 
     def __init__(self, names, word, factor: float, heads: list[int], steps: Numbers, renormalize: bool):
-        super().__init__(names, steps)
+        suffix = "" if renormalize else ", not renormalized"
+        super().__init__(names, steps, f"attention to {word!r} times {factor}{suffix}")
         self.word, self.factor, self.heads, self.renormalize = word, float(factor), heads, renormalize
-        self.description = f"attention to {word!r} times {factor}{'' if renormalize else ', not renormalized'}"
         self.values = PerLayer()
 
     def on_prompts(self, run: HookedRun) -> None:
         """Refuse a word that no prompt has."""
         texts = [*run.texts, *run.later_texts]
         if texts and not any(self._tokens(text) for text in texts):
-            find_word(texts[0], self.word)
+            selection.find_word(texts[0], self.word)
 
     def before(self, call: AttentionCall) -> None:
         if not self.applies(call.name, call.run):
@@ -151,7 +141,7 @@ class TokenReweighting(Hook):
 
     def _tokens(self, text: Text | None) -> tuple[int, ...]:
         try:
-            return () if text is None else find_word(text, self.word)
+            return () if text is None else selection.find_word(text, self.word)
         except PixArtNBError:
             return ()
 
@@ -177,16 +167,11 @@ class CompressionReplacement(Hook):
     """Hook of ``replace_compression``."""
 
     def __init__(self, net: PixArt, names: Sequence[str], ratio: int, operator: str | None, steps: Numbers = None):
-        super().__init__(names, steps)
-        self.ratio, self.compressions = ratio, compressions_of(net, names, ratio, operator)
         label = f"{operator} {ratio}x{ratio}" if ratio > 1 else "no"
-        self.description = f"{label} compression in {', '.join(names)}"
+        super().__init__(names, steps, f"{label} compression in {', '.join(names)}")
+        self.ratio, self.compressions = ratio, compressions_of(net, names, ratio, operator)
 
-    def on_plan(self, run: HookedRun) -> None:
-        super().on_plan(run)
-        check_ratio(self.ratio, run.grid)
-
-    def on_step(self, run: HookedRun) -> None:
+    def check(self, run: HookedRun) -> None:
         check_ratio(self.ratio, run.grid)
 
     def compression(self, name: str, run: HookedRun) -> LayerCompression | None:
@@ -203,9 +188,8 @@ def check_ratio(ratio: int, grid: tuple[int, int]) -> None:
 
 def compressions_of(net: PixArt, names: Sequence[str], ratio: int, operator: str | None) -> dict[str, LayerCompression]:
     """Return a compression for each self-attention layer, with the layer's own weights where they fit."""
-    depth = len(net.blocks)
-    config = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": list(range(depth))}
-    check_compression(config, depth)
+    layers = list(range(len(net.blocks)))
+    check_compression({"sampling": operator, "scale_factor": ratio, "kv_compress_layer": layers}, len(layers))
     return {name: _compression(net.blocks[layer_number(name)].attn, ratio, operator) for name in names}
 
 
@@ -217,8 +201,8 @@ def _compression(layer: Any, ratio: int, operator: str | None) -> LayerCompressi
         return own
     if operator != "conv":
         return LayerCompression(operator, ratio)
-    reduction, norm = DepthwiseReduction(layer.size, ratio), own.norm
-    norm = LayerNorm(layer.size) if norm is None else norm
+    reduction = DepthwiseReduction(layer.size, ratio)
+    norm = LayerNorm(layer.size) if own.norm is None else own.norm
     for weight in [*reduction.get_parameters(), *norm.get_parameters()]:
         weight.set_dtype(layer.qkv.dtype)
     return LayerCompression(operator, ratio, reduction, norm)
@@ -255,7 +239,7 @@ def swap_prompt(
     else:
         embeds, mask = check_embeddings(prompt_embeds, prompt_attention_mask, None, net.config.caption_channels)
         prompts = [None] * len(mask)
-    texts = [text_of(tokenizer, text, int(m.sum())) for text, m in zip(prompts, mask, strict=True)]
+    texts = [selection.text_of(tokenizer, text, int(m.sum())) for text, m in zip(prompts, mask, strict=True)]
     return attached(model, PromptSwap(int(at_step), net.caption_keys_values(embeds), mask, texts))
 
 
@@ -265,26 +249,20 @@ class PromptSwap(Hook):
     order = 0
 
     def __init__(self, at_step: int, keys_values: list, mask: np.ndarray, texts: list[Text]):
-        super().__init__(steps=at_step)
+        super().__init__((), at_step, f"prompt {' | '.join(text.prompt for text in texts)!r} from step {at_step}")
         self.at_step, self.keys_values, self.mask, self.texts = at_step, keys_values, mask, texts
-        self.description = f"prompt {' | '.join(text.prompt for text in texts)!r} from step {at_step}"
         self.keys, self.values = PerLayer(), PerLayer()
 
-    def on_plan(self, run: HookedRun) -> None:
-        super().on_plan(run)
-        self.on_step(run)
-
-    def on_step(self, run: HookedRun) -> None:
+    def check(self, run: HookedRun) -> None:
         if len(self.texts) not in (1, run.rows):
-            raise PixArtNBError(
-                f"{len(self.texts)} prompts to swap in for {run.rows} images; give one, or one for each"
-            )
+            problem = f"{len(self.texts)} prompts to swap in for {run.rows} images"
+            raise PixArtNBError(f"{problem}; give one, or one for each")
 
     def on_prompts(self, run: HookedRun) -> None:
         run.later_texts = run.later_texts + self.texts
 
     def before(self, call: AttentionCall) -> None:
-        if not is_cross(call.name) or call.run.index < self.at_step:
+        if not selection.is_cross(call.name) or call.run.index < self.at_step:
             return
         k, v = self.keys_values[layer_number(call.name)]
         call.mask = ms.Tensor(self._mask(call))

@@ -6,12 +6,13 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pixart_nb.core import memory
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.attention_maps import LayerRecord, Packed, pack, packed_bytes
+from pixart_nb.core.hooks.attention_maps import LayerRecord, Packed, pack
 from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, PerLayer, attached, transformer_of
 from pixart_nb.core.hooks.selection import Layers, Numbers, Text, as_list, head_numbers, is_cross, layer_names
 from pixart_nb.core.hooks.trace import Trace
@@ -106,9 +107,8 @@ class Recorder(Hook):
         self.rows = list(rows.get(self.row_choice, batch))
         if not self.rows:
             raise PixArtNBError("rows is 'unconditional', but a run without guidance has none; use 'conditional'")
-        names = ["conditional" if row in run.conditional else "unconditional" for row in self.rows]
-        labels = [f"{name} {row % run.rows}" for name, row in zip(names, self.rows, strict=True)]
-        self.trace.labels, self.trace.grid = labels, run.grid
+        self.trace.grid = run.grid
+        self.trace.labels = [f"{'un' * (row not in run.conditional)}conditional {row % run.rows}" for row in self.rows]
         self.trace.changes = [hook.description for hook in self.manager.hooks if hook.description]
 
     def _check_size(self, count: int, run: HookedRun) -> None:
@@ -116,24 +116,19 @@ class Recorder(Hook):
         t = self.trace
         size, count = t.nbytes + self._bytes_of(count, run), len(t.steps) + count
         if self.limit is None:
-            self.limit = int(self._free() * FREE_SHARE)
-        parts = (
-            f"{len(t.names)} layers x {count} steps x {len(self.rows)} of {run.batch} rows, {len(t.heads)} heads, "
-            f"{t.grid[0]}x{t.grid[1]} tokens"
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            free = memory.available() if self.folder is None else shutil.disk_usage(self.folder).free
+            self.limit = int(free * FREE_SHARE)
+        parts = f"{len(t.names)} layers x {count} steps x {len(self.rows)} of {run.batch} rows, {len(t.heads)} heads"
+        need = (
+            f"{format_bytes(size)} ({parts}, {t.grid[0]}x{t.grid[1]} tokens); the limit is {format_bytes(self.limit)}"
         )
         if size > self.limit:
-            raise TraceTooLargeError(
-                f"this trace would take {format_bytes(size)} ({parts}); the limit is {format_bytes(self.limit)}. "
-                "Record fewer layers, steps or heads, raise memory_limit, or give a folder to keep it in"
-            )
+            advice = "Record fewer layers, steps or heads, raise memory_limit, or give a folder to keep it in"
+            raise TraceTooLargeError(f"this trace would take {need}. {advice}")
         if self.announce is not None and not t.records:
-            self.announce(f"trace: {format_bytes(size)} ({parts}); the limit is {format_bytes(self.limit)}")
-
-    def _free(self) -> int:
-        if self.folder is None:
-            return memory.available()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(self.folder).free
+            self.announce(f"trace: {need}")
 
     def _bytes_of(self, count: int, run: HookedRun) -> int:
         """Return the bytes of queries and keys of ``count`` steps, with as many prompt tokens as there may be."""
@@ -143,8 +138,8 @@ class Recorder(Hook):
             keys = run.length if is_cross(name) else count * (run.grid[0] // ratio) * (run.grid[1] // ratio)
             vectors += count * run.grid[0] * run.grid[1] + keys
             sets += count + (1 if is_cross(name) else count)
-        copies, config = len(self.rows) * len(self.trace.heads), self.manager.net.config
-        return packed_bytes(vectors * copies, config.hidden_size // config.num_heads, sets * copies)
+        size = self.manager.net.config.hidden_size // self.manager.net.config.num_heads
+        return len(self.rows) * len(self.trace.heads) * (vectors * (2 * size + 4) + sets * 4 * size)
 
     # ---- during the run
 
@@ -170,16 +165,15 @@ class Recorder(Hook):
                 t.texts.append(texts)
             t.text_of[run.index] = t.texts.index(texts)
         if call.name in t.names:
-            queries, compression = self._packed(call.q, call.name), call.compression
-            if is_cross(call.name):  # the caption's keys are the same at every step
-                keys = self.caption_keys(call.name, call.k, lambda: self._packed(call.k, call.name))
-            else:
-                keys = self._packed(call.k, call.name)
-            mask = None if call.mask is None else call.mask.asnumpy().astype(bool)[self.rows]
-            bias = None if call.bias is None else call.bias[self.rows][:, t.heads]
-            t.records[call.name, run.index] = LayerRecord(
-                queries, keys, mask, bias, float(call.scale), compression.ratio, compression.operator
-            )
+            t.records[call.name, run.index] = self._record(call)
+
+    def _record(self, call: AttentionCall) -> LayerRecord:
+        pack_keys = partial(self._packed, call.k, call.name)  # the caption's keys are the same at every step
+        keys = self.caption_keys(call.name, call.k, pack_keys) if is_cross(call.name) else pack_keys()
+        mask = None if call.mask is None else call.mask.asnumpy().astype(bool)[self.rows]
+        bias = None if call.bias is None else call.bias[self.rows][:, self.trace.heads]
+        compression = call.compression.ratio, call.compression.operator
+        return LayerRecord(self._packed(call.q, call.name), keys, mask, bias, float(call.scale), *compression)
 
     def _packed(self, x: ms.Tensor, name: str) -> Packed:
         """Pack the recorded rows and heads of (B, H, N, d)."""

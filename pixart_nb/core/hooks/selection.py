@@ -75,12 +75,6 @@ def step_numbers(steps: Numbers) -> list[int] | None:
     return numbers
 
 
-def check_steps(steps: list[int] | None, timesteps: Sequence[float]) -> None:
-    """Refuse step numbers that a run of these timesteps does not have."""
-    if missing := [step for step in steps or () if step >= len(timesteps)]:
-        raise PixArtNBError(f"the run has no steps {missing}; it has steps 0 to {len(timesteps) - 1}")
-
-
 def select(what: str, numbers: Numbers, available: Sequence[int]) -> list[int]:
     """Return the requested numbers of those that a trace has; None is all."""
     chosen = list(available) if numbers is None else as_list(numbers)
@@ -102,7 +96,7 @@ class Word:
 
     @property
     def is_special(self) -> bool:
-        """True for a token such as </s>."""
+        """True for </s>, <unk>, <pad>, or the number of an unknown token."""
         return is_special(self.text)
 
 
@@ -135,10 +129,7 @@ def is_special(piece: str) -> bool:
 
 
 def merge_pieces(pieces: Sequence[str]) -> list[Word]:
-    """Merge SentencePiece tokens into words. A piece with the mark begins a word.
-
-    Punctuation before and after a word is a word of its own (``cup`` and ``,``); inside it is not (``16-bit``).
-    """
+    """Merge SentencePiece tokens into words. Punctuation around a word, not inside it, is a word of its own."""
     groups: list[list[int]] = []
     for number, piece in enumerate(pieces):
         starts = piece.startswith(MARK) or is_special(piece)
@@ -165,9 +156,7 @@ def _spell(pieces: Sequence[str], tokens: Sequence[int]) -> str:
 
 def _strip(text: str) -> str:
     """Remove punctuation before and after a text; special tokens stay as they are."""
-    if is_special(text):
-        return text
-    return text.strip("".join(c for c in text if unicodedata.category(c)[0] in "PSZ"))
+    return text if is_special(text) else text.strip("".join(c for c in text if unicodedata.category(c)[0] in "PSZ"))
 
 
 def _normalize(text: str) -> str:

@@ -10,19 +10,9 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError, did_you_mean
-from pixart_nb.core.hooks import attention_maps
+from pixart_nb.core.hooks import attention_maps, selection
 from pixart_nb.core.hooks.attention_maps import LayerRecord
-from pixart_nb.core.hooks.selection import (
-    Layers,
-    Numbers,
-    Text,
-    Word,
-    as_list,
-    find_word,
-    is_cross,
-    layer_number,
-    select,
-)
+from pixart_nb.core.hooks.selection import Layers, Numbers, Text, Word, as_list, is_cross, select
 from pixart_nb.core.hooks.trace_files import check_model, read_trace, write_trace
 
 
@@ -106,10 +96,6 @@ class Trace:
         number = next(iter(self.text_of.values()), 0) if step is None else self.text_of.get(step, 0)
         return self.texts[number][row] if self.texts else Text()
 
-    def tokens(self, row: int = 0) -> list[str]:
-        """Return the pieces of an image's prompt."""
-        return list(self.text(row).pieces)
-
     def words(self, row: int = 0) -> list[str]:
         """Return the words of an image's prompt, special tokens among them, in the order of ``word_maps``."""
         return [word.text for word in self.word_tokens(row)]
@@ -174,7 +160,7 @@ class Trace:
         problem: PixArtNBError | None = None
         for step in select("step", steps, self.steps):
             try:
-                groups[step] = [find_word(self.text(row, step), word)]
+                groups[step] = [selection.find_word(self.text(row, step), word)]
             except PixArtNBError as error:  # after a swap of prompts, steps without the word are left out
                 problem = error
         if problem is not None and (steps is not None or not groups):
@@ -252,7 +238,7 @@ class Trace:
             raise PixArtNBError(f"the trace has no {attention}-attention; it has {', '.join(self.names)}")
         names = own if layers is None else []
         for layer in () if layers is None else as_list(layers):
-            matching = [name for name in own if layer == name or str(layer) == str(layer_number(name))]
+            matching = [name for name in own if layer == name or str(layer) == str(selection.layer_number(name))]
             if not matching:
                 listed = f"the trace has no layer {layer!r}; it has {', '.join(own)}"
                 raise PixArtNBError(listed + did_you_mean(layer, own))
@@ -285,17 +271,9 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write everything into one safetensors file, atomically."""
-        header = {
-            "names": self.names,
-            "heads": self.heads,
-            "grid": self.grid,
-            "labels": self.labels,
-            "model": self.model,
-            "timesteps": list(self.timestep_of.items()),
-            "texts": [[[text.prompt, text.pieces] for text in rows] for rows in self.texts],
-            "text_of": list(self.text_of.items()),
-            "changes": self.changes,
-        }
+        header = {name: getattr(self, name) for name in ("names", "heads", "grid", "labels", "model", "changes")}
+        header |= {"timesteps": list(self.timestep_of.items()), "text_of": list(self.text_of.items())}
+        header["texts"] = [[[text.prompt, text.pieces] for text in rows] for rows in self.texts]
         write_trace(path, header, self.records, self._images)
 
     @classmethod

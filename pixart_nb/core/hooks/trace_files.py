@@ -77,8 +77,7 @@ def write_trace(
     path: str | Path, header: dict[str, Any], records: dict[tuple[str, int], LayerRecord], images: np.ndarray | None
 ) -> None:
     """Write a trace; keys that several steps share are written once."""
-    tensors: dict[str, np.ndarray] = {}
-    names: dict[int, str] = {}
+    tensors, names = {} if images is None else {"images": images}, {}
 
     def put(packed: Packed, name: str) -> str:
         if id(packed) not in names:
@@ -93,8 +92,6 @@ def write_trace(
         entry |= {"queries": put(record.queries, f"{prefix}/queries"), "keys": put(record.keys, f"{prefix}/keys")}
         tensors |= {f"{prefix}/{n}": a for n in ("mask", "bias") if (a := getattr(record, n)) is not None}
         entries.append(entry)
-    if images is not None:
-        tensors["images"] = images
     content = json.dumps(header | {"entries": entries})
     metadata = {"format": FORMAT, "trace": content, "trace_crc32": str(zlib.crc32(content.encode()))}
     save_tensors(path, tensors, metadata)
@@ -122,12 +119,10 @@ def read_trace(path: str | Path) -> tuple[TraceHeader, dict[tuple[str, int], Lay
         if images is not None:
             _check("images", images, np.uint8, (len(header.labels), *images.shape[1:3], 3))
         return header, records, images
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path} is not a valid trace: {where}: {first['msg']}") from None
     except (ValueError, RecursionError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a valid trace: {error}") from None
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else error
+        raise CheckpointError(f"{path} is not a valid trace: {problem}") from None
 
 
 def _records(header: TraceHeader, tensors: dict[str, np.ndarray]) -> dict[tuple[str, int], LayerRecord]:
@@ -151,17 +146,17 @@ def _records(header: TraceHeader, tensors: dict[str, np.ndarray]) -> dict[tuple[
         texts = header.texts[number] if number is not None else []
         if is_cross(entry.name) and max((len(pieces) for _, pieces in texts), default=0) > keys.count:
             raise ValueError(f"a prompt has more tokens than {entry.keys} has keys")
-        made = entry.scale, entry.ratio, entry.operator
-        records[entry.name, entry.step] = LayerRecord(queries, keys, mask, bias, *made)
+        compression = entry.scale, entry.ratio, entry.operator
+        records[entry.name, entry.step] = LayerRecord(queries, keys, mask, bias, *compression)
     return records
 
 
 def _packed(tensors: dict[str, np.ndarray], name: str, rows: int, heads: int) -> Packed:
     values, scale, offset = (tensors[f"{name}/{part}"] for part in PACKED)
     vectors, size = values.shape[2:]
-    _check(name, values, np.int16, (rows, heads, vectors, size))
-    _check(name, scale, np.float32, (rows, heads, vectors, 1))
-    _check(name, offset, np.float32, (rows, heads, 1, size))
+    forms = ((values, np.int16, (vectors, size)), (scale, np.float32, (vectors, 1)), (offset, np.float32, (1, size)))
+    for array, dtype, shape in forms:
+        _check(name, array, dtype, (rows, heads, *shape))
     return Packed(values, scale, offset)
 
 
@@ -173,6 +168,7 @@ def _check(name: str, array: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> 
 
 
 def _checksum(content: str, tensors: dict[str, np.ndarray]) -> int:
+    """Return the one checksum of a file of version 0.1."""
     value = zlib.crc32(content.encode())
     for name in sorted(tensors):
         value = zlib.crc32(np.ascontiguousarray(tensors[name]).view(np.uint8).data, zlib.crc32(name.encode(), value))

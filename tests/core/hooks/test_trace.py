@@ -12,7 +12,7 @@ from pixart_nb.core import TraceTooLargeError, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.hooks import attention_maps as maps
-from pixart_nb.core.hooks.hook_points import HookManager
+from pixart_nb.core.hooks.hook_points import HookPoint
 from pixart_nb.pixelart.adaptation import compressed_copy
 
 # ---- what it holds
@@ -110,7 +110,7 @@ def test_calls_of_a_transformer_are_steps():
         for timestep in (900.0, 400.0):
             net(latents, ms.Tensor([timestep, timestep], ms.float32), caption, mask)
     assert t.timesteps == [900.0, 400.0]
-    assert t.tokens(0) == ["<0>", "<1>", "<2>", "<3>"]
+    assert list(t.text().pieces) == ["<0>", "<1>", "<2>", "<3>"]
     assert t.word_map(1).shape == t.grid
 
 
@@ -122,7 +122,7 @@ def test_words_merge_their_pieces_and_sum_with_the_rest_to_one(traced):
     every = traced.word_maps()
     assert every.shape == (6, *traced.grid)
     assert np.abs(every.sum(0) - 1).max() < 1e-5
-    pieces = [n for n, piece in enumerate(traced.tokens()) if n in traced.word_tokens()[2].tokens]
+    pieces = [n for n, piece in enumerate(traced.text().pieces) if n in traced.word_tokens()[2].tokens]
     assert len(pieces) > 1  # else the test says nothing
     expected = np.mean(
         [traced.rows(n, step, None)[..., pieces].sum(-1) for n in traced.names[1::2] for step in traced.steps],
@@ -253,14 +253,14 @@ def test_after_an_error_the_model_is_as_it_was(pipe):
 
 
 def test_a_step_in_whose_middle_the_run_was_stopped_is_not_kept(pipe, monkeypatch):
-    original = HookManager.attention
+    original = HookPoint.__call__
 
-    def attend(self, name, *args):
-        if name == "blocks.1.cross_attn" and self.run.index == 1:
+    def attend(self, *args):
+        if self.name == "blocks.1.cross_attn" and self.manager.run.index == 1:
             raise KeyboardInterrupt
-        return original(self, name, *args)
+        return original(self, *args)
 
-    monkeypatch.setattr(HookManager, "attention", attend)
+    monkeypatch.setattr(HookPoint, "__call__", attend)
     with pytest.raises(KeyboardInterrupt), trace(pipe, announce=None) as t:
         draw(pipe)
     assert t.steps == [0]
