@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pixart_nb.core.checkpoints.configuration import Description
+from pixart_nb.core.checkpoints.configuration import FAMILIES, Description
 from pixart_nb.core.checkpoints.key_maps import general_name
 from pixart_nb.core.checkpoints.layouts import TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.models.transformer import PixArtConfig
 
 Shape = tuple[int, ...]
 #: Modules of the source, modules of the target, outcome.
@@ -54,11 +55,7 @@ class AuditEntry:
 
 @dataclass
 class Audit:
-    """Audit of a conversion from ``source`` to ``target``.
-
-    ``config``: certain values of the configuration. ``dtypes``: of the source and of the target. ``sentences``: what
-    the user has to know or do.
-    """
+    """Audit of a conversion: the certain values of the configuration, and ``sentences`` that the user has to know."""
 
     source: str
     target: str
@@ -166,32 +163,21 @@ def _shapes(shapes: tuple[Shape, ...]) -> str:
 
 def sentences_on(
     view: TransformerTensors, description: Description, layout: str, ending: str, started: Collection[str]
-) -> list[str]:
-    """Return what the user has to know or do after a conversion to ``layout`` in a file with this ending."""
-    return [
-        *view.notes,
-        *description.notes,
-        *_on_caption(view, description),
-        *_on_unknown_values(description),
-        *_on_compression(description, layout, ending, started),
-    ]
-
-
-def _on_caption(view: TransformerTensors, description: Description) -> Iterable[str]:
+) -> Iterator[str]:
+    """Yield what the user has to know or do after a conversion to ``layout`` in a file with this ending."""
+    yield from view.notes
+    yield from description.notes
+    family = f"taken to be {description.family}" if description.family else "unknown"
     if _EMBEDDING not in view.tensors:
-        family = f"taken to be {description.family}" if description.family else "unknown"
         yield (
             "The learned empty caption (y_embedding) is not in the source. Sampling does not need it, here or in "
             f"diffusers; for training or for the official code convert the official checkpoint. The family is {family}."
         )
-    elif (tokens := view.tensors[_EMBEDDING].shape[0]) not in (120, 300):
+    elif (tokens := view.tensors[_EMBEDDING].shape[0]) not in FAMILIES:
         yield (
             f"Caption tokens: {tokens}, neither alpha's 120 nor sigma's 300; set model_max_length {tokens} wherever "
             "this checkpoint is loaded."
         )
-
-
-def _on_unknown_values(description: Description) -> Iterable[str]:
     if not description.is_certain("input_size"):
         yield (
             "The training size is unknown: this layout does not store it. Give it wherever this checkpoint is loaded "
@@ -202,12 +188,12 @@ def _on_unknown_values(description: Description) -> Iterable[str]:
             "The number of heads is unknown: no tensor shows it, and the width is no multiple of 72. Give num_heads "
             "wherever this checkpoint is loaded."
         )
+    if description.config.kv_operator == "conv" and description.config.kv_ratio > 1:
+        yield from _on_compression(description.config, layout, ending, started)
 
 
-def _on_compression(description: Description, layout: str, ending: str, started: Collection[str]) -> Iterable[str]:
-    layers, ratio = list(description.config.kv_layers), description.config.kv_ratio
-    if not layers or ratio == 1 or description.config.kv_operator != "conv":
-        return
+def _on_compression(config: PixArtConfig, layout: str, ending: str, started: Collection[str]) -> Iterator[str]:
+    layers, ratio = list(config.kv_layers), config.kv_ratio
     if any(name.endswith("sr.weight") for name in started):
         yield (
             f"KV compression: layers {layers} had no weights; they start as averages (1/{ratio * ratio} each, bias 0, "
@@ -216,7 +202,7 @@ def _on_compression(description: Description, layout: str, ending: str, started:
     elif started:
         parts = ", ".join(sorted({name.split("attn.")[1] for name in started}))
         yield f"KV compression: layers {layers} came without {parts}, as mindone saves them; they start as identity."
-    if layout == "diffusers":
+    if layers and layout == "diffusers":
         yield "KV compression is not supported by diffusers: the target loads in this kit, not there."
-    elif ending == ".ckpt":
+    elif layers and ending == ".ckpt":
         yield "KV compression: mindone's model has no sr.bias and no weights of attn.norm; there they would be ignored."

@@ -48,7 +48,7 @@ def plan_compression(
     numbers = layer_numbers(layers, shown["depth"]) if isinstance(layers, str) else list(map(int, layers))
     compression = {"sampling": operator, "scale_factor": ratio, "kv_compress_layer": numbers}
     values = {"depth": shown["depth"], "kv_compress_config": compression}
-    target_config = PixArtConfig(**(explicit_values(config) if config else {}) | values)
+    target_config = PixArtConfig(**explicit_values(config) | values)
     return plan_conversion(source, target, target_config, sample_size, dtype)
 
 

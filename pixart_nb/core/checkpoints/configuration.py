@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.checkpoints.layouts import TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
-from pixart_nb.core.io import CheckpointError, load_metadata, read_json
+from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.config_fields import refuse_others
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -21,17 +21,31 @@ from pixart_nb.core.models.transformer import PixArtConfig
 #: Caption tokens of the published checkpoints.
 FAMILIES = {120: "alpha", 300: "sigma"}
 _HINTS = {
-    "model_max_length": "Alpha's checkpoints have 120 caption tokens, sigma's 300: take a configuration of the same.",
-    "micro_condition": "Of the published models only alpha-1024 has micro conditions (csize_embedder, ar_embedder).",
-    "kv_compress_config": "The compressed layers and their ratio are those that the weights were trained for.",
+    "model_max_length": " Alpha's checkpoints have 120 caption tokens, sigma's 300: take a configuration of the same.",
+    "micro_condition": " Of the published models only alpha-1024 has micro conditions (csize_embedder, ar_embedder).",
+    "kv_compress_config": " The compressed layers and their ratio are those that the weights were trained for.",
 }
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
+_COMPRESSED = re.compile(r"blocks\.(\d{1,4})\.attn\.sr\.weight")
 #: Names of the published files, and the latent side (image side / 8) of their training size.
 _PUBLISHED = re.compile(r"PixArt-(Sigma-)?XL-2-(?:SAM-)?(256x256|512x512|512-MS|1024-MS|2K-MS)")
 _SIDES = {"256x256": 32, "512x512": 64, "512-MS": 64, "1024-MS": 128, "2K-MS": 256}
 #: Channels of a head in every published model.
 _HEAD_DIM = 72
-#: Settings that this transformer has in one way only.
+#: Fields of ``PixArtConfig`` and their names in diffusers' config.json, and fields that only this kit writes there.
+_DIFFUSERS = {
+    "num_heads": "num_attention_heads",
+    "depth": "num_layers",
+    "patch_size": "patch_size",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "caption_channels": "caption_channels",
+    "input_size": "sample_size",
+    "pe_interpolation": "interpolation_scale",
+    "micro_condition": "use_additional_conditions",
+}
+_OWN = ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
+#: diffusers' settings that this transformer has in one way only.
 _FIXED = {
     "norm_type": ("ada_norm_single",),
     "norm_elementwise_affine": (False,),
@@ -75,65 +89,52 @@ def describe(
     Raises ``CheckpointError`` for a contradiction, and for tensors that are no PixArt transformer's.
     """
     source, shown = Path(source), shown_by(view.tensors, source)
-    if view.checkpoint.config:
-        own = config_from_fields(view.checkpoint.config, source)
-        explicit, notes = merge(own, config or PixArtConfig(), source), []
-    else:
-        explicit, notes = _explicit_config(source, config)
-    family = _family(shown, explicit, source)
+    values, notes = _values_beside(view, source, explicit_values(config))
+    family = _family(shown, values, source)
     if sample_size is not None:
         positions = positions_of(sample_size, family)
-        positions = {n: v for n, v in positions.items() if n != "class_name" or not explicit.is_set(n)}
-        explicit = merge(PixArtConfig(**positions), explicit, "sample_size")
+        positions = {n: v for n, v in positions.items() if n != "class_name" or n not in values}
+        values = merge(values, positions, "sample_size")
     size, note = _training_size(view, source, family)
-    values = {name: value for name, value in size.items() if not explicit.is_set(name)}
-    notes += [note] * ("input_size" in values)
-    if family and "model_max_length" not in shown and not explicit.is_set("model_max_length"):
-        values["model_max_length"] = next(count for count, name in FAMILIES.items() if name == family)
+    notes += [note] * ("input_size" in size.keys() - values)
+    values = size | values
     assumed = frozenset()
-    if any_heads and shown["hidden_size"] % _HEAD_DIM and not explicit.is_set("num_heads"):
-        values["num_heads"], assumed = 1, frozenset({"num_heads"})
-    complete = _with_shown(PixArtConfig(**explicit_values(explicit) | values), shown, source)
-    return Description(complete, family, assumed, notes)
+    if "num_heads" not in values and (any_heads or "hidden_size" not in values):
+        width, assumed = shown["hidden_size"], frozenset({"num_heads"} if shown["hidden_size"] % _HEAD_DIM else ())
+        if assumed and not any_heads:
+            raise CheckpointError(
+                f"the number of heads is unknown: hidden_size {width} is no multiple of {_HEAD_DIM}. Give num_heads in "
+                "the configuration (--config of `pixart-nb convert`), or a config.json beside the checkpoint"
+            )
+        values["num_heads"] = 1 if assumed else width // _HEAD_DIM
+    if family and "model_max_length" not in shown:
+        values.setdefault("model_max_length", next(count for count, name in FAMILIES.items() if name == family))
+    return Description(_config(merge(values, shown, source), source), family, assumed, notes)
 
 
-def _explicit_config(source: Path, config: PixArtConfig | None) -> tuple[PixArtConfig, list[str]]:
-    """Return the configuration of the caller or of the files: of a folder, or the audit or config.json beside a file.
+def _values_beside(view: TransformerTensors, source: Path, explicit: dict) -> tuple[dict, list[str]]:
+    """Add to the caller's values those of the files: of a folder or training state, or the JSON beside a file.
 
-    That of a folder must agree with the caller's; a file beside a checkpoint is only read without one.
+    Those of a folder and of a training state must agree with the caller's; a file beside is only read without any.
     """
     own = source / "config.json"
-    if source.is_dir() and (config is None or own.is_file()):
-        return merge(config_from_diffusers(read_json(own), own), config or PixArtConfig(), own), []
-    if (state := _state_config(source)) is not None:
-        return merge(state, config or PixArtConfig(), source), []
+    if view.checkpoint.config:
+        return merge(explicit, explicit_values(_config(view.checkpoint.config, source)), source), []
+    if source.is_dir() and (not explicit or own.is_file()):
+        return merge(explicit, explicit_values(config_from_diffusers(read_json(own), own)), own), []
     beside = (source.with_name(f"{source.name}.audit.json"), source.with_name("config.json"))
     path = next((path for path in beside if path.is_file()), None)
-    if config is not None or path is None:
-        return config or PixArtConfig(), []
+    if explicit or path is None:
+        return explicit, []
     try:
-        return read_config(path), [f"The values that the tensors do not show are those of {path}."]
+        return explicit_values(read_config(path)), [f"The values that the tensors do not show are those of {path}."]
     except CheckpointError as error:
-        return PixArtConfig(), [f"The configuration beside the file was not used: {error}."]
+        return {}, [f"The configuration beside the file was not used: {error}."]
 
 
-def _state_config(source: Path) -> PixArtConfig | None:
-    """Return the configuration that a training state of ``pixart-nb train`` names in its metadata."""
-    if source.suffix != ".safetensors" or not source.is_file():
-        return None
-    metadata = load_metadata(source)
-    try:
-        values = json.loads(metadata.get("identity", "{}"))["architecture"]
-        return PixArtConfig.from_dict(values)
-    except KeyError:
-        return None
-    except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{source}: the configuration in its metadata cannot be used: {error}") from error
-
-
-def _family(shown: Mapping, explicit: PixArtConfig, source: Path) -> str:
+def _family(shown: Mapping, values: Mapping, source: Path) -> str:
     """Return ``alpha`` or ``sigma``, by caption tokens, micro conditions, published name or pipeline; or nothing."""
-    tokens = shown.get("model_max_length") or (explicit.is_set("model_max_length") and explicit.model_max_length)
+    tokens = shown.get("model_max_length") or values.get("model_max_length")
     if tokens in FAMILIES:
         return FAMILIES[tokens]
     if shown["micro_condition"]:
@@ -165,24 +166,30 @@ def _training_size(view: TransformerTensors, source: Path, family: str) -> tuple
 
 def shown_by(tensors: Mapping[str, LazyTensor], source: str | Path = "checkpoint") -> dict:
     """Return the configuration values that the shapes of tensors (official names) show."""
-    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, source)
-    mlp = _shape(tensors, "blocks.0.mlp.fc1.weight", 2, source)[0]
-    outputs = _shape(tensors, "final_layer.linear.weight", 2, source)[0]
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise CheckpointError(f"{source} is no PixArt transformer: it has no tensor {name}")
+        sizes = tuple(tensors[name].shape)
+        if len(sizes) != axes or not all(sizes):
+            raise CheckpointError(f"{source}: {name} has shape {sizes}; expected {axes} axes, none of them empty")
+        return sizes
+
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
     shown = {
         "hidden_size": width,
         "in_channels": channels,
         "patch_size": patch,
-        "caption_channels": _shape(tensors, "y_embedder.y_proj.fc1.weight", 2, source)[1],
+        "caption_channels": shape("y_embedder.y_proj.fc1.weight", 2)[1],
         "depth": _depth(tensors, width, source),
-        "mlp_ratio": mlp / width,
-        "pred_sigma": outputs == 2 * channels * patch**2,
+        "mlp_ratio": shape("blocks.0.mlp.fc1.weight", 2)[0] / width,
+        "pred_sigma": shape("final_layer.linear.weight", 2)[0] == 2 * channels * patch**2,
         "micro_condition": "csize_embedder.mlp.0.weight" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
     }
     if "y_embedder.y_embedding" in tensors:
-        shown["model_max_length"] = _shape(tensors, "y_embedder.y_embedding", 2, source)[0]
-    compressed = [(_BLOCK.match(name), name) for name in tensors if name.endswith(".attn.sr.weight")]
-    ratios = {int(block[1]): _shape(tensors, name, 4, source)[2] for block, name in compressed if block}
+        shown["model_max_length"] = shape("y_embedder.y_embedding", 2)[0]
+    ratios = {int(match[1]): shape(match[0], 4)[2] for match in map(_COMPRESSED.fullmatch, tensors) if match}
     if ratios:
         layers = sorted(ratios)
         ratio = ratios[layers[0]]
@@ -190,26 +197,16 @@ def shown_by(tensors: Mapping[str, LazyTensor], source: str | Path = "checkpoint
     return shown
 
 
-def _shape(tensors: Mapping[str, LazyTensor], name: str, axes: int, source: str | Path) -> tuple[int, ...]:
-    if name not in tensors:
-        raise CheckpointError(f"{source} is no PixArt transformer: it has no tensor {name}")
-    shape = tuple(tensors[name].shape)
-    if len(shape) != axes or not all(shape):
-        raise CheckpointError(f"{source}: {name} has shape {shape}; expected {axes} axes, none of them empty")
-    return shape
-
-
 def _depth(tensors: Mapping[str, LazyTensor], width: int, source: str | Path) -> int:
     """Return the number of blocks, which must be numbered without gaps and have the model's width."""
     blocks = {int(match[1]) for match in map(_BLOCK.match, tensors) if match}
-    lost = sorted(set(range(max(blocks) + 1)) - blocks)
+    lost = sorted(set(range(max(blocks, default=0) + 1)) - blocks)
     if lost:
-        raise CheckpointError(f"{source} has blocks up to {max(blocks)}, but not {lost[:8]}; it is incomplete")
+        raise CheckpointError(f"{source} has blocks up to {max(blocks, default=0)}, but not {lost[:8]}; is it whole?")
     for block in blocks:
         name = f"blocks.{block}.attn.qkv.weight"
-        shape = tuple(tensors[name].shape) if name in tensors else (3 * width, width)
-        if shape != (3 * width, width):
-            raise CheckpointError(f"{source}: {name} has shape {shape}; expected {(3 * width, width)}")
+        if name in tensors and tuple(tensors[name].shape) != (3 * width, width):
+            raise CheckpointError(f"{source}: {name} has shape {tensors[name].shape}; expected {(3 * width, width)}")
     return len(blocks)
 
 
@@ -245,50 +242,33 @@ def positions_shown(pos_embed: LazyTensor, patch: int) -> dict:
 # ---- combining
 
 
-def explicit_values(config: PixArtConfig) -> dict:
+def explicit_values(config: PixArtConfig | None) -> dict:
     """Return the fields that a configuration was given."""
-    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config.is_set(f.name)}
+    return {f.name: getattr(config, f.name) for f in fields(PixArtConfig) if config and config.is_set(f.name)}
 
 
-def merge(first: PixArtConfig, second: PixArtConfig, source: str | Path) -> PixArtConfig:
-    """Combine two configurations, which must not contradict each other; ``source`` names the first in messages."""
-    for name, value in explicit_values(second).items():
-        if first.is_set(name) and getattr(first, name) != value:
-            raise CheckpointError(f"{source} says {name} = {getattr(first, name)}, the given configuration {value}")
-    return PixArtConfig(**explicit_values(first) | explicit_values(second))
-
-
-def _with_shown(config: PixArtConfig, shown: Mapping, source: str | Path) -> PixArtConfig:
-    """Complete a configuration by what the tensors show; a contradiction is an error."""
-    values = explicit_values(config)
+def merge(values: Mapping, shown: Mapping, source: str | Path) -> dict:
+    """Add the values that ``source`` shows to those of a configuration, which must not contradict them."""
     for name, value in shown.items():
-        explicit = getattr(config, name)
-        same = explicit == value or (name == "kv_compress_config" and _same_compression(config, value))
-        if not same and config.is_set(name):
-            contradiction = f"{source} shows {name} = {value}, but the configuration says {explicit}."
-            raise CheckpointError(f"{contradiction} {_HINTS.get(name, '')}".rstrip())
-        values[name] = explicit if same else value
-    if not config.is_set("num_heads") and not config.is_set("hidden_size"):
-        values["num_heads"] = _heads_of_width(shown["hidden_size"])
+        if name in values and _comparable(name, values[name]) != _comparable(name, value):
+            contradiction = f"{source} shows {name} = {value}, but the configuration says {values[name]}."
+            raise CheckpointError(contradiction + _HINTS.get(name, ""))
+    return {**shown, **values}
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Return a compression in one form, whatever the order of its layers; other values as they are."""
+    if name != "kv_compress_config" or not value:
+        return value
+    return value.get("sampling"), value.get("scale_factor", 1), sorted(value.get("kv_compress_layer") or ())
+
+
+def _config(values: Mapping, source: str | Path) -> PixArtConfig:
+    """Return the ``PixArtConfig`` of its fields; raises ``CheckpointError`` for wrong ones."""
     try:
-        return PixArtConfig(**values)
-    except (TypeError, ValueError, ArithmeticError) as error:
+        return PixArtConfig.from_dict(values)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
-
-
-def _same_compression(config: PixArtConfig, shown: Mapping) -> bool:
-    explicit = (config.kv_operator, config.kv_ratio, sorted(config.kv_layers))
-    return explicit == (shown["sampling"], shown["scale_factor"], shown["kv_compress_layer"])
-
-
-def _heads_of_width(width: int) -> int:
-    """Return the number of heads of 72 channels, as in all published models; tensors do not show it."""
-    if width % _HEAD_DIM:
-        raise CheckpointError(
-            f"the number of heads is unknown: hidden_size {width} is no multiple of {_HEAD_DIM}. Give num_heads in the "
-            "configuration (--config of `pixart-nb convert`), or a config.json beside the checkpoint"
-        )
-    return width // _HEAD_DIM
 
 
 # ---- JSON
@@ -299,71 +279,39 @@ def read_config(path: str | Path) -> PixArtConfig:
     values = read_json(path)
     if "_class_name" in values:
         return config_from_diffusers(values, path)
-    return config_from_fields(values["config"] if isinstance(values.get("config"), dict) else values, path)
-
-
-def config_from_fields(values: Mapping, source: str | Path) -> PixArtConfig:
-    """Return the ``PixArtConfig`` of its fields in a file; raises ``CheckpointError`` for wrong ones."""
-    try:
-        return PixArtConfig.from_dict(values)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
+    return _config(values["config"] if isinstance(values.get("config"), dict) else values, path)
 
 
 def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -> PixArtConfig:
-    """Convert a diffusers ``transformer/config.json``."""
+    """Convert a diffusers ``transformer/config.json``; what is left out has diffusers' default."""
     if values.get("_class_name") not in ("PixArtTransformer2DModel", "Transformer2DModel"):
         raise CheckpointError(f"{source} is of {values.get('_class_name')!r:.60}; expected PixArtTransformer2DModel")
     for name in ("num_attention_heads", "attention_head_dim", "num_layers"):
         if type(values.get(name)) is not int or not 0 < values[name] <= 2**16:
             raise CheckpointError(f"{source}: {name} is {values.get(name)!r:.60}; expected a whole number up to 65536")
-    try:
-        refuse_others(values, _FIXED)
-        return _from_diffusers(values)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{source} is no PixArt transformer's: {error}") from error
-
-
-def _from_diffusers(values: Mapping) -> PixArtConfig:
-    size, channels = values.get("sample_size") or 128, values.get("in_channels") or 4
     width = values["num_attention_heads"] * values["attention_head_dim"]
-    micro, scale = values.get("use_additional_conditions"), values.get("interpolation_scale")
-    if values.get("cross_attention_dim") not in (None, width):
-        raise ValueError(f"cross_attention_dim is {values['cross_attention_dim']}; expected the width, {width}")
-    own = ("class_name", "model_max_length", "qk_norm", "kv_compress_config")
-    return PixArtConfig(
-        hidden_size=width,
-        num_heads=values["num_attention_heads"],
-        depth=values["num_layers"],
-        patch_size=values.get("patch_size") or 2,
-        in_channels=channels,
-        caption_channels=values.get("caption_channels") or 4096,
-        input_size=size,
-        pe_interpolation=float(scale if scale is not None else max(size // 64, 1)),
-        pred_sigma=(values.get("out_channels") or 8) == 2 * channels,
-        micro_condition=size == 128 if micro is None else micro,
-        **{name: values[name] for name in own if values.get(name) is not None},
-    )
+    defaults = {"patch_size": 2, "in_channels": 4, "out_channels": 8, "caption_channels": 4096, "input_size": 128}
+    given = {field: values[name] for field, name in _DIFFUSERS.items() if values.get(name) is not None}
+    given = defaults | given | {name: values[name] for name in _OWN if values.get(name) is not None}
+    try:
+        refuse_others(values, _FIXED | {"cross_attention_dim": (None, width)})
+        channels, size = given.pop("out_channels"), given["input_size"]
+        given.setdefault("pe_interpolation", float(max(size // 64, 1)))
+        given.setdefault("micro_condition", size == 128)
+        if channels not in (given["in_channels"], 2 * given["in_channels"]):
+            raise ValueError(f"out_channels is {channels!r:.60}; expected in_channels or twice as many")
+        return PixArtConfig(hidden_size=width, pred_sigma=channels == 2 * given["in_channels"], **given)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{source} is no PixArt transformer's: {error}") from error
 
 
 def diffusers_config(config: PixArtConfig) -> dict:
     """Return the ``transformer/config.json`` of a configuration; fields that diffusers lacks keep their names."""
     return {
         "_class_name": "PixArtTransformer2DModel",
-        "num_attention_heads": config.num_heads,
         "attention_head_dim": config.hidden_size // config.num_heads,
         "cross_attention_dim": config.hidden_size,
-        "num_layers": config.depth,
-        "patch_size": config.patch_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "caption_channels": config.caption_channels,
-        "sample_size": config.input_size,
-        "interpolation_scale": config.pe_interpolation,
-        "use_additional_conditions": config.micro_condition,
+        **{name: getattr(config, field) for field, name in _DIFFUSERS.items()},
         **{name: value for name, (value,) in _FIXED.items() if name != "attention_type"},
-        "class_name": config.class_name,
-        "model_max_length": config.model_max_length,
-        "qk_norm": config.qk_norm,
-        "kv_compress_config": config.kv_compress_config,
+        **{name: getattr(config, name) for name in _OWN},
     }

@@ -93,7 +93,9 @@ def plan_conversion(
             f"{source} does not show its training size, which a diffusers folder must store: give --sample_size "
             "(32, 64, 128, 256 for images of 256, 512, 1024, 2048 pixels) or --config"
         )
-    started = _started(view, description.config)
+    learned = description.config.kv_operator == "conv" and description.config.kv_ratio > 1
+    layers = description.config.kv_layers if learned else ()
+    started = init_compression(view.tensors, layers, description.config.kv_ratio)
     needed = shapes_of(description.config)
     official = {name: t for name, t in (view.tensors | started).items() if needed.get(name) == t.shape}
     written = {name: tensor.astype(DTYPES[dtype] or tensor.dtype) for name, tensor in official.items()}
@@ -107,15 +109,9 @@ def plan_conversion(
         family=description.family,
         config={n: v for n, v in values.items() if description.is_certain(n) and v is not None},
         entries=_entries(view, official, needed, started, layout),
-        sentences=sentences_on(view, description, layout, target.suffix, started),
+        sentences=list(sentences_on(view, description, layout, target.suffix, started)),
     )
     return ConversionPlan(source, target, description.config, official, tensors, audit)
-
-
-def _started(view: TransformerTensors, config: PixArtConfig) -> dict[str, LazyTensor]:
-    """Return initial values for parts of compressed layers that the source lacks."""
-    learned = config.kv_operator == "conv" and config.kv_ratio > 1
-    return init_compression(view.tensors, config.kv_layers if learned else (), config.kv_ratio)
 
 
 def transformer_folder(source: Path) -> Path:
@@ -200,15 +196,12 @@ def convert(plan: ConversionPlan) -> Audit:
     with folder_lock(target.parent, name=f".{target.name}.lock"), atomic_write_together(*plan.files) as paths:
         WRITERS.get(target.suffix, WRITERS[".safetensors"])(paths[0], plan.tensors)
         if len(paths) == 3:
-            write_json(paths[1], _folder_config(plan))
+            values = diffusers_config(plan.config)
+            if "model_max_length" not in audit.config:  # which is then not certain
+                del values["model_max_length"]
+            write_json(paths[1], values)
         write_json(paths[-1], audit.to_dict())
     return audit
-
-
-def _folder_config(plan: ConversionPlan) -> dict:
-    """Return ``config.json`` of the target; a number of caption tokens that is not certain is left out."""
-    values = diffusers_config(plan.config)
-    return {n: value for n, value in values.items() if n != "model_max_length" or n in plan.audit.config}
 
 
 # ---- verifying it
