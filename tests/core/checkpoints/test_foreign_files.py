@@ -216,11 +216,7 @@ RATIO = {"sampling": "conv", "scale_factor": 10**9, "kv_compress_layer": [0]}
         ("transformer", {"use_additional_conditions": "no"}, "expected true or false"),
         ("transformer", {"norm_eps": 1e-5}, "norm_eps is '1e-05'; this kit only implements 1e-06"),
         ("transformer", {"attention_bias": False}, "attention_bias is 'False'; this kit only implements True"),
-        (
-            "transformer",
-            {"cross_attention_dim": 12},
-            "cross_attention_dim is '12'",
-        ),
+        ("transformer", {"cross_attention_dim": 12}, "cross_attention_dim is '12'"),
         ("transformer", {"patch_size": []}, "patch_size is \\[\\]; expected a whole number"),
         ("transformer", {"out_channels": 5}, "out_channels is 5; expected in_channels or twice as many"),
         ("transformer", {"kv_compress_config": RATIO}, "scale_factor is 1000000000"),

@@ -148,10 +148,7 @@ def test_a_checkpoint_that_shows_an_impossible_model_builds_none(change, message
         ({"_class_name": "UNet2DModel"}, "is of 'UNet2DModel'"),
         ({"num_attention_heads": None}, ": num_attention_heads is None; expected"),
         ({"num_layers": ...}, ": num_layers is None; expected"),
-        (
-            {"attention_head_dim": 11},
-            "is no PixArt transformer's: cross_attention_dim is '24'",
-        ),
+        ({"attention_head_dim": 11}, "is no PixArt transformer's: cross_attention_dim is '24'"),
     ],
 )
 def test_a_wrong_config_json_is_named(values, message):
