@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,6 @@ ADAPTATION = ("json_path", "image_dir", "start_learning_rate", "batch_size")
 
 @config_options(InferenceConfig, TrainConfig, only=KEYS)
 def compress(
-    options: dict,
     source: Annotated[Path, typer.Option("--source", "-s", help="Checkpoint without compression, or its pipeline.")],
     target: Annotated[
         Path | None, typer.Option("--target", "-t", help="File or folder to write. By default, SOURCE-kv2.safetensors.")
@@ -41,6 +40,7 @@ def compress(
     adapt_steps: Annotated[
         int, typer.Option(min=0, help="Number of updates that lower the error. They need --model and a label file.")
     ] = 0,
+    **options: Any,
 ) -> None:
     """Add token compression to a PixArt checkpoint, and measure how far its predictions move.
 

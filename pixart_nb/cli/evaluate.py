@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,13 +23,13 @@ KEYS = (
 
 @config_options(InferenceConfig, only=KEYS)
 def evaluate(
-    options: dict,
     count: Annotated[int, typer.Option(min=1, help="Number of held-out scenes to generate.")] = 240,
     labels: Annotated[
         Path | None,
         typer.Option(metavar="file", help="Label file of drawn scenes, whose captions are generated in place of them."),
     ] = None,
     vae: Annotated[bool, typer.Option("--vae", help="Measure the reconstruction by the VAE too.")] = False,
+    **options: Any,
 ) -> None:
     """Generate scenes that training never shows, and count how many show the right object, colour and setting.
 

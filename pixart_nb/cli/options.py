@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -101,8 +102,8 @@ def config_options(
 ) -> Callable[[Callable], Callable]:
     """Give a command an option for each field of ``models``: ``--image-height`` for ``image_height``.
 
-    The command receives the given ones as ``options``, a mapping of key to value. Its own options come first, then
-    those of a model itself, then the inherited ones. ``only`` and ``without`` choose among the fields.
+    The command receives them as ``**options``, with None or an empty list for those that are not given. Its own options
+    come first, then those of a model itself, then the inherited ones. ``only`` and ``without`` choose among the fields.
     """
     fields: dict[str, FieldInfo] = {}
     for model in models:
@@ -112,24 +113,13 @@ def config_options(
 
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function, eval_str=True)
-        own = [parameter for name, parameter in signature.parameters.items() if name != "options"]
-        generated = [_parameter(name, field) for name, field in fields.items()]
+        parameters = [part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD]
+        parameters += [_parameter(name, field) for name, field in fields.items()]
         mindone = () if only else (*IGNORED_KEYS, *RENAMED_KEYS, "mode")
-        generated += [_hidden(name) for name in mindone if name not in fields]
-
-        def command(**values: Any) -> Any:
-            mine = {parameter.name: values.pop(parameter.name) for parameter in own}
-            options = {}
-            for key, text in values.items():
-                field = fields.get(RENAMED_KEYS.get(key, key))
-                if text is not None and text != []:
-                    options[key] = _value(text, field.annotation) if field else text
-            return function(**mine, options=options)
-
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = signature.replace(parameters=[*own, *generated])
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *generated)}
-        return command
+        parameters += [_hidden(name, fields.get(RENAMED_KEYS.get(name))) for name in mindone if name not in fields]
+        function.__signature__ = signature.replace(parameters=parameters)
+        function.__annotations__ = {part.name: part.annotation for part in parameters}
+        return function
 
     return decorate
 
@@ -147,15 +137,18 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         show_default=False,
         rich_help_panel=(field.json_schema_extra or {}).get("panel"),
         autocompletion=lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)],
+        parser=partial(_value, get_args(field.annotation)[0] if several else field.annotation),
     )
-    annotation = Annotated[list[str] | None if several else str | None, option]
+    annotation = Annotated[list[Any] | None if several else Any, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _hidden(name: str) -> inspect.Parameter:
-    """Option for a key of mindone's that the configuration ignores with a line, or renames."""
-    annotation = Annotated[str | None, typer.Option(f"--{name.replace('_', '-')}", hidden=True)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _hidden(name: str, field: FieldInfo | None) -> inspect.Parameter:
+    """Option for a key of mindone's that the configuration ignores with a line, or renames to that of ``field``."""
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", hidden=True, parser=partial(_value, field.annotation if field else str)
+    )
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Any, option])
 
 
 def _default(field: FieldInfo) -> str:
@@ -178,11 +171,8 @@ def _metavar(annotation: Any, choices: list[str]) -> str:
     return "integer" if "int" in part else "number" if "float" in part else "text"
 
 
-def _value(text: Any, annotation: Any) -> Any:
+def _value(annotation: Any, text: str) -> Any:
     """Value of an option as the configuration takes it; a text that cannot be read stays for its error message."""
-    if isinstance(text, list):
-        part = get_args(annotation)[0]
-        return [_value(value, part) for value in text] if get_origin(annotation) is list else text
     if get_origin(annotation) is Literal:
         return next((choice for choice in get_args(annotation) if str(choice) == text), text)
     try:

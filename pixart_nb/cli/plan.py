@@ -14,7 +14,6 @@ from pixart_nb.config import InferenceConfig, load_config
 
 @config_options(InferenceConfig, without=("output_path", "imagegrid", "use_parallel", "seed", "first_image"))
 def plan(
-    options: dict,
     config: ConfigFile = INFERENCE_CONFIG,
     sizes: Annotated[list[int] | None, typer.Option(help="Image sides in pixels that the overview shows.")] = None,
     ratios: Annotated[list[int] | None, typer.Option(help="Compression ratios that the overview shows.")] = None,
@@ -24,6 +23,7 @@ def plan(
     output_path: Annotated[
         Path | None, typer.Option("--output-path", "-o", metavar="file", help="JSON file for all numbers.")
     ] = None,
+    **options: Any,
 ) -> None:
     """Show what a run needs before it starts: memory by stage, multiply-accumulates, time, and how to make it fit.
 

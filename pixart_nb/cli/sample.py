@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,12 +19,12 @@ INFERENCE_CONFIG = Path("configs/inference/tiny.yaml")
 
 @config_options(InferenceConfig)
 def sample(
-    options: dict,
     config: ConfigFile = INFERENCE_CONFIG,
     like: Annotated[
         Path | None,
         typer.Option(metavar="file", help="Image of this command to generate again, with the options below changed."),
     ] = None,
+    **options: Any,
 ) -> None:
     """Generate images of prompts, as PNG files that hold the settings to repeat them.
 

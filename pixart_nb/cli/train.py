@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -12,7 +13,7 @@ from pixart_nb.config import TrainConfig, load_config
 
 
 @config_options(TrainConfig)
-def train(options: dict, config: ConfigFile = Path("configs/train/tiny.yaml")) -> None:
+def train(config: ConfigFile = Path("configs/train/tiny.yaml"), **options: Any) -> None:
     """Train the transformer, or a LoRA, on images with captions. The same command resumes a stopped training.
 
     Writes checkpoints, curve.csv, validation images and, at the end, the folder

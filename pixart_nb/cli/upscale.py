@@ -14,7 +14,6 @@ from pixart_nb.config import InferenceConfig, load_config
 
 @config_options(InferenceConfig, without=("upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size"))
 def upscale(
-    options: dict,
     config: ConfigFile = INFERENCE_CONFIG,
     factors: Annotated[
         list[int] | None, typer.Option(help="Divisors of the final size, falling to 1. Powers of 2 by default.")
@@ -25,6 +24,7 @@ def upscale(
     keys: Annotated[
         int, typer.Option(min=1, help="Number of keys per side that self-attention is compressed to at every size.")
     ] = 8,
+    **options: Any,
 ) -> None:
     """Generate a large image by progressive upscaling: small first, then upscaled and denoised again.
 
@@ -48,7 +48,7 @@ def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -
     from pixart_nb.core.run_plan import check_fits, plan_upscaling
     from pixart_nb.core.sampling import planning, upscaling
     from pixart_nb.core.sampling.images import write_new_image
-    from pixart_nb.core.sampling.run_config import drawn_size, prompts_of
+    from pixart_nb.core.sampling.planning import drawn_size, prompts_of
     from pixart_nb.viz.zoom import ZoomViewer
 
     stages = config.stages_path or str(Path(config.output_path) / "stages")

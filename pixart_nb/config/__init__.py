@@ -85,12 +85,15 @@ def check_config(
 ) -> Any:
     """Validate values; ``options`` replace them, and ``source`` names in an error where the other values came from.
 
+    Options that are None or an empty list are not given.
+
     >>> check_config({"model": "m", "image_height": 64, "image_width": 64, "prompt": ["a"]}).sampling_steps
     20
     """
     if config_type not in CONFIG_TYPES:
         raise ConfigError(f"configuration type {config_type!r} is not known; expected one of {', '.join(CONFIG_TYPES)}")
-    options = _translated(options or {}, config_type)
+    options = {key: value for key, value in (options or {}).items() if value is not None and value != []}
+    options = _translated(options, config_type)
     values = _replaced(_translated(values, config_type), options)
     try:
         return CONFIG_TYPES[config_type].model_validate(values)

@@ -23,8 +23,7 @@ from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_ten
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
-from pixart_nb.core.sampling.scheduler import Scheduler
-from pixart_nb.core.sampling.schedulers import scheduler_from_config
+from pixart_nb.core.sampling.schedulers import Scheduler, scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 
@@ -19,17 +20,27 @@ from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.transformer import PixArt
 
 #: ``denoise(latents (B, C, H, W), timestep) -> (B, out_channels, H, W)``, one timestep for the whole batch.
-Denoiser = Callable[[ms.Tensor, float], ms.Tensor]
+Denoiser = Callable[[Any, float], Any]
 
 
-def denoiser(net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None) -> Denoiser:
+def denoiser(
+    net: PixArt,
+    caption: ms.Tensor,
+    mask: np.ndarray | ms.Tensor | None,
+    prepare: Callable[[Any], ms.Tensor] = lambda latents: latents,
+    finish: Callable[[ms.Tensor, float], Any] = lambda out, timestep: out,
+) -> Denoiser:
     """Return the denoising step of one run: caption (B, T, C), mask (B, T) bool with True = token, or None.
 
+    ``prepare`` makes the batch of the latents that a step is given, and ``finish`` the result of its output: guidance.
     What depends on the captions alone is computed once, so make a new one after a change of weights. While the
     transformer is traced or changed (``core.hooks``), every attention goes through its hook point; what the hooks
     leave as it is keeps its numbers, bit for bit.
     """
-    return (AscendDenoiser if backend.on_ascend() else CPUDenoiser)(net, caption, mask)
+    if backend.on_ascend():
+        denoise = AscendDenoiser(net, caption, mask)
+        return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
+    return CPUDenoiser(net, caption, mask, prepare, finish)
 
 
 def fast_group_norms(norms: Sequence[GroupNorm]) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import mint, ops
@@ -43,15 +43,17 @@ _matmul = ops.MatMul()
 class CPUDenoiser:
     """``denoise(latents, timestep)`` of one run; see ``fast.denoiser``."""
 
-    def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+    def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None, prepare, finish):
         backend.pin_threads()
+        self.prepare, self.finish = prepare, finish
         self.net, self.caption, self.mask = net, caption, mask
         self.groups = caption_groups(caption.astype(net.dtype), mask)
         self.plan: StepPlan | None = None
         self._hooked_caption = None  # keys, values and mask as ``PixArt.denoise`` has them, for the hooks
 
-    def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
+    def __call__(self, latents: Any, timestep: float) -> Any:
         """latents (B, C, H, W) -> (B, out_channels, H, W)."""
+        latents = self.prepare(latents)
         net, patch = self.net, self.net.config.patch_size
         batch, _, height, width = latents.shape
         grid = height // patch, width // patch
@@ -75,7 +77,8 @@ class CPUDenoiser:
             del attended
             x = self._cross_attention_and_mlp(number, parts, *mlp)
         out = self._final(x, net.final_layer.scale_shift_table + t, outer)
-        return net.unpatchify(out.reshape(batch, plan.tokens, -1), *grid)
+        out = net.unpatchify(out.reshape(batch, plan.tokens, -1), *grid)
+        return self.finish(out, timestep)
 
     def _plan(self, tokens: int) -> StepPlan:
         """Return what is computed once for images of ``tokens`` tokens."""

@@ -31,8 +31,7 @@ from pixart_nb.core.hooks.selection import Layers, Numbers, Text, layer_names, l
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, check_compression
 from pixart_nb.core.models.layers import LayerNorm
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.conditioning import as_list, check_embeddings, embed
-from pixart_nb.core.sampling.text import prepare_prompt
+from pixart_nb.core.sampling.text import as_list, check_embeddings, embed, prepare_prompt
 
 #: Bias of a score that takes all attention away from a token; finite, and within half precision.
 NO_ATTENTION = -1e4

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.sampling.images import read_parameters, save_elsewhere, to_uint8, write_new_image
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
-from pixart_nb.core.sampling.planning import check_memory
-from pixart_nb.core.sampling.run_config import (
+from pixart_nb.core.sampling.planning import (
     TILE,
     architecture_of,
+    check_memory,
     drawn_size,
     max_sequence_length,
     negative_prompts_of,
@@ -56,19 +55,22 @@ BAR_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw: the index of its prompt, its copy for that prompt, and the number of its random stream."""
+    """One image to draw: its texts, the index of its prompt, its copy for it, and the number of its random stream."""
 
-    prompt: int
+    prompt: str
+    negative_prompt: str
+    index: int
     copy: int
     stream: int
 
 
-def requests_of(config: InferenceConfig, prompts: int, rank: int = 0, workers: int = 1) -> list[ImageRequest]:
+def requests_of(config: InferenceConfig, rank: int = 0, workers: int = 1) -> list[ImageRequest]:
     """Return the images that worker ``rank`` of ``workers`` draws: whole prompts, every ``workers``-th of them."""
-    copies = config.nrows * config.ncols
+    prompts, copies = prompts_of(config), config.nrows * config.ncols
+    negatives = negative_prompts_of(config, len(prompts))
     return [
-        ImageRequest(prompt, copy, config.first_image + prompt * copies + copy)
-        for prompt in range(rank, prompts, workers)
+        ImageRequest(prompts[index], negatives[index], index, copy, config.first_image + index * copies + copy)
+        for index in range(rank, len(prompts), workers)
         for copy in range(copies)
     ]
 
@@ -79,19 +81,41 @@ def sample(config: InferenceConfig) -> list[Path]:
     Under ``msrun`` with ``use_parallel`` each worker draws, writes and returns its share.
     """
     rank, workers = backend.join_workers() if config.use_parallel else (0, 1)
-    prompts = prompts_of(config)
-    requests = requests_of(config, len(prompts), rank, workers)
+    requests = requests_of(config, rank, workers)
     ensure_writable(config.output_path, needed=3 * config.image_height * config.image_width)
     check_memory(config)
-    paths = []
-    draw = draw_in_stages if config.stages_path else draw_in_batches
-    for batch, images in draw(config, prompts, requests):
-        paths += write_images(config, prompts, batch, images)
+    together = config.nrows * config.ncols if config.imagegrid else 1
+    paths: list[Path] = []
+    if config.stages_path:
+        images = draw_in_stages(config, requests)
+        for first in range(0, len(requests), together):
+            rows = slice(first, first + together)
+            paths.append(write_image_of(config, requests[first], [image.pixels() for image in images[rows]]))
+    else:
+        pipe, done = load_pipeline(config), []
+        with tqdm(total=len(requests) * config.sampling_steps, desc="draw", unit="step") as bar:
+            for first in range(0, len(requests), config.batch_size):
+                batch = requests[first : first + config.batch_size]
+                images = pipe(
+                    [request.prompt for request in batch],
+                    negative_prompt=[request.negative_prompt for request in batch],
+                    num_inference_steps=config.sampling_steps,
+                    guidance_scale=config.guidance_scale,
+                    height=config.image_height,
+                    width=config.image_width,
+                    generator=image_generators(config.seed, [request.stream for request in batch]),
+                    use_resolution_binning=config.use_resolution_binning,
+                    output_type="np",
+                    callback=lambda index, timestep, latents: bar.update(len(latents)),
+                )[0]
+                done.extend(to_uint8(images))
+                while len(done) >= together:
+                    paths.append(write_image_of(config, requests[len(paths) * together], done[:together]))
+                    done = done[together:]
     if rank == 0:
         names = [path.name for path in paths]
         if workers > 1:
-            everything = requests_of(config, len(prompts))
-            names = list(dict.fromkeys(file_name(config, prompts, request) for request in everything))
+            names = list(dict.fromkeys(file_name(config, request) for request in requests_of(config)))
         summary = {"files": names, "seconds_from_cold_start": seconds_of_this_process()}
         write_json(paths[0].with_name("sample.json"), config.model_dump() | summary)
     return paths
@@ -197,53 +221,33 @@ def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str
     return parts | {name: LOADERS[name](Path(root), dtype) for name, root in roots.items() if root}
 
 
-# ---- drawing
+# ---- resumable stages
 
 
-def draw_in_batches(
-    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]
-) -> Iterator[tuple[list[ImageRequest], np.ndarray]]:
-    """Yield (requests, images (N, H, W, 3) uint8) of whole prompts, drawn ``batch_size`` at a time."""
-    pipe, copies = load_pipeline(config), config.nrows * config.ncols
-    negatives = negative_prompts_of(config, len(prompts))
-    done: list[tuple[ImageRequest, np.ndarray]] = []
-    with tqdm(total=len(requests) * config.sampling_steps, desc="draw", unit="step") as bar:
-        for first in range(0, len(requests), config.batch_size):
-            batch = requests[first : first + config.batch_size]
-            images = pipe(
-                [prompts[request.prompt] for request in batch],
-                negative_prompt=[negatives[request.prompt] for request in batch],
-                num_inference_steps=config.sampling_steps,
-                guidance_scale=config.guidance_scale,
-                height=config.image_height,
-                width=config.image_width,
-                generator=image_generators(config.seed, [request.stream for request in batch]),
-                use_resolution_binning=config.use_resolution_binning,
-                output_type="np",
-                callback=partial(_update, bar, len(batch)),
-            )[0]
-            done += zip(batch, to_uint8(images), strict=True)
-            whole = len(done) // copies * copies
-            if whole:
-                yield [request for request, _ in done[:whole]], np.stack([image for _, image in done[:whole]])
-                done = done[whole:]
+def draw_in_stages(config: InferenceConfig, requests: Sequence[ImageRequest]) -> list[Any]:
+    """Draw all images through all resumable stages; return a finished ``StagedImage`` for each."""
+    from pixart_nb.core.sampling.stages import StagedImage
 
-
-def _update(bar: tqdm, count: int, *step: Any) -> None:
-    bar.update(count)
-
-
-def draw_in_stages(
-    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]
-) -> Iterator[tuple[Sequence[ImageRequest], np.ndarray]]:
-    """Yield as ``draw_in_batches`` does, once all images have gone through all resumable stages."""
-    images = staged_images(config, prompts, requests)
-    lock = f".stages-{requests[0].prompt}.lock" if requests else ""  # each worker of msrun has its own
+    drawn, identity = drawn_size(config), network_identity(config)
+    source = config.upscale_from
+    images = [
+        StagedImage(
+            Path(config.stages_path) / f"{request.stream:03d}",
+            request.prompt,
+            drawn,
+            (config.image_height, config.image_width),
+            seed=(config.seed, request.stream),
+            models=identity,
+            negative_prompt=request.negative_prompt,
+            **staged_options(config),
+            upscale_from=Path(source) / f"{request.stream:03d}" if source else None,
+            strength=config.strength,
+        )
+        for request in requests
+    ]
+    lock = f".stages-{requests[0].index}.lock" if requests else ""  # each worker of msrun has its own
     show_progress(images, lambda names: load_pipeline(config, names), lock)
-    copies = config.nrows * config.ncols
-    for first in range(0, len(requests), copies):
-        rows = slice(first, first + copies)
-        yield requests[rows], np.stack([image.pixels() for image in images[rows]])
+    return images
 
 
 def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], lock: str = "") -> None:
@@ -263,33 +267,9 @@ def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], l
         bar.close()
 
 
-def staged_images(config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest]) -> list[Any]:
-    """Return the ``StagedImage`` of every request, each in a folder of its own in ``config.stages_path``."""
-    from pixart_nb.core.sampling.stages import StagedImage
-
-    drawn, identity = drawn_size(config), network_identity(config)
-    negatives = negative_prompts_of(config, len(prompts))
-    source = config.upscale_from
-    return [
-        StagedImage(
-            Path(config.stages_path) / f"{request.stream:03d}",
-            prompts[request.prompt],
-            drawn,
-            (config.image_height, config.image_width),
-            seed=(config.seed, request.stream),
-            models=identity,
-            **staged_options(config) | {"negative_prompt": negatives[request.prompt]},
-            upscale_from=Path(source) / f"{request.stream:03d}" if source else None,
-            strength=config.strength,
-        )
-        for request in requests
-    ]
-
-
 def staged_options(config: InferenceConfig) -> dict[str, Any]:
-    """Return the fields of a ``StagedImage`` that do not depend on its prompt and size."""
+    """Return the fields of a ``StagedImage`` that do not depend on its texts and size."""
     return {
-        "negative_prompt": negative_prompts_of(config, 1)[0] if isinstance(config.negative_prompt, str) else "",
         "steps": config.sampling_steps,
         "guidance_scale": config.guidance_scale,
         "max_sequence_length": max_sequence_length(config),
@@ -319,52 +299,46 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
 # ---- files
 
 
-def write_images(
-    config: InferenceConfig, prompts: Sequence[str], requests: Sequence[ImageRequest], images: np.ndarray
-) -> list[Path]:
-    """Write the images of whole prompts one by one, or with ``imagegrid`` as one grid for each prompt."""
-    copies = config.nrows * config.ncols if config.imagegrid else 1
-    paths = []
-    for start in range(0, len(requests), copies):
-        request = requests[start]
-        pixels = contact_sheet(images[start : start + copies], config.ncols) if config.imagegrid else images[start]
-        path = Path(config.output_path) / file_name(config, prompts, request)
-        values = parameters(config, prompts, request)
-        try:
-            paths.append(write_new_image(path, pixels, values, config.overwrite))
-        except WriteError as error:  # the disk is full: the work is not lost
-            paths.append(save_elsewhere(path.name, pixels, values, error))
-    return paths
+def write_image_of(config: InferenceConfig, request: ImageRequest, images: Sequence[np.ndarray]) -> Path:
+    """Write the image of a request, or the grid of all ``images`` (H, W, 3) uint8 of its prompt; return the path."""
+    pixels = contact_sheet(np.stack(images), config.ncols) if config.imagegrid else images[0]
+    path = Path(config.output_path) / file_name(config, request)
+    values = parameters(config, request)
+    try:
+        return write_new_image(path, pixels, values, config.overwrite)
+    except WriteError as error:  # the disk is full: the work is not lost
+        return save_elsewhere(path.name, pixels, values, error)
 
 
-def parameters(config: InferenceConfig, prompts: Sequence[str], request: ImageRequest) -> dict[str, Any]:
+def parameters(config: InferenceConfig, request: ImageRequest) -> dict[str, Any]:
     """Return the configuration that draws one image, or one grid, again."""
-    alone = {
-        "prompt": [prompts[request.prompt]],
-        "negative_prompt": negative_prompts_of(config, len(prompts))[request.prompt],
+    values = config.model_dump() | {
+        "prompt": [request.prompt],
+        "negative_prompt": request.negative_prompt,
         "prompt_path": "",
         "first_image": request.stream,
         "use_parallel": False,
         "overwrite": False,
     }
     if config.model and Path(config.model) in [bundled_path(model) for model in BUNDLED_MODELS]:
-        alone["model"] = next(model for model in BUNDLED_MODELS if bundled_path(model) == Path(config.model))
-    grid = {} if config.imagegrid else {"nrows": 1, "ncols": 1}
-    # stages draw what the pipeline draws by tiles, so the image can be repeated without their folder, unless it starts
-    # from another one's
-    tiles = {"tile_size": config.tile_size or TILE} if config.stages_path else {}
-    tiles |= {} if config.upscale_from else {"stages_path": ""}
-    values = config.model_dump() | alone | grid | tiles
+        values["model"] = next(model for model in BUNDLED_MODELS if bundled_path(model) == Path(config.model))
+    if not config.imagegrid:
+        values |= {"nrows": 1, "ncols": 1}
+    if config.stages_path:
+        # stages draw what the pipeline draws by tiles, so the image can be repeated without their folder
+        values["tile_size"] = config.tile_size or TILE
+    if not config.upscale_from:  # else it starts from the image of another folder
+        values["stages_path"] = ""
     if not _chosen_method(config):
         del values["sampling_method"]
     return values
 
 
-def file_name(config: InferenceConfig, prompts: Sequence[str], request: ImageRequest) -> str:
+def file_name(config: InferenceConfig, request: ImageRequest) -> str:
     """Return ``003_a-red-cup.png``, with the number of the copy where a prompt has several files."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompts[request.prompt].lower()).strip("-")[:60]
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60]
     several = config.nrows * config.ncols > 1 and not config.imagegrid
-    return f"{request.prompt:03d}_{words}{f'_{request.copy:02d}' if several else ''}.png"
+    return f"{request.index:03d}_{words}{f'_{request.copy:02d}' if several else ''}.png"
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:

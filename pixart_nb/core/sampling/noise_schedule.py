@@ -110,3 +110,47 @@ class RespacedSchedule(NoiseSchedule):
 
 
 LINEAR = NoiseSchedule()
+
+
+# ---- validation of a caller's timesteps and sigmas
+
+
+def check_count(count: int, most: int, why: str = "") -> None:
+    """Raise an error for a number of steps outside 1..most."""
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 1 <= count <= most:
+        raise PixArtNBError(f"num_inference_steps is {count!r}; expected 1 to {most}{why}")
+
+
+def check_timesteps(values: Sequence[float], total: int, fractions: bool) -> np.ndarray:
+    """Return the caller's timesteps (N,) float64, which fall strictly within total - 1..0."""
+    timesteps = _falling(values, "timesteps", 1)
+    if timesteps[0] > total - 1 or timesteps[-1] < 0:
+        raise PixArtNBError(f"timesteps go from {timesteps[0]:g} to {timesteps[-1]:g}; expected them in {total - 1}..0")
+    if not fractions and (timesteps != timesteps.round()).any():
+        raise PixArtNBError(f"timesteps are {timesteps.tolist()}; this scheduler takes whole numbers")
+    return timesteps
+
+
+def check_sigmas(values: Sequence[float], schedule: NoiseSchedule) -> np.ndarray:
+    """Return the caller's sigmas (N + 1,) float64 for N steps."""
+    sigmas = _falling(values, "sigmas", 2)
+    low, high = schedule.sigmas[[0, -1]]
+    slack = 1e-3  # published lists are rounded
+    if sigmas[0] > high * (1 + slack) or sigmas[-2] < low * (1 - slack) or sigmas[-1] < 0:
+        raise PixArtNBError(
+            f"sigmas are {sigmas.tolist()}; expected them in {high:.4g}..{low:.4g}, the last alone down to 0"
+        )
+    return sigmas
+
+
+def _falling(values: Sequence[float], name: str, least: int) -> np.ndarray:
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise PixArtNBError(f"{name} are {values!r}; expected a list of numbers") from None
+    if array.ndim != 1 or len(array) < least or not np.isfinite(array).all():
+        more = "; the last is the sigma at which sampling ends, usually 0" if least > 1 else ""
+        raise PixArtNBError(f"{name} are {values!r}; expected a list of at least {least} finite numbers{more}")
+    if (np.diff(array) >= 0).any():
+        raise PixArtNBError(f"{name} are {array.tolist()}; expected each smaller than the one before")
+    return array

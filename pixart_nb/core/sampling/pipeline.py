@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +16,21 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.pipeline import LoraLoaderMixin
 from pixart_nb.core.sampling import aspect_ratio
-from pixart_nb.core.sampling.conditioning import Conditioning, as_list, check_embeddings, embed, per_prompt, repeat_rows
 from pixart_nb.core.sampling.guidance import classifier_free_guidance
 from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_images, to_output_type
 from pixart_nb.core.sampling.pipeline_base import PipelineBase, ignore_options, parameters_of
 from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, draw_noise
-from pixart_nb.core.sampling.scheduler import check_eta
-from pixart_nb.core.sampling.text import prepare_prompt, warn_of_lost_words
+from pixart_nb.core.sampling.schedulers import check_eta
+from pixart_nb.core.sampling.text import (
+    Conditioning,
+    as_list,
+    check_embeddings,
+    embed,
+    per_prompt,
+    prepare_prompt,
+    repeat_rows,
+    warn_of_lost_words,
+)
 
 Array = np.ndarray | ms.Tensor
 #: Prompts, or embeddings (N, T, C) with their mask (N, T).
@@ -56,12 +67,9 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         ignore_options("encode_prompt", options, parameters_of(self.encode_prompt))
         embeddings = (prompt_embeds, prompt_attention_mask)
         negatives = (negative_prompt_embeds, negative_prompt_attention_mask)
-        guided = do_classifier_free_guidance
-        inputs = self._text_inputs(
-            None if prompt_embeds is not None else prompt, negative_prompt, embeddings, negatives, guided
-        )
-        length = max_sequence_length or self.max_sequence_length
-        out = self._encoded(*inputs, num_images_per_prompt, clean_caption, length, trim=False)
+        prompt = None if prompt_embeds is not None else prompt
+        inputs = self._text_inputs(prompt, negative_prompt, embeddings, negatives, do_classifier_free_guidance)
+        out = self._encode(*inputs, num_images_per_prompt, clean_caption, max_sequence_length, trim=False)
         masks = (out.prompt_attention_mask, out.negative_mask)
         mask, negative_mask = (part if part is None else ms.Tensor(part.astype(np.int64)) for part in masks)
         return out.prompt_embeds, mask, out.negative_embeds, negative_mask
@@ -91,17 +99,16 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
             )
         return positive, negative
 
-    def _encoded(
-        self, positive: TextInput, negative: TextInput | None, copies: int, clean: bool, length: int, trim: bool
+    def _encode(
+        self, positive: TextInput, negative: TextInput | None, copies: int, clean: bool, length: int | None, trim: bool
     ) -> Conditioning:
         """Encode the prompts among the inputs, and repeat every row ``copies`` times."""
-        parts = []
+        parts, texts = [], None
         for part in (positive, negative):
             if isinstance(part, list):
                 warn_of_lost_words(self.tokenizer, part, clean)
-                part = embed(self.tokenizer, self.text_encoder, part, clean, length, trim)
+                part = embed(self.tokenizer, self.text_encoder, part, clean, length or self.max_sequence_length, trim)
             parts += (None, None) if part is None else repeat_rows(*part, copies)
-        texts = None
         if isinstance(positive, list):
             texts = tuple(prepare_prompt(text, clean) for text in positive for _ in range(copies))
         return Conditioning(*parts, texts)
@@ -112,61 +119,50 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         self,
         prompt: str | Sequence[str] | None = None,
         *,
-        negative_prompt: str | Sequence[str] | None = "",
-        num_inference_steps: int = SAMPLING_STEPS,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float = GUIDANCE_SCALE,
-        guidance_rescale: float = 0.0,
-        num_images_per_prompt: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Array | None = None,
-        prompt_embeds: Array | None = None,
-        prompt_attention_mask: Array | None = None,
-        negative_prompt_embeds: Array | None = None,
-        negative_prompt_attention_mask: Array | None = None,
-        clean_caption: bool = True,
-        max_sequence_length: int | None = None,
         wrap_predict: Callable[[Predict], Predict] = lambda predict: predict,
         image_latents: np.ndarray | None = None,
         strength: float = 0.6,
+        **arguments: Any,
     ) -> Iterator[Conditioning | Step]:
-        """Return the generator of steps: it yields the ``Conditioning``, then a ``Step`` per timestep.
+        """Return the iterator of steps: it yields the ``Conditioning``, then a ``Step`` per timestep.
 
-        Parameters are those of ``__call__``, but height and width are not binned. Wrong arguments raise an error at
-        once, and the initial noise is drawn. ``wrap_predict`` receives the guided model, and returns what the sampler
-        calls instead. ``image_latents`` (N, C, height / 8, width / 8) start image-to-image: noise is added to them, and
-        the last ``strength`` of the steps are taken.
+        ``arguments`` are those of ``__call__`` up to ``guidance_rescale``, but height and width are not binned. Wrong
+        arguments raise an error at once, and the initial noise is drawn. ``wrap_predict`` receives the guided model,
+        and returns what the sampler calls instead. ``image_latents`` (N, C, height / 8, width / 8) start
+        image-to-image: noise is added to them, and the last ``strength`` of the steps are taken.
         """
-        height, width = self.check_size(height, width)
-        schedule, scheduler = self.plan(num_inference_steps, timesteps, sigmas, eta), self.scheduler
-        guided = guidance_scale > 1.0
-        embeddings = (prompt_embeds, prompt_attention_mask)
-        negatives = (negative_prompt_embeds, negative_prompt_attention_mask)
-        inputs = self._text_inputs(prompt, negative_prompt, embeddings, negatives, guided)
-        rows = _rows(inputs[0]) * _checked_copies(num_images_per_prompt)
-        start = self.initial_latents(rows, height, width, generator, latents)
+        if unknown := sorted(arguments.keys() - SAMPLING.keys()):
+            raise TypeError(f"sample() got unexpected arguments: {', '.join(unknown)}; it takes {', '.join(SAMPLING)}")
+        call = SimpleNamespace(**SAMPLING | arguments)
+        height, width = self.check_size(call.height, call.width)
+        schedule, scheduler = self.plan(call.num_inference_steps, call.timesteps, call.sigmas, call.eta), self.scheduler
+        guided = call.guidance_scale > 1.0
+        embeddings = (call.prompt_embeds, call.prompt_attention_mask)
+        negatives = (call.negative_prompt_embeds, call.negative_prompt_attention_mask)
+        inputs = self._text_inputs(prompt, call.negative_prompt, embeddings, negatives, guided)
+        copies = call.num_images_per_prompt
+        if copies < 1:
+            raise PixArtNBError(f"num_images_per_prompt is {copies}; expected at least 1")
+        rows = _rows(inputs[0]) * copies
+        start = self.initial_latents(rows, height, width, call.generator, call.latents)
         if image_latents is not None:
             schedule = schedule.last(strength)
             clean = self.initial_latents(rows, height, width, None, image_latents)
             start = scheduler.noised(clean, start, schedule)
-        length = max_sequence_length or self.max_sequence_length
         hooks = self.transformer.hook_manager
         if hooks is not None:
+            length = call.max_sequence_length or self.max_sequence_length
             hooks.on_plan(schedule.timesteps, rows, guided, height // 8, width // 8, length)
 
-        def steps() -> Iterator[Conditioning | Step]:
-            condition = self._encoded(*inputs, num_images_per_prompt, clean_caption, length, trim=True)
-            yield condition
+        def parts() -> Iterator[Iterator[Conditioning | Step] | tuple[Conditioning]]:
+            condition = self._encode(*inputs, copies, call.clean_caption, call.max_sequence_length, trim=True)
+            yield (condition,)
             predict = classifier_free_guidance(
-                self.transformer, condition, guidance_scale, height, width, guidance_rescale
+                self.transformer, condition, call.guidance_scale, height, width, call.guidance_rescale
             )
-            yield from scheduler.steps(wrap_predict(predict), start, schedule, generator, eta)
+            yield scheduler.steps(wrap_predict(predict), start, schedule, call.generator, call.eta)
 
-        return steps()
+        return itertools.chain.from_iterable(parts())
 
     def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> StepSchedule:
         """Return the scheduler's steps of a run (see ``Scheduler.plan``)."""
@@ -200,9 +196,9 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
 
     def decode_latents(self, latents: Array) -> np.ndarray:
         """Decode latents (N, C, h, w) to images (N, 8h, 8w, 3) float32 in [0, 1]."""
-        return to_output_type(self._decoded(latents), "np")
+        return to_output_type(self._decode(latents), "np")
 
-    def _decoded(self, latents: Array) -> np.ndarray:
+    def _decode(self, latents: Array) -> np.ndarray:
         if self.vae is None:
             raise PixArtNBError("this pipeline has no VAE; ask for output_type='latent'")
         return to_images(self.vae.decode(self.vae.config.from_model(latents))[0])
@@ -228,7 +224,7 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         output_type: str = "pil",
         return_dict: bool = False,
         callback: Callable[[int, float, np.ndarray], None] | None = None,
-        callback_steps: int = 1,
+        callback_steps: int | None = 1,
         clean_caption: bool = True,
         use_resolution_binning: bool = True,
         max_sequence_length: int | None = None,
@@ -248,53 +244,50 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         step, timestep, {"latents": latents})`` after each: latents that it returns replace those of the step, and
         ``pipe._interrupt = True`` ends the run. Options of diffusers without a meaning here are named in one warning.
         """
-        call = {name: value for name, value in locals().items() if name in parameters_of(self.sample)}
+        call = {name: value for name, value in locals().items() if name in SAMPLING}
         check_output_type(output_type)
-        if callback_steps is not None and callback_steps < 1:
-            raise PixArtNBError(f"callback_steps is {callback_steps}; expected at least 1")
-        if list(callback_on_step_end_tensor_inputs) != ["latents"]:
-            raise PixArtNBError(
-                f"callback_on_step_end_tensor_inputs is {callback_on_step_end_tensor_inputs!r}; expected ['latents']"
-            )
+        _check_callbacks(callback_steps, callback_on_step_end_tensor_inputs)
         ignore_options("the pipeline", options, parameters_of(self.__call__))
         size = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
-        steps = self.sample(**call | {"height": size[0], "width": size[1]})
-        count = len(self.plan(num_inference_steps, timesteps, sigmas))
-        latents = self._last_latents(steps, count, callback, callback_steps or 1, callback_on_step_end)
-        if output_type == "latent":
-            return PipelineOutput(latents)
-        images = aspect_ratio.resize_and_crop(self._decoded(latents), height or size[0], width or size[1])
-        return PipelineOutput(to_output_type(images, output_type))
-
-    def _last_latents(self, steps, count: int, callback, callback_steps: int, on_step_end) -> np.ndarray:
-        """Take the steps, with progress bar and callbacks, and return the latents of the last one."""
-        self._interrupt = False
+        steps = self.sample(prompt, **call | {"height": size[0], "width": size[1]})
+        count, self._interrupt = len(self.plan(num_inference_steps, timesteps, sigmas)), False
         next(steps)
-        with self.progress_bar(count) as bar:
-            for step in steps:
-                if callback is not None and step.index % callback_steps == 0:
-                    callback(step.index, step.timestep, step.latents)
-                if on_step_end is not None:
-                    changed = on_step_end(self, step.index, step.timestep, {"latents": step.latents}) or {}
-                    # in place: the sampler continues with this array
-                    step.latents[...] = changed.get("latents", step.latents)
-                bar.update()
-                if self._interrupt:
-                    break
-        return step.latents
-
-
-def _rows(texts: TextInput) -> int:
-    return len(texts) if isinstance(texts, list) else texts[0].shape[0]
-
-
-def _checked_copies(copies: int) -> int:
-    if copies < 1:
-        raise PixArtNBError(f"num_images_per_prompt is {copies}; expected at least 1")
-    return copies
+        for step in self.progress_bar(steps, count):
+            if callback is not None and step.index % (callback_steps or 1) == 0:
+                callback(step.index, step.timestep, step.latents)
+            if callback_on_step_end is not None:
+                changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.latents}) or {}
+                step.latents[...] = changed.get("latents", step.latents)  # the sampler continues with this array
+            if self._interrupt:
+                break
+        if output_type == "latent":
+            return PipelineOutput(step.latents)
+        images = aspect_ratio.resize_and_crop(self._decode(step.latents), height or size[0], width or size[1])
+        return PipelineOutput(to_output_type(images, output_type))
 
 
 class PixArtAlphaPipeline(PixArtSigmaPipeline):
     """PixArt-alpha: prompts of 120 tokens."""
 
     max_sequence_length = 120
+
+
+_NOT_SAMPLING = """self prompt output_type return_dict callback callback_steps use_resolution_binning options
+    callback_on_step_end callback_on_step_end_tensor_inputs"""
+#: Arguments of ``PixArtSigmaPipeline.sample`` and their defaults.
+SAMPLING: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PixArtSigmaPipeline.__call__).parameters.items()
+    if name not in _NOT_SAMPLING.split()
+}
+
+
+def _rows(texts: TextInput) -> int:
+    return len(texts) if isinstance(texts, list) else texts[0].shape[0]
+
+
+def _check_callbacks(steps: int | None, tensors: Sequence[str]) -> None:
+    if steps is not None and steps < 1:
+        raise PixArtNBError(f"callback_steps is {steps}; expected at least 1")
+    if list(tensors) != ["latents"]:
+        raise PixArtNBError(f"callback_on_step_end_tensor_inputs is {tensors!r}; expected ['latents']")

@@ -20,8 +20,7 @@ from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.images import ImageProcessor
-from pixart_nb.core.sampling.scheduler import Scheduler
-from pixart_nb.core.sampling.schedulers import as_scheduler
+from pixart_nb.core.sampling.schedulers import Scheduler, as_scheduler
 from pixart_nb.core.sampling.text import TextTokenizer
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
@@ -146,9 +145,9 @@ class PipelineBase:
         """Set options of tqdm for the progress bar, such as ``disable=True``."""
         self._progress_bar_config = options
 
-    def progress_bar(self, total: int) -> tqdm:
-        """Return the progress bar of a run of ``total`` steps."""
-        return tqdm(total=total, **self._progress_bar_config)
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> tqdm:
+        """Return the progress bar of an iterable, or of ``total`` steps."""
+        return tqdm(iterable, total=total, **self._progress_bar_config)
 
     @property
     def interrupt(self) -> bool:

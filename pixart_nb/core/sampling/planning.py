@@ -1,4 +1,4 @@
-"""Plan of a configuration: memory, MACs and estimated time of the run that it describes."""
+"""The run that a configuration describes: prompts, networks, size, and a plan of memory, MACs and estimated time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pixart_nb.config import InferenceConfig
+from pixart_nb.config import ConfigError, InferenceConfig
 from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
-from pixart_nb.core.io import read_json
+from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
+from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
+from pixart_nb.core.checkpoints.files import open_checkpoint
+from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.memory import available, in_use
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -25,16 +29,95 @@ from pixart_nb.core.run_plan import (
     plan_run,
     size_warnings,
 )
-from pixart_nb.core.sampling import run_config
+from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
 from pixart_nb.core.sampling.samplers import steps_taken
-from pixart_nb.core.subprocesses import run_in_subprocess
 
+#: Default side in pixels of the tiles that runs in stages decode.
+TILE = 512
 #: Sizes in pixels and compression ratios of the overview.
 SIZES = (256, 512, 1024, 2048, 4096)
 RATIOS = (1, 2, 4)
 #: Mean letters of an English token.
 _LETTERS_PER_TOKEN = 4
 _DTYPES = {ms.float32: "fp32", ms.float16: "fp16", ms.bfloat16: "bf16"}
+
+
+def prompts_of(config: InferenceConfig) -> list[str]:
+    """Return the prompts of a configuration, or the lines of its ``prompt_path`` that are not blank."""
+    if not config.prompt_path:
+        return list(config.prompt)
+    try:
+        lines = Path(config.prompt_path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt_path {config.prompt_path}: cannot be read as text ({error})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError(f"prompt_path {config.prompt_path} holds no prompt; expected one on each line")
+    return prompts
+
+
+def negative_prompts_of(config: InferenceConfig, prompts: int) -> list[str]:
+    """Return the negative prompt of each of ``prompts`` prompts."""
+    negative = config.negative_prompt
+    texts = [negative] if isinstance(negative, str) else negative or [""]
+    if len(texts) not in (1, prompts):
+        raise ConfigError(f"{len(texts)} negative prompts for {prompts} prompts; expected one, or one for each")
+    return texts * prompts if len(texts) == 1 else list(texts)
+
+
+def max_sequence_length(config: InferenceConfig) -> int:
+    """Return the number of prompt tokens: ``t5_max_length``, or that of the model's pipeline class."""
+    if config.t5_max_length or not config.model:
+        return config.t5_max_length or 300
+    try:
+        return 120 if pipeline_class(config.model) == "PixArtAlphaPipeline" else 300
+    except CheckpointError:  # a model that does not exist: its loading says so
+        return 300
+
+
+def architecture_of(config: InferenceConfig) -> dict[str, Any]:
+    """Return what a configuration says about the transformer. The checkpoint itself shows the rest."""
+    tokens = max_sequence_length(config)
+    fields: dict[str, Any] = {"model_max_length": tokens}
+    if config.sample_size:
+        fields |= positions_of(config.sample_size, FAMILIES.get(tokens, ""))
+    if config.kv_compress:
+        fields["kv_compress_config"] = {
+            "sampling": config.kv_compress_sampling,
+            "scale_factor": config.kv_compress_scale_factor,
+            "kv_compress_layer": config.kv_compress_layer,
+        }
+    return fields
+
+
+def transformer_config(config: InferenceConfig) -> PixArtConfig:
+    """Return the ``PixArtConfig`` of a configuration's transformer, from the names and shapes of its tensors."""
+    if config.checkpoint:
+        path, explicit = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
+    else:
+        path, explicit = component_paths(config.model, ["transformer"])["transformer"], None
+    return describe(to_official_names(open_checkpoint(path)), path, explicit).config
+
+
+def drawn_size(config: InferenceConfig, model: PixArtConfig | None = None) -> tuple[int, int]:
+    """Return the height and width that the model works at.
+
+    Raises ``ConfigError`` for a size that it cannot draw, or a ratio beyond the published sizes.
+    """
+    model = model or transformer_config(config)
+    height, width = config.image_height, config.image_width
+    bins = bins_for(8 * model.input_size) if config.use_resolution_binning else None
+    if bins and not min(bins) <= round(height / width, 2) <= max(bins):
+        nearest = binned_size(model, height, width)
+        raise ConfigError(
+            f"image_height and image_width are {height}x{width}, a ratio of {height / width:.3g}; the published sizes "
+            f"of {8 * model.input_size} have ratios from {min(bins)} to {max(bins)}. Give a size between, for example "
+            f"{nearest[0]}x{nearest[1]}, or switch use_resolution_binning off"
+        )
+    return (binned_size if bins else checked_size)(model, height, width)
+
+
+# ---- memory and time
 
 
 @dataclass(frozen=True)
@@ -55,10 +138,10 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
     notes = []
     folder = Path(config.model) if config.model else None
     if Path(config.checkpoint).exists() if config.checkpoint else bool(folder and folder.exists()):
-        transformer = run_config.transformer_config(config)
+        transformer = transformer_config(config)
     else:
         notes.append(f"{config.checkpoint or config.model} does not exist: planned for PixArt-Sigma XL/2.")
-        transformer = PixArtConfig(**run_config.architecture_of(config))
+        transformer = PixArtConfig(**architecture_of(config))
     networks = {}
     for name, network in (("text_encoder", T5Config), ("vae", VAEConfig)):
         root = getattr(config, f"{name}_root") or (folder / name if folder else "")
@@ -71,9 +154,9 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
 
 def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
     """Return the settings of the run that a configuration describes."""
-    height, width = run_config.drawn_size(config, networks.transformer)
-    prompts = run_config.prompts_of(config)
-    negative = run_config.negative_prompts_of(config, len(prompts))
+    height, width = drawn_size(config, networks.transformer)
+    prompts = prompts_of(config)
+    negative = negative_prompts_of(config, len(prompts))
     images = len(prompts) * config.nrows * config.ncols
     return RunSettings(
         height,
@@ -83,7 +166,7 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
         guided=config.guidance_scale > 1,
         dtype=_computed_dtype(config.dtype),
         t5_load=config.t5_load,
-        tile=config.tile_size or (run_config.TILE if config.stages_path else 0),
+        tile=config.tile_size or (TILE if config.stages_path else 0),
         sequential=bool(config.stages_path),
         caption_tokens=_tokens(max(prompts, key=len), config),
         negative_tokens=_tokens(max(negative, key=len), config),
@@ -135,6 +218,8 @@ def plan_config(
     run = run_settings(config, networks)
     speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(_computed_dtype, dtypes)])
     if timed:
+        from pixart_nb.core.subprocesses import run_in_subprocess
+
         speeds = {
             dtype: run_in_subprocess("measures the speed", measure_speed, networks, replace(run, dtype=dtype))
             for dtype in speeds

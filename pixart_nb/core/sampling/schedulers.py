@@ -1,45 +1,266 @@
 """The schedulers: options and timesteps. Their steps are taken by the functions of ``samplers``.
 
 A class has the name, the options and the defaults of diffusers, but for the noise schedule, whose defaults are
-PixArt's. To add one, write its sampler in ``samplers``, then the class with ``choices``, ``spaced``, ``sampler`` and
-``options``, and add it to ``CLASSES``.
+PixArt's. To add one, write its sampler in ``samplers``, then the class with its options, ``spaced``, ``sampler`` and
+``sampler_options``, and add it to ``CLASSES``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import read_json
 from pixart_nb.core.sampling import samplers
-from pixart_nb.core.sampling import timesteps as spacings
-from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
-from pixart_nb.core.sampling.samplers import StepSchedule
-from pixart_nb.core.sampling.scheduler import COMMON, Scheduler, nearest, options_with
+from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule, check_count, check_sigmas, check_timesteps
+from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, scales
 
-SPACINGS = ("linspace", "leading", "trailing")
-SWITCH = (False, True)
-_SIGMA_SPACINGS = options_with("use_exponential_sigmas use_beta_sigmas use_flow_sigmas", False)
+#: Types of options.
+Off = Literal[False]
+Spacing = Literal["linspace", "leading", "trailing"]
+NoClipping = Annotated[float, Field(le=-math.inf, allow_inf_nan=True)]
+Order = Literal[1, 2]
+
+
+class SchedulerConfig(dict):
+    """Options of a scheduler, read-only: ``config["beta_end"]``, ``config.beta_end``, ``dict(config)``.
+
+    ``defaults`` names the options that were not chosen. ``from_config`` of another class uses its own default for them.
+    """
+
+    def __init__(self, values: Mapping[str, Any], defaults: Iterable[str] = ()):
+        super().__init__(values)
+        self.__dict__["defaults"] = frozenset(defaults)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name not in self:
+            raise AttributeError(f"the configuration has no {name!r}; it has {', '.join(self)}")
+        return self[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a configuration is read-only; use from_config(config, {name}={value!r})")
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError(f"a configuration is read-only; use from_config(config, {name}={value!r})")
+
+
+class Scheduler(BaseModel):
+    """Base class. It holds options only: ``plan`` returns the steps of a run, ``steps`` takes them.
+
+    The types of the options are what is implemented of diffusers' values.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    num_train_timesteps: int = LINEAR.steps
+    beta_start: float = LINEAR.beta_start
+    beta_end: float = LINEAR.beta_end
+    beta_schedule: Literal["linear"] = "linear"
+    prediction_type: Literal["epsilon"] = "epsilon"
+    trained_betas: None = None
+    rescale_betas_zero_snr: Off = False
+
+    #: Values that diffusers replaces, such as another class's solver_type.
+    replaced: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    takes_sigmas: ClassVar[bool] = False
+    takes_fractions: ClassVar[bool] = False
+    #: The function of ``samplers`` that takes the steps.
+    sampler: ClassVar[Callable[..., Iterator[Step]]]
+
+    def __init__(self, **options: Any):
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            raise PixArtNBError(f"{type(self).__name__} {self._problem(error.errors()[0])}") from None
+        _ = self.schedule  # validates its own
+
+    @classmethod
+    def _problem(cls, error: Mapping[str, Any]) -> str:
+        name, value, problem = error["loc"][0], error["input"], error["type"]
+        if problem == "extra_forbidden":
+            hint = nearest(name, cls.model_fields) or "; it has " + ", ".join(cls.model_fields)
+            return f"has no option {name!r} (given {value!r}){hint}"
+        types = {"int_type": "a whole number", "float_type": "a number", "finite_number": "a number"}
+        types["bool_type"] = "True or False"
+        if problem in types:
+            default = cls.model_fields[name].default
+            return f"option {name} is {value!r}; expected {types[problem]}, by default {default}"
+        expected = error["msg"].removeprefix("Input should be ")
+        return f"option {name} is {value!r}, which is not implemented; supported: {expected}"
+
+    @cached_property
+    def schedule(self) -> NoiseSchedule:
+        """Noise schedule that the model was trained with."""
+        return NoiseSchedule(self.beta_start, self.beta_end, self.num_train_timesteps)
+
+    # ---- configuration
+
+    @property
+    def config(self) -> SchedulerConfig:
+        """All options, as ``from_config`` of any scheduler and ``scheduler_config.json`` take them."""
+        values = {name: value for name, value in self.model_dump().items() if value not in (None, [], -math.inf)}
+        return SchedulerConfig({"_class_name": type(self).__name__} | values, values.keys() - self.model_fields_set)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Scheduler:
+        """Make a scheduler of this class with the options of ``config``, which may be another class's.
+
+        As in diffusers, options that this class does not have are ignored, and an option that the other class left at
+        its default gets this class's default. Raises an error for an option that diffusers' class has and this one
+        does not implement, and for an unknown name in ``overrides``.
+        """
+        skipped = {*getattr(config, "defaults", ()), *config.get("_use_default_values", ())}
+        options = {}
+        for key, value in config.items():
+            if key in skipped or key.startswith("_"):
+                continue
+            if key in cls.model_fields:
+                options[key] = cls.replaced.get(key, {}).get(value, value) if isinstance(value, str) else value
+            elif hint := nearest(key, cls.model_fields, 0.85):
+                warnings.warn(f"{cls.__name__} has no option {key!r} and ignores it{hint}", stacklevel=2)
+        # null stands for the default
+        return cls(**{key: value for key, value in (options | overrides).items() if value is not None})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, subfolder: str = "", **overrides: Any) -> Scheduler:
+        """Make a scheduler of this class with the options of a local folder's ``scheduler_config.json``."""
+        return cls.from_config(read_json(Path(folder) / subfolder / "scheduler_config.json"), **overrides)
+
+    # ---- steps of a run
+
+    def plan(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> StepSchedule:
+        """Return the steps of a run: ``num_inference_steps`` of them, or those of given timesteps or sigmas.
+
+        timesteps fall within 0..num_train_timesteps - 1. sigmas are noise-to-signal ratios, falling, one more than
+        there are steps; the last is where sampling ends (usually 0). With either, the number is ignored. Raises an
+        error for both, for neither, and for values that the scheduler cannot follow.
+        """
+        if timesteps is not None and sigmas is not None:
+            raise PixArtNBError("both timesteps and sigmas were given; give one of them")
+        if sigmas is not None:
+            if not self.takes_sigmas:
+                raise PixArtNBError(f"{type(self).__name__} takes no sigmas; dpm++, unipc and euler do")
+            sigmas = check_sigmas(sigmas, self.schedule)
+            return StepSchedule.chained(self.schedule.timestep_of(sigmas[:-1]), sigmas)
+        if timesteps is not None:
+            return self.at_timesteps(check_timesteps(timesteps, self.num_train_timesteps, self.takes_fractions))
+        if num_inference_steps is None:
+            raise PixArtNBError("give num_inference_steps, timesteps or sigmas")
+        return self.spaced(num_inference_steps)
+
+    def spaced(self, count: int) -> StepSchedule:
+        """Return the scheduler's own ``count`` steps."""
+        raise NotImplementedError
+
+    def at_timesteps(self, timesteps: np.ndarray) -> StepSchedule:
+        """Return the steps at validated timesteps (N,)."""
+        return StepSchedule.chained(timesteps, np.append(self.schedule.sigma_at(timesteps), 0.0))
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        """Return the options of ``sampler``."""
+        return {}
+
+    def steps(
+        self,
+        predict: Predict,
+        latents: np.ndarray,
+        schedule: StepSchedule,
+        generator: Generators = None,
+        eta: float = 0.0,
+    ) -> Iterator[Step]:
+        """Sample: latents (N, C, H, W) of unit noise, a ``Step`` for each timestep of the schedule.
+
+        ``generator`` draws the noise of the steps, if there is any: one, or one for each row. ``eta``, 0..1, is DDIM's
+        and has no effect elsewhere.
+        """
+        check_eta(eta)
+        check_generators(generator, len(latents))
+        latents = self.init_noise_sigma(schedule) * latents
+        return self.sampler(predict, latents, schedule, generator, **self.sampler_options(schedule, float(eta)))
+
+    def init_noise_sigma(self, schedule: StepSchedule) -> float:
+        """Return the factor of unit noise before the first step, as in diffusers."""
+        return 1
+
+    def noised(self, image: np.ndarray, noise: np.ndarray, schedule: StepSchedule) -> np.ndarray:
+        """Return what ``steps`` takes in place of unit noise to start from clean latents (N, C, H, W).
+
+        This is image-to-image (SDEdit, Meng et al. 2022).
+        """
+        signal, scale = scales(float(schedule.sigmas[0, 0]))
+        return (signal * image + scale * noise).astype(np.float32)
+
+
+# ---- validation
+
+
+def check_eta(eta: float) -> None:
+    """Raise an error for an ``eta`` outside 0..1."""
+    if not isinstance(eta, (int, float, np.number)) or not 0 <= eta <= 1:
+        raise PixArtNBError(f"eta is {eta!r}; expected 0 (no noise) to 1 (as much as DDPM)")
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean NAME?" with the closest of ``names``, or nothing."""
+    near = difflib.get_close_matches(name, [*names], 1, cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # ---- the schedulers of diffusers
 
 
-@dataclass(frozen=True)
-class _SigmaScheduler(Scheduler):
+class _SpacedScheduler(Scheduler):
+    """Schedulers of diffusers with the published spacings of timesteps."""
+
+    timestep_spacing: Spacing = "linspace"
+    steps_offset: int = 0
+
+    def spaced_timesteps(self, count: int, left_out: int = 0) -> np.ndarray:
+        """Return ``count`` falling timesteps (N,) float64; those of ``linspace`` are fractions.
+
+        Multistep solvers leave out one, 0, at the end. A single one of ``linspace`` is the last timestep; in diffusers
+        it is 0, where there is no noise to start from.
+        """
+        total, spacing = self.num_train_timesteps, self.timestep_spacing
+        check_count(count, total if spacing == "trailing" else total - left_out)
+        all_steps = count + left_out
+        if spacing == "linspace":
+            timesteps = np.linspace(0, total - 1, all_steps)[::-1] if all_steps > 1 else np.array([total - 1.0])
+        elif spacing == "leading":
+            timesteps = np.arange(all_steps - 1, -1, -1.0) * (total // all_steps) + self.steps_offset
+        else:
+            timesteps = (total - np.arange(count) * (total / count)).round() - 1
+        timesteps = timesteps[:count]
+        if timesteps[0] > total - 1 or timesteps[-1] < 0:
+            raise PixArtNBError(
+                f"steps_offset {self.steps_offset} moves {count} timesteps out of 0..{total - 1}; choose a smaller one"
+            )
+        return timesteps
+
+
+class _SigmaScheduler(_SpacedScheduler):
     """Schedulers of diffusers that follow a list of sigmas."""
 
-    timestep_spacing: str = "linspace"
-    steps_offset: int = 0
+    takes_sigmas: ClassVar = True
     use_karras_sigmas: bool = False
-    final_sigmas_type: str = "zero"
-
-    takes_sigmas: ClassVar[bool] = True
-    choices: ClassVar = COMMON | _SIGMA_SPACINGS | options_with("timestep_spacing", *SPACINGS)
-    choices |= options_with("use_karras_sigmas", *SWITCH) | options_with("final_sigmas_type", "zero", "sigma_min")
+    use_exponential_sigmas: Off = False
+    use_beta_sigmas: Off = False
+    use_flow_sigmas: Off = False
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 
     def at_timesteps(self, timesteps: np.ndarray) -> StepSchedule:
         if self.use_karras_sigmas:
@@ -52,78 +273,84 @@ class _SigmaScheduler(Scheduler):
         final = 0.0 if self.final_sigmas_type == "zero" else self.schedule.sigmas[0]
         return StepSchedule.chained(timesteps, np.append(sigmas, final))
 
+    def _karras(self, count: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return timesteps and sigmas (N,) from ``high`` to ``low`` (Karras et al. 2022, equation 5, rho 7)."""
+        first, last = np.array([high, low]) ** (1 / 7.0)
+        sigmas = (first + np.linspace(0, 1, count) * (last - first)) ** 7.0
+        return self.schedule.timestep_of(sigmas), sigmas
 
-@dataclass(frozen=True)
+
 class _MultistepScheduler(_SigmaScheduler):
     """Common part of DPM-Solver++ and UniPC."""
 
-    solver_order: int = 2
+    solver_order: Order = 2
     lower_order_final: bool = True
-
-    choices: ClassVar = _SigmaScheduler.choices | options_with("thresholding use_dynamic_shifting", False)
-    choices |= options_with("solver_order", 1, 2) | options_with("lower_order_final", *SWITCH)
+    thresholding: Off = False
+    use_dynamic_shifting: Off = False
 
     def spaced(self, count: int) -> StepSchedule:
-        timesteps = spacings.multistep_timesteps(
-            count, self.num_train_timesteps, self.timestep_spacing, self.steps_offset
-        )
+        timesteps = self.spaced_timesteps(count, 1).round()
         if not self.use_karras_sigmas:
             return self.at_timesteps(timesteps)
-        sigmas = spacings.karras_sigmas(count, *self.schedule.sigmas[[0, -1]])
-        return self._ending(self.schedule.timestep_of(sigmas).round(), sigmas)
+        timesteps, sigmas = self._karras(count, *self.schedule.sigmas[[0, -1]])
+        return self._ending(timesteps.round(), sigmas)
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         return {"order": self.solver_order, "lower_order_final": self.lower_order_final}
 
 
-@dataclass(frozen=True)
 class DPMSolverMultistepScheduler(_MultistepScheduler):
     """DPM-Solver++ 2M, PixArt's default. See ``samplers.dpm_solver_2m``."""
 
-    euler_at_final: bool = False
-
     sampler = staticmethod(samplers.dpm_solver_2m)
-    choices: ClassVar = _MultistepScheduler.choices | options_with("euler_at_final", *SWITCH)
-    choices |= options_with("algorithm_type", "dpmsolver++") | options_with("solver_type", "midpoint")
-    choices |= options_with("variance_type", None) | options_with("lambda_min_clipped", -np.inf)
-    choices |= options_with("use_lu_lambdas", False)
-    replaced: ClassVar = {"algorithm_type": {"deis": "dpmsolver++"}}
-    replaced |= {"solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint")}
+    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
+    solver_type: Literal["midpoint"] = "midpoint"
+    euler_at_final: bool = False
+    use_lu_lambdas: Off = False
+    variance_type: None = None
+    lambda_min_clipped: NoClipping = -math.inf
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    replaced: ClassVar = {
+        "algorithm_type": {"deis": "dpmsolver++"},
+        "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
+    }
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         lower = self.euler_at_final or (self.lower_order_final and len(schedule) < 15)
         return {"order": self.solver_order, "lower_order_final": lower}
 
 
-@dataclass(frozen=True)
 class UniPCMultistepScheduler(_MultistepScheduler):
     """UniPC of second order. See ``samplers.unipc``."""
 
     sampler = staticmethod(samplers.unipc)
-    choices: ClassVar = _MultistepScheduler.choices | options_with("solver_type", "bh2")
-    choices |= options_with("predict_x0", True) | options_with("disable_corrector", [])
-    choices |= options_with("solver_p sigma_min sigma_max shift_terminal", None)
+    solver_type: Literal["bh2"] = "bh2"
+    predict_x0: Literal[True] = True
+    disable_corrector: Annotated[list, Field(max_length=0)] = []
+    solver_p: None = None
+    sigma_min: None = None
+    sigma_max: None = None
+    shift_terminal: None = None
+
     replaced: ClassVar = {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")}
 
 
-@dataclass(frozen=True)
 class EulerDiscreteScheduler(_SigmaScheduler):
     """Euler steps. See ``samplers.euler``; the latents of its steps are clean latents plus sigma times noise."""
 
     sampler = staticmethod(samplers.euler)
-    takes_fractions: ClassVar[bool] = True
-    choices: ClassVar = _SigmaScheduler.choices | options_with("interpolation_type", "linear")
-    choices |= options_with("timestep_type", "discrete") | options_with("sigma_min sigma_max", None)
+    takes_fractions: ClassVar = True
+    interpolation_type: Literal["linear"] = "linear"
+    timestep_type: Literal["discrete"] = "discrete"
+    sigma_min: None = None
+    sigma_max: None = None
 
     def spaced(self, count: int) -> StepSchedule:
-        timesteps = spacings.single_step_timesteps(
-            count, self.num_train_timesteps, self.timestep_spacing, self.steps_offset
-        )
+        timesteps = self.spaced_timesteps(count)
         if not self.use_karras_sigmas:
             return self.at_timesteps(timesteps)
         spaced = self.schedule.sigma_at(timesteps)
-        sigmas = spacings.karras_sigmas(count, spaced[-1], spaced[0])
-        return self._ending(self.schedule.timestep_of(sigmas), sigmas)
+        return self._ending(*self._karras(count, spaced[-1], spaced[0]))
 
     def init_noise_sigma(self, schedule: StepSchedule) -> float:
         first = float(schedule.sigmas[0, 0])
@@ -134,27 +361,21 @@ class EulerDiscreteScheduler(_SigmaScheduler):
         return ((image + sigma * noise) / self.init_noise_sigma(schedule)).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class DDIMScheduler(Scheduler):
+class DDIMScheduler(_SpacedScheduler):
     """DDIM as in diffusers, whose defaults clip the clean latents to -1..1 and end without noise.
 
     Latent diffusion wants ``clip_sample=False, set_alpha_to_one=False``. See ``samplers.ddim``.
     """
 
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
+    sampler = staticmethod(samplers.ddim)
+    timestep_spacing: Spacing = "leading"
     clip_sample: bool = True
     clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
-
-    sampler = staticmethod(samplers.ddim)
-    choices: ClassVar = COMMON | options_with("timestep_spacing", *SPACINGS) | options_with("thresholding", False)
-    choices |= options_with("clip_sample set_alpha_to_one", *SWITCH)
+    thresholding: Off = False
 
     def spaced(self, count: int) -> StepSchedule:
-        timesteps = spacings.single_step_timesteps(
-            count, self.num_train_timesteps, self.timestep_spacing, self.steps_offset
-        ).round()
+        timesteps = self.spaced_timesteps(count).round()
         # as in diffusers a step goes down by an equal share, though not every spacing has its next timestep there
         following = timesteps - self.num_train_timesteps // count
         sigmas_next = self.schedule.sigma_at(np.maximum(following, 0))
@@ -169,39 +390,38 @@ class DDIMScheduler(Scheduler):
     def _final(self) -> float:
         return 0.0 if self.set_alpha_to_one else float(self.schedule.sigmas[0])
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         return {"eta": eta, "clip": self.clip_sample_range if self.clip_sample else None}
 
 
-@dataclass(frozen=True)
 class LCMScheduler(Scheduler):
     """Sampling of latent consistency models. See ``samplers.lcm``."""
 
+    sampler = staticmethod(samplers.lcm)
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
     clip_sample: bool = False
     clip_sample_range: float = 1.0
+    thresholding: Off = False
 
-    sampler = staticmethod(samplers.lcm)
-    choices: ClassVar = COMMON | options_with("clip_sample", *SWITCH) | options_with("thresholding", False)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
-            raise PixArtNBError(
-                f"original_inference_steps is {self.original_inference_steps!r}; expected 1 to "
-                f"{self.num_train_timesteps}"
-            )
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        original, most = self.original_inference_steps, self.num_train_timesteps
+        if not 1 <= original <= most:
+            raise PixArtNBError(f"original_inference_steps is {original!r}; expected 1 to {most}")
 
     def spaced(self, count: int) -> StepSchedule:
-        return self.at_timesteps(spacings.lcm_timesteps(count, self.num_train_timesteps, self.original_inference_steps))
+        """Return ``count`` of the timesteps that the model was distilled with (Luo et al. 2023)."""
+        original, total = self.original_inference_steps, self.num_train_timesteps
+        check_count(count, original, f", the number that the model was distilled with (of {total} in all)")
+        distilled = np.arange(original, 0, -1) * (total // original) - 1
+        return self.at_timesteps(distilled[np.floor(np.linspace(0, original, count, endpoint=False)).astype(np.int64)])
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         clip = self.clip_sample_range if self.clip_sample else None
         return {"timestep_scaling": self.timestep_scaling, "clip": clip}
 
 
-@dataclass(frozen=True)
 class DMDScheduler(LCMScheduler):
     """One step from timestep 400, for models distilled by distribution matching (Yin et al. 2023; PixArt-DMD)."""
 
@@ -216,63 +436,62 @@ class DMDScheduler(LCMScheduler):
 # ---- the samplers of the official repository, which are also those of mindone's example
 
 
-@dataclass(frozen=True)
 class _RespacedScheduler(Scheduler):
     """Official respaced diffusion: whole timesteps from the last to 0, ending without noise."""
 
     def spaced(self, count: int) -> StepSchedule:
-        return self.at_timesteps(spacings.respaced_timesteps(count, self.num_train_timesteps))
+        """Return the timesteps of the official ``space_timesteps``."""
+        total = self.num_train_timesteps
+        check_count(count, total)
+        stride = (total - 1) / (count - 1) if count > 1 else 1.0
+        timesteps = np.cumsum(np.append(0.0, np.full(count - 1, stride))).round()[::-1]
+        return self.at_timesteps(timesteps.astype(np.int64))
 
 
-@dataclass(frozen=True)
 class IDDPMScheduler(_RespacedScheduler):
     """Official ``IDDPM``: ancestral sampling with the learned variance. See ``samplers.iddpm``."""
 
     sampler = staticmethod(samplers.iddpm)
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         return {"respaced": self.schedule.respaced(schedule.timesteps)}
 
 
-@dataclass(frozen=True)
 class OfficialDDIMScheduler(_RespacedScheduler):
     """Official ``ddim_sample_loop``, mindone's ``ddim``. See ``samplers.ddim``."""
 
     sampler = staticmethod(samplers.ddim)
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         return {"eta": eta}
 
 
-@dataclass(frozen=True)
 class _ContinuousScheduler(Scheduler):
     """Official solvers in continuous time: even fractional timesteps, ending at the noise of timestep 0."""
 
-    takes_fractions: ClassVar[bool] = True
+    takes_fractions: ClassVar = True
 
     def spaced(self, count: int) -> StepSchedule:
-        return self.at_timesteps(spacings.uniform_timesteps(count, self.num_train_timesteps))
+        """Return the timesteps of the official ``time_uniform``."""
+        check_count(count, self.num_train_timesteps)
+        return self.at_timesteps(np.linspace(self.num_train_timesteps - 1, 0.0, count + 1)[:-1])
 
     def at_timesteps(self, timesteps: np.ndarray) -> StepSchedule:
         return StepSchedule.chained(timesteps, self.schedule.continuous_sigma_at(np.append(timesteps, 0.0)))
 
 
-@dataclass(frozen=True)
 class DPMSolverContinuousScheduler(_ContinuousScheduler):
     """Official ``DPMS``: DPM-Solver++ 2M, ``time_uniform``; mindone's ``dpm``. See ``samplers.dpm_solver_2m``.
 
     The last step is of first order, as in PixArt-Sigma's repository; alpha's has it below ten steps only.
     """
 
-    solver_order: int = 2
-    lower_order_final: bool = True
-
     sampler = staticmethod(samplers.dpm_solver_2m)
-    choices: ClassVar = COMMON | options_with("solver_order", 1, 2) | options_with("lower_order_final", *SWITCH)
-    options = _MultistepScheduler.options
+    solver_order: Order = 2
+    lower_order_final: bool = True
+    sampler_options = _MultistepScheduler.sampler_options
 
 
-@dataclass(frozen=True)
 class SASolverScheduler(_ContinuousScheduler):
     """SA-Solver as the official ``SASolverSampler`` calls it. See ``samplers.sa_solver``.
 
@@ -281,23 +500,22 @@ class SASolverScheduler(_ContinuousScheduler):
     noise of a step at its start instead of its end.
     """
 
-    predictor_order: int = 2
-    corrector_order: int = 2
+    sampler = staticmethod(samplers.sa_solver)
+    predictor_order: Literal[1, 2, 3] = 2
+    corrector_order: Literal[0, 1, 2, 3] = 2
     tau_func: Callable[[float], float] | None = None
     rescaled: bool = True
-
-    sampler = staticmethod(samplers.sa_solver)
-    choices: ClassVar = COMMON | _SIGMA_SPACINGS | options_with("predictor_order", 1, 2, 3)
-    choices |= options_with("corrector_order", 0, 1, 2, 3) | options_with("rescaled", *SWITCH)
-    choices |= options_with("thresholding use_karras_sigmas", False) | options_with("lower_order_final", True)
-    choices |= options_with("algorithm_type", "data_prediction") | options_with("timestep_spacing", "linspace")
-    choices |= options_with("steps_offset", 0) | options_with("variance_type", None)
-    choices |= options_with("lambda_min_clipped", -np.inf)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.tau_func is not None and not callable(self.tau_func):
-            raise PixArtNBError(f"tau_func is {self.tau_func!r}; expected a function of the timestep, or None")
+    thresholding: Off = False
+    lower_order_final: Literal[True] = True
+    algorithm_type: Literal["data_prediction"] = "data_prediction"
+    timestep_spacing: Literal["linspace"] = "linspace"
+    steps_offset: Literal[0] = 0
+    variance_type: None = None
+    lambda_min_clipped: NoClipping = -math.inf
+    use_karras_sigmas: Off = False
+    use_exponential_sigmas: Off = False
+    use_beta_sigmas: Off = False
+    use_flow_sigmas: Off = False
 
     def tau(self, timestep: float) -> float:
         """Return the noise scale of a step that ends at ``timestep``."""
@@ -306,7 +524,7 @@ class SASolverScheduler(_ContinuousScheduler):
         time = (timestep + 1) / self.num_train_timesteps
         return 1.0 if 0.2 <= time <= 0.8 else 0.0
 
-    def options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         orders = self.predictor_order, self.corrector_order
         return {"tau": self.tau, "orders": orders, "rescaled": self.rescaled}
 
@@ -354,7 +572,8 @@ def scheduler_named(name: str, schedule: NoiseSchedule = LINEAR) -> Scheduler:
             f"scheduler {name!r} is not known; expected one of {', '.join((*SAMPLING_METHODS, *CLASSES))}{hint}"
         )
     cls, options = SAMPLING_METHODS.get(name) or (CLASSES[name], {})
-    return cls(schedule.steps, schedule.beta_start, schedule.beta_end, **options)
+    betas = {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    return cls(num_train_timesteps=schedule.steps, **betas, **options)
 
 
 def scheduler_from_config(config: Mapping[str, Any]) -> Scheduler:

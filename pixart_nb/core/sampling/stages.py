@@ -35,11 +35,10 @@ from pixart_nb.core.io import (
 )
 from pixart_nb.core.memory import PeakMemory, release
 from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
-from pixart_nb.core.sampling.conditioning import embed
 from pixart_nb.core.sampling.images import resize_latents, to_images, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.samplers import Predict, Prediction, image_generators, steps_taken
-from pixart_nb.core.sampling.text import warn_of_lost_words
+from pixart_nb.core.sampling.text import embed, warn_of_lost_words
 
 #: Seconds between two measurements of memory: small networks slow down with more of them.
 LOOK_SECONDS = 0.02

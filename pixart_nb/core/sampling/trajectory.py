@@ -12,8 +12,8 @@ from pixart_nb.config import GUIDANCE_SCALE
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.conditioning import Conditioning
 from pixart_nb.core.sampling.guidance import classifier_free_guidance
+from pixart_nb.core.sampling.text import Conditioning
 
 #: Timesteps at which ``errors_on_noise`` compares.
 TIMESTEPS = (20, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980)

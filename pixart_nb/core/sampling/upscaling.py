@@ -19,8 +19,9 @@ import numpy as np
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS, InferenceConfig
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.sampling import generate, run_config
+from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.images import resize_latents
+from pixart_nb.core.sampling.planning import negative_prompts_of, prompts_of
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.core.sampling.stages import StagedImage
 
@@ -162,15 +163,18 @@ def upscaled_images(config: InferenceConfig, sizes: Sequence[UpscaleSize]) -> li
     Each has a folder named after its size in ``config.stages_path``, and starts from the one before.
     """
     identity, images = generate.network_identity(config), []
+    prompts = prompts_of(config)
+    negative = negative_prompts_of(config, len(prompts))[0]
     for size in sizes:
         drawn = (size.height, size.width)
         images.append(
             StagedImage(
                 Path(config.stages_path) / f"{size.height}x{size.width}-keys-{size.ratio}",
-                run_config.prompts_of(config)[0],
+                prompts[0],
                 drawn,
                 drawn,
                 seed=(config.seed, config.first_image),
+                negative_prompt=negative,
                 **generate.staged_options(config),
                 models=identity | {"keys": f"mean of {size.ratio} x {size.ratio}"},
                 upscale_from=images[-1].folder if size.strength < 1 else None,

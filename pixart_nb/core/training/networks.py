@@ -18,10 +18,9 @@ from pixart_nb.core.data.labels import Label
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
-from pixart_nb.core.sampling.conditioning import embed as embed_captions
-from pixart_nb.core.sampling.run_config import max_sequence_length
-from pixart_nb.core.sampling.scheduler import Scheduler
-from pixart_nb.core.sampling.schedulers import scheduler_named
+from pixart_nb.core.sampling.planning import max_sequence_length
+from pixart_nb.core.sampling.schedulers import Scheduler, scheduler_named
+from pixart_nb.core.sampling.text import embed as embed_captions
 
 #: Class of a pipeline by the family of its transformer.
 PIPELINES = {"alpha": "PixArtAlphaPipeline", "sigma": "PixArtSigmaPipeline"}

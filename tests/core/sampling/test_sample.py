@@ -14,7 +14,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.sampling.generate import like, load_pipeline, sample
 from pixart_nb.core.sampling.images import read_parameters
-from pixart_nb.core.sampling.run_config import architecture_of, max_sequence_length
+from pixart_nb.core.sampling.planning import architecture_of, max_sequence_length
 from pixart_nb.core.sampling.schedulers import LCMScheduler
 
 FOLDER = diffusers("sigma")[0]

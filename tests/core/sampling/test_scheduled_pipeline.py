@@ -1,7 +1,6 @@
 """Pipelines sample as the reference does with every scheduler, timesteps and noise of one's own."""
 
 import inspect
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,13 +10,13 @@ from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.backend import ms
 from pixart_nb.core.sampling.noise_schedule import LINEAR
 from pixart_nb.core.sampling.samplers import Prediction, Step, StepSchedule
-from pixart_nb.core.sampling.scheduler import Scheduler
 from pixart_nb.core.sampling.schedulers import (
     CLASSES,
     SAMPLING_METHODS,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     SASolverScheduler,
+    Scheduler,
 )
 
 PIPELINES = {"sigma": PixArtSigmaPipeline, "alpha": PixArtAlphaPipeline}
@@ -249,7 +248,6 @@ def test_eta_adds_noise_to_ddim_and_is_without_effect_elsewhere(pipe, call):
     assert np.array_equal(final("euler"), final("euler", eta=1.0))
 
 
-@dataclass(frozen=True)
 class Probe(Scheduler):
     """One step whose latents are the predicted noise and whose picture is the variance."""
 

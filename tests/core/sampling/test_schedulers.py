@@ -1,6 +1,5 @@
 """Schedulers read and write configurations, plan timesteps, and refuse what they cannot do."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -79,7 +78,7 @@ def test_a_configuration_is_read_only():
         config["beta_end"] = 0.5
     with pytest.raises(AttributeError, match="no 'gamma'"):
         _ = config.gamma
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(ValueError, match="frozen"):
         DPMSolverMultistepScheduler().beta_end = 0.5
 
 
@@ -91,12 +90,12 @@ def test_a_configuration_is_read_only():
         ({"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type is 'sde-dpmsolver\+\+'"),
         ({"solver_type": "heun"}, "solver_type is 'heun'.*'midpoint'"),
         ({"solver_order": 3}, "solver_order is 3.*supported: 1 or 2"),
-        ({"timestep_spacing": "log"}, "'linspace' or 'leading' or 'trailing'"),
+        ({"timestep_spacing": "log"}, "'linspace', 'leading' or 'trailing'"),
         ({"final_sigmas_type": "none"}, "'zero' or 'sigma_min'"),
         ({"thresholding": True}, "thresholding is True.*supported: False"),
         ({"use_lu_lambdas": True}, "use_lu_lambdas is True"),
         ({"lambda_min_clipped": -5.1}, "lambda_min_clipped is -5.1.*-inf"),
-        ({"use_karras_sigmas": "yes"}, "supported: False or True"),
+        ({"use_karras_sigmas": "yes"}, "expected True or False"),
         ({"steps_offset": 0.5}, "steps_offset is 0.5; expected a whole number"),
         ({"beta_end": 2}, "0 < start <= end < 1"),
         ({"beta_end": "0.02"}, "beta_end is '0.02'; expected a number"),
@@ -125,7 +124,7 @@ def test_options_of_a_newer_diffusers_that_are_off_are_passed_over():
         LCMScheduler(original_inference_steps=0)
     with pytest.raises(ValueError, match=r"timestep_scaling is '10'; expected a number, by default 10\.0"):
         LCMScheduler(timestep_scaling="10")
-    with pytest.raises(ValueError, match="tau_func is 1; expected a function"):
+    with pytest.raises(ValueError, match=r"tau_func is 1, .*; supported: callable"):
         scheduler_from_config({"_class_name": "SASolverScheduler", "tau_func": 1})
     with pytest.raises(ValueError, match="_class_name is None"):
         scheduler_from_config(["DDIMScheduler"])
@@ -156,8 +155,8 @@ def test_every_scheduler_can_be_imported_from_the_package():
 )
 def test_every_plan_has_the_steps_asked_for_and_falls(name, count, spacing):
     scheduler = scheduler_named(name)
-    if hasattr(scheduler, "timestep_spacing"):
-        scheduler = dataclasses.replace(scheduler, timestep_spacing=spacing)
+    if name not in ("sa-solver", "lcm", "dmd", "iddpm", "ddim", "dpm"):
+        scheduler = type(scheduler).from_config(scheduler.config, timestep_spacing=spacing)
     count = {"dmd": 1, "lcm": 1 + count % 50}.get(name, count)
     plan = scheduler.plan(count)
     assert len(plan) == count
@@ -287,8 +286,7 @@ LEFTOVERS = {
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler", "LCMScheduler"])
 def test_options_of_other_classes_are_ignored_as_diffusers_ignores_them(name):
-    own = {*CLASSES[name].choices, *CLASSES[name].__dataclass_fields__}
-    leftovers = {key: value for key, value in LEFTOVERS.items() if key not in own}
+    leftovers = {key: value for key, value in LEFTOVERS.items() if key not in CLASSES[name].model_fields}
     assert len(leftovers) > 7
     written = {"_class_name": name, "beta_end": 0.01} | leftovers
     assert scheduler_from_config(written) == CLASSES[name](beta_end=0.01)

@@ -11,7 +11,7 @@ from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.core.sampling import planning
-from pixart_nb.core.sampling.run_config import drawn_size
+from pixart_nb.core.sampling.planning import drawn_size
 
 FOLDER = diffusers("sigma")[0]
 VALUES = {
