@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,28 +226,44 @@ def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str
 
 def draw_in_stages(config: InferenceConfig, requests: Sequence[ImageRequest]) -> list[Any]:
     """Draw all images through all resumable stages; return a finished ``StagedImage`` for each."""
-    from pixart_nb.core.sampling.stages import StagedImage
-
-    drawn, identity = drawn_size(config), network_identity(config)
-    source = config.upscale_from
-    images = [
-        StagedImage(
-            Path(config.stages_path) / f"{request.stream:03d}",
-            request.prompt,
-            drawn,
-            (config.image_height, config.image_width),
-            seed=(config.seed, request.stream),
-            models=identity,
-            negative_prompt=request.negative_prompt,
-            **staged_options(config),
-            upscale_from=Path(source) / f"{request.stream:03d}" if source else None,
-            strength=config.strength,
-        )
-        for request in requests
-    ]
+    sizes = drawn_size(config), (config.image_height, config.image_width)
+    identity, images = network_identity(config), []
+    for request in requests:
+        name = f"{request.stream:03d}"
+        source = Path(config.upscale_from) / name if config.upscale_from else None
+        folder = Path(config.stages_path) / name
+        images.append(staged_image(config, request, folder, sizes, identity, source, config.strength))
     lock = f".stages-{requests[0].index}.lock" if requests else ""  # each worker of msrun has its own
     show_progress(images, lambda names: load_pipeline(config, names), lock)
     return images
+
+
+def staged_image(
+    config: InferenceConfig,
+    request: ImageRequest,
+    folder: Path,
+    sizes: tuple[tuple[int, int], tuple[int, int]],
+    models: Mapping[str, str],
+    upscale_from: Path | None,
+    strength: float,
+) -> Any:
+    """Return the ``StagedImage`` of a request; ``sizes`` are those that the model works at and that of the result."""
+    from pixart_nb.core.sampling.stages import StagedImage
+
+    return StagedImage(
+        folder,
+        request.prompt,
+        *sizes,
+        negative_prompt=request.negative_prompt,
+        steps=config.sampling_steps,
+        guidance_scale=config.guidance_scale,
+        seed=(config.seed, request.stream),
+        max_sequence_length=max_sequence_length(config),
+        tile=config.tile_size or TILE,
+        models=models,
+        upscale_from=upscale_from,
+        strength=strength,
+    )
 
 
 def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], lock: str = "") -> None:
@@ -265,16 +281,6 @@ def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], l
         bar.update(part.done - bar.n)
     if bar is not None:
         bar.close()
-
-
-def staged_options(config: InferenceConfig) -> dict[str, Any]:
-    """Return the fields of a ``StagedImage`` that do not depend on its texts and size."""
-    return {
-        "steps": config.sampling_steps,
-        "guidance_scale": config.guidance_scale,
-        "max_sequence_length": max_sequence_length(config),
-        "tile": config.tile_size or TILE,
-    }
 
 
 def network_identity(config: InferenceConfig) -> dict[str, str]:

@@ -154,7 +154,11 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; expected an image of this project, a PNG file")
-    text = _text_of(path)
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.text.get(KEYWORD)  # reads to the end, so a file that was cut is noticed
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise PixArtNBError(f"{path} cannot be read as a PNG: {error}. Expected a whole PNG file.") from error
     if text is None:
         raise PixArtNBError(
             f"{path} is a PNG without {KEYWORD!r} among its texts; expected an image that this project wrote. "
@@ -181,11 +185,3 @@ def _as_json(parameters: Mapping[str, Any]) -> str:
     if len(text) > MOST_BYTES:
         raise PixArtNBError(f"parameters of an image take {len(text)} bytes as JSON; at most {MOST_BYTES}")
     return text
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return image.text.get(KEYWORD)  # reads to the end, so a file that was cut is noticed
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PixArtNBError(f"{path} cannot be read as a PNG: {error}. Expected a whole PNG file.") from error

@@ -37,16 +37,6 @@ def as_dtype(value: Any) -> ms.Type:
     return dtype_from_name(name.rpartition(".")[2])
 
 
-def _no_effect(reason: str):
-    """Return a method of diffusers that has nothing to do here, and says why."""
-
-    def method(self, *args: Any, **options: Any) -> None:
-        warnings.warn(reason, stacklevel=2)
-
-    method.__doc__ = f"Do nothing: {reason}."
-    return method
-
-
 class PipelineBase:
     """Components of a pipeline, any of which may be None."""
 
@@ -184,7 +174,6 @@ class PipelineBase:
         self.vae.enable_tiling(*args, **options)
 
     def disable_vae_tiling(self) -> None:
-        """Decode whole images."""
         self.vae.disable_tiling()
 
     def enable_vae_slicing(self) -> None:
@@ -192,16 +181,28 @@ class PipelineBase:
         self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        """Decode the images of a batch together."""
         self.vae.disable_slicing()
 
-    enable_attention_slicing = disable_attention_slicing = _no_effect("attention is always computed in chunks")
-    enable_xformers_memory_efficient_attention = _no_effect("attention is always computed in chunks")
-    disable_xformers_memory_efficient_attention = _no_effect("attention is always computed in chunks")
-    enable_model_cpu_offload = enable_sequential_cpu_offload = _no_effect(
-        "offloading has no meaning here; resumable stages (stages_path) hold one network at a time"
-    )
-    maybe_free_model_hooks = remove_all_hooks = _no_effect("there are no offloading hooks to remove")
+    def __getattr__(self, name: str) -> Any:
+        """Return a method that says why it does nothing, for those of diffusers that have no meaning here."""
+        if name.startswith("__") or not name.startswith(tuple(_NO_EFFECT)):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        reason = next(reason for start, reason in _NO_EFFECT.items() if name.startswith(start))
+        return lambda *args, **options: warnings.warn(f"{name}: {reason}", stacklevel=2)
+
+
+_CHUNKS = "attention is always computed in chunks"
+#: First letters of methods of diffusers that do nothing here, and the reason.
+_NO_EFFECT = {
+    "enable_attention_slicing": _CHUNKS,
+    "disable_attention_slicing": _CHUNKS,
+    "enable_xformers": _CHUNKS,
+    "disable_xformers": _CHUNKS,
+    "enable_model_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
+    "enable_sequential_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
+    "maybe_free_model_hooks": "there are no offloading hooks to remove",
+    "remove_all_hooks": "there are no offloading hooks to remove",
+}
 
 
 def _is_device(value: Any) -> bool:

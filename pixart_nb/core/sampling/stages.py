@@ -89,11 +89,9 @@ class StageFiles:
             )
 
     def path(self, name: str) -> Path:
-        """Return the file of a part."""
         return self.folder / f"{name}.safetensors"
 
     def has(self, name: str) -> bool:
-        """Return whether a part exists."""
         return self.path(name).is_file()
 
     def names(self, pattern: str) -> list[str]:
@@ -101,7 +99,6 @@ class StageFiles:
         return sorted(path.stem for path in self.folder.glob(f"{pattern}.safetensors"))
 
     def save(self, name: str, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write a part atomically."""
         save_tensors(self.path(name), tensors, {"run": self.fingerprint})
 
     def load(self, name: str) -> dict[str, np.ndarray]:
@@ -116,7 +113,6 @@ class StageFiles:
         return load_tensors(path)
 
     def remove(self, pattern: str) -> None:
-        """Remove the parts that match a pattern."""
         for name in self.names(pattern):
             self.path(name).unlink()
 
@@ -125,12 +121,11 @@ class StageFiles:
         path = self.folder / MEASURED
         return read_json(path) if path.is_file() else {}
 
-    def add_measured(self, stage: str, peak_bytes: int, **seconds: float) -> None:
-        """Add ``seconds`` or ``load_seconds`` of a part of a stage, and its memory."""
+    def add_measured(self, stage: str, peak_bytes: int, name: str, seconds: float) -> None:
+        """Add a part of a stage to its ``seconds`` or ``load_seconds``."""
         measured = self.measured()
         row = measured.setdefault(stage, {"seconds": 0.0, "load_seconds": 0.0, "peak_bytes": 0})
-        for name, value in seconds.items():
-            row[name] += value
+        row[name] += seconds
         row["peak_bytes"] = max(row["peak_bytes"], peak_bytes)
         write_json(self.folder / MEASURED, measured)
 
@@ -252,7 +247,7 @@ def _run(stage: _Stage, numbers: list[int], images: Sequence[StagedImage], load:
             with folder_lock(image.folder, LOCK, wait=True) if len(images) > 1 else nullcontext():
                 for done, total in stage.work(pipe, image):
                     now = time.perf_counter()
-                    image.files.add_measured(stage.name, memory.update(), **{measure: now - since})
+                    image.files.add_measured(stage.name, memory.update(), measure, now - since)
                     first, measure = first or (done, now), "seconds"
                     fresh = done - first[0]
                     left = (now - first[1]) / fresh * (total - done) if fresh else None

@@ -13,7 +13,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.guidance import classifier_free_guidance
-from pixart_nb.core.sampling.text import Conditioning
+from pixart_nb.core.sampling.text import Conditioning, as_list
 
 #: Timesteps at which ``errors_on_noise`` compares.
 TIMESTEPS = (20, 100, 200, 300, 400, 500, 600, 700, 800, 900, 980)
@@ -37,40 +37,17 @@ class Trajectory:
     width: int
 
 
-def follow(
-    pipe: Any,
-    prompt: str | Sequence[str],
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    guidance_scale: float = GUIDANCE_SCALE,
-    generator: Any = None,
-    num_images_per_prompt: int = 1,
-    **call: Any,
-) -> Trajectory:
+def follow(pipe: Any, prompt: str | Sequence[str], generator: Any = None, **call: Any) -> Trajectory:
     """Sample and record every step. Arguments are those of ``pipe.sample``."""
-    height, width = pipe.check_size(height, width)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    start = pipe.initial_latents(len(prompts) * num_images_per_prompt, height, width, generator)
-    condition, *steps = pipe.sample(
-        prompts,
-        height=height,
-        width=width,
-        guidance_scale=guidance_scale,
-        generator=generator,
-        latents=start,
-        num_images_per_prompt=num_images_per_prompt,
-        **call,
-    )
-    return Trajectory(
-        np.array([step.timestep for step in steps]),
-        np.stack([start, *(step.latents for step in steps)]).astype(np.float32),
-        np.stack([step.denoised for step in steps]).astype(np.float32),
-        condition,
-        guidance_scale,
-        height,
-        width,
-    )
+    prompts, scale = as_list(prompt), call.get("guidance_scale", GUIDANCE_SCALE)
+    height, width = pipe.check_size(call.pop("height", None), call.pop("width", None))
+    start = pipe.initial_latents(len(prompts) * call.get("num_images_per_prompt", 1), height, width, generator)
+    size = {"height": height, "width": width}
+    condition, *steps = pipe.sample(prompts, generator=generator, latents=start, **size, **call)
+    latents = np.stack([start, *(step.latents for step in steps)]).astype(np.float32)
+    denoised = np.stack([step.denoised for step in steps]).astype(np.float32)
+    timesteps = np.array([step.timestep for step in steps])
+    return Trajectory(timesteps, latents, denoised, condition, scale, height, width)
 
 
 def predictions(
@@ -82,8 +59,7 @@ def predictions(
     own if None, 0 for the unconditional and 1 for the conditional prediction. ``transformer``: another than the pipe's.
     """
     scale = run.guidance_scale if guidance_scale is None else guidance_scale
-    net = transformer or pipe.transformer
-    predict = classifier_free_guidance(net, run.condition, scale, run.height, run.width)
+    predict = classifier_free_guidance(transformer or pipe.transformer, run.condition, scale, run.height, run.width)
     pairs = zip(run.latents[:-1], run.timesteps, strict=True)
     return np.stack([predict(latents, float(timestep)).noise for latents, timestep in pairs])
 
@@ -104,19 +80,13 @@ def errors_along(pipe: Any, run: Trajectory, other: PixArt) -> np.ndarray:
 
 
 def errors_on_noise(
-    net: PixArt,
-    other: PixArt,
-    height: int,
-    width: int,
-    timesteps: Sequence[int] = TIMESTEPS,
-    rows: int = 2,
-    seed: int = 0,
+    net: PixArt, other: PixArt, height: int, width: int, timesteps: Sequence[int] = TIMESTEPS
 ) -> np.ndarray:
     """Return the relative error of the unguided prediction on random latents and random captions: (S,).
 
     For a transformer without a text encoder. Real latents are different, so the numbers say less.
     """
-    rng, config = np.random.default_rng(seed), net.config
+    rng, config, rows = np.random.default_rng(0), net.config, 2
     latents = rng.standard_normal((rows, config.in_channels, height // 8, width // 8), np.float32)
     caption = rng.standard_normal((rows, _CAPTION_TOKENS, config.caption_channels), np.float32)
 

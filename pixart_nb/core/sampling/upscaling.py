@@ -18,10 +18,10 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS, InferenceConfig
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.tiling import tile_starts
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.images import resize_latents
-from pixart_nb.core.sampling.planning import negative_prompts_of, prompts_of
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.core.sampling.stages import StagedImage
 
@@ -29,6 +29,8 @@ from pixart_nb.core.sampling.stages import StagedImage
 KEYS = 8
 #: Default strengths of the sizes after the first; the last one holds for all after it.
 STRENGTHS = (0.5, 0.3, 0.25, 0.2)
+#: Pixels of a latent cell.
+CELL = 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ def default_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
     >>> default_factors(PixArtConfig(input_size=16), 1024, 512)
     [4, 2, 1]
     """
-    factors, unit = [1], 8 * config.patch_size
-    while min(height, width) // (2 * factors[0]) >= 8 * config.input_size:
+    factors, unit = [1], CELL * config.patch_size
+    while min(height, width) // (2 * factors[0]) >= CELL * config.input_size:
         if height % (2 * factors[0] * unit) or width % (2 * factors[0] * unit):
             break
         factors.insert(0, 2 * factors[0])
@@ -83,10 +85,9 @@ def upscale_sizes(
         raise PixArtNBError(f"factors are {factors}; expected them to fall, for example 4, 2, 1")
     if len(strengths) != len(factors) - 1:
         raise PixArtNBError(f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first")
-    for strength in strengths:
-        steps_taken(1, strength)
-    unit, sizes = 8 * config.patch_size, []
+    unit, sizes = CELL * config.patch_size, []
     for factor, strength in zip(factors, [1.0, *strengths], strict=True):
+        steps_taken(1, strength)
         if height % (unit * factor) or width % (unit * factor):
             raise PixArtNBError(f"{height}x{width} divided by {factor} is no multiple of {unit} pixels")
         sides = height // factor, width // factor
@@ -111,13 +112,12 @@ def compress_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
 
 @contextmanager
 def _compression_kept(net: PixArt) -> Iterator[None]:
-    layers = [block.attn for block in net.blocks]
-    before = [(layer.ratio, layer.operator) for layer in layers]
+    before = [(block.attn.ratio, block.attn.operator) for block in net.blocks]
     try:
         yield
     finally:
-        for layer, (ratio, operator) in zip(layers, before, strict=True):
-            layer.ratio, layer.operator = ratio, operator
+        for block, (ratio, operator) in zip(net.blocks, before, strict=True):
+            block.attn.ratio, block.attn.operator = ratio, operator
 
 
 def upscale_latents(
@@ -139,7 +139,7 @@ def upscale_latents(
             compress_keys(pipe.transformer, size.ratio)
             source = None
             if latents is not None and size.strength < 1:
-                source = resize_latents(latents[:count], size.height // 8, size.width // 8)
+                source = resize_latents(latents[:count], size.height // CELL, size.width // CELL)
             _, *records = pipe.sample(
                 list(prompts[:count]),
                 num_inference_steps=steps,
@@ -163,22 +163,18 @@ def upscaled_images(config: InferenceConfig, sizes: Sequence[UpscaleSize]) -> li
     Each has a folder named after its size in ``config.stages_path``, and starts from the one before.
     """
     identity, images = generate.network_identity(config), []
-    prompts = prompts_of(config)
-    negative = negative_prompts_of(config, len(prompts))[0]
+    request = generate.requests_of(config)[0]
     for size in sizes:
         drawn = (size.height, size.width)
         images.append(
-            StagedImage(
+            generate.staged_image(
+                config,
+                request,
                 Path(config.stages_path) / f"{size.height}x{size.width}-keys-{size.ratio}",
-                prompts[0],
-                drawn,
-                drawn,
-                seed=(config.seed, config.first_image),
-                negative_prompt=negative,
-                **generate.staged_options(config),
-                models=identity | {"keys": f"mean of {size.ratio} x {size.ratio}"},
-                upscale_from=images[-1].folder if size.strength < 1 else None,
-                strength=size.strength,
+                (drawn, drawn),
+                identity | {"keys": f"mean of {size.ratio} x {size.ratio}"},
+                images[-1].folder if size.strength < 1 else None,
+                size.strength,
             )
         )
     return images
@@ -198,3 +194,58 @@ def upscale(config: InferenceConfig, sizes: Sequence[UpscaleSize]) -> list[Stage
     for size, image in zip(sizes, images, strict=True):
         generate.show_progress([image], lambda names, size=size: load_compressed(config, size, names))
     return images
+
+
+# ---- edges of decoded tiles
+
+
+@dataclass(frozen=True, eq=False)
+class TileArtifacts:
+    """Jumps of brightness across the edges of tiles, and across all other lines between latent cells.
+
+    ``edges``: pixels at which tiles begin or end, by axis (rows, columns). ``jumps`` at the edges and ``others`` at the
+    other lines are mean absolute differences of the pixels on both sides, 0..255. Images that were upscaled by twos
+    change more at coarse cells, so an edge is compared with the lines that the same power of two divides. ``ratio`` is
+    its jump over their mean, the median of all edges: about 1 without visible edges. ``rank`` is the mean share of them
+    that jump more: about 0.5 without visible edges, near 0 with them.
+    """
+
+    edges: tuple[list[int], list[int]]
+    jumps: np.ndarray
+    others: np.ndarray
+    ratio: float
+    rank: float
+
+
+def measure_tile_artifacts(image: np.ndarray, tile: int, overlap_factor: float = 0.25) -> TileArtifacts:
+    """Measure an image (H, W, 3) uint8 that was decoded in tiles of ``tile`` pixels.
+
+    The image's own lines count too, so small artifacts show only in smooth images or with many tiles.
+    """
+    edges = tuple(tile_edges(side, tile, overlap_factor) for side in image.shape[:2])
+    jumps, others, ratios, ranks = [], [], [], []
+    for axis, lines in enumerate(edges):
+        differences = np.abs(np.diff(image.astype(np.int16), axis=axis)).mean((1 - axis, 2))
+        by_line = {line: float(differences[line - 1]) for line in range(CELL, image.shape[axis], CELL)}
+        rest = {line: jump for line, jump in by_line.items() if line not in lines}
+        others += rest.values()
+        for line in lines:
+            alike = np.array([jump for other, jump in rest.items() if other & -other == line & -line])
+            jumps.append(by_line[line])
+            if len(alike) >= 4:
+                ratios.append(by_line[line] / max(alike.mean(), 1e-9))
+                ranks.append(float((alike > by_line[line]).mean()))
+    ratio, rank = (float(np.median(ratios)), float(np.mean(ranks))) if ratios else (1.0, 0.5)
+    return TileArtifacts(edges, np.array(jumps), np.array(others), ratio, rank)
+
+
+def tile_edges(length: int, tile: int, overlap_factor: float = 0.25) -> list[int]:
+    """Return the pixels at which tiles begin or end within an axis of ``length`` pixels.
+
+    >>> tile_edges(128, 64, 0.25)
+    [32, 64, 96]
+    """
+    cells, size = length // CELL, tile // CELL
+    starts = tile_starts(cells, size, int(size * overlap_factor))
+    edges = {edge for start in starts for edge in (start, start + size)}
+    return [CELL * edge for edge in sorted(edges) if 0 < edge < cells]

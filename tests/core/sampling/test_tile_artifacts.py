@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pixart_nb.core.sampling.tile_artifacts import measure_tile_artifacts, tile_edges
+from pixart_nb.core.sampling.upscaling import measure_tile_artifacts, tile_edges
 
 
 def grown(side, seed=0):
