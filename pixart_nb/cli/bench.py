@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 from importlib import import_module
@@ -16,19 +15,8 @@ import typer
 from pixart_nb.config import SAMPLING_STEPS, project_folder
 from pixart_nb.core.errors import PixArtNBError
 
-
-class Benchmark(str, Enum):
-    """Parts of the model that can be measured."""
-
-    table = "table"
-    denoise = "denoise"
-    encode = "encode"
-    decode = "decode"
-    decode_tiled = "decode-tiled"
-    image = "image"
-    train = "train"
-    block = "block"
-    pipeline = "pipeline"
+_PARTS = ("table", "denoise", "encode", "decode", "decode-tiled", "image", "train", "block", "pipeline")
+Benchmark = Enum("Benchmark", {name.replace("-", "_"): name for name in _PARTS}, type=str)
 
 
 def bench(
@@ -67,6 +55,9 @@ def bench(
 
     Example: pixart-nb bench denoise --size 256 512 --peer
     """
+    from pixart_nb.viz.figures import save_figure
+    from pixart_nb.viz.measurements import SECONDS, benchmark_figure
+
     if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
     runs, shapes_class = load_benchmarks()
@@ -78,25 +69,22 @@ def bench(
         parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]
     else:
         parts = (runs.run(what.value, each, repeats, with_diffusers) for each in shapes_by_size)
-    print_and_write(runs, parts, output_path, what.value)
-
-
-def print_and_write(runs: Any, parts: Iterable[list], folder: Path, name: str) -> None:
-    """Print and write the rows of each size before the next one runs; then print the paths of the files."""
-    rows, paths = [], []
-    for part in parts:
+    rows = []
+    for part in parts:  # those of each size are written before the next one runs
         rows += part
         typer.echo("\n".join(map(str, part)))
-        paths = written(runs, rows, folder, name)
-    for path in paths:
-        typer.echo(path)
+        table = runs.write_csv(output_path / f"{what.value}.csv", rows)
+    typer.echo(table)
+    if any(row.measure in SECONDS for row in rows):
+        figure = output_path / f"{what.value}.png"
+        save_figure(benchmark_figure(rows), figure)
+        typer.echo(figure)
 
 
 def load_benchmarks() -> tuple[Any, type]:
     """Return the module ``benchmarks.runs`` and the class ``Shapes`` of the repository at or above this folder.
 
-    Raises:
-        PixArtNBError: there is no repository here; the installed package does not hold the benchmarks.
+    Raises an error without a repository: the installed package does not hold the benchmarks.
     """
     folder = project_folder()
     if not (folder / "benchmarks" / "runs.py").is_file():
@@ -104,15 +92,3 @@ def load_benchmarks() -> tuple[Any, type]:
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     return import_module("benchmarks.runs"), import_module("benchmarks.shapes").Shapes
-
-
-def written(runs: Any, rows: list, folder: Path, name: str) -> list[Path]:
-    """Write ``name.csv`` and, where there are seconds to draw, ``name.png``. Return the paths."""
-    from pixart_nb.viz.figures import save_figure
-    from pixart_nb.viz.measurements import SECONDS, benchmark_figure
-
-    paths = [runs.write_csv(folder / f"{name}.csv", rows)]
-    if any(row.measure in SECONDS for row in rows):
-        save_figure(benchmark_figure(rows), folder / f"{name}.png")
-        paths.append(folder / f"{name}.png")
-    return paths

@@ -14,40 +14,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pixart_nb.config.keys import (
-    GUIDANCE_SCALE,
-    IGNORED_KEYS,
-    RENAMED_KEYS,
-    ROOTS,
-    SAMPLING_METHOD,
-    SAMPLING_METHODS,
-    SAMPLING_STEPS,
-    InferenceConfig,
-    ModelKeys,
-    TrainConfig,
-    bundled_path,
-    training_identity,
-)
+from pixart_nb.config.keys import GUIDANCE_SCALE as GUIDANCE_SCALE
+from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ROOTS, InferenceConfig, ModelKeys, TrainConfig
+from pixart_nb.config.keys import SAMPLING_METHOD as SAMPLING_METHOD
+from pixart_nb.config.keys import SAMPLING_METHODS as SAMPLING_METHODS
+from pixart_nb.config.keys import SAMPLING_STEPS as SAMPLING_STEPS
+from pixart_nb.config.keys import bundled_path as bundled_path
+from pixart_nb.config.keys import training_identity as training_identity
 from pixart_nb.core.errors import PixArtNBError
-
-__all__ = [
-    "CONFIG_TYPES",
-    "GUIDANCE_SCALE",
-    "SAMPLING_METHOD",
-    "SAMPLING_METHODS",
-    "SAMPLING_STEPS",
-    "ConfigError",
-    "InferenceConfig",
-    "TrainConfig",
-    "bundled_path",
-    "check_config",
-    "check_parameters",
-    "load_config",
-    "notebook_config",
-    "project_folder",
-    "read_yaml",
-    "training_identity",
-]
 
 CONFIG_TYPES: dict[str, type[ModelKeys]] = {"inference": InferenceConfig, "train": TrainConfig}
 _COMMANDS = {"inference": "sample", "train": "train"}
@@ -66,13 +40,8 @@ def load_config(
 ) -> Any:
     """Read a YAML file, complete it with ``options`` of the command line, and validate both together.
 
-    Args:
-        path: a file, or the name of one that comes with the package (``configs/inference/tiny.yaml``).
-        config_type: ``inference`` or ``train``.
-        options: values that replace those of the file.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or a key or value cannot be used.
+    ``path`` may name a file that comes with the package (``configs/inference/tiny.yaml``); ``config_type`` is
+    ``inference`` or ``train``. Raises ``ConfigError``.
     """
     return check_config(read_yaml(path), config_type, str(path), options)
 
@@ -130,11 +99,7 @@ def _replaced(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, A
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the keys and values of a YAML file as they stand there.
-
-    Raises:
-        ConfigError: the file cannot be read, is not YAML, or does not hold keys and values.
-    """
+    """Return the keys and values of a YAML file as they stand there. Raises ``ConfigError``."""
     try:
         with bundled_path(path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -183,6 +148,18 @@ def _refuse_other_type(unknown: Iterable[str], config_type: str, source: str) ->
             )
 
 
+#: Words of pydantic's messages -> those of this package, replaced in this order.
+_WORDS = {
+    "Input should be ": "expected ",
+    "Input should ": "expected to ",
+    "expected greater": "expected a number greater",
+    "expected less": "expected a number less",
+    "a valid integer": "an integer",
+    "a valid boolean": "true or false",
+    "a valid ": "a ",
+}
+
+
 def _problem(error: Mapping[str, Any], keys: list[str]) -> str:
     loc = [part for part in error["loc"] if part not in ("str", "list[str]")]  # branches of a union
     key = ".".join(str(part) for part in loc)
@@ -194,15 +171,9 @@ def _problem(error: Mapping[str, Any], keys: list[str]) -> str:
         return f"key {key!r} is missing"
     if loc != list(error["loc"]):
         return f"{key}: given {_shown(error['input'])}; expected a string or a list of strings"
-    expected = error["msg"].replace("Input should be ", "expected ").replace("Input should ", "expected to ")
-    expected = expected.replace("expected greater", "expected a number greater").replace(
-        "expected less", "expected a number less"
-    )
-    expected = (
-        expected.replace("a valid integer", "an integer")
-        .replace("a valid boolean", "true or false")
-        .replace("a valid ", "a ")
-    )
+    expected = error["msg"]
+    for pydantic, words in _WORDS.items():
+        expected = expected.replace(pydantic, words)
     if error["type"] == "literal_error" and isinstance(error["input"], str):
         choices = error["ctx"]["expected"].replace(" or ", ", ").split(", ")
         match = difflib.get_close_matches(repr(error["input"]), choices, n=1, cutoff=0.5)
@@ -236,12 +207,7 @@ def project_folder(start: str | os.PathLike[str] = ".") -> Path:
 def notebook_config(namespace: Mapping[str, Any], **values: Any) -> InferenceConfig:
     """Return the sampling configuration that a notebook's parameters describe; call it with ``globals()``.
 
-    Args:
-        namespace: the notebook's variables.
-        values: keys that the notebook sets by itself.
-
-    Raises:
-        ConfigError: as ``check_config`` and ``check_parameters``.
+    ``values`` are keys that the notebook sets by itself. Raises ``ConfigError``, as ``check_parameters`` does.
     """
     check_parameters(namespace)
     parameters = {name: namespace[name] for name in InferenceConfig.model_fields if name in namespace}
@@ -252,10 +218,7 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
     """Refuse parameters that papermill inserted but the notebook does not declare; papermill itself only warns.
 
     papermill inserts its cell right after the one tagged ``parameters``. IPython keeps the source of every cell that
-    ran in the variable ``In``, so the names that both cells assign can be compared.
-
-    Raises:
-        ConfigError: a parameter is not declared.
+    ran in the variable ``In``, so the names that both cells assign can be compared. Raises ``ConfigError``.
     """
     cells = [source for source in namespace.get("In", ()) if source.strip()]
     injected = [number for number, source in enumerate(cells) if source.lstrip().startswith(_INJECTED)]
@@ -271,10 +234,8 @@ def _assigned(cells: Iterable[str]) -> list[str]:
     """Names that the statements of cells assign, in order."""
     names: list[str] = []
     for source in cells:
-        body = ast.parse(
-            "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
-        ).body
-        for node in body:
+        code = "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+        for node in ast.parse(code).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
             names += [target.id for target in targets if isinstance(target, ast.Name)]
     return names
