@@ -16,7 +16,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu_operators import cell_rows, gather, head_rows, layer_norm, merge_heads
+from pixart_nb.core.fast.cpu_operators import cell_rows, gather, head_rows, merge_heads
 from pixart_nb.core.fast.cross_attention import (
     CaptionAttention,
     CaptionGroup,
@@ -24,10 +24,11 @@ from pixart_nb.core.fast.cross_attention import (
     caption_groups,
     merge_small_groups,
 )
+from pixart_nb.core.fast.rows import add_gated, gelu_tanh, modulate
 from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
 from pixart_nb.core.models.kv_compression import compress_cells, positions_read, successive_ratios
 from pixart_nb.core.models.layers import LayerNorm, Linear
-from pixart_nb.core.models.operators import gelu_tanh, repeat_vector, silu, transpose
+from pixart_nb.core.models.operators import silu, transpose
 from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, repeat_batch, trim_caption
 
 #: Largest number of tokens of a micro-batch. It bounds the memory of the MLP.
@@ -131,7 +132,7 @@ class CPUDenoiser:
         parts = []
         for part, _ in self.plan.micro_batches:
             out = self.plan.linears[number].proj(_rows(attended, part))
-            parts.append(_rows(x, part) + repeat_vector(gate, out) * out)
+            parts.append(add_gated(_rows(x, part), gate, out))
         return parts
 
     def _cross_attention_and_mlp(self, number: int, parts: list[ms.Tensor], shift, scale, gate) -> ms.Tensor:
@@ -146,7 +147,7 @@ class CPUDenoiser:
             else:
                 x = parts[index] + _rows(changed, part)
             hidden = gelu_tanh(linears.fc1(_modulate(block.pre_norm, x, shift, scale)))
-            parts[index] = x + repeat_vector(gate, x) * linears.fc2(hidden)
+            parts[index] = add_gated(x, gate, linears.fc2(hidden))
         return _concat(parts)
 
     def _hooked_cross_attention(self, number: int, x: ms.Tensor) -> ms.Tensor | None:
@@ -291,4 +292,4 @@ def _concat(parts: list[ms.Tensor]) -> ms.Tensor:
 
 
 def _modulate(norm: LayerNorm, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    return layer_norm(norm, x) * repeat_vector(1 + scale, x) + repeat_vector(shift, x)
+    return modulate(norm, x, shift, scale)

@@ -103,7 +103,7 @@ class ShortCaptionAttention:
 
     def __init__(self, block: Block, caption: ms.Tensor, mask: np.ndarray):
         layer = block.cross_attn
-        heads, size, dtype = layer.heads, layer.size, layer.q_linear.weight.dtype
+        heads, size, dtype = layer.heads, layer.size, layer.q_linear.dtype
         self.captions, self.tokens, _ = caption.shape
         q_matrix = layer.q_linear.matrix().astype(ms.float32).reshape(heads, size // heads, size)
         q_bias = layer.q_linear.bias.astype(ms.float32).reshape(heads, -1, 1)

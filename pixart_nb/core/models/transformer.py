@@ -176,8 +176,8 @@ class PixArt(nn.Cell):
 
     @property
     def dtype(self) -> ms.Type:
-        """Dtype of the weights."""
-        return self.final_layer.linear.weight.dtype
+        """Dtype of the activations: that of the weights, but float32 for bfloat16 weights on the CPU."""
+        return self.final_layer.linear.dtype
 
     def construct(self, latents, timestep, caption, mask=None, size=None, drop=None):
         """Predict the noise.

@@ -1,0 +1,101 @@
+"""bfloat16 layers on the CPU: the products of the rounded inputs, in float32."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_data import relative_error
+from test_transformer import inputs, small_net
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import bfloat16
+from pixart_nb.core.models.layers import Embedding, Linear
+from pixart_nb.core.models.transformer import PixArt
+
+needs_products = pytest.mark.skipif(
+    bool(bfloat16.unsupported()), reason=f"needs bfloat16 products: {bfloat16.unsupported()}"
+)
+
+
+def rounded(x):
+    """Values rounded to bfloat16 by MindSpore, as float32."""
+    return ms.Tensor(x).astype(ms.bfloat16).astype(ms.float32).asnumpy()
+
+
+def bits(x):
+    return ms.Tensor(x).astype(ms.bfloat16).asnumpy().view(np.uint16)
+
+
+def copied(source, target):
+    """Give ``target`` the weights of ``source``."""
+    weights = dict(source.parameters_and_names())
+    for name, parameter in target.parameters_and_names():
+        parameter.set_data(weights[name].astype(parameter.dtype))
+    return target.set_train(False)
+
+
+@needs_products
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 300), st.booleans())
+def test_a_product_equals_that_of_the_rounded_matrices(rows, inner, columns, with_bias):
+    rng = np.random.default_rng(rows * inner + columns)
+    x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((rows, inner), (columns, inner)))
+    bias = rng.standard_normal(columns, dtype=np.float32) if with_bias else None
+    out = bfloat16.product(x, bits(weight), bias)
+    expected = rounded(x).astype(np.float64) @ rounded(weight).astype(np.float64).T + (bias if with_bias else 0)
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out, expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_products
+def test_infinity_and_nan_are_passed_on():
+    x = np.array([[np.inf, 1.0], [np.nan, 1.0], [1.0, 1.0]], np.float32)
+    out = bfloat16.product(x, bits(np.ones((1, 2), np.float32)))
+    assert np.isinf(out[0, 0])
+    assert np.isnan(out[1, 0])
+    assert out[2, 0] == 2
+
+
+@needs_products
+def test_a_transformer_predicts_within_the_rounding_of_its_weights():
+    net = small_net(hidden_size=48, depth=3)
+    narrow = copied(net, bfloat16.to_bfloat16(PixArt(net.config)))
+    latents, timestep, caption = inputs()
+    error = relative_error(narrow(latents, timestep, caption).asnumpy(), net(latents, timestep, caption).asnumpy())
+    assert 1e-4 < error < 4e-2
+
+
+def test_weights_take_two_bytes_and_the_rest_stays_float32():
+    net = bfloat16.to_bfloat16(PixArt(small_net().config))
+    dtypes = {parameter.dtype for name, parameter in net.parameters_and_names() if name.endswith("qkv.weight")}
+    assert dtypes == {ms.bfloat16}
+    assert net.x_embedder.proj.weight.dtype == ms.float32
+    assert net.dtype == ms.float32
+
+
+@needs_products
+def test_embeddings_are_the_rounded_rows():
+    table = np.random.default_rng(0).standard_normal((7, 5), dtype=np.float32)
+    layer = bfloat16.BFloat16Embedding(7, 5)
+    layer.weight.set_data(ms.Tensor(table).astype(ms.bfloat16))
+    ids = np.array([[6, 0], [3, 3]], np.int32)
+    assert np.array_equal(layer(ms.Tensor(ids)).asnumpy(), rounded(table)[ids])
+
+
+@needs_products
+def test_training_is_refused():
+    layer = bfloat16.BFloat16Linear(4, 3).set_train()
+    with pytest.raises(PixArtNBError, match="no gradient on the CPU: train with dtype fp32"):
+        layer(ms.Tensor(np.ones((2, 4), np.float32)))
+
+
+def test_another_layer_is_left_alone():
+    class Other(Linear):
+        """A layer with a method of its own."""
+
+    net = PixArt(small_net().config)
+    net.final_layer.linear = Other(24, 32)
+    bfloat16.to_bfloat16(net)
+    assert type(net.final_layer.linear) is Other
+    assert not isinstance(Embedding(2, 2), bfloat16.BFloat16Embedding)
