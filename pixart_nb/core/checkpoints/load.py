@@ -19,6 +19,7 @@ from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
+from pixart_nb.core.models.bfloat16 import for_inference
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.quantization import Int8Linear
@@ -36,7 +37,7 @@ def init_empty(build: Callable[[], nn.Cell], dtype: ms.Type) -> nn.Cell:
     with no_init_parameters():
         net = build()
     for parameter in net.get_parameters():
-        if parameter.has_init:
+        if parameter.has_init and parameter.dtype != ms.bfloat16:  # those of bfloat16 layers stay
             parameter.set_dtype(backend.supported_dtype(dtype))
     return net
 
@@ -116,7 +117,7 @@ def build_transformer(
             f"{source} holds no weights for the compressed layers {unlearned}. `pixart-nb convert` with this "
             "configuration as --config writes a checkpoint in which they start as averages."
         )
-    net = init_empty(lambda: PixArt(config), dtype)
+    net = init_empty(lambda: for_inference(PixArt(config), dtype), dtype)
     load_into(net, tensors, source, optional=key_maps.OPTIONAL)
     return net.set_train(False)
 
@@ -136,7 +137,8 @@ def load_vae(folder: Path, dtype: ms.Type, **options) -> AutoencoderKL:
 def load_t5(folder: Path, dtype: ms.Type, load_in_8bit: bool = False, **options) -> T5Encoder:
     """Load the encoder of a folder in the published layout, part by part, without a second copy of all weights."""
     config = T5Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
-    net = init_empty(lambda: T5Encoder(config, Int8Linear if load_in_8bit else Linear), dtype)
+    linear = Int8Linear if load_in_8bit else Linear
+    net = init_empty(lambda: for_inference(T5Encoder(config, linear), dtype), dtype)
     for prefix in (TABLE, LAST_NORM):
         _fill(net, folder, prefix, prefix, **options)
     for layer in range(config.num_layers):
@@ -165,10 +167,10 @@ class StreamedT5Encoder:
     """
 
     def __init__(self, folder: Path, dtype: ms.Type, **options):
-        self.folder, self.dtype, self.options = Path(folder), dtype, options
+        self.folder, self.dtype, self.options = Path(folder), backend.supported_dtype(dtype), options
         path = self.folder / "config.json"
         self.config = T5Config.from_dict(read_json(path), path)
-        self.net = init_empty(lambda: T5Encoder(replace(self.config, num_layers=1)), dtype)
+        self.net = init_empty(lambda: for_inference(T5Encoder(replace(self.config, num_layers=1)), dtype), dtype)
         _fill(self.net, self.folder, LAST_NORM, LAST_NORM, **options)
         self.net.set_train(False)
 

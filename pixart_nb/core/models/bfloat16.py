@@ -7,7 +7,9 @@ rounded to bfloat16, sums and outputs are float32. There is no gradient.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -16,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.layers import Embedding, Linear
@@ -73,7 +76,7 @@ def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
     pool = _threads()
     parts = min(pool._max_workers if pool else 1, max(1, total // _SMALLEST_PART))
     ends = [total * i // parts for i in range(parts + 1)]
-    slices = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
     if by_rows:
         jobs = [lambda s=s: _multiply(_rounded(x[s]), weight, bias, out[s]) for s in slices]
     else:
@@ -101,7 +104,7 @@ def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: n
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16: its bits, uint16."""
+    """Round float32 to the nearest bfloat16, halves away from zero: its bits, uint16."""
     bits, out = x.reshape(-1).view(np.uint32), np.empty(x.size, np.uint16)
     for start in range(0, x.size, _PART):
         part = slice(start, start + _PART)
@@ -152,6 +155,19 @@ class BFloat16Embedding(Embedding):
 
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
         return ms.Tensor.from_numpy(_widened(_bits(self.weight)[ids.asnumpy()]))
+
+
+def for_inference(net: nn.Cell, dtype: ms.Type) -> nn.Cell:
+    """Give a network bfloat16 layers if ``dtype`` is bfloat16, on a CPU that has the products; else it stays as it is.
+
+    A warning tells why a CPU computes in float32 instead.
+    """
+    if dtype != ms.bfloat16 or backend.on_ascend():
+        return net
+    if unsupported():
+        warnings.warn(f"bfloat16 weights are kept and computed in float32: {unsupported()}", stacklevel=2)
+        return net
+    return to_bfloat16(net)
 
 
 def to_bfloat16(net: nn.Cell) -> nn.Cell:

@@ -174,8 +174,8 @@ class T5Encoder(nn.Cell):
 
     @property
     def dtype(self) -> ms.Type:
-        """Dtype of the weights."""
-        return self.shared.weight.dtype
+        """Dtype of the embeddings: that of the weights, but float32 for bfloat16 weights on the CPU."""
+        return backend.supported_dtype(self.shared.weight.dtype)
 
     def construct(self, input_ids, mask) -> ms.Tensor:
         """Encode input_ids (N, T), integers, with mask (N, T) bool, True = token; every row needs a token."""
@@ -208,7 +208,7 @@ class T5Encoder(nn.Cell):
         bias = self.position_bias(buckets)
         for block in self.encoder.block:
             x = block(x, mask, bias)
-        return self.encoder.final_layer_norm(x).astype(self.shared.weight.dtype)
+        return self.encoder.final_layer_norm(x).astype(self.dtype)
 
     def buckets(self, length: int) -> ms.Tensor:
         """Return the buckets of relative positions for ``length`` tokens: (length, length) int32."""

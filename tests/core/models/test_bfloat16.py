@@ -1,5 +1,7 @@
 """bfloat16 layers on the CPU: the products of the rounded inputs, in float32."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,11 @@ from hypothesis import strategies as st
 from reference_data import relative_error
 from test_transformer import inputs, small_net
 
+from pixart_nb.core import load_transformer
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.load import load_t5
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.fast import denoiser
 from pixart_nb.core.models import bfloat16
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.transformer import PixArt
@@ -19,12 +24,13 @@ needs_products = pytest.mark.skipif(
 
 
 def rounded(x):
-    """Values rounded to bfloat16 by MindSpore, as float32."""
-    return ms.Tensor(x).astype(ms.bfloat16).astype(ms.float32).asnumpy()
+    """Values rounded to the 8 leading bits of their mantissa, halves away from zero."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.copysign(np.floor(np.abs(mantissa) * 256 + 0.5), mantissa), exponent - 8).astype(np.float32)
 
 
 def bits(x):
-    return ms.Tensor(x).astype(ms.bfloat16).asnumpy().view(np.uint16)
+    return ms.Tensor(rounded(x)).astype(ms.bfloat16).asnumpy().view(np.uint16)
 
 
 def copied(source, target):
@@ -78,7 +84,7 @@ def test_weights_take_two_bytes_and_the_rest_stays_float32():
 def test_embeddings_are_the_rounded_rows():
     table = np.random.default_rng(0).standard_normal((7, 5), dtype=np.float32)
     layer = bfloat16.BFloat16Embedding(7, 5)
-    layer.weight.set_data(ms.Tensor(table).astype(ms.bfloat16))
+    layer.weight.set_data(ms.Tensor(rounded(table)).astype(ms.bfloat16))
     ids = np.array([[6, 0], [3, 3]], np.int32)
     assert np.array_equal(layer(ms.Tensor(ids)).asnumpy(), rounded(table)[ids])
 
@@ -99,3 +105,27 @@ def test_another_layer_is_left_alone():
     bfloat16.to_bfloat16(net)
     assert type(net.final_layer.linear) is Other
     assert not isinstance(Embedding(2, 2), bfloat16.BFloat16Embedding)
+
+
+@needs_products
+def test_a_checkpoint_loads_in_half_the_memory_and_encodes_and_denoises(tmp_path):
+    bundled = Path(__file__).parents[3] / "data/tiny-sigma"
+    exact, narrow = (load_t5(bundled / "text_encoder", dtype) for dtype in (ms.float32, ms.bfloat16))
+    sizes = [sum(p.nbytes for p in net.get_parameters()) for net in (exact, narrow)]
+    assert sizes[1] < 0.52 * sizes[0]
+    ids, mask = np.array([[5, 9, 1]], np.int32), np.ones((1, 3), bool)
+    assert relative_error(narrow(ids, mask).asnumpy(), exact(ids, mask).asnumpy()) < 3e-2
+    exact, narrow = (load_transformer(bundled / "transformer", dtype=dtype) for dtype in (ms.float32, ms.bfloat16))
+    rng, config = np.random.default_rng(1), exact.config
+    caption = ms.Tensor(rng.standard_normal((2, 5, config.caption_channels), dtype=np.float32))
+    latents = ms.Tensor(rng.standard_normal((2, 4, 16, 16), dtype=np.float32))
+    outputs = [denoiser(net, caption, None)(latents, 500.0).asnumpy() for net in (narrow, exact)]
+    assert 1e-5 < relative_error(*outputs) < 3e-2
+
+
+def test_a_processor_without_the_products_computes_in_float32_and_says_so(monkeypatch):
+    monkeypatch.setattr(bfloat16, "unsupported", lambda: "this processor has neither AVX512-BF16 nor AMX-BF16")
+    bundled = Path(__file__).parents[3] / "data/tiny-sigma"
+    with pytest.warns(UserWarning, match="computed in float32: this processor has neither"):
+        net = load_transformer(bundled / "transformer", dtype=ms.bfloat16)
+    assert {parameter.dtype for parameter in net.get_parameters()} == {ms.float32}
