@@ -153,6 +153,11 @@ class BFloat16Embedding(Embedding):
         super().__init__(count, size)
         self.weight.set_dtype(ms.bfloat16)
 
+    @property
+    def dtype(self) -> ms.Type:
+        """Dtype of the vectors."""
+        return ms.float32
+
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
         return ms.Tensor.from_numpy(_widened(_bits(self.weight)[ids.asnumpy()]))
 

@@ -110,6 +110,11 @@ class Embedding(nn.Cell):
         super().__init__()
         self.weight = parameter((count, size))
 
+    @property
+    def dtype(self) -> ms.Type:
+        """Dtype of the vectors."""
+        return self.weight.dtype
+
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
         if backend.on_ascend():
             return ascend_operators.embedding(self.weight, ids)

@@ -175,7 +175,7 @@ class T5Encoder(nn.Cell):
     @property
     def dtype(self) -> ms.Type:
         """Dtype of the embeddings: that of the weights, but float32 for bfloat16 weights on the CPU."""
-        return backend.supported_dtype(self.shared.weight.dtype)
+        return self.shared.dtype
 
     def construct(self, input_ids, mask) -> ms.Tensor:
         """Encode input_ids (N, T), integers, with mask (N, T) bool, True = token; every row needs a token."""

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 import numpy as np
 from mindspore import mint, nn
 
-from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
@@ -178,7 +177,7 @@ class PixArt(nn.Cell):
     @property
     def dtype(self) -> ms.Type:
         """Dtype of the activations: that of the weights, but float32 for bfloat16 weights on the CPU."""
-        return backend.supported_dtype(self.final_layer.linear.weight.dtype)
+        return self.final_layer.linear.dtype
 
     def construct(self, latents, timestep, caption, mask=None, size=None, drop=None):
         """Predict the noise.
