@@ -15,7 +15,7 @@ from mindspore import nn, ops
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
-from pixart_nb.core.lora.config import LoraConfig
+from pixart_nb.core.lora.config import LayerTargets, LoraConfig, Target, check_overlap
 from pixart_nb.core.lora.files import LoraFile, LoraModule, write_lora
 from pixart_nb.core.lora.layers import (
     PHASES,
@@ -29,7 +29,6 @@ from pixart_nb.core.lora.layers import (
     row_norms,
     to_matrix,
 )
-from pixart_nb.core.lora.targets import LayerTargets, Target
 from pixart_nb.core.models.transformer import PixArt
 
 
@@ -44,9 +43,8 @@ class Adapter:
         self.strength = _constant(np.zeros(1), f"{name}.strength")
         self.targets: dict[str, Target] = {}
         self.branches: dict[str, LoraBranch] = {}
-        self.phases: ms.Parameter | None = None
-        if config is not None and config.lora_dropout:
-            self.phases = _constant(np.zeros(PHASES), f"{name}.phases")
+        dropout = config is not None and config.lora_dropout
+        self.phases = _constant(np.zeros(PHASES), f"{name}.phases") if dropout else None
 
     def add(self, module: str, target: Target, values: LoraModule) -> None:
         """Create the branch of a module."""
@@ -61,11 +59,8 @@ class Adapter:
 
     def parameters(self) -> dict[str, ms.Parameter]:
         """Return all trained parameters, by module and PEFT's name of the part."""
-        return {
-            f"{module}.{part}": parameter
-            for module, branch in self.branches.items()
-            for part, parameter in branch.parameters().items()
-        }
+        branches = self.branches.items()
+        return {f"{module}.{part}": p for module, branch in branches for part, p in branch.parameters().items()}
 
     @property
     def size(self) -> int:
@@ -77,7 +72,7 @@ class Adapter:
         targets = [(target, self.branches[m]) for m, target in self.targets.items() if target.layer == layer]
         rows = self.layers.cells[layer].weight.shape[0]
         out, end = [], 0
-        for target, branch in sorted(targets, key=lambda pair: pair[0].start):
+        for target, branch in sorted(targets, key=lambda pair: pair[0]):
             out += [(end, target.start, ZeroBranch(target.start - end))] if target.start > end else []
             out.append((target.start, target.stop, branch))
             end = target.stop
@@ -87,23 +82,16 @@ class Adapter:
         """Return the update of a layer's weight, a matrix (out, in), by a strength of 1: the same shape, float64."""
         out = np.zeros(weight.shape, np.float64)
         for start, stop, branch in self.on(layer):
-            if isinstance(branch, LoraBranch):
-                out[start:stop] = branch.exact_update(weight[start:stop])
+            out[start:stop] = branch.exact_update(weight[start:stop])
         return out
 
-    def draw_dropout(self, *key: int) -> None:
-        """Draw the dropout noise of the next step, from a generator of its own for a key such as (seed, step)."""
-        if self.phases is None:
-            return
-        rng = np.random.default_rng((*key, 8))
-        for phases in (self.phases, *(branch.dropout.columns for branch in self.branches.values())):
-            ops.assign(phases, ms.Tensor(rng.random(phases.shape, np.float32)))
-
     def with_dropout(self, batch: Callable[[int], tuple], seed: int) -> Callable[[int], tuple]:
-        """Return ``batch(step)`` that also draws the dropout of that step; call it right before the step."""
+        """Return ``batch(step)`` that also draws the dropout noise of that step; call it right before the step."""
 
         def drawn(step: int) -> tuple:
-            self.draw_dropout(seed, step)
+            rng = np.random.default_rng((seed, step, 8))
+            for phases in (self.phases, *(branch.dropout.columns for branch in self.branches.values())):
+                ops.assign(phases, ms.Tensor(rng.random(phases.shape, np.float32)))
             return batch(step)
 
         return drawn if self.phases is not None else batch
@@ -114,15 +102,15 @@ class Adapter:
         for module, target in self.targets.items():
             for name, part in self.layers.diffusers.items():
                 if part.layer == target.layer and target.start <= part.start and part.stop <= target.stop:
-                    out[name] = self._rows(module, part.start - target.start, part.stop - target.start)
+                    out[name] = self._rows(module, slice(part.start - target.start, part.stop - target.start))
         return out
 
-    def _rows(self, module: str, start: int, stop: int) -> LoraModule:
+    def _rows(self, module: str, rows: slice) -> LoraModule:
         branch, shape = self.branches[module], self.layers.cells[self.targets[module].layer].weight.shape
         parts = {name: np.array(p.asnumpy()) for name, p in branch.parameters().items()}
-        up, magnitude = parts["lora_B"][start:stop], parts.get("lora_magnitude_vector")
+        up, magnitude = parts["lora_B"][rows], parts.get("lora_magnitude_vector")
         up = up.reshape(*up.shape, 1, 1) if len(shape) == 4 else up
-        magnitude = None if magnitude is None else magnitude[start:stop]
+        magnitude = None if magnitude is None else magnitude[rows]
         return LoraModule(from_matrix(parts["lora_A"], shape), up, branch.scale, magnitude)
 
     def save(self, folder: str | Path, layout: str = "diffusers") -> Path:
@@ -163,7 +151,7 @@ class Adapters:
         adapter = Adapter(name, self.layers, config)
         rng = np.random.default_rng(seed)
         for module, target in self.layers.named(config.target_modules).items():
-            adapter.add(module, target, self._initial(module, target, config, rng))
+            adapter.add(module, target, _initial(module, target, self.layers.cells[target.layer].weight, config, rng))
         return self._adopt(adapter)
 
     def load(self, name: str, file: LoraFile) -> Adapter:
@@ -173,7 +161,7 @@ class Adapters:
         """
         self._check_new(name)
         targets = self._fitting(file)
-        self.layers.check_overlap(targets)
+        check_overlap(targets)
         adapter = Adapter(name, self.layers, None)
         for module, target in targets.items():
             adapter.add(self.layers.canonical(target), target, file.modules[module])
@@ -197,34 +185,20 @@ class Adapters:
         self.activate([adapter.name])
         return adapter
 
-    def _initial(self, module: str, target: Target, config: LoraConfig, rng: np.random.Generator) -> LoraModule:
-        weight = self.layers.cells[target.layer].weight
-        rank, size = config.rank(module), int(np.prod(weight.shape[1:]))
-        if config.init_lora_weights == "gaussian":
-            down = rng.standard_normal((rank, size)) / rank
-        else:
-            down = rng.uniform(-1, 1, (rank, size)) / np.sqrt(size)
-        magnitude = None
-        if config.use_dora:
-            rows = as_matrix(weight)[target.start : target.stop].astype(ms.float32)
-            magnitude = row_norms(rows).asnumpy()
-        down = from_matrix(down.astype(np.float32), weight.shape)
-        up = np.zeros((target.stop - target.start, rank), np.float32)
-        return LoraModule(down, up, config.scale(module), magnitude)
-
     def _fitting(self, file: LoraFile) -> dict[str, Target]:
+        """Return the targets of the modules of a file, all of which must exist in this network with their shapes."""
         targets = {name: self.layers.targets.get(name) for name in file.modules}
-        unknown = [name for name, target in targets.items() if target is None]
-        wrong = []
+        problems = {"are of another shape": [], "are not in the model": [n for n, t in targets.items() if t is None]}
         for name, target in targets.items():
             if target is not None:
                 module, shape = file.modules[name], self.layers.cells[target.layer].weight.shape
                 sizes = ((len(module.up), *module.down.shape[1:]), (target.stop - target.start, *shape[1:]))
-                wrong += [f"{name}: LoRA {sizes[0]}, model {sizes[1]}"] if sizes[0] != sizes[1] else []
-        if unknown or wrong:
+                text = f"{name}: LoRA {sizes[0]}, model {sizes[1]}"
+                problems["are of another shape"] += [text] if sizes[0] != sizes[1] else []
+        if any(problems.values()):
             parts = [
                 f"{len(names)} {problem} ({'; '.join(names[:4])}{'; ...' if len(names) > 4 else ''})"
-                for problem, names in (("are of another shape", wrong), ("are not in the model", unknown))
+                for problem, names in problems.items()
                 if names
             ]
             config = self.net.config
@@ -244,9 +218,8 @@ class Adapters:
     def activate(self, names: Sequence[str], weights: float | Sequence[float] | None = None) -> None:
         """Activate these adapters, each with its weight (1 by default), and no others."""
         self._check_unfused("others are chosen")
-        self.weights = dict(zip(self._checked(names), _as_weights(weights, len(names)), strict=True))
-        self.enabled = True
-        self._install()
+        self.weights = dict(zip(self.checked(names), _as_weights(weights, len(names)), strict=True))
+        self.enable(True)
 
     def enable(self, enabled: bool) -> None:
         """Switch the active adapters off and on again."""
@@ -257,7 +230,7 @@ class Adapters:
     def delete(self, names: Sequence[str]) -> None:
         """Delete adapters; the others stay as they are."""
         self._check_unfused("one is deleted")
-        for name in self._checked(names):
+        for name in self.checked(names):
             del self.adapters[name]
             self.weights.pop(name, None)
         self._install()
@@ -267,11 +240,8 @@ class Adapters:
         self.adapters, self.weights, self.originals = {}, {}, {}
         self._install()
 
-    def named(self, name: str) -> Adapter:
-        """Return an adapter; raises ``PixArtNBError`` with the names of all."""
-        return self.adapters[self._checked([name])[0]]
-
-    def _checked(self, names: Sequence[str]) -> list[str]:
+    def checked(self, names: Sequence[str]) -> list[str]:
+        """Return names of adapters; raises ``PixArtNBError`` for unknown and repeated ones."""
         missing = [name for name in names if name not in self.adapters]
         if missing:
             raise PixArtNBError(f"no adapter is called {missing[0]!r}; there are {list(self.adapters) or 'none'}")
@@ -300,7 +270,7 @@ class Adapters:
         The original weights are kept in host memory until ``unfuse`` or ``clear``.
         """
         self._check_unfused("they are fused again")
-        chosen = self._checked(list(self.active if names is None else names))
+        chosen = self.checked(list(self.active if names is None else names))
         idle = [name for name in chosen if name not in self.active]
         if idle or not chosen:
             problem = f"adapter {idle[0]!r} is not active" if idle else "no adapter is active"
@@ -324,6 +294,22 @@ class Adapters:
             _assign(self.layers.cells[layer].weight, weight)
         self.originals = {}
         self._install()
+
+
+def _initial(
+    module: str, target: Target, weight: ms.Parameter, config: LoraConfig, rng: np.random.Generator
+) -> LoraModule:
+    """Return the initial values of a module: a random lora_A, and a lora_B of zeros."""
+    rank, size = config.rank(module), int(np.prod(weight.shape[1:]))
+    if config.init_lora_weights == "gaussian":
+        down = rng.standard_normal((rank, size)) / rank
+    else:
+        down = rng.uniform(-1, 1, (rank, size)) / np.sqrt(size)
+    magnitude = None
+    if config.use_dora:
+        magnitude = row_norms(as_matrix(weight)[target.start : target.stop].astype(ms.float32)).asnumpy()
+    up = np.zeros((target.stop - target.start, rank), np.float32)
+    return LoraModule(from_matrix(down.astype(np.float32), weight.shape), up, config.scale(module), magnitude)
 
 
 def _constant(values: np.ndarray, name: str) -> ms.Parameter:

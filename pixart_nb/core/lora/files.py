@@ -11,16 +11,17 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, atomic_write_together, load_metadata, read_json, save_tensors, write_json
-from pixart_nb.core.lora.config import pattern_tokens, pattern_value
+from pixart_nb.core.lora.config import check_pattern, pattern_value
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -46,17 +47,71 @@ _PARTS = {
 }
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
 _MAX_NAME = 500
-#: Settings of PEFT with which an adapter is a plain LoRA or DoRA of linear layers, and their values.
-_PLAIN = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "fan_in_fan_out": (None, False),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-}
 #: Initial values that leave the weights of the model as they are.
 _INITIAL = (None, True, False, "gaussian", "kaiming", "eva", "orthogonal")
+
+_Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
+_Pattern = Annotated[str, AfterValidator(check_pattern)]
+_Nothing = Annotated[list, Field(max_length=0)] | None
+
+
+class PeftConfig(BaseModel):
+    """adapter_config.json of PEFT: alphas, and settings with values that a plain LoRA or DoRA has."""
+
+    model_config = ConfigDict(strict=True)
+
+    peft_type: Literal["LORA"] = "LORA"
+    bias: Literal["none"] = "none"
+    modules_to_save: _Nothing = None
+    layer_replication: _Nothing = None
+    fan_in_fan_out: Literal[False] | None = None
+    lora_bias: Literal[False] | None = None
+    use_qalora: Literal[False] | None = None
+    init_lora_weights: Any = None
+    lora_alpha: _Alpha | None = None
+    alpha_pattern: dict[_Pattern, _Alpha] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str) -> PeftConfig:
+        """Validate the values of a file, which ``source`` names in messages. Raises ``CheckpointError``."""
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise CheckpointError(f"{source}: {first['loc'][0]} is {first['input']!r:.60}; {first['msg']}") from error
+        initial = config.init_lora_weights
+        if not isinstance(initial, bool | str | None) or initial not in _INITIAL:
+            raise CheckpointError(
+                f"{source}: init_lora_weights is {initial!r:.60}, with which PEFT changes the model's weights too; save "
+                "the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+            )
+        return config
+
+    @classmethod
+    def beside(cls, path: Path) -> PeftConfig:
+        """Read the configuration beside a file of weights, or in its metadata; without any, it is empty."""
+        if path.stem == "adapter_model" and (path.parent / PEFT_CONFIG).is_file():
+            return cls.of(read_json(path.parent / PEFT_CONFIG), str(path.parent / PEFT_CONFIG))
+        text = load_metadata(path).get(METADATA) if path.suffix == ".safetensors" else None
+        if not text:
+            return cls()
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: its metadata {METADATA} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path}: its metadata {METADATA} is {content!r:.60}; expected an object")
+        values = {str(name).removeprefix("transformer."): value for name, value in content.items()}
+        return cls.of(values, f"the metadata of {path}")
+
+    def scale(self, name: str, rank: int, own: float | None) -> float | None:
+        """Return alpha / r of a module; an alpha of its own, beside its weights, is preferred. None without any."""
+        alpha = own if own is not None else pattern_value(self.alpha_pattern or {}, name, self.lora_alpha)
+        if alpha is None:
+            return None
+        return float(alpha) / (math.sqrt(rank) if self.use_rslora and own is None else rank)
 
 
 @dataclass(frozen=True)
@@ -94,9 +149,9 @@ def read_lora(source: str | Path | Mapping[str, Any], weight_name: str | None = 
     """
     if isinstance(source, Mapping):
         tensors = {str(name): _array(value) for name, value in source.items()}
-        return _lora_of(tensors, _Alphas(), "the given tensors")
+        return _lora_of(tensors, PeftConfig(), "the given tensors")
     path = _weights_file(Path(source).expanduser(), weight_name)
-    return _lora_of(read_tensors(path), _alphas_beside(path), str(path))
+    return _lora_of(read_tensors(path), PeftConfig.beside(path), str(path))
 
 
 def _array(value: Any) -> np.ndarray:
@@ -124,74 +179,6 @@ def _weights_file(path: Path, weight_name: str | None) -> Path:
     return path
 
 
-# ---- alpha
-
-
-@dataclass(frozen=True)
-class _Alphas:
-    """Alpha in the configuration beside the weights; None if there is none."""
-
-    alpha: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-
-    def scale(self, name: str, rank: int, own: float | None) -> float | None:
-        """Return alpha / r of a module; an alpha of its own, beside its weights, is preferred. None without any."""
-        alpha = own if own is not None else pattern_value(self.patterns, name, self.alpha)
-        if alpha is None:
-            return None
-        return float(alpha) / (math.sqrt(rank) if self.use_rslora and own is None else rank)
-
-
-def _alphas_beside(path: Path) -> _Alphas:
-    if path.stem == "adapter_model" and (path.parent / PEFT_CONFIG).is_file():
-        return _alphas_of(read_json(path.parent / PEFT_CONFIG), str(path.parent / PEFT_CONFIG))
-    if path.suffix == ".safetensors":
-        text = load_metadata(path).get(METADATA)
-        if text:
-            return _alphas_of(_unpacked(text, path), f"the metadata of {path}")
-    return _Alphas()
-
-
-def _unpacked(text: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: its metadata {METADATA} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: its metadata {METADATA} is {content!r:.60}; expected an object")
-    return {str(name).removeprefix("transformer."): value for name, value in content.items()}
-
-
-def _alphas_of(config: Mapping[str, Any], source: str) -> _Alphas:
-    """Return the alphas of a PEFT configuration, which must describe a plain LoRA or DoRA."""
-    if config.get("peft_type", "LORA") != "LORA":
-        raise CheckpointError(f"{source}: peft_type is {config['peft_type']!r:.60}; expected 'LORA'")
-    for key, values in _PLAIN.items():
-        if config.get(key, values[0]) not in values:
-            raise CheckpointError(f"{source}: {key} is {config[key]!r:.60}; supported: {values[0]!r}")
-    initial = config.get("init_lora_weights")
-    if not isinstance(initial, str | bool | None) or initial not in _INITIAL:
-        raise CheckpointError(
-            f"{source}: init_lora_weights is {initial!r:.60}, with which PEFT changes the weights of the model too; "
-            "save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-        )
-    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise CheckpointError(f"{source}: alpha_pattern is {patterns!r:.60}; expected names of modules with numbers")
-    for value in (alpha, *patterns.values()):
-        if value is not None and not (type(value) in (int, float) and abs(value) < 1e30):
-            raise CheckpointError(f"{source}: an alpha is {value!r:.60}; expected a number")
-    try:
-        for pattern in patterns:
-            for option in pattern.strip("()").split("|"):
-                pattern_tokens(option)
-    except PixArtNBError as error:
-        raise CheckpointError(f"{source}: alpha_pattern: {error}") from error
-    return _Alphas(alpha, patterns, bool(config.get("use_rslora")), bool(config.get("use_dora")))
-
-
 # ---- reading
 
 
@@ -200,7 +187,7 @@ def _plain_name(name: str) -> str:
     return name.removeprefix(max(matching, key=len, default=""))
 
 
-def _lora_of(tensors: Mapping[str, np.ndarray], alphas: _Alphas, source: str) -> LoraFile:
+def _lora_of(tensors: Mapping[str, np.ndarray], config: PeftConfig, source: str) -> LoraFile:
     parts_of, unknown, others = _grouped(tensors, source)
     if unknown or not parts_of:
         reason = "it is empty" if not tensors else "it holds no part of a transformer"
@@ -212,10 +199,14 @@ def _lora_of(tensors: Mapping[str, np.ndarray], alphas: _Alphas, source: str) ->
         )
     modules, silent = {}, []
     for name, parts in parts_of.items():
-        scale = alphas.scale(name, *_rank_and_alpha(name, parts, source))
+        _check(f"{source}: {name}", parts)
+        own = float(parts["alpha"].reshape(())) if "alpha" in parts else None
+        scale = config.scale(name, len(parts["down"]), own)
         silent += [name] if scale is None else []
-        modules[name] = _module(name, parts, 1.0 if scale is None else scale, source)
-    if alphas.use_dora and all(module.magnitude is None for module in modules.values()):
+        down, up = (np.array(parts[part], np.float32) for part in ("down", "up"))
+        magnitude = np.array(parts["magnitude"], np.float32).reshape(len(up)) if "magnitude" in parts else None
+        modules[name] = LoraModule(down, up, 1.0 if scale is None else scale, magnitude)
+    if config.use_dora and all(module.magnitude is None for module in modules.values()):
         raise CheckpointError(f"{source} is described as a DoRA, but holds no lora_magnitude_vector")
     if silent:
         warnings.warn(
@@ -249,36 +240,30 @@ def _grouped(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict, list
     return modules, unknown, others
 
 
-def _rank_and_alpha(name: str, parts: Mapping[str, np.ndarray], source: str) -> tuple[int, float | None]:
-    """Return the rank of a module, whose parts must be complete and fit each other, and its own alpha."""
+def _check(module: str, parts: Mapping[str, np.ndarray]) -> None:
+    """Refuse the parts of a module that are not complete, or do not fit each other."""
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
-        raise CheckpointError(f"{source}: {name} has no {' and no '.join(missing)}; half of it is missing")
+        raise CheckpointError(f"{module} has no {' and no '.join(missing)}; half of it is missing")
     down, up = parts["down"], parts["up"]
     if down.ndim not in (2, 4) or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.size:
         raise CheckpointError(
-            f"{source}: {name} has factors of shapes {down.shape} and {up.shape}; expected (r, in) and (out, r)"
+            f"{module} has factors of shapes {down.shape} and {up.shape}; expected (r, in) and (out, r)"
         )
     for part, tensor in parts.items():
         if tensor.dtype.kind != "f" and part != "alpha":
-            raise CheckpointError(f"{source}: {name} has a {part} of {tensor.dtype}; expected floats")
+            raise CheckpointError(f"{module} has a {part} of {tensor.dtype}; expected floats")
         if not np.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: {name} has a {part} that is not finite")
+            raise CheckpointError(f"{module} has a {part} that is not finite")
     if "alpha" in parts and parts["alpha"].size != 1:
-        raise CheckpointError(f"{source}: {name} has an alpha of shape {parts['alpha'].shape}; expected a number")
-    return len(down), float(parts["alpha"].reshape(())) if "alpha" in parts else None
-
-
-def _module(name: str, parts: Mapping[str, np.ndarray], scale: float, source: str) -> LoraModule:
-    magnitude, rows = parts.get("magnitude"), parts["up"].shape[0]
-    if magnitude is not None:
-        if magnitude.size != rows or (magnitude.shape[:1] != (rows,) and magnitude.ndim != 4):
-            raise CheckpointError(
-                f"{source}: {name} has a magnitude of shape {magnitude.shape}; expected {rows} numbers, one for each "
-                "output"
-            )
-        magnitude = np.array(magnitude, np.float32).reshape(rows)
-    return LoraModule(np.array(parts["down"], np.float32), np.array(parts["up"], np.float32), scale, magnitude)
+        raise CheckpointError(f"{module} has an alpha of shape {parts['alpha'].shape}; expected a number")
+    magnitude, rows = parts.get("magnitude"), len(up)
+    if magnitude is not None and (
+        magnitude.size != rows or not (magnitude.shape[:1] == (rows,) or magnitude.ndim == 4)
+    ):
+        raise CheckpointError(
+            f"{module} has a magnitude of shape {magnitude.shape}; expected {rows} numbers, one for each output"
+        )
 
 
 def _some(names: list[str], count: int = 3) -> str:

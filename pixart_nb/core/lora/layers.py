@@ -23,7 +23,7 @@ def as_matrix(weight: ms.Tensor) -> ms.Tensor:
 
 
 def to_matrix(weight: np.ndarray) -> np.ndarray:
-    """``as_matrix`` of an array."""
+    """Return ``as_matrix`` of an array."""
     return weight.transpose(0, 2, 3, 1).reshape(len(weight), -1) if weight.ndim == 4 else weight
 
 
@@ -150,8 +150,10 @@ class ZeroBranch(nn.Cell):
         return mint.zeros((*x.shape[:-1], self.rows), dtype=x.dtype)
 
     def update(self, weight: ms.Tensor) -> ms.Tensor:
-        """As ``LoraBranch.update``."""
         return mint.zeros(weight.shape, dtype=weight.dtype)
+
+    def exact_update(self, weight: np.ndarray) -> np.ndarray:
+        return np.zeros(weight.shape)
 
 
 class AdaptedLayer(nn.Cell):

@@ -48,7 +48,7 @@ class LoraLoaderMixin:
             if len(adapters.active) != 1:
                 raise PixArtNBError(f"active adapters are {adapters.active}; give the one to save as adapter_name")
             adapter_name = adapters.active[0]
-        return adapters.named(adapter_name).save(save_directory, layout)
+        return adapters.adapters[adapters.checked([adapter_name])[0]].save(save_directory, layout)
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -66,7 +66,6 @@ class LoraLoaderMixin:
         return {"transformer": names} if names else {}
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Delete adapters."""
         self._adapters.delete(_as_list(adapter_names))
 
     def disable_lora(self) -> None:
@@ -74,7 +73,6 @@ class LoraLoaderMixin:
         self._adapters.enable(False)
 
     def enable_lora(self) -> None:
-        """Sample with the active adapters again."""
         self._adapters.enable(True)
 
     def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
