@@ -14,21 +14,8 @@ import numpy as np
 from pixart_nb.core.io import CheckpointError
 
 #: Dtypes under safetensors' names, and NumPy's dtype of their bytes; bfloat16 is kept as its bits.
-DTYPES = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
+DTYPES = {f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "FIU" for size in (8, 4, 2)}
+DTYPES |= {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "BF16": np.dtype("<u2"), "BOOL": np.dtype("?")}
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: More tensors than any checkpoint has; each takes memory, however small it is in its file.
 MAX_TENSORS = 100_000

@@ -84,8 +84,8 @@ class PeftConfig(BaseModel):
         initial = config.init_lora_weights
         if not isinstance(initial, bool | str | None) or initial not in _INITIAL:
             raise CheckpointError(
-                f"{source}: init_lora_weights is {initial!r:.60}, with which PEFT changes the model's weights too; save "
-                "the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+                f"{source}: init_lora_weights is {initial!r:.60}, with which PEFT changes the model's weights too; "
+                "save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
             )
         return config
 
