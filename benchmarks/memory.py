@@ -28,9 +28,8 @@ from pixart_nb.core import PixArt, PixArtConfig, trace
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion, write_random
 from pixart_nb.core.fast import denoiser
-from pixart_nb.core.memory import PeakMemory
+from pixart_nb.core.memory import PeakMemory, run_in_subprocess
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
-from pixart_nb.core.subprocesses import run_in_subprocess
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.mindspore_work import write_text_encoder

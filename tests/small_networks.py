@@ -3,7 +3,7 @@
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.run_memory import Networks
+from pixart_nb.core.run_plan import Networks
 
 TINY_T5 = T5Config(vocab_size=30, d_model=24, d_kv=8, d_ff=40, num_heads=2, num_layers=3)
 PUBLISHED = Networks(PixArtConfig(input_size=128, pe_interpolation=2.0), T5Config(), VAEConfig())

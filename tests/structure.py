@@ -256,7 +256,7 @@ NAMES = {
     "Stored": "LazyTensor",
     "lies": "storage_dtype",
     "read_as": "astype",
-    "Live": "ActivationMemory",
+    "Live": "activation memory",
     "Part": "Hook",
     "Probe": "HookPoint",
     "probe": "hook_point",

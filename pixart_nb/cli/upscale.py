@@ -44,8 +44,7 @@ def upscale(
 def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -> tuple[list[Path], list[dict]]:
     """Draw the image and write it with its page. Return the paths, and table rows of planned and measured memory."""
     from pixart_nb.core.io import ensure_writable
-    from pixart_nb.core.run_memory import ActivationMemory
-    from pixart_nb.core.run_plan import check_fits, plan_upscaling
+    from pixart_nb.core.run_plan import check_fits, plan_upscaling, process_memory
     from pixart_nb.core.sampling import planning, upscaling
     from pixart_nb.core.sampling.images import write_new_image
     from pixart_nb.core.sampling.planning import drawn_size, prompts_of
@@ -56,8 +55,7 @@ def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -
     networks, _ = planning.networks_of(config)
     height, width = drawn_size(config, networks.transformer)
     sizes = upscaling.upscale_sizes(networks.transformer, height, width, factors, strengths, keys)
-    run, memory = planning.run_settings(config, networks), ActivationMemory.of_this_process()
-    plans = plan_upscaling(networks, run, sizes, memory=memory)
+    plans = plan_upscaling(networks, planning.run_settings(config, networks), sizes, process=process_memory())
     for plan in plans:
         check_fits(plan, planning.memory_limit(config))
     ensure_writable(config.output_path, needed=3 * height * width)

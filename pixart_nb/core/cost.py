@@ -51,13 +51,9 @@ def empty_network(config: PixArtConfig | T5Config | VAEConfig) -> nn.Cell:
 class StepCost:
     """Cost of one forward pass over the transformer blocks, for one image.
 
-    Attributes:
-        tokens: Tokens of the image.
-        keys: Keys of a compressed layer (of any layer without compression).
-        macs: MACs of all blocks.
-        attention_macs: MACs of the scores and weighted sums of all self-attentions.
-        bytes: Bytes of the keys and values of all self-attentions.
-        map_bytes: Bytes that the largest attention map would take if it were stored.
+    ``keys`` are those of a compressed layer, if there is one; ``macs`` and ``attention_macs`` (scores and weighted
+    sums) are those of all blocks; ``bytes`` is the size of all keys and values of the self-attentions, ``map_bytes``
+    that of the largest attention map if it were stored.
     """
 
     tokens: int
@@ -66,10 +62,6 @@ class StepCost:
     attention_macs: int
     bytes: int
     map_bytes: int
-
-    def to_dict(self) -> dict[str, int]:
-        """Return all fields."""
-        return asdict(self)
 
 
 def step_cost(
@@ -187,18 +179,15 @@ def cost_by_size(
         name -> records with ``size``, ``choice``, ``share`` (of the MACs without compression), the fields of
         ``StepCost``, and ``seconds`` (None where nothing was measured).
     """
-    whole = {size: step_cost(with_compression(config, (), 1), size, size).macs for size in sizes}
-    records: dict[str, list[dict[str, Any]]] = {}
-    for name, (layers, ratio) in choices.items():
-        compressed = with_compression(config, layers, ratio)
-        costs = {size: step_cost(compressed, size, size) for size in sizes}
-        records[name] = [
-            {"size": size, "choice": name, "share": cost.macs / whole[size]}
-            | cost.to_dict()
-            | {"seconds": (seconds or {}).get((size, ratio))}
-            for size, cost in costs.items()
-        ]
-    return records
+    whole = with_compression(config, (), 1)
+
+    def record(name: str, layers: Sequence[int], ratio: int, size: int) -> dict[str, Any]:
+        cost = step_cost(with_compression(config, layers, ratio), size, size)
+        share = cost.macs / step_cost(whole, size, size).macs
+        measured = (seconds or {}).get((size, ratio))
+        return {"size": size, "choice": name, "share": share, **asdict(cost), "seconds": measured}
+
+    return {name: [record(name, *choice, size) for size in sizes] for name, choice in choices.items()}
 
 
 def measure_self_attention(
@@ -209,39 +198,33 @@ def measure_self_attention(
     hidden_size: int = 1152,
     heads: int = 16,
     repeats: int = 3,
-    seed: int = 0,
 ) -> float:
-    """Measure the seconds that one layer takes to compress keys and values and to attend to them.
+    """Measure the seconds in which one layer compresses keys and values of height x width tokens and attends to them.
 
-    Random numbers in float32, the best of ``repeats``. ``height`` and ``width`` count tokens. At most
-    ``TIMED_QUERIES`` queries are timed and scaled to all of them. Projections are not included, since compression
-    does not change them.
+    Random numbers in float32, the best of ``repeats``. At most ``TIMED_QUERIES`` queries are timed and scaled to all
+    of them. Projections are left out: compression does not change them.
     """
-    rng = np.random.default_rng(seed)
     tokens = height * width
-    x = ms.Tensor(rng.standard_normal((1, tokens, hidden_size), dtype=np.float32))
-    count = min(tokens, TIMED_QUERIES)
-    queries = split_heads(x[:, :count], heads)
-    reduction = DepthwiseReduction(hidden_size, ratio) if operator == "conv" else None
-    norm = LayerNorm(hidden_size) if operator == "conv" else None
+    values = np.random.default_rng(0).standard_normal((1, tokens, hidden_size), dtype=np.float32)
+    x, count = ms.Tensor(values), min(tokens, TIMED_QUERIES)
+    convolution = (DepthwiseReduction(hidden_size, ratio), LayerNorm(hidden_size)) if operator == "conv" else ()
 
     def compressed() -> ms.Tensor:
-        return x if ratio == 1 else compress_tokens(x, height, width, ratio, operator, reduction, norm)
+        return compress_tokens(x, height, width, ratio, operator, *convolution) if ratio > 1 else x
 
-    compression = 0.0 if ratio == 1 else 2 * best_seconds(compressed, repeats)
-    keys = split_heads(compressed(), heads)
+    queries, keys = split_heads(x[:, :count], heads), split_heads(compressed(), heads)
+    compression = 2 * best_seconds(compressed, repeats) if ratio > 1 else 0.0
     return compression + best_seconds(lambda: attention(queries, keys, keys), repeats) * tokens / count
 
 
 def best_seconds(function: Callable[[], ms.Tensor], repeats: int = 3) -> float:
     """Return the shortest of ``repeats`` timed calls, after one call that is not counted."""
-    function().asnumpy()
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         started = time.perf_counter()
         function().asnumpy()
         times.append(time.perf_counter() - started)
-    return min(times)
+    return min(times[1:])
 
 
 # ---- text encoder and autoencoder

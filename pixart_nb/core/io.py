@@ -50,11 +50,7 @@ class CheckpointError(PixArtNBError):
 
 @contextmanager
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path; it replaces ``path`` on success and is removed on any error.
-
-    Raises ``WriteError`` if the file cannot be written. ``sync=False`` leaves it to the system when the bytes reach
-    the disk: for thousands of small files.
-    """
+    """Yield a temporary path that replaces ``path`` on success; ``atomic_write_together`` for a single file."""
     with atomic_write_together(path, sync=sync) as (temporary,):
         yield temporary
 
@@ -65,7 +61,8 @@ def atomic_write_together(*paths: str | Path, sync: bool = True) -> Iterator[tup
 
     Each temporary file has the name of its target and is in a folder of its own beside it, so that a writer that
     makes further temporary files, as safetensors does, makes them there. Files get the mode that the umask gives.
-    Folders that are missing are made, and removed on an error. Raises ``WriteError``.
+    Folders that are missing are made, and removed on an error. ``sync=False`` leaves it to the system when the bytes
+    reach the disk: for thousands of small files. Raises ``WriteError`` if a file cannot be written.
     """
     targets = [Path(path) for path in paths]
     temporaries = tuple(temporary_beside(path) / path.name for path in targets)
@@ -99,9 +96,9 @@ def write_errors(path: str | Path, folders: tuple[Path, ...] = ()) -> Iterator[N
     """
     try:
         yield
-    except WriteError:
-        raise
     except (OSError, SafetensorError) as error:
+        if isinstance(error, WriteError):
+            raise
         source = Path(getattr(error, "filename", None) or path)
         if folders and not any(a.is_relative_to(b) for f in folders for a, b in ((source, f), (f, source))):
             raise
@@ -147,14 +144,12 @@ def temporaries_in(folder: Path) -> list[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the temporaries of processes of this machine that have died, and any that is older than a day."""
-    for path in temporaries_in(folder):
-        if not _is_abandoned(path):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with suppress(OSError):
+    """Remove the temporaries of processes of this machine that have died, and of others if older than a day."""
+    for path in filter(_is_abandoned, temporaries_in(folder)):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
 
 
@@ -209,9 +204,8 @@ def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> 
     """Hold a folder for this process alone, from before the first byte is written until the ``with`` block ends.
 
     Makes the folder, checks that it can be written, and removes what dead writers left in it. The lock is the
-    operating system's: it ends with the process, however that ends, and its file is removed. It is not reentrant: a
-    second lock of the same folder in the same process is refused too. A command that writes a single file takes
-    ``folder_lock(path.parent, name=f".{path.name}.lock")``, so that other files of the folder can be written.
+    operating system's: it ends with the process, however that ends, and its file is removed. It is not reentrant. A
+    command that writes a single file takes the name ``.FILE.lock``, so that others of the folder can be written.
 
     ``wait``: wait until the other process has finished, instead of raising ``FolderInUseError``.
     Raises ``WriteError`` for a folder that cannot be written.
@@ -230,13 +224,12 @@ def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> 
         remove_temporaries(folder)
         yield folder
     finally:
+        if fcntl is None:  # Windows, where an open file cannot be removed
+            os.close(handle)
+        with suppress(OSError):
+            path.unlink()  # elsewhere while the lock is held: see _try_lock
         if fcntl is not None:
-            with suppress(OSError):
-                path.unlink()  # while the lock is held: see _try_lock
-        os.close(handle)
-        if fcntl is None:
-            with suppress(OSError):  # an open file cannot be removed there
-                path.unlink()
+            os.close(handle)
         _remove_empty(made)
 
 
@@ -263,16 +256,17 @@ def _try_lock(path: Path) -> int | None:
 def _lock(handle: int) -> None:
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    else:
-        os.lseek(handle, 1024, os.SEEK_SET)  # beyond the text, which others may read
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        os.lseek(handle, 0, os.SEEK_SET)
+        return
+    os.lseek(handle, 1024, os.SEEK_SET)  # beyond the text, which others may read
+    msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    os.lseek(handle, 0, os.SEEK_SET)
 
 
 def _holder(path: Path) -> str:
-    with suppress(OSError):
+    try:
         return path.read_text(encoding="utf-8", errors="replace") or "?"
-    return "?"
+    except OSError:
+        return "?"
 
 
 # ---- JSON and safetensors files

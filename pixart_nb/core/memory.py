@@ -1,29 +1,40 @@
-"""Memory of this process and of the machine or device it runs on."""
+"""Memory of this process and of the device it runs on, and processes that free their memory when they end."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import pickle
+import subprocess
 import sys
+import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from pixart_nb.core import backend
+from pixart_nb.core.errors import PixArtNBError
 
 #: Seconds between two measurements of ``PeakMemory``.
 _INTERVAL = 0.005
-#: Files with the limit and the usage of a container, for cgroups version 2 and 1.
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-    ),
+#: Files with the limit, the usage and the counters of a container, for cgroups version 2 and 1.
+_CGROUPS = tuple(
+    tuple(f"/sys/fs/cgroup/{path}" for path in paths)
+    for paths in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    )
 )
+_COMMAND = "import sys; from pixart_nb.core import memory; memory.answer(sys.argv[1])"
+
+
+class SubprocessError(PixArtNBError):
+    """A process of its own ended without a result."""
 
 
 def in_use() -> int:
@@ -102,3 +113,36 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
         self.update()
+
+
+def run_in_subprocess(task: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, called in another process that shares the terminal.
+
+    MindSpore keeps the activation memory of everything it computed; here it is freed when the process ends.
+
+    Args:
+        task: What the process does ("measures the speed"), for the error message.
+        function: Function of a module. Arguments and result must be picklable.
+
+    Raises:
+        SubprocessError: the process ended early; the reason is in its output.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result"
+        code = subprocess.run(
+            [sys.executable, "-c", _COMMAND, str(path)],
+            input=pickle.dumps((function, args)),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)},
+        ).returncode
+        if code or not path.exists():
+            raise SubprocessError(
+                f"the process that {task} ended with exit code {code}; its output is above. Exit code -9 usually "
+                "means that memory ran out."
+            )
+        return pickle.loads(path.read_bytes())
+
+
+def answer(path: str) -> None:
+    """Call the function that arrives on the standard input and write its result to ``path``."""
+    function, args = pickle.load(sys.stdin.buffer)
+    Path(path).write_bytes(pickle.dumps(function(*args)))

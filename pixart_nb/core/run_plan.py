@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from pixart_nb.core import backend
+from pixart_nb.config import SAMPLING_STEPS
+from pixart_nb.core import backend, cost
 from pixart_nb.core.backend import ms
-from pixart_nb.core.cost import (
-    caption_macs,
-    decode_macs,
-    empty_network,
-    encode_macs,
-    key_count,
-    parameters,
-    step_macs,
-    with_compression,
-)
+from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.models.tiling import tile_starts
+from pixart_nb.core.fast.cpu import transposed_elements
+from pixart_nb.core.memory import in_use
+from pixart_nb.core.models.attention import chunk_shape
+from pixart_nb.core.models.t5 import T5Config
+from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.models.vae import COARSE_CHANNELS, COARSE_TILE
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.run_memory import (
-    DEFAULT_MEMORY,
-    ActivationMemory,
-    Networks,
-    RunSettings,
-    activation_bytes,
-    weight_bytes,
-)
 from pixart_nb.core.sampling.samplers import steps_taken
 
 STAGES = ("encode", "denoise", "decode")
+#: Bytes of a value.
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+#: Values alive at the worst moment, measured on the real networks: per channel of a token of the transformer, of a
+#: pixel in the fine part of the decoder, and of a latent cell in its coarse part; bytes per attention score.
+TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
+#: Bytes of Python and MindSpore while a network computes, and before anything is computed.
+PROCESS, IDLE = 0.22e9, 0.165e9
 #: Changes that make a run smaller, as fields of ``RunSettings`` and as options of ``pixart-nb sample``, mildest first.
 SMALLER: tuple[tuple[dict[str, Any], str], ...] = (
     ({"batch": 1}, "--batch_size 1"),
@@ -53,6 +48,67 @@ TIMED_SIDE = 256
 
 class DoesNotFitError(PixArtNBError):
     """A run needs more memory than is available; the message names options that would make it fit."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Configurations of the three networks of a pipeline."""
+
+    transformer: PixArtConfig
+    text_encoder: T5Config
+    vae: VAEConfig
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run that decide its memory and time.
+
+    Attributes:
+        height, width: Size in pixels that the model draws at.
+        batch: Images that are drawn at once.
+        guided: Classifier-free guidance is on.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+        t5_load: ``whole``, ``stream`` (one layer at a time) or ``int8``.
+        tile: Side of the tiles to decode by, in pixels; 0 decodes the whole image.
+        sequential: One network is in memory at a time (resumable stages).
+        caption_tokens, negative_tokens: Tokens of the prompt and of the negative prompt (1 if it is empty).
+    """
+
+    height: int
+    width: int
+    batch: int = 1
+    steps: int = SAMPLING_STEPS
+    guided: bool = True
+    dtype: str = "fp32"
+    t5_load: str = "whole"
+    tile: int = 0
+    sequential: bool = False
+    caption_tokens: int = 30
+    negative_tokens: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the transformer's batch: two per image with guidance."""
+        return self.batch * (2 if self.guided else 1)
+
+    @property
+    def row_captions(self) -> list[int]:
+        """Caption tokens of each row."""
+        return [self.negative_tokens] * (self.rows - self.batch) + [self.caption_tokens] * self.batch
+
+    @property
+    def texts(self) -> list[int]:
+        """Tokens of each text that is encoded: a prompt per image and one negative prompt."""
+        return [self.caption_tokens] * self.batch + [self.negative_tokens] * self.guided
+
+    def grid(self, config: PixArtConfig) -> tuple[int, int]:
+        """Tokens of one image, (height, width)."""
+        unit = 8 * config.patch_size
+        return self.height // unit, self.width // unit
+
+    def tokens(self, config: PixArtConfig) -> int:
+        """Tokens of one image."""
+        return int(np.prod(self.grid(config)))
 
 
 @dataclass(frozen=True)
@@ -88,11 +144,8 @@ class RunPlan:
 
         MindSpore keeps the activation memory of earlier stages; ``kept`` is that of earlier runs.
         """
-        sizes = []
-        for stage in self.stages:
-            kept = max(kept, stage.activations)
-            sizes.append(self.process + stage.weights + kept)
-        return sizes
+        most = itertools.accumulate((stage.activations for stage in self.stages), max, initial=kept)
+        return [self.process + s.weights + kept for s, kept in zip(self.stages, list(most)[1:], strict=True)]
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -121,54 +174,116 @@ class Speed:
     seconds_per_pixel: float
 
 
-def plan_run(
-    networks: Networks, run: RunSettings, speed: Speed | None = None, memory: ActivationMemory = DEFAULT_MEMORY
-) -> RunPlan:
+def plan_run(networks: Networks, run: RunSettings, speed: Speed | None = None, process: float = PROCESS) -> RunPlan:
     """Plan a run. With ``speed``, measured in the same dtype, denoise and decode have estimated seconds."""
     if speed is not None and speed.dtype != run.dtype:
         raise PixArtNBError(f"speed was measured in {speed.dtype}, the run is in {run.dtype}; measure it again")
-    per_step = step_macs(networks.transformer, run.height, run.width, run.row_captions)
-    weights, activations = weight_bytes(networks, run), activation_bytes(networks, run, memory)
-    captions = sum(caption_macs(networks.transformer, count) for count in run.texts)
+    per_step = cost.step_macs(networks.transformer, run.height, run.width, run.row_captions)
+    step, weights, activations = sum(per_step.values()), weight_bytes(networks, run), activation_bytes(networks, run)
+    captions = sum(cost.caption_macs(networks.transformer, count) for count in run.texts)
     macs = {
-        "encode": sum(encode_macs(networks.text_encoder, count) for count in run.texts),
-        "denoise": run.steps * sum(per_step.values()) + captions,
-        "decode": run.batch * sum(decode_macs(networks.vae, run.height, run.width).values()),
+        "encode": sum(cost.encode_macs(networks.text_encoder, count) for count in run.texts),
+        "denoise": run.steps * step + captions,
+        "decode": run.batch * sum(cost.decode_macs(networks.vae, run.height, run.width).values()),
     }
-    seconds: dict[str, float | None] = dict.fromkeys(STAGES)
+    seconds = {}
     if speed is not None:
-        seconds["denoise"] = run.steps * sum(per_step.values()) * speed.seconds_per_mac
+        seconds["denoise"] = run.steps * step * speed.seconds_per_mac
         seconds["decode"] = run.batch * _decoded_pixels(run) * speed.seconds_per_pixel
-    stages = (StagePlan(name, weights[name], activations[name], macs[name], seconds[name]) for name in STAGES)
-    return RunPlan(networks, run, tuple(stages), memory.process, per_step)
+    stages = (StagePlan(name, weights[name], activations[name], macs[name], seconds.get(name)) for name in STAGES)
+    return RunPlan(networks, run, tuple(stages), process, per_step)
 
 
 def plan_upscaling(
-    networks: Networks,
-    run: RunSettings,
-    sizes: Sequence[Any],
-    speed: Speed | None = None,
-    memory: ActivationMemory = DEFAULT_MEMORY,
+    networks: Networks, run: RunSettings, sizes: Sequence[Any], speed: Speed | None = None, process: float = PROCESS
 ) -> list[RunPlan]:
     """Plan every size of a progressive upscaling (``core.sampling.upscaling``), drawn in stages.
 
     Args:
         sizes: Objects with ``height``, ``width``, ``strength`` and ``ratio`` (compression of all layers).
     """
+    config, run = networks.transformer, replace(run, batch=1, sequential=True)
     plans = []
     for size in sizes:
-        layers = range(networks.transformer.depth)
-        net = with_compression(networks.transformer, layers, size.ratio, "mean")
-        settings = replace(
-            run,
-            height=size.height,
-            width=size.width,
-            batch=1,
-            steps=steps_taken(run.steps, size.strength),
-            sequential=True,
-        )
-        plans.append(plan_run(replace(networks, transformer=net), settings, speed, memory))
+        compressed = cost.with_compression(config, range(config.depth), size.ratio, "mean")
+        steps = steps_taken(run.steps, size.strength)
+        settings = replace(run, height=size.height, width=size.width, steps=steps)
+        plans.append(plan_run(replace(networks, transformer=compressed), settings, speed, process))
     return plans
+
+
+# ---- memory
+
+
+def process_memory() -> float:
+    """Return the bytes of this process without networks: a notebook holds more than Python and MindSpore alone."""
+    return PROCESS + max(in_use() - IDLE, 0.0)
+
+
+def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
+    """Return the bytes of the weights of each stage."""
+    size, config = BYTES[run.dtype], networks.transformer
+    transposed = 0
+    if run.dtype == "fp32":  # weights that the CPU path keeps a second time for few tokens
+        transposed = transposed_elements(config, run.rows * run.tokens(config))
+    return {
+        "encode": _text_encoder_bytes(networks.text_encoder, run),
+        "denoise": size * (parameters(config) + transposed),
+        "decode": (4 if networks.vae.force_upcast else size) * parameters(networks.vae),
+    }
+
+
+def _text_encoder_bytes(config: T5Config, run: RunSettings) -> float:
+    size, whole = BYTES[run.dtype], parameters(config)
+    layers = whole - parameters(replace(config, num_layers=0))
+    if run.t5_load == "stream":  # one layer, and half of the one that is being read
+        return size * 1.5 * layers / config.num_layers
+    if run.t5_load == "int8":
+        return size * (whole - layers) + layers
+    return size * whole
+
+
+def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
+    """Return the bytes of the activations of each stage at its worst moment."""
+    config, text, tokens = networks.transformer, networks.text_encoder, run.tokens(networks.transformer)
+    # the largest weight of T5 is upcast for its product
+    upcast = text.d_model * text.d_ff if run.dtype != "fp32" or run.t5_load == "int8" else 0
+    values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
+    keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
+    heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
+    scores = 4.0 * heads * queries * keys
+    return {
+        "encode": 4.0 * (values + upcast),
+        "denoise": BYTES[run.dtype] * TOKEN * run.rows * tokens * config.hidden_size + SCORE * scores,
+        "decode": _decoder_bytes(networks.vae, run),
+    }
+
+
+def _decoder_bytes(config: VAEConfig, run: RunSettings) -> float:
+    """Return the bytes of the worse part of the decoder, whole or by tiles, whose statistics need several at once."""
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    half = backend.on_ascend() and not config.force_upcast  # the CPU convolves half precision in fp32
+    size = BYTES[run.dtype] if half else 4
+    height, width, tile = run.height // factor, run.width // factor, run.tile // factor
+    cells = (1 if run.tile else run.batch) * height * width
+    pixels = cells * factor**2
+    coarse_output = 4.0 * cells * config.block_out_channels[-1]
+    image = 4.0 * run.batch * run.height * run.width * config.out_channels
+    if run.tile and max(height, width) > tile:
+        pixels = _cells_at_once(height, width, tile, factor)
+        if max(height, width) > COARSE_TILE:
+            cells = _cells_at_once(height, width, COARSE_TILE, 1, COARSE_CHANNELS)
+    fine = size * PIXEL * pixels * max(config.block_out_channels[:2])
+    coarse = size * CELL * cells * config.block_out_channels[-1]
+    return max(coarse, fine + image) + coarse_output
+
+
+def _cells_at_once(height: int, width: int, tile: int, fine: int, channels: int = 1) -> int:
+    """Return the cells of the finer side that are computed together: a tile, or the windows of shared statistics."""
+    side, count = sample_windows(tile, fine, channels)
+    windows = len(tile_starts(height, side, side // 4)) * len(tile_starts(width, side, side // 4))
+    sampled = min(side, height) * min(side, width) * min(windows, count)
+    return fine**2 * max(sampled, min(tile, height) * min(tile, width))
 
 
 # ---- time
@@ -176,35 +291,28 @@ def plan_upscaling(
 
 def measure_speed(networks: Networks, run: RunSettings) -> Speed:
     """Time one guided denoising step and one decoded tile of at most ``TIMED_SIDE`` pixels, with zero weights."""
-    side = 8 * networks.transformer.patch_size * max(1, TIMED_SIDE // (8 * networks.transformer.patch_size))
-    height, width = min(run.height, side), min(run.width, side)
-    small = replace(run, height=height, width=width, batch=1)
     config = replace(networks.transformer, kv_compress_config=None)
-    net = _zero_network(config, run.dtype)
+    unit = 8 * config.patch_size
+    side = max(unit, TIMED_SIDE // unit * unit)
+    height, width = min(run.height, side), min(run.width, side)
+    rows = replace(run, batch=1).rows
+    net, vae = (_zero_network(network, run.dtype) for network in (config, networks.vae))
     factor = 2 ** (len(networks.vae.block_out_channels) - 1)
-    latents = np.zeros((small.rows, config.in_channels, height // factor, width // factor), np.float32)
-    caption = ms.Tensor(np.zeros((small.rows, run.caption_tokens, config.caption_channels), np.float32))
-    timestep = np.full(small.rows, 500.0, np.float32)
-    step = _seconds(lambda: net(ms.Tensor(latents), ms.Tensor(timestep), caption).asnumpy())
-    macs = sum(step_macs(config, height, width, [run.caption_tokens] * small.rows).values())
-    vae = _zero_network(networks.vae, run.dtype)
-    tile = _seconds(lambda: vae.decode(ms.Tensor(latents[:1]))[0].asnumpy())
+    latents = ms.Tensor(np.zeros((rows, config.in_channels, height // factor, width // factor), np.float32))
+    caption = ms.Tensor(np.zeros((rows, run.caption_tokens, config.caption_channels), np.float32))
+    timestep = ms.Tensor(np.full(rows, 500.0, np.float32))
+    step = cost.best_seconds(lambda: net(latents, timestep, caption), 1)
+    macs = sum(cost.step_macs(config, height, width, [run.caption_tokens] * rows).values())
+    tile = cost.best_seconds(lambda: vae.decode(latents[:1])[0], 1)
     return Speed(run.dtype, step / macs, tile / (height * width))
 
 
 def _zero_network(config: PixArtConfig | VAEConfig, dtype: str) -> Any:
-    net = empty_network(config)
+    net = cost.empty_network(config)
     for parameter in net.get_parameters():
         parameter.set_dtype(backend.supported_dtype(backend.dtype_from_name(dtype)))
         parameter.init_data()
     return net.set_train(False)
-
-
-def _seconds(function: Any) -> float:
-    function()  # the first call prepares the operators
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def _decoded_pixels(run: RunSettings) -> int:
@@ -243,12 +351,12 @@ def check_fits(plan: RunPlan, limit: float) -> None:
 
 def smaller_runs(plan: RunPlan) -> Iterator[tuple[tuple[str, ...], RunPlan]]:
     """Yield (options, plan) for every set of options that make the run smaller, fewest options first."""
-    run, memory = plan.run, replace(DEFAULT_MEMORY, process=plan.process)
+    run = plan.run
     for count in range(len(SMALLER) + 1):
         for choice in itertools.combinations(SMALLER, count):
             changes = {name: value for change, _ in choice for name, value in change.items()}
             if all(getattr(run, name) != value for name, value in changes.items()):
-                smaller = plan_run(plan.networks, replace(run, **changes), memory=memory)
+                smaller = plan_run(plan.networks, replace(run, **changes), process=plan.process)
                 yield tuple(option for _, option in choice), smaller
 
 
@@ -290,8 +398,8 @@ def overview(
     rows = []
     for size, ratio, dtype in itertools.product(sizes, ratios, speeds):
         settings = replace(run, height=size, width=size, dtype=dtype)
-        key_count(settings.grid(config), ratio)
-        compressed = with_compression(config, layers, ratio, config.kv_operator or "conv")
+        cost.key_count(settings.grid(config), ratio)
+        compressed = cost.with_compression(config, layers, ratio, config.kv_operator or "conv")
         plan = plan_run(replace(networks, transformer=compressed), settings, speeds[dtype])
         memory = {f"{stage.name} GB": (stage.weights + stage.activations) / 1e9 for stage in plan.stages}
         rows.append(

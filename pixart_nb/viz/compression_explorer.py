@@ -136,7 +136,7 @@ class CompressionExplorer:
 
     def table(self) -> Table:
         """Return the cost of a step without and with this compression."""
-        full, small = self.study.cost.to_dict(), self.outcome.cost.to_dict()
+        full, small = vars(self.study.cost), vars(self.outcome.cost)
         names = {
             "keys": "keys of a layer",
             "macs": "MACs of a step",

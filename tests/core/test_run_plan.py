@@ -14,13 +14,16 @@ from pixart_nb.cli import app
 from pixart_nb.config import load_config
 from pixart_nb.core import memory
 from pixart_nb.core.cost import parameters
+from pixart_nb.core.memory import SubprocessError, run_in_subprocess
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.run_memory import ActivationMemory, Networks, RunSettings, weight_bytes
 from pixart_nb.core.run_plan import (
+    PROCESS,
     STAGES,
     DoesNotFitError,
+    Networks,
+    RunSettings,
     Speed,
     check_fits,
     measure_speed,
@@ -28,9 +31,9 @@ from pixart_nb.core.run_plan import (
     plan_run,
     size_warnings,
     smaller_runs,
+    weight_bytes,
 )
 from pixart_nb.core.sampling.planning import measured_rows, networks_of, run_settings
-from pixart_nb.core.subprocesses import SubprocessError, run_in_subprocess
 
 # ---- memory
 
@@ -253,4 +256,4 @@ def test_memory_is_within_a_quarter_of_the_plan(part, tile, dtype):
     plan = plan_run(networks, RunSettings(768, 768, tile=tile, caption_tokens=20, dtype=dtype))
     stage = next(stage for stage in plan.stages if stage.name == part)
     assert peak == pytest.approx(plan.process + stage.weights + stage.activations, rel=0.25)
-    assert before < ActivationMemory().process
+    assert before < PROCESS

@@ -14,19 +14,21 @@ from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positio
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.io import CheckpointError, read_json
-from pixart_nb.core.memory import available, in_use
+from pixart_nb.core.memory import available, in_use, run_in_subprocess
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-from pixart_nb.core.run_memory import ActivationMemory, Networks, RunSettings
 from pixart_nb.core.run_plan import (
     DoesNotFitError,
+    Networks,
     RunPlan,
+    RunSettings,
     Speed,
     check_fits,
     measure_speed,
     overview,
     plan_run,
+    process_memory,
     size_warnings,
 )
 from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
@@ -193,8 +195,8 @@ def check_memory(config: InferenceConfig) -> None:
     """
     networks, notes = networks_of(config)
     if not notes:
-        memory = ActivationMemory.of_this_process()
-        check_fits(plan_run(networks, run_settings(config, networks), memory=memory), memory_limit(config))
+        plan = plan_run(networks, run_settings(config, networks), process=process_memory())
+        check_fits(plan, memory_limit(config))
 
 
 def memory_limit(config: InferenceConfig) -> float:

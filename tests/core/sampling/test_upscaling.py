@@ -10,8 +10,7 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.cli import app
 from pixart_nb.config import check_config
 from pixart_nb.core.models.transformer import PixArtConfig
-from pixart_nb.core.run_memory import RunSettings
-from pixart_nb.core.run_plan import plan_upscaling
+from pixart_nb.core.run_plan import RunSettings, plan_upscaling
 from pixart_nb.core.sampling.stages import run_stages
 from pixart_nb.core.sampling.upscaling import (
     UpscaleSize,
