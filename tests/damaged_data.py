@@ -23,7 +23,7 @@ from PIL import Image
 
 from pixart_nb.core.data.buckets import training_sizes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
-from pixart_nb.core.data.errors import DataError, ProblemsError
+from pixart_nb.core.data.files import DataError, ProblemsError
 from pixart_nb.core.data.folder import import_folder
 from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import load_labels

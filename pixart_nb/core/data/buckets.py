@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.sampling.aspect_ratio import ASPECT_RATIO_BINS, bins_for, closest_bin
 

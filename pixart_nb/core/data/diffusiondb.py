@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pixart_nb.core.data.errors import DataError, ImportReport, ProblemsError
+from pixart_nb.core.data.files import DataError, ImportReport, ProblemsError
 from pixart_nb.core.data.images import check_image
 from pixart_nb.core.data.labels import caption_problem
 from pixart_nb.core.data.sources import SourceRow, open_source

@@ -17,11 +17,10 @@ import numpy as np
 from safetensors import safe_open
 from tqdm.auto import tqdm
 
-from pixart_nb.core.data.buckets import BucketSampler, Size
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.buckets import Size
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.data.reader import BatchChooser
 from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import CRC, CheckpointError, check_sums, folder_lock, load_metadata, save_tensors, tensor_crc
 
@@ -44,10 +43,9 @@ class FeatureError(DataError):
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Networks and settings that features depend on, besides the labels.
+    """Networks (their ``fingerprint``) and settings that features depend on, besides the labels.
 
-    ``vae`` and ``text_encoder`` (with its tokenizer) come from ``fingerprint``. ``max_length``: tokens of the longest
-    caption. ``dtype`` of the stored features: ``fp16`` | ``fp32``.
+    ``max_length``: tokens of the longest caption. ``dtype`` of the stored features: ``fp16`` | ``fp32``.
     """
 
     vae: str
@@ -64,8 +62,7 @@ class MadeBy:
 def fingerprint(*paths: str | os.PathLike[str], blocks: int = 64, block: int = 65_536) -> str:
     """Return a short text that distinguishes networks by the files in their folders, wherever the folders are.
 
-    It depends on names, sizes and ``blocks`` evenly spaced blocks of every file: training changes weights everywhere,
-    and reading 20 GB would take longer than many a training step.
+    It depends on names, sizes and evenly spaced blocks of every file: training changes weights everywhere.
     """
     digest = hashlib.sha256()
     for folder in map(Path, paths):
@@ -84,7 +81,7 @@ class FeatureCache:
 
     That is, for ``latents-HASH.safetensors``: the image files, training sizes, VAE and dtype; for
     ``captions-HASH.safetensors``: the captions, text encoder, its settings and dtype. So several data sets can share a
-    folder, and a shard is never rewritten. Each tensor has a checksum.
+    folder, and a shard is never rewritten.
     """
 
     def __init__(self, folder: str | os.PathLike[str], labels: Sequence[Label], sizes: Sequence[Size], made_by: MadeBy):
@@ -93,24 +90,14 @@ class FeatureCache:
         self.folder, self.labels, self.sizes, self.made_by = Path(folder), labels, sizes, made_by
         self._opened = lru_cache(maxsize=OPEN_SHARDS)(_open)
 
-    # ---- state
-
-    def shards(self) -> list[tuple[str, int]]:
-        """Return the feature (latents or captions) and number of every shard, in the order in which they are made."""
-        return list(self._paths)
-
-    def path(self, feature: str, number: int) -> Path:
-        """Return the path of a shard."""
-        return self._paths[feature, number]
-
     def unusable(self) -> dict[tuple[str, int], str]:
         """Return the shards that cannot be used, with the reason, ``missing`` or ``damaged``."""
-        states = {shard: _state(path) for shard, path in self._paths.items()}
+        states = {shard: _state(path) for shard, path in self.paths.items()}
         return {shard: state for shard, state in states.items() if state}
 
     def unused(self) -> list[Path]:
         """Return the shards in the folder that belong to other data, networks or settings."""
-        return sorted(set(self.folder.glob("*.safetensors")) - set(self._paths.values()))
+        return sorted(set(self.folder.glob("*.safetensors")) - set(self.paths.values()))
 
     def check(self) -> None:
         """Raise ``FeatureError`` unless all shards exist."""
@@ -118,12 +105,13 @@ class FeatureCache:
             reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(unusable.values()).items())
             other = f"; {len(self.unused())} shards are of other data, networks or settings" * bool(self.unused())
             raise FeatureError(
-                f"{self.folder}: {len(unusable)} of {len(self._paths)} shards of features cannot be used: {reasons}"
+                f"{self.folder}: {len(unusable)} of {len(self.paths)} shards of features cannot be used: {reasons}"
                 f"{other}. Make them with `pixart-nb dataset features -c` and the configuration."
             )
 
     @cached_property
-    def _paths(self) -> dict[tuple[str, int], Path]:
+    def paths(self) -> dict[tuple[str, int], Path]:
+        """Path of every shard by feature (latents or captions) and number, in the order in which they are made."""
         count = -(-len(self.labels) // SHARD)
         shards = [(feature, number) for feature in (LATENTS, CAPTIONS) for number in range(count)]
         return {
@@ -143,8 +131,6 @@ class FeatureCache:
     def _rows(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.labels)))
 
-    # ---- writing
-
     def write(self, encode: Encode, embed: Embed, batch_size: int = 8) -> dict[str, int]:
         """Make every shard that is missing or damaged; return their number by reason.
 
@@ -157,13 +143,13 @@ class FeatureCache:
             return {}
         with folder_lock(self.folder):
             todo = self.unusable()
-            counts = {shard: len(self._rows(shard[1])) for shard in self._paths}
+            counts = {shard: len(self._rows(shard[1])) for shard in self.paths}
             done = sum(count for shard, count in counts.items() if shard not in todo)
             with tqdm(total=sum(counts.values()), initial=done, desc="features") as bar, _warned_once():
                 for feature, number in todo:
                     make = self._latents(number, encode, batch_size) if feature == LATENTS else None
                     tensors = dict(make or self._captions(number, embed, batch_size))
-                    save_tensors(self.path(feature, number), tensors)
+                    save_tensors(self.paths[feature, number], tensors)
                     bar.update(counts[feature, number])
         self._opened.cache_clear()
         return dict(Counter(todo.values()))
@@ -193,15 +179,13 @@ class FeatureCache:
 
     def _stored(self, values: np.ndarray, source: str) -> np.ndarray:
         with np.errstate(over="ignore"):
-            stored = np.asarray(values).astype(DTYPES[self.made_by.dtype])
+            stored = values.astype(DTYPES[self.made_by.dtype])
         if not np.isfinite(stored).all():
             raise DataError(
                 f"{source}: its features are not finite as {self.made_by.dtype} (up to {np.abs(values).max():.3g}); "
                 "store them as fp32, or check the dtype of the network"
             )
         return stored
-
-    # ---- reading
 
     def latents(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation (C, h, w) of the latents of image ``index``, as stored."""
@@ -216,7 +200,7 @@ class FeatureCache:
         return self._tensor(CAPTIONS, 0, "empty")
 
     def _tensor(self, feature: str, number: int, name: str) -> np.ndarray:
-        path = self.path(feature, number)
+        path = self.paths[feature, number]
         content, sums = self._opened(path)
         tensor = content.get_tensor(name)
         try:
@@ -226,46 +210,6 @@ class FeatureCache:
                 f"{path} is damaged; remove it and make it again with `pixart-nb dataset features`"
             ) from error
         return tensor
-
-
-@dataclass(frozen=True)
-class FeatureBatch:
-    """A batch from the cache. ``mean`` and ``std`` (N, C, h, w) float32 of the latents, before the scaling factor;
-    ``embeds`` (N, T, C) float32 padded with zeros to the longest, ``mask`` (N, T) bool, True = token; ``indices``
-    (N,) of the labels. Latents are ``mean + std * noise``."""
-
-    mean: np.ndarray
-    std: np.ndarray
-    embeds: np.ndarray
-    mask: np.ndarray
-    indices: np.ndarray
-
-
-class FeatureReader(BatchChooser):
-    """The batches of ``ImageReader``, as features from a cache."""
-
-    def __init__(self, cache: FeatureCache, sampler: BucketSampler, real_prompt_ratio: float = 0.5):
-        cache.check()
-        super().__init__(cache.labels, sampler, real_prompt_ratio)
-        self.cache = cache
-
-    def batch(self, step: int) -> FeatureBatch:
-        """Return this worker's part of batch ``step``."""
-        choice = self.choose(step)
-        means, stds = zip(*(self.cache.latents(i) for i in choice.indices), strict=True)
-        pairs = zip(choice.indices, choice.captions, strict=True)
-        embeds, mask = padded([self.cache.caption(i, k) for i, k in pairs])
-        means, stds = np.stack(means).astype(np.float32), np.stack(stds).astype(np.float32)
-        return FeatureBatch(means, stds, embeds, mask, choice.indices)
-
-
-def padded(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings (tokens, C) of several lengths -> (N, T, C) float32 padded with zeros, and their mask (N, T)."""
-    lengths = np.array([len(tokens) for tokens in embeddings])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    embeds = np.zeros((*mask.shape, embeddings[0].shape[1]), np.float32)
-    embeds[mask] = np.concatenate(embeddings)
-    return embeds, mask
 
 
 def _state(path: Path) -> str:

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pixart_nb.core.data.errors import DataError, ImportReport
-from pixart_nb.core.data.files import PlacedEntry, list_files, read_entries, read_text
+from pixart_nb.core.data.files import DataError, ImportReport, PlacedEntry, list_files, read_entries, read_text
 from pixart_nb.core.data.images import ENDINGS
 from pixart_nb.core.data.labels import LabelError, check_entries
 from pixart_nb.core.io import folder_lock, write_text

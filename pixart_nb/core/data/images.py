@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.files import DataError
 
 #: Formats that Pillow may read. Others are refused: some of them start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")

@@ -12,8 +12,17 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pixart_nb.core.data.errors import DataError, ProblemsError, shortened
-from pixart_nb.core.data.files import DESCRIPTIONS, PATHS, PROMPTS, PlacedEntry, path_inside, read_entries
+from pixart_nb.core.data.files import (
+    DESCRIPTIONS,
+    PATHS,
+    PROMPTS,
+    DataError,
+    PlacedEntry,
+    ProblemsError,
+    path_inside,
+    read_entries,
+    shortened,
+)
 from pixart_nb.core.data.images import ImageError, load_image, read_image_size
 
 #: Longest caption in characters; the text encoder reads some hundred words of it.

@@ -1,38 +1,36 @@
-"""Training batches of images and captions; each depends on its number alone."""
+"""Training batches as features of images and captions, from a cache or computed when they are needed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.data.buckets import BucketSampler
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.buckets import BucketSampler, Size
+from pixart_nb.core.data.features import Embed, Encode, FeatureCache
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 
 
 @dataclass(frozen=True)
-class ImageBatch:
-    """``pixels`` (N, 3, height, width) float32 in -1..1, ``captions`` N texts, ``indices`` (N,) of the labels."""
+class FeatureBatch:
+    """Features of a batch. ``mean`` and ``std`` (N, C, h, w) float32 of the latents, before the scaling factor;
+    ``embeds`` (N, T, C) float32 padded with zeros to the longest, ``mask`` (N, T) bool, True = token; ``indices``
+    (N,) of the labels. Latents are ``mean + std * noise``."""
 
-    pixels: np.ndarray
-    captions: list[str]
+    mean: np.ndarray
+    std: np.ndarray
+    embeds: np.ndarray
+    mask: np.ndarray
     indices: np.ndarray
 
 
-@dataclass(frozen=True)
-class BatchChoice:
-    """Content of a batch: its size in pixels, labels (N,), and the number (N,) of the caption of each label."""
-
-    size: tuple[int, int]
-    indices: np.ndarray
-    captions: np.ndarray
-
-
-class BatchChooser:
-    """Chooses the images and captions of each batch, from the seed and the number of the batch alone.
+class BatchReader:
+    """Base class that chooses the images and captions of each batch, from the seed and the number of the batch alone.
 
     ``real_prompt_ratio``: probability of an original prompt, any of them; otherwise the ``sharegpt4v`` caption is
     taken, if there is one.
@@ -45,27 +43,91 @@ class BatchChooser:
         self._prompts = np.array([len(label.prompts) for label in labels])
         self._described = np.array([bool(label.sharegpt4v) for label in labels])
 
-    def choose(self, step: int) -> BatchChoice:
-        """Return this worker's part of batch ``step``."""
+    def choose(self, step: int) -> tuple[Size, np.ndarray, np.ndarray]:
+        """Return this worker's part of batch ``step``: size, labels (N,), and the number (N,) of each one's caption."""
         sampler = self.sampler
         size, indices = sampler.batch(step)
         own = slice(sampler.rank * sampler.batch_size, (sampler.rank + 1) * sampler.batch_size)
-        drawn = np.random.default_rng((sampler.seed, 2, step)).random(sampler.whole)[own]
-        which = np.random.default_rng((sampler.seed, 4, step)).random(sampler.whole)[own]
+        drawn, which = (np.random.default_rng((sampler.seed, k, step)).random(sampler.whole)[own] for k in (2, 4))
         original = (drawn < self.real_prompt_ratio) | ~self._described[indices]
         prompts = self._prompts[indices]
-        return BatchChoice(size, indices, np.where(original, (which * prompts).astype(int), prompts))
-
-    def captions(self, choice: BatchChoice) -> list[str]:
-        """Return the chosen caption of each image of a batch."""
-        return [self.labels[i].captions[k] for i, k in zip(choice.indices, choice.captions, strict=True)]
+        return size, indices, np.where(original, (which * prompts).astype(int), prompts)
 
 
-class ImageReader(BatchChooser):
-    """Batches decoded from the image files, scaled and cropped to their training size."""
+class FeatureReader(BatchReader):
+    """Batches of features from a complete cache."""
 
-    def batch(self, step: int) -> ImageBatch:
-        """Return this worker's part of batch ``step``; ``ImageError`` names a file that cannot be read."""
-        choice = self.choose(step)
-        pixels = np.stack([fit(load_image(self.labels[i].file), *choice.size) for i in choice.indices])
-        return ImageBatch(to_signed(pixels), self.captions(choice), choice.indices)
+    def __init__(self, cache: FeatureCache, sampler: BucketSampler, real_prompt_ratio: float = 0.5):
+        cache.check()
+        super().__init__(cache.labels, sampler, real_prompt_ratio)
+        self.cache = cache
+
+    def batch(self, step: int) -> FeatureBatch:
+        """Return this worker's part of batch ``step``."""
+        _, indices, captions = self.choose(step)
+        means, stds = zip(*map(self.cache.latents, indices), strict=True)
+        embeds, mask = padded(list(map(self.cache.caption, indices, captions)))
+        means, stds = np.stack(means).astype(np.float32), np.stack(stds).astype(np.float32)
+        return FeatureBatch(means, stds, embeds, mask, indices)
+
+
+class LiveFeatures(BatchReader):
+    """Batches of features that are computed when they are needed; images of the next ``ahead`` batches are read before.
+
+    The batches have the images and captions of those of ``FeatureReader``.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[Label],
+        sampler: BucketSampler,
+        real_prompt_ratio: float,
+        encode: Encode,
+        embed: Embed,
+        ahead: int = 0,
+    ):
+        super().__init__(labels, sampler, real_prompt_ratio)
+        self.encode, self.embed = encode, embed
+        self._read = ReadAhead(self.images, ahead) if ahead else self.images
+
+    def images(self, step: int) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Return pixels (N, 3, height, width) float32 in -1..1, captions and labels (N,) of batch ``step``.
+
+        Images are scaled and cropped to the training size. ``ImageError`` names a file that cannot be read.
+        """
+        size, indices, numbers = self.choose(step)
+        pixels = np.stack([fit(load_image(self.labels[i].file), *size) for i in indices])
+        captions = [self.labels[i].captions[k] for i, k in zip(indices, numbers, strict=True)]
+        return to_signed(pixels), captions, indices
+
+    def batch(self, step: int) -> FeatureBatch:
+        """Return this worker's part of batch ``step``."""
+        pixels, captions, indices = self._read(step)
+        return FeatureBatch(*self.encode(pixels), *self.embed(captions), indices)
+
+
+class ReadAhead:
+    """Calls ``function(number)`` in threads for the next ``depth`` numbers."""
+
+    def __init__(self, function: Callable[[int], Any], depth: int):
+        self.function, self.depth = function, depth
+        self._pool = ThreadPoolExecutor(max(1, depth))
+        self._pending: dict[int, Future] = {}
+
+    def __call__(self, number: int) -> Any:
+        numbers = range(number, number + self.depth + 1)
+        for other in self._pending.keys() - set(numbers):
+            self._pending.pop(other).cancel()
+        for n in numbers:
+            if n not in self._pending:
+                self._pending[n] = self._pool.submit(self.function, n)
+        return self._pending.pop(number).result()
+
+
+def padded(embeddings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (tokens, C) of several lengths -> (N, T, C) float32 padded with zeros, and their mask (N, T)."""
+    lengths = np.array([len(tokens) for tokens in embeddings])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    embeds = np.zeros((*mask.shape, embeddings[0].shape[1]), np.float32)
+    embeds[mask] = np.concatenate(embeddings)
+    return embeds, mask

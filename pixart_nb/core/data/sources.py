@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
@@ -15,8 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.data.files import PROMPTS, is_hidden, list_files, parse_json
+from pixart_nb.core.data.files import PROMPTS, DataError, is_hidden, list_files, parse_json
 from pixart_nb.core.data.images import ENDINGS, MAX_BYTES
 
 #: Bytes of the largest JSON file that is read.
@@ -74,10 +74,10 @@ def open_source(source: str | os.PathLike[str]) -> DataSource:
     if source.is_file() and not metadata and source.suffix.lower() == ".parquet":
         raise DataError(f"{source} has the columns {', '.join(columns[source])}; expected {IMAGE} and text, or {NAME}")
     folder = source.parent if metadata and source.is_file() else source
-    parts = [_Part(path.stem, _zip_files(path)) for path in _list(folder, ".zip")]
+    parts = [_read_part(path.stem, _zip_files(path)) for path in _list(folder, ".zip")]
     if not parts and folder.is_dir():
-        parts = [_Part(folder.name, _folder_files(folder))]
-    parts = [part for part in parts if part.images]
+        parts = [_read_part(folder.name, _folder_files(folder))]
+    parts = [part for part in parts if any(path.lower().endswith(ENDINGS) for path in part.files)]
     if not parts:
         raise DataError(f"{source} holds no parquet file with images, no zip part and no images")
     return _from_parts(source, parts, metadata or _metadata_above(source))
@@ -105,8 +105,7 @@ def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[SourceRow]:
         for values in chain.from_iterable(batch.to_pylist() for batch in _batches(path, used, 8)):
             image = values[IMAGE]
             content = image.get("bytes") if isinstance(image, Mapping) else image
-            reader = lambda content=content: _as_bytes(content)  # noqa: E731
-            yield SourceRow(f"{path.name} row {number}", reader, values[text], _scores(values))
+            yield SourceRow(f"{path.name} row {number}", partial(_as_bytes, content), values[text], _scores(values))
             number += 1
 
 
@@ -121,69 +120,49 @@ def _as_bytes(content: object) -> bytes:
 # ---- parts: archives or folders with images and JSON files
 
 
+@dataclass(frozen=True)
 class _Part:
-    """Images of an archive or folder by their path in it, and the JSON files that have their prompts.
+    """Archive or folder: its files, and the images that each row may mean with its prompt, None if unknown."""
 
-    ``described``: name of each described image -> (paths of the images that it may mean, prompt).
-    """
+    name: str
+    files: dict[str, Reader]
+    rows: dict[str, tuple[list[str], object]]
+    described: bool
+    problems: list[str]
 
-    def __init__(self, name: str, files: dict[str, Reader]):
-        self.name, self.files = name, files
-        self.images = sorted((p for p in files if p.lower().endswith(ENDINGS)), key=PurePosixPath)
-        self._by_name: dict[str, list[str]] = {}
-        for path in self.images:
-            self._by_name.setdefault(PurePosixPath(path).name, []).append(path)
-        self.described: dict[str, tuple[list[str], object]] = {}
-        self.problems: list[str] = []
-        for path in sorted(p for p in files if p.lower().endswith(".json")):
-            self._describe(path)
 
-    def _describe(self, path: str) -> None:
-        """Take the prompts of ``{"name.png": {"p": prompt, ...}}``; a JSON of anything else is left alone."""
-        try:
-            content = parse_json(self.files[path]())
-        except (ValueError, RecursionError, OSError) as error:
-            self.problems.append(f"{path} is not JSON: {error or 'nested too deeply'}. Download it again.")
-            return
-        if not isinstance(content, dict):
-            self.problems.append(f'{path} holds a {type(content).__name__}; expected {{"name.png": {{"p": prompt}}}}')
-            return
+def _read_part(name: str, files: dict[str, Reader]) -> _Part:
+    """Read the JSON files of a part, ``{"name.png": {"p": prompt, ...}}``; a JSON of anything else is left alone."""
+    images = sorted((p for p in files if p.lower().endswith(ENDINGS)), key=PurePosixPath)
+    by_name: dict[str, list[str]] = {}
+    for path in images:
+        by_name.setdefault(PurePosixPath(path).name, []).append(path)
+    rows, problems = {}, []
+    for path in sorted(p for p in files if p.lower().endswith(".json")):
         folder = PurePosixPath(path).parent
-        meant = {name: self._images_of(name, folder) for name in content}
-        if not any(meant.values()) and not any(name.lower().endswith(ENDINGS) for name in content):
-            self.problems.append(f"{path} names no images")
-            return
-        for name, values in content.items():
-            prompt = values.get("p") if isinstance(values, dict) else values
-            self.described.setdefault(f"{folder / name}", (meant[name], prompt))
-
-    def _images_of(self, name: str, folder: PurePosixPath) -> list[str]:
-        for path in (str(folder / name), name):
-            if path in self.files and path.lower().endswith(ENDINGS):
-                return [path]
-        return self._by_name.get(PurePosixPath(name).name, [])
-
-    def members(self) -> Iterator[tuple[str, list[str], object]]:
-        """Yield the name, the images that it may mean, and the prompt of each row; prompt None is unknown."""
-        yield from ((where, images, prompt) for where, (images, prompt) in self.described.items())
-        named = {path for images, _ in self.described.values() for path in images}
-        yield from ((path, [path], None) for path in self.images if path not in named)
-
-    def reader(self, images: list[str]) -> Reader:
-        if len(images) == 1:
-            return self.files[images[0]]
-
-        def refuse() -> bytes:
-            if not images:
-                raise DataError("is named in the JSON, but does not exist")
-            raise DataError(f"may mean {' or '.join(images)}; expected its path in the JSON")
-
-        return refuse
+        try:
+            content = parse_json(files[path]())
+        except (ValueError, RecursionError, OSError) as error:
+            problems.append(f"{path} is not JSON: {error or 'nested too deeply'}. Download it again.")
+            continue
+        if not isinstance(content, dict):
+            problems.append(f'{path} holds a {type(content).__name__}; expected {{"name.png": {{"p": prompt}}}}')
+            continue
+        exact = {n: [p for p in (f"{folder / n}", n) if p in files and p.lower().endswith(ENDINGS)] for n in content}
+        meant = {n: paths[:1] or by_name.get(PurePosixPath(n).name, []) for n, paths in exact.items()}
+        if not any(meant.values()) and not any(n.lower().endswith(ENDINGS) for n in content):
+            problems.append(f"{path} names no images")
+            continue
+        for n, values in content.items():
+            rows.setdefault(f"{folder / n}", (meant[n], values.get("p") if isinstance(values, dict) else values))
+    described, named = bool(rows), {path for paths, _ in rows.values() for path in paths}
+    rows |= {path: ([path], None) for path in images if path not in named}
+    return _Part(name, files, rows, described, problems)
 
 
 def _from_parts(source: Path, parts: Sequence[_Part], metadata: Sequence[Path]) -> DataSource:
-    members = [(part, *member) for part in parts for member in part.members()]
-    metadata_rows = _look_up(metadata, {PurePosixPath(where).name for _, where, *_ in members})
+    names = {PurePosixPath(where).name for part in parts for where in part.rows}
+    metadata_rows = _look_up(metadata, names)
     if not metadata_rows and not any(part.described for part in parts):
         problems = [f"{part.name}: {problem}" for part in parts for problem in part.problems]
         raise DataError(
@@ -192,12 +171,22 @@ def _from_parts(source: Path, parts: Sequence[_Part], metadata: Sequence[Path]) 
         )
 
     def rows() -> Iterator[SourceRow]:
-        for part, where, images, prompt in members:
-            values = metadata_rows.get(PurePosixPath(where).name, {})
-            prompt = values.get("prompt") if prompt is None else prompt
-            yield SourceRow(f"{part.name}: {where}", part.reader(images), prompt, _scores(values))
+        for part in parts:
+            for where, (images, prompt) in part.rows.items():
+                values = metadata_rows.get(PurePosixPath(where).name, {})
+                prompt = values.get("prompt") if prompt is None else prompt
+                yield SourceRow(f"{part.name}: {where}", partial(_content, part, images), prompt, _scores(values))
 
-    return DataSource("parts", len(members), rows(), bool(metadata))
+    return DataSource("parts", sum(len(part.rows) for part in parts), rows(), bool(metadata))
+
+
+def _content(part: _Part, images: list[str]) -> bytes:
+    """Return the image file of a row."""
+    if not images:
+        raise DataError("is named in the JSON, but does not exist")
+    if len(images) > 1:
+        raise DataError(f"may mean {' or '.join(images)}; expected its path in the JSON")
+    return part.files[images[0]]()
 
 
 def _zip_files(path: Path) -> dict[str, Reader]:
@@ -216,7 +205,7 @@ def _zip_files(path: Path) -> dict[str, Reader]:
 
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
     visible = [entry for entry in entries if not any(map(is_hidden, PurePosixPath(entry.filename).parts))]
-    return {entry.filename: lambda entry=entry: read(entry) for entry in visible}
+    return {entry.filename: partial(read, entry) for entry in visible}
 
 
 def _folder_files(folder: Path) -> dict[str, Reader]:
@@ -228,7 +217,7 @@ def _folder_files(folder: Path) -> dict[str, Reader]:
             raise DataError(f"cannot be read: {error.strerror}") from None
 
     files = list_files(folder, (*ENDINGS, ".json"))
-    return {path.relative_to(folder).as_posix(): lambda path=path: read(path) for path in files}
+    return {path.relative_to(folder).as_posix(): partial(read, path) for path in files}
 
 
 def _check_size(name: str, size: int) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.data.features import Embed, Encode, FeatureBatch, FeatureReader, padded
-from pixart_nb.core.data.reader import ImageBatch
+from pixart_nb.core.data.reader import FeatureBatch, FeatureReader, LiveFeatures, padded
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import coefficients
 
@@ -33,38 +30,6 @@ TIMESTEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "uniform": lambda rng, count: rng.integers(0, 1000, count),
     "logit_normal": logit_normal,
 }
-
-
-class LiveFeatures:
-    """Features that are computed when they are needed."""
-
-    def __init__(self, read: Callable[[int], ImageBatch], encode: Encode, embed: Embed):
-        self.read, self.encode, self.embed = read, encode, embed
-
-    def batch(self, step: int) -> FeatureBatch:
-        """Return the features of this worker's part of batch ``step``."""
-        images = self.read(step)
-        mean, std = self.encode(images.pixels)
-        embeds, mask = self.embed(images.captions)
-        return FeatureBatch(mean, std, embeds, mask, images.indices)
-
-
-class ReadAhead:
-    """Calls ``function(number)`` in threads for the next ``depth`` batches."""
-
-    def __init__(self, function: Callable[[int], Any], depth: int):
-        self.function, self.depth = function, depth
-        self._pool = ThreadPoolExecutor(max(1, depth))
-        self._pending: dict[int, Future] = {}
-
-    def __call__(self, number: int) -> Any:
-        numbers = range(number, number + self.depth + 1)
-        for other in [n for n in self._pending if n not in numbers]:
-            self._pending.pop(other).cancel()
-        for n in numbers:
-            if n not in self._pending:
-                self._pending[n] = self._pool.submit(self.function, n)
-        return self._pending.pop(number).result()
 
 
 @dataclass(frozen=True)
@@ -99,6 +64,7 @@ class Noise:
         return timestep, dropped, own, noise + np.float32(self.offset) * offset
 
 
+@dataclass
 class DiffusionBatches:
     """``batch(number)`` of a ``Trainer``: the arguments of ``diffusion_loss``.
 
@@ -112,30 +78,23 @@ class DiffusionBatches:
         shift_factor: subtracted from the latents before they are scaled.
     """
 
-    def __init__(
-        self,
-        features: FeatureReader | LiveFeatures,
-        noise: Noise,
-        net: PixArt,
-        scaling_factor: float,
-        empty: np.ndarray,
-        first_row: int = 0,
-        weights: Callable[[np.ndarray], np.ndarray] | None = None,
-        fixed_lengths: bool = False,
-        micro: Callable[[np.ndarray], np.ndarray] | None = None,
-        shift_factor: float | None = None,
-    ):
-        self.shift_factor = shift_factor or 0.0
-        self.features, self.noise, self.net, self.empty = features, noise, net, empty
-        self.scaling_factor, self.first_row = scaling_factor, first_row
-        self.weights, self.fixed_lengths, self.micro = weights or np.ones_like, fixed_lengths, micro
+    features: FeatureReader | LiveFeatures
+    noise: Noise
+    net: PixArt
+    scaling_factor: float
+    empty: np.ndarray
+    first_row: int = 0
+    weights: Callable[[np.ndarray], np.ndarray] = np.ones_like
+    fixed_lengths: bool = False
+    micro: Callable[[np.ndarray], np.ndarray] | None = None
+    shift_factor: float | None = None
 
     def __call__(self, number: int) -> tuple[np.ndarray | ms.Tensor, ...]:
         part = self.features.batch(number)
         timesteps, dropped, own, noise = self.noise.draw(number, self.first_row, part.mean.shape)
-        latents = (part.mean + part.std * own - np.float32(self.shift_factor)) * np.float32(self.scaling_factor)
+        latents = part.mean + part.std * own - np.float32(self.shift_factor or 0.0)
+        latents *= np.float32(self.scaling_factor)
         embeds, mask = self._captions(part, dropped)
-        micro = [self.micro(part.indices)] if self.micro else []
         return (
             latents,
             noise,
@@ -145,7 +104,7 @@ class DiffusionBatches:
             mask,
             self.weights(timesteps).astype(np.float32),
             self.net.positions(*latents.shape[2:]),
-            *micro,
+            *([self.micro(part.indices)] if self.micro else []),
         )
 
     def _captions(self, part: FeatureBatch, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

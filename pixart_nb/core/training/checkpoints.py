@@ -41,51 +41,36 @@ class CheckpointFolder:
         return self.folder / f"step-{step:08d}.safetensors"
 
     def save(self, step: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Path:
-        """Write a state with a checksum of every tensor; then remove states older than the newest ``keep`` whole ones.
+        """Write a state with checksums; then remove the states older than the newest ``keep`` whole ones.
 
         Raises ``WriteError`` if it cannot be written; the older states are kept then.
         """
-        path = self.path(step)
-        metadata = {"step": str(step), **metadata}
+        path, metadata = self.path(step), {"step": str(step), **metadata}
         save_tensors(path, tensors, {**metadata, "checksum": _crc(metadata)})
         self._whole[path] = _version(path)
-        self._remove_old(path)
+        kept = 1
+        for older in [other for other in reversed(self.paths()) if other.name < path.name]:
+            if kept >= self.keep:
+                older.unlink(missing_ok=True)
+            elif self._whole.get(older) == _version(older) or self._read(older):
+                kept += 1  # damaged ones do not count
         return path
 
     def newest(self) -> TrainingState | None:
         """Return the newest state that is whole, or None; print a line for each damaged one that is skipped."""
-        for path in reversed(self.paths()):
-            try:
-                state = read_state(path)
-            except CheckpointError as error:
-                tqdm.write(f"skipped: {error}")
-            else:
-                self._whole[path] = _version(path)
-                return state
-        return None
+        return next(filter(None, (self._read(path) for path in reversed(self.paths()))), None)
 
-    def _remove_old(self, newest: Path) -> None:
-        """Remove the states below the last ``keep`` whole ones up to ``newest``; damaged ones do not count."""
-        older = [path for path in reversed(self.paths()) if path.name < newest.name]
-        kept = 1
-        for path in older:
-            if kept >= self.keep:
-                path.unlink(missing_ok=True)
-            elif self._is_whole(path):
-                kept += 1
-
-    def _is_whole(self, path: Path) -> bool:
-        if self._whole.get(path) != _version(path):
-            try:
-                read_state(path)
-            except CheckpointError:
-                return False
-            self._whole[path] = _version(path)
-        return True
+    def _read(self, path: Path) -> TrainingState | None:
+        try:
+            state = read_state(path)
+        except CheckpointError as error:
+            tqdm.write(f"skipped: {error}")
+            return None
+        self._whole[path] = _version(path)
+        return state
 
 
 def _crc(metadata: Mapping[str, str]) -> str:
-    """Return the checksum of the metadata; those of the tensors are written by ``save_tensors``."""
     return f"{zlib.crc32(json.dumps(dict(metadata), sort_keys=True).encode()):08x}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,58 +87,48 @@ def compress(options: CompressOptions) -> dict[str, Any]:
     config = read_config(options.config) if options.config else None
     layers, ratio, operator = options.layers, options.ratio, options.operator
     plan = plan_compression(options.source, start, layers, ratio, operator, config, options.sample_size, options.dtype)
-    training = _training(options, start, work) if options.adapt else None
+    training = None
+    if options.adapt:  # validated before anything is written
+        if not options.model:
+            raise ConfigError(
+                "the adaptation trains on images and captions and needs a VAE and a text encoder: give --model, the "
+                "folder of a pipeline"
+            )
+        own = {"model": options.model, "checkpoint": str(start), "output_path": str(work / "training")}
+        training = check_config(_ADAPTATION | options.adapt | own, "train", "adaptation")
     convert(plan)
-    errors = _CompressionErrors(options, plan.source, config)
+    described, errors = _error_measure(options, plan.source, config)
     report = {
         "source": str(options.source),
         "compression": plan.config.kv_compress_config,
-        "measured_on": errors.measured_on,
         "adaptation": options.adapt,
-        "timesteps": errors.timesteps,
-        "before": errors.of(start, plan.config),
+        **described,
+        "before": errors(start, plan.config),
     }
     if training:
         convert(plan_conversion(train(training) / "transformer", target, dtype=options.dtype))
-        report["after"] = errors.of(target, plan.config)
+        report["after"] = errors(target, plan.config)
     write_json(target.with_name(f"{target.name}.errors.json"), report)
     return report
 
 
-def _training(options: CompressOptions, start: Path, work: Path) -> Any:
-    """Return the training configuration of the adaptation, validated before anything is written."""
+def _error_measure(options: CompressOptions, source: Path, config: Any) -> tuple[dict[str, Any], Callable]:
+    """Return what errors against the source are measured on, and a function from (checkpoint, config) to the errors."""
+    net = load_transformer(source, config)
+    side = 8 * net.config.input_size
+    height, width = size = (options.height or side, options.width or side)
     if not options.model:
-        raise ConfigError(
-            "the adaptation trains on images and captions and needs a VAE and a text encoder: give --model, the folder "
-            "of a pipeline"
-        )
-    own = {"model": options.model, "checkpoint": str(start), "output_path": str(work / "training")}
-    return check_config(_ADAPTATION | options.adapt | own, "train", "adaptation")
-
-
-class _CompressionErrors:
-    """Relative errors of compressed checkpoints against the source."""
-
-    def __init__(self, options: CompressOptions, source: Path, config: Any):
-        self.net = load_transformer(source, config)
-        side = 8 * self.net.config.input_size
-        height, width = self.size = (options.height or side, options.width or side)
-        self.pipe = self.run = None
-        self.timesteps = list(TIMESTEPS)
-        self.measured_on: dict[str, Any] = {"random": "latents and captions", "size": self.size}
-        if options.model:
-            self.pipe = PixArtSigmaPipeline.from_pretrained(options.model, transformer=self.net, vae=None)
-            prompts = list(options.prompts) or list(PROMPTS)
-            rngs = image_generators(options.seed, range(len(prompts)))
-            call = {"height": height, "width": width, "generator": rngs, "num_inference_steps": options.steps}
-            self.run = follow(self.pipe, prompts, **call)
-            self.pipe.text_encoder = None
-            self.measured_on = {"prompts": prompts, "seed": options.seed, "size": self.size}
-            self.timesteps = [float(timestep) for timestep in self.run.timesteps]
-
-    def of(self, checkpoint: Path, config: Any) -> list[float]:
-        """Return the relative error of a checkpoint at each of ``timesteps``."""
-        other = load_transformer(checkpoint, config)
-        if self.run is None:
-            return errors_on_noise(self.net, other, *self.size).tolist()
-        return errors_along(self.pipe, self.run, other).tolist()
+        measured_on = {"random": "latents and captions", "size": size}
+        measure = lambda other: errors_on_noise(net, other, height, width)  # noqa: E731
+        timesteps = list(TIMESTEPS)
+    else:
+        pipe = PixArtSigmaPipeline.from_pretrained(options.model, transformer=net, vae=None)
+        prompts = list(options.prompts) or list(PROMPTS)
+        rngs = image_generators(options.seed, range(len(prompts)))
+        run = follow(pipe, prompts, height=height, width=width, generator=rngs, num_inference_steps=options.steps)
+        pipe.text_encoder = None
+        measured_on = {"prompts": prompts, "seed": options.seed, "size": size}
+        measure = lambda other: errors_along(pipe, run, other)  # noqa: E731
+        timesteps = [float(timestep) for timestep in run.timesteps]
+    described = {"measured_on": measured_on, "timesteps": timesteps}
+    return described, lambda path, config: measure(load_transformer(path, config)).tolist()

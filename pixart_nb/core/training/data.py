@@ -15,20 +15,18 @@ FACTOR = 8
 def training_data(config: TrainConfig, decode: bool = False) -> tuple[list[Label], list[Size]]:
     """Return the labels of a configuration and the training size of each image.
 
-    Raises ``LabelError`` with all problems of the labels, and ``DataError`` for sizes that are not possible.
+    The side of the images is ``sample_size`` in pixels, or the model's. Raises ``LabelError`` with all problems of the
+    labels, and ``DataError`` for sizes that are not possible.
     """
-    labels = load_labels(config.json_path, config.image_dir, decode)
-    return labels, training_sizes(labels, image_size(config), config.multi_scale, config.valid_num)
-
-
-def image_size(config: TrainConfig) -> int:
-    """Return the side in pixels of the images to train on: ``sample_size`` in pixels, or the model's."""
-    if config.sample_size:
-        return config.sample_size * FACTOR
+    labels, cells = load_labels(config.json_path, config.image_dir, decode), config.sample_size
     path = component_paths(config)["transformer"] / "config.json"
-    if path.is_file() and (side := read_json(path).get("sample_size")):
-        return int(side) * FACTOR
-    raise ConfigError("sample_size is not given and the model does not say it; expected image pixels / 8, 64 for 512")
+    if not cells and path.is_file():
+        cells = int(read_json(path).get("sample_size") or 0)
+    if not cells:
+        raise ConfigError(
+            "sample_size is not given and the model does not say it; expected image pixels / 8, 64 for 512"
+        )
+    return labels, training_sizes(labels, cells * FACTOR, config.multi_scale, config.valid_num)
 
 
 def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = False) -> str:
@@ -39,19 +37,19 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
     if not config.feature_cache:
         raise ConfigError("feature_cache is not given; expected the folder for the features")
     labels, sizes = training_data(config)
-    networks = FrozenNetworks(config)
+    networks = FrozenNetworks(config, stream)
     cache = networks.feature_cache(labels, sizes)
     if cache.unusable():  # names damaged images before hours of work
         load_labels(config.json_path, config.image_dir, decode=True)
-    made = networks.fill(cache, batch_size, stream)
+    made = networks.fill(cache, batch_size)
     if not made:
-        return f"{cache.folder}: all {len(cache.shards())} shards exist; nothing to do"
-    reasons = ", ".join(f"{count} {reason}" for reason, count in made.items())
-    unused = cache.unused()
-    other = f"; {len(unused)} shards ({sum(p.stat().st_size for p in unused) / 1e6:.0f} MB) are of other data" * bool(
-        unused
-    )
-    return f"{cache.folder}: made {sum(made.values())} of {len(cache.shards())} shards ({reasons}){other}"
+        return f"{cache.folder}: all {len(cache.paths)} shards exist; nothing to do"
+    sentence = f"{cache.folder}: made {sum(made.values())} of {len(cache.paths)} shards"
+    sentence += f" ({', '.join(f'{count} {reason}' for reason, count in made.items())})"
+    if unused := cache.unused():
+        size = sum(path.stat().st_size for path in unused) / 1e6
+        sentence += f"; {len(unused)} shards ({size:.0f} MB) are of other data"
+    return sentence
 
 
 def describe(config: TrainConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,11 @@ from mindspore import ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+
+#: Flat buffers that tensors are summed in over the workers: few collectives, and no second copy of a whole model.
+BUFFERS = 3
+#: Owner of a parameter whose optimizer state every worker keeps.
+ALL = -1
 
 
 @dataclass(frozen=True)
@@ -24,34 +29,46 @@ class Workers:
         """Return whether this is the worker that writes files."""
         return self.rank == 0
 
-    def all_reduce_mean(self, tensors: Sequence[ms.Tensor]) -> list[ms.Tensor]:
-        """Return the mean of each tensor over the workers, in float32."""
+    def sum(self, tensors: Sequence[ms.Tensor]) -> list[ms.Tensor]:
+        """Return the sum of each tensor over the workers, in float32, by at most ``BUFFERS`` collectives."""
         if self.size == 1:
             return list(tensors)
-        reduce = ops.AllReduce()
-        return [reduce(tensor.astype(ms.float32)) * (1.0 / self.size) for tensor in tensors]
+        sums, reduce = [], ops.AllReduce()
+        for part in _parts(tensors):
+            flat = reduce(ops.concat([tensor.astype(ms.float32).reshape(-1) for tensor in part]))
+            ends = np.cumsum([tensor.size for tensor in part]).tolist()
+            sums += [flat[end - t.size : end].reshape(t.shape) for t, end in zip(part, ends, strict=True)]
+        return sums
+
+    def mean(self, tensors: Sequence[ms.Tensor]) -> list[ms.Tensor]:
+        """Return the mean of each tensor over the workers, in float32."""
+        return list(tensors) if self.size == 1 else [total * (1.0 / self.size) for total in self.sum(tensors)]
 
     def all_reduce(self, values: Sequence[float]) -> list[float]:
         """Return the sums of a few numbers over the workers, in float32."""
         if self.size == 1:
             return list(values)
-        return ops.AllReduce()(ms.Tensor(np.array(values, np.float32))).asnumpy().tolist()
+        return self.sum([ms.Tensor(np.array(values, np.float32))])[0].asnumpy().tolist()
 
-    def broadcast(self, array: np.ndarray, root: int = 0) -> np.ndarray:
-        """Return the float32 array of worker ``root``; the others pass one of the same shape."""
+    def from_owners(self, tensors: Mapping[str, ms.Tensor], owner: Mapping[str, int]) -> dict[str, ms.Tensor]:
+        """Return each float32 tensor as its owner has it; the others pass any of the same shape."""
         if self.size == 1:
-            return array
-        return ops.Broadcast(root)((ms.Tensor(array, ms.float32),))[0].asnumpy()
-
-    def broadcast_parameter(self, parameter: ms.Parameter, root: int = 0) -> None:
-        """Set a parameter to the value that it has on worker ``root``."""
-        if self.size > 1:
-            ops.assign(parameter, ops.Broadcast(root)((parameter,))[0])
+            return dict(tensors)
+        shared = {name: tensor for name, tensor in tensors.items() if owner[name] != ALL}
+        parts = [tensor if owner[name] == self.rank else ops.zeros_like(tensor) for name, tensor in shared.items()]
+        return dict(tensors) | dict(zip(shared, self.sum(parts) if parts else [], strict=True))
 
 
 SINGLE = Workers()
-#: Owner of a parameter whose optimizer state every worker keeps.
-ALL = -1
+
+
+def _parts(tensors: Sequence[ms.Tensor]) -> Iterator[list[ms.Tensor]]:
+    """Yield the tensors in at most ``BUFFERS`` parts of about the same size, in order."""
+    ends = np.cumsum([tensor.size for tensor in tensors])
+    which = np.minimum((ends - 1) * BUFFERS // ends[-1], BUFFERS - 1)
+    for number in range(BUFFERS):
+        if part := [tensor for tensor, k in zip(tensors, which, strict=True) if k == number]:
+            yield part
 
 
 def join() -> Workers:
@@ -63,7 +80,7 @@ def owners(sizes: Mapping[str, int], workers: int, threshold: int = 0) -> dict[s
     """Return the rank that keeps the optimizer state of each parameter (ZeRO stage 1), with balanced sizes.
 
     Whole parameters are assigned, not slices, so that factored optimizers take the same steps as with one worker.
-    Parameters with fewer than ``threshold`` elements belong to ``ALL``: broadcasting them costs more than it saves.
+    Parameters with fewer than ``threshold`` elements belong to ``ALL``: sending them costs more than it saves.
     """
     loads, owner = [0] * workers, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

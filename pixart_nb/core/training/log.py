@@ -26,27 +26,23 @@ class CurveLog:
     """Rows of values by step in a CSV file; steps that are repeated after an interruption appear once."""
 
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False, name: str = "curve.csv"):
-        """Open the log of ``folder`` and drop the rows after ``step``, from where the training resumes."""
+        """Open the log of ``folder`` and drop the rows after ``step``, from where the training resumes.
+
+        A row that a killed process left incomplete is dropped too.
+        """
         self.path, self._board = Path(folder) / name, None
-        self.trim(step)
+        if self.path.exists():
+            header, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+            kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= step]
+            if header.endswith("\n"):
+                write_text(self.path, "".join([header, *kept]))
+            else:
+                self.path.unlink()
         if tensorboard:
             from tensorboardX import SummaryWriter  # optional: only trainings that ask for it need it
 
-            # the suffix keeps apart two sessions that begin within one second
-            self._board = SummaryWriter(
-                str(Path(folder) / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step}.{os.getpid()}"
-            )
-
-    def trim(self, step: int) -> None:
-        """Drop the rows after ``step``, and a row that a killed process left incomplete."""
-        if not self.path.exists():
-            return
-        header, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= step]
-        if header.endswith("\n"):
-            write_text(self.path, "".join([header, *kept]))
-        else:
-            self.path.unlink()
+            board, suffix = Path(folder) / "tensorboard", f".{step}.{os.getpid()}"  # sessions within one second differ
+            self._board = SummaryWriter(str(board), purge_step=step + 1, filename_suffix=suffix)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; the columns are those of the first row of the file."""

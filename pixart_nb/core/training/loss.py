@@ -36,8 +36,7 @@ def diffusion_loss(net: PixArt, positions: ms.Tensor | None = None) -> Callable:
 
     def loss(latents, noise, table, timesteps, embeddings, mask, weights=None, positions=None, micro=None):
         x_t = add_noise(latents, noise, table)
-        grid = own if positions is None else positions
-        output = net.forward(x_t, timesteps, embeddings, mask, grid, micro)
+        output = net.forward(x_t, timesteps, embeddings, mask, own if positions is None else positions, micro)
         mse, vb = loss_terms(output, latents, x_t, noise, table)
         weighted = mse if weights is None else weights * mse
         return (weighted + vb).mean(), mse.mean(), vb.mean()

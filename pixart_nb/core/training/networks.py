@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,27 +26,37 @@ PIPELINES = {"alpha": "PixArtAlphaPipeline", "sigma": "PixArtSigmaPipeline"}
 
 
 class FrozenNetworks:
-    """VAE and text encoder of a training, loaded at the first use and freed by ``release``."""
+    """VAE and text encoder of a training, loaded at the first use and freed by ``release``.
 
-    def __init__(self, config: TrainConfig):
-        self.config, self.paths = config, component_paths(config)
+    ``stream`` keeps one layer of T5 in memory at a time.
+    """
+
+    def __init__(self, config: TrainConfig, stream: bool = False):
+        self.config, self.paths, self.stream = config, component_paths(config), stream
 
     @cached_property
     def vae(self) -> AutoencoderKL:
         """The VAE in float32; in half precision SDXL's overflows."""
         vae = LOADERS["vae"](self.paths["vae"], ms.float32)
-        if self.config.sd_scale_factor:
-            vae.config = replace(vae.config, scaling_factor=self.config.sd_scale_factor)
+        vae.config = self.vae_config
         return vae
 
     @cached_property
-    def embed(self) -> Callable:
-        """Function from captions to embeddings (N, T, C) and mask (N, T)."""
-        return self._embedder(LOADERS["text_encoder"](self.paths["text_encoder"], dtype_from_name(self.config.dtype)))
+    def vae_config(self) -> VAEConfig:
+        """Configuration of the VAE, with the scaling factor of the training configuration if that has one."""
+        path = self.paths["vae"] / "config.json"
+        config, factor = VAEConfig.from_dict(read_json(path), path), self.config.sd_scale_factor
+        return replace(config, scaling_factor=factor) if factor else config
 
-    def _embedder(self, text_encoder) -> Callable:
-        tokenizer = LOADERS["tokenizer"](self.paths["tokenizer"], ms.float32)
-        return text_embedder(tokenizer, text_encoder, self.max_length, self.config.clean_caption)
+    @cached_property
+    def embed(self) -> Embed:
+        """Function from captions to embeddings (N, T, C) and mask (N, T). Captions are cleaned as prompts are."""
+        tokenizer, path = LOADERS["tokenizer"](self.paths["tokenizer"], ms.float32), self.paths["text_encoder"]
+        if self.stream:
+            encoder = T5EncoderModel.from_pretrained(path, stream=True)
+        else:
+            encoder = LOADERS["text_encoder"](path, dtype_from_name(self.config.dtype))
+        return text_embedder(tokenizer, encoder, self.max_length, self.config.clean_caption)
 
     @property
     def max_length(self) -> int:
@@ -59,24 +68,9 @@ class FrozenNetworks:
         for name in names or ("vae", "embed"):
             vars(self).pop(name, None)
 
-    @property
-    def scaling_factor(self) -> float:
-        """Scaling factor of the latents: the configuration's, or that of the VAE."""
-        return self.config.sd_scale_factor or self._vae_config.scaling_factor
-
-    @property
-    def shift_factor(self) -> float | None:
-        """Shift of the latents of the VAE."""
-        return self._vae_config.shift_factor
-
-    @cached_property
-    def _vae_config(self) -> VAEConfig:
-        path = self.paths["vae"] / "config.json"
-        return VAEConfig.from_dict(read_json(path), path)
-
     def check_latents(self, net: PixArtConfig) -> None:
         """Refuse a VAE whose latents have another number of channels than the transformer takes."""
-        channels = self._vae_config.latent_channels
+        channels = self.vae_config.latent_channels
         if channels != net.in_channels:
             raise CheckpointError(
                 f"the latents of the autoencoder {self.paths['vae']} have {channels} channels; the transformer takes "
@@ -86,36 +80,24 @@ class FrozenNetworks:
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of the VAE, and of the text encoder with its tokenizer."""
         paths = self.paths
-        return {
-            "vae": fingerprint(paths["vae"]),
-            "text_encoder": fingerprint(paths["text_encoder"], paths["tokenizer"]),
-        }
+        text_encoder = fingerprint(paths["text_encoder"], paths["tokenizer"])
+        return {"vae": fingerprint(paths["vae"]), "text_encoder": text_encoder}
 
     def feature_cache(self, labels: list[Label], sizes: list[tuple[int, int]]) -> FeatureCache:
         """Return the feature cache of the configuration, whether or not it is filled."""
-        config = self.config
-        made_by = MadeBy(
-            **self.fingerprints(),
-            max_length=self.max_length,
-            clean_caption=config.clean_caption,
-            dtype=config.feature_dtype,
-        )
+        config, prints = self.config, self.fingerprints()
+        made_by = MadeBy(*prints.values(), self.max_length, config.clean_caption, config.feature_dtype)
         return FeatureCache(config.feature_cache, labels, sizes, made_by)
 
-    def fill(self, cache: FeatureCache, batch_size: int = 8, stream: bool = False) -> dict[str, int]:
+    def fill(self, cache: FeatureCache, batch_size: int = 8) -> dict[str, int]:
         """Compute what is missing in a feature cache; return the number of shards made, by reason.
 
-        The VAE is released before the text encoder is loaded. ``stream`` keeps one layer of T5 in memory at a time.
+        The VAE is released before the text encoder is loaded.
         """
-        embedders: list[Callable] = []
 
-        def embed(captions: list[str]):
-            if not embedders:  # latents are computed first
-                self.release("vae")
-                path = self.paths["text_encoder"]
-                encoder = T5EncoderModel.from_pretrained(path, stream=True) if stream else None
-                embedders.append(self._embedder(encoder) if stream else self.embed)
-            return embedders[0](captions)
+        def embed(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+            self.release("vae")  # latents are computed first
+            return self.embed(captions)
 
         return cache.write(lambda pixels: vae_encoder(self.vae)(pixels), embed, batch_size)
 
@@ -159,7 +141,7 @@ def vae_encoder(vae: AutoencoderKL) -> Encode:
 
 
 def text_embedder(tokenizer, text_encoder, max_length: int, clean_caption: bool = True) -> Embed:
-    """Return tokenizer and T5 encoder as a function for ``FeatureCache.write``; captions are cleaned as prompts."""
+    """Return tokenizer and T5 encoder as a function for ``FeatureCache.write``."""
 
     def embed(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         embeds, mask = embed_captions(tokenizer, text_encoder, captions, clean_caption, max_length, trim=True)

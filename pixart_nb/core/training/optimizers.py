@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import ops
+from mindspore import mint, ops
+from mindspore.ops.auto_generate import AdamW as FusedAdamW
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 
-#: Elements that the EMA updates at a time, chosen to fit the cache of a CPU core.
-_CHUNK = 1 << 16
 #: Images per update for which ``start_learning_rate`` is meant when ``auto_lr`` scales it.
 BASE_BATCH = 256
-_batch_matmul, _adam_step = ops.BatchMatMul(), ops.AdamWeightDecay()
+_batch_matmul, _adam_step, _fused_adamw = ops.BatchMatMul(), ops.AdamWeightDecay(), FusedAdamW()
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, shape: str = "cosine", end: float = 0.0) -> float:
@@ -112,7 +111,7 @@ class Optimizer:
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, Algorithm 2).
 
-    MindSpore's fused operator has no bias correction. A learning rate of ``lr sqrt(1 - b2^t) / (1 - b1^t)``, an epsilon
+    The CPU's fused operator has no bias correction. A learning rate of ``lr sqrt(1 - b2^t) / (1 - b1^t)``, an epsilon
     of ``eps sqrt(1 - b2^t)`` and a decay divided by the change of the rate give the corrected step.
     """
 
@@ -120,12 +119,20 @@ class AdamW(Optimizer):
         """Update every parameter with its gradient (float32)."""
         self.updates += 1
         first, second = self.betas
+        averages, squares = self.groups["exp_avg"], self.groups["exp_avg_sq"]
+        if backend.on_ascend():  # the aclnn operator, whose steps count from 0. Not run on Ascend
+            step = ms.Tensor([self.updates - 1.0], ms.float32)
+            numbers = [float(number) for number in (rate, first, second, self.weight_decay, self.eps)]
+            for name, parameter in self.parameters.items():
+                state = averages[name], squares[name], squares[name]
+                _fused_adamw(parameter, *state, gradients[name], step, *numbers, False, False)
+            return
         root = math.sqrt(1 - second**self.updates)
         corrected = rate * root / (1 - first**self.updates)
         decay = self.weight_decay * rate / corrected if corrected else 0.0
         for name, parameter in self.parameters.items():
-            moments = (self.groups[group][name] for group in ("exp_avg", "exp_avg_sq"))
-            _adam_step(parameter, *moments, corrected, first, second, self.eps * root, decay, gradients[name])
+            numbers = corrected, first, second, self.eps * root, decay
+            _adam_step(parameter, averages[name], squares[name], *numbers, gradients[name])
 
 
 class CAME(Optimizer):
@@ -133,7 +140,7 @@ class CAME(Optimizer):
 
     Squared gradients and the instability of the update are kept as means over rows and columns. A tensor with more
     than two axes is a stack of matrices; a vector keeps its squares whole and has no confidence term. No bias
-    correction; decoupled weight decay.
+    correction; decoupled weight decay. Nothing is read from the device.
     """
 
     def __init__(
@@ -148,10 +155,8 @@ class CAME(Optimizer):
         if len(shape) < 2:
             return {"exp_avg": shape, "exp_avg_sq": shape}
         rows, columns = shape[:-1], shape[:-2] + shape[-1:]
-        factored = {
-            f"exp_avg_{what}_{axis}": s for what in ("sq", "res") for axis, s in (("row", rows), ("col", columns))
-        }
-        return {"exp_avg": shape, **factored}
+        axes = {"row": rows, "col": columns}
+        return {"exp_avg": shape} | {f"exp_avg_{part}_{a}": axes[a] for part in ("sq", "res") for a in axes}
 
     def update(self, gradients: Mapping[str, ms.Tensor], rate: float) -> None:
         """Update every parameter with its gradient (float32)."""
@@ -169,22 +174,22 @@ class CAME(Optimizer):
             step = gradient * self._inverse_root("sq", name, squares, second)
         else:
             step = gradient * ops.rsqrt(_blend(self.groups["exp_avg_sq"][name], squares, second))
-        rms = math.sqrt(float((step * step).mean().asnumpy()))
-        step = step * (1.0 / max(1.0, rms / self.clip_threshold))
+        rms = ops.sqrt((step * step).mean())
+        step = step * (1.0 / mint.clamp(rms * (1.0 / self.clip_threshold), min=1.0))
         _blend(average, step, first)
         if not factored:
             return average
         distance = step - average
         return average * self._inverse_root("res", name, distance * distance + self.eps[1], third)
 
-    def _inverse_root(self, what: str, name: str, values: ms.Tensor, beta: float) -> ms.Tensor:
+    def _inverse_root(self, part: str, name: str, values: ms.Tensor, beta: float) -> ms.Tensor:
         """1 / sqrt(R C / mean(R)) from the running means R and C of the rows and columns of ``values``."""
         matrix = values.reshape(-1, *values.shape[-2:])  # (S, R, C)
         count, rows, columns = matrix.shape
         # means as matrix products: on the CPU, reducing any axis but the last is slow, and so is broadcasting
         row_means = _batch_matmul(matrix, _full(count, columns, 1, 1.0 / columns))
         column_means = _batch_matmul(_full(count, 1, rows, 1.0 / rows), matrix)
-        row, column = (self.groups[f"exp_avg_{what}_{axis}"][name] for axis in ("row", "col"))
+        row, column = (self.groups[f"exp_avg_{part}_{axis}"][name] for axis in ("row", "col"))
         _blend(row, row_means.reshape(row.shape), beta)
         _blend(column, column_means.reshape(column.shape), beta)
         share = row / row.mean(-1, keep_dims=True)
@@ -203,30 +208,31 @@ def _full(count: int, rows: int, columns: int, value: float) -> ms.Tensor:
 
 
 class EMA:
-    """Exponential moving average of parameters, float32 in host memory.
+    """Exponential moving average of parameters, float32 on the device.
 
     The decay rate rises with the number of updates, ``min(rate, (1 + n) / (10 + n))``, so that the average of a short
     training does not keep its initial weights.
     """
 
-    def __init__(self, parameters: Sequence[ms.Parameter], rate: float):
+    def __init__(self, parameters: Mapping[str, ms.Parameter], rate: float):
         if not 0 <= rate < 1:
             raise PixArtNBError(f"EMA rate is {rate}; expected 0 <= rate < 1")
-        self.rate, self.updates, self.parameters = rate, 0, list(parameters)
-        # copies: asnumpy of a parameter is a view of its memory
-        self.averages = [np.array(p.asnumpy(), np.float32) for p in self.parameters]
+        self.rate, self.updates, self.parameters = rate, 0, dict(parameters)
+        self.averages = {
+            name: ms.Parameter(ms.Tensor(np.array(p.asnumpy(), np.float32)), name=f"ema.{name}")
+            for name, p in self.parameters.items()
+        }
 
     def update(self) -> None:
         """Add the present parameters to the average."""
         self.updates += 1
-        share = np.float32(1 - min(self.rate, (1 + self.updates) / (10 + self.updates)))
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
-            flat, values = average.reshape(-1), parameter.asnumpy().reshape(-1)
-            for start in range(0, flat.size, _CHUNK):  # in chunks: twenty times as fast as whole
-                part = slice(start, start + _CHUNK)
-                distance = values[part] - flat[part]
-                distance *= share
-                flat[part] += distance
+        share = float(np.float32(1 - min(self.rate, (1 + self.updates) / (10 + self.updates))))
+        for name, average in self.averages.items():
+            ops.assign(average, average + (self.parameters[name] - average) * share)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return copies of the averages."""
+        return {name: np.array(average.asnumpy()) for name, average in self.averages.items()}
 
 
 @dataclass
@@ -234,14 +240,14 @@ class LossScale:
     """Scale of a half-precision loss (Micikevicius et al. 2018, section 3.2).
 
     A ``dynamic`` scale is divided by ``factor`` when a gradient overflows and multiplied by it after ``window`` updates
-    without an overflow.
+    without an overflow; ``good`` counts the updates since its last change.
     """
 
     value: float = 1.0
     dynamic: bool = False
     factor: float = 2.0
     window: int = 1000
-    good: int = 0  # updates since the scale last changed
+    good: int = 0
 
     def __post_init__(self):
         if self.value < 1 or self.factor <= 1 or self.window < 1:

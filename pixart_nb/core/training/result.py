@@ -43,7 +43,7 @@ def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path], 
         return folder
     check_result(folder, ())
     write_json(path, {"complete": False, **mark})
-    for part in (folder, *(part for part in folder.iterdir() if part.is_dir())):
+    for part in (folder, *filter(Path.is_dir, folder.iterdir())):
         remove_temporaries(part)
     write(folder)
     write_json(path, {"complete": True, **mark})

@@ -18,34 +18,25 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.data.buckets import BucketSampler, Size, training_sizes
-from pixart_nb.core.data.features import FeatureReader, fingerprint
+from pixart_nb.core.data.features import fingerprint
 from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import Label, load_labels
-from pixart_nb.core.data.reader import ImageReader
+from pixart_nb.core.data.reader import FeatureReader, LiveFeatures
 from pixart_nb.core.io import folder_lock, write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.aspect_ratio import bins_for
-from pixart_nb.core.training.batches import DiffusionBatches, LiveFeatures, Noise, ReadAhead, micro_conditions
+from pixart_nb.core.training.batches import DiffusionBatches, Noise, micro_conditions
 from pixart_nb.core.training.distributed import SINGLE, join
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import NAMES, diffusion_loss, min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
 from pixart_nb.core.training.options import steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_result, write_result
-from pixart_nb.core.training.signals import on_signal
-from pixart_nb.core.training.trainer import Trainer
-from pixart_nb.core.training.validation import (
-    MAX_HELD_OUT,
-    Validation,
-    embed_prompts,
-    mean_loss,
-    psnr,
-    reconstruct,
-    require_disjoint,
-)
-from pixart_nb.core.training.weak_to_strong import START_BATCHES, Start, start_from_config, start_report
+from pixart_nb.core.training.trainer import Trainer, on_signal
+from pixart_nb.core.training.validation import MAX_HELD_OUT, Validation, mean_loss, psnr, reconstruct, require_disjoint
+from pixart_nb.core.training.weak_to_strong import EMPTY, START_BATCHES, Start, start_from_config, start_report
 
 #: Training images whose reconstruction by the VAE is measured before the first step.
 _RECONSTRUCTED = 4
@@ -75,7 +66,10 @@ class Training:
         self.sampler = BucketSampler(self.sizes, config.batch_size, config.seed, rank, world)
         self.adapter = _add_adapter(self.net, config)
         self.batches = self._training_batches()
-        self.validation, self.held_out = self._validation(), self._held_out()
+        validates = self.workers.is_main
+        visual = config.visualize and validates
+        self.validation = Validation(config, self.networks.embed, self.side) if visual else None
+        self.held_out = self._held_out() if config.validation_json_path and validates else None
         self.trainer = self._trainer()
         if config.feature_cache:
             self.networks.release()
@@ -99,14 +93,15 @@ class Training:
         return self.adapter.with_dropout(batches, config.seed) if self.adapter else batches
 
     def _live_features(self, labels: list[Label], sampler: BucketSampler, ahead: int = 0) -> LiveFeatures:
-        reader = ImageReader(labels, sampler, self.config.real_prompt_ratio)
-        read = ReadAhead(reader.batch, ahead) if ahead else reader.batch
-        return LiveFeatures(read, vae_encoder(self.networks.vae), self.networks.embed)
+        networks = self.networks
+        return LiveFeatures(
+            labels, sampler, self.config.real_prompt_ratio, vae_encoder(networks.vae), networks.embed, ahead
+        )
 
     def _with_noise(
         self, features: FeatureReader | LiveFeatures, labels: list[Label], sizes: list[Size], caption_drop: float
     ) -> DiffusionBatches:
-        config, micro = self.config, None
+        config, vae, micro = self.config, self.networks.vae_config, None
         if self.net.config.micro_condition:
             bins = (bins_for(self.side) or {}) if config.multi_scale else {}
             originals = [(label.height, label.width) for label in labels]
@@ -115,39 +110,18 @@ class Training:
             features,
             Noise(config.seed, config.timestep_sampling, config.noise_offset, caption_drop),
             self.net,
-            self.networks.scaling_factor,
+            vae.scaling_factor,
             self.empty,
-            self.workers.rank * config.batch_size,
-            min_snr_weights(config.snr_gamma) if config.snr_gamma else None,
-            config.mode == 0,
-            micro,
-            self.networks.shift_factor,
+            first_row=self.workers.rank * config.batch_size,
+            weights=min_snr_weights(config.snr_gamma) if config.snr_gamma else np.ones_like,
+            fixed_lengths=config.mode == 0,
+            micro=micro,
+            shift_factor=vae.shift_factor,
         )
 
-    def _validation(self) -> Validation | None:
-        config = self.config
-        if not (config.visualize and self.workers.is_main):
-            return None
-        prompts = tuple(config.validation_prompts)
-        negatives = config.validation_negative_prompts or [""] * len(prompts)
-        parameters = {"sampling_steps": config.sampling_steps, "guidance_scale": config.guidance_scale}
-        return Validation(
-            prompts,
-            *embed_prompts(self.networks.embed, prompts, negatives),
-            self.side,
-            self.side,
-            config.sampling_method,
-            config.sampling_steps,
-            config.guidance_scale,
-            config.seed,
-            parameters,
-        )
-
-    def _held_out(self) -> list[tuple] | None:
+    def _held_out(self) -> list[tuple]:
         """Return the batches of the validation loss: the same images, noise and timesteps every time."""
         config = self.config
-        if not (config.validation_json_path and self.workers.is_main):
-            return None
         labels = load_labels(config.validation_json_path, config.image_dir)
         require_disjoint(self.labels, labels)
         sizes = training_sizes(labels, self.side, config.multi_scale)
@@ -168,7 +142,7 @@ class Training:
         for block in net.blocks if recompute else ():
             block.recompute()
         # the embedding of the empty caption is not trained, as in the official code
-        parameters = {n: p for n, p in net.parameters_and_names() if n != "y_embedder.y_embedding"}
+        parameters = {n: p for n, p in net.parameters_and_names() if n != EMPTY}
         return Trainer(
             diffusion_loss(net),
             self.adapter.parameters() if self.adapter else parameters,

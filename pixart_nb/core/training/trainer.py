@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +25,6 @@ from pixart_nb.core.training.divergence import DivergenceError, find_divergence
 from pixart_nb.core.training.log import CurveLog
 from pixart_nb.core.training.optimizers import CAME, EMA, AdamW, clip_by_norm, global_norm
 from pixart_nb.core.training.options import TrainerOptions
-from pixart_nb.core.training.signals import on_signal
 
 #: ``batch(number)`` -> NumPy arrays or tensors. A function of the number only: this makes a resumed training the same
 #: training. Step s takes the batches from s * accumulate on; each worker gets its own rows.
@@ -71,14 +72,13 @@ class Trainer:
         self.identity, self.describe, self.workers = dict(identity or {}), describe, workers
         self.files, self.tensorboard = CheckpointFolder(self.folder, options.keep), tensorboard
         self.masters = {name: _master(name, p, dtype) for name, p in self.parameters.items()}
-        for parameter in self.masters.values():
-            workers.broadcast_parameter(parameter)
+        self._assign(workers.from_owners(self.masters, dict.fromkeys(self.masters, 0)))
         sizes = {name: p.size for name, p in self.masters.items()}
         self.owner = owners(sizes, workers.size, options.shard_threshold)
         own = {name: p for name, p in self.masters.items() if self.owner[name] in (workers.rank, ALL)}
         self.optimizer = OPTIMIZERS[options.optimizer](own, options.betas, options.eps, options.weight_decay)
         keep_ema = options.ema_rate is not None and workers.is_main
-        self.ema = EMA(list(self.masters.values()), options.ema_rate) if keep_ema else None
+        self.ema = EMA(self.masters, options.ema_rate) if keep_ema else None
         self.scale = options.new_loss_scale()
         self.step, self.log, self._seconds, self._saved = 0, None, 0.0, -1
         self._stop_requested = self._stopped = False
@@ -198,10 +198,12 @@ class Trainer:
             values = values[1:] if self.scale.used else values
             numbers = np.array([float(value.asnumpy()) for value in values])
             total = numbers if total is None else total + numbers
+            if count > 1:  # half-precision gradients are added up in float32
+                gradients = [gradient.astype(ms.float32) for gradient in gradients]
             sums = gradients if sums is None else [a + b for a, b in zip(sums, gradients, strict=True)]
         reduced = self.workers.all_reduce([*(total / count), float(self._stop_requested)])
         self._stopped = reduced.pop() > 0  # all workers stop at the same step
-        return [value / self.workers.size for value in reduced], self.workers.all_reduce_mean(sums)
+        return [value / self.workers.size for value in reduced], self.workers.mean(sums)
 
     def _tensors(self, number: int) -> list[ms.Tensor]:
         scale = [np.float32(self.scale.value)] if self.scale.used else []
@@ -234,18 +236,18 @@ class Trainer:
 
     def _update(self, gradients: list[ms.Tensor], rate: float) -> None:
         self.optimizer.update(dict(zip(self.masters, gradients, strict=True)), rate)
-        for name, master in self.masters.items():
-            if self.owner[name] != ALL:
-                self.workers.broadcast_parameter(master, self.owner[name])
-            self._copy_master(name)
+        self._assign(self.workers.from_owners(self.masters, self.owner))
         if self.ema:
             self.ema.update()
 
-    def _copy_master(self, name: str) -> None:
-        """Set a half-precision parameter to its float32 copy."""
-        parameter, master = self.parameters[name], self.masters[name]
-        if parameter is not master:
-            ops.assign(parameter, master.astype(parameter.dtype))
+    def _assign(self, values: Mapping[str, ms.Tensor | np.ndarray]) -> None:
+        """Set the parameters and their float32 copies to values in float32."""
+        for name, master in self.masters.items():
+            value, parameter = values[name], self.parameters[name]
+            if value is not master:
+                ops.assign(master, value if isinstance(value, ms.Tensor) else ms.Tensor(value))
+            if parameter is not master:
+                ops.assign(parameter, master.astype(parameter.dtype))
 
     # ---- weights and state
 
@@ -257,19 +259,16 @@ class Trainer:
             return
         kept = {name: np.array(master.asnumpy()) for name, master in self.masters.items()}
         try:
-            for parameter, average in zip(self.parameters.values(), self.ema.averages, strict=True):
-                ops.assign(parameter, ms.Tensor(average).astype(parameter.dtype))
+            for name, average in self.ema.averages.items():
+                ops.assign(self.parameters[name], average.astype(self.parameters[name].dtype))
             yield
         finally:
             with on_signal(self.request_stop):  # a second interrupt must not leave averages behind
-                for name, master in self.masters.items():
-                    ops.assign(master, ms.Tensor(kept[name]))
-                    self._copy_master(name)
+                self._assign(kept)
 
     def weights(self) -> dict[str, np.ndarray]:
         """Return the trained weights, float32: the averages, or the parameters if there are no averages."""
-        averages = self.ema.averages if self.ema else [m.asnumpy() for m in self.masters.values()]
-        return dict(zip(self.masters, averages, strict=True))
+        return self.ema.arrays() if self.ema else {name: m.asnumpy() for name, m in self.masters.items()}
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints in the folder, oldest first."""
@@ -279,15 +278,14 @@ class Trainer:
         """Return everything that the next step depends on. A collective: every worker has to call it."""
         tensors = {f"model/{name}": master.asnumpy() for name, master in self.masters.items()}
         if self.ema:
-            tensors |= {f"ema/{name}": a for name, a in zip(self.masters, self.ema.averages, strict=True)}
-        own = self.optimizer.state()
+            tensors |= {f"ema/{name}": array for name, array in self.ema.arrays().items()}
+        own, owner, state = self.optimizer.state(), {}, {}
         for name, master in self.masters.items():
             for group, shape in self.optimizer.state_shapes(tuple(master.shape)).items():
                 key = f"{group}/{name}"
-                array = own[key].asnumpy() if key in own else np.zeros(shape, np.float32)
-                shared = self.owner[name] != ALL
-                tensors[key] = self.workers.broadcast(array, self.owner[name]) if shared else array
-        return tensors
+                owner[key] = self.owner[name]
+                state[key] = own[key] if key in own else ms.Tensor(np.zeros(shape, np.float32))
+        return tensors | {key: t.asnumpy() for key, t in self.workers.from_owners(state, owner).items()}
 
     def save(self) -> Path | None:
         """Write the state and remove old ones; return its path on the main worker. A collective."""
@@ -322,15 +320,28 @@ class Trainer:
         check_fits(state, shapes, ["model", "ema"] if self.ema else ["model"], self.identity)
         metadata = state.metadata
         self.optimizer.restore(state.tensors, int(metadata.get("updates", state.step)), state.path)
-        for name, master in self.masters.items():
-            ops.assign(master, ms.Tensor(state.tensors[f"model/{name}"]))
-            self._copy_master(name)
+        self._assign({name: state.tensors[f"model/{name}"] for name in self.masters})
         if self.ema:
-            self.ema.averages = [np.array(state.tensors[f"ema/{name}"]) for name in self.masters]
+            for name, average in self.ema.averages.items():
+                ops.assign(average, ms.Tensor(state.tensors[f"ema/{name}"]))
             self.ema.updates = self.optimizer.updates
         self.scale.value = float(metadata.get("loss_scale", self.scale.value))
         self.scale.good = int(metadata.get("good_updates", 0))
         self.step = self._saved = state.step
+
+
+@contextmanager
+def on_signal(handler: Callable) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM with ``handler`` for a while; Python gives signals to the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def _show(bar: tqdm, row: Mapping[str, float]) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
-from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.data.features import Embed, padded
+from pixart_nb.core.data.features import Embed
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.data.labels import Label
+from pixart_nb.core.data.reader import padded
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.images import to_uint8, write_image
@@ -25,39 +25,33 @@ from pixart_nb.core.sampling.samplers import image_generators
 MAX_HELD_OUT = 128
 
 
-@dataclass(frozen=True)
 class Validation:
-    """Images of the same prompts from the same noise at every validation.
+    """Images of the validation prompts of a configuration, ``side`` pixels wide, from the same noise every time."""
 
-    ``embeds`` (2N, T, C) and ``mask`` (2N, T) come from ``embed_prompts``; ``height`` and ``width`` are in pixels.
-    """
-
-    prompts: tuple[str, ...]
-    embeds: np.ndarray
-    mask: np.ndarray
-    height: int
-    width: int
-    method: str
-    steps: int
-    guidance: float
-    seed: int = 0
-    parameters: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, config: TrainConfig, embed: Embed, side: int):
+        self.config, self.side, self.prompts = config, side, tuple(config.validation_prompts)
+        rows = []
+        # one at a time: the longest of them must not change the others
+        for text in (*self.prompts, *(config.validation_negative_prompts or [""] * len(self.prompts))):
+            embeds, mask = embed([text])
+            rows.append(embeds[0][mask[0]])
+        self.embeds, self.mask = padded(rows)
 
     def sample(self, net: PixArt, vae: AutoencoderKL) -> np.ndarray:
-        """Return one image per prompt, (N, height, width, 3) uint8, with the present weights of ``net``."""
-        count = len(self.prompts)
-        pipe = PixArtSigmaPipeline(None, None, vae, net, self.method)
+        """Return one image per prompt, (N, side, side, 3) uint8, with the present weights of ``net``."""
+        config, count = self.config, len(self.prompts)
+        pipe = PixArtSigmaPipeline(None, None, vae, net, config.sampling_method)
         images = [
             pipe(
                 prompt_embeds=ms.Tensor(self.embeds[i : i + 1]),
                 prompt_attention_mask=self.mask[i : i + 1],
                 negative_prompt_embeds=ms.Tensor(self.embeds[count + i : count + i + 1]),
                 negative_prompt_attention_mask=self.mask[count + i : count + i + 1],
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance,
-                height=self.height,
-                width=self.width,
-                generator=image_generators(self.seed, [i]),
+                num_inference_steps=config.sampling_steps,
+                guidance_scale=config.guidance_scale,
+                height=self.side,
+                width=self.side,
+                generator=image_generators(config.seed, [i]),
                 use_resolution_binning=False,
                 output_type="np",
             )[0]
@@ -73,18 +67,10 @@ class Validation:
     def write(self, folder: Path, step: int, images: np.ndarray) -> list[Path]:
         """Write the images of a step and return their paths."""
         paths = self.paths(folder, step)
+        common = {"step": step} | {key: getattr(self.config, key) for key in ("sampling_steps", "guidance_scale")}
         for path, prompt, pixels in zip(paths, self.prompts, images, strict=True):
-            write_image(path, pixels, {"prompt": prompt, "step": step, **self.parameters})
+            write_image(path, pixels, {"prompt": prompt, **common})
         return paths
-
-
-def embed_prompts(embed: Embed, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return embeddings (2N, T, C) and mask (2N, T) of N prompts, followed by N negative prompts."""
-    rows = []
-    for text in (*prompts, *negatives):  # one at a time: the longest of them must not change the others
-        embeds, mask = embed([text])
-        rows.append(embeds[0][mask[0]])
-    return padded(rows)
 
 
 def mean_loss(loss: Callable, batches: Sequence[Sequence[np.ndarray | ms.Tensor]]) -> float:

@@ -77,16 +77,11 @@ def start_from_config(config: TrainConfig, checkpoint: Path, tokens: int) -> Sta
         "scale_factor": config.kv_compress_scale_factor,
         "kv_compress_layer": config.kv_compress_layer,
     }
-    stage = TrainingStage(
-        config.sample_size,
-        config.pe_interpolation,
-        compression if config.kv_compress else None,
-        config.kv_compress_init,
-    )
-    seed = config.seed
+    compression = compression if config.kv_compress else None
+    stage = TrainingStage(config.sample_size, config.pe_interpolation, compression, config.kv_compress_init)
     if config.from_scratch:
-        return start_from_scratch(checkpoint, stage, tokens, seed, config.zero_cross_attention)
-    return start_stage(checkpoint, stage, tokens, seed)
+        return start_from_scratch(checkpoint, stage, tokens, config.seed, config.zero_cross_attention)
+    return start_stage(checkpoint, stage, tokens, config.seed)
 
 
 def start_stage(checkpoint: str | Path, stage: TrainingStage, tokens: int | None = None, seed: int = 0) -> Start:
@@ -102,10 +97,13 @@ def start_stage(checkpoint: str | Path, stage: TrainingStage, tokens: int | None
     view, before = _previous(checkpoint, stage, tokens)
     config = stage.config(before.config)
     _check_compression(before.config, config, checkpoint)
-    new = _new_layers(before.config, config)
+    learned = before.config.kv_layers if before.config.kv_ratio > 1 else ()
+    new = tuple(layer for layer in config.kv_layers if config.kv_ratio > 1 and layer not in learned)
     added = init_compression(view.tensors, new, config.kv_ratio) if config.kv_operator == "conv" else {}
-    if stage.compression_init == "random":
-        added = _at_random(added, config.kv_ratio, np.random.default_rng((seed, 5)))
+    rng, bound = np.random.default_rng((seed, 5)), 1 / config.kv_ratio  # 1 / sqrt(fan in)
+    for name, part in added.items() if stage.compression_init == "random" else ():
+        if ".attn.sr." in name:
+            added[name] = LazyTensor.of(rng.uniform(-bound, bound, part.shape).astype(np.float32), name)
     net = build_transformer(view.complete | view.rest | added, config, checkpoint, ms.float32)
     return Start(net, before.config, new, before.family, tuple(before.notes))
 
@@ -137,11 +135,6 @@ def _previous(checkpoint: str | Path, stage: TrainingStage, tokens: int | None) 
     return view, before
 
 
-def _new_layers(previous: PixArtConfig, config: PixArtConfig) -> tuple[int, ...]:
-    before = previous.kv_layers if previous.kv_ratio > 1 else ()
-    return tuple(n for n in config.kv_layers if config.kv_ratio > 1 and n not in before)
-
-
 def _check_compression(previous: PixArtConfig, config: PixArtConfig, source: str | Path) -> None:
     """Refuse a stage that changes or drops the compression of layers that have learned it."""
     if previous.kv_operator != "conv" or not previous.kv_layers:
@@ -153,16 +146,6 @@ def _check_compression(previous: PixArtConfig, config: PixArtConfig, source: str
             f"says layers {list(config.kv_layers)} by {config.kv_ratio} with {config.kv_operator!r}. Keep those layers "
             "and that ratio; further layers may be added"
         )
-
-
-def _at_random(added: dict[str, LazyTensor], ratio: int, rng: np.random.Generator) -> dict[str, LazyTensor]:
-    """Replace new convolutions by uniform values within 1 / sqrt(fan in), which is 1 / ratio."""
-    return {
-        name: LazyTensor.of(rng.uniform(-1 / ratio, 1 / ratio, part.shape).astype(np.float32), name)
-        if ".attn.sr." in name
-        else part
-        for name, part in added.items()
-    }
 
 
 def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> dict[str, float]:
@@ -188,10 +171,12 @@ def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> d
             moved = [_with_positions(net, batch, interpolation) for batch in tensors]
             report[f"loss_{name}interpolated"] = mean_loss(loss, moved)
     if start.new_layers:
-        compressed = _outputs(net, tensors[0])
+        latents, noise, table, timesteps, embeddings, mask, _, *rest = tensors[0]
+        inputs = (add_noise(latents, noise, table), timesteps, embeddings, mask, *rest)
+        compressed = net.forward(*inputs).asnumpy()
         with uncompressed(net, start.new_layers):
             report["loss_without_compression"] = mean_loss(loss, tensors)
-            exact = _outputs(net, tensors[0])
+            exact = net.forward(*inputs).asnumpy()
         report["compression_error"] = float(np.linalg.norm(compressed - exact) / np.linalg.norm(exact))
     return report
 
@@ -202,12 +187,6 @@ def _with_positions(net: PixArt, batch: Sequence[ms.Tensor], interpolation: floa
     height, width = (side // patch for side in batch[0].shape[2:])
     grid = sincos_positions(config.hidden_size, height, width, config.input_size // patch, interpolation)
     return [*batch[:POSITIONS], ms.Tensor(grid[None]), *batch[POSITIONS + 1 :]]
-
-
-def _outputs(net: PixArt, batch: Sequence[ms.Tensor]) -> np.ndarray:
-    latents, noise, table, timesteps, embeddings, mask, _, positions, *micro = batch
-    out = net.forward(add_noise(latents, noise, table), timesteps, embeddings, mask, positions, *micro)
-    return out.asnumpy()
 
 
 @contextmanager

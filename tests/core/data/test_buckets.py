@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pixart_nb.core.data.buckets import BucketSampler, training_sizes
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.labels import Label, load_labels
 
 SIZES = ((256, 256), (208, 304), (304, 208))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.mutated_files import peak_megabytes
 from pixart_nb.core.data.diffusiondb import import_diffusiondb
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.labels import load_labels
 from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import folder_lock

@@ -17,11 +17,11 @@ from PIL import Image
 
 from pixart_nb.core.data import features
 from pixart_nb.core.data.buckets import BucketSampler
-from pixart_nb.core.data.errors import DataError
-from pixart_nb.core.data.features import FeatureCache, FeatureError, FeatureReader, MadeBy, fingerprint
+from pixart_nb.core.data.features import FeatureCache, FeatureError, MadeBy, fingerprint
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ImageError, load_image, to_signed
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.data.reader import ImageReader
+from pixart_nb.core.data.reader import FeatureReader, LiveFeatures
 from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import folder_lock, load_tensors
 
@@ -113,15 +113,14 @@ def test_batches_are_those_of_the_images(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     cache.write(encode, embed)
     sampler = BucketSampler(cache.sizes, 2, 7)
-    cached, direct = FeatureReader(cache, sampler, 0.5), ImageReader(labels, sampler, 0.5)
+    cached, direct = FeatureReader(cache, sampler, 0.5), LiveFeatures(labels, sampler, 0.5, encode, embed)
     for step in range(12):
         found, expected = cached.batch(step), direct.batch(step)
         np.testing.assert_array_equal(found.indices, expected.indices)
-        np.testing.assert_allclose(found.mean, encode(expected.pixels)[0], rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(found.std, encode(expected.pixels)[1], rtol=1e-3, atol=1e-3)
-        embeds, mask = embed(expected.captions)
-        np.testing.assert_array_equal(found.mask, mask)
-        np.testing.assert_array_equal(found.embeds, embeds)
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(found.std, expected.std, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(found.mask, expected.mask)
+        np.testing.assert_array_equal(found.embeds, expected.embeds)
         assert found.mean.dtype == found.std.dtype == found.embeds.dtype == np.float32
 
 
@@ -146,12 +145,12 @@ def test_the_bundled_networks_fill_a_cache(tmp_path, project):
     ]
     cache = FeatureCache(tmp_path, labels, [(32, 48)] * 2, replace(MADE_BY, dtype="fp32"))
     cache.write(vae_encoder(pipe.vae), text_embedder(pipe.tokenizer, pipe.text_encoder, 300), batch_size=2)
-    pixels = ImageReader(labels, BucketSampler(cache.sizes, 2, 0)).batch(0)
+    pixels, captions, _ = LiveFeatures(labels, BucketSampler(cache.sizes, 2, 0), 1.0, None, None).images(0)
     batch = FeatureReader(cache, BucketSampler(cache.sizes, 2, 0), 1.0).batch(0)
-    latents = pipe.vae.encode(ms.Tensor(pixels.pixels))[0]
+    latents = pipe.vae.encode(ms.Tensor(pixels))[0]
     np.testing.assert_allclose(batch.mean, latents.mean.asnumpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(batch.std, np.exp(latents.logvar.asnumpy() / 2), rtol=1e-4, atol=1e-6)
-    embeds, mask, *_ = pipe.encode_prompt(pixels.captions, False, clean_caption=True)
+    embeds, mask, *_ = pipe.encode_prompt(captions, False, clean_caption=True)
     length = batch.mask.shape[1]
     np.testing.assert_array_equal(batch.mask, mask.asnumpy()[:, :length].astype(bool))
     assert not mask.asnumpy()[:, length:].any()
@@ -164,7 +163,7 @@ def test_an_interrupted_cache_goes_on_after_its_whole_shards(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     with pytest.raises(KeyboardInterrupt):
         cache.write(Counting(encode, fail_after=6), embed, batch_size=1)
-    assert list(content(tmp_path / "features")) == [cache.path("latents", 0).name]
+    assert list(content(tmp_path / "features")) == [cache.paths["latents", 0].name]
     with pytest.raises(FeatureError, match=r"5 of 6 shards.*5 missing"):
         FeatureReader(cache, BucketSampler(cache.sizes, 2, 0))
     again = Counting(encode)
@@ -215,7 +214,7 @@ def test_only_shards_of_what_changed_are_made(labels, tmp_path, change, made_by,
     fresh = cache_of(changed, tmp_path / "fresh", replace(MADE_BY, **made_by))
     fresh.write(encode, embed)
     found = content(tmp_path / "features")
-    assert_same({path.name: found[path.name] for path in map(fresh.path, *zip(*fresh.shards(), strict=True))},
+    assert_same({path.name: found[path.name] for path in fresh.paths.values()},
                 content(tmp_path / "fresh"))  # fmt: skip
 
 
@@ -244,9 +243,9 @@ def test_images_of_equal_size_and_time_in_two_folders_are_told_apart(tmp_path):
         Image.new("RGB", (32, 32), colour).save(tmp_path / name / "a.bmp")
         os.utime(tmp_path / name / "a.bmp", (0, 0))
     paths = {
-        FeatureCache(tmp_path, [Label("a.bmp", tmp_path / name / "a.bmp", "a", "", 32, 32)], [(32, 32)], MADE_BY).path(
+        FeatureCache(tmp_path, [Label("a.bmp", tmp_path / name / "a.bmp", "a", "", 32, 32)], [(32, 32)], MADE_BY).paths[
             "latents", 0
-        )
+        ]
         for name in ("one", "two")
     }
     assert len(paths) == 2
@@ -272,7 +271,7 @@ def test_the_lock_file_of_a_killed_writer_is_removed(labels, tmp_path):
 def test_a_damaged_shard_is_made_again(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     cache.write(encode, embed)
-    os.truncate(cache.path("captions", 1), 300)
+    os.truncate(cache.paths["captions", 1], 300)
     assert cache.unusable() == {("captions", 1): "damaged"}
     assert cache.write(encode, embed) == {"damaged": 1}
     cache.check()
@@ -281,7 +280,7 @@ def test_a_damaged_shard_is_made_again(labels, tmp_path):
 def test_a_flipped_bit_is_found_when_it_is_read(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     cache.write(encode, embed)
-    path = cache.path("latents", 0)
+    path = cache.paths["latents", 0]
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
@@ -303,7 +302,7 @@ def test_a_damaged_image_is_named_and_whole_shards_stay(labels, tmp_path):
     cache = cache_of(labels, tmp_path / "features")
     with pytest.raises(ImageError, match=r"6\.png"):
         cache.write(encode, embed)
-    assert list(content(tmp_path / "features")) == [cache.path("latents", 0).name]
+    assert list(content(tmp_path / "features")) == [cache.paths["latents", 0].name]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
@@ -331,7 +330,7 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(labels, tmp_path):
         wide = Counting(lambda pixels: [np.repeat(part, 100, 1) for part in encode(pixels)])
         with pytest.raises(WriteError, match=r"latents-\w+\.safetensors could not be written.*Free space"):
             cache.write(wide, embed)
-        assert list((disk / "features").iterdir()) == [cache.path("latents", 0)]
+        assert list((disk / "features").iterdir()) == [cache.paths["latents", 0]]
 
 
 def test_captions_that_are_cut_give_one_warning(labels, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_nb.core.data.errors import DataError
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.folder import import_folder
 from pixart_nb.core.data.labels import LabelError, load_labels
 from pixart_nb.core.errors import FolderInUseError

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixart_nb.core.data.errors import SHOWN
+from pixart_nb.core.data.files import SHOWN
 from pixart_nb.core.data.labels import LabelError, caption_problem, load_labels
 
 

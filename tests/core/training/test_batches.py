@@ -1,16 +1,15 @@
 """Noise, weights and batches of a diffusion training."""
 
-import threading
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.data.features import FeatureBatch
+from pixart_nb.core.data.reader import FeatureBatch
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling.noise_schedule import LINEAR
-from pixart_nb.core.training.batches import DiffusionBatches, Noise, ReadAhead
+from pixart_nb.core.training.batches import DiffusionBatches, Noise
 from pixart_nb.core.training.loss import diffusion_loss, min_snr_weights
 
 CONFIG = PixArtConfig(hidden_size=32, num_heads=2, depth=1, caption_channels=6, input_size=8)
@@ -130,30 +129,3 @@ def test_the_loss_weighs_the_squared_error_and_not_the_bound(net):
     assert half[1:] == full[1:]
     assert full[0] == pytest.approx(full[1] + full[2])
     assert half[0] == pytest.approx(0.5 * full[1] + full[2])
-
-
-def test_what_is_read_ahead_comes_in_any_order_and_once():
-    calls, lock = [], threading.Lock()
-
-    def slow(number):
-        with lock:
-            calls.append(number)
-        return number * 10
-
-    ahead = ReadAhead(slow, 2)
-    assert [ahead(n) for n in (0, 1, 2, 7, 8)] == [0, 10, 20, 70, 80]
-    assert sorted(calls)[:3] == [0, 1, 2]
-    assert len(calls) == len(set(calls)) + calls.count(7) - 1
-
-
-def test_an_error_while_reading_ahead_is_raised_when_its_batch_is_asked_for():
-    def broken(number):
-        if number == 2:
-            raise ValueError("image 2 is cut")
-        return number
-
-    ahead = ReadAhead(broken, 3)
-    assert [ahead(0), ahead(1)] == [0, 1]
-    with pytest.raises(ValueError, match="image 2 is cut"):
-        ahead(2)
-    assert ReadAhead(broken, 0)(1) == 1

@@ -71,15 +71,15 @@ def test_one_number_that_is_none_shows_in_the_norm(bad):
 
 def test_the_average_follows_the_weights_and_owns_its_memory():
     weight = ms.Parameter(ms.Tensor(np.zeros(200_000, np.float32)), name="w")
-    ema = EMA([weight], rate=0.5)
+    ema = EMA({"w": weight}, rate=0.5)
     weight.set_data(ms.Tensor(np.ones(200_000, np.float32)))
-    assert not ema.averages[0].any()
+    assert not ema.arrays()["w"].any()
     for _ in range(3):
         ema.update()
     first, second, third = 2 / 11, 3 / 12, 4 / 13  # the rate rises with the number of updates
-    assert np.allclose(ema.averages[0], 1 - first * second * third, atol=1e-6)
+    assert np.allclose(ema.arrays()["w"], 1 - first * second * third, atol=1e-6)
     with pytest.raises(ValueError, match="EMA rate is 1"):
-        EMA([weight], rate=1.0)
+        EMA({"w": weight}, rate=1.0)
 
 
 def test_the_learning_rate_warms_up_and_falls():
