@@ -234,6 +234,7 @@ print(json.dumps([memory.before, memory.peak]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "tile", "dtype"),
     [

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs once the system can fork processes")
-@pytest.mark.parametrize("command", ["train", "convert"])
+@pytest.mark.parametrize("command", [pytest.param("train", marks=pytest.mark.slow), "convert"])
 def test_a_command_that_is_killed_comes_to_the_same_files(project, command):
     words = [sys.executable, "benchmarks/crash_recovery.py", "--kills", "3", "--only", command]
     done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=900)

@@ -19,9 +19,9 @@ from small_pipeline import train_options, write_small_pipeline
 from two_workers import RUNS
 
 from pixart_nb.core.io import load_tensors
-from pixart_nb.core.training.distributed import ALL, owners
 
 BIN = str(Path(sys.executable).parent)
+pytestmark = pytest.mark.slow
 needs_msrun = pytest.mark.skipif(
     not (shutil.which("msrun", path=BIN) or shutil.which("msrun")), reason="runs once there is MindSpore's msrun"
 )
@@ -39,22 +39,6 @@ def msrun(log, *task):
 
 def logs(folder):
     return "".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("worker_*.log"))
-
-
-def test_owners_share_the_numbers_evenly():
-    sizes = {f"p{k}": size for k, size in enumerate([100, 90, 50, 40, 30, 20, 10, 1])}
-    owner = owners(sizes, 3)
-    loads = [sum(size for name, size in sizes.items() if owner[name] == rank) for rank in range(3)]
-    assert set(owner) == set(sizes)
-    assert max(loads) - min(loads) <= 10
-    assert owners(sizes, 1) == dict.fromkeys(sizes, 0)
-    assert owners(dict(reversed(sizes.items())), 3) == owner  # whatever the order
-
-
-def test_small_parameters_are_everyones():
-    sizes = {"large": 100, "larger": 200, "small": 9, "smaller": 1}
-    assert owners(sizes, 2, 10) == {"larger": 0, "large": 1, "small": ALL, "smaller": ALL}
-    assert set(owners(sizes, 2, 1000).values()) == {ALL}
 
 
 @needs_msrun

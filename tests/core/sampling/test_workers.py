@@ -21,6 +21,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("msrun"), reason="runs once MindSpore's msrun is on the PATH")
 def test_two_workers_draw_what_one_would(project, tmp_path):
     script = Path(sys.executable).with_name("pixart-nb")
