@@ -14,7 +14,7 @@ from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positio
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.layouts import to_official_names
 from pixart_nb.core.io import CheckpointError, read_json
-from pixart_nb.core.memory import available, in_use, run_in_subprocess
+from pixart_nb.core.memory import available, in_use
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
