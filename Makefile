@@ -14,7 +14,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3 python; d
 export PATH := $(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help demo test test-fast lint format lab docs structure tiny
+.PHONY: help demo test test-fast lint format lab docs structure tiny ascend-audit
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make format     apply what make lint asks for"
 	@echo "make lab        JupyterLab in notebooks/"
 	@echo "make docs       API reference in docs/api/"
+	@echo "make ascend-audit  operators that a step dispatches on Ascend, counted on this machine"
 	@echo "make structure  size and structure of the package, and its limits"
 	@echo "make tiny       train the bundled model again from nothing; resumes where it stopped"
 
@@ -62,6 +63,9 @@ lab: $(STAMP)
 docs: $(STAMP)
 	python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	pdoc -o docs/api pixart_nb '!pixart_nb.cli'
+
+ascend-audit: $(STAMP)
+	python -m benchmarks.ascend_audit
 
 structure: $(STAMP)
 	python tests/structure.py

@@ -230,9 +230,8 @@ def block_function(
 
     def convolved(kv, kernel, kernel_bias, norm, norm_bias):
         """Keys and values (B, N, 2 D) -> compressed keys and values, each (B, M, H d)."""
-        batch = kv.shape[0]
-        both = convolve_cells(kv, *grid, kernel, kernel_bias)  # (B, M, 2 D)
-        both = mint.permute(both.reshape(batch, -1, 2, size), (2, 0, 1, 3)).contiguous()
+        both = convolve_cells(kv, *grid, kernel, kernel_bias).reshape(kv.shape[0], 2, size, -1)
+        both = mint.permute(both, (1, 0, 3, 2)).contiguous()
         if norm is not None:
             both = ascend_operators.layer_norm(both, norm, norm_bias, NORM_EPS)
         both = pad(both)

@@ -50,9 +50,10 @@ def compress_tokens(
 ) -> ms.Tensor:
     """Compress the token grid: x (B, height * width, D) -> (B, (height // ratio) * (width // ratio), D)."""
     if backend.on_ascend() and operator == "conv":
-        return norm(convolve_cells(x, height, width, reduction.weight, reduction.bias))
+        return norm(transpose(convolve_cells(x, height, width, reduction.weight, reduction.bias), 0, 2, 1))
     if backend.on_ascend() and operator == "mean":
-        return convolve_cells(x, height, width, mean_kernel(x.shape[2], ratio, x.dtype), None)
+        kernel = mean_kernel(x.shape[2], ratio, x.dtype)
+        return transpose(convolve_cells(x, height, width, kernel, None), 0, 2, 1)
     for factor in successive_ratios(operator, ratio):
         positions = _cell_positions(x, height, width, factor, positions_read(operator, factor))
         x = compress_cells(positions, operator, reduction, norm).reshape(x.shape[0], -1, x.shape[2])
@@ -61,11 +62,10 @@ def compress_tokens(
 
 
 def convolve_cells(x: ms.Tensor, height: int, width: int, weight: ms.Tensor, bias: ms.Tensor | None) -> ms.Tensor:
-    """Depthwise convolution of stride R over the token grid, by Ascend's operator: weight (D, 1, R, R)."""
+    """Convolve the token grid (B, height * width, D) with weight (D, 1, R, R) and stride R, on Ascend: (B, D, M)."""
     batch, _, size = x.shape
     grid = transpose(x.reshape(batch, height, width, size), 0, 3, 1, 2)
-    cells = ascend_operators.conv2d(grid, weight, bias, stride=weight.shape[-1], groups=size)
-    return transpose(cells.reshape(batch, size, -1), 0, 2, 1)
+    return ascend_operators.conv2d(grid, weight, bias, stride=weight.shape[-1], groups=size).reshape(batch, size, -1)
 
 
 def mean_kernel(size: int, ratio: int, dtype: ms.Type) -> ms.Tensor:

@@ -152,7 +152,7 @@ class GroupNorm(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         if self.statistics is not None:
             return self.statistics.normalize(self, x)
-        if backend.on_ascend():  # in float32, as half precision is poor there
+        if backend.on_ascend() and x.dtype != ms.float32:  # half precision is poor there
             weight, bias = self.weight.astype(ms.float32), self.bias.astype(ms.float32)
             return ops.group_norm(x.astype(ms.float32), self.groups, weight, bias, self.eps).astype(x.dtype)
         return ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)

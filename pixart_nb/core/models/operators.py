@@ -87,6 +87,8 @@ def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
 
 def silu(x: ms.Tensor) -> ms.Tensor:
     """Return ``x sigmoid(x)``, any shape."""
+    if backend.on_ascend():
+        return ops.silu(x)
     return ops.silu(upcast(x)).astype(x.dtype)
 
 

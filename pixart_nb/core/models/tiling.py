@@ -9,10 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from mindspore import ops
+from mindspore import mint, ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
@@ -214,27 +216,46 @@ class SharedStatistics:
 
     def values(self) -> np.ndarray | None:
         """Return mean and variance of every channel, (2, C) float32; None if nothing was normalized."""
-        return None if self.mean is None else np.stack([self.mean.asnumpy(), self.variance.asnumpy()])
+        if self.mean is None:
+            return None
+        return mint.cat((self.mean, self.variance)).asnumpy().reshape(2, -1)
 
     def normalize(self, norm: GroupNorm, x: ms.Tensor) -> ms.Tensor:
         """Group normalization of x (N, C, H, W) by the shared statistics."""
         wide = x.astype(ms.float32)
         if self.mean is None:
-            self._measure(wide.asnumpy(), norm.groups)
+            mean, variance = (self._measured_on_device if backend.on_ascend() else self._measured)(wide, norm.groups)
+            self.mean, self.variance = (values.reshape(-1) for values in (mean, variance))
         weight, bias = norm.weight.astype(ms.float32), norm.bias.astype(ms.float32)
+        if backend.on_ascend():  # its batch normalization has no aclnn kernel
+            scale = weight * mint.rsqrt(self.variance + norm.eps)
+            shift = bias - self.mean * scale
+            return (wide * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)).astype(x.dtype)
         batch_norm = ops.BatchNorm(is_training=False, epsilon=norm.eps)
         return batch_norm(wide, weight, bias, self.mean, self.variance)[0].astype(x.dtype)
 
-    def _measure(self, x: np.ndarray, groups: int) -> None:
-        sums, squares, count = np.zeros(groups), np.zeros(groups), 0
-        for image, core in zip(x, self.cores, strict=True):
+    def _cells(self, x: Any, groups: int) -> Iterator[Any]:
+        """Yield the cells of each image of x (N, C, H, W) that count, (groups, cells): views of an array or tensor."""
+        for index, core in zip(range(x.shape[0]), self.cores, strict=True):
             rows, columns = (slice(*(round(f * n) for f in span)) for span, n in zip(core, x.shape[2:], strict=True))
-            cells = image[:, rows, columns].reshape(groups, -1)
+            yield x[index, :, rows, columns].reshape(groups, -1)
+
+    def _measured(self, wide: ms.Tensor, groups: int) -> tuple[ms.Tensor, ms.Tensor]:
+        """Return mean and variance of every channel."""
+        sums, squares, count = np.zeros(groups), np.zeros(groups), 0
+        for cells in self._cells(wide.asnumpy(), groups):
             sums += cells.sum(1, dtype=np.float64)
             squares += np.einsum("gi,gi->g", cells, cells, dtype=np.float64)
             count += cells.shape[1]
         mean = sums / count
         variance = np.maximum(squares / count - mean**2, 0)
-        self.mean, self.variance = (
-            ms.Tensor(np.repeat(value, x.shape[1] // groups).astype(np.float32)) for value in (mean, variance)
-        )
+        repeats = wide.shape[1] // groups
+        return tuple(ms.Tensor(np.repeat(value, repeats).astype(np.float32)) for value in (mean, variance))
+
+    def _measured_on_device(self, wide: ms.Tensor, groups: int) -> tuple[ms.Tensor, ms.Tensor]:
+        """Return mean and variance of every channel without reading the activations. **Not run on Ascend.**"""
+        cells = mint.cat(list(self._cells(wide, groups)), 1)
+        mean = mint.mean(cells, 1, True)
+        distance = cells - mean
+        variance = mint.mean(distance * distance, 1, True)
+        return tuple(mint.tile(value, (1, wide.shape[1] // groups)) for value in (mean, variance))

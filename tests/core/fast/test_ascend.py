@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
-from reference_data import FORWARD, OFFICIAL, official, relative_error
+from reference_data import FORWARD, OFFICIAL, TRAJECTORY, diffusers, official, relative_error
 
 from benchmarks.ascend_stand_ins import STAND_INS, ContractError, ascend
+from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core import PixArtConfig, backend, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.fast.ascend import block_function
 from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 
 SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
 CLOSE = 1e-5
@@ -112,6 +114,72 @@ def test_a_denoiser_serves_images_of_another_size():
         for height, width in ((8, 8), (4, 12), (8, 8)):
             latents = inputs(height=height, width=width)[0]
             assert np.array_equal(denoise(latents, 7.0).asnumpy(), step(net, latents, caption, mask, 7.0))
+
+
+@FLASH
+@pytest.mark.parametrize("name", ["sigma", "alpha"])
+def test_whole_pipelines_give_the_numbers_of_diffusers(name, flash):
+    folder, call, golden = diffusers(name)
+    pipe = (PixArtSigmaPipeline if name == "sigma" else PixArtAlphaPipeline).from_pretrained(folder)
+    with ascend(flash_in_float32=flash):
+        embeds = pipe.text_encoder(golden["input_ids"], golden["prompt_mask"]).asnumpy()
+        assert relative_error(embeds, golden["prompt_embeds"]) < FORWARD
+        steps = pipe.sample(
+            call["prompts"], negative_prompt=call["negative_prompt"], height=call["height"], width=call["width"],
+            num_inference_steps=call["steps"], guidance_scale=call["guidance_scale"], latents=golden["latents"],
+            max_sequence_length=call["max_sequence_length"], clean_caption=call["clean_caption"],
+        )  # fmt: skip
+        next(steps)  # the conditioning
+        latents = np.stack([step.latents for step in steps])
+        assert relative_error(latents, golden["dpm++2m/trajectory"]) < TRAJECTORY
+        decoded = pipe.vae.decode(pipe.vae.config.from_model(golden["dpm++2m/trajectory"][-1]))[0].asnumpy()
+        assert relative_error(decoded, golden["decoded"]) < FORWARD
+        encoded = pipe.vae.encode(ms.Tensor(golden["vae_in"]))[0]
+        assert relative_error(encoded.mean.asnumpy(), golden["vae_mean"]) < FORWARD
+        assert relative_error(encoded.logvar.asnumpy(), golden["vae_logvar"]) < FORWARD
+
+
+@pytest.mark.parametrize("tile", [0, 64])
+def test_the_autoencoder_gives_the_numbers_of_the_cpu_whole_and_in_tiles(tile):
+    vae, rng = (
+        AutoencoderKL(VAEConfig(block_out_channels=(16, 16, 32, 32), norm_num_groups=8)),
+        np.random.default_rng(0),
+    )
+    for name, weight in vae.parameters_and_names():
+        scale = float("norm" in name and name.endswith("weight"))
+        weight.set_data(ms.Tensor((scale + 0.1 * rng.standard_normal(weight.shape)).astype(np.float32)))
+    latents, images = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 4, 24, 12), (1, 3, 96, 192)))
+    if tile:
+        vae.enable_tiling(tile)
+
+    def there_and_back():
+        return vae.decode(latents)[0].asnumpy(), vae.encode(ms.Tensor(images))[0].mean.asnumpy()
+
+    expected = there_and_back()
+    with ascend():
+        for ours, theirs in zip(there_and_back(), expected, strict=True):
+            assert relative_error(ours, theirs) < CLOSE
+
+
+@FLASH
+@pytest.mark.parametrize("operator", [None, "conv", "mean", "ave"])
+def test_gradients_are_those_of_the_cpu(operator, flash):
+    compression = dict(sampling=operator, scale_factor=2, kv_compress_layer=[0])
+    net = small_net(kv_compress_config=compression if operator else None)
+    latents, caption, mask = inputs(height=8, width=8)
+    parameters = [p for name, p in net.parameters_and_names() if "y_embedding" not in name]
+    positions, timestep, mask = net.positions(8, 8), ms.Tensor(np.array([5.0, 700.0], np.float32)), ms.Tensor(mask)
+
+    def loss(latents, caption):
+        out = net.forward(latents, timestep, caption, mask, positions)
+        return (out * out).mean()
+
+    gradient = ms.grad(loss, None, parameters)
+    expected = [g.asnumpy() for g in gradient(latents, caption)]
+    with ascend(flash_in_float32=flash):
+        ours = [g.asnumpy() for g in gradient(latents, caption)]
+    for parameter, a, b in zip(parameters, ours, expected, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6, parameter.name
 
 
 @pytest.fixture
