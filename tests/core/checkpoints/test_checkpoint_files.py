@@ -184,6 +184,7 @@ def test_a_dtype_that_a_format_lacks_is_named(tmp_path):
         LazyTensor.of(np.ones(3, np.complex64), "w")
 
 
+@pytest.mark.slow
 def test_mutated_files_of_every_form_are_refused_by_name_or_load():
     """Run in a process of its own, so that a crash, a hang or memory shows."""
     script = Path(__file__).parents[3] / "benchmarks" / "mutated_files.py"

@@ -15,10 +15,6 @@ from pixart_nb.core.checkpoints.lazy_tensor import mapping_of
 from pixart_nb.core.checkpoints.torch_file import read_torch
 from pixart_nb.core.io import CheckpointError
 
-NAMES = ["Float", "Double", "Half", "Long", "Int", "Short", "Char", "Byte", "Bool"]
-
-DTYPES = ["f4", "f8", "f2", "i8", "i4", "i2", "i1", "u1", "?"]
-
 
 def test_files_of_big_endian_machines_are_refused(tmp_path):
     path = write_pickle(tmp_path / "a.pth", pickle.dumps({}, 2))
@@ -34,15 +30,6 @@ def test_the_old_format_begins_as_documented(tmp_path):
     start = write_legacy(tmp_path / "a.pth", {}, {}).read_bytes()
     assert start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.")
     assert read_torch(tmp_path / "a.pth") == {}
-
-
-@pytest.mark.parametrize(("name", "dtype"), list(zip(NAMES, DTYPES, strict=True)))
-def test_the_old_format_keeps_every_dtype(tmp_path, name, dtype):
-    values = np.array([0, 1, 0, 1, 1]).astype(dtype)
-    content = {"w": tensor("94", f"{name}Storage", 5, (5,), (1,))}
-    read = read_tensors(write_legacy(tmp_path / "a.pth", content, {"94": values}))["w"]
-    assert read.dtype == values.dtype
-    assert np.array_equal(read, values)
 
 
 def test_the_old_format_has_strided_shared_and_partly_seen_storages(tmp_path):
@@ -78,22 +65,14 @@ def test_an_official_checkpoint_is_the_same_in_the_old_format(tmp_path):
     assert all(np.array_equal(read[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("module", [("os", "system"), ("builtins", "eval"), ("torch.nn", "Linear")])
-def test_an_old_pickle_that_would_run_a_command_is_refused_and_did_not_run(tmp_path, module):
-    proof = tmp_path / "ran"
-    for place in ("content", "machine"):
-        call = {"w": Call(Global(*module), f"touch {proof}")}
-        path = tmp_path / f"{place}.pth"
-        if place == "content":
-            write_legacy(path, call, {})
-        else:
-            buffer = io.BytesIO()
-            TorchPickler(buffer, 2).dump(call)
-            start = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
-            path.write_bytes(start + buffer.getvalue())
-        with pytest.raises(CheckpointError, match=rf"{module[0]}\.{module[1]}.*nothing was run"):
-            read_torch(path)
-        assert not proof.exists()
+def test_the_header_of_an_old_file_runs_nothing(tmp_path):
+    buffer = io.BytesIO()
+    TorchPickler(buffer, 2).dump({"w": Call(Global("os", "system"), f"touch {tmp_path / 'ran'}")})
+    start = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    (tmp_path / "a.pth").write_bytes(start + buffer.getvalue())
+    with pytest.raises(CheckpointError, match=r"os\.system.*nothing was run"):
+        read_torch(tmp_path / "a.pth")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("missing", [1, 20, 47, 60])

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_data import OFFICIAL, official
-from torch_files import Call, Global, TorchPickler, tensor, write_pickle, write_torch
+from torch_files import Call, Global, TorchPickler, tensor, write_legacy, write_pickle, write_torch
 
 from pixart_nb.core.checkpoints import torch_pickle
 from pixart_nb.core.checkpoints.files import read_tensors
@@ -62,12 +62,15 @@ def test_ema_weights_are_preferred_and_prefixes_removed(tmp_path):
     assert np.array_equal(read["w"], [1, 1])
 
 
-@pytest.mark.parametrize("module", [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("torch", "load")])
-def test_a_pickle_that_would_run_a_command_is_refused_and_did_not_run(tmp_path, module):
+@pytest.mark.parametrize("write", [write_torch, write_legacy])
+@pytest.mark.parametrize(
+    "module", [("os", "system"), ("posix", "system"), ("builtins", "eval"), ("torch", "load"), ("torch.nn", "Linear")]
+)
+def test_a_pickle_that_would_run_a_command_is_refused_and_did_not_run(tmp_path, module, write):
     proof = tmp_path / "ran"
     content = {"w": Call(Global(*module), f"touch {proof}")}
     with pytest.raises(CheckpointError, match=rf"{module[0]}\.{module[1]}.*nothing was run"):
-        read_torch(write_torch(tmp_path / "evil.pth", content, {}))
+        read_torch(write(tmp_path / "evil.pth", content, {}))
     assert not proof.exists()
 
 
@@ -103,13 +106,14 @@ def test_official_checkpoints_are_read_whole_and_finite(case):
     assert all(np.isfinite(value).all() for value in tensors.values())
 
 
-@pytest.mark.parametrize(("name", "dtype"), list(zip(NAMES, DTYPES, strict=True)))
-def test_every_kind_of_storage_keeps_its_dtype_and_values(tmp_path, name, dtype):
-    values = np.array([0, 1, 0, 1, 1]).astype(dtype)
-    content = {"w": tensor("0", f"{name}Storage", 5, (5,), (1,))}
-    read = read_tensors(write_torch(tmp_path / "a.pth", content, {"0": values}))["w"]
-    assert read.dtype == values.dtype
-    assert np.array_equal(read, values)
+@pytest.mark.parametrize("write", [write_torch, write_legacy])
+def test_every_kind_of_storage_keeps_its_dtype_and_values(tmp_path, write):
+    storages = {name: np.array([0, 1, 0, 1, 1]).astype(dtype) for name, dtype in zip(NAMES, DTYPES, strict=True)}
+    content = {name: tensor(name, f"{name}Storage", 5, (5,), (1,)) for name in NAMES}
+    read = read_tensors(write(tmp_path / "a.pth", content, storages))
+    for name, values in storages.items():
+        assert read[name].dtype == values.dtype
+        assert np.array_equal(read[name], values)
 
 
 def test_every_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
@@ -312,7 +316,7 @@ def test_pickles_with_changed_bytes_load_or_are_refused_and_raise_nothing_else(t
     storages = {name.rsplit("/", 1)[1]: values for name, values in members.items()}
     rng = np.random.default_rng(0)
     refused = 0
-    for _ in range(300):
+    for _ in range(200):
         changed = bytearray(program)
         for place in rng.integers(0, len(changed), rng.integers(1, 4)):
             changed[place] = rng.integers(256)
@@ -320,7 +324,7 @@ def test_pickles_with_changed_bytes_load_or_are_refused_and_raise_nothing_else(t
             read_tensors(write_pickle(tmp_path / "a.pth", bytes(changed), storages))
         except CheckpointError:
             refused += 1
-    assert refused > 100
+    assert refused > 60
 
 
 def instruction(code: bytes) -> st.SearchStrategy[bytes]:

@@ -201,6 +201,7 @@ def test_fused_weights_stay_when_the_adapters_are_forgotten(net):
     assert not np.array_equal(run(net), fused)
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_sees_new_weights_of_adapters_and_fused_ones(net):
     io, adapters = inputs(), Adapters.of(net)
     trained(net, "style", target_modules=EVERYTHING)
