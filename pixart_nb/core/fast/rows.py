@@ -37,9 +37,18 @@ def _by_parts(work: Callable[[slice], None], shape: tuple[int, int]) -> None:
         list(_threads().map(work, parts))
 
 
+def _array(x: ms.Tensor) -> np.ndarray:
+    return (x if x.dtype == ms.float32 else x.astype(ms.float32)).asnumpy()
+
+
+def _tensor(values: np.ndarray, dtype: ms.Type) -> ms.Tensor:
+    tensor = ms.Tensor.from_numpy(values)
+    return tensor if dtype == ms.float32 else tensor.astype(dtype)
+
+
 def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
-    """Return the tanh approximation of GELU of x (M, D) float32, as ``x / (1 + exp(-2 u))``."""
-    values = x.asnumpy()
+    """Return the tanh approximation of GELU of x (M, D), as ``x / (1 + exp(-2 u))``."""
+    values = _array(x)
     out = np.empty_like(values)
 
     def work(rows: slice) -> None:
@@ -54,13 +63,13 @@ def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
         np.divide(v, u, out=u)
 
     _by_parts(work, values.shape)
-    return ms.Tensor.from_numpy(out)
+    return _tensor(out, x.dtype)
 
 
 def modulate(norm: LayerNorm, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    """Return layer_norm(x) (1 + scale) + shift: x (M, D) float32, shift and scale of D elements."""
-    values, out = x.asnumpy(), np.empty(x.shape, np.float32)
-    gain, offset = (v.asnumpy().reshape(1, -1) for v in (1 + scale, shift))
+    """Return layer_norm(x) (1 + scale) + shift: x (M, D), shift and scale of D elements."""
+    values, out = _array(x), np.empty(x.shape, np.float32)
+    gain, offset = (_array(v).reshape(1, -1) for v in (1 + scale, shift))
 
     def work(rows: slice) -> None:
         part, result = values[rows], out[rows]
@@ -71,17 +80,17 @@ def modulate(norm: LayerNorm, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) 
         result += offset
 
     _by_parts(work, values.shape)
-    return ms.Tensor.from_numpy(out)
+    return _tensor(out, x.dtype)
 
 
 def add_gated(x: ms.Tensor, gate: ms.Tensor, change: ms.Tensor) -> ms.Tensor:
-    """Return x + gate change: x and change (M, D) float32, gate of D elements."""
-    values, changes, out = x.asnumpy(), change.asnumpy(), np.empty(x.shape, np.float32)
-    factor = gate.asnumpy().reshape(1, -1)
+    """Return x + gate change: x and change (M, D), gate of D elements."""
+    values, changes, out = _array(x), _array(change), np.empty(x.shape, np.float32)
+    factor = _array(gate).reshape(1, -1)
 
     def work(rows: slice) -> None:
         np.multiply(changes[rows], factor, out=out[rows])
         out[rows] += values[rows]
 
     _by_parts(work, values.shape)
-    return ms.Tensor.from_numpy(out)
+    return _tensor(out, x.dtype)
