@@ -18,7 +18,7 @@ _PUBLIC = {
     "reweight_token": "pixart_nb.core.hooks.interventions",
     "replace_compression": "pixart_nb.core.hooks.interventions",
     "swap_prompt": "pixart_nb.core.hooks.interventions",
-    "compression_loss": "pixart_nb.core.hooks.compression",
+    "compression_loss": "pixart_nb.core.hooks.compression_loss",
 }
 __all__ = list(_PUBLIC)
 

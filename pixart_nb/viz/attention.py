@@ -14,8 +14,8 @@ from matplotlib.patches import Rectangle
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz import style
 from pixart_nb.viz.figures import require_as_many
-from pixart_nb.viz.overlay import as_float, check_cells, overlay, shrunk, spread_cells
-from pixart_nb.viz.style import SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_curves, heat_bar, new_figure
+from pixart_nb.viz.overlay import as_float, check_cells, heat_bar, overlay, shrunk, spread_cells
+from pixart_nb.viz.style import SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_curves, new_figure
 
 #: More cells a side than this are drawn without lines between them.
 MOST_LINES = 32
@@ -55,7 +55,7 @@ def word_heat_maps(
         text = f"{SHARE}, from 0 (dark) to the number above the map (light)"
         figure.supxlabel(text, fontsize=SMALL)
     else:
-        heat_bar(figure, axes, max(highest.values()), SHARE)
+        heat_bar(figure, axes, max(highest.values()), SHARE, image)
     return figure
 
 
@@ -83,7 +83,7 @@ def word_strip(
         show_pixels(axes[len(maps) + number], overlay(image, heat, (0, highest), threshold), "")
     for ax, label in ((axes[0], "image"), (axes[len(maps)], word)):
         ax.set_ylabel(label, fontsize=TEXT)
-    heat_bar(figure, axes, highest, SHARE)
+    heat_bar(figure, axes, highest, SHARE, images[0])
     return figure
 
 
@@ -115,12 +115,12 @@ def patch_attention(
         _show_tokens(ax, pixels, grid, title)
         _faint_cells(ax, heat.shape, ratio)
         _frame_patch(ax, query)
-    heat_bar(figure, axes, highest, "share of the patch's attention, a cell")
+    heat_bar(figure, axes, highest, "share of the patch's attention, a cell", image)
     return figure
 
 
 def full_against_compressed(
-    image: np.ndarray, full: np.ndarray, compressed: np.ndarray, query: tuple[int, int], ratio: int
+    image: np.ndarray, full: np.ndarray, compressed: np.ndarray, query: tuple[int, int] | None, ratio: int
 ) -> Figure:
     """Draw the attention of a patch with full keys (h, w) and compressed keys (kh, kw), and the difference per token.
 
@@ -129,7 +129,8 @@ def full_against_compressed(
     """
     grid, image = full.shape, shrunk(image)
     spread = spread_cells(compressed, ratio, grid)
-    check_patch(query, grid)
+    if query is not None:
+        check_patch(query, grid)
     figure, axes = image_axes(1, 3, image, cell=2.6)
     highest = float(max(full.max(), spread.max()))
     panels = ((full, 1, f"full: {full.size} keys"), (compressed, ratio, f"compressed: {compressed.size} keys"))
@@ -141,9 +142,9 @@ def full_against_compressed(
     same = 1 - np.abs(difference).sum() / 2
     heat_image = _show_difference(axes[2], difference, grid)
     axes[2].set_title(f"compressed - full\n{same:.0%} of the attention is the same", fontsize=TEXT)
-    for ax in axes:
+    for ax in axes if query is not None else ():
         _frame_patch(ax, query)
-    heat_bar(figure, axes[:2], highest, "share of attention, a token")
+    heat_bar(figure, axes[:2], highest, "share of attention, a token", image)
     colour_bar(figure, heat_image, axes[2], "difference of shares")
     return figure
 

@@ -10,34 +10,15 @@ from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
-from matplotlib.figure import Figure
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.explorers import (
-    Choice,
-    check_choice,
-    enlarged,
-    figure_of,
-    in_words,
-    layers_of,
-    map_of,
-    map_pixels,
-    overview_of,
-    overview_pixels,
-)
+from pixart_nb.viz import explorers
+from pixart_nb.viz import widget_parts as parts
+from pixart_nb.viz.explorers import Choice, layers_of
 from pixart_nb.viz.html_export import export_attention
 from pixart_nb.viz.overlay import as_float, shrunk
-from pixart_nb.viz.widget_parts import (
-    MEAN,
-    ClickableImage,
-    heat_scale,
-    lay_out,
-    mean_slider,
-    png_bytes,
-    say,
-    side_by_side,
-    text_line,
-)
+from pixart_nb.viz.pixels import enlarged, png_bytes
+from pixart_nb.viz.style import Figure
 
 
 class AttentionExplorer:
@@ -81,18 +62,18 @@ class AttentionExplorer:
     @property
     def choice(self) -> Choice:
         """Current selection; assign to change it."""
-        numbers = [None if s.value == MEAN else s.value for s in (self.layer, self.head, self.step)]
+        numbers = [None if s.value == parts.MEAN else s.value for s in (self.layer, self.head, self.step)]
         patch = tuple(self.view.cell) if self.words.value is None and self.view.cell else None
         return Choice(self.words.value, patch, *numbers, self.threshold.value)
 
     @choice.setter
     def choice(self, value: Choice) -> None:
-        check_choice(self.trace, value)
+        explorers.check_choice(self.trace, value)
         with self._without_drawing():
             self._offer_layers(value.attention)
             numbers = (value.layer, value.head, value.step)
             for slider, number in zip((self.layer, self.head, self.step), numbers, strict=True):
-                slider.value = MEAN if number is None else number
+                slider.value = parts.MEAN if number is None else number
             self.threshold.value = value.threshold
             self.words.value, self.view.cell = value.word, value.patch or ()
         self._draw()
@@ -116,40 +97,39 @@ class AttentionExplorer:
 
     def _make_controls(self) -> None:
         grid, words = self.trace.grid, self.trace.words(self.row)
-        self.view = ClickableImage(
+        self.view = parts.ClickableImage(
             rows=grid[0], columns=grid[1], width=400, label="image; select a patch with the arrow keys"
         )
-        self.overview = ClickableImage(label="map of every layer and head", width=400)
+        self.overview = parts.ClickableImage(
+            label="map of every layer and head; select one with the arrow keys", width=400
+        )
         cross = bool(layers_of(self.trace, "cross"))
         options = [(word, number) for number, word in enumerate(words)] if cross else []
-        self.words = widgets.ToggleButtons(options=options, value=None, tooltips=_hints(options))
-        self.layer = mean_slider("Layer", [], "Layer; the mean is over all layers of the trace")
-        self.head = mean_slider("Head", self.trace.heads, "Attention head")
-        steps = [(f"{step}: t {t:.0f}", step) for step, t in zip(self.trace.steps, self.trace.timesteps, strict=True)]
-        self.step = mean_slider("Step", steps, "Denoising step and its timestep")
+        hints = [f"Which patches attend to “{word}”" for word, _ in options]
+        self.words = widgets.ToggleButtons(options=options, value=None, tooltips=hints)
+        self.layer = parts.mean_slider("Layer", [], "Layer; the mean is over all layers of the trace")
+        self.head = parts.mean_slider("Head", self.trace.heads, "Attention head")
+        self.step = parts.mean_slider("Step", parts.step_names(self.trace), "Denoising step and its timestep")
         self.threshold = widgets.FloatSlider(
             min=0, max=1, step=0.05, description="Threshold", tooltip="Share of the maximum below which cells stay grey"
         )
-        lay_out(self.threshold)
-        self.scale, self.message, self.note = widgets.HTML(), text_line(), text_line()
+        parts.lay_out(self.threshold)
+        self.scale, self.message, self.note = widgets.HTML(), parts.text_line(), parts.text_line()
 
     def _laid_out(self) -> widgets.Widget:
         hint = widgets.HTML("<b>Click a patch</b> to see what it attends to, or <b>select a word</b>:")
-        left = widgets.VBox([hint, self.words, self.view, self.scale, self.message])
-        left.layout = widgets.Layout(width="430px", flex="none")
-        sliders = widgets.VBox([self.layer, self.head, self.step, self.threshold])
-        right = widgets.VBox([sliders, self.note, self.overview])
-        right.layout = widgets.Layout(width="430px", flex="none")
-        return side_by_side([left, right])
+        sliders = [self.layer, self.head, self.step, self.threshold]
+        left = parts.column([hint, self.words, self.view, self.scale, self.message], "430px")
+        return parts.side_by_side([left, parts.column([*sliders, self.note, self.overview], "430px")])
 
     def _offer_layers(self, attention: str) -> None:
         """Offer the layers of which the trace has the current type of attention."""
         layers, chosen = layers_of(self.trace, attention), self.layer.value
-        options = [("mean", MEAN), *((str(layer), layer) for layer in layers)]
+        options = [("mean", parts.MEAN), *((str(layer), layer) for layer in layers)]
         if tuple(self.layer.options) != tuple(options):
             with self._without_drawing():
                 self.layer.options = options
-                self.layer.value = chosen if chosen in layers else MEAN
+                self.layer.value = chosen if chosen in layers else parts.MEAN
 
     # ---- events
 
@@ -166,13 +146,16 @@ class AttentionExplorer:
     def _patch_chosen(self, change: Mapping[str, Any]) -> None:
         if self._quiet or not change["new"]:
             return
-        if not layers_of(self.trace, "self"):
-            with self._without_drawing():
-                self.view.cell = ()
-            return say(self.message, "this trace has no self-attention; select a word", wrong=True)
+        can_show = bool(layers_of(self.trace, "self"))
         with self._without_drawing():
-            self.words.value = None
-        self._draw()
+            if can_show:
+                self.words.value = None
+            else:
+                self.view.cell = ()
+        if can_show:
+            self._draw()
+        else:
+            parts.say(self.message, "this trace has no self-attention; select a word", wrong=True)
 
     def _overview_chosen(self, change: Mapping[str, Any]) -> None:
         if self._quiet or not change["new"]:
@@ -191,10 +174,10 @@ class AttentionExplorer:
         started = time.perf_counter()
         self._offer_layers(self.choice.attention)
         choice = self.choice
-        shown = map_of(self.trace, choice, self.row)
-        self.view.png = png_bytes(enlarged(map_pixels(self._image(choice.step), shown, choice.threshold)))
-        self.scale.value = heat_scale(float(shown.heat.max()))
-        say(self.message, in_words(self.trace, choice, shown, self.row))
+        shown = explorers.map_of(self.trace, choice, self.row)
+        self.view.png = png_bytes(enlarged(explorers.map_pixels(self._image(choice.step), shown, choice.threshold)))
+        self.scale.value = parts.heat_scale(float(shown.heat.max()), self._image(choice.step), "share of attention")
+        parts.say(self.message, explorers.in_words(self.trace, choice, shown, self.row))
         self.seconds = time.perf_counter() - started
         self._draw_overview(choice)
 
@@ -204,28 +187,27 @@ class AttentionExplorer:
         return as_float(shrunk(self._by_step[step]))
 
     def _draw_overview(self, choice: Choice) -> None:
-        maps = overview_of(self.trace, choice, self.row)
+        maps = explorers.overview_of(self.trace, choice, self.row)
         self.overview.layout.display = "none" if maps is None else ""
         if maps is None:
-            return say(self.note, "The overview of all layers and heads is too large; use the sliders.")
+            return parts.say(self.note, "The overview of all layers and heads is too large; use the sliders.")
         layers, heads = layers_of(self.trace, choice.attention), self.trace.heads
         with self._without_drawing():
             self.overview.cell = ()
             self.overview.rows, self.overview.columns = maps.shape[:2]
-            self.overview.png = png_bytes(overview_pixels(maps, self._image(choice.step)))
+            self.overview.row_names = [f"layer {layer}" for layer in layers]
+            self.overview.column_names = [f"head {head}" for head in heads]
+            self.overview.png = png_bytes(explorers.overview_pixels(maps, self._image(choice.step)))
             if choice.layer is not None and choice.head is not None:
                 self.overview.cell = (layers.index(choice.layer), heads.index(choice.head))
-        say(
-            self.note,
-            f"Layers {layers[0]} (top) to {layers[-1]} and heads {heads[0]} to {heads[-1]}, each on its own scale. "
-            "Click one to select it:",
-        )
+        grid = f"Layers {layers[0]} (top) to {layers[-1]} and heads {heads[0]} to {heads[-1]}"
+        parts.say(self.note, f"{grid}, each on its own scale. Click one to select it:")
 
     # ---- without a widget
 
     def figure(self) -> Figure:
         """Return the current view as a figure."""
-        return figure_of(self.trace, self._image(self.choice.step), self.choice, self.row)
+        return explorers.figure_of(self.trace, self._image(self.choice.step), self.choice, self.row)
 
     def export(self, path: str | Path) -> Path:
         """Write the explorer as one HTML file that needs neither Python nor a network, and return the path."""
@@ -233,7 +215,3 @@ class AttentionExplorer:
 
     def _repr_mimebundle_(self, **options: Any):
         return self.widget._repr_mimebundle_(**options)
-
-
-def _hints(options: Sequence[tuple[str, int]]) -> list[str]:
-    return [f"Which patches attend to “{word}”" for word, _ in options]

@@ -13,7 +13,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz import style
 from pixart_nb.viz.attention import draw_cells, image_axes, show_pixels
 from pixart_nb.viz.figures import require_as_many
-from pixart_nb.viz.overlay import as_float, overlay, shrunk
+from pixart_nb.viz.overlay import as_float, heat_bar, overlay, shrunk
 from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, for_curves, line_style, new_figure
 
 #: Operators that take the upper left token of a cell instead of all of them.
@@ -151,7 +151,7 @@ def lost_maps(image: np.ndarray, similarities: Mapping[str, np.ndarray], columns
     highest = max(float(values.max()) for values in lost.values())
     for ax, (name, values) in zip(axes, lost.items(), strict=False):
         show_pixels(ax, overlay(image, values, (0, highest)), name)
-    style.heat_bar(figure, axes, highest, "1 - cosine similarity")
+    heat_bar(figure, axes, highest, "1 - cosine similarity", image)
     return figure
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.viz.attention import patch_attention, word_heat_maps
-from pixart_nb.viz.overlay import as_float, overlay, shrunk, spread_cells
+from pixart_nb.viz.attention import check_patch, patch_attention, word_heat_maps
+from pixart_nb.viz.overlay import as_float, overlay, overlay_differences, shrunk, spread_cells
+from pixart_nb.viz.pixels import as_bytes, tiled, with_cells
 from pixart_nb.viz.style import Figure
 
 #: Scores that the overview of all layers and heads may compute at once; above it is left out.
 OVERVIEW_SCORES = 5_000_000
+#: Patches that stand for a word where its keys are compressed.
+WORD_QUERIES = 64
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,8 @@ def check_choice(trace: Any, choice: Choice) -> None:
     for what, number, valid in (("head", choice.head, trace.heads), ("step", choice.step, trace.steps)):
         if number is not None and number not in valid:
             raise PixArtNBError(f"the trace has no {what} {number}; it has {valid}")
-    patch, grid = choice.patch, trace.grid
-    if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
-        raise PixArtNBError(f"there is no patch {patch}; rows are 0 to {grid[0] - 1}, columns 0 to {grid[1] - 1}")
+    if choice.patch is not None:
+        check_patch(choice.patch, trace.grid)
 
 
 def overview_of(trace: Any, choice: Choice, row: int = 0) -> np.ndarray | None:
@@ -158,15 +159,6 @@ def figure_of(trace: Any, image: np.ndarray, choice: Choice, row: int = 0) -> Fi
 
     A word gives its map over the image; a patch gives its view, for each head if all heads and one layer and step are
     selected.
-
-    >>> from pixart_nb.core import Trace
-    >>> from pixart_nb.core.hooks.attention_maps import LayerRecord, pack
-    >>> trace = Trace(["blocks.3.attn"], [0, 1], grid=(4, 4), labels=["conditional 0"])
-    >>> patches = pack(np.random.default_rng(0).standard_normal((1, 2, 16, 8)), [0], [0, 1])
-    >>> trace.timestep_of, trace.records = {0: 999.0}, {("blocks.3.attn", 0): LayerRecord(patches, patches)}
-    >>> figure = figure_of(trace, np.zeros((64, 64, 3)), Choice(patch=(1, 2), layer=3, step=0))
-    >>> [place.get_title() for place in figure.axes[:2]]
-    ['layer 3, head 0', 'layer 3, head 1']
     """
     shown = map_of(trace, choice, row)
     if choice.word is not None:
@@ -180,12 +172,67 @@ def figure_of(trace: Any, image: np.ndarray, choice: Choice, row: int = 0) -> Fi
     return patch_attention(image, heads, choice.patch, titles, shown.ratio, shown.grid)
 
 
-# ---- pixels for widgets
+@dataclass(frozen=True)
+class CompressedView:
+    """Attention with full keys (h, w) and with compressed keys (kh, kw) in cells of ``ratio`` x ``ratio`` tokens."""
+
+    full: np.ndarray
+    compressed: np.ndarray
+    ratio: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Compressed map with the share of each cell divided evenly among its tokens, (h, w)."""
+        return spread_cells(self.compressed, self.ratio, self.full.shape)
+
+    @property
+    def highest(self) -> float:
+        """Largest share of attention of a token in both maps."""
+        return float(max(self.full.max(), self.compressed.max() / self.ratio**2))
+
+    @property
+    def overlap(self) -> float:
+        """Share of the attention that is the same, 1 - sum |difference| / 2."""
+        return float(1 - np.abs(self.tokens - self.full).sum() / 2)
 
 
-def as_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Convert float in [0, 1] to uint8."""
-    return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+def compressed_view(study: Any, choice: Choice, ratio: int, operator: str, row: int = 0) -> CompressedView:
+    """Return where a patch looks in one layer and step of a reference run, with full and with compressed keys.
+
+    A word stands for the ``WORD_QUERIES`` patches that attend to it most, weighted by how much they do. The head is a
+    number, or None for the mean.
+
+    Args:
+        study: ``CompressionStudy``; its trace and its ``compressed_attention`` are used.
+    """
+    trace = study.trace
+    check_choice(trace, choice)
+    if choice.layer is None or choice.step is None:
+        raise PixArtNBError("compressed keys are shown for one layer and one step; choose both")
+    if choice.word is None:
+        queries, weights = np.array([choice.patch[0] * trace.grid[1] + choice.patch[1]]), np.ones(1)
+    else:
+        heat = trace.word_map(_word(trace, choice, row), choice.layer, choice.head, choice.step, row).ravel()
+        queries = np.argsort(heat, kind="stable")[-WORD_QUERIES:]
+        weights = heat[queries] / heat[queries].sum()
+    full = trace.rows(f"blocks.{choice.layer}.attn", choice.step, queries, choice.head, row)
+    small = study.compressed_attention(choice.layer, choice.step, queries, ratio, operator, choice.head, row)
+    full, small = (np.tensordot(weights, maps.mean(0), 1) for maps in (full, small))
+    return CompressedView(full.reshape(trace.grid), small, ratio)
+
+
+def view_pixels(image: np.ndarray, view: CompressedView) -> list[np.ndarray]:
+    """Return images (H, W, 3) uint8: the full map, the compressed map with its cells, and their difference.
+
+    The first two share one scale, the share of attention of a token.
+    """
+    grid, highest = view.full.shape, view.highest
+    heats = (view.full, 1), (view.compressed / view.ratio**2, view.ratio)
+    maps = [overlay(image, heat, (0, highest), None, ratio, grid) for heat, ratio in heats]
+    difference = view.tokens - view.full
+    maps.append(overlay_differences(image, difference, float(np.abs(difference).max())))
+    lines = (1, view.ratio, view.ratio)
+    return [with_cells(pixels, grid, ratio) for pixels, ratio in zip(maps, lines, strict=True)]
 
 
 def map_pixels(image: np.ndarray, shown: Shown, threshold: float = 0.0) -> np.ndarray:
@@ -194,40 +241,7 @@ def map_pixels(image: np.ndarray, shown: Shown, threshold: float = 0.0) -> np.nd
 
 
 def overview_pixels(maps: np.ndarray, image: np.ndarray, most: int = 96) -> np.ndarray:
-    """Return maps (layers, heads, h, w) over small copies of the image in a grid, uint8, each on its own scale.
-
-    >>> overview_pixels(np.ones((2, 3, 4, 4)), np.zeros((8, 8, 3))).shape
-    (18, 27, 3)
-    """
+    """Return maps (layers, heads, h, w) over small copies of the image in a grid, uint8, each on its own scale."""
     small = as_float(shrunk(image, most))
-    rows = [[_with_gap(as_bytes(overlay(small, heat))) for heat in layer] for layer in maps]
-    return np.concatenate([np.concatenate(row, 1) for row in rows], 0)
-
-
-def _with_gap(pixels: np.ndarray) -> np.ndarray:
-    """Add white at the right and the bottom, at most an eighth of an image."""
-    gap = max(1, min(pixels.shape[:2]) // 16)
-    return np.pad(pixels, ((0, gap), (0, gap), (0, 0)), constant_values=255)
-
-
-def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
-    """Repeat pixels a whole number of times until the larger side has at least ``least`` pixels."""
-    times = max(1, -(-least // max(pixels.shape[:2])))
-    return pixels.repeat(times, 0).repeat(times, 1)
-
-
-def with_cells(image: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256) -> np.ndarray:
-    """Return the enlarged image with white lines around cells of R x R tokens, uint8. Ratio 1 draws none."""
-    pixels = enlarged(as_bytes(as_float(image)), least)
-    if ratio == 1 or max(grid) // ratio > 64:
-        return pixels
-    for axis, (side, tokens) in enumerate(zip(pixels.shape[:2], grid, strict=True)):
-        lines = np.minimum(np.arange(tokens // ratio + 1) * ratio * side // tokens, side - 1)
-        pixels[(slice(None),) * axis + (lines,)] = 255
-    return pixels
-
-
-def stacked(rows: Sequence[Sequence[np.ndarray]], gap: int = 6) -> np.ndarray:
-    """Return images of one size in rows and columns with white gaps, uint8."""
-    padded = [[np.pad(p, ((0, gap), (0, gap), (0, 0)), constant_values=255) for p in row] for row in rows]
-    return np.concatenate([np.concatenate(row, 1) for row in padded], 0)[:-gap, :-gap]
+    rows = [[as_bytes(overlay(small, heat)) for heat in layer] for layer in maps]
+    return tiled(rows, max(1, min(small.shape[:2]) // 16))

@@ -15,10 +15,11 @@ from matplotlib import colormaps
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
-from pixart_nb.viz.explorers import Choice, as_bytes, check_choice, layers_of, with_cells
+from pixart_nb.viz.explorers import Choice, check_choice, layers_of
 from pixart_nb.viz.overlay import COVER, DIMMED, as_float, shrunk
+from pixart_nb.viz.pixels import as_bytes, image_url, with_cells
 from pixart_nb.viz.style import HEAT
-from pixart_nb.viz.widget_parts import STATIC, png_bytes
+from pixart_nb.viz.widget_parts import STATIC
 
 #: Most bytes of maps in a file, before base64.
 MOST_BYTES = 24_000_000
@@ -132,7 +133,7 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
     data = {
         "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
         "timesteps": [float(t) for t in study.timesteps],
-        "full": {"images": [image_url(as_bytes(p)) for p in study.images], "cost": study.cost.to_dict()},
+        "full": {"images": [image_url(as_bytes(p)) for p in study.images], "cost": vars(study.cost)},
         "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
         "start": start,
     }
@@ -146,13 +147,8 @@ def _outcome(outcome: Any, study: Any, grid: tuple[int, int]) -> dict[str, Any]:
         "images": [image_url(as_bytes(p)) for p in outcome.images],
         "errors": [float(error) for error in outcome.errors],
         "imageError": outcome.image_error,
-        "cost": outcome.cost.to_dict(),
+        "cost": vars(outcome.cost),
     }
-
-
-def image_url(pixels: np.ndarray) -> str:
-    """Return pixels (H, W, 3) uint8 as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(pixels)).decode()
 
 
 def _text(array: np.ndarray) -> str:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+from matplotlib import cm
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, Normalize
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.viz import style
 from pixart_nb.viz.figures import as_share
-from pixart_nb.viz.style import HEAT, heat_colours
+from pixart_nb.viz.style import DIFFERENCE, HEAT, heat_colours
 
 #: How much of a pixel is heat, where it is least and where it is most, and how bright the grey image below it is.
 COVER, DIMMED = (0.3, 0.75), 0.8
@@ -44,6 +51,33 @@ def overlay(
     coloured[rows < 0] = grey[rows < 0]
     coloured[:, columns < 0] = grey[:, columns < 0]
     return coloured
+
+
+def overlay_differences(image: np.ndarray, difference: np.ndarray, most: float) -> np.ndarray:
+    """Blend differences (h, w) of -most .. most with the grey image (H, W, 3): (H, W, 3) float in [0, 1]."""
+    pixels = as_float(image)
+    at = np.ix_(*cell_of_pixels(pixels.shape[:2], difference.shape))
+    cover = COVER[0] + (COVER[1] - COVER[0]) * np.abs(difference) / (most or 1)
+    grey = np.repeat(DIMMED * pixels.mean(2, keepdims=True), 3, 2)
+    coloured = cover[..., None] * heat_colours(difference, -(most or 1), most or 1, DIFFERENCE)
+    return (1 - cover)[at][..., None] * grey + coloured[at]
+
+
+def bar_colours(image: np.ndarray, signed: bool = False) -> np.ndarray:
+    """Return 256 colours of a colour bar that matches maps (or signed differences) over this image: (256, 3).
+
+    They are those of the map over the image's mean grey.
+    """
+    grey = np.full((1, 256, 3), as_float(image).mean())
+    if signed:
+        return overlay_differences(grey, np.linspace(-1, 1, 256)[None], 1.0)[0]
+    return overlay(grey, np.linspace(0, 1, 256)[None])[0]
+
+
+def heat_bar(figure: Any, axes: Axes | Sequence[Axes], highest: float, label: str, image: np.ndarray) -> None:
+    """Add the colour bar of maps from 0 to ``highest`` over an image."""
+    colours = cm.ScalarMappable(Normalize(0, highest), ListedColormap(bar_colours(image)))
+    style.colour_bar(figure, colours, axes, label)
 
 
 def shrunk(image: np.ndarray, most: int = SHOWN) -> np.ndarray:

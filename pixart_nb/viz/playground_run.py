@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -18,16 +17,15 @@ from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import write_new_image
 from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.viz.event_loop import give_way, giving_way
 from pixart_nb.viz.figures import image_grid
+from pixart_nb.viz.pixels import tiles
 from pixart_nb.viz.style import Figure
-from pixart_nb.viz.widget_parts import tiles
 
 #: A preview is due once the steps since the last one took this many times as long as it did.
 PREVIEW_PAUSE = 4
 #: Latents with more cells a side than this are thinned for a preview.
 PREVIEW_CELLS = 32
-#: Turns of the event loop between two steps: a message takes a few from the socket to the widget's callback.
-TURNS = 8
 
 
 @dataclass(frozen=True)
@@ -229,20 +227,6 @@ def begun(pipe: Any, parameters: Parameters) -> Iterator[Any]:
         return pipe.sample(**parameters.call())
     finally:
         pipe.scheduler = own
-
-
-async def give_way() -> None:
-    """Let the event loop handle what has come in since."""
-    for _ in range(TURNS):
-        await asyncio.sleep(0)
-
-
-async def giving_way(records: Iterator[Any]) -> AsyncIterator[Any]:
-    """The records of a generator that computes, with time for other tasks before each and after the last."""
-    await give_way()
-    for record in records:
-        await give_way()
-        yield record
 
 
 def thinned(latents: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ from html import escape
 import ipywidgets as widgets
 import numpy as np
 
+from pixart_nb.viz.pixels import png_bytes, tiles
 from pixart_nb.viz.playground_run import Entry, Parameters, Progress, State
-from pixart_nb.viz.widget_parts import png_bytes, tiles
 
 STYLE = """<style>
 .pixart-playground img { object-fit: contain; }

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import cm, colormaps
+from matplotlib import colormaps
 from matplotlib import figure as matplotlib_figure
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
 
@@ -113,11 +112,6 @@ def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label
     bar.ax.tick_params(labelsize=SMALL, length=2.5)
     bar.ax.ticklabel_format(useOffset=False)
     bar.outline.set_visible(False)
-
-
-def heat_bar(figure: Any, axes: Axes | Sequence[Axes], highest: float, label: str) -> None:
-    """Add the colour bar of heat from 0 to ``highest``."""
-    colour_bar(figure, cm.ScalarMappable(Normalize(0, highest), HEAT), axes, label)
 
 
 def legend(ax: Axes, side: str = "", **options: Any) -> None:

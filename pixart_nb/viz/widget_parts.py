@@ -11,22 +11,13 @@ import anywidget
 import ipywidgets as widgets
 import numpy as np
 import traitlets
-from matplotlib import colormaps
 from matplotlib.colors import to_hex
-from PIL import Image
 
-from pixart_nb.viz.style import HEAT, Figure
+from pixart_nb.viz.overlay import bar_colours
+from pixart_nb.viz.style import Figure
 
 STATIC = Path(__file__).parent / "static"
-STYLE = """<style>
-.pixart-explorer .pixart-say .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
-.pixart-explorer .pixart-wrong .widget-html-content { color: var(--jp-error-color1, #b71c1c); font-weight: 600; }
-.pixart-explorer .widget-toggle-buttons { flex-flow: row wrap; }
-.pixart-explorer .widget-toggle-button { width: auto; }
-.pixart-explorer .pixart-crisp img { image-rendering: pixelated; }
-.pixart-explorer table { border-collapse: collapse; font-size: 12px; line-height: 1.5; }
-.pixart-explorer td, .pixart-explorer th { padding: 1px 10px 1px 0; text-align: right; }
-</style>"""
+STYLE = (STATIC / "widgets.css").read_text(encoding="utf-8")
 #: Value of a slider that stands for the mean.
 MEAN = -1
 
@@ -34,7 +25,8 @@ MEAN = -1
 class ClickableImage(anywidget.AnyWidget):
     """PNG divided into ``rows`` x ``columns`` cells. ``cell`` is the selected (row, column), or () for none.
 
-    A click or the arrow keys select a cell. ``label`` is read by screen readers.
+    A click or the arrow keys select a cell. Screen readers read ``label``, and the names of the selected row and column
+    (by default their numbers).
     """
 
     _esm = STATIC / "clickable.js"
@@ -46,6 +38,8 @@ class ClickableImage(anywidget.AnyWidget):
     cell = traitlets.Tuple().tag(sync=True)
     width = traitlets.Int(400).tag(sync=True)
     label = traitlets.Unicode("image").tag(sync=True)
+    row_names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    column_names = traitlets.List(traitlets.Unicode()).tag(sync=True)
 
     @traitlets.validate("cell")
     def _within(self, proposal: dict) -> tuple[int, ...]:
@@ -59,10 +53,20 @@ class ClickableImage(anywidget.AnyWidget):
 
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:
     """Return a slider over options, preceded by the mean, whose value is ``MEAN``."""
+    return number_slider(name, [("mean", MEAN), *options], tooltip)
+
+
+def number_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:
+    """Return a slider over numbers, or pairs of a name and a number."""
     named = [option if isinstance(option, tuple) else (str(option), option) for option in options]
-    slider = widgets.SelectionSlider(options=[("mean", MEAN), *named], value=MEAN, description=name, tooltip=tooltip)
+    slider = widgets.SelectionSlider(options=named, value=named[0][1], description=name, tooltip=tooltip)
     lay_out(slider)
     return slider
+
+
+def step_names(trace) -> list[tuple[str, int]]:
+    """Return (name, number) of each step of a trace."""
+    return [(f"{step}: t {t:.0f}", step) for step, t in zip(trace.steps, trace.timesteps, strict=True)]
 
 
 def lay_out(control: widgets.Widget) -> None:
@@ -70,34 +74,52 @@ def lay_out(control: widgets.Widget) -> None:
     control.layout.width, control.style.description_width = "400px", "80px"
 
 
-def side_by_side(parts: Sequence[widgets.Widget]) -> widgets.HBox:
-    """Place columns side by side, or below each other in a narrow window."""
-    style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-    whole = widgets.HBox([style, *parts], layout=widgets.Layout(flex_flow="row wrap", grid_gap="16px"))
-    whole.add_class("pixart-explorer")
+def button(name: str, tooltip: str, icon: str = "", style: str = "", width: str = "auto") -> widgets.Button:
+    """Return a button; without a width it takes its share of the row."""
+    layout = widgets.Layout(width=width, flex="1" if width == "auto" else "none")
+    return widgets.Button(description=name, tooltip=tooltip, icon=icon, button_style=style, layout=layout)
+
+
+def column(parts: Sequence[widgets.Widget], width: str) -> widgets.VBox:
+    """Stack widgets in a column of fixed width, or less where there is not so much room."""
+    return widgets.VBox(list(parts), layout=widgets.Layout(width=width, max_width="100%", flex="none"))
+
+
+def row(parts: Sequence[widgets.Widget]) -> widgets.HBox:
+    """Place widgets side by side, or below each other where there is no room."""
+    return widgets.HBox(list(parts), layout=widgets.Layout(grid_gap="6px 14px", flex_flow="row wrap"))
+
+
+def side_by_side(parts: Sequence[widgets.Widget], name: str = "pixart-explorer") -> widgets.HBox:
+    """Place columns side by side, or below each other in a narrow window, with the style of all widgets."""
+    style = widgets.HTML(f"<style>{STYLE}</style>", layout=widgets.Layout(display="none"))
+    whole = widgets.HBox([style, *parts], layout=widgets.Layout(flex_flow="row wrap", grid_gap="6px 16px"))
+    whole.add_class("pixart-widget")
+    whole.add_class(name)
     return whole
 
 
 def text_line() -> widgets.HTML:
-    """Return a line of text that wraps."""
+    """Return a line of text that wraps; screen readers read its changes."""
     line = widgets.HTML()
     line.add_class("pixart-say")
     return line
 
 
 def say(line: widgets.HTML, text: str, wrong: bool = False) -> None:
-    """Show a text; ``wrong`` marks an error."""
-    line.value = escape(text)
+    """Show a text as it is written; ``wrong`` marks an error."""
+    line.value = f"<span class='mathjax_ignore tex2jax_ignore' role='status'>{escape(text)}</span>" if text else ""
     (line.add_class if wrong else line.remove_class)("pixart-wrong")
 
 
-def heat_scale(most: float) -> str:
-    """Return a colour bar from 0 to ``most``."""
-    stops = ", ".join(to_hex(colormaps[HEAT](share)) for share in np.linspace(0, 1, 9))
+def heat_scale(most: float, image: np.ndarray, label: str, width: int = 400, signed: bool = False) -> str:
+    """Return the colour bar of maps over an image from 0 (or, signed, ``-most``) to ``most``."""
+    stops = ", ".join(map(to_hex, bar_colours(image, signed)[np.linspace(0, 255, 17).astype(int)]))
     bar = f"flex:1;height:10px;background:linear-gradient(to right, {stops})"
+    lowest = f"-{most:.2g}" if signed else "0"
     return (
-        "<div style='display:flex;gap:8px;align-items:center;width:400px;font-size:12px'>"
-        f"<span>0</span><span style='{bar}'></span><span>{most:.3f}</span><span>share of attention</span></div>"
+        f"<div style='display:flex;gap:8px;align-items:center;width:{width}px;max-width:100%;font-size:12px'>"
+        f"<span>{lowest}</span><span style='{bar}'></span><span>{most:.2g}</span><span>{escape(label)}</span></div>"
     )
 
 
@@ -106,27 +128,3 @@ def figure_png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
-
-
-def png_bytes(pixels: np.ndarray, most: int | None = None) -> bytes:
-    """Return a PNG of pixels (H, W, 3 or 4) uint8, reduced until no side has more than ``most`` pixels."""
-    image = Image.fromarray(pixels)
-    if most is not None:
-        image.thumbnail((most, most))
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", compress_level=1)
-    return stream.getvalue()
-
-
-def tiles(images: np.ndarray) -> np.ndarray:
-    """Tile images (N, H, W, 3) uint8 with transparent gaps, in about as many rows as columns: (h, w, 4) uint8."""
-    count, height, width, _ = images.shape
-    columns = int(np.ceil(np.sqrt(count)))
-    rows = -(-count // columns)
-    gap = 0 if count == 1 else max(height, width) // 32
-    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
-    for number, image in enumerate(images):
-        top, left = number // columns * (height + gap), number % columns * (width + gap)
-        sheet[top : top + height, left : left + width, :3] = image
-        sheet[top : top + height, left : left + width, 3] = 255
-    return sheet

@@ -18,6 +18,7 @@ from pixart_nb.viz.attention_explorer import AttentionExplorer
 from pixart_nb.viz.explorers import Choice, figure_of, in_words, map_of, map_pixels, overview_of
 from pixart_nb.viz.html_export import export_attention, quantised
 from pixart_nb.viz.overlay import overlay, spread_cells
+from pixart_nb.viz.pixels import enlarged
 from pixart_nb.viz.widget_parts import ClickableImage
 
 IMAGE = np.random.default_rng(0).random((64, 96, 3))
@@ -118,7 +119,7 @@ def image_of(explorer):
 
 
 def expected(run, choice):
-    return explorers.enlarged(map_pixels(IMAGE, map_of(run, choice), choice.threshold))
+    return enlarged(map_pixels(IMAGE, map_of(run, choice), choice.threshold))
 
 
 def test_clicks_words_and_sliders_change_the_map(run):
@@ -166,7 +167,7 @@ def test_images_of_the_steps_lie_under_their_maps(run):
     explorer = AttentionExplorer(run, IMAGE, by_step)
     explorer.step.value = 1
     shown = map_of(run, explorer.choice)
-    np.testing.assert_array_equal(image_of(explorer), explorers.enlarged(map_pixels(by_step[1], shown)))
+    np.testing.assert_array_equal(image_of(explorer), enlarged(map_pixels(by_step[1], shown)))
     with pytest.raises(ValueError, match="by_step has 1 images, the trace keeps 2 steps"):
         AttentionExplorer(run, IMAGE, by_step[:1])
 

@@ -11,8 +11,8 @@ from playground_pipe import CUP, Pipe, expected_image
 
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.images import read_parameters
+from pixart_nb.viz.pixels import png_bytes, tiles
 from pixart_nb.viz.playground_run import Session, State, history_figure, save_entry, thinned
-from pixart_nb.viz.widget_parts import png_bytes, tiles
 
 
 def sampled(session, parameters):

@@ -1,11 +1,12 @@
-"""Error of token compression: keys, outputs, predictions and images with and without it."""
+"""Study of token compression: predictions, images and attention maps of a run with and without it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,173 +14,18 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import StepCost, step_cost, with_compression
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, LayerCompression, attached, transformer_of
-from pixart_nb.core.hooks.interventions import CompressionReplacement, check_ratio, compressions_of, replace_compression
-from pixart_nb.core.hooks.selection import Layers, Numbers, as_list, layer_names
-from pixart_nb.core.models.attention import attention, merge_heads, split_heads
+from pixart_nb.core.hooks.attention_maps import softmax_rows
+from pixart_nb.core.hooks.compression_loss import CompressionLoss, compression_loss
+from pixart_nb.core.hooks.hook_points import attached
+from pixart_nb.core.hooks.interventions import CompressionReplacement, check_ratio, compressions_of
+from pixart_nb.core.hooks.recorder import TraceTooLargeError, trace
+from pixart_nb.core.hooks.selection import Numbers, layer_names
+from pixart_nb.core.hooks.trace import Trace
+from pixart_nb.core.sampling.guidance import classifier_free_guidance
 from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
 
-# ---- keys and outputs, layer by layer
-
-
-@dataclass(frozen=True)
-class LayerLoss:
-    """Error of one layer at one step, for each row that follows a prompt.
-
-    ``key_similarity``: cosine between each token's key and the compressed key of its cell, (rows, h, w); NaN for
-    tokens that are in no whole cell. ``output_similarity``: cosine between the layer's outputs with full and with
-    compressed keys and values, (rows, h, w). ``key_error`` and ``output_error``: ||compressed - full|| / ||full|| over
-    all tokens, (rows,).
-    """
-
-    key_similarity: np.ndarray
-    output_similarity: np.ndarray
-    key_error: np.ndarray
-    output_error: np.ndarray
-
-
-@dataclass
-class CompressionLoss:
-    """Errors of the layers ``names`` in a run; ``compression`` holds operator and ratio of each."""
-
-    names: list[str]
-    grid: tuple[int, int] = (0, 0)
-    compression: dict[str, tuple[str | None, int]] = field(default_factory=dict)
-    timestep_of: dict[int, float] = field(default_factory=dict)
-    losses: dict[tuple[str, int], LayerLoss] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> list[int]:
-        """Step numbers."""
-        return list(self.timestep_of)
-
-    def values(self, measure: str, row: int = 0) -> np.ndarray:
-        """Return a field of ``LayerLoss``, mean over tokens: (layers, steps)."""
-        means = [[np.nanmean(getattr(self._loss(n, s), measure)[row]) for s in self.steps] for n in self.names]
-        return np.array(means, np.float64).reshape(len(self.names), len(self.steps))
-
-    def map(self, measure: str, name: str, steps: Numbers = None, row: int = 0) -> np.ndarray:
-        """Return ``key_similarity`` or ``output_similarity`` of a layer, mean over steps (None is all): (h, w)."""
-        numbers = self.steps if steps is None else as_list(steps)
-        return np.mean([getattr(self._loss(name, step), measure)[row] for step in numbers], axis=0)
-
-    def _loss(self, name: str, step: int) -> LayerLoss:
-        if name not in self.names:
-            raise PixArtNBError(f"layer {name!r} was not measured; measured were {', '.join(self.names)}")
-        if (name, step) not in self.losses:
-            raise PixArtNBError(f"step {step!r} was not measured; measured were {self.steps}")
-        return self.losses[name, step]
-
-
-@contextmanager
-def compression_loss(
-    model: Any, layers: Layers = None, ratio: int | None = None, operator: str | None = None, steps: Numbers = None
-) -> Iterator[CompressionLoss]:
-    """Measure the error of compression in each self-attention layer during a run, which is not changed.
-
-    With ``ratio`` and ``operator``, the error that they would make, in a model that need not compress; the weights of
-    ``conv`` are those of ``replace_compression``. With neither, the error of the layers' own compression (or of an open
-    ``replace_compression``); if no layer compresses, PixArtNBError is raised. Both attentions are computed, so a large
-    image takes as long as without compression.
-    """
-    net = transformer_of(model)
-    if (ratio is None) != (operator is None):
-        raise PixArtNBError(f"ratio is {ratio!r} and operator {operator!r}; give both or neither")
-    hook = LossHook(net, layer_names(len(net.blocks), layers, "self"), ratio, operator, steps)
-    with attached(model, hook):
-        yield hook.result
-
-
-class LossHook(Hook):
-    """Fills a ``CompressionLoss``."""
-
-    order = 2
-
-    def __init__(self, net, names: Sequence[str], ratio: int | None, operator: str | None, steps: Numbers):
-        super().__init__(names, steps)
-        self.result, self.ratio = CompressionLoss(self.names), ratio
-        self.compressions = {} if ratio is None else compressions_of(net, names, ratio, operator)
-        self.uncompressed: dict[str, list[ms.Tensor]] = {}
-
-    def check(self, run: HookedRun) -> None:
-        if self.ratio is not None:
-            check_ratio(self.ratio, run.grid)
-        else:
-            self._check_compressed(run)
-        self.result.grid = run.grid
-        self.uncompressed.clear()
-
-    def _check_compressed(self, run: HookedRun) -> None:
-        """Refuse a run in which no layer compresses, and no ``replace_compression`` may make it at some step."""
-        replaced = {n for h in self.manager.hooks if isinstance(h, CompressionReplacement) for n in h.names}
-        if not any(name in replaced or self.manager.compression(name, run).ratio > 1 for name in self.names):
-            names = ", ".join(self.names)
-            raise PixArtNBError(f"none of {names} compresses its keys; give ratio and operator to measure theirs")
-
-    def on_tokens(self, name: str, x: ms.Tensor) -> None:
-        if name in self.names:
-            self.uncompressed.setdefault(name, []).append(x)
-
-    def before(self, call: AttentionCall) -> None:
-        name, run, result = call.name, call.run, self.result
-        keys_values = self.uncompressed.pop(name, None)
-        if not self.applies(name, run):
-            return
-        compression = self.compressions.get(name, call.compression)
-        result.compression[name] = compression.operator, compression.ratio
-        result.timestep_of[run.index] = run.timestep
-        result.losses[name, run.index] = self._measure(call, *keys_values, compression)
-
-    def _measure(self, call: AttentionCall, k: ms.Tensor, v: ms.Tensor, compression: LayerCompression) -> LayerLoss:
-        grid, count = call.run.grid, call.run.rows
-        if compression.ratio == 1:
-            return LayerLoss(*[np.ones((count, *grid), np.float32)] * 2, *[np.zeros(count)] * 2)
-        layer, rows = self.manager.layers[call.name], slice(call.run.conditional[0], None)
-        k, v, q = k[rows], v[rows], call.q[rows]
-        small_k, small_v = compression(k, *grid), compression(v, *grid)
-
-        def output(keys: ms.Tensor, values: ms.Tensor) -> np.ndarray:
-            heads = [split_heads(part, layer.heads) for part in (keys, values)]
-            return _array(layer.proj(merge_heads(attention(q, *heads, None, call.scale))))
-
-        full, compressed = output(k, v), output(small_k, small_v)
-        keys = _array(k).reshape(count, *grid, -1)
-        cells = spread(_array(small_k), grid, compression.ratio)
-        covered = ~np.isnan(cells[0, ..., 0])
-        return LayerLoss(
-            cosine(keys, cells),
-            cosine(full, compressed).reshape(-1, *grid),
-            _row_errors(cells[:, covered], keys[:, covered]),
-            _row_errors(compressed, full),
-        )
-
-
-def spread(compressed: np.ndarray, grid: tuple[int, int], ratio: int) -> np.ndarray:
-    """Repeat compressed tokens (rows, M, D) at every token of their cell, (rows, h, w, D); NaN outside whole cells."""
-    height, width = grid[0] // ratio, grid[1] // ratio
-    cells = compressed.reshape(len(compressed), height, width, -1)
-    out = np.full((len(compressed), *grid, cells.shape[-1]), np.nan, np.float32)
-    out[:, : height * ratio, : width * ratio] = cells.repeat(ratio, 1).repeat(ratio, 2)
-    return out
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine between vectors of the last axis; 0 where one of them is zero."""
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.einsum("...d,...d->...", a, b) / np.where(norms == 0, 1, norms)
-
-
-def _row_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    rows = (len(actual), -1)
-    differences = np.linalg.norm((actual - expected).reshape(rows), axis=1)
-    return differences / np.linalg.norm(expected.reshape(rows), axis=1)
-
-
-def _array(x: ms.Tensor) -> np.ndarray:
-    return x.astype(ms.float32).asnumpy()
-
-
-# ---- predictions and images
+#: Compressed keys that a study remembers, one entry for each layer, step, ratio, operator and row.
+REMEMBERED_KEYS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +68,7 @@ class CompressionStudy:
         self.images = pipe.decode_latents(self.reference.latents[-1])
         self.predicted = predictions(pipe, self.reference)
         self._outcomes: dict[tuple, CompressionOutcome] = {}
+        self._keys: dict[tuple, np.ndarray] = {}
 
     @property
     def layers(self) -> range:
@@ -240,10 +87,27 @@ class CompressionStudy:
 
     def outcome(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome:
         """Return the outcome of compressing these layers in one run."""
+        for _ in self.run(layers, ratio, operator):
+            pass
+        return self.known(layers, ratio, operator)
+
+    def known(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome | None:
+        """Return the outcome if it was computed already."""
+        return self._outcomes.get((tuple(sorted(set(layers))), ratio, operator))
+
+    @property
+    def outcomes(self) -> list[CompressionOutcome]:
+        """Outcomes so far, in the order of the calls."""
+        return list(self._outcomes.values())
+
+    def run(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> Iterator[tuple[int, int]]:
+        """Compute an outcome; yield the number of finished calls of the model and of all, after each.
+
+        Closing the generator cancels it. The model is compressed only while it is called, not between two of them.
+        """
         key = (tuple(sorted(set(layers))), ratio, operator)
         if key not in self._outcomes:
-            self._outcomes[key] = self._compressed(*key)
-        return self._outcomes[key]
+            yield from self._compressed(*key)
 
     def table(self) -> list[dict[str, Any]]:
         """Return a record for each outcome so far, in the order of the calls."""
@@ -257,7 +121,7 @@ class CompressionStudy:
                 "rms distance of images": outcome.image_error,
                 "seconds of the run": outcome.seconds,
             }
-            for outcome in self._outcomes.values()
+            for outcome in self.outcomes
         ]
 
     def errors_of(self, pipe: Any) -> np.ndarray:
@@ -270,18 +134,101 @@ class CompressionStudy:
             predictions(self.pipe, self.reference)
         return loss
 
-    def _compressed(self, layers: tuple[int, ...], ratio: int, operator: str) -> CompressionOutcome:
+    # ---- attention
+
+    @cached_property
+    def trace(self) -> Trace:
+        """Self- and cross-attention along the reference run, of as many steps as half of the free memory holds.
+
+        The first use calls the model once for each step.
+        """
+        steps = list(range(len(self.timesteps)))
+        while True:
+            try:
+                with trace(self.pipe, steps=steps, announce=None) as record:
+                    predictions(self.pipe, self.reference)
+                return record
+            except TraceTooLargeError:
+                if len(steps) == 1:
+                    raise
+                steps = steps[:: -(-len(steps) // (len(steps) // 2))]
+
+    def compressed_attention(
+        self, layer: int, step: int, queries: Any, ratio: int, operator: str, heads: Numbers = None, row: int = 0
+    ) -> np.ndarray:
+        """Return the attention of queries with the keys of one layer compressed: (heads, queries, h // R, w // R).
+
+        Queries and keys are those of the reference run, so this is the effect in the layer alone, computed without the
+        model. Arguments as in ``Trace.rows``.
+        """
+        name = f"blocks.{layer}.attn"
+        record, chosen, numbers = self.trace.selected(name, step, queries, heads, row)
+        keys = self._compressed_keys(name, step, ratio, operator, row)[chosen]
+        attention = softmax_rows(record.queries.unpacked(row, chosen, numbers), keys, record.scale)
+        return attention.reshape(*attention.shape[:2], *(side // ratio for side in self.trace.grid))
+
+    def _compressed_keys(self, name: str, step: int, ratio: int, operator: str, row: int) -> np.ndarray:
+        """Return keys (H, M, d) float32."""
+        key = (name, step, ratio, operator, row)
+        if key not in self._keys:
+            check_ratio(ratio, self.trace.grid)
+            compress = compressions_of(self.pipe.transformer, [name], ratio, operator)[name]
+            full = self.trace.records[name, step].keys.unpacked(row, np.arange(len(self.trace.heads)))
+            heads, tokens, size = full.shape
+            rows = ms.Tensor(full.transpose(1, 0, 2).reshape(1, tokens, heads * size).astype(np.float32))
+            small = compress(rows.astype(self.pipe.transformer.blocks[0].attn.qkv.dtype), *self.trace.grid)
+            small = small.astype(ms.float32).asnumpy().reshape(-1, heads, size).transpose(1, 0, 2)
+            self._keys = dict(list(self._keys.items())[1 - REMEMBERED_KEYS :]) | {key: small}
+        return self._keys[key]
+
+    # ---- runs
+
+    def _compressed(self, layers: tuple[int, ...], ratio: int, operator: str) -> Iterator[tuple[int, int]]:
         cost = self._cost(with_compression(self.pipe.transformer.config, layers, ratio, operator))
-        if not layers or ratio == 1:
-            zeros = np.zeros(len(self.timesteps))
-            return CompressionOutcome(layers, ratio, operator, zeros, self.images, 0.0, cost, self.seconds)
-        with replace_compression(self.pipe, layers, ratio, operator):
-            predicted = predictions(self.pipe, self.reference)
-            run, seconds = self._sample()
-        images = self.pipe.decode_latents(run.latents[-1])
+        predicted, latents, seconds = self.predicted, None, self.seconds
+        if layers and ratio > 1:
+            total, seconds, noises = 2 * len(self.timesteps), 0.0, []
+            names = layer_names(len(self.layers), layers, "self")
+            hook = CompressionReplacement(self.pipe.transformer, names, ratio, operator)
+            for noise, _ in self._hooked(hook, self._predicted):
+                noises.append(noise)
+                yield len(noises), total
+            predicted = np.stack(noises)
+            for number, (record, spent) in enumerate(self._hooked(hook, self._steps)):
+                latents, seconds = getattr(record, "latents", None), seconds + spent
+                yield len(noises) + number, total
+        images = self.images if latents is None else self.pipe.decode_latents(latents)
         distance = float(np.sqrt(np.square(images - self.images).mean()))
         errors = relative_errors(predicted, self.predicted)
-        return CompressionOutcome(layers, ratio, operator, errors, images, distance, cost, seconds)
+        outcome = CompressionOutcome(layers, ratio, operator, errors, images, distance, cost, seconds)
+        self._outcomes[layers, ratio, operator] = outcome
+
+    def _hooked(self, hook: CompressionReplacement, make: Callable[[], Iterator]) -> Iterator[tuple[Any, float]]:
+        """Yield what a generator yields, with its seconds; the hook is attached only while it computes."""
+        with attached(self.pipe, hook):
+            records = make()
+        with closing(records):
+            while True:
+                start = time.perf_counter()
+                with attached(self.pipe, hook):
+                    record = next(records, None)
+                if record is None:
+                    return
+                yield record, time.perf_counter() - start
+
+    def _predicted(self) -> Iterator[np.ndarray]:
+        run, net = self.reference, self.pipe.transformer
+        predict = classifier_free_guidance(net, run.condition, run.guidance_scale, run.height, run.width)
+        for latents, timestep in zip(run.latents[:-1], run.timesteps, strict=True):
+            yield predict(latents, float(timestep)).noise
+
+    def _steps(self) -> Iterator[Any]:
+        """Return the generator of the reference run, from the same noise."""
+        run, generator = self.reference, np.random.default_rng(self.seed)
+        start = self.pipe.initial_latents(len(run.latents[0]), run.height, run.width, generator)
+        prompts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        size = {"height": run.height, "width": run.width, "guidance_scale": run.guidance_scale}
+        return self.pipe.sample(prompts, generator=generator, latents=start, **self.call | size)
 
     def _sample(self) -> tuple[Trajectory, float]:
         start = time.perf_counter()

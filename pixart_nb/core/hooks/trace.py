@@ -123,10 +123,16 @@ class Trace:
 
         ``queries``: numbers, a (h, w) bool mask, or None for all (an N x M array: for small images).
         """
-        record, numbers = self._record(name, step), self._queries(queries)
-        self._check_row(row)
-        chunks = attention_maps.attention_chunks(record, row, self._heads(heads), numbers)
+        record, chosen, numbers = self.selected(name, step, queries, heads, row)
+        chunks = attention_maps.attention_chunks(record, row, chosen, numbers)
         return np.concatenate([attention for _, attention in chunks], 1)
+
+    def selected(
+        self, name: str, step: int, queries, heads: Numbers = None, row: int = 0
+    ) -> tuple[LayerRecord, np.ndarray, np.ndarray]:
+        """Return the record of a layer, positions of the heads in it, and numbers of the queries, all checked."""
+        self._check_row(row)
+        return self._record(name, step), self._heads(heads), self._queries(queries)
 
     def mean_map(
         self,

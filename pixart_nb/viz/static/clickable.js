@@ -1,17 +1,21 @@
 // An image divided into rows x columns of cells, one of which can be chosen: by a click, or with the arrow keys.
 function render({ model, el }) {
-  const box = document.createElement("div");
-  const image = document.createElement("img");
-  const mark = document.createElement("div");
-  const hover = document.createElement("div");
-  box.className = "pixart-clickable";
-  mark.className = "pixart-mark";
-  hover.className = "pixart-hover";
+  const make = (name, parent, className = "") => {
+    const made = document.createElement(name);
+    made.className = className;
+    parent.append(made);
+    return made;
+  };
+  const box = make("div", el, "pixart-clickable");
+  const image = make("img", box);
+  const hover = make("div", box, "pixart-hover");
+  const mark = make("div", box, "pixart-mark");
+  const said = make("span", box, "pixart-said");
   box.tabIndex = 0;
   box.setAttribute("role", "application");
+  said.setAttribute("aria-live", "polite");
+  image.alt = "";
   image.draggable = false;
-  box.append(image, hover, mark);
-  el.append(box);
 
   let address = null;
   const size = () => [model.get("rows"), model.get("columns")];
@@ -33,10 +37,18 @@ function render({ model, el }) {
     frame.style.width = `${100 / columns}%`;
   }
 
+  function showMark() {
+    const cell = model.get("cell");
+    frameCell(mark, cell);
+    const name = (names, index, kind) => model.get(names)[index] || `${kind} ${index}`;
+    said.textContent = cell.length
+      ? `${name("row_names", cell[0], "row")}, ${name("column_names", cell[1], "column")}` : "";
+  }
+
   function cellAt(event) {
-    const [rows, columns] = size();
     const around = image.getBoundingClientRect();
     const within = (share, count) => Math.min(count - 1, Math.max(0, Math.floor(share * count)));
+    const [rows, columns] = size();
     return [
       within((event.clientY - around.top) / around.height, rows),
       within((event.clientX - around.left) / around.width, columns),
@@ -48,40 +60,30 @@ function render({ model, el }) {
     model.save_changes();
   }
 
-  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], Enter: [0, 0], " ": [0, 0] };
 
   function moved(event) {
     const move = moves[event.key];
     if (!move) return;
     event.preventDefault();
     event.stopPropagation();
-    const [rows, columns] = size();
-    const [row, column] = model.get("cell").length ? model.get("cell") : [0, 0];
-    choose([
-      Math.min(rows - 1, Math.max(0, row + move[0])),
-      Math.min(columns - 1, Math.max(0, column + move[1])),
-    ]);
+    const chosen = model.get("cell");
+    if (!chosen.length) return choose([0, 0]);
+    choose(size().map((count, axis) => Math.min(count - 1, Math.max(0, chosen[axis] + move[axis]))));
   }
 
-  const showMark = () => frameCell(mark, model.get("cell"));
   const showLabel = () => box.setAttribute("aria-label", model.get("label"));
   const showWidth = () => (box.style.width = `${model.get("width")}px`);
   box.addEventListener("click", (event) => choose(cellAt(event)));
   box.addEventListener("mousemove", (event) => frameCell(hover, cellAt(event)));
   box.addEventListener("mouseleave", () => frameCell(hover, []));
   box.addEventListener("keydown", moved);
-  const followed = {
-    "change:png": showImage,
-    "change:cell": showMark,
-    "change:rows": showMark,
-    "change:columns": showMark,
-    "change:label": showLabel,
-    "change:width": showWidth,
-  };
-  for (const [name, act] of Object.entries(followed)) model.on(name, act);
+  const followed = { label: showLabel, width: showWidth, png: showImage };
+  for (const name of ["cell", "rows", "columns", "row_names", "column_names"]) followed[name] = showMark;
+  for (const [name, act] of Object.entries(followed)) model.on(`change:${name}`, act);
   for (const act of [showImage, showMark, showLabel, showWidth]) act();
   return () => {
-    for (const [name, act] of Object.entries(followed)) model.off(name, act);
+    for (const [name, act] of Object.entries(followed)) model.off(`change:${name}`, act);
     if (address) URL.revokeObjectURL(address);
   };
 }

@@ -6,7 +6,7 @@ from reference_data import diffusers
 from test_transformer import small_net
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core import PixArtConfig, cost, replace_compression
+from pixart_nb.core import PixArtConfig, cost, memory, replace_compression, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import cost_by_size, measure_self_attention, step_cost, with_compression
 from pixart_nb.core.hooks.compression import CompressionStudy, relative_errors
@@ -107,6 +107,39 @@ def test_a_model_that_compresses_already_is_refused(pipe):
     other.transformer = compressed_copy(pipe.transformer, [0], 2, "mean")
     with pytest.raises(ValueError, match=r"layers \[0\] of this model compress already"):
         CompressionStudy(other, "a cup", **SIZE)
+
+
+# ---- attention
+
+
+@pytest.mark.parametrize("operator", ["conv", "uniform", "mean"])
+def test_compressed_attention_is_that_of_a_run_that_compresses_the_layer(pipe, study, operator):
+    attention = study.compressed_attention(1, 2, [0, 17], 2, operator, heads=[1])
+    with replace_compression(pipe, [1], 2, operator), trace(pipe, layers=1, announce=None) as t:
+        predictions(pipe, study.reference)
+    expected = t.rows("blocks.1.attn", 2, [0, 17], heads=[1])
+    np.testing.assert_allclose(attention.reshape(expected.shape), expected, atol=1e-3 * expected.max())
+    assert attention.shape == (1, 2, 2, 3)
+    with pytest.raises(ValueError, match="ratio 5 leaves no key of 4x6 tokens"):
+        study.compressed_attention(1, 2, 0, 5, operator)
+
+
+def test_the_trace_of_a_study_keeps_as_many_steps_as_fit(pipe, study, monkeypatch):
+    assert study.trace.steps == [0, 1, 2]
+    assert study.trace.words() == ["a", "red", "cup", "</s>"]
+    other = CompressionStudy(pipe, "a red cup", 5, **SIZE)
+    monkeypatch.setattr(memory, "available", lambda: int(1.5 * study.trace.nbytes))
+    assert other.trace.steps in ([0], [0, 2])
+
+
+def test_a_cancelled_run_leaves_no_outcome_and_no_hook_between_two_calls(pipe, study):
+    calls = study.run([0], 2, "uniform")
+    assert next(calls) == (1, 6)
+    assert pipe.transformer.hook_manager is None
+    calls.close()
+    assert study.known([0], 2, "uniform") is None
+    assert list(study.run([0], 2, "uniform"))[-1] == (6, 6)
+    assert study.known([0], 2, "uniform") is study.outcomes[-1]
 
 
 # ---- cost
