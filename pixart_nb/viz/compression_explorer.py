@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import closing, contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +208,8 @@ class CompressionExplorer:
         self._set_running(True)
         parts.say(self.message, "Running the model with these layers compressed …")
         try:
-            with closing(self.study.run(*choice)) as calls:
-                async for done, total in giving_way(calls):
+            async with aclosing(giving_way(self.study.run(*choice))) as calls:
+                async for done, total in calls:
                     self.bar.value, self.bar.max = done, total
                     if self._cancelled:
                         break

@@ -17,11 +17,18 @@ async def give_way() -> None:
 
 
 async def giving_way(records: Iterator[Any]) -> AsyncIterator[Any]:
-    """Yield the records of a generator that computes, with time for other tasks before each and after the last."""
-    await give_way()
-    for record in records:
+    """Yield the records of an iterator that computes, with time for other tasks before each and after the last.
+
+    A generator is closed at the end, however that comes.
+    """
+    try:
         await give_way()
-        yield record
+        for record in records:
+            await give_way()
+            yield record
+    finally:
+        if hasattr(records, "close"):
+            records.close()
 
 
 class KernelLoop:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -175,9 +175,8 @@ class Session:
 
     async def _run(self, parameters: Parameters) -> np.ndarray | None:
         """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
-        with closing(begun(self.pipe, parameters)) as steps:
-            async with aclosing(giving_way(steps)) as records:
-                latents = await self._follow(records, parameters.steps)
+        async with aclosing(giving_way(begun(self.pipe, parameters))) as records:
+            latents = await self._follow(records, parameters.steps)
         images: list[np.ndarray] = []
         for row in latents if latents is not None else ():
             await give_way()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -207,14 +206,13 @@ class CompressionStudy:
         """Yield what a generator yields, with its seconds; the hook is attached only while it computes."""
         with attached(self.pipe, hook):
             records = make()
-        with closing(records):
-            while True:
-                start = time.perf_counter()
-                with attached(self.pipe, hook):
-                    record = next(records, None)
-                if record is None:
-                    return
-                yield record, time.perf_counter() - start
+        while True:
+            start = time.perf_counter()
+            with attached(self.pipe, hook):
+                record = next(records, None)
+            if record is None:
+                return
+            yield record, time.perf_counter() - start
 
     def _predicted(self) -> Iterator[np.ndarray]:
         run, net = self.reference, self.pipe.transformer
