@@ -32,7 +32,8 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS
-from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
+from pixart_nb.core.checkpoints.convert import WRITERS
+from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.adapters import Adapters
 from pixart_nb.core.lora.config import LoraConfig

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pixart_nb.core.checkpoints.configuration import FAMILIES, Description
-from pixart_nb.core.checkpoints.key_maps import general_name
-from pixart_nb.core.checkpoints.layouts import TransformerTensors
+from pixart_nb.core.checkpoints.key_maps import TransformerTensors, general_name
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.models.transformer import PixArtConfig
 

@@ -15,7 +15,7 @@ from pixart_nb.core.backend import ms, supported_dtype
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
 from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, write_safetensors
-from pixart_nb.core.checkpoints.layouts import to_layout
+from pixart_nb.core.checkpoints.key_maps import to_layout
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
 from pixart_nb.core.errors import PixArtNBError

@@ -9,7 +9,7 @@ from pathlib import Path
 from pixart_nb.core.checkpoints.configuration import explicit_values, shown_by
 from pixart_nb.core.checkpoints.convert import ConversionPlan, plan_conversion, transformer_folder
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.layouts import TransformerTensors
+from pixart_nb.core.checkpoints.key_maps import TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.config_fields import refuse_others
@@ -291,16 +291,16 @@ def config_from_diffusers(values: Mapping, source: str | Path = "config.json") -
             raise CheckpointError(f"{source}: {name} is {values.get(name)!r:.60}; expected a whole number up to 65536")
     width = values["num_attention_heads"] * values["attention_head_dim"]
     defaults = {"patch_size": 2, "in_channels": 4, "out_channels": 8, "caption_channels": 4096, "input_size": 128}
-    given = {field: values[name] for field, name in _DIFFUSERS.items() if values.get(name) is not None}
-    given = defaults | given | {name: values[name] for name in _OWN if values.get(name) is not None}
+    present = {field: values[name] for field, name in _DIFFUSERS.items() if values.get(name) is not None}
+    present = defaults | present | {name: values[name] for name in _OWN if values.get(name) is not None}
     try:
         refuse_others(values, _FIXED | {"cross_attention_dim": (None, width)})
-        channels, size = given.pop("out_channels"), given["input_size"]
-        given.setdefault("pe_interpolation", float(max(size // 64, 1)))
-        given.setdefault("micro_condition", size == 128)
-        if channels not in (given["in_channels"], 2 * given["in_channels"]):
+        channels, size = present.pop("out_channels"), present["input_size"]
+        present.setdefault("pe_interpolation", float(max(size // 64, 1)))
+        present.setdefault("micro_condition", size == 128)
+        if channels not in (present["in_channels"], 2 * present["in_channels"]):
             raise ValueError(f"out_channels is {channels!r:.60}; expected in_channels or twice as many")
-        return PixArtConfig(hidden_size=width, pred_sigma=channels == 2 * given["in_channels"], **given)
+        return PixArtConfig(hidden_size=width, pred_sigma=channels == 2 * present["in_channels"], **present)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{source} is no PixArt transformer's: {error}") from error
 

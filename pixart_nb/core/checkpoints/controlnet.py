@@ -10,7 +10,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import describe
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, stacked
 from pixart_nb.core.checkpoints.load import build_transformer, init_empty, load_into
 from pixart_nb.core.io import CheckpointError

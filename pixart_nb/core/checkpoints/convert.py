@@ -8,7 +8,7 @@ same unless another dtype is requested. A conversion is planned from names and s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.audit import Audit, AuditEntry, sentences_on
 from pixart_nb.core.checkpoints.configuration import describe, diffusers_config
-from pixart_nb.core.checkpoints.files import WEIGHTS, WRITERS, open_checkpoint
-from pixart_nb.core.checkpoints.layouts import TransformerTensors, init_compression, to_layout, to_official_names
+from pixart_nb.core.checkpoints.files import WEIGHTS, open_checkpoint, write_safetensors
+from pixart_nb.core.checkpoints.key_maps import TransformerTensors, init_compression, to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import build_transformer, load_transformer, shapes_of
+from pixart_nb.core.checkpoints.mindspore_file import write_mindspore
 from pixart_nb.core.checkpoints.torch_file import write_torch
 from pixart_nb.core.io import (
     CheckpointError,
@@ -34,6 +35,13 @@ from pixart_nb.core.io import (
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
+#: Writers of checkpoints by ending.
+WRITERS: Mapping[str, Callable[[Path, Mapping[str, LazyTensor]], None]] = {
+    ".safetensors": write_safetensors,
+    ".ckpt": write_mindspore,
+    ".pth": write_torch,
+    ".pt": write_torch,
+}
 #: Values of ``dtype``, and the dtype that is written.
 DTYPES = {"keep": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 #: Largest relative error of one forward pass of a verified conversion, by the dtype of the target.

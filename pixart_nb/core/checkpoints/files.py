@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, LazyTensor, check_count, checksum, map_file
-from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
-from pixart_nb.core.checkpoints.torch_file import find_weights, read_torch, write_torch
 from pixart_nb.core.io import CRC, CheckpointError, check_file, check_sums, crc_seed, open_tensors, read_json
 
 Keep = Callable[[str], bool]
@@ -68,10 +66,15 @@ def open_checkpoint(
         return _open_safetensors(path, keep)
     if path.suffix not in ENDINGS:
         raise CheckpointError(f"{path}: unknown ending {path.suffix!r}; expected .pth, .bin, .ckpt or .safetensors")
+    # The readers of other formats are imported when a file of theirs is opened.
     if path.suffix == ".ckpt":
+        from pixart_nb.core.checkpoints.mindspore_file import open_mindspore
+
         tensors, others = open_mindspore(path)
         notes = [f"Not tensors, left out: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}."]
     else:
+        from pixart_nb.core.checkpoints.torch_file import find_weights, read_torch
+
         tensors, key, others = find_weights(read_torch(path), path)
         notes = [f"Read from {key!r}; not read: {', '.join(map(repr, others))}."]
     return Checkpoint(path, {n: tensor for n, tensor in tensors.items() if keep(n)}, notes if others else [])
@@ -156,15 +159,6 @@ def _safetensors_header(tensors: Mapping[str, LazyTensor], sums: Mapping[str, st
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return _LENGTH.pack(len(text)) + text
-
-
-#: Writers of checkpoints by ending.
-WRITERS: Mapping[str, Callable[[Path, Mapping[str, LazyTensor]], None]] = {
-    ".safetensors": write_safetensors,
-    ".ckpt": write_mindspore,
-    ".pth": write_torch,
-    ".pt": write_torch,
-}
 
 
 # ---- folders

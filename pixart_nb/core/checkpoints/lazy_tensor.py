@@ -14,7 +14,7 @@ import numpy as np
 from pixart_nb.core.io import CheckpointError
 
 #: Dtypes under safetensors' names, and NumPy's dtype of their bytes; bfloat16 is kept as its bits.
-DTYPES = {f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "FIU" for size in (8, 4, 2)}
+DTYPES = {f"{letter}{8 * size}": np.dtype(f"<{letter.lower()}{size}") for letter in "FIU" for size in (8, 4, 2)}
 DTYPES |= {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "BF16": np.dtype("<u2"), "BOOL": np.dtype("?")}
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: More tensors than any checkpoint has; each takes memory, however small it is in its file.

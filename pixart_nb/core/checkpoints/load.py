@@ -16,7 +16,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import describe
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
-from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.bfloat16 import for_inference

@@ -1,6 +1,17 @@
-"""LoRA and DoRA of a transformer: layers, adapters, files, and their loading into a pipeline."""
+"""LoRA and DoRA of a transformer: layers, adapters, files, and their loading into a pipeline.
 
-from pixart_nb.core.lora.adapters import Adapter, Adapters
-from pixart_nb.core.lora.config import LoraConfig
+Names are imported on first use: a pipeline without LoRAs does not need them.
+"""
 
-__all__ = ["Adapter", "Adapters", "LoraConfig"]
+from __future__ import annotations
+
+from importlib import import_module
+
+_PUBLIC = {"Adapter": "adapters", "Adapters": "adapters", "LoraConfig": "config"}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -95,23 +95,23 @@ def check_pattern(pattern: str) -> str:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Return whether a pattern matches, by following all places in the name that it can reach (Thompson 1968)."""
+    """Return whether a pattern matches, by following all positions in the name that it can reach (Thompson 1968)."""
     ends = {index + 1 for index, letter in enumerate(name) if letter == "."}
     for option in pattern.strip("()").split("|"):
-        places = {0} if option.startswith("^") else {0, *ends}
+        positions = {0} if option.startswith("^") else {0, *ends}
         for letters, repeated in _tokens(option):
-            following = _after(places, letters, name)
+            following = _after(positions, letters, name)
             while repeated and following:
-                places |= following
-                following = _after(following, letters, name) - places
-            places = places if repeated else following
-        if len(name) in places:
+                positions |= following
+                following = _after(following, letters, name) - positions
+            positions = positions if repeated else following
+        if len(name) in positions:
             return True
     return False
 
 
-def _after(places: set[int], letters: str | None, name: str) -> set[int]:
-    return {p + 1 for p in places if p < len(name) and (letters is None or name[p] in letters)}
+def _after(positions: set[int], letters: str | None, name: str) -> set[int]:
+    return {p + 1 for p in positions if p < len(name) and (letters is None or name[p] in letters)}
 
 
 @lru_cache(maxsize=4096)
@@ -157,8 +157,8 @@ class LayerTargets:
         """Return the modules whose names end with ``names``; raises ``PixArtNBError`` for a name without any."""
         chosen: dict[str, Target] = {}
         for name in names:
-            found = ([t for n, t in side.items() if f".{n}".endswith(f".{name}")] for side in self._sides())
-            matches = next(filter(None, found), [])
+            options = ([t for n, t in side.items() if f".{n}".endswith(f".{name}")] for side in self._sides())
+            matches = next(filter(None, options), [])
             if not matches:
                 ends = [general_name(n).rpartition("{i}.")[2] for side in self._sides() for n in side]
                 ends = [*dict.fromkeys(ends)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.lora.adapters import Adapters
-from pixart_nb.core.lora.files import read_lora
+
+if TYPE_CHECKING:
+    from pixart_nb.core.lora.adapters import Adapters
 
 
 class LoraLoaderMixin:
@@ -18,6 +19,8 @@ class LoraLoaderMixin:
     def _adapters(self) -> Adapters:
         if self.transformer is None:
             raise PixArtNBError("this pipeline has no transformer, so there is nothing that a LoRA could change")
+        from pixart_nb.core.lora.adapters import Adapters  # needed only with a LoRA
+
         return Adapters.of(self.transformer)
 
     def load_lora_weights(
@@ -37,6 +40,8 @@ class LoraLoaderMixin:
         if adapter_name is None:
             names = (f"default_{number}" for number in range(len(adapters.adapters) + 1))
             adapter_name = next(name for name in names if name not in adapters.adapters)
+        from pixart_nb.core.lora.files import read_lora
+
         adapters.load(adapter_name, read_lora(pretrained_model_name_or_path_or_dict, weight_name))
 
     def save_lora_weights(

@@ -12,7 +12,7 @@ from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
 from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.memory import available, in_use
 from pixart_nb.core.models.t5 import T5Config

@@ -13,7 +13,7 @@ from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.configuration import Description, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.layouts import init_compression, to_official_names
+from pixart_nb.core.checkpoints.key_maps import init_compression, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import build_transformer
 from pixart_nb.core.io import CheckpointError

@@ -15,7 +15,8 @@ from pixart_nb.core import io as store
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import lazy_tensor as stored_tensors
 from pixart_nb.core.checkpoints import mindspore_file
-from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors, write_safetensors
+from pixart_nb.core.checkpoints.convert import WRITERS
+from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors, write_safetensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, bf16_to_fp32, fp32_to_bf16, same_bits, stacked
 from pixart_nb.core.checkpoints.mindspore_file import open_mindspore, write_mindspore
 from pixart_nb.core.checkpoints.torch_file import write_torch as write_pth

@@ -19,9 +19,17 @@ from pixart_nb.cli import app
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import convert as conversion
-from pixart_nb.core.checkpoints.convert import convert, outputs, plan_conversion, tolerance, verify, write_random
-from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint
-from pixart_nb.core.checkpoints.layouts import to_official_names
+from pixart_nb.core.checkpoints.convert import (
+    WRITERS,
+    convert,
+    outputs,
+    plan_conversion,
+    tolerance,
+    verify,
+    write_random,
+)
+from pixart_nb.core.checkpoints.files import open_checkpoint
+from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import CheckpointError, folder_lock, read_json, save_tensors, write_json
 

@@ -18,8 +18,8 @@ from pixart_nb.core.checkpoints.components import (
     load_components,
     write_transformer,
 )
-from pixart_nb.core.checkpoints.convert import convert, plan_conversion
-from pixart_nb.core.checkpoints.files import WRITERS, open_checkpoint, read_tensors
+from pixart_nb.core.checkpoints.convert import WRITERS, convert, plan_conversion
+from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, same_bits
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, load_tensors, read_json, save_tensors, write_json

@@ -12,7 +12,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import config_from_diffusers, diffusers_config, positions_shown, shown_by
 from pixart_nb.core.checkpoints.files import Checkpoint, read_tensors
-from pixart_nb.core.checkpoints.layouts import to_layout, to_official_names
+from pixart_nb.core.checkpoints.key_maps import to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import shapes_of
 from pixart_nb.core.io import CheckpointError, save_tensors
