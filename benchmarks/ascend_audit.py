@@ -40,10 +40,7 @@ VIEWS = {
 }  # fmt: skip
 CASTS = {"ToDtype"}
 #: Operators without an aclnn kernel, and why they stay.
-REASONS = {
-    "StopGradient": "no kernel: it marks where a gradient ends, once in the loss",
-    "AdamWeightDecay": "the update of a CPU; one call for each tensor",
-}
+REASONS = {"StopGradient": "no kernel: it marks where a gradient ends, once in the loss"}
 _LINE = re.compile(r"Run Pyboost_(\w+?) start|RunOp name: (\w+)|ProcessViewOp\] Start, op:(\w+)|^##(.*)")
 
 

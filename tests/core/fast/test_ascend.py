@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from lora_models import EVERYTHING, trained, transformer
 from reference_data import FORWARD, OFFICIAL, TRAJECTORY, diffusers, official, relative_error
 
 from benchmarks.ascend_stand_ins import STAND_INS, ContractError, ascend
@@ -90,6 +91,17 @@ def test_official_models_give_the_official_numbers(case, flash):
         arguments = inputs((1, 5), *arrays["latents"].shape[2:], config["caption_channels"])
         fast = step(net, *arguments)
     assert relative_error(fast, step(net, *arguments)) < CLOSE
+
+
+@FLASH
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_part_of_the_weights(dora, flash):
+    net = transformer()
+    trained(net, target_modules=list(EVERYTHING), use_dora=dora)
+    arguments = inputs((1, 7), channels=net.config.caption_channels)
+    expected = step(net, *arguments)
+    with ascend(flash_in_float32=flash):
+        assert relative_error(step(net, *arguments), expected) < CLOSE
 
 
 @FLASH
