@@ -44,12 +44,14 @@ def evaluate(
     scenes = requested_scenes(count, labels)
     prompts = {"prompt": [short_caption(scene) for scene in scenes]}
     config = check_config(DEFAULTS | prompts, options=options)
+    settings = {"model": config.model, "dtype": config.dtype}
+    settings |= {"lora": config.lora} if config.lora else {}
     report = evaluate_and_write(
         generate.load_pipeline(config),
         scenes,
         config.output_path,
         vae=vae,
-        settings={"model": config.model, "dtype": config.dtype} | ({"labels": str(labels)} if labels else {}),
+        settings=settings | ({"labels": str(labels)} if labels else {}),
         sampling_steps=config.sampling_steps,
         guidance_scale=config.guidance_scale,
         batch_size=config.batch_size,

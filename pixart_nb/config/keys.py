@@ -6,6 +6,7 @@ The names are those of mindone's PixArt-Sigma example. The options of the comman
 # ruff: noqa: E501  the keys form a table: one line each
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -92,12 +93,33 @@ def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def split_weight(text: str) -> tuple[str, float]:
+    """Split PATH:WEIGHT of a LoRA.
+
+    >>> split_weight("style.safetensors:0.5"), split_weight("style")
+    (('style.safetensors', 0.5), ('style', 1.0))
+    """
+    path, colon, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if colon and path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _weighted(text: str) -> str:
+    if not math.isfinite(split_weight(text)[1]):
+        raise ValueError(f"the weight of {text!r} is not finite; give PATH:WEIGHT, such as style.safetensors:0.5")
+    return text
+
+
 InputPath = Annotated[str, AfterValidator(_input_path)]
 OutputPath = Annotated[str, AfterValidator(lambda text: os.path.expanduser(text))]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]], BeforeValidator(_layers)]
 LoraFiles = Annotated[
-    list[Annotated[str, Field(min_length=1), AfterValidator(_input_path)]], BeforeValidator(_list), Field(max_length=64)
+    list[Annotated[str, Field(min_length=1), AfterValidator(_input_path), AfterValidator(_weighted)]],
+    BeforeValidator(_list),
+    Field(max_length=64),
 ]
 NegativePrompt = Annotated[str | list[str], AfterValidator(_one_text)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_list)]

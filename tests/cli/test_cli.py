@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lora_models import trained
 from PIL import Image
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
 from pixart_nb.core import backend
+from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, short_caption
@@ -220,6 +222,19 @@ def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
     labels.write_text(json.dumps([{"path": "a.png", "prompt": "a cathedral"}]))
     result = run("evaluate", "--labels", labels, "-o", tmp_path / "out")
     assert result.exit_code == 2 and "'a cathedral' names no scene" in result.stderr
+
+
+def test_evaluate_applies_loras_with_their_weights(run, tmp_path):
+    adapter = trained(load_transformer("data/tiny-sigma/transformer"))
+    words = ["evaluate", "--count", 2, "--sampling_steps", 1, "-o"]
+    for weight in (0, 0.5):
+        result = run(*words, tmp_path / str(weight), "--lora", f"{adapter.save(tmp_path / 'lora')}:{weight}")
+        assert result.exit_code == 0, result.output
+    assert run(*words, tmp_path / "none").exit_code == 0
+    paths = [tmp_path / name / "images.png" for name in ("none", "0", "0.5")]
+    none, off, half = (np.asarray(Image.open(path), np.float64) for path in paths)
+    assert np.abs(off - none).max() <= 1 and np.abs(half - none).mean() > 5
+    assert json.loads((tmp_path / "0.5" / "evaluation.json").read_text())["lora"][0].endswith(":0.5")
 
 
 def test_scenes_are_read_back_from_their_captions():

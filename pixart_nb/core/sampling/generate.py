@@ -15,7 +15,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from pixart_nb.config import ConfigError, InferenceConfig, bundled_path, check_config
-from pixart_nb.config.keys import ROOTS
+from pixart_nb.config.keys import ROOTS, split_weight
 from pixart_nb.core import backend
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, component_paths
@@ -190,19 +190,6 @@ def _apply_loras(pipe: Any, files: Sequence[str]) -> None:
         pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
         weights.append(weight)
     pipe.set_adapters([f"lora_{number}" for number in range(len(weights))], weights)
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """Split PATH:WEIGHT.
-
-    >>> split_weight("style.safetensors:0.5"), split_weight("style")
-    (('style.safetensors', 0.5), ('style', 1.0))
-    """
-    path, colon, weight = text.rpartition(":")
-    try:
-        return (path, float(weight)) if colon and path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str, Any]:

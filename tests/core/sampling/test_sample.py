@@ -9,7 +9,7 @@ from lora_models import trained
 from reference_data import diffusers, official
 
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
-from pixart_nb.config import check_config
+from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.sampling.generate import like, load_pipeline, sample
@@ -64,6 +64,9 @@ def test_lora_files_are_applied_with_their_weights(tmp_path):
     assert not np.array_equal(picture(load_pipeline(check_config(SIZE | {"model": str(FOLDER)}))), expected)
     with pytest.raises(CheckpointError, match="nothing"):
         load_pipeline(check_config(SIZE | {"model": str(FOLDER), "lora": "nothing.safetensors"}))
+    for weight in ("nan", "inf", "-1e999"):
+        with pytest.raises(ConfigError, match=f"weight of .*:{weight}.* is not finite; give PATH:WEIGHT"):
+            check_config(SIZE | {"model": str(FOLDER), "lora": f"{path}:{weight}"})
 
 
 def test_alpha_has_prompts_of_120_tokens_and_positions_of_its_own():
