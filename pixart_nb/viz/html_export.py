@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib import colormaps
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.viz.explorers import Choice, check_choice, layers_of
-from pixart_nb.viz.overlay import COVER, DIMMED, as_float, shrunk
+from pixart_nb.viz.overlay import COVER, DIMMED, as_float, bar_colours, shrunk
 from pixart_nb.viz.pixels import as_bytes, image_url, with_cells
 from pixart_nb.viz.style import HEAT
 from pixart_nb.viz.widget_parts import STATIC
@@ -25,86 +26,126 @@ from pixart_nb.viz.widget_parts import STATIC
 MOST_BYTES = 24_000_000
 
 
+@dataclass
+class Kept:
+    """Numbers of the steps, patches, layers and heads whose maps a page holds."""
+
+    steps: list[int]
+    patches: list[int]
+    layers: list[int]
+    heads: list[int]
+
+    def of(self, trace: Any, attention: str) -> list[int]:
+        """Return the kept layers whose cross- or self-attention the trace has."""
+        return [layer for layer in layers_of(trace, attention) if layer in self.layers]
+
+    def size(self, trace: Any, row: int) -> int:
+        """Return the bytes of the maps."""
+        words = len(trace.words(row)) * trace.grid[0] * trace.grid[1] * len(self.of(trace, "cross"))
+        grids = [trace.key_grid(f"blocks.{layer}.attn", self.steps[0]) for layer in self.of(trace, "self")]
+        keys = sum(height * width for height, width in grids)
+        return len(self.steps) * len(self.heads) * (words + len(self.patches) * keys)
+
+
 def export_attention(
     path: str | Path, trace: Any, image: np.ndarray, choice: Choice, row: int = 0, most_bytes: int = MOST_BYTES
 ) -> Path:
     """Write the attention explorer as a page that starts with ``choice``, and return the path.
 
     The page holds the maps of all words and patches for every layer, head and step in 8 bits. If they exceed
-    ``most_bytes``, it holds only the selected step (the middle one for the mean) and, if necessary, only the
-    selected patch.
+    ``most_bytes``, it holds the selected patch only, then evenly spaced steps, then layers and heads, always with the
+    selected ones, and says so.
 
     Raises:
-        PixArtNBError: the maps are still too large; nothing is written.
+        PixArtNBError: the maps of one layer, head and step are still too large; nothing is written.
     """
     check_choice(trace, choice)
-    steps, patches = _fitting(trace, choice, row, most_bytes)
-    colours = (colormaps[HEAT](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    kept, image = _fitting(trace, choice, row, most_bytes), as_float(shrunk(image))
     data = {
         "title": trace.text(row).prompt or "attention",
-        "image": image_url(as_bytes(as_float(shrunk(image)))),
+        "notes": _notes(trace, kept),
+        "image": image_url(as_bytes(image)),
         "grid": list(trace.grid),
         "words": trace.words(row) if layers_of(trace, "cross") else [],
-        "heads": list(trace.heads),
-        "steps": [[step, trace.timestep_of[step]] for step in steps],
-        "cross": _word_maps(trace, steps, row),
-        "self": _patch_maps(trace, steps, patches, row),
-        "patches": patches,
-        "colours": _text(colours),
+        "heads": kept.heads,
+        "steps": [[step, trace.timestep_of[step]] for step in kept.steps],
+        "cross": _word_maps(trace, kept, row),
+        "self": _patch_maps(trace, kept, row),
+        "patches": kept.patches,
+        "colours": _text(as_bytes(colormaps[HEAT](np.arange(256))[:, :3])),
+        "bar": _text(as_bytes(bar_colours(image))),
         "blend": {"cover": list(COVER), "dimmed": DIMMED},
-        "start": _start(choice, steps),
+        "start": _start(choice, kept.steps),
     }
     return _write(path, "attention.html", data)
 
 
 def _start(choice: Choice, steps: Sequence[int]) -> dict[str, Any]:
-    step = choice.step if choice.step in steps or len(steps) > 1 else steps[0]
-    patch = None if choice.patch is None else list(choice.patch)
-    return {
-        "word": choice.word,
-        "patch": patch,
-        "layer": choice.layer,
-        "head": choice.head,
-        "step": step,
-        "threshold": choice.threshold,
-    }
+    return asdict(choice) | {"step": choice.step if choice.step in steps or len(steps) > 1 else steps[0]}
 
 
-def _fitting(trace: Any, choice: Choice, row: int, most: int) -> tuple[list[int], list[int]]:
-    """Return the steps and patches whose maps fit."""
-    tokens = trace.grid[0] * trace.grid[1]
-    chosen = [choice.patch[0] * trace.grid[1] + choice.patch[1]] if choice.patch is not None else []
-    step = choice.step if choice.step is not None else trace.steps[len(trace.steps) // 2]
-    for steps, patches in ((trace.steps, range(tokens)), ([step], range(tokens)), ([step], chosen)):
-        words = len(trace.words(row)) * tokens * len(layers_of(trace, "cross"))
-        keys = sum(int(np.prod(trace.key_grid(f"blocks.{n}.attn", step))) for n in layers_of(trace, "self"))
-        size = len(steps) * len(trace.heads) * (words + len(patches) * keys)
-        if size <= most:
-            return list(steps), list(patches)
-    raise PixArtNBError(
-        f"the maps of one step would take {size / 1e6:.0f} MB, more than {most / 1e6:.0f}; trace fewer layers or "
-        "heads, or raise most_bytes"
-    )
+def _fitting(trace: Any, choice: Choice, row: int, most: int) -> Kept:
+    """Return what of a trace fits into ``most`` bytes."""
+    tokens, layers = trace.grid[0] * trace.grid[1], sorted({*layers_of(trace, "cross"), *layers_of(trace, "self")})
+    kept = Kept(list(trace.steps), list(range(tokens)), layers, list(trace.heads))
+    if replace(kept, steps=kept.steps[:1]).size(trace, row) > most:
+        kept.patches = [] if choice.patch is None else [choice.patch[0] * trace.grid[1] + choice.patch[1]]
+    while (size := kept.size(trace, row)) > most:
+        if len(kept.steps) > 1:
+            kept.steps = _thinned(kept.steps, choice.step)
+        elif len(kept.layers) > max(1, len(kept.heads)):
+            kept.layers = _thinned(kept.layers, choice.layer)
+        elif len(kept.heads) > 1:
+            kept.heads = _thinned(kept.heads, choice.head)
+        elif len(kept.layers) > 1:
+            kept.layers = _thinned(kept.layers, choice.layer)
+        else:
+            problem = f"the maps of one layer, head and step take {size / 1e6:.3g} MB, more than {most / 1e6:.3g}"
+            raise PixArtNBError(f"{problem}; raise most_bytes")
+    return kept
 
 
-def _word_maps(trace: Any, steps: Sequence[int], row: int) -> list[dict[str, Any]]:
+def _thinned(numbers: list[int], chosen: int | None) -> list[int]:
+    """Return every second number, the chosen one (or the middle one) among them."""
+    at = numbers.index(chosen) if chosen in numbers else len(numbers) // 2
+    return numbers[at % 2 :: 2]
+
+
+def _notes(trace: Any, kept: Kept) -> str:
+    """Say what is left out of a page."""
+    layers = {*layers_of(trace, "cross"), *layers_of(trace, "self")}
+    totals = {"steps": len(trace.steps), "layers": len(layers), "heads": len(trace.heads)}
+    numbers = {name: getattr(kept, name) for name in totals}
+    parts = [
+        f"{len(numbers[name])} of {count} {name} ({', '.join(map(str, numbers[name]))})"
+        for name, count in totals.items()
+        if len(numbers[name]) < count
+    ]
+    if len(kept.patches) < trace.grid[0] * trace.grid[1] and layers_of(trace, "self"):
+        parts.append(f"{len(kept.patches)} of {trace.grid[0] * trace.grid[1]} patches")
+    if not parts:
+        return ""
+    return f"All maps are too large for one page. It holds {'; '.join(parts)}. A mean is over what it holds."
+
+
+def _word_maps(trace: Any, kept: Kept, row: int) -> list[dict[str, Any]]:
     """Return the maps (steps, heads, words, h, w) of each layer in 8 bits."""
     maps_by_layer = []
-    for layer in layers_of(trace, "cross"):
-        maps = np.stack([[trace.word_maps(layer, head, step, row) for head in trace.heads] for step in steps])
+    for layer in kept.of(trace, "cross"):
+        maps = np.stack([[trace.word_maps(layer, head, step, row) for head in kept.heads] for step in kept.steps])
         maps_by_layer.append({"layer": layer, "ratio": 1, "cells": list(trace.grid)} | quantised(maps))
     return maps_by_layer
 
 
-def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: int) -> list[dict[str, Any]]:
+def _patch_maps(trace: Any, kept: Kept, row: int) -> list[dict[str, Any]]:
     """Return the attention (steps, heads, patches, kh, kw) of each layer in 8 bits."""
-    maps_by_layer = []
-    for layer in layers_of(trace, "self") if patches else []:
+    maps_by_layer, steps = [], kept.steps
+    for layer in kept.of(trace, "self") if kept.patches else []:
         name = f"blocks.{layer}.attn"
         cells = {step: trace.key_grid(name, step) for step in steps}
         if len(set(cells.values())) > 1:
             raise PixArtNBError(f"{name} has keys on different grids, {cells}; export steps with one grid")
-        rows = np.stack([trace.rows(name, step, patches, None, row) for step in steps])
+        rows = np.stack([trace.rows(name, step, kept.patches, kept.heads, row) for step in steps])
         maps = rows.reshape(*rows.shape[:3], *cells[steps[0]])
         ratio = trace.compression(name, steps[0])[1]
         maps_by_layer.append({"layer": layer, "ratio": ratio, "cells": list(cells[steps[0]])} | quantised(maps))
@@ -112,11 +153,7 @@ def _patch_maps(trace: Any, steps: Sequence[int], patches: Sequence[int], row: i
 
 
 def quantised(maps: np.ndarray) -> dict[str, Any]:
-    """Encode maps (steps, heads, n, kh, kw) in 8 bits as base64, each scaled by its largest value.
-
-    >>> sorted(quantised(np.ones((1, 1, 1, 2, 2))))
-    ['count', 'most', 'values']
-    """
+    """Encode maps (steps, heads, n, kh, kw) in 8 bits as base64, each scaled by its largest value."""
     flat = maps.reshape(*maps.shape[:3], -1).astype(np.float32)
     most = flat.max(-1)
     values = np.round(255 * flat / np.where(most == 0, 1, most)[..., None]).astype(np.uint8)

@@ -41,7 +41,8 @@ class Table:
         head = "".join(f"<th>{escape(name)}</th>" for name in self.columns)
         body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in self.cells())
         caption = f"<caption style='text-align:left'>{escape(self.caption)}</caption>" if self.caption else ""
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        ignored = "mathjax_ignore tex2jax_ignore"  # a $ in a caption does not start mathematics
+        return f"<table class='{ignored}'>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def in_words(value: Any) -> str:

@@ -245,15 +245,23 @@ def test_text_of_a_prompt_cannot_break_the_page(run, tmp_path):
     assert "&lt;/script&gt;&lt;b&gt;" in text
 
 
-def test_a_page_keeps_less_where_there_is_too_much_and_refuses_what_is_still_too_much(run, tmp_path):
-    choice = Choice(None, (1, 1), 0, None, 1)
-    sizes = []
-    for most in (10**6, 3000, 600):
+def test_a_page_keeps_less_where_there_is_too_much_and_says_what(run, tmp_path):
+    choice, pages = Choice(None, (1, 1), 0, None, 1), []
+    for most in (10**6, 3000, 600, 200, 100):
         _, data = page_data(export_attention(tmp_path / "page.html", run, IMAGE, choice, most_bytes=most))
-        sizes.append((len(data["steps"]), len(data["patches"])))
-    assert sizes == [(2, 24), (1, 24), (1, 1)]
-    with pytest.raises(ValueError, match="trace fewer layers"):
-        export_attention(tmp_path / "none.html", run, IMAGE, choice, most_bytes=100)
+        kept = [[layer["layer"] for layer in data["cross"]], data["heads"], [step for step, _ in data["steps"]]]
+        pages.append((*kept, len(data["patches"]), data["notes"]))
+        assert data["start"]["step"] == 1
+    said = "All maps are too large for one page. It holds {}. A mean is over what it holds."
+    assert pages == [
+        ([0, 1], [0, 1], [0, 1], 24, ""),
+        ([0, 1], [0, 1], [1], 24, said.format("1 of 2 steps (1)")),
+        ([0, 1], [0, 1], [1], 1, said.format("1 of 2 steps (1); 1 of 24 patches")),
+        ([0, 1], [1], [1], 1, said.format("1 of 2 steps (1); 1 of 2 heads (1); 1 of 24 patches")),
+        ([0], [1], [1], 1, said.format("1 of 2 steps (1); 1 of 2 layers (0); 1 of 2 heads (1); 1 of 24 patches")),
+    ]
+    with pytest.raises(ValueError, match=r"one layer, head and step take 7.8e-05 MB"):
+        export_attention(tmp_path / "none.html", run, IMAGE, choice, most_bytes=50)
     assert not (tmp_path / "none.html").exists()
 
 
