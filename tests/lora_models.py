@@ -11,6 +11,8 @@ TRANSFORMER = REFERENCE / "diffusers" / "sigma" / "transformer"
 #: Made with peft 0.21.2, torch 2.13.0 and diffusers 0.42.1 on that transformer in float64: adapters as PEFT saves them,
 #: and what the adapted transformer computes. ``lora-official`` has the targets of the official PixArt script.
 CASES = ("lora-official", "lora-patterns", "dora")
+#: Made with lycoris-lora 4.1.3 (LoKr with both factors decomposed, LoHa) and peft 0.21.2 on torch 2.14.1 in float32.
+LYCORIS_CASES = ("lycoris-lokr", "lycoris-loha", "peft-lokr")
 EVERYTHING = ("to_q", "to_k", "to_v", "to_out.0", "proj", "ff.net.2", "linear", "linear_1", "linear_2", "proj_out")
 
 

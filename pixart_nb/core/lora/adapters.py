@@ -16,10 +16,11 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.lora.config import LayerTargets, LoraConfig, Target, check_overlap
-from pixart_nb.core.lora.files import LoraFile, LoraModule, write_lora
+from pixart_nb.core.lora.files import DeltaModule, LoraFile, LoraModule, write_lora
 from pixart_nb.core.lora.layers import (
     PHASES,
     AdaptedLayer,
+    DeltaBranch,
     DoraBranch,
     LoraBranch,
     LoraDropout,
@@ -46,16 +47,22 @@ class Adapter:
         dropout = config is not None and config.lora_dropout
         self.phases = _constant(np.zeros(PHASES), f"{name}.phases") if dropout else None
 
-    def add(self, module: str, target: Target, values: LoraModule) -> None:
+    def add(self, module: str, target: Target, values: LoraModule | DeltaModule) -> None:
         """Create the branch of a module."""
         title = f"{self.name}.{module}"
+        self.targets[module] = target
+        if isinstance(values, DeltaModule):
+            shape = self.layers.cells[target.layer].weight.shape
+            delta = to_matrix(values.delta.reshape(-1, *shape[1:]))
+            self.branches[module] = DeltaBranch(title, delta, values.scale, self.strength)
+            return
         down, up = to_matrix(values.down), values.up.reshape(len(values.up), -1)
         dropout = None
         if self.phases is not None:
             dropout = LoraDropout(down.shape[1], self.config.lora_dropout, self.phases, f"{title}.columns")
         common = (title, down, up, values.scale, self.strength, dropout)
         branch = LoraBranch(*common) if values.magnitude is None else DoraBranch(*common, values.magnitude)
-        self.targets[module], self.branches[module] = target, branch
+        self.branches[module] = branch
 
     def parameters(self) -> dict[str, ms.Parameter]:
         """Return all trained parameters, by module and PEFT's name of the part."""
@@ -107,6 +114,8 @@ class Adapter:
 
     def _rows(self, module: str, rows: slice) -> LoraModule:
         branch, shape = self.branches[module], self.layers.cells[self.targets[module].layer].weight.shape
+        if isinstance(branch, DeltaBranch):
+            raise PixArtNBError(f"adapter {self.name!r} is a LoKr or LoHa, whose updates have no factors to save")
         parts = {name: np.array(p.asnumpy()) for name, p in branch.parameters().items()}
         up, magnitude = parts["lora_B"][rows], parts.get("lora_magnitude_vector")
         up = up.reshape(*up.shape, 1, 1) if len(shape) == 4 else up
@@ -192,7 +201,7 @@ class Adapters:
         for name, target in targets.items():
             if target is not None:
                 module, shape = file.modules[name], self.layers.cells[target.layer].weight.shape
-                sizes = ((len(module.up), *module.down.shape[1:]), (target.stop - target.start, *shape[1:]))
+                sizes = (module.shape_on(shape), (target.stop - target.start, *shape[1:]))
                 text = f"{name}: LoRA {sizes[0]}, model {sizes[1]}"
                 problems["are of another shape"] += [text] if sizes[0] != sizes[1] else []
         if any(problems.values()):

@@ -1,4 +1,4 @@
-"""LoRA files: read in the layouts of PEFT, diffusers and kohya's scripts; written in the first two.
+"""LoRA files: read in the layouts of PEFT, diffusers, kohya's scripts and LyCORIS; written in the first two.
 
 A module is one linear layer under the name that diffusers gives it, or the official code.
 """
@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +36,7 @@ PREFIXES = (
     "diffusion_model.",
     "lora_transformer_",
     "lora_unet_",
+    "lycoris_",
 )
 #: Prefixes of parts that are not of the transformer: text encoders and bundled embeddings.
 OTHER_PARTS = ("lora_te", "text_encoder", "te1.", "te2.", "te3.", "bundle_emb", "emb_params")
@@ -45,22 +46,28 @@ _PARTS = {
     "alpha": r"\.alpha",
     "magnitude": r"\.(?:lora_magnitude_vector(?:\.\w+)??(?:\.weight)?|dora_scale)",
 }
+#: Factors of LoKr and LoHa in LyCORIS and PEFT.
+_FACTORS = tuple(f"{kind}_w{n}{side}" for kind in ("lokr", "hada") for n in "12" for side in ("", "_a", "_b"))
+_PARTS |= {name: rf"\.{name}(?:\.default)?" for name in _FACTORS}
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
 _MAX_NAME = 500
+#: Elements of the largest update that factors may make: a layer of 4096 to 16384.
+_MAX_DELTA = 2**26
 #: Initial values that leave the weights of the model as they are.
 _INITIAL = (None, True, False, "gaussian", "kaiming", "eva", "orthogonal")
 
 _Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
+_Rank = Annotated[int, Field(ge=1)]
 _Pattern = Annotated[str, AfterValidator(check_pattern)]
 _Nothing = Annotated[list, Field(max_length=0)] | None
 
 
 class PeftConfig(BaseModel):
-    """adapter_config.json of PEFT: alphas, and settings with values that a plain LoRA or DoRA has."""
+    """adapter_config.json of PEFT: alphas, and settings with values that a plain LoRA, DoRA, LoHa or LoKr has."""
 
     model_config = ConfigDict(strict=True)
 
-    peft_type: Literal["LORA"] = "LORA"
+    peft_type: Literal["LORA", "LOHA", "LOKR"] = "LORA"
     bias: Literal["none"] = "none"
     modules_to_save: _Nothing = None
     layer_replication: _Nothing = None
@@ -72,6 +79,9 @@ class PeftConfig(BaseModel):
     alpha_pattern: dict[_Pattern, _Alpha] | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+    r: _Rank | None = None  # this and the next two of LoHa and LoKr, whose factors do not always show their rank
+    alpha: _Alpha | None = None
+    rank_pattern: dict[_Pattern, _Rank] | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str) -> PeftConfig:
@@ -108,6 +118,9 @@ class PeftConfig(BaseModel):
 
     def scale(self, name: str, rank: int, own: float | None) -> float | None:
         """Return alpha / r of a module; an alpha of its own, beside its weights, is preferred. None without any."""
+        if self.peft_type != "LORA" and self.alpha is not None:
+            alpha = pattern_value(self.alpha_pattern or {}, name, self.alpha)
+            return float(alpha) / pattern_value(self.rank_pattern or {}, name, self.r or 8)
         alpha = own if own is not None else pattern_value(self.alpha_pattern or {}, name, self.lora_alpha)
         if alpha is None:
             return None
@@ -131,12 +144,30 @@ class LoraModule:
         """Rank of the update."""
         return len(self.down)
 
+    def shape_on(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the weights that the module changes, on a layer with weights of ``shape``."""
+        return len(self.up), *self.down.shape[1:]
+
+
+@dataclass(frozen=True)
+class DeltaModule:
+    """LoKr or LoHa of one layer: ``scale * delta`` (out, in) is added to the weight; a convolution's in is flat."""
+
+    delta: np.ndarray
+    scale: float
+    magnitude: None = None
+
+    def shape_on(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the weights that the module changes, on a layer with weights of ``shape``."""
+        rows, size = self.delta.shape
+        return (rows, *shape[1:]) if size == math.prod(shape[1:]) else self.delta.shape
+
 
 @dataclass(frozen=True)
 class LoraFile:
     """Modules of a LoRA; ``source`` is for messages."""
 
-    modules: dict[str, LoraModule]
+    modules: dict[str, LoraModule | DeltaModule]
     source: str = "the LoRA"
 
 
@@ -195,17 +226,26 @@ def _lora_of(tensors: Mapping[str, np.ndarray], config: PeftConfig, source: str)
             reason = f"{len(unknown)} tensors are no part of one ({_some(unknown)})"
         raise CheckpointError(
             f"{source} is no LoRA of linear layers: {reason}; expected pairs of lora_A.weight and lora_B.weight, or of "
-            "lora_down.weight and lora_up.weight"
+            "lora_down.weight and lora_up.weight, or the factors of LoKr or LoHa; without the Tucker decompositions of "
+            "convolutions (lora_mid, lokr_t2, hada_t1, hada_t2)"
         )
     modules, silent = {}, []
     for name, parts in parts_of.items():
-        _check(f"{source}: {name}", parts)
+        _check_values(f"{source}: {name}", parts)
         own = float(parts["alpha"].reshape(())) if "alpha" in parts else None
-        scale = config.scale(name, len(parts["down"]), own)
+        if any(part in _FACTORS for part in parts):
+            delta, rank = _delta(f"{source}: {name}", parts)
+            scale = config.scale(name, rank or 1, own)
+            scale = 1.0 if rank is None and config.peft_type == "LORA" else scale  # whole factors: as LyCORIS does
+            module = DeltaModule(delta, 1.0 if scale is None else scale)
+        else:
+            _check_pair(f"{source}: {name}", parts)
+            scale = config.scale(name, len(parts["down"]), own)
+            down, up = (np.array(parts[part], np.float32) for part in ("down", "up"))
+            magnitude = np.array(parts["magnitude"], np.float32).reshape(len(up)) if "magnitude" in parts else None
+            module = LoraModule(down, up, 1.0 if scale is None else scale, magnitude)
+        modules[name] = module
         silent += [name] if scale is None else []
-        down, up = (np.array(parts[part], np.float32) for part in ("down", "up"))
-        magnitude = np.array(parts["magnitude"], np.float32).reshape(len(up)) if "magnitude" in parts else None
-        modules[name] = LoraModule(down, up, 1.0 if scale is None else scale, magnitude)
     if config.use_dora and all(module.magnitude is None for module in modules.values()):
         raise CheckpointError(f"{source} is described as a DoRA, but holds no lora_magnitude_vector")
     if silent:
@@ -240,8 +280,18 @@ def _grouped(tensors: Mapping[str, np.ndarray], source: str) -> tuple[dict, list
     return modules, unknown, others
 
 
-def _check(module: str, parts: Mapping[str, np.ndarray]) -> None:
-    """Refuse the parts of a module that are not complete, or do not fit each other."""
+def _check_values(module: str, parts: Mapping[str, np.ndarray]) -> None:
+    for part, tensor in parts.items():
+        if tensor.dtype.kind != "f" and part != "alpha":
+            raise CheckpointError(f"{module} has a {part} of {tensor.dtype}; expected floats")
+        if not np.isfinite(tensor).all():
+            raise CheckpointError(f"{module} has a {part} that is not finite")
+    if "alpha" in parts and parts["alpha"].size != 1:
+        raise CheckpointError(f"{module} has an alpha of shape {parts['alpha'].shape}; expected a number")
+
+
+def _check_pair(module: str, parts: Mapping[str, np.ndarray]) -> None:
+    """Refuse the parts of a LoRA or DoRA that are not complete, or do not fit each other."""
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
         raise CheckpointError(f"{module} has no {' and no '.join(missing)}; half of it is missing")
@@ -250,20 +300,45 @@ def _check(module: str, parts: Mapping[str, np.ndarray]) -> None:
         raise CheckpointError(
             f"{module} has factors of shapes {down.shape} and {up.shape}; expected (r, in) and (out, r)"
         )
-    for part, tensor in parts.items():
-        if tensor.dtype.kind != "f" and part != "alpha":
-            raise CheckpointError(f"{module} has a {part} of {tensor.dtype}; expected floats")
-        if not np.isfinite(tensor).all():
-            raise CheckpointError(f"{module} has a {part} that is not finite")
-    if "alpha" in parts and parts["alpha"].size != 1:
-        raise CheckpointError(f"{module} has an alpha of shape {parts['alpha'].shape}; expected a number")
-    magnitude, rows = parts.get("magnitude"), len(up)
-    if magnitude is not None and (
-        magnitude.size != rows or not (magnitude.shape[:1] == (rows,) or magnitude.ndim == 4)
-    ):
+    magnitude, rows = parts.get("magnitude", np.zeros(len(up))), len(up)
+    if magnitude.size != rows or not (magnitude.shape[:1] == (rows,) or magnitude.ndim == 4):
         raise CheckpointError(
             f"{module} has a magnitude of shape {magnitude.shape}; expected {rows} numbers, one for each output"
         )
+
+
+def _delta(module: str, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, int | None]:
+    """Return the update of a LoKr or LoHa, (out, in) float32, without its scale, and its rank.
+
+    LoKr is the Kronecker product of W1 and W2, each whole or a product of two factors; LoHa the elementwise product of
+    W1 = W1a W1b and W2 = W2a W2b (Yeh et al. 2023, "Navigating Text-To-Image Customization", section 3; FedPara,
+    Hyeon-Woo et al. 2021, proposition 1). The scale is alpha / rank, and 1 for a LoKr of two whole factors.
+    """
+    kind = next(part for part in parts if part in _FACTORS)[:4]
+    names = [f"{kind}_w{number}{side}" for number in "12" for side in ("", "_a", "_b")]
+    first, second = (_factor(parts, f"{kind}_w{number}") for number in "12")
+    fits = first is not None and second is not None and set(parts) <= {*names, "alpha"}
+    if fits:
+        fits = first.shape == second.shape if kind == "hada" else first.size * second.size <= _MAX_DELTA
+    if not fits:
+        shapes = ", ".join(f"{part} {tensor.shape}" for part, tensor in parts.items())
+        raise CheckpointError(
+            f"{module} has {shapes}; expected the factors w1 and w2 of a LoKr, or w1_a, w1_b, w2_a and w2_b of a LoHa, "
+            "whole or as products that fit, and no dora_scale"
+        )
+    rank = next((len(parts[name]) for name in names if name.endswith("_b") and name in parts), None)
+    return (first * second if kind == "hada" else np.kron(first, second)).astype(np.float32), rank
+
+
+def _factor(parts: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
+    """Return W1 or W2 as a matrix (the axes of a kernel belong to the inputs); None if its parts do not fit."""
+    whole, first, second = (parts.get(name + side) for side in ("", "_a", "_b"))
+    if whole is not None and first is None and second is None and whole.ndim in (2, 4) and whole.size:
+        return whole.astype(np.float64).reshape(len(whole), -1)
+    if whole is not None or first is None or second is None or first.shape[1:] != second.shape[:1] or not second.size:
+        return None
+    second = second.astype(np.float64).reshape(len(second), -1)
+    return first.astype(np.float64) @ second if len(first) * second.shape[1] <= _MAX_DELTA else None
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -139,6 +139,28 @@ class DoraBranch(LoraBranch):
         return gain[:, None] * adapted - weight
 
 
+class DeltaBranch(LoraBranch):
+    """Update of some outputs of a layer by a matrix without factors, (rows, in): strength * scale * delta."""
+
+    def __init__(self, name: str, delta: np.ndarray, scale: float, strength: ms.Parameter):
+        nn.Cell.__init__(self, auto_prefix=False)
+        self.scale, self.strength = scale, strength
+        self.delta = ms.Parameter(ms.Tensor(np.array(delta)), name=f"{name}.diff", requires_grad=False)
+
+    def parameters(self) -> dict[str, ms.Parameter]:
+        return {"diff": self.delta}
+
+    def construct(self, x: ms.Tensor, weight: ms.Tensor, training: bool = False) -> ms.Tensor:
+        return linear(x.astype(self.delta.dtype), self.update(self.delta)).astype(x.dtype)
+
+    def update(self, weight: ms.Tensor) -> ms.Tensor:
+        factor = (self.strength * self.scale).astype(self.delta.dtype)
+        return (self.delta * factor).astype(weight.dtype)
+
+    def exact_update(self, weight: np.ndarray) -> np.ndarray:
+        return self.scale * self.delta.asnumpy().astype(np.float64)
+
+
 class ZeroBranch(nn.Cell):
     """Branch of the outputs that an adapter does not change."""
 

@@ -2,7 +2,18 @@
 
 import numpy as np
 import pytest
-from lora_models import CASES, EVERYTHING, TRANSFORMER, inputs, run, same_weights, trained, transformer, weights
+from lora_models import (
+    CASES,
+    EVERYTHING,
+    LYCORIS_CASES,
+    TRANSFORMER,
+    inputs,
+    run,
+    same_weights,
+    trained,
+    transformer,
+    weights,
+)
 from mindspore import mint
 from reference_data import FORWARD, REFERENCE, relative_error
 
@@ -24,8 +35,8 @@ def net():
 # ---- what it computes
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_an_adapter_of_peft_computes_what_peft_computes(net, case):
+@pytest.mark.parametrize("case", [*CASES, *LYCORIS_CASES])
+def test_an_adapter_of_peft_and_lycoris_computes_what_they_compute(net, case):
     with np.load(REFERENCE / "lora" / case / "io.npz") as io:
         plain, expected = io["plain"], io["adapted"]
     before, adapters = run(net), Adapters.of(net)

@@ -135,6 +135,116 @@ def test_the_file_of_a_folder_is_found_or_asked_for(tmp_path):
     assert "transformer_blocks_0_attn1_to_q" in read_lora(tmp_path).modules
 
 
+# ---- LoKr and LoHa
+
+RNG = np.random.default_rng(7)
+
+
+def factors(**shapes):
+    return {name: RNG.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def kronecker(w1, w2):
+    """Return W1 (a, c) x W2 (b, d, ...) as (a b, c d ...), from the definition of the product."""
+    product = np.einsum("ac,bdk->abcdk", w1, w2.reshape(*w2.shape[:2], -1))
+    return product.reshape(w1.shape[0] * w2.shape[0], -1)
+
+
+LYCORIS = {
+    "lokr, whole": (
+        TO_Q,
+        factors(lokr_w1=(4, 3), lokr_w2=(6, 8)),
+        lambda lokr_w1, lokr_w2: kronecker(lokr_w1, lokr_w2),
+    ),
+    "lokr, both in factors": (
+        TO_Q,
+        factors(lokr_w1_a=(3, 2), lokr_w1_b=(2, 3), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8)),
+        lambda lokr_w1_a, lokr_w1_b, lokr_w2_a, lokr_w2_b: (
+            3.5 * kronecker(lokr_w1_a @ lokr_w1_b, lokr_w2_a @ lokr_w2_b)
+        ),
+    ),
+    "lokr of a convolution": (
+        "pos_embed.proj",
+        factors(lokr_w1=(4, 2), lokr_w2_a=(6, 5), lokr_w2_b=(5, 2, 2, 2)),
+        lambda lokr_w1, lokr_w2_a, lokr_w2_b: (
+            1.4 * kronecker(lokr_w1, np.einsum("br,rdij->bdij", lokr_w2_a, lokr_w2_b))
+        ),
+    ),
+    "loha": (
+        "transformer_blocks.1.attn2.to_k",
+        factors(hada_w1_a=(24, 4), hada_w1_b=(4, 24), hada_w2_a=(24, 4), hada_w2_b=(4, 24)),
+        lambda hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b: (
+            1.75 * np.einsum("or,ri,os,si->oi", hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "transformer."])
+@pytest.mark.parametrize("case", LYCORIS)
+def test_lokr_and_loha_change_the_weights_by_their_definition(case, prefix, tmp_path):
+    name, parts, expected = LYCORIS[case]
+    stem = prefix + (name if prefix.endswith(".") else name.replace(".", "_"))
+    tensors = {f"{stem}.{part}": value for part, value in parts.items()} | {f"{stem}.alpha": np.array(7, np.float32)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    net = transformer()
+    adapters, before = Adapters.of(net), run(net)
+    layer = adapters.layers.targets[name]
+    weight = adapters.layers.cells[layer.layer].weight
+    original = weight.asnumpy().copy()
+    adapter = adapters.load("style", read_lora(tmp_path / "a.safetensors"))
+    adapters.activate(["style"], 0.5)
+    beside = run(net)
+    assert relative_error(beside, before) > 1e-3
+    adapters.fuse()
+    change = (weight.asnumpy().astype(np.float64) - original)[layer.start : layer.stop]
+    wanted = 0.5 * expected(**{part: value.astype(np.float64) for part, value in parts.items()})
+    np.testing.assert_allclose(change, wanted.reshape(change.shape), atol=1e-5)
+    assert relative_error(run(net), beside) < 1e-5
+    adapters.unfuse()
+    assert np.array_equal(weight.asnumpy(), original) and np.array_equal(run(net), beside)
+    with pytest.raises(ValueError, match="no factors to save"):
+        adapter.save(tmp_path)
+
+
+def test_lokr_and_loha_of_peft_have_the_scale_of_their_configuration(tmp_path):
+    _, parts, expected = LYCORIS["lokr, whole"]
+    tensors = {f"base_model.model.{TO_Q}.{part}": value for part, value in parts.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LOKR", "r": 8, "alpha": 6, "rank_pattern": {"to_q": 4}, "alpha_pattern": {}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    module = read_lora(tmp_path).modules[TO_Q]
+    np.testing.assert_allclose(module.scale * module.delta, 1.5 * expected(**parts), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"lokr_w1": (2, 2)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (2, 2)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (3, 2)},
+        {"lokr_w1": (2, 2), "lokr_w1_a": (2, 2), "lokr_w1_b": (2, 2), "lokr_w2": (2, 2)},
+        {"lokr_w1": (10**4, 1), "lokr_w2": (1, 10**5)},
+        {"lokr_w1": (2, 2), "lokr_w2": (2, 2), "dora_scale": (4, 1)},
+        {"lokr_w1": (2, 2), "hada_w2_a": (2, 2), "hada_w2_b": (2, 2)},
+        {"lokr_w1": (2,), "lokr_w2": (2, 2)},
+        {"lokr_w1": (0, 2), "lokr_w2": (2, 2)},
+        {"hada_w1_a": (2, 1), "hada_w1_b": (1, 2), "hada_w2_a": (3, 1), "hada_w2_b": (1, 2)},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 2), "lora_down.weight": (2, 2)},
+    ],
+)
+def test_factors_of_lokr_and_loha_that_do_not_fit_are_refused(shapes):
+    tensors = {f"lycoris_x.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    with pytest.raises(CheckpointError, match=r"x has .*expected the factors"):
+        read_lora(tensors)
+
+
+def test_tucker_decompositions_are_refused_by_name():
+    for part, shape in (("lora_mid.weight", (2, 2, 2, 2)), ("lokr_t2", (2, 2, 2, 2)), ("hada_t1", (2, 2, 2, 2))):
+        with pytest.raises(CheckpointError, match=rf"x\.{part}.*without the Tucker decompositions"):
+            read_lora(LAYOUTS["kohya"] | {f"lora_unet_x.{part}": np.ones(shape, np.float32)})
+
+
 # ---- parts of other networks, patterns, initial values
 
 
