@@ -21,6 +21,7 @@ SAMPLING_METHOD = "dpm++"
 #: Values of ``sampling_method``; ``core.sampling.schedulers`` maps each to its scheduler.
 SAMPLING_METHODS = (
     "dpm++", "dpm++karras", "euler", "unipc", "lcm", "dmd", "iddpm", "ddim", "dpm", "sa-solver", "ddim-diffusers",
+    "heun", "euler-a", "dpm++2s", "dpm++3m", "dpm++sde", "deis", "lms", "pndm", "kdpm2", "kdpm2-a", "ddpm",
 )  # fmt: skip
 #: Prompts of mindone's training configurations.
 VALIDATION_PROMPTS = (

@@ -1,4 +1,4 @@
-"""Samplers: one function each, with one signature.
+"""Samplers: one function each, with one signature. Those that step by the predicted noise are in ``sigma_samplers``.
 
 ``sampler(predict, latents, schedule, generator=None, **options)`` yields a ``Step`` for each timestep of the
 ``StepSchedule``. latents are (N, C, H, W) of unit variance, ``predict(latents, timestep)`` is the guided model
@@ -127,27 +127,85 @@ def _normal(generator: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
     return np.asarray(generator.standard_normal(tuple(shape)), np.float32)
 
 
-# ---- samplers of the probability-flow ODE
+# ---- solvers of the probability-flow ODE, and of its SDE, by predicted clean latents
 
 
-def dpm_solver_2m(
-    predict, latents, schedule, generator=None, *, order: int = 2, lower_order_final: bool = True
+def dpm_solver(
+    predict,
+    latents,
+    schedule,
+    generator=None,
+    *,
+    order: int = 2,
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+    heun: bool = False,
+    stochastic: bool = False,
 ) -> Iterator[Step]:
-    """DPM-Solver++ 2M with the midpoint rule (Lu et al. 2022, arXiv 2211.01095, algorithm 2).
+    """DPM-Solver++ multistep, 1 to 3 (Lu et al. 2022, arXiv 2211.01095, algorithm 2), as in diffusers.
 
-    The first step is of first order, and so is the last with ``lower_order_final`` or if it ends without noise.
+    ``heun`` is its other rule of second order, ``stochastic`` SDE-DPM-Solver++. The order rises over the first steps,
+    and falls over the last with ``lower_order_final``. A last step with ``euler_at_final``, or one that ends without
+    noise, is of first order.
     """
-    previous = None  # clean latents and sigma of the previous step
+    history: list[tuple[np.ndarray, float]] = []  # clean latents and sigmas, the newest first
     for index, timestep, sigma, sigma_next in schedule:
+        history = [(denoise(latents, predict(latents, timestep).noise, sigma), sigma), *history[: order - 1]]
+        left = len(schedule) - index
+        used = min(len(history), left) if lower_order_final else len(history)
+        if left == 1 and (euler_at_final or sigma_next == 0):
+            used = 1
+        noise = draw_noise(latents.shape, generator) if stochastic else None
+        latents = _dpm_step(latents, history[:used], sigma_next, heun, noise)
+        yield Step(index, timestep, latents, history[0][0])
+
+
+def dpm_solver_singlestep(
+    predict, latents, schedule, generator=None, *, orders: Sequence[int], heun: bool = False, stochastic: bool = False
+) -> Iterator[Step]:
+    """DPM-Solver++ single-step (Lu et al. 2022, algorithm 1), as in diffusers; ``orders`` holds that of each step.
+
+    A step of second or third order starts again from the latents of the last step of first order.
+    """
+    history: list[tuple[np.ndarray, float]] = []  # clean latents and sigmas, the newest last
+    start = latents
+    for (index, timestep, sigma, sigma_next), order in zip(schedule, orders, strict=True):
         denoised = denoise(latents, predict(latents, timestep).noise, sigma)
-        at_end = index == len(schedule) - 1 and (lower_order_final or sigma_next == 0)
-        estimate = denoised
-        if previous is not None and order == 2 and not at_end:
-            slope = (denoised - previous[0]) / _log_ratio(previous[1], sigma)
-            estimate = denoised + 0.5 * _log_ratio(sigma, sigma_next) * slope
-        latents = _exponential_step(latents, estimate, sigma, sigma_next)
-        previous = denoised, sigma
+        history = [*history, (denoised, sigma)][-min(order, len(history) + 1) :]
+        if len(history) == 1:
+            start = latents
+        noise = draw_noise(latents.shape, generator) if stochastic else None
+        nodes = history if heun or order < 3 else [history[0], history[-1]]
+        latents = _dpm_step(start, nodes, sigma_next, heun or order == 3, noise, 2.0)
         yield Step(index, timestep, latents, denoised)
+
+
+def _dpm_step(start, nodes, sigma_next: float, heun: bool, noise=None, curvature: float = 1.0) -> np.ndarray:
+    """Take a step of order ``len(nodes)``: (clean latents, sigma) at its start, then at other noise levels.
+
+    The step with ``noise`` is that of the SDE. ``curvature`` is the factor of the second divided difference, which
+    differs between diffusers' solvers; so do the signs for the SDE.
+    """
+    (first, sigma), step = nodes[0], _log_ratio(nodes[0][1], sigma_next)
+    rate = step if noise is None else 2.0 * step
+    estimate = first
+    if len(nodes) > 1:
+        span = -np.expm1(-rate)
+        slopes = [(first - value) / _log_ratio(level, sigma) for value, level in nodes[1:]]
+        slope = slopes[0]
+        if len(nodes) == 3:
+            near, far = (_log_ratio(sigma, level) for _, level in nodes[1:])
+            slope = (far * slopes[0] - near * slopes[1]) / (far - near)
+            remainder = (rate - span) / rate**2
+            quadratic = ((0.5 if noise is None else -0.5) - remainder) / span * curvature
+            estimate = estimate + quadratic * step**2 * ((slopes[1] - slopes[0]) / (far - near))
+        linear = 1.0 / span - 1.0 / rate if heun or len(nodes) == 3 else 0.5
+        estimate = estimate + float(linear) * step * slope
+    if noise is None:
+        return _exponential_step(start, estimate, sigma, sigma_next)
+    (signal, scale), decay = scales(sigma_next), sigma_next / sigma
+    spread = scale * float(np.sqrt(1.0 - decay**2))
+    return scale / scales(sigma)[1] * decay * start + signal * (1.0 - decay**2) * estimate + spread * noise
 
 
 def _log_ratio(sigma: float, sigma_next: float) -> float:
@@ -164,67 +222,54 @@ def _exponential_step(latents: np.ndarray, estimate: np.ndarray, sigma: float, s
 def unipc(
     predict, latents, schedule, generator=None, *, order: int = 2, lower_order_final: bool = True
 ) -> Iterator[Step]:
-    """UniPC of order 1 or 2 with B_2(h) = e^h - 1 and data prediction (Zhao et al. 2023, algorithms 5 and 7).
+    """UniPC with B_2(h) = e^h - 1 and data prediction (Zhao et al. 2023, algorithms 5 and 7).
 
     Each prediction first corrects the latents that it was made at, then predicts the next ones; corrected latents are
-    not evaluated again. The first step is of first order, and the last as in ``dpm_solver_2m``.
+    not evaluated again. The order rises and falls as in ``dpm_solver``.
     """
-    history: list[tuple[np.ndarray, float]] = []  # clean latents and sigmas of the last two steps
+    history: list[tuple[np.ndarray, float]] = []  # clean latents and sigmas, the newest first
     start, used = latents, 0
     for index, timestep, sigma, sigma_next in schedule:
         denoised = denoise(latents, predict(latents, timestep).noise, sigma)
         if history:
-            latents = _unipc_correct(start, denoised, history, sigma, used)
-        history = [*history[-1:], (denoised, sigma)]
+            latents = _unipc_step(start, [*history[:used], (denoised, sigma)], sigma, corrects=True)
+        history = [(denoised, sigma), *history[: order - 1]]
         lower = lower_order_final or sigma_next == 0
-        used = min(order, index + 1, len(schedule) - index if lower else order)
+        used = min(len(history), len(schedule) - index if lower else order)
         start = latents
-        latents = _unipc_predict(latents, history, sigma_next, used)
+        latents = _unipc_step(start, history[:used], sigma_next)
         yield Step(index, timestep, latents, denoised)
 
 
-def _unipc_predict(latents: np.ndarray, history: list, sigma_next: float, order: int) -> np.ndarray:
-    """Return the latents at ``sigma_next`` (UniP, equation 3 of Zhao et al.)."""
-    (denoised, sigma), estimate = history[-1], history[-1][0]
-    if order == 2:
-        before, sigma_before = history[-2]
-        ratio = 0.5 * _log_ratio(sigma, sigma_next) / _log_ratio(sigma_before, sigma)
-        estimate = denoised + ratio * (denoised - before)
-    return _exponential_step(latents, estimate, sigma, sigma_next)
+def _unipc_step(start: np.ndarray, nodes: list, sigma_next: float, corrects: bool = False) -> np.ndarray:
+    """Predict the latents at ``sigma_next`` (UniP, equation 3 of Zhao et al.), or correct them (UniC, equation 9).
 
-
-def _unipc_correct(start: np.ndarray, denoised: np.ndarray, history: list, sigma: float, order: int) -> np.ndarray:
-    """Return corrected latents at ``sigma`` from those at the step's start (UniC, equation 9 of Zhao et al.)."""
-    middle, level = history[-1]
-    if order == 1:
-        return _exponential_step(start, 0.5 * (middle + denoised), level, sigma)
-    before, earlier = history[-2]
-    weight, weight_before = _unipc_weights(_log_ratio(level, sigma), _log_ratio(earlier, level))
-    estimate = middle + weight_before * (before - middle) + weight * (denoised - middle)
-    return _exponential_step(start, estimate, level, sigma)
-
-
-def _unipc_weights(h: float, h_before: float) -> tuple[float, float]:
-    """Return the weights of the new and the older difference: the solution of R rho = b for order 2."""
-    ratio = -h_before / h
-    growth = np.expm1(-h)
-    second = growth / -h - 1.0
-    third = second / -h - 0.5
-    b_1, b_2 = second / growth, 2.0 * third / growth
-    older = (b_1 - b_2) / (1.0 - ratio)
-    return float(b_1 - older), float(older / ratio)
-
-
-def euler(predict, latents, schedule, generator=None) -> Iterator[Step]:
-    """Euler steps in sigma (Karras et al. 2022, algorithm 2 without churn).
-
-    Here latents are clean latents plus sigma times noise, also those of the steps, as in diffusers.
+    ``nodes``: (clean latents, sigma) at the step's start, then earlier ones; to correct, the last is at ``sigma_next``.
     """
-    for index, timestep, sigma, sigma_next in schedule:
-        noise = predict(latents * scales(sigma)[0], timestep).noise
-        denoised = latents - sigma * noise
-        latents = latents + (sigma_next - sigma) * noise
-        yield Step(index, timestep, latents, denoised)
+    (first, sigma), others = nodes[0], nodes[1:]
+    step, estimate = _log_ratio(sigma, sigma_next), first
+    if corrects and len(others) == 1:
+        return _exponential_step(start, 0.5 * (first + others[0][0]), sigma, sigma_next)
+    if others:
+        distances = np.array([_log_ratio(sigma, level) for _, level in others])
+        weights = [0.5 * step / distances[0]] if len(others) == 1 else _unipc_weights(distances, step)
+        for weight, (value, _) in zip(weights, others, strict=True):
+            estimate = estimate + float(weight) * (value - first)
+    return _exponential_step(start, estimate, sigma, sigma_next)
+
+
+def _unipc_weights(distances: np.ndarray, step: float) -> np.ndarray:
+    """Return the weights of the differences at ``distances`` (K,) from the step's start: R rho = b in Zhao et al."""
+    growth, moment, factorial, moments = np.expm1(-step), np.expm1(-step) / -step - 1.0, 1.0, []
+    for power in range(2, len(distances) + 2):
+        moments.append(moment * factorial / growth)
+        factorial *= power
+        moment = moment / -step - 1.0 / factorial
+    ratios = distances / step
+    return np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(moments)) / ratios
+
+
+# ---- samplers of diffusion models and consistency models
 
 
 def ddim(predict, latents, schedule, generator=None, *, eta: float = 0.0, clip: float | None = None) -> Iterator[Step]:
@@ -243,9 +288,6 @@ def ddim(predict, latents, schedule, generator=None, *, eta: float = 0.0, clip: 
         if spread > 0:
             latents = latents + float(spread) * draw_noise(latents.shape, generator)
         yield Step(index, timestep, latents, denoised)
-
-
-# ---- samplers that draw noise at every step
 
 
 class Moments(NamedTuple):
@@ -282,6 +324,27 @@ def iddpm(predict, latents, schedule, generator=None, *, respaced: RespacedSched
         latents = mean
         if row > 0:
             latents = mean + np.exp(0.5 * log_variance) * draw_noise(mean.shape, generator)
+        yield Step(index, timestep, latents, denoised)
+
+
+def ddpm(
+    predict, latents, schedule, generator=None, *, large_variance: bool = False, clip: float | None = None
+) -> Iterator[Step]:
+    """Ancestral sampling with a fixed variance (Ho et al. 2020, equation 7): that of the posterior, or beta.
+
+    No noise is drawn at timestep 0.
+    """
+    for index, timestep, sigma, sigma_next in schedule:
+        denoised = denoise(latents, predict(latents, timestep).noise, sigma)
+        if clip is not None:
+            denoised = denoised.clip(-clip, clip)
+        (signal, _), (signal_next, _) = scales(sigma), scales(sigma_next)
+        kept = signal**2 / signal_next**2
+        beta, rest, rest_next = 1.0 - kept, 1.0 - signal**2, 1.0 - signal_next**2
+        latents = signal_next * beta / rest * denoised + np.sqrt(kept).item() * rest_next / rest * latents
+        if timestep > 0:
+            variance = beta if large_variance else max(rest_next / rest * beta, 1e-20)
+            latents = latents + float(np.sqrt(variance)) * draw_noise(latents.shape, generator)
         yield Step(index, timestep, latents, denoised)
 
 
@@ -365,4 +428,9 @@ def adams_weights(nodes: np.ndarray, h: float, rate: float, rescaled: bool) -> n
     if rescaled and len(nodes) == 2:
         moments[1] = h * h / 2.0
     # the weights give every polynomial up to the degree its integral
-    return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(moments))
+    return interpolation_weights(nodes, np.array(moments))
+
+
+def interpolation_weights(nodes: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """Return weights (K,) that give the polynomials u^0 .. u^(K - 1), taken at ``nodes`` (K,), these integrals."""
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, moments)

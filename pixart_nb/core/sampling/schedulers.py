@@ -13,22 +13,32 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import read_json
-from pixart_nb.core.sampling import samplers
+from pixart_nb.core.sampling import samplers, sigma_samplers
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule, check_count, check_sigmas, check_timesteps
 from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, scales
 
-#: Types of options.
-Off = Literal[False]
 Spacing = Literal["linspace", "leading", "trailing"]
-NoClipping = Annotated[float, Field(le=-math.inf, allow_inf_nan=True)]
-Order = Literal[1, 2]
+Final = Literal["zero", "sigma_min"]
+#: Options of diffusers of which one value is implemented.
+FIXED: dict[str, Any] = {
+    **dict.fromkeys(("thresholding", "rescale_betas_zero_snr", "use_flow_sigmas", "use_dynamic_shifting"), False),
+    **dict.fromkeys(("clip_sample", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+    **dict.fromkeys(("trained_betas", "variance_type", "solver_p", "sigma_min", "sigma_max", "shift_terminal"), None),
+    **dict.fromkeys(("predict_x0", "skip_prk_steps", "lower_order_final"), True),
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "disable_corrector": [],
+    "lambda_min_clipped": -math.inf,
+}
 
 
 class SchedulerConfig(dict):
@@ -65,9 +75,9 @@ class Scheduler(BaseModel):
     beta_end: float = LINEAR.beta_end
     beta_schedule: Literal["linear"] = "linear"
     prediction_type: Literal["epsilon"] = "epsilon"
-    trained_betas: None = None
-    rescale_betas_zero_snr: Off = False
 
+    #: Names of further options of diffusers' class, of which ``FIXED`` has the value.
+    fixed: ClassVar[str] = "trained_betas"
     #: Values that diffusers replaces, such as another class's solver_type.
     replaced: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     takes_sigmas: ClassVar[bool] = False
@@ -76,6 +86,12 @@ class Scheduler(BaseModel):
     sampler: ClassVar[Callable[..., Iterator[Step]]]
 
     def __init__(self, **options: Any):
+        for name in options.keys() & set(self.fixed.split()):
+            if (value := options.pop(name)) != FIXED[name]:
+                raise PixArtNBError(
+                    f"{type(self).__name__} option {name} is {value!r}, which is not implemented; supported: "
+                    f"{FIXED[name]!r}"
+                )
         try:
             super().__init__(**options)
         except ValidationError as error:
@@ -106,7 +122,7 @@ class Scheduler(BaseModel):
     @property
     def config(self) -> SchedulerConfig:
         """All options, as ``from_config`` of any scheduler and ``scheduler_config.json`` take them."""
-        values = {name: value for name, value in self.model_dump().items() if value not in (None, [], -math.inf)}
+        values = {name: value for name, value in self.model_dump().items() if value is not None}
         return SchedulerConfig({"_class_name": type(self).__name__} | values, values.keys() - self.model_fields_set)
 
     @classmethod
@@ -122,12 +138,12 @@ class Scheduler(BaseModel):
         for key, value in config.items():
             if key in skipped or key.startswith("_"):
                 continue
-            if key in cls.model_fields:
+            if key in cls.model_fields or key in cls.fixed.split():
                 options[key] = cls.replaced.get(key, {}).get(value, value) if isinstance(value, str) else value
             elif hint := nearest(key, cls.model_fields, 0.85):
                 warnings.warn(f"{cls.__name__} has no option {key!r} and ignores it{hint}", stacklevel=2)
         # null stands for the default
-        return cls(**{key: value for key, value in (options | overrides).items() if value is not None})
+        return cls(**{key: value for key, value in options.items() if value is not None} | overrides)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, subfolder: str = "", **overrides: Any) -> Scheduler:
@@ -223,11 +239,23 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
 # ---- the schedulers of diffusers
 
 
-class _SpacedScheduler(Scheduler):
-    """Schedulers of diffusers with the published spacings of timesteps."""
+class _Spaced(BaseModel):
+    """Options of the published spacings of timesteps."""
 
     timestep_spacing: Spacing = "linspace"
     steps_offset: int = 0
+
+
+class _Curved(BaseModel):
+    """Options that choose the sigmas of the steps."""
+
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+
+class _DiffusersScheduler(Scheduler):
+    """Schedulers of diffusers but for consistency models."""
 
     def spaced_timesteps(self, count: int, left_out: int = 0) -> np.ndarray:
         """Return ``count`` falling timesteps (N,) float64; those of ``linspace`` are fractions.
@@ -235,7 +263,7 @@ class _SpacedScheduler(Scheduler):
         Multistep solvers leave out one, 0, at the end. A single one of ``linspace`` is the last timestep; in diffusers
         it is 0, where there is no noise to start from.
         """
-        total, spacing = self.num_train_timesteps, self.timestep_spacing
+        total, spacing = self.num_train_timesteps, getattr(self, "timestep_spacing", "linspace")
         check_count(count, total if spacing == "trailing" else total - left_out)
         all_steps = count + left_out
         if spacing == "linspace":
@@ -252,63 +280,94 @@ class _SpacedScheduler(Scheduler):
         return timesteps
 
 
-class _SigmaScheduler(_SpacedScheduler):
+def _karras(count: int, high: float, low: float) -> np.ndarray:
+    """Return falling sigmas (N,) (Karras et al. 2022, equation 5, rho 7)."""
+    first, last = np.array([high, low]) ** (1 / 7.0)
+    return (first + np.linspace(0, 1, count) * (last - first)) ** 7.0
+
+
+def _exponential(count: int, high: float, low: float) -> np.ndarray:
+    """Return sigmas (N,) that fall by equal ratios (Lu et al. 2022)."""
+    return np.exp(np.linspace(np.log(high), np.log(low), count))
+
+
+def _beta(count: int, high: float, low: float) -> np.ndarray:
+    """Return sigmas (N,) at even quantiles of the beta distribution (0.6, 0.6) (Lee et al. 2024)."""
+    from scipy.special import betaincinv  # slow to import, and used for these sigmas only
+
+    return low + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, count)) * (high - low)
+
+
+#: Option that chooses the sigmas of the steps between the highest and the lowest -> its curve.
+_CURVES = {
+    "use_karras_sigmas": _karras,
+    "use_exponential_sigmas": _exponential,
+    "use_beta_sigmas": _beta,
+    "use_lu_lambdas": _exponential,
+}
+
+
+class _SigmaScheduler(_DiffusersScheduler):
     """Schedulers of diffusers that follow a list of sigmas."""
 
     takes_sigmas: ClassVar = True
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: Off = False
-    use_beta_sigmas: Off = False
-    use_flow_sigmas: Off = False
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    #: Options whose timesteps are rounded.
+    rounded: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        names = [name for name in _CURVES if getattr(self, name, False)]
+        if len(names) > 1:
+            raise PixArtNBError(f"{type(self).__name__}: {' and '.join(names)} exclude each other; choose one")
+
+    @property
+    def curve(self) -> str:
+        """Option that chooses the sigmas, or an empty text."""
+        return next((name for name in _CURVES if getattr(self, name, False)), "")
 
     def at_timesteps(self, timesteps: np.ndarray) -> StepSchedule:
-        if self.use_karras_sigmas:
+        if self.curve:
             raise PixArtNBError(
-                "timesteps were given, but use_karras_sigmas chooses its own; switch it off, or give sigmas"
+                f"timesteps were given, but {self.curve} chooses its own; switch it off, or give sigmas"
             )
         return self._ending(timesteps, self.schedule.sigma_at(timesteps))
 
     def _ending(self, timesteps: np.ndarray, sigmas: np.ndarray) -> StepSchedule:
-        final = 0.0 if self.final_sigmas_type == "zero" else self.schedule.sigmas[0]
+        final = self.schedule.sigmas[0] if getattr(self, "final_sigmas_type", "zero") == "sigma_min" else 0.0
         return StepSchedule.chained(timesteps, np.append(sigmas, final))
 
-    def _karras(self, count: int, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return timesteps and sigmas (N,) from ``high`` to ``low`` (Karras et al. 2022, equation 5, rho 7)."""
-        first, last = np.array([high, low]) ** (1 / 7.0)
-        sigmas = (first + np.linspace(0, 1, count) * (last - first)) ** 7.0
-        return self.schedule.timestep_of(sigmas), sigmas
 
+class _SolverScheduler(_SigmaScheduler, _Curved):
+    """Common part of the solvers whose steps leave out timestep 0."""
 
-class _MultistepScheduler(_SigmaScheduler):
-    """Common part of DPM-Solver++ and UniPC."""
-
-    solver_order: Order = 2
+    fixed: ClassVar = Scheduler.fixed + " thresholding use_flow_sigmas use_dynamic_shifting"
+    rounded: ClassVar = ("use_karras_sigmas", "use_lu_lambdas")
+    solver_order: Literal[1, 2, 3] = 2
     lower_order_final: bool = True
-    thresholding: Off = False
-    use_dynamic_shifting: Off = False
 
     def spaced(self, count: int) -> StepSchedule:
         timesteps = self.spaced_timesteps(count, 1).round()
-        if not self.use_karras_sigmas:
+        if not self.curve:
             return self.at_timesteps(timesteps)
-        timesteps, sigmas = self._karras(count, *self.schedule.sigmas[[0, -1]])
-        return self._ending(timesteps.round(), sigmas)
+        sigmas = _CURVES[self.curve](count, *self.schedule.sigmas[[-1, 0]])
+        timesteps = self.schedule.timestep_of(sigmas)
+        # as in diffusers, whose timesteps are integers
+        return self._ending(timesteps.round() if self.curve in self.rounded else np.floor(timesteps + 1e-6), sigmas)
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         return {"order": self.solver_order, "lower_order_final": self.lower_order_final}
 
 
-class DPMSolverMultistepScheduler(_MultistepScheduler):
-    """DPM-Solver++ 2M, PixArt's default. See ``samplers.dpm_solver_2m``."""
+class DPMSolverMultistepScheduler(_SolverScheduler, _Spaced):
+    """DPM-Solver++ 2M, PixArt's default, 3M and SDE-DPM-Solver++. See ``samplers.dpm_solver``."""
 
-    sampler = staticmethod(samplers.dpm_solver_2m)
-    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
-    solver_type: Literal["midpoint"] = "midpoint"
+    sampler = staticmethod(samplers.dpm_solver)
+    fixed: ClassVar = _SolverScheduler.fixed + " variance_type lambda_min_clipped rescale_betas_zero_snr"
+    algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++"
+    solver_type: Literal["midpoint", "heun"] = "midpoint"
     euler_at_final: bool = False
-    use_lu_lambdas: Off = False
-    variance_type: None = None
-    lambda_min_clipped: NoClipping = -math.inf
+    use_lu_lambdas: bool = False
+    final_sigmas_type: Final = "zero"
 
     replaced: ClassVar = {
         "algorithm_type": {"deis": "dpmsolver++"},
@@ -316,41 +375,92 @@ class DPMSolverMultistepScheduler(_MultistepScheduler):
     }
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        lower = self.euler_at_final or (self.lower_order_final and len(schedule) < 15)
-        return {"order": self.solver_order, "lower_order_final": lower}
+        return {
+            "order": self.solver_order,
+            "lower_order_final": self.lower_order_final and len(schedule) < 15,
+            "euler_at_final": self.euler_at_final,
+            "heun": self.solver_type == "heun",
+            "stochastic": self.algorithm_type == "sde-dpmsolver++",
+        }
 
 
-class UniPCMultistepScheduler(_MultistepScheduler):
-    """UniPC of second order. See ``samplers.unipc``."""
+class DPMSolverSinglestepScheduler(_SolverScheduler):
+    """DPM-Solver++ single-step, 2S and 3S. See ``samplers.dpm_solver_singlestep``."""
+
+    sampler = staticmethod(samplers.dpm_solver_singlestep)
+    fixed: ClassVar = _SolverScheduler.fixed + " variance_type lambda_min_clipped"
+    lower_order_final: bool = False
+    algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++"
+    solver_type: Literal["midpoint", "heun"] = "midpoint"
+    final_sigmas_type: Final = "zero"
+
+    replaced: ClassVar = DPMSolverMultistepScheduler.replaced
+
+    def orders(self, count: int) -> list[int]:
+        """Return the order of each of ``count`` steps: 1, 2, ... again and again, and lower ones at the end."""
+        order = self.solver_order
+        orders = [1 + step % order for step in range(count)]
+        # without lower_order_final, diffusers switches it on for these
+        lower = self.lower_order_final or self.final_sigmas_type == "zero" or count % order
+        if lower and order > 1:
+            if order == 3 and count % 3 == 0 and count > 0:
+                orders[-3:] = [1, 2, 1]
+            orders[-1] = orders[-1] if order == 3 and count % 3 == 2 else 1
+        if self.final_sigmas_type == "zero":
+            orders[-1] = 1
+        return orders
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        stochastic = self.algorithm_type == "sde-dpmsolver++"
+        return {"orders": self.orders(len(schedule)), "heun": self.solver_type == "heun", "stochastic": stochastic}
+
+
+class DEISMultistepScheduler(_SolverScheduler, _Spaced):
+    """DEIS of first to third order. See ``sigma_samplers.deis``. It ends at the least noise of the table."""
+
+    sampler = staticmethod(sigma_samplers.deis)
+    algorithm_type: Literal["deis"] = "deis"
+    solver_type: Literal["logrho"] = "logrho"
+
+    replaced: ClassVar = {
+        "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
+        "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    }
+
+    def _ending(self, timesteps: np.ndarray, sigmas: np.ndarray) -> StepSchedule:
+        return StepSchedule.chained(timesteps, np.append(sigmas, self.schedule.sigmas[0]))
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        return {"order": self.solver_order, "lower_order_final": self.lower_order_final and len(schedule) < 15}
+
+
+class UniPCMultistepScheduler(_SolverScheduler, _Spaced):
+    """UniPC of first to third order. See ``samplers.unipc``."""
 
     sampler = staticmethod(samplers.unipc)
+    fixed: ClassVar = (
+        _SolverScheduler.fixed
+        + " predict_x0 disable_corrector solver_p"
+        + " sigma_min sigma_max shift_terminal rescale_betas_zero_snr"
+    )
     solver_type: Literal["bh2"] = "bh2"
-    predict_x0: Literal[True] = True
-    disable_corrector: Annotated[list, Field(max_length=0)] = []
-    solver_p: None = None
-    sigma_min: None = None
-    sigma_max: None = None
-    shift_terminal: None = None
+    final_sigmas_type: Final = "zero"
 
     replaced: ClassVar = {"solver_type": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2")}
 
 
-class EulerDiscreteScheduler(_SigmaScheduler):
-    """Euler steps. See ``samplers.euler``; the latents of its steps are clean latents plus sigma times noise."""
+class _SigmaSpaceScheduler(_SigmaScheduler, _Spaced):
+    """Schedulers whose latents are clean latents plus sigma times noise, also those of the steps."""
 
-    sampler = staticmethod(samplers.euler)
     takes_fractions: ClassVar = True
-    interpolation_type: Literal["linear"] = "linear"
-    timestep_type: Literal["discrete"] = "discrete"
-    sigma_min: None = None
-    sigma_max: None = None
 
     def spaced(self, count: int) -> StepSchedule:
         timesteps = self.spaced_timesteps(count)
-        if not self.use_karras_sigmas:
+        if not self.curve:
             return self.at_timesteps(timesteps)
-        spaced = self.schedule.sigma_at(timesteps)
-        return self._ending(*self._karras(count, spaced[-1], spaced[0]))
+        sigmas = _CURVES[self.curve](count, *self.schedule.sigma_at(timesteps[[0, -1]]))
+        timesteps = self.schedule.timestep_of(sigmas)
+        return self._ending(timesteps.round() if self.curve in self.rounded else timesteps, sigmas)
 
     def init_noise_sigma(self, schedule: StepSchedule) -> float:
         first = float(schedule.sigmas[0, 0])
@@ -361,18 +471,61 @@ class EulerDiscreteScheduler(_SigmaScheduler):
         return ((image + sigma * noise) / self.init_noise_sigma(schedule)).astype(np.float32)
 
 
-class DDIMScheduler(_SpacedScheduler):
-    """DDIM as in diffusers, whose defaults clip the clean latents to -1..1 and end without noise.
+class EulerDiscreteScheduler(_SigmaSpaceScheduler, _Curved):
+    """Euler steps. See ``sigma_samplers.euler``."""
 
-    Latent diffusion wants ``clip_sample=False, set_alpha_to_one=False``. See ``samplers.ddim``.
-    """
+    sampler = staticmethod(sigma_samplers.euler)
+    fixed: ClassVar = (
+        Scheduler.fixed
+        + " rescale_betas_zero_snr use_flow_sigmas interpolation_type"
+        + " timestep_type sigma_min sigma_max"
+    )
+    final_sigmas_type: Final = "zero"
 
-    sampler = staticmethod(samplers.ddim)
+
+class EulerAncestralDiscreteScheduler(_SigmaSpaceScheduler):
+    """Ancestral Euler steps, which draw noise. See ``sigma_samplers.euler``."""
+
+    sampler = staticmethod(sigma_samplers.euler)
+    fixed: ClassVar = Scheduler.fixed + " rescale_betas_zero_snr"
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        return {"ancestral": True}
+
+
+class HeunDiscreteScheduler(_SigmaSpaceScheduler, _Curved):
+    """Heun steps, of two predictions each. See ``sigma_samplers.heun``."""
+
+    sampler = staticmethod(sigma_samplers.heun)
+    fixed: ClassVar = Scheduler.fixed + " clip_sample"
+
+
+class KDPM2DiscreteScheduler(_SigmaSpaceScheduler, _Curved):
+    """DPM-Solver-2, of two predictions for each step. See ``sigma_samplers.dpm_solver_2``."""
+
+    sampler = staticmethod(sigma_samplers.dpm_solver_2)
+    rounded: ClassVar = ("use_karras_sigmas",)
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        ancestral = isinstance(self, KDPM2AncestralDiscreteScheduler)
+        return {"timestep_of": lambda sigma: float(self.schedule.timestep_of(sigma)), "ancestral": ancestral}
+
+
+class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
+    """DPM-Solver-2 with ancestral noise. See ``sigma_samplers.dpm_solver_2``."""
+
+
+class LMSDiscreteScheduler(_SigmaSpaceScheduler, _Curved):
+    """Linear multistep of fourth order. See ``sigma_samplers.lms``."""
+
+    sampler = staticmethod(sigma_samplers.lms)
+
+
+class _DiffusionScheduler(_DiffusersScheduler, _Spaced):
+    """Schedulers of diffusers with whole timesteps and latents of unit variance."""
+
+    fixed: ClassVar = Scheduler.fixed + " thresholding rescale_betas_zero_snr"
     timestep_spacing: Spacing = "leading"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
-    set_alpha_to_one: bool = True
-    thresholding: Off = False
 
     def spaced(self, count: int) -> StepSchedule:
         timesteps = self.spaced_timesteps(count).round()
@@ -388,21 +541,65 @@ class DDIMScheduler(_SpacedScheduler):
         return StepSchedule(timesteps, np.stack([self.schedule.sigma_at(timesteps), sigmas_next], 1))
 
     def _final(self) -> float:
-        return 0.0 if self.set_alpha_to_one else float(self.schedule.sigmas[0])
+        return 0.0 if getattr(self, "set_alpha_to_one", True) else float(self.schedule.sigmas[0])
+
+
+class DDIMScheduler(_DiffusionScheduler):
+    """DDIM as in diffusers, whose defaults clip the clean latents to -1..1 and end without noise.
+
+    Latent diffusion wants ``clip_sample=False, set_alpha_to_one=False``. See ``samplers.ddim``.
+    """
+
+    sampler = staticmethod(samplers.ddim)
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    set_alpha_to_one: bool = True
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
         return {"eta": eta, "clip": self.clip_sample_range if self.clip_sample else None}
+
+
+class DDPMScheduler(_DiffusionScheduler):
+    """Ancestral sampling with a fixed variance; the defaults clip as those of DDIM. See ``samplers.ddpm``."""
+
+    sampler = staticmethod(samplers.ddpm)
+    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large"] = "fixed_small"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+
+    def spaced(self, count: int) -> StepSchedule:
+        return self.at_timesteps(self.spaced_timesteps(count).round())
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        clip = self.clip_sample_range if self.clip_sample else None
+        return {"large_variance": self.variance_type == "fixed_large", "clip": clip}
+
+
+class PNDMScheduler(_DiffusionScheduler):
+    """PLMS: PNDM without its Runge-Kutta steps. See ``sigma_samplers.pndm``."""
+
+    sampler = staticmethod(sigma_samplers.pndm)
+    fixed: ClassVar = Scheduler.fixed + " skip_prk_steps"
+    set_alpha_to_one: bool = False
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        if len(schedule) < 2:
+            return {}
+        # as in diffusers, the repeated first step ends at the second timestep and has the length of the others
+        second, first_end = schedule.timesteps[1], self.schedule.timestep_of(schedule.sigmas[0, 1])
+        earlier = min(second + (schedule.timesteps[0] - first_end).round(), self.num_train_timesteps - 1)
+        return {"warm_up": tuple(map(float, self.schedule.sigma_at(np.array([earlier, second]))))}
 
 
 class LCMScheduler(Scheduler):
     """Sampling of latent consistency models. See ``samplers.lcm``."""
 
     sampler = staticmethod(samplers.lcm)
+    fixed: ClassVar = Scheduler.fixed + " thresholding rescale_betas_zero_snr"
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
     clip_sample: bool = False
     clip_sample_range: float = 1.0
-    thresholding: Off = False
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -481,15 +678,15 @@ class _ContinuousScheduler(Scheduler):
 
 
 class DPMSolverContinuousScheduler(_ContinuousScheduler):
-    """Official ``DPMS``: DPM-Solver++ 2M, ``time_uniform``; mindone's ``dpm``. See ``samplers.dpm_solver_2m``.
+    """Official ``DPMS``: DPM-Solver++ 2M, ``time_uniform``; mindone's ``dpm``. See ``samplers.dpm_solver``.
 
     The last step is of first order, as in PixArt-Sigma's repository; alpha's has it below ten steps only.
     """
 
-    sampler = staticmethod(samplers.dpm_solver_2m)
-    solver_order: Order = 2
+    sampler = staticmethod(samplers.dpm_solver)
+    solver_order: Literal[1, 2] = 2
     lower_order_final: bool = True
-    sampler_options = _MultistepScheduler.sampler_options
+    sampler_options = _SolverScheduler.sampler_options
 
 
 class SASolverScheduler(_ContinuousScheduler):
@@ -505,17 +702,13 @@ class SASolverScheduler(_ContinuousScheduler):
     corrector_order: Literal[0, 1, 2, 3] = 2
     tau_func: Callable[[float], float] | None = None
     rescaled: bool = True
-    thresholding: Off = False
-    lower_order_final: Literal[True] = True
     algorithm_type: Literal["data_prediction"] = "data_prediction"
-    timestep_spacing: Literal["linspace"] = "linspace"
-    steps_offset: Literal[0] = 0
-    variance_type: None = None
-    lambda_min_clipped: NoClipping = -math.inf
-    use_karras_sigmas: Off = False
-    use_exponential_sigmas: Off = False
-    use_beta_sigmas: Off = False
-    use_flow_sigmas: Off = False
+
+    fixed: ClassVar = (
+        Scheduler.fixed
+        + " thresholding lower_order_final timestep_spacing steps_offset variance_type"
+        + " lambda_min_clipped use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_flow_sigmas"
+    )
 
     def tau(self, timestep: float) -> float:
         """Return the noise scale of a step that ends at ``timestep``."""
@@ -546,6 +739,15 @@ CLASSES: dict[str, type[Scheduler]] = {
         OfficialDDIMScheduler,
         DPMSolverContinuousScheduler,
         SASolverScheduler,
+        DPMSolverSinglestepScheduler,
+        DEISMultistepScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+        KDPM2DiscreteScheduler,
+        KDPM2AncestralDiscreteScheduler,
+        LMSDiscreteScheduler,
+        DDPMScheduler,
+        PNDMScheduler,
     )
 }
 #: Value of ``sampling_method`` -> class and options. iddpm, ddim and dpm are what mindone's example means by them.
@@ -561,6 +763,17 @@ SAMPLING_METHODS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "dpm": (DPMSolverContinuousScheduler, {}),
     "sa-solver": (SASolverScheduler, {}),
     "ddim-diffusers": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "euler-a": (EulerAncestralDiscreteScheduler, {}),
+    "dpm++2s": (DPMSolverSinglestepScheduler, {}),
+    "dpm++3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
+    "dpm++sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "deis": (DEISMultistepScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "pndm": (PNDMScheduler, {"steps_offset": 1}),
+    "kdpm2": (KDPM2DiscreteScheduler, {}),
+    "kdpm2-a": (KDPM2AncestralDiscreteScheduler, {}),
+    "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
 
 

@@ -12,7 +12,8 @@ from pixart_nb.core.sampling.samplers import (
     Prediction,
     StepSchedule,
     adams_weights,
-    dpm_solver_2m,
+    dpm_solver,
+    dpm_solver_singlestep,
     draw_noise,
     iddpm_moments,
     lcm,
@@ -22,16 +23,17 @@ from pixart_nb.core.sampling.samplers import (
 )
 from pixart_nb.core.sampling.schedulers import (
     DDIMScheduler,
-    EulerDiscreteScheduler,
     IDDPMScheduler,
     LCMScheduler,
     SASolverScheduler,
     scheduler_named,
 )
+from pixart_nb.core.sampling.sigma_samplers import deis
 
 GOLDEN = dict(np.load(REFERENCE / "official" / "diffusion.npz"))
 #: The samplers that add no noise of their own, or none when told so.
 ODE = ["dpm++", "dpm++karras", "ddim", "euler", "unipc", "ddim-diffusers", "dpm", "sa-solver"]
+ODE += ["heun", "dpm++2s", "dpm++3m", "deis", "lms", "pndm", "kdpm2"]
 
 
 def named(name: str):
@@ -161,7 +163,7 @@ def test_a_single_picture_is_found_exactly_in_any_number_of_steps(name, count):
     start, end = plan.sigmas[0, 0], plan.sigmas[-1, 1]
     latents = unit_noise()
     last = last_of(scheduler.steps(normal_data(plan, target, 0.0), latents, plan))
-    if isinstance(scheduler, EulerDiscreteScheduler):  # its start has no share of the picture taken off
+    if scheduler.init_noise_sigma(plan) != 1:  # its start has no share of the picture taken off
         latents = latents * start * scales(start)[0]
     assert relative_error(last.latents, carried(latents, target, 0.0, start, end)) < 1e-10
     assert relative_error(last.denoised, target) < 1e-10
@@ -173,8 +175,13 @@ def no_noise(timestep):
 
 #: Integrators of the ODE and the order that their equations promise, all steps alike.
 ORDERS = {
-    "DPM-Solver++ 1": (partial(dpm_solver_2m, order=1, lower_order_final=False), 1),
-    "DPM-Solver++ 2M": (partial(dpm_solver_2m, order=2, lower_order_final=False), 2),
+    "DPM-Solver++ 1": (partial(dpm_solver, order=1, lower_order_final=False), 1),
+    "DPM-Solver++ 2M": (partial(dpm_solver, order=2, lower_order_final=False), 2),
+    "DPM-Solver++ 3M": (partial(dpm_solver, order=3, lower_order_final=False), 2),  # its first step is of first order
+    "DPM-Solver++ Heun": (partial(dpm_solver, heun=True, lower_order_final=False), 2),
+    "DPM-Solver++ 2S": (partial(dpm_solver_singlestep, orders=[1, 2] * 80), 2),
+    "DEIS 2": (partial(deis, order=2, lower_order_final=False), 2),
+    "UniPC 3": (partial(unipc, order=3, lower_order_final=False), 3),
     "UniPC 1": (partial(unipc, order=1, lower_order_final=False), 2),
     "UniPC 2": (partial(unipc, order=2, lower_order_final=False), 3),
     "SA predictor 1": (partial(sa_solver, tau=no_noise, orders=(1, 0)), 1),

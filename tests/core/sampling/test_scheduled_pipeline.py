@@ -1,6 +1,8 @@
 """Pipelines sample as the reference does with every scheduler, timesteps and noise of one's own."""
 
 import inspect
+import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -81,6 +83,51 @@ def test_trajectories_of_diffusers_are_met(reference, golden_name):
     assert [step.timestep for step in steps] == golden[f"{golden_name}/timesteps"].tolist()
     error = relative_error(np.stack([step.latents for step in steps]), golden[f"{golden_name}/trajectory"])
     assert error < TRAJECTORY / 50  # 1e-6 to 5e-6 when this was written
+
+
+CASES = json.loads((diffusers("sigma")[0] / "schedulers.json").read_text())
+
+
+class Recorded:
+    """A generator that draws recorded noise, in the shape of the latents."""
+
+    def __init__(self, arrays):
+        self.arrays = list(arrays)
+
+    def standard_normal(self, size):
+        assert self.arrays[0].shape == tuple(size)
+        return self.arrays.pop(0)
+
+
+@pytest.mark.parametrize("name", CASES["schedulers"])
+def test_every_scheduler_of_diffusers_is_met_with_its_timesteps_and_noise(name):
+    folder, call, golden = diffusers("sigma")
+    reference = {key: array for key, array in np.load(folder / "schedulers.npz").items() if key.startswith(f"{name}/")}
+    pipe = sigma_pipeline()
+    pipe.scheduler = scheduler_from_config(CASES["schedulers"][name])
+    generator, timesteps = Recorded(reference.get(f"{name}/noise", ())), []
+
+    def seen(predict):
+        return lambda latents, timestep: timesteps.append(timestep) or predict(latents, timestep)
+
+    same = ("negative_prompt", "guidance_scale", "height", "width", "max_sequence_length", "clean_caption")
+    steps = pipe.sample(
+        call["prompts"],
+        num_inference_steps=CASES["steps"],
+        latents=golden["latents"],
+        generator=generator,
+        wrap_predict=seen,
+        **{key: call[key] for key in same},
+    )
+    latents = np.stack([step.latents for step in list(steps)[1:]])
+    assert relative_error(latents, reference[f"{name}/trajectory"]) < TRAJECTORY / 50
+    assert timesteps == pytest.approx(reference[f"{name}/timesteps"].tolist(), abs=5e-3)
+    assert not generator.arrays
+
+
+@cache
+def sigma_pipeline():
+    return PixArtSigmaPipeline.from_pretrained(diffusers("sigma")[0], mindspore_dtype=ms.float32)
 
 
 def test_given_timesteps_that_are_the_schedulers_own_change_nothing(reference):
