@@ -19,6 +19,7 @@ from pixart_nb.core.sampling.schedulers import (
     EulerDiscreteScheduler,
     SASolverScheduler,
     Scheduler,
+    scheduler_from_config,
 )
 
 PIPELINES = {"sigma": PixArtSigmaPipeline, "alpha": PixArtAlphaPipeline}
