@@ -13,7 +13,6 @@ from pixart_nb.core.sampling.samplers import (
     StepSchedule,
     adams_weights,
     dpm_solver,
-    dpm_solver_singlestep,
     draw_noise,
     iddpm_moments,
     lcm,
@@ -33,7 +32,7 @@ from pixart_nb.core.sampling.sigma_samplers import deis
 GOLDEN = dict(np.load(REFERENCE / "official" / "diffusion.npz"))
 #: The samplers that add no noise of their own, or none when told so.
 ODE = ["dpm++", "dpm++karras", "ddim", "euler", "unipc", "ddim-diffusers", "dpm", "sa-solver"]
-ODE += ["heun", "dpm++2s", "dpm++3m", "deis", "lms", "pndm", "kdpm2"]
+ODE += ["heun", "dpm++2s", "dpm++3m", "deis", "lms", "pndm"]
 
 
 def named(name: str):
@@ -179,9 +178,8 @@ ORDERS = {
     "DPM-Solver++ 2M": (partial(dpm_solver, order=2, lower_order_final=False), 2),
     "DPM-Solver++ 3M": (partial(dpm_solver, order=3, lower_order_final=False), 2),  # its first step is of first order
     "DPM-Solver++ Heun": (partial(dpm_solver, heun=True, lower_order_final=False), 2),
-    "DPM-Solver++ 2S": (partial(dpm_solver_singlestep, orders=[1, 2] * 80), 2),
     "DEIS 2": (partial(deis, order=2, lower_order_final=False), 2),
-    "UniPC 3": (partial(unipc, order=3, lower_order_final=False), 3),
+    "UniPC 3": (partial(unipc, order=3, lower_order_final=False), 4),
     "UniPC 1": (partial(unipc, order=1, lower_order_final=False), 2),
     "UniPC 2": (partial(unipc, order=2, lower_order_final=False), 3),
     "SA predictor 1": (partial(sa_solver, tau=no_noise, orders=(1, 0)), 1),
