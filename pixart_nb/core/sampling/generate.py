@@ -41,7 +41,8 @@ _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
 #: Models that come with the package. An image may name them.
 BUNDLED_MODELS = ("data/tiny-sigma", "data/tiny-sigma-1k")
 _SHAPING = """prompt negative_prompt image_height image_width use_resolution_binning seed first_image nrows ncols
-    imagegrid sampling_method sampling_steps guidance_scale dtype t5_max_length t5_load tile_size strength sample_size
+    imagegrid sampling_method sampling_steps guidance_scale pag_scale pag_adaptive_scale
+    pag_applied_layers dtype t5_max_length t5_load tile_size strength sample_size
     sd_scale_factor kv_compress kv_compress_sampling kv_compress_scale_factor kv_compress_layer"""
 #: Keys that ``like`` takes from an image: what shapes it.
 SHAPING_KEYS = tuple(_SHAPING.split())
@@ -101,6 +102,7 @@ def sample(config: InferenceConfig) -> list[Path]:
                     negative_prompt=[request.negative_prompt for request in batch],
                     num_inference_steps=config.sampling_steps,
                     guidance_scale=config.guidance_scale,
+                    **pag_options(config),
                     height=config.image_height,
                     width=config.image_width,
                     generator=image_generators(config.seed, [request.stream for request in batch]),
@@ -159,6 +161,8 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
     pipe.set_progress_bar_config(disable=True)
     if "scheduler" in only:
         _set_scheduler(pipe, config)
+    if config.pag_scale and pipe.transformer:
+        pipe.set_pag_applied_layers(config.pag_applied_layers)
     if config.lora and pipe.transformer:
         _apply_loras(pipe, config.lora)
     if config.sd_scale_factor and pipe.vae:
@@ -176,6 +180,12 @@ def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
     pipe.scheduler = config.sampling_method
     if config.model and type(pipe.scheduler).__name__ != own:
         print(f"sampling_method {config.sampling_method} replaces {own} of {config.model}", file=sys.stderr)
+
+
+def pag_options(config: InferenceConfig) -> dict[str, float]:
+    """Return the arguments of perturbed-attention guidance, if it is on."""
+    names = ("pag_scale", "pag_adaptive_scale") if config.pag_scale else ()
+    return {name: getattr(config, name) for name in names}
 
 
 def _chosen_method(config: InferenceConfig) -> str:
@@ -248,6 +258,7 @@ def staged_image(
         max_sequence_length=max_sequence_length(config),
         tile=config.tile_size or TILE,
         models=models,
+        options=pag_options(config),
         upscale_from=upscale_from,
         strength=strength,
     )
@@ -281,6 +292,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
     return {name: fingerprint(path) for name, path in paths.items()} | {
         "sampling_method": _chosen_method(config),
         **{f"lora {text}": fingerprint(Path(split_weight(text)[0])) for text in config.lora},
+        **({"pag_applied_layers": ", ".join(config.pag_applied_layers)} if config.pag_scale else {}),
         "dtype": config.dtype,
         "sd_scale_factor": str(config.sd_scale_factor),
         "t5_in_eight_bits": str(config.t5_load == "int8"),

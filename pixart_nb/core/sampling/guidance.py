@@ -1,10 +1,15 @@
-"""Classifier-free guidance: the model as the samplers call it."""
+"""Guidance: the model as the samplers call it, with classifier-free and perturbed-attention guidance."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.transformer import PixArt
@@ -12,14 +17,21 @@ from pixart_nb.core.sampling.samplers import Predict, Prediction
 from pixart_nb.core.sampling.text import Conditioning, stack_rows
 
 
-def classifier_free_guidance(
-    net: PixArt, condition: Conditioning, guidance_scale: float, height: int, width: int, guidance_rescale: float = 0.0
+def guided_model(
+    net: PixArt,
+    condition: Conditioning,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    guidance_rescale: float = 0.0,
+    perturbation: Perturbation | None = None,
 ) -> Predict:
-    """Return ``predict(latents, timestep)`` for images of height x width pixels (Ho and Salimans 2022).
+    """Return ``predict(latents, timestep)`` for images of height x width pixels.
 
-    Both halves of the batch go through one forward pass. The noise is ``unconditional + guidance_scale *
-    (conditional - unconditional)``, the raw variance that of the conditional rows. Everything that all steps share is
-    computed here, once. ``guidance_rescale`` is phi of Lin et al. 2023, section 3.4.
+    Classifier-free guidance (Ho and Salimans 2022): both halves of the batch go through one forward pass. The noise is
+    ``unconditional + guidance_scale * (conditional - unconditional)``, the raw variance that of the conditional rows.
+    Everything that all steps share is computed here, once. ``guidance_rescale`` is phi of Lin et al. 2023, section 3.4.
+    ``perturbation`` adds perturbed-attention guidance.
     """
     guided, channels = condition.negative_embeds is not None, net.config.in_channels
     if net.hook_manager is not None:
@@ -29,19 +41,37 @@ def classifier_free_guidance(
     def batch(latents: np.ndarray) -> ms.Tensor:
         return ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
 
-    def guide(out: ms.Tensor, timestep: float) -> Prediction:
+    def split(out: ms.Tensor, timestep: float) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         out = out.astype(ms.float32).asnumpy()  # (N or 2N, C or 2C, H, W)
         check_finite(out, f"the transformer at timestep {timestep:g}")
-        noise = out[:, :channels]
-        variance = out[-len(out) // (1 + guided) :, channels:] if out.shape[1] > channels else None
-        if guided:
-            unconditional, conditional = np.split(noise, 2)
-            noise = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
-            if guidance_rescale:
-                noise = _rescaled(noise, conditional, guidance_rescale)
-        return Prediction(noise, variance)
+        unconditional, conditional = np.split(out, 2) if guided else (out, out)
+        variance = conditional[:, channels:] if out.shape[1] > channels else None
+        return unconditional[:, :channels], conditional[:, :channels], variance
 
-    return denoiser(net, caption, mask, batch, guide)
+    def guide(unconditional: np.ndarray, conditional: np.ndarray) -> np.ndarray:
+        if not guided:
+            return conditional
+        noise = unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+        return _rescaled(noise, conditional, guidance_rescale) if guidance_rescale else noise
+
+    def finish(out: ms.Tensor, timestep: float) -> Prediction:
+        *parts, variance = split(out, timestep)
+        return Prediction(guide(*parts), variance)
+
+    if perturbation is None:
+        return denoiser(net, caption, mask, batch, finish)
+    first = denoiser(net, caption, mask, batch, split)
+    second = denoiser(net, condition.prompt_embeds, condition.prompt_attention_mask, ms.Tensor)
+
+    def predict(latents: np.ndarray, timestep: float) -> Prediction:
+        unconditional, conditional, variance = first(latents, timestep)
+        with identity_attention(net, perturbation.layers):
+            perturbed = second(latents, timestep).astype(ms.float32).asnumpy()[:, :channels]
+        check_finite(perturbed, f"the transformer with perturbed attention at timestep {timestep:g}")
+        scale = np.float32(perturbation.scale_at(timestep))
+        return Prediction(guide(unconditional, conditional) + scale * (conditional - perturbed), variance)
+
+    return predict
 
 
 def _rescaled(noise: np.ndarray, conditional: np.ndarray, share: float) -> np.ndarray:
@@ -49,3 +79,78 @@ def _rescaled(noise: np.ndarray, conditional: np.ndarray, share: float) -> np.nd
     axes = tuple(range(1, noise.ndim))
     ratio = conditional.std(axes, keepdims=True) / noise.std(axes, keepdims=True)
     return np.float32(share) * (noise * ratio) + np.float32(1 - share) * noise
+
+
+# ---- perturbed-attention guidance
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Perturbed-attention guidance (PAG; Ahn et al. 2024, equation 13): adds scale * (conditional - perturbed).
+
+    In the perturbed prediction the self-attention of ``layers`` (block numbers) is the identity. ``adaptive`` lowers
+    the scale with time, to 0 at the least, as in diffusers.
+    """
+
+    layers: tuple[int, ...]
+    scale: float
+    adaptive: float = 0.0
+
+    def scale_at(self, timestep: float) -> float:
+        """Return the scale at a timestep of 0..999."""
+        return max(0.0, self.scale - self.adaptive * (1000 - timestep)) if self.adaptive > 0 else self.scale
+
+
+def perturbed_layers(net: PixArt, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of the blocks whose self-attention has one of ``names`` in its own.
+
+    A name is a part of ``transformer_blocks.N.attn1``, as in diffusers, where ``blocks.1`` also names the blocks 10 to
+    19; ``blocks.1.`` is the second one alone. Raises an error for a name without a layer.
+    """
+    layers: set[int] = set()
+    for name in names:
+        matching = {n for n in range(len(net.blocks)) if name in f"transformer_blocks.{n}.attn1"} if name else set()
+        if not matching:
+            raise PixArtNBError(
+                f"pag_applied_layers: there is no layer {name!r}; expected names such as blocks.0 to "
+                f"blocks.{len(net.blocks) - 1}"
+            )
+        layers |= matching
+    return tuple(sorted(layers))
+
+
+class IdentityAttention:
+    """Hook point of a self-attention in which each token attends to itself alone."""
+
+    def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
+        return x
+
+    def __call__(self, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
+        return v
+
+
+class _NoHooks:
+    """Hook manager of the perturbed pass: hooks read and change the other one."""
+
+    changed = False
+
+    def on_step(self, timestep: ms.Tensor, height: int, width: int) -> None:
+        """Ignore the step."""
+
+
+@contextmanager
+def identity_attention(net: PixArt, layers: Sequence[int]) -> Iterator[None]:
+    """Replace the self-attention of blocks by the identity, without other hooks, inside the ``with`` block."""
+    attentions = [layer for block in net.blocks for layer in (block.attn, block.cross_attn)]
+    manager, points = net.hook_manager, [layer.hook_point for layer in attentions]
+    try:
+        net.hook_manager = _NoHooks()
+        for layer in attentions:
+            layer.hook_point = None
+        for number in layers:
+            net.blocks[number].attn.hook_point = IdentityAttention()
+        yield
+    finally:
+        net.hook_manager = manager
+        for layer, point in zip(attentions, points, strict=True):
+            layer.hook_point = point

@@ -7,7 +7,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.pipeline import LoraLoaderMixin
 from pixart_nb.core.sampling import aspect_ratio
-from pixart_nb.core.sampling.guidance import classifier_free_guidance
+from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
 from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_images, to_output_type
 from pixart_nb.core.sampling.pipeline_base import PipelineBase, ignore_options, parameters_of
 from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, draw_noise
@@ -41,6 +41,9 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
     """PixArt-Sigma. ``from_pretrained(folder)``, then ``pipe("a red mushroom on grass")[0][0]`` is a PIL image."""
 
     max_sequence_length = 300
+    sampling_defaults: ClassVar[dict[str, Any]]
+    #: Names of the layers that perturbed-attention guidance perturbs.
+    pag_applied_layers: Sequence[str] = ("blocks.1",)
 
     # ---- text
 
@@ -126,14 +129,16 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
     ) -> Iterator[Conditioning | Step]:
         """Return the iterator of steps: it yields the ``Conditioning``, then a ``Step`` per timestep.
 
-        ``arguments`` are those of ``__call__`` up to ``guidance_rescale``, but height and width are not binned. Wrong
+        ``arguments`` are those of ``__call__`` that shape the latents, but height and width are not binned. Wrong
         arguments raise an error at once, and the initial noise is drawn. ``wrap_predict`` receives the guided model,
         and returns what the sampler calls instead. ``image_latents`` (N, C, height / 8, width / 8) start
         image-to-image: noise is added to them, and the last ``strength`` of the steps are taken.
         """
-        if unknown := sorted(arguments.keys() - SAMPLING.keys()):
-            raise TypeError(f"sample() got unexpected arguments: {', '.join(unknown)}; it takes {', '.join(SAMPLING)}")
-        call = SimpleNamespace(**SAMPLING | arguments)
+        defaults = self.sampling_defaults
+        if unknown := sorted(arguments.keys() - defaults.keys()):
+            raise TypeError(f"sample() got unexpected arguments: {', '.join(unknown)}; it takes {', '.join(defaults)}")
+        call = SimpleNamespace(**defaults | arguments)
+        perturbation = self._perturbation(call.pag_scale, call.pag_adaptive_scale)
         height, width = self.check_size(call.height, call.width)
         schedule, scheduler = self.plan(call.num_inference_steps, call.timesteps, call.sigmas, call.eta), self.scheduler
         guided = call.guidance_scale > 1.0
@@ -157,12 +162,31 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         def parts() -> Iterator[Iterator[Conditioning | Step] | tuple[Conditioning]]:
             condition = self._encode(*inputs, copies, call.clean_caption, call.max_sequence_length, trim=True)
             yield (condition,)
-            predict = classifier_free_guidance(
-                self.transformer, condition, call.guidance_scale, height, width, call.guidance_rescale
+            predict = guided_model(
+                self.transformer, condition, call.guidance_scale, height, width, call.guidance_rescale, perturbation
             )
             yield scheduler.steps(wrap_predict(predict), start, schedule, call.generator, call.eta)
 
         return itertools.chain.from_iterable(parts())
+
+    def set_pag_applied_layers(self, pag_applied_layers: str | Sequence[str]) -> None:
+        """Choose the self-attention layers that perturbed-attention guidance perturbs: names such as ``blocks.14``.
+
+        As in diffusers, a part of a name is enough, and ``blocks.1`` also names the blocks 10 to 19; ``blocks.1.`` does
+        not. Raises an error for a name without a layer.
+        """
+        names = [pag_applied_layers] if isinstance(pag_applied_layers, str) else list(pag_applied_layers)
+        if self.transformer is not None:
+            perturbed_layers(self.transformer, names)
+        self.pag_applied_layers = names
+
+    def _perturbation(self, scale: float, adaptive: float) -> Perturbation | None:
+        for name, value in (("pag_scale", scale), ("pag_adaptive_scale", adaptive)):
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise PixArtNBError(f"{name} is {value!r}; expected a number of at least 0")
+        if not scale or not self.pag_applied_layers:
+            return None
+        return Perturbation(perturbed_layers(self.transformer, self.pag_applied_layers), scale, adaptive)
 
     def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> StepSchedule:
         """Return the scheduler's steps of a run (see ``Scheduler.plan``)."""
@@ -242,9 +266,11 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
 
         ``callback(step, timestep, latents)`` is called every ``callback_steps`` steps, ``callback_on_step_end(pipe,
         step, timestep, {"latents": latents})`` after each: latents that it returns replace those of the step, and
-        ``pipe._interrupt = True`` ends the run. Options of diffusers without a meaning here are named in one warning.
+        ``pipe._interrupt = True`` ends the run. ``pag_scale`` and ``pag_adaptive_scale`` are those of
+        ``PixArtSigmaPAGPipeline``. Options of diffusers without a meaning here are named in one warning.
         """
-        call = {name: value for name, value in locals().items() if name in SAMPLING}
+        call = {name: value for name, value in locals().items() if name in self.sampling_defaults}
+        call |= {name: options.pop(name) for name in [*options] if name in self.sampling_defaults}
         check_output_type(output_type)
         _check_callbacks(callback_steps, callback_on_step_end_tensor_inputs)
         ignore_options("the pipeline", options, parameters_of(self.__call__))
@@ -266,20 +292,44 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         return PipelineOutput(to_output_type(images, output_type))
 
 
+_NOT_SAMPLING = """self prompt output_type return_dict callback callback_steps use_resolution_binning options
+    callback_on_step_end callback_on_step_end_tensor_inputs"""
+#: Arguments of ``sample`` and their defaults.
+PixArtSigmaPipeline.sampling_defaults = {
+    name: parameter.default
+    for name, parameter in inspect.signature(PixArtSigmaPipeline.__call__).parameters.items()
+    if name not in _NOT_SAMPLING.split()
+} | {"pag_scale": 0.0, "pag_adaptive_scale": 0.0}
+
+
 class PixArtAlphaPipeline(PixArtSigmaPipeline):
     """PixArt-alpha: prompts of 120 tokens."""
 
     max_sequence_length = 120
 
 
-_NOT_SAMPLING = """self prompt output_type return_dict callback callback_steps use_resolution_binning options
-    callback_on_step_end callback_on_step_end_tensor_inputs"""
-#: Arguments of ``PixArtSigmaPipeline.sample`` and their defaults.
-SAMPLING: dict[str, Any] = {
-    name: parameter.default
-    for name, parameter in inspect.signature(PixArtSigmaPipeline.__call__).parameters.items()
-    if name not in _NOT_SAMPLING.split()
-}
+class PixArtSigmaPAGPipeline(PixArtSigmaPipeline):
+    """PixArt-Sigma with perturbed-attention guidance (Ahn et al. 2024).
+
+    ``pipe(prompt, pag_scale=3.0, pag_adaptive_scale=0.0)``: the scale is at least 0, which is without, and the adaptive
+    scale times (1000 - timestep) is subtracted from it. ``guidance_scale=1`` is without classifier-free guidance.
+    ``pag_applied_layers``: names of the self-attention layers that are perturbed (see ``set_pag_applied_layers``).
+    """
+
+    sampling_defaults = PixArtSigmaPipeline.sampling_defaults | {"pag_scale": 3.0}
+
+    def __init__(self, *components: Any, pag_applied_layers: str | Sequence[str] = "blocks.1", **named: Any):
+        super().__init__(*components, **named)
+        self.set_pag_applied_layers(pag_applied_layers)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder_or_hub_id: Any, *args: Any, pag_applied_layers: str | Sequence[str] = "blocks.1", **options: Any
+    ):
+        """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, and choose the perturbed layers."""
+        pipe = super().from_pretrained(folder_or_hub_id, *args, **options)
+        pipe.set_pag_applied_layers(pag_applied_layers)
+        return pipe
 
 
 def _rows(texts: TextInput) -> int:

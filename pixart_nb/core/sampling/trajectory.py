@@ -12,7 +12,7 @@ from pixart_nb.config import GUIDANCE_SCALE
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.sampling.guidance import classifier_free_guidance
+from pixart_nb.core.sampling.guidance import guided_model
 from pixart_nb.core.sampling.text import Conditioning, as_list
 
 #: Timesteps at which ``errors_on_noise`` compares.
@@ -59,7 +59,7 @@ def predictions(
     own if None, 0 for the unconditional and 1 for the conditional prediction. ``transformer``: another than the pipe's.
     """
     scale = run.guidance_scale if guidance_scale is None else guidance_scale
-    predict = classifier_free_guidance(transformer or pipe.transformer, run.condition, scale, run.height, run.width)
+    predict = guided_model(transformer or pipe.transformer, run.condition, scale, run.height, run.width)
     pairs = zip(run.latents[:-1], run.timesteps, strict=True)
     return np.stack([predict(latents, float(timestep)).noise for latents, timestep in pairs])
 
