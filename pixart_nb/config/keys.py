@@ -187,8 +187,8 @@ class InferenceConfig(ModelKeys):
     image_height: int = _sampling(..., "Height of the generated image in pixels.", gt=0, le=_MOST_SIDE)
     image_width: int = _sampling(..., "Width of the generated image in pixels.", gt=0, le=_MOST_SIDE)
     use_resolution_binning: bool = _sampling(True, "Generate at the nearest published resolution, then resize and crop.")
-    pag_scale: Number = _sampling(0.0, "Scale of perturbed-attention guidance; 3 is usual. 0 disables it.", ge=0)
-    pag_adaptive_scale: Number = _sampling(0.0, "Amount by which pag_scale falls, per timestep.", ge=0)
+    pag_scale: Number = _sampling(0.0, "Scale of perturbed-attention guidance; 3 is usual. 0 disables it.", ge=0, le=1000)
+    pag_adaptive_scale: Number = _sampling(0.0, "Amount by which pag_scale falls, per timestep.", ge=0, le=1000)
     pag_applied_layers: Texts = _sampling(["blocks.1"], "Layers that are perturbed, for example blocks.14.", min_length=1)
     seed: Seed = 0
     first_image: int = _sampling(0, "Number of the first image. Seed and number determine an image.", ge=0, lt=2**63)
