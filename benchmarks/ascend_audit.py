@@ -157,13 +157,13 @@ def _denoise(depth: int, size: int, operator: str | None, ratio: int) -> None:
     """Two denoising steps with guidance; the second is counted."""
     from pixart_nb.core.backend import ms
     from pixart_nb.core.sampling.conditioning import Conditioning
-    from pixart_nb.core.sampling.guidance import classifier_free_guidance
+    from pixart_nb.core.sampling.guidance import guided_model
 
     rng = np.random.default_rng(0)
     prompt, negative = (ms.Tensor(rng.standard_normal((1, n, 64)).astype(np.float32)) for n in (20, 1))
     condition = Conditioning(prompt, np.ones((1, 20), bool), negative, np.ones((1, 1), bool))
     latents = rng.standard_normal((1, 4, size // 8, size // 8)).astype(np.float32)
-    predict = classifier_free_guidance(_small_net(depth, size // 8, operator, ratio), condition, 4.5, size, size)
+    predict = guided_model(_small_net(depth, size // 8, operator, ratio), condition, 4.5, size, size)
     predict(latents, 900.0)
     mark(f"SECTION denoise {size} {operator} {ratio} {depth}")
     predict(latents, 500.0)

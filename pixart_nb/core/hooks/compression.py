@@ -20,7 +20,7 @@ from pixart_nb.core.hooks.interventions import CompressionReplacement, check_rat
 from pixart_nb.core.hooks.recorder import TraceTooLargeError, trace
 from pixart_nb.core.hooks.selection import Numbers, layer_names
 from pixart_nb.core.hooks.trace import Trace
-from pixart_nb.core.sampling.guidance import classifier_free_guidance
+from pixart_nb.core.sampling.guidance import guided_model
 from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
 
 #: Compressed keys that a study remembers, one entry for each layer, step, ratio, operator and row.
@@ -216,7 +216,7 @@ class CompressionStudy:
 
     def _predicted(self) -> Iterator[np.ndarray]:
         run, net = self.reference, self.pipe.transformer
-        predict = classifier_free_guidance(net, run.condition, run.guidance_scale, run.height, run.width)
+        predict = guided_model(net, run.condition, run.guidance_scale, run.height, run.width)
         for latents, timestep in zip(run.latents[:-1], run.timesteps, strict=True):
             yield predict(latents, float(timestep)).noise
 
