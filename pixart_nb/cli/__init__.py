@@ -17,7 +17,7 @@ from pixart_nb.core.errors import PixArtNBError
 PANELS = {
     "sample": "Generate images", "upscale": "Generate images", "plan": "Generate images",
     "dataset": "Train", "train": "Train", "evaluate": "Train", "tiny": "Train",
-    "convert": "Checkpoints", "compress": "Checkpoints", "bench": "Measure",
+    "convert": "Checkpoints", "compress": "Checkpoints", "bench": "Measure", "doctor": "Measure",
 }  # fmt: skip
 
 

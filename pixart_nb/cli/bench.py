@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.config import SAMPLING_STEPS, project_folder
 from pixart_nb.core.errors import PixArtNBError
 
@@ -60,6 +61,7 @@ def bench(
 
     if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
+    start()
     runs, shapes_class = load_benchmarks()
     shapes = shapes_class(
         steps=sampling_steps, depth=depth, caption_tokens=caption_tokens, text_layers=text_layers, ratio=ratio

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pixart_nb.cli.convert import ModelConfigFile, SampleSize, StoredDtype, StoredDtypeOption
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import config_options
 from pixart_nb.config import InferenceConfig, TrainConfig, check_config
 
@@ -53,6 +54,7 @@ def compress(
 
     keys = {key: value for key, value in options.items() if key in InferenceConfig.model_fields}
     settings = check_config(DEFAULTS, options=keys)
+    start(settings)
     target = target or compression.default_target(source, settings.kv_compress_scale_factor)
     adapt = {key: options[key] for key in ADAPTATION if key in options} | {"steps": adapt_steps}
     report = compression.compress(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.core.errors import PixArtNBError
 
 StoredDtype = Enum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")}, type=str)
@@ -50,6 +51,7 @@ def convert(
 
     Example: pixart-nb convert --source PixArt-Sigma-XL-2-1024-MS.pth --target PixArt-Sigma-XL-2-1024-MS.ckpt --verify
     """
+    start()
     from pixart_nb.core.checkpoints import convert as conversion
     from pixart_nb.core.checkpoints.configuration import read_config
     from pixart_nb.viz.tables import Table

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import Command
 from pixart_nb.config import load_config
 
@@ -120,6 +121,8 @@ def features(
 
     Example: pixart-nb dataset features -c configs/train/tiny-256.yaml
     """
+    settings = load_config(config, "train")
+    start(settings)
     from pixart_nb.core.training.data import write_features
 
-    typer.echo(write_features(load_config(config, "train"), batch_size, stream))
+    typer.echo(write_features(settings, batch_size, stream))

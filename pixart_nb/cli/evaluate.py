@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import config_options
 from pixart_nb.config import InferenceConfig, check_config
 
@@ -44,6 +45,7 @@ def evaluate(
     scenes = requested_scenes(count, labels)
     prompts = {"prompt": [short_caption(scene) for scene in scenes]}
     config = check_config(DEFAULTS | prompts, options=options)
+    start(config)
     settings = {"model": config.model, "dtype": config.dtype}
     settings |= {"lora": config.lora} if config.lora else {}
     report = evaluate_and_write(

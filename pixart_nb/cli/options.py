@@ -115,7 +115,7 @@ def config_options(
         signature = inspect.signature(function, eval_str=True)
         parameters = [part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD]
         parameters += [_parameter(name, field) for name, field in fields.items()]
-        mindone = () if only else (*IGNORED_KEYS, *RENAMED_KEYS, "mode")
+        mindone = () if only else (*IGNORED_KEYS, *RENAMED_KEYS)
         parameters += [_hidden(name, fields.get(RENAMED_KEYS.get(name))) for name in mindone if name not in fields]
         function.__signature__ = signature.replace(parameters=parameters)
         function.__annotations__ = {part.name: part.annotation for part in parameters}

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import config_options
 from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, load_config
@@ -31,10 +32,11 @@ def plan(
 
     Example: pixart-nb plan -c configs/inference/pixart-sigma-1024-MS.yaml --dtype fp32
     """
+    settings = load_config(config, "inference", options)
+    start(settings)
     from pixart_nb.core.io import write_json
     from pixart_nb.core.sampling.planning import RATIOS, SIZES, plan_config
 
-    settings = load_config(config, "inference", options)
     planned = plan_config(settings, sizes or SIZES, ratios or RATIOS, timed=timed)
     typer.echo(report(planned))
     if output_path:

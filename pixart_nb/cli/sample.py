@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import config_options
 from pixart_nb.config import InferenceConfig, load_config
 
@@ -30,9 +31,14 @@ def sample(
 
     Example: pixart-nb sample --prompt "a red mushroom on grass" -o outputs/mushroom
     """
+    settings = None if like else load_config(config, "inference", options)
+    if settings is not None:
+        start(settings)
     from pixart_nb.core.sampling import generate
 
-    settings = generate.like(like, **options) if like else load_config(config, "inference", options)
+    if settings is None:
+        settings = generate.like(like, **options)
+        start(settings)
     for path in generate.sample(settings):
         typer.echo(path)
     typer.echo(f"{generate.seconds_of_this_process():.1f} s from the cold start of this command")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pixart_nb.cli.device import start
+
 
 def tiny(
     output_path: Annotated[
@@ -17,6 +19,7 @@ def tiny(
     ] = Path("outputs/tiny"),
 ) -> None:
     """Train the bundled model from scratch on drawn pixel art. The same command resumes a stopped training."""
+    start()
     from pixart_nb.pixelart.bundled_model import train_tiny
 
     train_tiny(folder=output_path, work=work_path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import config_options
 from pixart_nb.cli.sample import ConfigFile
 from pixart_nb.config import TrainConfig, load_config
@@ -23,6 +24,7 @@ def train(config: ConfigFile = Path("configs/train/tiny.yaml"), **options: Any) 
     Example: pixart-nb train -c configs/train/tiny.yaml --steps 40
     """
     settings = load_config(config, "train", options)
+    start(settings)
     from pixart_nb.core.training import run
 
     if result := run.train(settings):

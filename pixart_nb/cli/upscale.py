@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pixart_nb.cli.device import start
 from pixart_nb.cli.options import config_options
 from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, load_config
@@ -36,6 +37,7 @@ def upscale(
     from pixart_nb.viz.tables import Table
 
     settings = load_config(config, "inference", options)
+    start(settings)
     paths, rows = upscaled(settings, factors or (), strengths or (), keys)
     typer.echo(Table(rows, "Time and memory"))
     typer.echo("\n".join(map(str, paths)))

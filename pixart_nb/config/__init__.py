@@ -62,8 +62,8 @@ def check_config(
     if config_type not in CONFIG_TYPES:
         raise ConfigError(f"configuration type {config_type!r} is not known; expected one of {', '.join(CONFIG_TYPES)}")
     options = {key: value for key, value in (options or {}).items() if value is not None and value != []}
-    options = _translated(options, config_type)
-    values = _replaced(_translated(values, config_type), options)
+    options = _translated(options)
+    values = _replaced(_translated(values), options)
     try:
         return CONFIG_TYPES[config_type].model_validate(values)
     except ValidationError as error:
@@ -77,12 +77,12 @@ def check_config(
     raise ConfigError("; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items()))
 
 
-def _translated(values: Mapping[str, Any], config_type: str) -> dict[str, Any]:
+def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
     """Rename mindone's keys to those of this package, and leave out with one line those without meaning here."""
     values = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
-    ignored = [key for key in values if key in IGNORED_KEYS or (key == "mode" and config_type == "inference")]
+    ignored = [key for key in values if key in IGNORED_KEYS]
     if ignored:
-        reasons = [f"{key} ({IGNORED_KEYS.get(key, 'the execution mode is chosen by device')})" for key in ignored]
+        reasons = [f"{key} ({IGNORED_KEYS[key]})" for key in ignored]
         print(f"Ignored, without meaning here: {', '.join(reasons)}", file=sys.stderr)
     return {key: value for key, value in values.items() if key not in ignored}
 

@@ -35,7 +35,6 @@ ROOTS = ("vae_root", "text_encoder_root", "tokenizer_root")
 #: mindone's keys that have no meaning here, and why. They are accepted and named in one line.
 IGNORED_KEYS = {
     "enable_flash_attention": "attention is always fused",
-    "device_target": "the device is found by itself",
     "jit_level": "the compiler's default is used",
     "drop_overflow_update": "an update that overflows is always dropped",
     "path_column": "label files name the path column themselves",
@@ -175,6 +174,8 @@ class ModelKeys(BaseModel):
     guidance_scale: Number = _sampling(GUIDANCE_SCALE, "Scale of classifier-free guidance. 1 disables it.", ge=1)
 
     dtype: Literal["fp32", "fp16", "bf16"] = _machine("fp32", "Floating-point type of the networks. A CPU computes in fp32.")
+    device_target: Literal["", "CPU", "Ascend"] = _machine("", "Device: CPU or Ascend, as in PIXART_NB_DEVICE. Empty takes MindSpore's default.")
+    mode: Literal[0, 1] = _machine(1, "MindSpore execution mode: 0 compiles graphs (sampling: on Ascend only), 1 is PyNative.")
     use_parallel: bool = _machine(False, "Divide the work among the processes that msrun started.")
 
 
@@ -285,7 +286,6 @@ class TrainConfig(ModelKeys):
     loss_scale_factor: Number = _precision(2.0, "Factor by which the loss scale changes.", gt=1)
     scale_window: int = _precision(1000, "Updates without overflow before the loss scale rises.", ge=1, le=_MOST_STEPS)
     recompute: bool = _precision(False, "Recompute activations in the backward pass: less memory, more time.")
-    mode: Literal[0, 1] = _precision(1, "MindSpore execution mode: 0 compiles graphs, 1 is PyNative.")
 
     lora_rank: int = _lora(0, "Rank of a LoRA that is trained in place of all weights. 0 trains the weights.", ge=0, le=4096)
     lora_alpha: Number = _lora(0.0, "Alpha of the LoRA. 0 stands for the rank.", ge=0)
@@ -350,7 +350,7 @@ _FREE_KEYS = {
     "visualize", "visualize_interval", "visualize_steps", "validation_prompts", "validation_negative_prompts",
     "validation_json_path", "sampling_method", "sampling_steps", "guidance_scale", "log_loss_interval", "tensorboard",
     "output_path", "ckpt_save_interval", "ckpt_save_steps", "ckpt_max_keep", "num_parallel_workers", "recompute",
-    "use_parallel", "start_report", "hsdp_optimizer_level", "hsdp_shard_size", "hsdp_threshold",
+    "use_parallel", "device_target", "start_report", "hsdp_optimizer_level", "hsdp_shard_size", "hsdp_threshold",
 }  # fmt: skip
 #: Keys that hold a path. A training depends on the content, which is fingerprinted.
 _PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache"}

@@ -7,6 +7,7 @@ set up before the first operator runs.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -29,23 +30,63 @@ from mindspore import ops
 
 #: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
+#: Devices that the kit computes on.
+DEVICES = ("CPU", "Ascend")
+#: Parts of the names of supported Ascend devices: Atlas A2 and A3. Older ones have no flash attention.
+ASCEND_MODELS = ("910B", "910_93")
 #: Seconds within which MindSpore's new threads take their names, also on a busy machine.
 _NAMING_SECONDS = 0.2
 
 
 def _set_up() -> str:
     """Choose the device (``PIXART_NB_DEVICE``, or MindSpore's default) and return its name."""
-    device = os.environ.get("PIXART_NB_DEVICE") or ms.get_context("device_target")
-    ms.set_device(device)
+    asked = os.environ.get("PIXART_NB_DEVICE", "")
+    if asked not in ("", *DEVICES):
+        raise PixArtNBError(f"PIXART_NB_DEVICE is {asked!r}; expected {' or '.join(DEVICES)}, or leave it out")
+    device = asked or ms.get_context("device_target")
+    try:
+        ms.set_device(device)
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason is given")
+        raise PixArtNBError(
+            f"device {device} cannot be opened: {reason.partition('. ')[0]}. {_environment_fix()}, or compute on the "
+            "CPU (PIXART_NB_DEVICE=CPU, device_target: CPU)"
+        ) from None
     if device == "CPU":
         ms.runtime.launch_blocking()  # asynchronous launching is 2-15 times slower on the CPU
-        if tuple(int(part) for part in ms.__version__.split(".")[:2]) >= (2, 9):
+        if asked != "CPU" and has_ascend_host():
+            warnings.warn(
+                f"this machine looks like an Ascend host, but MindSpore computes on the CPU. {_environment_fix()}. "
+                "PIXART_NB_DEVICE=CPU chooses the CPU without this warning",
+                stacklevel=3,
+            )
+        if _version(ms.__version__) >= (2, 9):
             warnings.warn(
                 f"MindSpore {ms.__version__} computes convolutions about 70 times slower on the CPU than 2.8. "
                 "Install mindspore 2.8.x for work on the CPU.",
                 stacklevel=3,
             )
+    else:
+        ms.device_context.ascend.op_precision.conv_allow_hf32(False)  # convolutions of float32 in float32
     return device
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def has_ascend_host() -> bool:
+    """Return True if the machine has Ascend devices (``/dev/davinci*``), or CANN's environment is set."""
+    return bool(os.environ.get("ASCEND_HOME_PATH")) or any(Path("/dev").glob("davinci[0-9]*"))
+
+
+def _environment_fix() -> str:
+    """Return what makes MindSpore find CANN."""
+    if os.environ.get("ASCEND_HOME_PATH"):
+        return "CANN's environment is set; compare its version with docs/ascend.md and run pixart-nb doctor"
+    places = Path("/usr/local/Ascend/ascend-toolkit/set_env.sh"), Path.home() / "Ascend/ascend-toolkit/set_env.sh"
+    script = next((path for path in places if path.is_file()), places[0])
+    return f"Run `source {script}` in this shell first, before Python starts"
 
 
 _DEVICE = _set_up()
@@ -109,7 +150,40 @@ def graph_mode() -> bool:
 
 def free_device_memory() -> int | None:
     """Return the free bytes of the Ascend device (not run on Ascend), or None on a CPU."""
-    return ms.hal.get_device_properties(0).free_memory if on_ascend() else None
+    if not on_ascend():
+        return None
+    (ms.Tensor([0.0], ms.float32) + 1).asnumpy()  # opens the device, which otherwise reports nothing
+    return ms.hal.get_device_properties(0).free_memory
+
+
+def check_device(target: str = "", name: str | None = None) -> None:
+    """Refuse a ``device_target`` that this process does not compute on, and an Ascend device before Atlas A2.
+
+    ``name`` is that of the device, by default what MindSpore says.
+    """
+    if target and target != device_name():
+        raise PixArtNBError(
+            f"device_target is {target}, but MindSpore was started on {device_name()}; set PIXART_NB_DEVICE={target} "
+            "before Python starts" + (f". {_environment_fix()}" if target == "Ascend" else "")
+        )
+    if on_ascend():
+        name = ms.hal.get_device_name(0) if name is None else name
+        if name and not any(model in name for model in ASCEND_MODELS):
+            raise PixArtNBError(
+                f"{name} is not supported: flash attention needs Atlas A2 (910B) or newer. Compute on the CPU with "
+                "PIXART_NB_DEVICE=CPU"
+            )
+
+
+def cann_versions() -> tuple[str, list[str]]:
+    """Return the version of the CANN that is in the environment, or "", and the versions that MindSpore accepts."""
+    info = Path(os.environ.get("ASCEND_HOME_PATH") or "/nowhere") / "compiler" / "version.info"
+    match = re.search(r"Version=(\d+\.\d+)", info.read_text()) if info.is_file() else None
+    with suppress(ImportError, AttributeError):  # names that are MindSpore's own
+        from mindspore.run_check._check_version import AscendEnvChecker
+
+        return match[1] if match else "", list(AscendEnvChecker("").version)
+    return match[1] if match else "", []
 
 
 def supported_dtype(dtype: str | type | np.dtype | ms.Type) -> ms.Type:

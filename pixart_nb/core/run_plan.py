@@ -14,6 +14,7 @@ from pixart_nb.core import backend, cost
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.fast.ascend import padded_elements, uses_flash
 from pixart_nb.core.fast.cpu import transposed_elements
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.attention import chunk_shape
@@ -216,19 +217,24 @@ def plan_upscaling(
 
 
 def process_memory() -> float:
-    """Return the bytes of this process without networks: a notebook holds more than Python and MindSpore alone."""
-    return PROCESS + max(in_use() - IDLE, 0.0)
+    """Return the bytes of this process without networks: a notebook holds more than Python and MindSpore alone.
+
+    On Ascend they are in the memory of the host, which is not planned.
+    """
+    return 0.0 if backend.on_ascend() else PROCESS + max(in_use() - IDLE, 0.0)
 
 
 def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     """Return the bytes of the weights of each stage."""
     size, config = BYTES[run.dtype], networks.transformer
-    transposed = 0
-    if run.dtype == "fp32":  # weights that the CPU path keeps a second time for few tokens
-        transposed = transposed_elements(config, run.rows * run.tokens(config))
+    copies = 0  # weights that the path of the device keeps a second time
+    if backend.on_ascend():
+        copies = padded_elements(config, backend.dtype_from_name(run.dtype))
+    elif run.dtype == "fp32":
+        copies = transposed_elements(config, run.rows * run.tokens(config))
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
-        "denoise": size * (parameters(config) + transposed),
+        "denoise": size * (parameters(config) + copies),
         "decode": (4 if networks.vae.force_upcast else size) * parameters(networks.vae),
     }
 
@@ -251,7 +257,8 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
     heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
-    scores = 4.0 * heads * queries * keys
+    flash = backend.on_ascend() and uses_flash(config, backend.dtype_from_name(run.dtype))
+    scores = 0.0 if flash else 4.0 * heads * queries * keys
     return {
         "encode": 4.0 * (values + upcast),
         "denoise": BYTES[run.dtype] * TOKEN * run.rows * tokens * config.hidden_size + SCORE * scores,

@@ -122,7 +122,9 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
     values = yaml.safe_load(path.read_text())
     assert values.pop("enable_flash_attention")
     assert {key: getattr(config, key) for key in values if values[key]} == {k: v for k, v in values.items() if v}
-    assert errors.splitlines() == ["Ignored, without meaning here: enable_flash_attention (attention is always fused)"]
+    ignored, device = errors.splitlines()
+    assert ignored == "Ignored, without meaning here: enable_flash_attention (attention is always fused)"
+    assert device.startswith(f"Device: CPU, {config.dtype}, MindSpore ")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,14 @@ def test_mindones_files_are_completed_by_the_command_line(given_config, name, wo
         (
             "sample -c configs/inference/tiny.yaml --prompt a b --negative_prompt c d --enable_flash_attention False "
             "--device_target CPU --jit_level O1 --mode 0 --num_trials 3 --imagegrid True",
-            {"prompt": ["a", "b"], "negative_prompt": ["c", "d"], "nrows": 3, "imagegrid": True},
+            {
+                "prompt": ["a", "b"],
+                "negative_prompt": ["c", "d"],
+                "nrows": 3,
+                "imagegrid": True,
+                "device_target": "CPU",
+                "mode": 0,
+            },
         ),
     ],
 )

@@ -104,3 +104,41 @@ def test_another_library_may_import_protobuf_first(tmp_path):
         timeout=120,
     )
     assert run.returncode == 0, run.stderr[-1000:]
+
+
+def started(code="from pixart_nb.core import backend; print(backend.device_name())", **environment):
+    """What a process prints that opens the device."""
+    variables = {name: value for name, value in os.environ.items() if name != "PIXART_NB_DEVICE"}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=variables | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_an_ascend_host_without_its_environment_is_told_what_to_do(tmp_path):
+    with_cann = started(ASCEND_HOME_PATH=str(tmp_path))
+    assert with_cann.stdout == "CPU\n"
+    assert "looks like an Ascend host, but MindSpore computes on the CPU" in with_cann.stderr
+    assert "pixart-nb doctor" in with_cann.stderr
+    devices = """
+from pathlib import Path
+glob = Path.glob
+Path.glob = lambda self, pattern: [Path("/dev/davinci0")] if "davinci" in pattern else glob(self, pattern)
+from pixart_nb.core import backend
+"""
+    assert "Run `source /" in (stderr := started(devices).stderr)
+    assert "set_env.sh` in this shell first" in stderr
+    chosen = started(devices, PIXART_NB_DEVICE="CPU")
+    assert "Ascend" not in chosen.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("Ascend", "device Ascend cannot be opened: Unsupported device target Ascend. Run `source "),
+        ("GPU", "PIXART_NB_DEVICE is 'GPU'; expected CPU or Ascend, or leave it out"),
+    ],
+)
+def test_a_device_that_cannot_be_opened_is_one_sentence(device, message):
+    result = started(PIXART_NB_DEVICE=device)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]

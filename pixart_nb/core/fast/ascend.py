@@ -100,6 +100,15 @@ def uses_flash(config: PixArtConfig, dtype: ms.Type) -> bool:
     return ascend_operators.flash_supports(config.hidden_size // config.num_heads, dtype)
 
 
+def padded_elements(config: PixArtConfig, dtype: ms.Type) -> int:
+    """Return the number of elements of the padded copies of weights that a run keeps."""
+    head_size = config.hidden_size // config.num_heads
+    padded = ascend_operators.padded_size(head_size)
+    if not uses_flash(config, dtype) or padded == head_size:
+        return 0
+    return config.depth * 6 * config.hidden_size * config.num_heads * padded
+
+
 def _padded_caption(caption: ms.Tensor, mask: ms.Tensor | None, length: int) -> tuple[ms.Tensor, ms.Tensor]:
     """Pad a caption (B, T, C) and its mask to ``length`` tokens, or leave a longer one."""
     batch, tokens, channels = caption.shape

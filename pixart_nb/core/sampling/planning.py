@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import ConfigError, InferenceConfig
-from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
+from pixart_nb.core.backend import dtype_from_name, ms, on_ascend, supported_dtype
 from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
@@ -200,8 +200,9 @@ def check_memory(config: InferenceConfig) -> None:
 
 
 def memory_limit(config: InferenceConfig) -> float:
-    """Return the bytes that a run may take: ``memory_limit``, or what is available to this process."""
-    return config.memory_limit * 1e9 or float(available() + in_use())
+    """Return the bytes that a run may take: ``memory_limit``, or what is available to this process on its device."""
+    held = 0 if on_ascend() else in_use()  # there the process is in the memory of the host
+    return config.memory_limit * 1e9 or float(available() + held)
 
 
 def plan_config(

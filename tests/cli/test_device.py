@@ -1,0 +1,52 @@
+"""Every command that computes names its device in one line, and refuses one that it cannot have."""
+
+import pytest
+from typer.testing import CliRunner
+
+from pixart_nb.cli import app
+from pixart_nb.core import backend
+from pixart_nb.core.models import bfloat16
+from pixart_nb.core.sampling import generate
+from pixart_nb.core.training import run as training
+
+RUN = CliRunner()
+
+
+@pytest.fixture
+def stderr(monkeypatch, project):
+    """A function that runs a command up to its work."""
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(generate, "sample", lambda config: [])
+    monkeypatch.setattr(training, "train", lambda config: None)
+    monkeypatch.setattr(bfloat16, "unsupported", lambda: "no products")
+    return lambda *words: RUN.invoke(app, words).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        (("sample",), "fp32"),
+        (("sample", "--dtype", "fp16", "--device_target", "CPU"), "fp16"),
+        (("sample", "--dtype", "bf16"), "bf16 computed in fp32"),
+        (("train", "-c", "configs/train/tiny.yaml", "--dtype", "bf16"), "bf16 computed in fp32"),
+        (("plan", "--no-timed"), "fp32"),
+    ],
+)
+def test_device_dtype_and_version_are_one_line(stderr, words, dtype):
+    assert f"Device: CPU, {dtype}, MindSpore {backend.ms.__version__}\n" in stderr(*words)
+
+
+def test_a_device_target_without_its_device_is_one_sentence(stderr):
+    lines = stderr("sample", "--device_target", "Ascend").splitlines()
+    assert len(lines) == 1
+    assert "pixart-nb: device_target is Ascend, but MindSpore was started on CPU" in lines[0]
+
+
+def test_mode_0_compiles_the_blocks(stderr):
+    try:
+        stderr("sample", "--mode", "0")
+        assert backend.graph_mode()
+    finally:
+        backend.set_graph_mode(False)
+    stderr("sample")
+    assert not backend.graph_mode()
