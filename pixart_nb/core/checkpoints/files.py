@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, LazyTensor, check_count, checksum, map_file
+from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, FP8, LazyTensor, check_count, checksum, map_file
 from pixart_nb.core.io import CRC, CheckpointError, check_file, check_sums, crc_seed, open_tensors, read_json
 
 Keep = Callable[[str], bool]
@@ -105,11 +105,12 @@ def _open_safetensors(path: Path, keep: Keep) -> Checkpoint:
             raise CheckpointError(f"{path}: {name} has dtype {dtype}; expected one of {', '.join(DTYPES)}")
         stop = start + math.prod(shape) * DTYPES[dtype].itemsize
         if keep(name):
-            tensors[name] = LazyTensor(dtype, (data[start:stop].view(DTYPES[dtype]).reshape(shape),), name=name)
+            values = data[start:stop].view(DTYPES[dtype]).reshape(shape)
+            tensors[name] = LazyTensor("F32" if dtype in FP8 else dtype, (values,), dtype, name)
         start = stop
     if CRC in metadata:
         bits = {name: tensor.parts[0].reshape(-1).view(np.uint8) for name, tensor in tensors.items()}
-        sums = {name: checksum(bits[name], crc_seed(t.dtype, t.shape)) for name, t in tensors.items()}
+        sums = {name: checksum(bits[name], crc_seed(t.storage_dtype, t.shape)) for name, t in tensors.items()}
         check_sums(path, metadata[CRC], sums)
     return _weights_of_state(path, tensors, metadata)
 
@@ -118,7 +119,8 @@ def _weights_of_state(path: Path, tensors: dict[str, LazyTensor], metadata: Mapp
     """Return the weights of a training state (``ema/NAME``, ``model/NAME``); other checkpoints as they are."""
     groups = [group for group in _STATE_GROUPS if any(name.startswith(group) for name in tensors)]
     if not groups:
-        return Checkpoint(path, tensors)
+        stored = sorted({t.storage_dtype for t in tensors.values() if t.storage_dtype in FP8})
+        return Checkpoint(path, tensors, [f"Stored as {', '.join(stored)}, read as F32."] if stored else [])
     names = {name: name.removeprefix(groups[0]) for name in tensors if name.startswith(groups[0])}
     if any(".lora_" in name for name in names):
         raise CheckpointError(

@@ -233,17 +233,48 @@ def to_layout(tensors: Mapping[str, LazyTensor], layout: str) -> dict[str, LazyT
 
 # ---- autoencoders
 
-#: Attention names of the first Stable Diffusion autoencoders, and their present names.
-FORMER_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+#: Attention names of latent diffusion (LDM) and of the first autoencoders of diffusers, and their present names.
+_VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
+_VAE_ATTENTION |= {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+#: Names of LDM's autoencoder and diffusers'; ``{0}`` and ``{1}`` are numbers of blocks.
+_LDM_VAE = {
+    r"(\w+)\.mid\.attn_1": "{0}.mid_block.attentions.0",
+    r"(\w+)\.mid\.block_1": "{0}.mid_block.resnets.0",
+    r"(\w+)\.mid\.block_2": "{0}.mid_block.resnets.1",
+    r"encoder\.down\.(\d+)\.block\.(\d+)": "encoder.down_blocks.{0}.resnets.{1}",
+    r"encoder\.down\.(\d+)\.downsample": "encoder.down_blocks.{0}.downsamplers.0",
+    r"decoder\.up\.(\d+)\.block\.(\d+)": "decoder.up_blocks.{0}.resnets.{1}",
+    r"decoder\.up\.(\d+)\.upsample": "decoder.up_blocks.{0}.upsamplers.0",
+    r"(\w+)\.norm_out": "{0}.conv_norm_out",
+}
+#: Prefixes of an autoencoder inside of the file of a whole model.
+_VAE_PREFIX = re.compile(r"(first_stage_model\.|vae\.|)(?=(?:encoder|decoder)\.|(?:post_)?quant_conv\.)")
 
 
-def rename_former_vae(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Give the tensors of an old autoencoder their present names; attention weights (C, C, 1, 1) become (C, C)."""
+def rename_vae(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give the tensors of an autoencoder diffusers' present names; attention weights (C, C, 1, 1) become (C, C).
+
+    Known are the names of latent diffusion (LDM), which ComfyUI has too, and former ones of diffusers. Other parts of
+    an LDM file (its loss, a whole model) are left out.
+    """
+    levels = [int(match[1]) for name in tensors if (match := re.search(r"decoder\.up\.(\d+)\.", name))]
     renamed = {}
     for name, value in tensors.items():
+        prefix = _VAE_PREFIX.match(name)
+        if levels and not prefix:
+            continue
+        name = name.removeprefix(prefix[1]) if levels else name
+        for pattern, new in _LDM_VAE.items() if levels else ():
+            if match := re.match(rf"{pattern}(?=\.)", name):
+                parts = match.groups()
+                if pattern.startswith("decoder"):  # counted from the last
+                    parts = (max(levels) - int(parts[0]), *parts[1:])
+                name = new.format(*parts) + name[match.end() :]
+                break
+        name = name.replace(".nin_shortcut.", ".conv_shortcut.")
         if "attentions." in name:
-            prefix, module, leaf = name.rsplit(".", 2)
-            name = f"{prefix}.{FORMER_VAE.get(module, module)}.{leaf}"
+            stem, module, leaf = name.rsplit(".", 2)
+            name = f"{stem}.{_VAE_ATTENTION.get(module, module)}.{leaf}"
             value = value.reshape(value.shape[:2]) if value.ndim == 4 else value
         renamed[name] = value
     return renamed

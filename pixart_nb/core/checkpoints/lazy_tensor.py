@@ -16,6 +16,9 @@ from pixart_nb.core.io import CheckpointError
 #: Dtypes under safetensors' names, and NumPy's dtype of their bytes; bfloat16 is kept as its bits.
 DTYPES = {f"{letter}{8 * size}": np.dtype(f"<{letter.lower()}{size}") for letter in "FIU" for size in (8, 4, 2)}
 DTYPES |= {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "BF16": np.dtype("<u2"), "BOOL": np.dtype("?")}
+#: 8-bit floats, stored as one byte and read as float32.
+FP8 = ("F8_E4M3", "F8_E5M2")
+DTYPES |= dict.fromkeys(FP8, np.dtype("u1"))
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: More tensors than any checkpoint has; each takes memory, however small it is in its file.
 MAX_TENSORS = 100_000
@@ -143,6 +146,17 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
+def fp8_to_fp32(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """Convert bits of ``F8_E4M3`` (E4M3FN) or ``F8_E5M2`` to float32, exactly (Micikevicius et al. 2022)."""
+    codes = np.arange(256, dtype=np.uint8)
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float32)[bits]
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    values = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent.astype(int) - 10), mantissa * 2.0**-9)
+    values[(codes & 127) == 127] = np.nan
+    return np.where(codes > 127, -values, values).astype(np.float32)[bits]
+
+
 def cast(stored: np.ndarray, source: str, target: str) -> np.ndarray:
     """Convert stored values from dtype ``source`` to ``target``, rounded to nearest; no copy if they are the same.
 
@@ -150,7 +164,11 @@ def cast(stored: np.ndarray, source: str, target: str) -> np.ndarray:
     """
     if source == target:
         return stored
-    values = bf16_to_fp32(stored) if source == "BF16" else stored
+    values = stored
+    if source in FP8:
+        values = fp8_to_fp32(stored, source)
+    elif source == "BF16":
+        values = bf16_to_fp32(stored)
     with np.errstate(over="ignore"):
         out = fp32_to_bf16(values.astype(np.float32)) if target == "BF16" else values.astype(DTYPES[target])
     lost = np.isinf(bf16_to_fp32(out) if target == "BF16" else out) & np.isfinite(values)

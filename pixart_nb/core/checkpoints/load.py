@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.bfloat16 import for_inference
+from pixart_nb.core.models.config_fields import named_source
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.quantization import Int8Linear
@@ -122,42 +125,120 @@ def build_transformer(
     return net.set_train(False)
 
 
-def load_vae(folder: Path, dtype: ms.Type, **options) -> AutoencoderKL:
-    """Load the autoencoder of a folder in the diffusers layout."""
-    path = folder / "config.json"
-    config = VAEConfig.from_dict(read_json(path), path)
+def load_vae(path: Path, dtype: ms.Type, **options) -> AutoencoderKL:
+    """Load the autoencoder of a folder in the diffusers layout, or of one file with diffusers' or LDM's names.
+
+    A file has its configuration beside it (config.json), or shows it but for ``scaling_factor``: see ``_vae_config``.
+    """
+    tensors = key_maps.rename_vae(read_tensors(path, **options))
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if path.is_dir() or (beside.is_file() and "block_out_channels" in read_json(beside)):
+        config = VAEConfig.from_dict(read_json(beside), beside)
+    else:
+        config = _vae_config(tensors, path)
     net = init_empty(lambda: AutoencoderKL(config), config.compute_dtype(dtype))
-    load_into(net, key_maps.rename_former_vae(read_tensors(folder, **options)), folder)
+    load_into(net, tensors, path)
     return net.set_train(False)
+
+
+def _vae_config(tensors: Mapping[str, np.ndarray], path: Path) -> VAEConfig:
+    """Return the configuration that tensors show; their scale is SDXL's (alpha's by its published names), and named."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    levels = [name for name in shapes if re.fullmatch(r"encoder\.down_blocks\.\d+\.resnets\.0\.conv1\.weight", name)]
+    try:
+        first = [name for name in shapes if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", name)]
+        values = {
+            "in_channels": shapes["encoder.conv_in.weight"][1],
+            "out_channels": shapes["decoder.conv_out.weight"][0],
+            "latent_channels": shapes["decoder.conv_in.weight"][1],
+            "block_out_channels": tuple(shapes[name][0] for name in sorted(levels)),
+            "layers_per_block": len(first),
+            "mid_block_add_attention": "encoder.mid_block.attentions.0.to_q.weight" in shapes,
+            "use_quant_conv": "quant_conv.weight" in shapes,
+            "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+            "scaling_factor": 0.18215 if re.search(r"ft-?(mse|ema)|kl-?f8|sd-?v?1", path.name, re.I) else 0.13025,
+        }
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} is no autoencoder of Stable Diffusion or SDXL: it lacks {error}") from error
+    warnings.warn(
+        f"{path} does not show its scaling_factor; {values['scaling_factor']} is used. Set sd_scale_factor (or a "
+        "config.json beside the file) if it is another autoencoder than SDXL's (0.13025; Stable Diffusion 1: 0.18215)",
+        stacklevel=3,
+    )
+    with named_source(path):
+        return VAEConfig.from_dict(values, path)
 
 
 # ---- T5
 
 
-def load_t5(folder: Path, dtype: ms.Type, load_in_8bit: bool = False, **options) -> T5Encoder:
-    """Load the encoder of a folder in the published layout, part by part, without a second copy of all weights."""
-    config = T5Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
+class _T5Files:
+    """Tensors and configuration of a T5 encoder: a folder in the published layout, or one file that ComfyUI can read.
+
+    A file may hold decoder and other networks too, under other names. Its configuration is read from its shapes.
+    """
+
+    def __init__(self, path: str | Path, **options):
+        self.path, self.options, self.prefix, self.table = Path(path), options, "", TABLE
+        if not self.path.is_file():
+            self.config = T5Config.from_dict(read_json(self.path / "config.json"), self.path / "config.json")
+            return
+        shapes = {name: t.shape for name, t in open_checkpoint(self.path, **options).tensors.items()}
+        ends = [name for name in shapes if name.endswith(f"{LAST_NORM}weight")]
+        self.prefix = ends[0].removesuffix(f"{LAST_NORM}weight") if ends else ""
+        shapes = {n.removeprefix(self.prefix): s for n, s in shapes.items() if n.startswith(self.prefix)}
+        self.table = TABLE if f"{TABLE}weight" in shapes else "encoder.embed_tokens."
+        layer = "encoder.block.0.layer."
+        try:
+            (buckets, heads), (vocabulary, width) = shapes[f"{layer}0.{POSITIONS}"], shapes[f"{self.table}weight"]
+            values = {
+                "vocab_size": vocabulary,
+                "d_model": width,
+                "d_kv": shapes[f"{layer}0.SelfAttention.q.weight"][0] // heads,
+                "d_ff": shapes[f"{layer}1.DenseReluDense.wi_0.weight"][0],
+                "num_heads": heads,
+                "num_layers": sum(name.endswith("SelfAttention.q.weight") for name in shapes if "encoder." in name),
+                "relative_attention_num_buckets": buckets,
+            }
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"{self.path} is no T5 v1.1 encoder: {error} is missing or of another form"
+            ) from error
+        with named_source(self.path):
+            self.config = T5Config(**values)
+
+    def read(self, start: str) -> dict[str, np.ndarray]:
+        """Return the tensors whose names begin with ``start``."""
+        stored = self.prefix + (self.table if start == TABLE else start)
+        tensors = read_tensors(self.path, keep=lambda name: name.startswith(stored), **self.options)
+        return {start + name.removeprefix(stored): value for name, value in tensors.items()}
+
+    def fill(self, net: T5Encoder, source: str, target: str, optional: tuple[str, ...] = ()) -> None:
+        """Load the tensors whose names begin with ``source`` into the parameters whose names begin with ``target``."""
+        tensors = {target + name.removeprefix(source): value for name, value in self.read(source).items()}
+        load_into(net, tensors, self.path, optional=optional, prefix=target)
+
+    def fill_layer(self, net: T5Encoder, layer: int, index: int) -> None:
+        """Load a layer into the layer ``index`` of the network, first its attention, then its feed-forward."""
+        for half in (0, 1):
+            source, target = (f"encoder.block.{number}.layer.{half}." for number in (layer, index))
+            self.fill(net, source, target, () if layer == 0 else (f"{target}{POSITIONS}",))
+
+
+def load_t5(path: Path, dtype: ms.Type, load_in_8bit: bool = False, **options) -> T5Encoder:
+    """Load a T5 encoder part by part, without a second copy of all weights.
+
+    ``path``: a folder in the published layout, or one file with these names, such as ComfyUI's ``t5xxl_fp16``; its
+    tensors may be stored in 8-bit floats. ``load_in_8bit``: see ``T5EncoderModel``.
+    """
+    files = _T5Files(path, **options)
     linear = Int8Linear if load_in_8bit else Linear
-    net = init_empty(lambda: for_inference(T5Encoder(config, linear), dtype), dtype)
+    net = init_empty(lambda: for_inference(T5Encoder(files.config, linear), dtype), dtype)
     for prefix in (TABLE, LAST_NORM):
-        _fill(net, folder, prefix, prefix, **options)
-    for layer in range(config.num_layers):
-        _fill_layer(net, folder, layer, layer, **options)
+        files.fill(net, prefix, prefix)
+    for layer in range(files.config.num_layers):
+        files.fill_layer(net, layer, layer)
     return net.set_train(False)
-
-
-def _fill_layer(net: T5Encoder, folder: Path, layer: int, index: int, **options) -> None:
-    """Load a layer of the files into the layer ``index`` of the network, first its attention, then its feed-forward."""
-    for half in (0, 1):
-        source, target = (f"encoder.block.{number}.layer.{half}." for number in (layer, index))
-        _fill(net, folder, source, target, () if layer == 0 else (f"{target}{POSITIONS}",), **options)
-
-
-def _fill(net: T5Encoder, folder: Path, source: str, target: str, optional: tuple[str, ...] = (), **options) -> None:
-    """Load the tensors whose names begin with ``source`` into the parameters whose names begin with ``target``."""
-    tensors = read_tensors(folder, keep=lambda name: name.startswith(source), **options)
-    renamed = {target + name.removeprefix(source): value for name, value in tensors.items()}
-    load_into(net, renamed, folder, optional=optional, prefix=target)
 
 
 class StreamedT5Encoder:
@@ -166,12 +247,11 @@ class StreamedT5Encoder:
     It is called as ``T5Encoder`` is and returns the same values.
     """
 
-    def __init__(self, folder: Path, dtype: ms.Type, **options):
-        self.folder, self.dtype, self.options = Path(folder), backend.supported_dtype(dtype), options
-        path = self.folder / "config.json"
-        self.config = T5Config.from_dict(read_json(path), path)
+    def __init__(self, path: Path, dtype: ms.Type, **options):
+        self.files, self.dtype = _T5Files(path, **options), backend.supported_dtype(dtype)
+        self.config = self.files.config
         self.net = init_empty(lambda: for_inference(T5Encoder(replace(self.config, num_layers=1)), dtype), dtype)
-        _fill(self.net, self.folder, LAST_NORM, LAST_NORM, **options)
+        self.files.fill(self.net, LAST_NORM, LAST_NORM)
         self.net.set_train(False)
 
     def __call__(self, input_ids, mask) -> ms.Tensor:
@@ -179,7 +259,7 @@ class StreamedT5Encoder:
         ids, seen = self.net.validated(input_ids, mask)
         x, bias, seen = self._embedded(ids), None, ms.Tensor(seen)
         for layer in tqdm(range(self.config.num_layers), desc="T5 layers", leave=False):
-            _fill_layer(self.net, self.folder, layer, 0, **self.options)
+            self.files.fill_layer(self.net, layer, 0)
             if bias is None:  # the first layer's table serves all
                 bias = self.net.position_bias(self.net.buckets(ids.shape[1]))
             x = self.net.encoder.block[0](x, seen, bias)
@@ -190,6 +270,6 @@ class StreamedT5Encoder:
     def _embedded(self, ids: np.ndarray) -> ms.Tensor:
         """Return the rows of the embedding table for these tokens, (N, T, d_model) float32; no others are kept."""
         used, index = np.unique(ids, return_inverse=True)
-        tensors = read_tensors(self.folder, keep=lambda name: name == "shared.weight", **self.options)
-        rows = ms.Tensor(np.asarray(tensors["shared.weight"][used])).astype(self.dtype).astype(ms.float32)
+        table = self.files.read(TABLE)[f"{TABLE}weight"]
+        rows = ms.Tensor(np.asarray(table[used])).astype(self.dtype).astype(ms.float32)
         return rows[ms.Tensor(index.reshape(ids.shape).astype(np.int32))]

@@ -7,7 +7,7 @@ from reference_data import FORWARD, diffusers, relative_error
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS, write_vae
-from pixart_nb.core.checkpoints.key_maps import rename_former_vae
+from pixart_nb.core.checkpoints.key_maps import rename_vae
 from pixart_nb.core.models.vae import AutoencoderKL, DiagonalGaussian, VAEConfig
 
 
@@ -63,9 +63,7 @@ def test_latents_of_another_width_are_refused():
 
 def test_names_of_older_autoencoders_are_understood():
     weight = np.arange(4.0).reshape(2, 2, 1, 1)
-    out = rename_former_vae(
-        {"decoder.mid_block.attentions.0.proj_attn.weight": weight, "decoder.conv_in.weight": weight}
-    )
+    out = rename_vae({"decoder.mid_block.attentions.0.proj_attn.weight": weight, "decoder.conv_in.weight": weight})
     assert out["decoder.mid_block.attentions.0.to_out.0.weight"].shape == (2, 2)
     assert out["decoder.conv_in.weight"].shape == (2, 2, 1, 1)
 
