@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 _MODULES = {
     # pipelines, their components and schedulers
     "core.sampling.pipeline": ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPAGPipeline"),
+    "core.sampling.editing": ("PixArtSigmaImg2ImgPipeline", "PixArtSigmaInpaintPipeline"),
     "core.checkpoints.components": ("T5EncoderModel",),
     "core.sampling.schedulers": (
         "DPMSolverMultistepScheduler",

@@ -13,7 +13,9 @@ from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, load_config
 
 
-@config_options(InferenceConfig, without=("upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size"))
+@config_options(
+    InferenceConfig, without=("image", "mask", "upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size")
+)
 def upscale(
     config: ConfigFile = INFERENCE_CONFIG,
     factors: Annotated[

@@ -206,7 +206,10 @@ class InferenceConfig(ModelKeys):
     memory_limit: Number = _machine(0.0, "Memory that a run may take, in GB. 0 stands for all free memory.", ge=0)
     stages_path: OutputPath = _machine("", "Folder for a run in resumable stages, with one network in memory at a time.")
     upscale_from: InputPath = _machine("", "Folder of a finished run in stages, whose images are upscaled.")
-    strength: Number = _machine(0.5, "Share of the denoising steps that an upscaled image goes through.", gt=0, le=1)
+    strength: Number = _sampling(0.5, "Share of the denoising steps that image, or an upscaled image, goes through.", gt=0, le=1)
+
+    image: InputPath = _sampling("", "Image file to begin with, of the ratio of image_height to image_width.")
+    mask: InputPath = _sampling("", "Image file that is white where image is painted anew. The rest is kept.")
 
     lora: LoraFiles = _model([], "LoRA files or folders to apply; PATH:0.5 scales one.")
 
@@ -221,6 +224,10 @@ class InferenceConfig(ModelKeys):
         _require_weights(self)
         if self.kv_compress and not self.kv_compress_layer:
             raise ValueError("kv_compress is on, so expected at least one layer in kv_compress_layer")
+        if self.mask and not self.image:
+            raise ValueError("mask is given, so expected image, the image to paint in")
+        if self.image and self.stages_path:
+            raise ValueError("image and stages_path exclude each other; draw from an image without stages")
         if self.upscale_from and not self.stages_path:
             raise ValueError("upscale_from is given, so expected stages_path, the folder of the larger images' state")
         unit = 1 if self.use_resolution_binning else 16

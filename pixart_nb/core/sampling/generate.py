@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from PIL import Image
 from tqdm.auto import tqdm
 
 from pixart_nb.config import ConfigError, InferenceConfig, bundled_path, check_config
@@ -35,7 +36,7 @@ from pixart_nb.core.sampling.planning import (
     negative_prompts_of,
     prompts_of,
 )
-from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 
 _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
 #: Models that come with the package. An image may name them.
@@ -46,8 +47,8 @@ _SHAPING = """prompt negative_prompt image_height image_width use_resolution_bin
     sd_scale_factor kv_compress kv_compress_sampling kv_compress_scale_factor kv_compress_layer"""
 #: Keys that ``like`` takes from an image: what shapes it.
 SHAPING_KEYS = tuple(_SHAPING.split())
-#: Keys that name weights or latents, by a path or a hub id.
-WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from")
+#: Keys that name weights or images, by a path or a hub id.
+WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from", "image", "mask")
 #: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.
 _T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
 #: Seconds between two updates of a progress bar: in a notebook each is a message.
@@ -93,8 +94,9 @@ def sample(config: InferenceConfig) -> list[Path]:
             rows = slice(first, first + together)
             paths.append(write_image_of(config, requests[first], [image.pixels() for image in images[rows]]))
     else:
-        pipe, done = load_pipeline(config), []
-        with tqdm(total=len(requests) * config.sampling_steps, desc="draw", unit="step") as bar:
+        pipe, done, edited = load_pipeline(config), [], edited_image(config)
+        steps = steps_taken(config.sampling_steps, edited.get("strength", 1))
+        with tqdm(total=len(requests) * steps, desc="draw", unit="step") as bar:
             for first in range(0, len(requests), config.batch_size):
                 batch = requests[first : first + config.batch_size]
                 images = pipe(
@@ -103,6 +105,7 @@ def sample(config: InferenceConfig) -> list[Path]:
                     num_inference_steps=config.sampling_steps,
                     guidance_scale=config.guidance_scale,
                     **pag_options(config),
+                    **edited,
                     height=config.image_height,
                     width=config.image_width,
                     generator=image_generators(config.seed, [request.stream for request in batch]),
@@ -154,10 +157,15 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
     """
     dtype = dtype_from_name(config.dtype)
     cls = PixArtAlphaPipeline if max_sequence_length(config) == 120 else PixArtSigmaPipeline
+    if config.image:
+        from pixart_nb.core.sampling import editing
+
+        cls = editing.PixArtSigmaInpaintPipeline if config.mask else editing.PixArtSigmaImg2ImgPipeline
     parts = dict.fromkeys(name for name in COMPONENTS if name not in only) | _parts(config, dtype, only)
     if not config.model:
         parts["scheduler"] = config.sampling_method  # over the published noise schedule
     pipe = cls.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
+    pipe.max_sequence_length = max_sequence_length(config)
     pipe.set_progress_bar_config(disable=True)
     if "scheduler" in only:
         _set_scheduler(pipe, config)
@@ -180,6 +188,27 @@ def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
     pipe.scheduler = config.sampling_method
     if config.model and type(pipe.scheduler).__name__ != own:
         print(f"sampling_method {config.sampling_method} replaces {own} of {config.model}", file=sys.stderr)
+
+
+def edited_image(config: InferenceConfig) -> dict[str, Any]:
+    """Return the arguments of image-to-image or inpainting, if there is an image."""
+    if not config.image:
+        return {}
+    images = {}
+    for name, path in (("image", config.image), ("mask_image", config.mask)):
+        if path:
+            try:
+                with Image.open(path) as file:
+                    images[name] = file.convert("RGB" if name == "image" else "L")
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise ConfigError(f"{path}: cannot be read as an image ({error})") from error
+    width, height = images["image"].size
+    if not 0.97 < (height / width) / (config.image_height / config.image_width) < 1.03:
+        raise ConfigError(
+            f"{config.image} is {height}x{width} (height x width), and {config.image_height}x{config.image_width} was "
+            "asked for, which would stretch it; give image_height and image_width of its ratio"
+        )
+    return images | {"strength": config.strength}
 
 
 def pag_options(config: InferenceConfig) -> dict[str, float]:

@@ -123,8 +123,6 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         prompt: str | Sequence[str] | None = None,
         *,
         wrap_predict: Callable[[Predict], Predict] = lambda predict: predict,
-        image_latents: np.ndarray | None = None,
-        strength: float = 0.6,
         **arguments: Any,
     ) -> Iterator[Conditioning | Step]:
         """Return the iterator of steps: it yields the ``Conditioning``, then a ``Step`` per timestep.
@@ -132,7 +130,8 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         ``arguments`` are those of ``__call__`` that shape the latents, but height and width are not binned. Wrong
         arguments raise an error at once, and the initial noise is drawn. ``wrap_predict`` receives the guided model,
         and returns what the sampler calls instead. ``image_latents`` (N, C, height / 8, width / 8) start
-        image-to-image: noise is added to them, and the last ``strength`` of the steps are taken.
+        image-to-image: noise is added to them, and the last ``strength`` of the steps are taken. With ``mask`` (N or 1,
+        1, height / 8, width / 8), 1 where to paint, the latents elsewhere stay those of the image.
         """
         defaults = self.sampling_defaults
         if unknown := sorted(arguments.keys() - defaults.keys()):
@@ -149,11 +148,11 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         if copies < 1:
             raise PixArtNBError(f"num_images_per_prompt is {copies}; expected at least 1")
         rows = _rows(inputs[0]) * copies
-        start = self.initial_latents(rows, height, width, call.generator, call.latents)
-        if image_latents is not None:
-            schedule = schedule.last(strength)
-            clean = self.initial_latents(rows, height, width, None, image_latents)
-            start = scheduler.noised(clean, start, schedule)
+        start = noise = self.initial_latents(rows, height, width, call.generator, call.latents)
+        if call.image_latents is not None:
+            schedule = schedule.last(call.strength)
+            clean = self.initial_latents(rows, height, width, None, repeated(call.image_latents, rows))
+            start = scheduler.noised(clean, noise, schedule)
         hooks = self.transformer.hook_manager
         if hooks is not None:
             length = call.max_sequence_length or self.max_sequence_length
@@ -165,7 +164,10 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
             predict = guided_model(
                 self.transformer, condition, call.guidance_scale, height, width, call.guidance_rescale, perturbation
             )
-            yield scheduler.steps(wrap_predict(predict), start, schedule, call.generator, call.eta)
+            steps = scheduler.steps(wrap_predict(predict), start, schedule, call.generator, call.eta)
+            if call.mask is not None:
+                steps = _unmasked_kept(steps, scheduler, clean, noise, schedule, repeated(call.mask, rows))
+            yield steps
 
         return itertools.chain.from_iterable(parts())
 
@@ -276,9 +278,11 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         ignore_options("the pipeline", options, parameters_of(self.__call__))
         size = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
         steps = self.sample(prompt, **call | {"height": size[0], "width": size[1]})
-        count, self._interrupt = len(self.plan(num_inference_steps, timesteps, sigmas)), False
+        schedule, self._interrupt = self.plan(num_inference_steps, timesteps, sigmas), False
+        if call.get("image_latents") is not None:
+            schedule = schedule.last(call["strength"])
         next(steps)
-        for step in self.progress_bar(steps, count):
+        for step in self.progress_bar(steps, len(schedule)):
             if callback is not None and step.index % (callback_steps or 1) == 0:
                 callback(step.index, step.timestep, step.latents)
             if callback_on_step_end is not None:
@@ -299,7 +303,7 @@ PixArtSigmaPipeline.sampling_defaults = {
     name: parameter.default
     for name, parameter in inspect.signature(PixArtSigmaPipeline.__call__).parameters.items()
     if name not in _NOT_SAMPLING.split()
-} | {"pag_scale": 0.0, "pag_adaptive_scale": 0.0}
+} | {"pag_scale": 0.0, "pag_adaptive_scale": 0.0, "image_latents": None, "strength": 0.6, "mask": None}
 
 
 class PixArtAlphaPipeline(PixArtSigmaPipeline):
@@ -330,6 +334,20 @@ class PixArtSigmaPAGPipeline(PixArtSigmaPipeline):
         pipe = super().from_pretrained(folder_or_hub_id, *args, **options)
         pipe.set_pag_applied_layers(pag_applied_layers)
         return pipe
+
+
+def repeated(rows: np.ndarray | ms.Tensor, count: int) -> np.ndarray:
+    """Return an array of ``count`` rows, each of the given ones repeated side by side if their number divides it."""
+    rows = np.asarray(rows.asnumpy() if isinstance(rows, ms.Tensor) else rows)
+    return rows if not len(rows) or count % len(rows) else np.repeat(rows, count // len(rows), 0)
+
+
+def _unmasked_kept(steps, scheduler, image, noise, schedule, mask) -> Iterator[Step]:
+    """Yield the steps, whose latents outside the mask are those of the image with the noise of that time."""
+    for step in steps:
+        kept = scheduler.noised_at(image, noise, float(schedule.sigmas[step.index, 1]))
+        step.latents[...] = mask * step.latents + (1 - mask) * kept  # the sampler continues with this array
+        yield step
 
 
 def _rows(texts: TextInput) -> int:

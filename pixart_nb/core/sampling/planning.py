@@ -164,7 +164,7 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
         height,
         width,
         batch=1 if config.stages_path else min(config.batch_size, images),
-        steps=steps_taken(config.sampling_steps, config.strength if config.upscale_from else 1),
+        steps=steps_taken(config.sampling_steps, config.strength if config.upscale_from or config.image else 1),
         guided=config.guidance_scale > 1,
         dtype=_computed_dtype(config.dtype),
         t5_load=config.t5_load,

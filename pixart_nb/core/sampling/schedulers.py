@@ -217,7 +217,11 @@ class Scheduler(BaseModel):
 
         This is image-to-image (SDEdit, Meng et al. 2022).
         """
-        signal, scale = scales(float(schedule.sigmas[0, 0]))
+        return self.noised_at(image, noise, float(schedule.sigmas[0, 0]))
+
+    def noised_at(self, image: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
+        """Return what the latents of a step would be at ``sigma``, for these clean latents and this noise."""
+        signal, scale = scales(sigma)
         return (signal * image + scale * noise).astype(np.float32)
 
 
@@ -469,6 +473,9 @@ class _SigmaSpaceScheduler(_SigmaScheduler, _Spaced):
     def noised(self, image: np.ndarray, noise: np.ndarray, schedule: StepSchedule) -> np.ndarray:
         sigma = float(schedule.sigmas[0, 0])
         return ((image + sigma * noise) / self.init_noise_sigma(schedule)).astype(np.float32)
+
+    def noised_at(self, image: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
+        return (image + sigma * noise).astype(np.float32)
 
 
 class EulerDiscreteScheduler(_SigmaSpaceScheduler, _Curved):

@@ -1,0 +1,140 @@
+"""Image-to-image and inpainting: what is kept, what is drawn anew, and what is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from reference_data import diffusers
+
+from pixart_nb import PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
+from pixart_nb.config import check_config
+from pixart_nb.core.sampling import generate
+from pixart_nb.core.sampling.editing import crop_box, image_array, latent_mask, mask_array
+
+FOLDER = diffusers("sigma")[0]
+PIXELS = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+MASK = np.zeros((64, 96), bool)
+MASK[20:42, 30:61] = True
+CALL = {"num_inference_steps": 4, "guidance_scale": 1.0, "use_resolution_binning": False}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = PixArtSigmaImg2ImgPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def painter(pipe):
+    painter = PixArtSigmaInpaintPipeline.from_pipe(pipe)
+    painter.set_progress_bar_config(disable=True)
+    return painter
+
+
+def drawn(pipe, *args, **call):
+    return pipe("a cup", *args, generator=np.random.default_rng(0), **CALL | call)[0]
+
+
+def count(counts):
+    counts[-1] += 1
+
+
+def test_the_strength_is_the_share_of_the_steps_and_moves_away_from_the_image(pipe):
+    start = pipe.vae.config.to_model(pipe._encoded_image(image_array(PIXELS).transpose(0, 3, 1, 2) * 2 - 1))
+    distances, counts = [], []
+    for strength in (0.25, 0.5, 1.0):
+        counts.append(0)
+        latents = drawn(pipe, PIXELS, strength, output_type="latent", callback=lambda *step: count(counts))
+        distances.append(np.abs(latents - start).mean())
+    assert counts == [1, 2, 4]
+    assert distances == sorted(distances)
+
+
+def test_images_are_given_as_in_diffusers_and_come_back_in_their_size(pipe):
+    as_pil = drawn(pipe, Image.fromarray(PIXELS), 0.5)[0]
+    assert as_pil.size == (96, 64)
+    for image in (PIXELS, PIXELS / 255, [Image.fromarray(PIXELS)], PIXELS[None]):
+        assert np.array_equal(np.asarray(drawn(pipe, image, 0.5)[0]), np.asarray(as_pil))
+    assert drawn(pipe, PIXELS[:50, :70], 0.5)[0].size == (70, 50)  # drawn at 48x64
+    assert drawn(pipe, PIXELS, 0.5, height=32, width=48)[0].size == (48, 32)
+    two = drawn(pipe, [PIXELS, PIXELS[::-1]], 0.5, num_images_per_prompt=2, output_type="np")
+    assert two.shape == (2, 64, 96, 3)
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler", "lcm", "unipc", "heun", "pndm", "ddim"])
+@pytest.mark.parametrize("options", [{}, {"padding_mask_crop": 4}, {"strength": 0.5}])
+def test_pixels_outside_the_mask_are_kept_exactly(painter, scheduler, options):
+    painter.scheduler = scheduler
+    result = np.asarray(drawn(painter, PIXELS, MASK, **options)[0])
+    assert np.array_equal(result[~MASK], PIXELS[~MASK])
+    assert not np.array_equal(result[MASK], PIXELS[MASK])
+
+
+def test_latents_outside_the_mask_end_as_those_of_the_image(painter):
+    painter.scheduler = "dpm++"
+    start = painter.vae.config.to_model(painter._encoded_image(image_array(PIXELS).transpose(0, 3, 1, 2) * 2 - 1))
+    latents = drawn(painter, PIXELS, Image.fromarray(MASK), output_type="latent")
+    outside = latent_mask(MASK[None], 64, 96)[0, 0] == 0
+    assert np.array_equal(latents[0][:, outside], start[0][:, outside])
+    assert not np.allclose(latents[0][:, ~outside], start[0][:, ~outside])
+
+
+def test_a_crop_is_the_part_around_the_mask():
+    assert crop_box(MASK, 4, 30 / 39) == (16, 26, 46, 65)
+    assert crop_box(MASK, 1000, 64 / 96) == (0, 0, 64, 96)
+    top, left, bottom, right = crop_box(MASK, 4, 2.0)
+    assert (bottom - top, right - left) == (64, 39)
+
+
+@pytest.mark.parametrize(
+    ("image", "strength", "message"),
+    [
+        (None, 0.5, "image is None; expected a PIL image"),
+        ([], 0.5, r"image is \[\]"),
+        (PIXELS[..., 0], 0.5, "image is of ndarray"),
+        (PIXELS.astype(float), 0.5, "image goes from 0 to 255"),
+        ([PIXELS, PIXELS[:32]], 0.5, "the images have sizes"),
+        (PIXELS, 0.1, "strength 0.1 of 4 steps leaves no step; give more steps, or at least 0.25"),
+        (PIXELS, 0, "strength is 0; expected above 0"),
+        ([PIXELS] * 3, 0.5, "latents have shape"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_refused(pipe, image, strength, message):
+    with pytest.raises(ValueError, match=message):
+        drawn(pipe, image, strength, num_images_per_prompt=2)
+
+
+def test_masks_that_cannot_be_used_are_refused(painter):
+    with pytest.raises(ValueError, match="nothing to paint: it is black; white is painted"):
+        drawn(painter, PIXELS, np.zeros((64, 96), np.uint8))
+    with pytest.raises(ValueError, match=r"mask_image is \(32, 96\) pixels, the image \(64, 96\)"):
+        drawn(painter, PIXELS, MASK[:32])
+    with pytest.raises(ValueError, match="mask_image is None"):
+        drawn(painter, PIXELS)
+    assert mask_array(Image.fromarray(MASK), (64, 96)).sum() == MASK.sum()
+
+
+def test_a_configuration_begins_with_an_image_and_keeps_what_the_mask_leaves(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    Image.fromarray(MASK).save(tmp_path / "mask.png")
+    values = {"model": str(FOLDER), "image_height": 64, "image_width": 96, "prompt": ["a cup"], "sampling_steps": 4}
+    values |= {"use_resolution_binning": False, "output_path": str(tmp_path / "out")}
+    image = {"image": str(tmp_path / "image.png")}
+    (changed,) = generate.sample(check_config(values | image))
+    assert not np.array_equal(np.asarray(Image.open(changed)), PIXELS)
+    (painted,) = generate.sample(check_config(values | image | {"mask": str(tmp_path / "mask.png")}))
+    assert np.array_equal(np.asarray(Image.open(painted))[~MASK], PIXELS[~MASK])
+    with pytest.raises(ValueError, match=r"was drawn with .*image .*give --model --image --mask"):
+        generate.like(painted)
+    with pytest.raises(ValueError, match="would stretch it; give image_height and image_width of its ratio"):
+        generate.sample(check_config(values | image | {"image_height": 96}))
+    with pytest.raises(ValueError, match="mask is given, so expected image"):
+        check_config(values | {"mask": "mask.png"})
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        generate.sample(check_config(values | {"image": str(tmp_path / "none.png")}))
+
+
+def test_the_plain_pipeline_is_as_before(pipe):
+    plain = PixArtSigmaPipeline.from_pipe(pipe, scheduler="dpm++")
+    plain.set_progress_bar_config(disable=True)
+    assert drawn(plain, height=64, width=96)[0].size == (96, 64)
