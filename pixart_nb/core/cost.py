@@ -20,6 +20,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import init_empty
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, split_heads
+from pixart_nb.core.models.bfloat16 import for_inference
 from pixart_nb.core.models.embeddings import FREQUENCIES
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
@@ -39,9 +40,11 @@ def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
     return sum(parameter.size for parameter in empty_network(config).get_parameters())
 
 
-def empty_network(config: PixArtConfig | T5Config | VAEConfig) -> nn.Cell:
+def empty_network(config: PixArtConfig | T5Config | VAEConfig, dtype: ms.Type = ms.float32) -> nn.Cell:
     """Build the network of a configuration with parameters that hold no memory."""
-    return init_empty(lambda: _NETWORKS[type(config)](config), ms.float32)
+    build = _NETWORKS[type(config)]
+    in_bfloat16 = not isinstance(config, VAEConfig)
+    return init_empty(lambda: for_inference(build(config), dtype) if in_bfloat16 else build(config), dtype)
 
 
 # ---- transformer

@@ -235,7 +235,7 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
         "denoise": size * (parameters(config) + copies),
-        "decode": (4 if networks.vae.force_upcast else size) * parameters(networks.vae),
+        "decode": (4 if networks.vae.force_upcast else _activation_size(run.dtype)) * parameters(networks.vae),
     }
 
 
@@ -261,9 +261,14 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     scores = 0.0 if flash else 4.0 * heads * queries * keys
     return {
         "encode": 4.0 * (values + upcast),
-        "denoise": BYTES[run.dtype] * TOKEN * run.rows * tokens * config.hidden_size + SCORE * scores,
+        "denoise": _activation_size(run.dtype) * TOKEN * run.rows * tokens * config.hidden_size + SCORE * scores,
         "decode": _decoder_bytes(networks.vae, run),
     }
+
+
+def _activation_size(dtype: str) -> int:
+    """Return the bytes of an activation: beside bfloat16 weights, a CPU keeps float32."""
+    return BYTES[dtype] if dtype != "bf16" or backend.on_ascend() else 4
 
 
 def _decoder_bytes(config: VAEConfig, run: RunSettings) -> float:
@@ -315,9 +320,8 @@ def measure_speed(networks: Networks, run: RunSettings) -> Speed:
 
 
 def _zero_network(config: PixArtConfig | VAEConfig, dtype: str) -> Any:
-    net = cost.empty_network(config)
+    net = cost.empty_network(config, backend.dtype_from_name(dtype))
     for parameter in net.get_parameters():
-        parameter.set_dtype(backend.supported_dtype(backend.dtype_from_name(dtype)))
         parameter.init_data()
     return net.set_train(False)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.config import bundled_path
-from pixart_nb.core.backend import ms, supported_dtype
+from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
 from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, write_safetensors
@@ -160,7 +160,7 @@ class T5EncoderModel:
             folder = component_paths(folder_or_hub_id, [subfolder], revision)[subfolder]
         if load_in_8bit and stream:
             raise PixArtNBError("load_in_8bit and stream are both on; expected at most one of them")
-        dtype = supported_dtype(mindspore_dtype or ms.float32)
+        dtype = mindspore_dtype or ms.float32
         if stream:
             return StreamedT5Encoder(folder, dtype, **options)
         return load_t5(folder, dtype, load_in_8bit, **options)

@@ -88,8 +88,9 @@ class PipelineBase:
         Reads the layout that diffusers publishes, and that of mindone's example: a checkpoint and the folders vae,
         text_encoder and tokenizer (of several checkpoints, give the path of one). A component that is given is used as
         it is; None leaves it out: a pipeline without a text encoder takes embeddings, one without a transformer only
-        encodes, one without a VAE returns latents. Weights are cast to ``mindspore_dtype``, float32 by default; on the
-        CPU bfloat16 becomes float32. ``torch_dtype`` is its other name. ``variant``, such as fp16, chooses the files.
+        encodes, one without a VAE returns latents. Weights are cast to ``mindspore_dtype``, float32 by default
+        (``torch_dtype`` is its other name). With bfloat16 on a CPU the linear layers keep bfloat16 weights, and the
+        rest is float32. ``variant``, such as fp16, chooses the files.
 
         Raises ``CheckpointError`` for a folder that is missing or incomplete and for a hub that cannot be reached.
         """
@@ -97,7 +98,7 @@ class PipelineBase:
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         names = [name for name, part in parts.items() if part is _LOAD]
-        dtype = supported_dtype(as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype))
+        dtype = as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype)
         ignore_options("from_pretrained", options, parameters_of(cls.from_pretrained))
         files = {"revision": revision, "variant": variant, "use_safetensors": use_safetensors}
         loaded = components.load_components(folder_or_hub_id, names, dtype, **files) if names else {}

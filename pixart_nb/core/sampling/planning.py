@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import ConfigError, InferenceConfig
-from pixart_nb.core.backend import dtype_from_name, ms, on_ascend, supported_dtype
+from pixart_nb.core.backend import on_ascend
 from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.memory import available, in_use
+from pixart_nb.core.models.bfloat16 import unsupported
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
@@ -41,7 +42,6 @@ SIZES = (256, 512, 1024, 2048, 4096)
 RATIOS = (1, 2, 4)
 #: Mean letters of an English token.
 _LETTERS_PER_TOKEN = 4
-_DTYPES = {ms.float32: "fp32", ms.float16: "fp16", ms.bfloat16: "bf16"}
 
 
 def prompts_of(config: InferenceConfig) -> list[str]:
@@ -181,8 +181,8 @@ def _tokens(text: str, config: InferenceConfig) -> int:
 
 
 def _computed_dtype(dtype: str) -> str:
-    """Return the dtype that this device computes in."""
-    return _DTYPES[supported_dtype(dtype_from_name(dtype))]
+    """Return the dtype of the weights on this device."""
+    return "fp32" if dtype == "bf16" and not on_ascend() and unsupported() else dtype
 
 
 def check_memory(config: InferenceConfig) -> None:
@@ -221,7 +221,7 @@ def plan_config(
     run = run_settings(config, networks)
     speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(_computed_dtype, dtypes)])
     if timed:
-        from pixart_nb.core.subprocesses import run_in_subprocess
+        from pixart_nb.core.memory import run_in_subprocess
 
         speeds = {
             dtype: run_in_subprocess("measures the speed", measure_speed, networks, replace(run, dtype=dtype))

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_data import relative_error
+from safetensors.numpy import load_file
 from test_transformer import inputs, small_net
 
+from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import load_t5
@@ -129,3 +131,18 @@ def test_a_processor_without_the_products_computes_in_float32_and_says_so(monkey
     with pytest.warns(UserWarning, match="computed in float32: this processor has neither"):
         net = load_transformer(bundled / "transformer", dtype=ms.bfloat16)
     assert {parameter.dtype for parameter in net.get_parameters()} == {ms.float32}
+
+
+@needs_products
+def test_a_pipeline_in_bfloat16_draws_the_image_of_float32_and_is_saved_for_everyone(tmp_path):
+    bundled = Path(__file__).parents[3] / "data/tiny-sigma"
+    images = []
+    for dtype in ("fp32", "bf16"):
+        pipe = PixArtSigmaPipeline.from_pretrained(bundled, mindspore_dtype=dtype)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": 4, "output_type": "np", "generator": np.random.default_rng(1)}
+        images.append(pipe("a red mushroom on grass", **options)[0])
+    assert 0 < np.sqrt(np.mean((images[0] - images[1]) ** 2)) < 0.06
+    pipe.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
+    assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
