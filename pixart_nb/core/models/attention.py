@@ -11,7 +11,14 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.ascend_operators import flash_attention, flash_supports
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm, Linear
-from pixart_nb.core.models.operators import scaled_dot_product_attention, transpose, upcast
+from pixart_nb.core.models.operators import (
+    masked_attention,
+    merge_heads,
+    scaled_dot_product_attention,
+    split_heads,
+    split_parts,
+    upcast,
+)
 
 #: Added to the score of a masked token. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9
@@ -56,10 +63,14 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend.on_ascend() and bias is None and flash_supports(q.shape[-1], q.dtype):
         return flash_attention(q, k, v, mask, scale)
-    if mask is not None:
-        q, k = _append_mask(q * scale, k, mask)
-        scale = 1.0
-    return _attention_in_chunks(q, k, v, scale, bias)
+    if mask is None:
+        return _attention_in_chunks(q, k, v, scale, bias)
+    q, column = q * scale, _mask_column(k, mask)
+    rows, queries = q.shape[0] * q.shape[1], q.shape[2]
+    if bias is None and chunk_shape(rows, queries, k.shape[2]) == (rows, queries):
+        return masked_attention(upcast(q), upcast(k), upcast(v), upcast(column)).astype(v.dtype)
+    ones = mint.ones((*q.shape[:3], 1), dtype=q.dtype)
+    return _attention_in_chunks(mint.cat((q, ones), -1), mint.cat((k, column), -1), v, 1.0, bias)
 
 
 def _attention_in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None) -> ms.Tensor:
@@ -109,26 +120,12 @@ def _attention(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.
     return _weighted_sum(ops.softmax(scores, -1).astype(v.dtype), v).astype(dtype)
 
 
-def _append_mask(q: ms.Tensor, k: ms.Tensor, mask: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
-    """Mask by one more column: 1 in q, and in k 0 for a token and a very negative number for padding."""
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    masked = MASKED_SCORE if q.dtype == ms.float32 else MASKED_SCORE_HALF
-    column = (1.0 - mask.astype(q.dtype)) * masked
-    column = ops.tile(column.reshape(batch, 1, keys, 1), (1, heads, 1, 1))
-    return mint.cat((q, mint.ones((batch, heads, queries, 1), dtype=q.dtype)), -1), mint.cat((k, column), -1)
-
-
-def split_heads(x: ms.Tensor, heads: int) -> ms.Tensor:
-    """(B, N, D) -> (B, heads, N, D / heads)."""
-    batch, tokens, size = x.shape
-    return transpose(x.reshape(batch, tokens, heads, size // heads), 0, 2, 1, 3)
-
-
-def merge_heads(x: ms.Tensor) -> ms.Tensor:
-    """(B, heads, N, d) -> (B, N, heads d)."""
-    batch, heads, tokens, size = x.shape
-    return transpose(x, 0, 2, 1, 3).reshape(batch, tokens, heads * size)
+def _mask_column(k: ms.Tensor, mask: ms.Tensor) -> ms.Tensor:
+    """Column (B, H, M, 1) of k that masks, beside a column of ones in q: 0 for a token, very negative for padding."""
+    batch, heads, keys, _ = k.shape
+    masked = MASKED_SCORE if k.dtype == ms.float32 else MASKED_SCORE_HALF
+    column = (1.0 - mask.astype(k.dtype)) * masked
+    return ops.tile(column.reshape(batch, 1, keys, 1), (1, heads, 1, 1))
 
 
 class SelfAttention(nn.Cell):
@@ -151,11 +148,14 @@ class SelfAttention(nn.Cell):
     def construct(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """x (B, height * width, D) -> the same shape; height and width count tokens."""
         qkv = self.qkv(x)
-        q, k, v = qkv[..., : self.size], qkv[..., self.size : 2 * self.size], qkv[..., 2 * self.size :]
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        k, v = self.compress(k, height, width), self.compress(v, height, width)
-        q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
+        if self.q_norm is None and self.ratio == 1 and self.hook_point is None:
+            q, k, v = split_parts(qkv, 3, self.heads)
+        else:
+            q, k, v = (part.reshape(x.shape) for part in split_parts(qkv, 3, 1))
+            if self.q_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            k, v = self.compress(k, height, width), self.compress(v, height, width)
+            q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
         return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point)))
 
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
@@ -179,8 +179,7 @@ class CrossAttention(nn.Cell):
 
     def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, ms.Tensor]:
         """Project a caption (B, T, D) to keys and values (B, H, T, d). They do not depend on the timestep."""
-        kv = self.kv_linear(caption)
-        return split_heads(kv[..., : self.size], self.heads), split_heads(kv[..., self.size :], self.heads)
+        return split_parts(self.kv_linear(caption), 2, self.heads)
 
     def construct(self, x: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
         """x (B, N, D), k and v of ``keys_values``, mask (B, T) bool or None -> (B, N, D)."""
