@@ -16,7 +16,7 @@ from mindspore import mint, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import ascend_operators
-from pixart_nb.core.models.operators import Normalize
+from pixart_nb.core.models.operators import normalize
 
 FLOATS = (ms.float32, ms.float16, ms.bfloat16)
 #: Dtypes that FlashAttentionScore takes, and the limits of its shapes.
@@ -44,7 +44,7 @@ def layer_norm(x, weight, bias, eps):
     """LayerNormExt: weight and bias of the shape of the last axis, or neither."""
     _floats(x, weight, bias)
     require((weight is None) == (bias is None), "weight and bias come together")
-    wide = Normalize(eps)(x.astype(ms.float32).reshape(-1, x.shape[-1])).reshape(x.shape)
+    wide = normalize(x.astype(ms.float32).reshape(-1, x.shape[-1]), eps).reshape(x.shape)
     if weight is not None:
         require(weight.shape == bias.shape == x.shape[-1:], f"weight {weight.shape} for x {x.shape}")
         wide = wide * weight.astype(ms.float32) + bias.astype(ms.float32)

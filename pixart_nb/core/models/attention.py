@@ -23,6 +23,8 @@ from pixart_nb.core.models.operators import (
 #: Added to the score of a masked token. Finite, so that it also passes through a matrix product.
 MASKED_SCORE = -1e9
 MASKED_SCORE_HALF = -6e4
+#: Multiple of the memory budget in training, where slices and their gradients cost more than the cache gains.
+TRAINING_CHUNKS = 4
 #: Queries per chunk if the memory budget allows it.
 CHUNK_QUERIES = 2048
 _scores = ops.BatchMatMul(transpose_b=True)
@@ -47,6 +49,7 @@ def attention(
     scale: float | None = None,
     bias: ms.Tensor | None = None,
     hook_point=None,
+    chunks: int = 1,
 ) -> ms.Tensor:
     """Return ``softmax(scale q k^T + bias) v`` over the tokens that ``mask`` allows, softmax in float32.
 
@@ -55,8 +58,8 @@ def attention(
     memory budget allows, so that no N x M matrix exists. Ascend's flash attention takes over in half precision, without
     a bias and for heads of up to 256.
 
-    ``hook_point`` (``core.hooks``) takes over when the layer is traced or changed. It computes the
-    attention by this function too, so a trace does not change a bit.
+    ``chunks`` multiplies the budget. ``hook_point`` (``core.hooks``) takes over when the layer is traced or changed. It
+    computes the attention by this function too, so a trace does not change a bit.
     """
     if hook_point is not None:
         return hook_point(q, k, v, mask)
@@ -64,20 +67,22 @@ def attention(
     if backend.on_ascend() and bias is None and flash_supports(q.shape[-1], q.dtype):
         return flash_attention(q, k, v, mask, scale)
     if mask is None:
-        return _attention_in_chunks(q, k, v, scale, bias)
+        return _attention_in_chunks(q, k, v, scale, bias, chunks)
     q, column = q * scale, _mask_column(k, mask)
     rows, queries = q.shape[0] * q.shape[1], q.shape[2]
-    if bias is None and chunk_shape(rows, queries, k.shape[2]) == (rows, queries):
+    if bias is None and chunk_shape(rows, queries, k.shape[2], chunks) == (rows, queries):
         return masked_attention(upcast(q), upcast(k), upcast(v), upcast(column)).astype(v.dtype)
     ones = mint.ones((*q.shape[:3], 1), dtype=q.dtype)
-    return _attention_in_chunks(mint.cat((q, ones), -1), mint.cat((k, column), -1), v, 1.0, bias)
+    return _attention_in_chunks(mint.cat((q, ones), -1), mint.cat((k, column), -1), v, 1.0, bias, chunks)
 
 
-def _attention_in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None) -> ms.Tensor:
+def _attention_in_chunks(
+    q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float, bias: ms.Tensor | None, chunks: int
+) -> ms.Tensor:
     batch, heads, queries, _ = q.shape
     rows = batch * heads
     if bias is None:
-        group, chunk = chunk_shape(rows, queries, k.shape[2])
+        group, chunk = chunk_shape(rows, queries, k.shape[2], chunks)
     else:
         group, chunk = rows, max(1, backend.ATTENTION_CHUNK_BYTES // (4 * rows * k.shape[2]))
     if group == rows and chunk >= queries:
@@ -97,15 +102,15 @@ def _attention_in_chunks(q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, scale: float,
     return out.reshape(batch, heads, queries, v.shape[3])
 
 
-def chunk_shape(heads: int, queries: int, keys: int) -> tuple[int, int]:
-    """Return how many heads and queries to compute at a time, so that their scores keep to the memory budget.
+def chunk_shape(heads: int, queries: int, keys: int, chunks: int = 1) -> tuple[int, int]:
+    """Return how many heads and queries to compute at a time, so that their scores keep to ``chunks`` memory budgets.
 
     Fewer heads are better than fewer queries: each product with few queries prepares all keys again.
 
     >>> chunk_shape(32, 4096, 4096), chunk_shape(32, 256, 256)
     ((1, 2048), (32, 256))
     """
-    rows = max(1, backend.ATTENTION_CHUNK_BYTES // (4 * keys))
+    rows = max(1, chunks * backend.ATTENTION_CHUNK_BYTES // (4 * keys))
     chunk = min(queries, rows, max(CHUNK_QUERIES, rows // heads))
     return max(1, min(heads, rows // chunk)), chunk
 
@@ -126,6 +131,10 @@ def _mask_column(k: ms.Tensor, mask: ms.Tensor) -> ms.Tensor:
     masked = MASKED_SCORE if k.dtype == ms.float32 else MASKED_SCORE_HALF
     column = (1.0 - mask.astype(k.dtype)) * masked
     return ops.tile(column.reshape(batch, 1, keys, 1), (1, heads, 1, 1))
+
+
+def _chunks(layer: nn.Cell) -> int:
+    return TRAINING_CHUNKS if layer.training else 1
 
 
 class SelfAttention(nn.Cell):
@@ -156,7 +165,7 @@ class SelfAttention(nn.Cell):
                 q, k = self.q_norm(q), self.k_norm(k)
             k, v = self.compress(k, height, width), self.compress(v, height, width)
             q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
-        return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point)))
+        return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point, chunks=_chunks(self))))
 
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Return keys or values (B, N, D) on the coarser grid: (B, M, D)."""
@@ -184,4 +193,4 @@ class CrossAttention(nn.Cell):
     def construct(self, x: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
         """x (B, N, D), k and v of ``keys_values``, mask (B, T) bool or None -> (B, N, D)."""
         q = split_heads(self.q_linear(x), self.heads)
-        return self.proj(merge_heads(attention(q, k, v, mask, hook_point=self.hook_point)))
+        return self.proj(merge_heads(attention(q, k, v, mask, hook_point=self.hook_point, chunks=_chunks(self))))

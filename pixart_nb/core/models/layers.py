@@ -14,7 +14,7 @@ from mindspore.common.initializer import initializer
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import ascend_operators
-from pixart_nb.core.models.operators import Normalize, gelu_tanh, linear, repeat_tokens
+from pixart_nb.core.models.operators import gelu_tanh, linear, normalize, repeat_tokens
 
 
 def parameter(shape: tuple[int, ...], init: str | float = "zeros", name: str = "weight") -> ms.Parameter:
@@ -64,14 +64,14 @@ class LayerNorm(nn.Cell):
 
     def __init__(self, size: int, eps: float = 1e-5, affine: bool = True):
         super().__init__()
-        self.normalize, self.eps = Normalize(eps), eps
+        self.eps = eps
         self.weight = parameter((size,), "ones") if affine else None
         self.bias = parameter((size,), name="bias") if affine else None
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         if backend.on_ascend():
             return self._fused(x)
-        rows = self.normalize(x.astype(ms.float32).reshape(-1, x.shape[-1]))
+        rows = normalize(x.astype(ms.float32).reshape(-1, x.shape[-1]), self.eps)
         if self.weight is not None:
             rows = rows * self._repeat(self.weight, rows) + self._repeat(self.bias, rows)
         return rows.reshape(x.shape).astype(x.dtype)

@@ -91,20 +91,21 @@ def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
     """
     if backend.on_ascend():
         return ascend_operators.gelu_tanh(x)
-    return _gelu(upcast(x)).astype(x.dtype)
+    return _gelu(upcast(x))[0].astype(x.dtype)
 
 
 class _Gelu(nn.Cell):
-    """x s with s = sigmoid(x (a + b x^2)). The gradient is s + x (a + 3 b x^2) s (1 - s)."""
+    """x g with g = sigmoid(u), u = x (a + b x^2). The gradient is g + (3 u - 2 a x) g (1 - g), from stored u and g."""
 
     def construct(self, x):
-        return x * ops.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * (x * x)))
+        inner = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
+        gate = ops.sigmoid(inner)
+        return x * gate, inner, gate
 
     def bprop(self, x, out, dout):
-        inner = 1.5957691216057308 + 0.07135481627260025 * (x * x)
-        gate = ops.sigmoid(x * inner)
-        slope = x * (inner * 3.0 - 3.1915382432114616)
-        return (dout * gate + _sigmoid_grad(gate, dout) * slope,)
+        _, inner, gate = out
+        slope = inner * 3.0 - x * 3.1915382432114616
+        return (dout[0] * gate + _sigmoid_grad(gate, dout[0]) * slope,)
 
 
 _gelu = _Gelu()
@@ -154,28 +155,29 @@ def repeat_vector(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
     return _tile(vector.reshape(1, -1), (x.shape[0], 1))
 
 
-class Normalize(nn.Cell):
+class _Normalize(nn.Cell):
+    """Rows (M, D) with mean 0 and variance 1, and their inverse standard deviations (M, 1) for the gradient."""
+
+    def construct(self, x, eps):
+        size = x.shape[1]
+        centred = x - _tile(_row_mean(x, 1), (1, size))
+        inverse = ops.rsqrt(_row_mean(centred * centred, 1) + eps)
+        return centred * _tile(inverse, (1, size)), inverse
+
+    def bprop(self, x, eps, out, dout):
+        rows, inverse = out
+        size = x.shape[1]
+        along = _tile(_row_mean(dout[0] * rows, 1), (1, size))
+        mean = _tile(_row_mean(dout[0], 1), (1, size))
+        return _tile(inverse, (1, size)) * (dout[0] - mean - rows * along), 0.0
+
+
+_normalize = _Normalize()
+
+
+def normalize(x: ms.Tensor, eps: float) -> ms.Tensor:
     """Bring rows (M, D) to mean 0 and variance 1: layer normalization without weights."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-
-    def construct(self, x):
-        size = x.shape[1]
-        centred = x - _tile(_row_mean(x, 1), (1, size))
-        return centred * self.inverse_deviation(centred)
-
-    def inverse_deviation(self, centred):
-        size = centred.shape[1]
-        return _tile(ops.rsqrt(_row_mean(centred * centred, 1) + self.eps), (1, size))
-
-    def bprop(self, x, out, dout):
-        size = x.shape[1]
-        centred = x - _tile(_row_mean(x, 1), (1, size))
-        along = _tile(_row_mean(dout * out, 1), (1, size))
-        mean = _tile(_row_mean(dout, 1), (1, size))
-        return (self.inverse_deviation(centred) * (dout - mean - out * along),)
+    return _normalize(x, eps)[0]
 
 
 class _ScaledDotProductAttention(nn.Cell):

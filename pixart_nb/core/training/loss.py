@@ -106,7 +106,8 @@ def loss_terms(output, x_start, x_t, noise, table) -> tuple[ms.Tensor, ms.Tensor
     channels = x_start.shape[1]
     output = output.astype(ms.float32)
     predicted, variance = output[:, :channels], output[:, channels:]
-    mse = ((noise - predicted) ** 2).mean((1, 2, 3))
+    error = noise - predicted
+    mse = (error * error).mean((1, 2, 3))
     return mse, variational_bound(ops.stop_gradient(predicted), variance, x_start, x_t, table)
 
 
@@ -132,8 +133,9 @@ def _column(table: ms.Tensor, index: int) -> ms.Tensor:
 
 
 def _normal_kl(mean_a, log_variance_a, mean_b, log_variance_b):
-    ratio = ops.exp(log_variance_a - log_variance_b)
-    return 0.5 * (log_variance_b - log_variance_a - 1.0 + ratio + (mean_a - mean_b) ** 2 * ops.exp(-log_variance_b))
+    ratio, difference = ops.exp(log_variance_a - log_variance_b), mean_a - mean_b
+    distance = difference * difference * ops.exp(-log_variance_b)
+    return 0.5 * (log_variance_b - log_variance_a - 1.0 + ratio + distance)
 
 
 def _normal_cdf(x):

@@ -6,12 +6,16 @@ import pytest
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import operators
 from pixart_nb.core.models.operators import (
-    Normalize,
     gelu_tanh,
     linear,
+    masked_attention,
+    merge_heads,
+    normalize,
     repeat_tokens,
     scaled_dot_product_attention,
     silu,
+    split_heads,
+    split_parts,
 )
 
 
@@ -48,13 +52,53 @@ def five_tokens(x):
     return repeat_tokens(x, 5)
 
 
+def normalized(x):
+    return normalize(x, 1e-6)
+
+
+def reference_masked(q, k, v):
+    return float64_softmax(q @ k.swapaxes(-1, -2) + 2 * COLUMN.swapaxes(-1, -2)) @ v
+
+
+def masked(q, k, v):
+    return masked_attention(q, k, v, ms.Tensor((2 * COLUMN).astype(np.float32)))
+
+
+def middle_part(x):
+    query, key, value = split_parts(x, 3, 2)
+    return query + 2 * key * value
+
+
+def reference_middle_part(x):
+    query, key, value = x.reshape(2, 5, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+    return query + 2 * key * value
+
+
+def two_heads(x):
+    return split_heads(x, 2)
+
+
+def reference_two_heads(x):
+    return x.reshape(2, 5, 2, 3).transpose(0, 2, 1, 3)
+
+
+def reference_merged(x):
+    return x.transpose(0, 2, 1, 3).reshape(2, 5, -1)
+
+
 def numbers(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
+COLUMN = numbers(2, 3, 7, 1)
 CASES = {
     "linear": (linear, reference_linear, [numbers(2, 3, 7), numbers(4, 7), numbers(4)]),
-    "normalize": (Normalize(1e-6), reference_normalize, [3 + 2 * numbers(6, 9)]),
+    "wide linear": (linear, reference_linear, [numbers(3, 1), numbers(600, 1), numbers(600)]),
+    "masked_attention": (masked, reference_masked, [numbers(2, 3, s, 4) for s in (5, 7, 7)]),
+    "split_parts": (middle_part, reference_middle_part, [numbers(2, 5, 24)]),
+    "split_heads": (two_heads, reference_two_heads, [numbers(2, 5, 6)]),
+    "merge_heads": (merge_heads, reference_merged, [numbers(2, 3, 5, 4)]),
+    "normalize": (normalized, reference_normalize, [3 + 2 * numbers(6, 9)]),
     "scaled_dot_product_attention": (
         scaled_dot_product_attention,
         reference_attention,
