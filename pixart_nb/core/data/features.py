@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -131,19 +132,21 @@ class FeatureCache:
     def _rows(self, number: int) -> range:
         return range(number * SHARD, min((number + 1) * SHARD, len(self.labels)))
 
-    def write(self, encode: Encode, embed: Embed, batch_size: int = 8) -> dict[str, int]:
-        """Make every shard that is missing or damaged; return their number by reason.
+    def write(self, encode: Encode, embed: Embed, batch_size: int = 8, rank: int = 0, world: int = 1) -> dict[str, int]:
+        """Make every shard of this worker that is missing or damaged; return their number by reason.
 
-        Interrupted at any moment, it leaves complete shards, and the next call makes the others. ``encode`` is not
-        called after ``embed``. Raises ``FolderInUseError`` while another process writes into the folder,
-        ``ImageError`` and ``DataError`` for images and features that cannot be used, ``WriteError`` for a full disk.
+        Worker ``rank`` of ``world`` makes every ``world``-th shard; ``wait`` waits for those of the others. Interrupted
+        at any moment, it leaves complete shards, and the next call makes the others. ``encode`` is not called after
+        ``embed``. Raises ``FolderInUseError`` while another process writes into the folder, ``ImageError`` and
+        ``DataError`` for images and features that cannot be used, ``WriteError`` for a full disk.
         """
         if not self.unusable():
             self._remove_stale_lock()
             return {}
-        with folder_lock(self.folder):
-            todo = self.unusable()
-            counts = {shard: len(self._rows(shard[1])) for shard in self.paths}
+        own = set(list(self.paths)[rank::world])
+        with folder_lock(self.folder, name=f".lock-{rank}" if rank else ".lock"):
+            todo = {shard: reason for shard, reason in self.unusable().items() if shard in own}
+            counts = {shard: len(self._rows(shard[1])) for shard in self.paths if shard in own}
             done = sum(count for shard, count in counts.items() if shard not in todo)
             with tqdm(total=sum(counts.values()), initial=done, desc="features") as bar, _warned_once():
                 for feature, number in todo:
@@ -153,6 +156,15 @@ class FeatureCache:
                     bar.update(counts[feature, number])
         self._opened.cache_clear()
         return dict(Counter(todo.values()))
+
+    def wait(self, seconds: float = 1.0) -> None:
+        """Wait until every shard is usable, looking every few ``seconds``.
+
+        Workers wait for files, as a collective would time out while others encode. If a worker fails, msrun ends all.
+        """
+        for path in self.paths.values():
+            while _state(path):
+                time.sleep(seconds)
 
     def _remove_stale_lock(self) -> None:
         """Remove the lock file of a writer that was killed after its last shard."""

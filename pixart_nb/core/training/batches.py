@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.reader import FeatureBatch, FeatureReader, LiveFeatures, padded
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import coefficients
 
-#: Caption lengths are padded to multiples of this for compiled graphs: few graphs, little padding.
-_LENGTH_STEP = 20
+#: Caption lengths are padded to multiples of this for graphs that a CPU compiles: few graphs, little padding.
+LENGTH_STEP = 20
 
 
 def logit_normal(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -73,7 +74,7 @@ class DiffusionBatches:
         empty: embedding (tokens, C) of the empty caption.
         first_row: first row of this worker in the whole batch.
         weights: function from timesteps (N,) to weights of the squared error (N,).
-        fixed_lengths: pad captions to multiples of 20 tokens, for compiled graphs.
+        length_multiple: captions are padded to multiples of this number of tokens, for compiled graphs.
         micro: function from indices (N,) of the labels to micro conditions (N, 3), for models that have them.
         shift_factor: subtracted from the latents before they are scaled.
     """
@@ -85,7 +86,7 @@ class DiffusionBatches:
     empty: np.ndarray
     first_row: int = 0
     weights: Callable[[np.ndarray], np.ndarray] = np.ones_like
-    fixed_lengths: bool = False
+    length_multiple: int = 1
     micro: Callable[[np.ndarray], np.ndarray] | None = None
     shift_factor: float | None = None
 
@@ -113,8 +114,19 @@ class DiffusionBatches:
             for embeds, seen, drop in zip(part.embeds, part.mask, dropped, strict=True)
         ]
         embeds, mask = padded(rows)
-        more = -mask.shape[1] % _LENGTH_STEP if self.fixed_lengths else 0
+        more = -mask.shape[1] % self.length_multiple
         return np.pad(embeds, ((0, 0), (0, more), (0, 0))), np.pad(mask, ((0, 0), (0, more)))
+
+
+def caption_multiple(mode: int, max_length: int) -> int:
+    """Return the number of tokens to whose multiples captions are padded.
+
+    Compiled graphs (mode 0) have a length each. On Ascend, where compiling takes minutes and flash attention masks the
+    padding, all captions have ``max_length`` tokens, so that one graph serves every batch of a size.
+    """
+    if mode != 0:
+        return 1
+    return max_length if backend.on_ascend() else LENGTH_STEP
 
 
 def micro_conditions(

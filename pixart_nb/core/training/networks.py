@@ -20,6 +20,7 @@ from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.planning import max_sequence_length
 from pixart_nb.core.sampling.schedulers import Scheduler, scheduler_named
 from pixart_nb.core.sampling.text import embed as embed_captions
+from pixart_nb.core.training.distributed import SINGLE, Workers
 
 #: Class of a pipeline by the family of its transformer.
 PIPELINES = {"alpha": "PixArtAlphaPipeline", "sigma": "PixArtSigmaPipeline"}
@@ -89,17 +90,20 @@ class FrozenNetworks:
         made_by = MadeBy(*prints.values(), self.max_length, config.clean_caption, config.feature_dtype)
         return FeatureCache(config.feature_cache, labels, sizes, made_by)
 
-    def fill(self, cache: FeatureCache, batch_size: int = 8) -> dict[str, int]:
-        """Compute what is missing in a feature cache; return the number of shards made, by reason.
+    def fill(self, cache: FeatureCache, batch_size: int = 8, workers: Workers = SINGLE) -> dict[str, int]:
+        """Compute this worker's share of what is missing in a feature cache, and wait for that of the others.
 
-        The VAE is released before the text encoder is loaded.
+        Returns the number of shards that it made, by reason. The VAE is released before the text encoder is loaded.
         """
 
         def embed(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
             self.release("vae")  # latents are computed first
             return self.embed(captions)
 
-        return cache.write(lambda pixels: vae_encoder(self.vae)(pixels), embed, batch_size)
+        encode = lambda pixels: vae_encoder(self.vae)(pixels)  # noqa: E731
+        made = cache.write(encode, embed, batch_size, workers.rank, workers.size)
+        cache.wait()
+        return made
 
     def scheduler(self) -> Scheduler:
         """Return the scheduler of ``model``, or that of the published models."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import warnings
 from dataclasses import dataclass
 
-from pixart_nb.config import TrainConfig
+from pixart_nb.config import ConfigError, TrainConfig
+from pixart_nb.core import backend
 from pixart_nb.core.data.buckets import BucketSampler
 from pixart_nb.core.training.optimizers import LossScale, learning_rate, scaled_rate
 
@@ -60,6 +62,19 @@ class TrainerOptions:
     def new_loss_scale(self) -> LossScale:
         """Return the loss scale of the first step."""
         return LossScale(self.loss_scale, self.dynamic_loss_scale, self.loss_scale_factor, self.loss_scale_window)
+
+
+def check_overflow_mode(config: TrainConfig) -> None:
+    """Refuse float16 training on Ascend in saturation mode, in which no overflow shows in the gradients.
+
+    Raises ``ConfigError``. Not run on Ascend.
+    """
+    mode = os.environ.get("MS_ASCEND_CHECK_OVERFLOW_MODE", "")
+    if backend.on_ascend() and config.dtype == "fp16" and mode.upper().startswith("SATURATION"):
+        raise ConfigError(
+            f"MS_ASCEND_CHECK_OVERFLOW_MODE is {mode}: an overflow in float16 would become a large number instead of "
+            "infinity, and the loss scale would not notice it. Set it to INFNAN_MODE, or train in bf16"
+        )
 
 
 def steps_per_epoch(config: TrainConfig, sampler: BucketSampler) -> int:

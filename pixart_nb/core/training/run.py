@@ -27,12 +27,12 @@ from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.aspect_ratio import bins_for
-from pixart_nb.core.training.batches import DiffusionBatches, Noise, micro_conditions
+from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
 from pixart_nb.core.training.distributed import SINGLE, join
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import NAMES, diffusion_loss, min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
-from pixart_nb.core.training.options import steps_per_epoch, trainer_options
+from pixart_nb.core.training.options import check_overflow_mode, steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal
 from pixart_nb.core.training.validation import MAX_HELD_OUT, Validation, mean_loss, psnr, reconstruct, require_disjoint
@@ -52,6 +52,7 @@ class Training:
     def __init__(self, config: TrainConfig):
         self.config, self.folder = config, Path(config.output_path)
         self.workers = join() if config.use_parallel else SINGLE
+        check_overflow_mode(config)
         self.networks = FrozenNetworks(config)
         self.result = self.folder / ("lora" if config.lora_rank else "pipeline")
         check_result(self.result, self.networks.paths.values())
@@ -80,9 +81,7 @@ class Training:
         config, networks = self.config, self.networks
         if config.feature_cache:
             cache = networks.feature_cache(self.labels, self.sizes)
-            if self.workers.is_main:
-                networks.fill(cache)
-            self.workers.all_reduce([0.0])  # the others wait here
+            networks.fill(cache, workers=self.workers)
             features = FeatureReader(cache, self.sampler, config.real_prompt_ratio)
             self.empty = cache.empty_caption()
         else:
@@ -114,7 +113,7 @@ class Training:
             self.empty,
             first_row=self.workers.rank * config.batch_size,
             weights=min_snr_weights(config.snr_gamma) if config.snr_gamma else np.ones_like,
-            fixed_lengths=config.mode == 0,
+            length_multiple=caption_multiple(config.mode, self.networks.max_length),
             micro=micro,
             shift_factor=vae.shift_factor,
         )
@@ -314,6 +313,8 @@ def train(config: TrainConfig) -> Path | None:
 
 
 def _print_rows(training: Training) -> None:
+    if training.config.mode == 0 and (sizes := len(training.sampler.buckets)) > 1:
+        tqdm.write(f"{sizes} training sizes: a graph is compiled for each of them when it first comes up")
     for name, value in training.report.items():
         tqdm.write(f"before the first step: {name} {value:.4g}")
     for row in training.steps(bar=True):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,21 @@ def test_a_second_process_is_refused_while_the_first_writes(labels, tmp_path):
     cache.write(encode, embed)
     with folder_lock(tmp_path / "features"):
         assert cache.write(encode, embed) == {}  # complete, so nothing is written
+
+
+def test_every_worker_encodes_its_shards_and_waits_for_the_files_of_the_others(labels, tmp_path):
+    caches = [cache_of(labels, tmp_path / "features") for _ in range(2)]
+    networks = [(Counting(encode), Counting(embed)) for _ in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(caches[0].wait, 0.01)
+        assert caches[0].write(*networks[0], rank=0, world=2) == {"missing": 3}
+        assert not waiting.done()
+        with folder_lock(tmp_path / "features"):  # another lock than that of the main worker
+            assert caches[1].write(*networks[1], rank=1, world=2) == {"missing": 3}
+        waiting.result(timeout=10)
+    assert all(network.calls for pair in networks for network in pair)
+    cache_of(labels, tmp_path / "alone").write(encode, embed)
+    assert_same(content(tmp_path / "features"), content(tmp_path / "alone"))
 
 
 def test_the_lock_file_of_a_killed_writer_is_removed(labels, tmp_path):
