@@ -52,6 +52,7 @@ def compress(
     """
     from pixart_nb.core.training import compress as compression
 
+    options = {key: value for key, value in options.items() if value not in (None, [])}
     keys = {key: value for key, value in options.items() if key in InferenceConfig.model_fields}
     settings = check_config(DEFAULTS, options=keys)
     start(settings)
