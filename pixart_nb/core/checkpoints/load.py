@@ -126,23 +126,27 @@ def build_transformer(
 
 
 def load_vae(path: Path, dtype: ms.Type, **options) -> AutoencoderKL:
-    """Load the autoencoder of a folder in the diffusers layout, or of one file with diffusers' or LDM's names.
-
-    A file has its configuration beside it (config.json), or shows it but for ``scaling_factor``: see ``_vae_config``.
-    """
+    """Load the autoencoder of a folder in the diffusers layout, or of one file with diffusers' or LDM's names."""
     tensors = key_maps.rename_vae(read_tensors(path, **options))
-    beside = (path if path.is_dir() else path.parent) / "config.json"
-    if path.is_dir() or (beside.is_file() and "block_out_channels" in read_json(beside)):
-        config = VAEConfig.from_dict(read_json(beside), beside)
-    else:
-        config = _vae_config(tensors, path)
+    config = vae_config(path, tensors)
     net = init_empty(lambda: AutoencoderKL(config), config.compute_dtype(dtype))
     load_into(net, tensors, path)
     return net.set_train(False)
 
 
-def _vae_config(tensors: Mapping[str, np.ndarray], path: Path) -> VAEConfig:
-    """Return the configuration that tensors show; their scale is SDXL's (alpha's by its published names), and named."""
+def vae_config(path: Path, tensors: Mapping[str, np.ndarray] | None = None) -> VAEConfig:
+    """Return the configuration of an autoencoder's folder or file, whose ``tensors`` (diffusers' names) may be given.
+
+    A file has it beside it (config.json), or shows it but for ``scaling_factor``: with a warning, that is alpha's for
+    published names of its autoencoder and SDXL's for others.
+    """
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if path.is_dir() or (beside.is_file() and "block_out_channels" in read_json(beside)):
+        return VAEConfig.from_dict(read_json(beside), beside)
+    return _vae_config_shown(key_maps.rename_vae(read_tensors(path)) if tensors is None else tensors, path)
+
+
+def _vae_config_shown(tensors: Mapping[str, np.ndarray], path: Path) -> VAEConfig:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     levels = [name for name in shapes if re.fullmatch(r"encoder\.down_blocks\.\d+\.resnets\.0\.conv1\.weight", name)]
     try:
@@ -223,6 +227,11 @@ class _T5Files:
         for half in (0, 1):
             source, target = (f"encoder.block.{number}.layer.{half}." for number in (layer, index))
             self.fill(net, source, target, () if layer == 0 else (f"{target}{POSITIONS}",))
+
+
+def t5_config(path: str | Path) -> T5Config:
+    """Return the configuration of the folder or file of a T5 encoder."""
+    return _T5Files(path).config
 
 
 def load_t5(path: Path, dtype: ms.Type, load_in_8bit: bool = False, **options) -> T5Encoder:

@@ -13,7 +13,8 @@ from pixart_nb.core.checkpoints.components import component_paths, pipeline_clas
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.key_maps import to_official_names
-from pixart_nb.core.io import CheckpointError, read_json
+from pixart_nb.core.checkpoints.load import t5_config, vae_config
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.memory import available, in_use
 from pixart_nb.core.models.bfloat16 import unsupported
 from pixart_nb.core.models.t5 import T5Config
@@ -145,12 +146,14 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
         notes.append(f"{config.checkpoint or config.model} does not exist: planned for PixArt-Sigma XL/2.")
         transformer = PixArtConfig(**architecture_of(config))
     networks = {}
-    for name, network in (("text_encoder", T5Config), ("vae", VAEConfig)):
-        root = getattr(config, f"{name}_root") or (folder / name if folder else "")
-        path = Path(root) / "config.json"
-        networks[name] = network.from_dict(read_json(path), path) if path.is_file() else network()
-        if not path.is_file():
-            notes.append(f"{root or name} does not exist: planned for the published {name.replace('_', ' ')}.")
+    for name, published, config_of in (("text_encoder", T5Config, t5_config), ("vae", VAEConfig, vae_config)):
+        root = Path(getattr(config, f"{name}_root") or (folder / name if folder else ""))
+        exists = root.is_file() or (root / "config.json").is_file()
+        networks[name] = config_of(root) if exists else published()
+        if not exists:
+            notes.append(
+                f"{root if root.name else name} does not exist: planned for the published {name.replace('_', ' ')}."
+            )
     return Networks(transformer, **networks), notes
 
 

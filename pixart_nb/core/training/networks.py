@@ -12,9 +12,10 @@ from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, pipeline_class
 from pixart_nb.core.checkpoints.components import component_paths as pipeline_paths
+from pixart_nb.core.checkpoints.load import vae_config
 from pixart_nb.core.data.features import Embed, Encode, FeatureCache, MadeBy, fingerprint
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.io import CheckpointError, read_json
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.planning import max_sequence_length
@@ -45,8 +46,7 @@ class FrozenNetworks:
     @cached_property
     def vae_config(self) -> VAEConfig:
         """Configuration of the VAE, with the scaling factor of the training configuration if that has one."""
-        path = self.paths["vae"] / "config.json"
-        config, factor = VAEConfig.from_dict(read_json(path), path), self.config.sd_scale_factor
+        config, factor = vae_config(self.paths["vae"]), self.config.sd_scale_factor
         return replace(config, scaling_factor=factor) if factor else config
 
     @cached_property

@@ -9,6 +9,7 @@ from reference_data import diffusers, official
 from safetensors.numpy import load_file, save_file
 
 from pixart_nb import T5EncoderModel
+from pixart_nb.config import check_config
 from pixart_nb.core import PixArtConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS
@@ -16,6 +17,8 @@ from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.sampling.generate import load_pipeline
+from pixart_nb.core.sampling.planning import networks_of
 
 PIPELINE, _, GOLDEN = diffusers("sigma")
 IDS, MASK = GOLDEN["input_ids"], GOLDEN["prompt_mask"].astype(bool)
@@ -165,6 +168,21 @@ def test_a_configuration_beside_the_file_of_an_autoencoder_is_used(tmp_path, rec
     (tmp_path / "vae.safetensors").write_bytes((source / "diffusion_pytorch_model.safetensors").read_bytes())
     assert LOADERS["vae"](tmp_path / "vae.safetensors", ms.float32).config == LOADERS["vae"](source, ms.float32).config
     assert not [w for w in recwarn if "scaling_factor" in str(w.message)]
+
+
+def test_a_configuration_may_name_single_files(tmp_path):
+    files = {"vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    for name, file in files.items():
+        (tmp_path / f"{name}.safetensors").write_bytes((PIPELINE / name / f"{file}.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text((PIPELINE / "vae" / "config.json").read_text())
+    values = {"model": str(PIPELINE), "prompt": "a cat", "image_height": 64, "image_width": 64, "sampling_steps": 1}
+    files = {f"{name}_root": str(tmp_path / f"{name}.safetensors") for name in files}
+    config, plain = check_config(values | files), check_config(values)
+    call = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "np"}
+    images = [load_pipeline(c)("a cat", generator=np.random.default_rng(0), **call)[0] for c in (config, plain)]
+    assert np.array_equal(*images)
+    networks, notes = networks_of(config)
+    assert notes == [] and networks == networks_of(plain)[0]
 
 
 def test_a_file_without_an_autoencoder_is_named(tmp_path):
