@@ -51,8 +51,7 @@ def bench(
 ) -> None:
     """Measure PixArt-Sigma XL/2 with random weights in float32, and write the numbers as CSV and as a figure.
 
-    Each system runs in a process of its own, one at a time. Times are medians of
-    alternating runs.
+    Each system runs in a process of its own. Times are medians of alternating runs.
 
     Example: pixart-nb bench denoise --size 256 512 --peer
     """

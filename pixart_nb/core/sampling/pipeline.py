@@ -182,6 +182,12 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
             perturbed_layers(self.transformer, names)
         self.pag_applied_layers = names
 
+    def _count(self, call: dict[str, Any]) -> int:
+        """Return the number of steps of a call."""
+        call = self.sampling_defaults | call
+        schedule = self.plan(call["num_inference_steps"], call["timesteps"], call["sigmas"])
+        return len(schedule if call["image_latents"] is None else schedule.last(call["strength"]))
+
     def _perturbation(self, scale: float, adaptive: float) -> Perturbation | None:
         for name, value in (("pag_scale", scale), ("pag_adaptive_scale", adaptive)):
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -268,32 +274,32 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
 
         ``callback(step, timestep, latents)`` is called every ``callback_steps`` steps, ``callback_on_step_end(pipe,
         step, timestep, {"latents": latents})`` after each: latents that it returns replace those of the step, and
-        ``pipe._interrupt = True`` ends the run. ``pag_scale`` and ``pag_adaptive_scale`` are those of
-        ``PixArtSigmaPAGPipeline``. Options of diffusers without a meaning here are named in one warning.
+        ``pipe._interrupt = True`` ends the run. Options without a meaning here are named in one warning.
         """
         call = {name: value for name, value in locals().items() if name in self.sampling_defaults}
         call |= {name: options.pop(name) for name in [*options] if name in self.sampling_defaults}
-        check_output_type(output_type)
-        _check_callbacks(callback_steps, callback_on_step_end_tensor_inputs)
+        _check_results(output_type, callback_steps, callback_on_step_end_tensor_inputs)
         ignore_options("the pipeline", options, parameters_of(self.__call__))
-        size = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
-        steps = self.sample(prompt, **call | {"height": size[0], "width": size[1]})
-        schedule, self._interrupt = self.plan(num_inference_steps, timesteps, sigmas), False
-        if call.get("image_latents") is not None:
-            schedule = schedule.last(call["strength"])
+        drawn = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
+        steps = self.sample(prompt, **call | dict(zip(("height", "width"), drawn, strict=True)))
+        self._interrupt = False
         next(steps)
-        for step in self.progress_bar(steps, len(schedule)):
+        for step in self.progress_bar(steps, self._count(call)):
             if callback is not None and step.index % (callback_steps or 1) == 0:
                 callback(step.index, step.timestep, step.latents)
             if callback_on_step_end is not None:
-                changed = callback_on_step_end(self, step.index, step.timestep, {"latents": step.latents}) or {}
-                step.latents[...] = changed.get("latents", step.latents)  # the sampler continues with this array
+                self._replace_latents(step, callback_on_step_end)
             if self._interrupt:
                 break
         if output_type == "latent":
             return PipelineOutput(step.latents)
-        images = aspect_ratio.resize_and_crop(self._decode(step.latents), height or size[0], width or size[1])
+        images = aspect_ratio.resize_and_crop(self._decode(step.latents), height or drawn[0], width or drawn[1])
         return PipelineOutput(to_output_type(images, output_type))
+
+    def _replace_latents(self, step: Step, callback: Callable[..., dict[str, Any] | None]) -> None:
+        """Call ``callback_on_step_end``; what it returns goes into the array with which the sampler continues."""
+        changed = callback(self, step.index, step.timestep, {"latents": step.latents}) or {}
+        step.latents[...] = changed.get("latents", step.latents)
 
 
 _NOT_SAMPLING = """self prompt output_type return_dict callback callback_steps use_resolution_binning options
@@ -354,7 +360,8 @@ def _rows(texts: TextInput) -> int:
     return len(texts) if isinstance(texts, list) else texts[0].shape[0]
 
 
-def _check_callbacks(steps: int | None, tensors: Sequence[str]) -> None:
+def _check_results(output_type: str, steps: int | None, tensors: Sequence[str]) -> None:
+    check_output_type(output_type)
     if steps is not None and steps < 1:
         raise PixArtNBError(f"callback_steps is {steps}; expected at least 1")
     if list(tensors) != ["latents"]:
