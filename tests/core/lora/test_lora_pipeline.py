@@ -19,7 +19,7 @@ def pipe():
 
 
 def picture(pipe):
-    call = {"height": 64, "width": 96, "num_inference_steps": 2, "use_resolution_binning": False}
+    call = {"height": 32, "width": 64, "num_inference_steps": 1, "use_resolution_binning": False}
     return pipe("a red cat", generator=np.random.default_rng(0), output_type="np", **call)[0]
 
 
