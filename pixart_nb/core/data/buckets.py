@@ -11,7 +11,7 @@ import numpy as np
 
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.labels import Label
-from pixart_nb.core.sampling.aspect_ratio import ASPECT_RATIO_BINS, bins_for, closest_bin
+from pixart_nb.core.sampling.images import ASPECT_RATIO_BINS, bins_for, closest_bin
 
 Size = tuple[int, int]
 

@@ -15,9 +15,16 @@ from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.lora.pipeline import LoraLoaderMixin
-from pixart_nb.core.sampling import aspect_ratio
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
-from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_images, to_output_type
+from pixart_nb.core.sampling.images import (
+    PipelineOutput,
+    binned_size,
+    check_output_type,
+    checked_size,
+    resize_and_crop,
+    to_images,
+    to_output_type,
+)
 from pixart_nb.core.sampling.pipeline_base import PipelineBase, ignore_options, parameters_of
 from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, draw_noise
 from pixart_nb.core.sampling.schedulers import check_eta
@@ -207,13 +214,13 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         """Return height and width in pixels, the model's own where None. Both must be multiples of 16 (VAE x patch)."""
         if self.transformer is None:
             raise PixArtNBError("this pipeline has no transformer, so it cannot sample; it can encode prompts")
-        return aspect_ratio.checked_size(self.transformer.config, height, width)
+        return checked_size(self.transformer.config, height, width)
 
     def binned_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return the published size of the nearest ratio, or the requested one if the model's size has no table."""
         if self.transformer is None:
             return self.check_size(height, width)
-        return aspect_ratio.binned_size(self.transformer.config, height, width)
+        return binned_size(self.transformer.config, height, width)
 
     def initial_latents(self, rows, height, width, generator=None, latents=None) -> np.ndarray:
         """Return unit noise (rows, C, height / 8, width / 8) float32, drawn from ``generator`` or as given."""
@@ -293,7 +300,7 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
                 break
         if output_type == "latent":
             return PipelineOutput(step.latents)
-        images = aspect_ratio.resize_and_crop(self._decode(step.latents), height or drawn[0], width or drawn[1])
+        images = resize_and_crop(self._decode(step.latents), height or drawn[0], width or drawn[1])
         return PipelineOutput(to_output_type(images, output_type))
 
     def _replace_latents(self, step: Step, callback: Callable[..., dict[str, Any] | None]) -> None:

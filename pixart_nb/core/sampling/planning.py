@@ -15,7 +15,7 @@ from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.load import t5_config, vae_config
 from pixart_nb.core.io import CheckpointError
-from pixart_nb.core.memory import available, in_use
+from pixart_nb.core.memory import available, in_use, run_in_subprocess
 from pixart_nb.core.models.bfloat16 import unsupported
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -33,7 +33,7 @@ from pixart_nb.core.run_plan import (
     process_memory,
     size_warnings,
 )
-from pixart_nb.core.sampling.aspect_ratio import binned_size, bins_for, checked_size
+from pixart_nb.core.sampling.images import binned_size, bins_for, checked_size
 from pixart_nb.core.sampling.samplers import steps_taken
 
 #: Default side in pixels of the tiles that runs in stages decode.
@@ -224,8 +224,6 @@ def plan_config(
     run = run_settings(config, networks)
     speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(_computed_dtype, dtypes)])
     if timed:
-        from pixart_nb.core.memory import run_in_subprocess
-
         speeds = {
             dtype: run_in_subprocess("measures the speed", measure_speed, networks, replace(run, dtype=dtype))
             for dtype in speeds

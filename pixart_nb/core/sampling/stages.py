@@ -34,8 +34,7 @@ from pixart_nb.core.io import (
     write_json,
 )
 from pixart_nb.core.memory import PeakMemory, release
-from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
-from pixart_nb.core.sampling.images import resize_latents, to_images, to_uint8
+from pixart_nb.core.sampling.images import resize_and_crop, resize_latents, to_images, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.samplers import Predict, Prediction, image_generators, steps_taken
 from pixart_nb.core.sampling.text import embed, warn_of_lost_words

@@ -15,8 +15,7 @@ from staged_run import load, picture
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core.errors import FolderInUseError, WriteError
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
-from pixart_nb.core.sampling.aspect_ratio import resize_and_crop
-from pixart_nb.core.sampling.images import to_images, to_uint8
+from pixart_nb.core.sampling.images import resize_and_crop, to_images, to_uint8
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.sampling.stages import run_stages
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_nb.core.sampling.aspect_ratio import ASPECT_RATIO_BINS, bins_for, closest_bin, resize_and_crop
+from pixart_nb.core.sampling.images import ASPECT_RATIO_BINS, bins_for, closest_bin, resize_and_crop
 
 #: Single entries of the published tables: base size, ratio, height, width.
 PUBLISHED = [
