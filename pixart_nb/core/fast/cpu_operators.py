@@ -14,6 +14,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import GroupNorm, LayerNorm
+from pixart_nb.core.models.operators import row_numbers
 
 gather = ops.Gather()
 #: Elements whose squares are summed in float32 at a time; the sums of these parts are added in float64.
@@ -74,22 +75,15 @@ def _indices(rows: np.ndarray) -> ms.Tensor:
     return ms.Tensor(np.ascontiguousarray(rows).reshape(-1).astype(np.int32))
 
 
-@lru_cache(maxsize=12)
 def head_rows(batch: int, tokens: int, heads: int, parts: int = 1, part: int = 0) -> ms.Tensor:
     """Return the rows of (batch * tokens * parts * heads, d) that make one part as (batch, heads, tokens, d)."""
-    rows = np.arange(batch * tokens * parts * heads).reshape(batch, tokens, parts, heads)
-    return _indices(rows[:, :, part].transpose(0, 2, 1))
-
-
-@lru_cache(maxsize=12)
-def _merged_rows(batch: int, heads: int, tokens: int) -> ms.Tensor:
-    return _indices(np.arange(batch * heads * tokens).reshape(batch, heads, tokens).transpose(0, 2, 1))
+    return row_numbers((batch, tokens, parts, heads), (2, 0, 3, 1), part)
 
 
 def merge_heads(x: ms.Tensor) -> ms.Tensor:
     """Heads (B, H, N, d) -> tokens (B N, H d)."""
     batch, heads, tokens, size = x.shape
-    rows = gather(x.reshape(-1, size), _merged_rows(batch, heads, tokens), 0)
+    rows = gather(x.reshape(-1, size), row_numbers((batch, heads, tokens), (0, 2, 1)), 0)
     return rows.reshape(batch * tokens, heads * size)
 
 

@@ -224,19 +224,20 @@ def _attention_gradient(weights, q, k, v, out, dout):
 scaled_dot_product_attention, masked_attention = _ScaledDotProductAttention(), _MaskedAttention()
 
 
-@lru_cache(maxsize=32)
-def _numbers(shape: tuple[int, ...], axes: tuple[int, ...], part: int) -> ms.Tensor:
+@lru_cache(maxsize=16)
+def row_numbers(shape: tuple[int, ...], axes: tuple[int, ...], part: int = -1) -> ms.Tensor:
+    """Return the numbers of the rows of a tensor (*shape, size) in the order of its permuted axes.
+
+    With ``part``, those at that index of the first permuted axis.
+    """
     rows = np.arange(np.prod(shape), dtype=np.int32).reshape(shape).transpose(axes)
     return ms.Tensor(np.ascontiguousarray(rows[part] if part >= 0 else rows).reshape(-1))
 
 
 @ops.constexpr
-def permuted_rows(shape: tuple[int, ...], axes: tuple[int, ...], part: int = -1) -> ms.Tensor:
-    """Return the numbers of the rows of a tensor (*shape, size) in the order of its permuted axes.
-
-    With ``part``, those at that index of the first permuted axis. In a compiled graph they are a constant.
-    """
-    return _numbers(tuple(shape), tuple(axes), part)
+def _row_numbers(shape: tuple[int, ...], axes: tuple[int, ...], part: int = -1) -> ms.Tensor:
+    """Return ``row_numbers``, as a constant in a compiled graph."""
+    return row_numbers(tuple(shape), tuple(axes), part)
 
 
 class _SplitHeads(nn.Cell):
@@ -247,7 +248,7 @@ class _SplitHeads(nn.Cell):
         shape, size = (batch, tokens, parts, heads), width // (parts * heads)
         rows, outputs = x.reshape(-1, size), ()
         for part in range(parts):
-            numbers = permuted_rows(shape, (2, 0, 3, 1), part)
+            numbers = _row_numbers(shape, (2, 0, 3, 1), part)
             outputs += (_gather(rows, numbers, 0).reshape(batch, heads, tokens, size),)
         return outputs[0] if parts == 1 else outputs
 
@@ -255,7 +256,7 @@ class _SplitHeads(nn.Cell):
         batch, tokens, width = x.shape
         rows = dout if parts == 1 else _concat_rows(dout)
         rows = rows.reshape(-1, width // (parts * heads))
-        return _gather(rows, permuted_rows((parts, batch, heads, tokens), (1, 3, 0, 2)), 0).reshape(x.shape), 0, 0
+        return _gather(rows, _row_numbers((parts, batch, heads, tokens), (1, 3, 0, 2)), 0).reshape(x.shape), 0, 0
 
 
 class _MergeHeads(nn.Cell):
@@ -263,12 +264,12 @@ class _MergeHeads(nn.Cell):
 
     def construct(self, x):
         batch, heads, tokens, size = x.shape
-        rows = _gather(x.reshape(-1, size), permuted_rows((batch, heads, tokens), (0, 2, 1)), 0)
+        rows = _gather(x.reshape(-1, size), _row_numbers((batch, heads, tokens), (0, 2, 1)), 0)
         return rows.reshape(batch, tokens, heads * size)
 
     def bprop(self, x, out, dout):
         batch, heads, tokens, size = x.shape
-        rows = _gather(dout.reshape(-1, size), permuted_rows((batch, tokens, heads), (0, 2, 1)), 0)
+        rows = _gather(dout.reshape(-1, size), _row_numbers((batch, tokens, heads), (0, 2, 1)), 0)
         return (rows.reshape(x.shape),)
 
 
