@@ -70,14 +70,19 @@ def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
 def test_the_command_trains_with_two_workers_what_it_trains_with_one(project, tmp_path):
     model = write_small_pipeline(tmp_path / "model", project)
     script = Path(sys.executable).with_name("pixart-nb")
-    one = [script, "train", *train_options(project, model, tmp_path / "one", batch_size=4, tensorboard=False)]
-    halves = train_options(project, model, tmp_path / "two", batch_size=2, tensorboard=False)
+    common = {"tensorboard": False, "feature_dtype": "fp32"}
+    cache = {name: tmp_path / f"features-{name}" for name in ("one", "two")}
+    whole = train_options(project, model, tmp_path / "one", batch_size=4, feature_cache=cache["one"], **common)
+    halves = train_options(project, model, tmp_path / "two", batch_size=2, feature_cache=cache["two"], **common)
+    one = [script, "train", *whole]
     two, environment = msrun(tmp_path / "log", script, "train", *halves, "--use_parallel", "True")
     for command in (list(map(str, one)), two):
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + logs(tmp_path / "log")
     assert np.allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
     assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()
+    assert len(list(cache["two"].iterdir())) == 2  # the latents are of one worker, the captions of the other
+    assert "features" in (tmp_path / "log" / "worker_1.log").read_text()
 
 
 def curve(folder):
