@@ -34,9 +34,9 @@ def start(settings: ModelKeys | None = None) -> None:
 def _dtype(settings: ModelKeys | None) -> str:
     """Return the dtype and, where it differs, what is computed in: a CPU trains bf16 in fp32, and may sample in it."""
     from pixart_nb.core import backend
+
+    if settings is None or settings.dtype != "bf16" or backend.on_ascend():
+        return settings.dtype if settings else ""
     from pixart_nb.core.models import bfloat16
 
-    dtype, trains = (settings.dtype, isinstance(settings, TrainConfig)) if settings else ("", False)
-    if dtype == "bf16" and not backend.on_ascend() and (trains or bfloat16.unsupported()):
-        return "bf16 computed in fp32"
-    return dtype
+    return "bf16 computed in fp32" if isinstance(settings, TrainConfig) or bfloat16.unsupported() else "bf16"

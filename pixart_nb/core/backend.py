@@ -84,8 +84,8 @@ def _environment_fix() -> str:
     """Return what makes MindSpore find CANN."""
     if os.environ.get("ASCEND_HOME_PATH"):
         return "CANN's environment is set; compare its version with docs/ascend.md and run pixart-nb doctor"
-    places = Path("/usr/local/Ascend/ascend-toolkit/set_env.sh"), Path.home() / "Ascend/ascend-toolkit/set_env.sh"
-    script = next((path for path in places if path.is_file()), places[0])
+    scripts = Path("/usr/local/Ascend/ascend-toolkit/set_env.sh"), Path.home() / "Ascend/ascend-toolkit/set_env.sh"
+    script = next((path for path in scripts if path.is_file()), scripts[0])
     return f"Run `source {script}` in this shell first, before Python starts"
 
 

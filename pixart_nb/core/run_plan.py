@@ -14,9 +14,9 @@ from pixart_nb.core import backend, cost
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.fast.ascend import padded_elements, uses_flash
 from pixart_nb.core.fast.cpu import transposed_elements
 from pixart_nb.core.memory import in_use
+from pixart_nb.core.models.ascend_operators import flash_supports, padded_size
 from pixart_nb.core.models.attention import chunk_shape
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
@@ -229,7 +229,7 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     size, config = BYTES[run.dtype], networks.transformer
     copies = 0  # weights that the path of the device keeps a second time
     if backend.on_ascend():
-        copies = padded_elements(config, backend.dtype_from_name(run.dtype))
+        copies = _padded_elements(config) if _uses_flash(config, run) else 0
     elif run.dtype == "fp32":
         copies = transposed_elements(config, run.rows * run.tokens(config))
     return {
@@ -237,6 +237,18 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
         "denoise": size * (parameters(config) + copies),
         "decode": (4 if networks.vae.force_upcast else _activation_size(run.dtype)) * parameters(networks.vae),
     }
+
+
+def _uses_flash(config: PixArtConfig, run: RunSettings) -> bool:
+    dtype = backend.dtype_from_name(run.dtype)
+    return backend.on_ascend() and flash_supports(config.hidden_size // config.num_heads, dtype)
+
+
+def _padded_elements(config: PixArtConfig) -> int:
+    """Return the elements of the copies of attention weights with padded heads, for flash attention."""
+    head_size = config.hidden_size // config.num_heads
+    padded = padded_size(head_size)
+    return 0 if padded == head_size else config.depth * 6 * config.hidden_size * config.num_heads * padded
 
 
 def _text_encoder_bytes(config: T5Config, run: RunSettings) -> float:
@@ -257,8 +269,7 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
     heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
-    flash = backend.on_ascend() and uses_flash(config, backend.dtype_from_name(run.dtype))
-    scores = 0.0 if flash else 4.0 * heads * queries * keys
+    scores = 0.0 if _uses_flash(config, run) else 4.0 * heads * queries * keys
     return {
         "encode": 4.0 * (values + upcast),
         "denoise": _activation_size(run.dtype) * TOKEN * run.rows * tokens * config.hidden_size + SCORE * scores,

@@ -13,7 +13,6 @@ import numpy as np
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.ascend import AscendDenoiser
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.fast.cpu_operators import ImageStatistics
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
@@ -38,6 +37,8 @@ def denoiser(
     leave as it is keeps its numbers, bit for bit.
     """
     if backend.on_ascend():
+        from pixart_nb.core.fast.ascend import AscendDenoiser
+
         denoise = AscendDenoiser(net, caption, mask)
         return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
     return CPUDenoiser(net, caption, mask, prepare, finish)

@@ -31,7 +31,13 @@ class AscendDenoiser:
     """``denoise(latents, timestep)`` of one run; see ``fast.denoiser``."""
 
     def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
-        self.net, self.fused, self.compiled = net, uses_flash(net.config, net.dtype), backend.graph_mode()
+        self.net, self.compiled = net, backend.graph_mode()
+        head_size = net.config.hidden_size // net.config.num_heads
+        self.fused = ascend_operators.flash_supports(head_size, net.dtype)
+            net,
+            ascend_operators.flash_supports(net.config.hidden_size // net.config.num_heads, net.dtype),
+            backend.graph_mode(),
+        )
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
         self.caption, self.mask = caption, mask
@@ -43,6 +49,7 @@ class AscendDenoiser:
         self.tables = mint.cat([block.scale_shift_table.expand_dims(0) for block in net.blocks]) + ones
         self.final_table = net.final_layer.scale_shift_table + ones[0, :2]
         self._caption_mask, self._size, self._of_size = mask, None, None
+        self._keys_values = None  # as ``PixArt.denoise`` has them, for the hooks
 
     def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
         """latents (B, C, H, W) -> (B, out_channels, H, W)."""
@@ -59,7 +66,7 @@ class AscendDenoiser:
         for number, (function, tensors) in enumerate(zip(functions, self.tensors, strict=True)):
             x = function(x, *rows[6 * number : 6 * number + 6], mask, *tensors)
         shift, scale = mint.split((self.final_table + t).reshape(-1), net.config.hidden_size)
-        out = net.final_layer.linear(ascend_operators.layer_norm(x, scale, shift, MODULATED_EPS))
+        out = net.final_layer.linear(layer_norm(x, scale, shift, MODULATED_EPS))
         return net.unpatchify(out, *grid)
 
     def _constants(self, latents: ms.Tensor, grid: tuple[int, int]) -> tuple:
@@ -67,18 +74,8 @@ class AscendDenoiser:
         net, (height, width) = self.net, latents.shape[2:]
         if self._size != (height, width):
             config, mask = net.config, self._caption_mask
-            functions = [
-                block_function(
-                    config.num_heads,
-                    config.hidden_size // config.num_heads,
-                    config.kv_operator if config.layer_ratio(layer) > 1 else None,
-                    config.layer_ratio(layer),
-                    grid if config.layer_ratio(layer) > 1 else None,
-                    self.fused,
-                    self.compiled,
-                )
-                for layer in range(config.depth)
-            ]
+            kinds = [BlockKind.of(config, layer, grid, self.fused) for layer in range(config.depth)]
+            functions = [block_function(kind, self.compiled) for kind in kinds]
             if mask is not None and self.fused:
                 mask = ascend_operators.discard_mask(mask, grid[0] * grid[1])
             micro = net.micro_conditions(latents)
@@ -91,22 +88,9 @@ class AscendDenoiser:
         net, (batch, _, height, width) = self.net, latents.shape
         timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
         positions, micro = net.positions(height, width), net.micro_conditions(latents)
-        keys_values = net.caption_keys_values(self.caption)
-        return net.denoise(latents, timesteps, keys_values, self.mask, positions, micro)
-
-
-def uses_flash(config: PixArtConfig, dtype: ms.Type) -> bool:
-    """Return True if attention is FlashAttentionScore; otherwise it is the exact one."""
-    return ascend_operators.flash_supports(config.hidden_size // config.num_heads, dtype)
-
-
-def padded_elements(config: PixArtConfig, dtype: ms.Type) -> int:
-    """Return the number of elements of the padded copies of weights that a run keeps."""
-    head_size = config.hidden_size // config.num_heads
-    padded = ascend_operators.padded_size(head_size)
-    if not uses_flash(config, dtype) or padded == head_size:
-        return 0
-    return config.depth * 6 * config.hidden_size * config.num_heads * padded
+        if self._keys_values is None:
+            self._keys_values = net.caption_keys_values(self.caption)
+        return net.denoise(latents, timesteps, self._keys_values, self.mask, positions, micro)
 
 
 def _padded_caption(caption: ms.Tensor, mask: ms.Tensor | None, length: int) -> tuple[ms.Tensor, ms.Tensor]:
@@ -204,23 +188,65 @@ def _cell_tensors(attn) -> dict[str, ms.Tensor | None]:
     }  # fmt: skip
 
 
+class BlockKind(NamedTuple):
+    """What differs between the functions of two blocks.
+
+    ``operator``, ``ratio`` and ``grid``, the token grid (height, width), are those of KV compression, or None, 1, None.
+    ``fused`` blocks use flash attention.
+    """
+
+    heads: int
+    head_size: int
+    operator: str | None
+    ratio: int
+    grid: tuple[int, int] | None
+    fused: bool
+
+    @classmethod
+    def of(cls, config: PixArtConfig, layer: int, grid: tuple[int, int], fused: bool) -> BlockKind:
+        """Return the kind of a layer."""
+        ratio, size = config.layer_ratio(layer), config.hidden_size // config.num_heads
+        return cls(
+            config.num_heads, size, *((config.kv_operator, ratio, grid) if ratio > 1 else (None, 1, None)), fused
+        )
+
+
+def _keys_values_function(kind: BlockKind, pad: Callable) -> Callable:
+    """Return a function from the normalized tokens (B, N, D) and weights to keys and values, each (B, M, H d)."""
+    operator, ratio, grid, size = kind.operator, kind.ratio, kind.grid, kind.heads * kind.head_size
+
+    def first_of_cells(x):
+        if operator is None:
+            return x
+        height, width = grid[0] // ratio * ratio, grid[1] // ratio * ratio
+        tokens = x.reshape(x.shape[0], *grid, size)[:, :height:ratio, :width:ratio].contiguous()
+        return tokens.reshape(x.shape[0], -1, size)
+
+    def keys_values(x, key, key_bias, value, value_bias, key_norm, key_norm_bias, kernel, kernel_bias, norm, norm_bias):
+        if kernel is None:
+            tokens = first_of_cells(x)
+            k, v = linear(tokens, key, key_bias), linear(tokens, value, value_bias)
+            return k if key_norm is None else pad(layer_norm(k, key_norm, key_norm_bias, NORM_EPS)), v
+        both = linear(x, key, key_bias)  # (B, N, 2 D)
+        if key_norm is not None:
+            both = mint.cat((layer_norm(both[..., :size], key_norm, key_norm_bias, NORM_EPS), both[..., size:]), -1)
+        both = convolve_cells(both, *grid, kernel, kernel_bias).reshape(both.shape[0], 2, size, -1)
+        both = mint.permute(both, (1, 0, 3, 2)).contiguous()
+        both = pad(both if norm is None else layer_norm(both, norm, norm_bias, NORM_EPS))
+        return both[0], both[1]
+
+    return keys_values
+
+
 @lru_cache(maxsize=64)
-def block_function(
-    heads: int,
-    head_size: int,
-    operator: str | None,
-    ratio: int,
-    grid: tuple[int, int] | None,
-    fused: bool,
-    compiled: bool,
-) -> Callable[..., ms.Tensor]:
+def block_function(kind: BlockKind, compiled: bool) -> Callable[..., ms.Tensor]:
     """Return the function of a block: ``(x (B, N, D), six rows of modulation (D,), mask, *BlockTensors) -> (B, N, D)``.
 
     The scales have their one added. ``mask`` is that of ``discard_mask`` for flash attention, otherwise (B, T) bool.
     """
-    scale, size = head_size**-0.5, heads * head_size
+    heads, scale, fused = kind.heads, kind.head_size**-0.5, kind.fused
 
-    def attend(q, k, v, mask):
+    def attention_of_rows(q, k, v, mask):
         if fused:
             return ascend_operators.flash_attention_score(q, k, v, heads, mask, scale, "BSH")
         q, k, v = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
@@ -229,22 +255,7 @@ def block_function(
     def pad(x):
         return ascend_operators.padded_heads(x, heads, -1) if fused else x
 
-    def cells(x):
-        """The upper left token of each cell."""
-        if operator is None:
-            return x
-        height, width = grid[0] // ratio * ratio, grid[1] // ratio * ratio
-        tokens = x.reshape(x.shape[0], *grid, size)[:, :height:ratio, :width:ratio].contiguous()
-        return tokens.reshape(x.shape[0], -1, size)
-
-    def convolved(kv, kernel, kernel_bias, norm, norm_bias):
-        """Keys and values (B, N, 2 D) -> compressed keys and values, each (B, M, H d)."""
-        both = convolve_cells(kv, *grid, kernel, kernel_bias).reshape(kv.shape[0], 2, size, -1)
-        both = mint.permute(both, (1, 0, 3, 2)).contiguous()
-        if norm is not None:
-            both = ascend_operators.layer_norm(both, norm, norm_bias, NORM_EPS)
-        both = pad(both)
-        return both[0], both[1]
+    keys_values = _keys_values_function(kind, pad)
 
     def block(
         x, shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, mask,
@@ -253,25 +264,28 @@ def block_function(
         fc1, fc1_bias, fc2, fc2_bias, query_norm, query_norm_bias, key_norm, key_norm_bias,
         kernel, kernel_bias, cell_norm, cell_norm_bias,
     ):  # fmt: skip
-        hidden = ascend_operators.layer_norm(x, scale, shift, MODULATED_EPS)
+        hidden = layer_norm(x, scale, shift, MODULATED_EPS)
         q = linear(hidden, query, query_bias)
         if query_norm is not None:
-            q = pad(ascend_operators.layer_norm(q, query_norm, query_norm_bias, NORM_EPS))
-        if kernel is None:
-            tokens = cells(hidden)
-            k, v = linear(tokens, key, key_bias), linear(tokens, value, value_bias)
-            if key_norm is not None:
-                k = pad(ascend_operators.layer_norm(k, key_norm, key_norm_bias, NORM_EPS))
-        else:
-            kv = linear(hidden, key, key_bias)
-            if key_norm is not None:
-                k = ascend_operators.layer_norm(kv[..., :size], key_norm, key_norm_bias, NORM_EPS)
-                kv = mint.cat((k, kv[..., size:]), -1)
-            k, v = convolved(kv, kernel, kernel_bias, cell_norm, cell_norm_bias)
-        x = ascend_operators.addcmul(x, gate, linear(attend(q, k, v, None), out, out_bias))
+            q = pad(layer_norm(q, query_norm, query_norm_bias, NORM_EPS))
+        k, v = keys_values(
+            hidden, key, key_bias, value, value_bias, key_norm, key_norm_bias,
+            kernel, kernel_bias, cell_norm, cell_norm_bias,
+        )  # fmt: skip
+        x = addcmul(x, gate, linear(attention_of_rows(q, k, v, None), out, out_bias))
         q = linear(x, caption_query, caption_query_bias)
-        x = x + linear(attend(q, caption_key, caption_value, mask), caption_out, caption_out_bias)
-        hidden = ascend_operators.layer_norm(x, mlp_scale, mlp_shift, MODULATED_EPS)
-        return ascend_operators.addcmul(x, mlp_gate, linear(gelu_tanh(linear(hidden, fc1, fc1_bias)), fc2, fc2_bias))
+        x = x + linear(attention_of_rows(q, caption_key, caption_value, mask), caption_out, caption_out_bias)
+        hidden = layer_norm(x, mlp_scale, mlp_shift, MODULATED_EPS)
+        return addcmul(x, mlp_gate, linear(gelu_tanh(linear(hidden, fc1, fc1_bias)), fc2, fc2_bias))
 
     return ms.jit(block, jit_level="O0") if compiled else block
+
+
+def layer_norm(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor, eps: float) -> ms.Tensor:
+    """Call the operator by its name in its module, where tests replace it."""
+    return ascend_operators.layer_norm(x, weight, bias, eps)
+
+
+def addcmul(x: ms.Tensor, gate: ms.Tensor, y: ms.Tensor) -> ms.Tensor:
+    """Call the operator by its name in its module, where tests replace it."""
+    return ascend_operators.addcmul(x, gate, y)

@@ -41,8 +41,8 @@ def check_fields(config: Any) -> None:
             raise PixArtNBError(f"{item.name} is {str(value)[:80]}; expected {expected}")
 
 
-def _is_number(value: Any, kind: type) -> bool:
-    if not isinstance(value, kind) or isinstance(value, bool):
+def _is_number(value: Any, number_type: type) -> bool:
+    if not isinstance(value, number_type) or isinstance(value, bool):
         return False
     return isinstance(value, int) or math.isfinite(value)  # an int may be too large for a float
 

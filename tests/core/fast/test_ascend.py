@@ -6,7 +6,7 @@ from lora_models import EVERYTHING, trained, transformer
 from reference_data import FORWARD, OFFICIAL, TRAJECTORY, diffusers, official, relative_error
 
 from benchmarks.ascend_stand_ins import STAND_INS, ContractError, ascend
-from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
+from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPAGPipeline, PixArtSigmaPipeline
 from pixart_nb.core import PixArtConfig, backend, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import denoiser
@@ -149,6 +149,19 @@ def test_whole_pipelines_give_the_numbers_of_diffusers(name, flash):
         encoded = pipe.vae.encode(ms.Tensor(golden["vae_in"]))[0]
         assert relative_error(encoded.mean.asnumpy(), golden["vae_mean"]) < FORWARD
         assert relative_error(encoded.logvar.asnumpy(), golden["vae_logvar"]) < FORWARD
+
+
+def test_perturbed_attention_guidance_is_that_of_the_cpu():
+    pipe = PixArtSigmaPAGPipeline.from_pretrained(diffusers("sigma")[0], pag_applied_layers=["blocks.1"])
+    arguments = dict(height=64, width=64, num_inference_steps=2, pag_scale=3.0, use_resolution_binning=False)
+
+    def latents():
+        *_, last = pipe.sample("a red mushroom", generator=np.random.default_rng(0), **arguments)
+        return last.latents
+
+    expected = latents()
+    with ascend(flash_in_float32=True):
+        assert relative_error(latents(), expected) < 1e-4
 
 
 @pytest.mark.parametrize("tile", [0, 64])
