@@ -34,10 +34,6 @@ class AscendDenoiser:
         self.net, self.compiled = net, backend.graph_mode()
         head_size = net.config.hidden_size // net.config.num_heads
         self.fused = ascend_operators.flash_supports(head_size, net.dtype)
-            net,
-            ascend_operators.flash_supports(net.config.hidden_size // net.config.num_heads, net.dtype),
-            backend.graph_mode(),
-        )
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
         self.caption, self.mask = caption, mask
