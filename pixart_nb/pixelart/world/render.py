@@ -188,10 +188,17 @@ MATERIALS: dict[str, np.ndarray] = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A drawing on a grid of cells: ``colours`` (H, W, 3) float in 0..255 and ``mask`` (H, W) bool of covered cells."""
+    """A drawing on a grid of cells (H, W): covered cells (bool), number in ``materials``, and shade 0 to 4 of each."""
 
-    colours: np.ndarray
     mask: np.ndarray
+    materials: tuple[str, ...]
+    material: np.ndarray
+    shade: np.ndarray
+
+    def colours(self, ramp: np.ndarray) -> np.ndarray:
+        """Return the colours (H, W, 3) in 0..255, with the ramp (5, 3) of the material ``main``."""
+        ramps = np.stack([ramp if name == "main" else MATERIALS[name] for name in self.materials])
+        return ramps[self.material, self.shade]
 
 
 def supersampling(cells: int) -> int:
@@ -224,13 +231,11 @@ def _lightness(part: Part, inside: np.ndarray, x: np.ndarray, y: np.ndarray, sca
     return light
 
 
-def render(
-    parts: Sequence[Part], colour: np.ndarray, height: int, width: int, x: float, y: float, size: float, mirrored: bool
-) -> Rendered:
+def render(parts: Sequence[Part], height: int, width: int, x: float, y: float, size: float, mirrored: bool) -> Rendered:
     """Draw parts onto a grid of ``height`` x ``width`` cells.
 
-    ``colour``: ramp (5, 3) of the material ``main``. The unit square of the drawing has its upper left corner at the
-    cell (x, y), fractions allowed, and ``size`` cells a side.
+    The unit square of the drawing has its upper left corner at the cell (x, y), fractions allowed, and ``size`` cells
+    a side.
     """
     samples = supersampling(round(size))
     rows, columns = height * samples, width * samples
@@ -256,12 +261,10 @@ def render(
         shaded = _lightness(part, inside, grid_x, grid_y, scale, size)
         top[first:last, left:right][inside] = number
         light[first:last, left:right][inside] = shaded[inside]
-    return _to_cells(top, light, [part.material for part in used], colour, samples, size)
+    return _to_cells(top, light, tuple(part.material for part in used), samples, size)
 
 
-def _to_cells(
-    top: np.ndarray, light: np.ndarray, materials: Sequence[str], colour: np.ndarray, samples: int, size: float
-) -> Rendered:
+def _to_cells(top: np.ndarray, light: np.ndarray, materials: tuple[str, ...], samples: int, size: float) -> Rendered:
     """Reduce samples to cells: the part that covers most of a cell, its mean lightness, outlines and dithering."""
     height, width = top.shape[0] // samples, top.shape[1] // samples
     parts = len(materials)
@@ -285,8 +288,7 @@ def _to_cells(
         inner &= padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         padded = np.pad(inner, 1)
     shade = np.where(mask & ~inner, 0, shade)
-    ramps = np.stack([colour if material == "main" else MATERIALS[material] for material in materials])
-    return Rendered(ramps[best, shade], mask)
+    return Rendered(mask, materials, best, shade)
 
 
 def _edges(best: np.ndarray, mask: np.ndarray) -> np.ndarray:

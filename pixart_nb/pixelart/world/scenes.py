@@ -9,7 +9,7 @@ import numpy as np
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.scenes import RAMPS
 from pixart_nb.pixelart.world.objects import MIRRORED, OBJECTS
-from pixart_nb.pixelart.world.render import render
+from pixart_nb.pixelart.world.render import Rendered, render
 from pixart_nb.pixelart.world.settings import SETTINGS, draw_setting
 
 COLOURS = tuple(RAMPS)
@@ -111,16 +111,24 @@ def draw_cells(scene: WorldScene, rng: np.random.Generator, height: int, width: 
         _cast_shadow(grid, at, side)
     for number in reversed(range(len(scene.things))):  # the first is in front
         thing, at = scene.things[number], placements[number]
-        size = at.size * side
-        rendered = render(
-            OBJECTS[thing.object], np.array(RAMPS[thing.colour], float), height, width,
-            at.x * side - size / 2, at.y * side - size / 2, size, at.mirrored,
-        )  # fmt: skip
-        grid[rendered.mask] = rendered.colours[rendered.mask] * light
+        rows, columns, rendered = _render(thing, at, side, height, width)
+        view = grid[rows, columns]
+        colours = rendered.colours(np.array(RAMPS[thing.colour], float))
+        view[rendered.mask] = colours[rendered.mask] * light
         for mask in masks:
-            mask &= ~rendered.mask
-        masks[number] = rendered.mask
+            mask[rows, columns] &= ~rendered.mask
+        masks[number][rows, columns] = rendered.mask
     return WorldDrawing(np.clip(grid, 0, 255).astype(np.uint8), tuple(masks), placements)
+
+
+def _render(thing: Thing, at: ThingPlacement, side: int, height: int, width: int) -> tuple[slice, slice, Rendered]:
+    """Draw a thing on the part of the grid that holds it; return its rows and columns too."""
+    size = at.size * side
+    x, y = at.x * side - size / 2, at.y * side - size / 2
+    first, left = (max(0, int(v) // 4 * 4 - 4) for v in (y, x))  # dithering has a period of 4
+    last, right = min(height, int(y + size) + 3), min(width, int(x + size) + 3)
+    rendered = render(OBJECTS[thing.object], last - first, right - left, x - left, y - first, size, at.mirrored)
+    return slice(first, last), slice(left, right), rendered
 
 
 def _cast_shadow(grid: np.ndarray, at: ThingPlacement, side: int) -> None:

@@ -1,0 +1,90 @@
+"""The evaluator of the drawn world, on scenes that nobody fitted it to."""
+
+import numpy as np
+import pytest
+
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.pixelart.world.evaluator import WorldEvaluator, compare
+from pixart_nb.pixelart.world.scenes import Thing, WorldScene, draw_cells
+from pixart_nb.pixelart.world.split import training_scene
+
+
+def drawn(count, cells, pair_share, seed, cell=8, width=None):
+    rng = np.random.default_rng(seed)
+    scenes = [training_scene(rng, pair_share) for _ in range(count)]
+    drawings = [draw_cells(scene, rng, cells, width or cells) for scene in scenes]
+    return scenes, [d.pixels.repeat(cell, 0).repeat(cell, 1) for d in drawings], drawings
+
+
+@pytest.mark.parametrize(
+    ("cells", "things", "count", "least"),
+    [
+        (32, 1, 12, 1.0),
+        (32, 2, 4, 1.0),
+        (64, 1, 6, 1.0),
+        pytest.param(128, 1, 30, 0.97, marks=pytest.mark.slow),
+        pytest.param(16, 1, 40, 0.9, marks=pytest.mark.slow),
+        pytest.param(32, 1, 300, 0.99, marks=pytest.mark.slow),
+        pytest.param(32, 2, 200, 0.97, marks=pytest.mark.slow),
+        pytest.param(64, 1, 100, 0.99, marks=pytest.mark.slow),
+        pytest.param(64, 2, 60, 0.97, marks=pytest.mark.slow),
+    ],
+)
+def test_everything_is_read_from_fresh_scenes(cells, things, count, least):
+    scenes, images, _ = drawn(count, cells, things - 1, 1000 + cells + things)
+    accuracy = WorldEvaluator().accuracy(images, scenes)
+    assert set(accuracy) == {"object", "colour", "setting", "all"} | ({"relation"} if things == 2 else set())
+    assert accuracy["all"] >= least, accuracy
+
+
+def test_other_captions_are_right_by_chance():
+    scenes, images, _ = drawn(16, 32, 0.0, 5)
+    accuracy = WorldEvaluator().accuracy(images, scenes[1:] + scenes[:1])
+    assert accuracy["all"] <= 0.1 and accuracy["object"] <= 0.3 and accuracy["setting"] <= 0.5
+
+
+def test_blurred_and_noisy_images_are_read():
+    scenes, images, _ = drawn(6, 32, 0.0, 6)
+    rng = np.random.default_rng(0)
+    noisy = [
+        np.clip(
+            sum(np.roll(image.astype(float), k, 1) for k in (-1, 0, 1)) / 3 + rng.normal(0, 12, image.shape), 0, 255
+        )
+        for image in images
+    ]
+    assert WorldEvaluator().accuracy([image.astype(np.uint8) for image in noisy], scenes)["all"] >= 0.8
+
+
+def test_number_places_and_masks_of_things_are_found():
+    scenes, images, drawings = drawn(6, 32, 0.5, 8)
+    for scene, image, drawing in zip(scenes, images, drawings, strict=True):
+        reading = WorldEvaluator().read(image)
+        assert len(reading.scene.things) == len(scene.things) == len(reading.masks)
+        for thing, place, mask in zip(reading.scene.things, reading.placements, reading.masks, strict=True):
+            number = scene.things.index(thing)
+            assert np.hypot(place.x - drawing.placements[number].x, place.y - drawing.placements[number].y) < 0.06
+            own = drawing.masks[number].repeat(8, 0).repeat(8, 1)
+            assert (mask & own).sum() / (mask | own).sum() > 0.75
+
+
+def test_wide_images_are_read():
+    scenes, images, _ = drawn(3, 32, 0.0, 9, width=48)
+    assert WorldEvaluator().accuracy(images, scenes)["all"] >= 0.6
+
+
+def test_parts_are_compared_with_the_scene_told_from_either_thing():
+    cat, boat = Thing("cat", "red"), Thing("boat", "blue")
+    scene = WorldScene((cat, boat), "beach", "left of")
+    assert compare(WorldScene((boat, cat), "beach", "right of"), scene)["all"]
+    swapped = WorldScene((Thing("cat", "blue"), Thing("boat", "red")), "beach", "left of")
+    parts = compare(swapped, scene)
+    assert parts["object"] and parts["relation"] and not parts["colour"] and not parts["all"]
+
+
+def test_bad_images_are_refused():
+    reader = WorldEvaluator()
+    for image in (np.zeros((128, 128), np.uint8), np.zeros((128, 128, 3)), np.zeros((64, 128, 3), np.uint8)):
+        with pytest.raises(PixArtNBError, match="expected \\(H, W, 3\\) uint8 of 128 pixels"):
+            reader.read(image)
+    with pytest.raises(PixArtNBError, match="expected 1, 2 or None"):
+        reader.read(np.zeros((128, 128, 3), np.uint8), 3)
