@@ -126,7 +126,7 @@ def sample(config: InferenceConfig) -> list[Path]:
     return paths
 
 
-def like(image: str | Path, **changes: Any) -> InferenceConfig:
+def like(image: str | Path, /, **changes: Any) -> InferenceConfig:
     """Return the configuration that repeats an image which ``sample`` wrote, with changes.
 
     The image may come from anybody: only ``SHAPING_KEYS`` are taken from it, never a path. Weights that are not those

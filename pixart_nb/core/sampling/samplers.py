@@ -171,6 +171,7 @@ def dpm_solver_singlestep(
     start = latents
     for (index, timestep, sigma, sigma_next), order in zip(schedule, orders, strict=True):
         denoised = denoise(latents, predict(latents, timestep).noise, sigma)
+        order = order if sigma_next else 1
         history = [*history, (denoised, sigma)][-min(order, len(history) + 1) :]
         if len(history) == 1:
             start = latents

@@ -274,6 +274,7 @@ def _denoise(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[in
     """Take the steps of ``pipe.sample``, storing every prediction of the model."""
     files = image.files
     texts, source = files.load("embeddings"), image.source_latents()
+    computed: list[str] = []  # predictions of this session
     steps = pipe.sample(
         prompt_embeds=texts["prompt_embeds"],
         prompt_attention_mask=texts["prompt_mask"],
@@ -284,7 +285,7 @@ def _denoise(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[in
         height=image.drawn[0],
         width=image.drawn[1],
         generator=image_generators(image.seed[0], [image.seed[1]]),
-        wrap_predict=lambda predict: _stored(predict, files),
+        wrap_predict=lambda predict: _stored(predict, files, computed),
         image_latents=source,
         strength=image.strength,
         **image.options,
@@ -295,14 +296,14 @@ def _denoise(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[in
     total = len(schedule if source is None else schedule.last(image.strength))
     yield min(kept, total), total
     for step in steps:
-        if step.index >= kept:
+        if computed:
             yield step.index + 1, total
     files.save("latents", {"latents": step.latents.astype(np.float32)})
     files.remove("prediction-*")
 
 
-def _stored(predict: Predict, files: StageFiles) -> Predict:
-    """Return ``predict`` with its results stored; stored ones are read instead of computed."""
+def _stored(predict: Predict, files: StageFiles, computed: list[str]) -> Predict:
+    """Return ``predict`` with its results stored; stored ones are read instead of computed, others named."""
     number = -1
 
     def stored(latents: np.ndarray, timestep: float) -> Prediction:
@@ -314,6 +315,7 @@ def _stored(predict: Predict, files: StageFiles) -> Predict:
             return Prediction(tensors["noise"], tensors.get("variance"))
         prediction = predict(latents, timestep)
         files.save(name, {key: part for key, part in prediction._asdict().items() if part is not None})
+        computed.append(name)
         return prediction
 
     return stored

@@ -204,7 +204,7 @@ def test_keys_of_a_caption_are_kept_once(traced):
 
 def test_a_trace_that_is_too_large_is_refused_before_the_run(pipe, monkeypatch):
     monkeypatch.setattr(CPUDenoiser, "__call__", never)
-    monkeypatch.setattr(pipe, "_encoded", never)
+    monkeypatch.setattr(pipe, "_encode", never)
     with (
         pytest.raises(TraceTooLargeError, match=r"would take \d+\.\d kB.*the limit is 1\.0 kB.*fewer layers"),
         trace(pipe, memory_limit=1000),

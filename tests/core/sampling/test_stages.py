@@ -281,3 +281,15 @@ def test_the_hook_around_the_model_sees_every_call_of_the_scheduler():
 
     steps = list(pipe.sample("a cup", height=64, width=64, num_inference_steps=3, wrap_predict=around))
     assert seen == [step.timestep for step in steps[1:]]
+
+
+def test_a_scheduler_with_two_predictions_for_each_step_resumes_too(tmp_path):
+    whole, stopped = (picture(tmp_path / name, drawn=(64, 64), size=(64, 64), tile=64) for name in ("whole", "stopped"))
+    finished(whole, lambda names: load(names, "heun"))
+    stages = run_stages([stopped], lambda names: load(names, "heun"))
+    for part in stages:
+        if (part.stage, part.done) == ("denoise", 3):
+            stages.close()
+    parts = finished(stopped, lambda names: load(names, "heun"))
+    assert [part.done for part in parts if part.stage == "denoise"][1:] == [4, 5, 6]
+    assert np.array_equal(whole.pixels(), stopped.pixels())
