@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 _MODULES = {
     # pipelines, their components and schedulers
     "core.sampling.pipeline": ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPAGPipeline"),
+    "core.sampling.controlnet": ("PixArtSigmaControlNetPipeline", "PixArtAlphaControlnetPipeline"),
     "core.sampling.editing": ("PixArtSigmaImg2ImgPipeline", "PixArtSigmaInpaintPipeline"),
     "core.checkpoints.components": ("T5EncoderModel",),
     "core.sampling.schedulers": (
@@ -49,6 +50,8 @@ _MODULES = {
     # checkpoints and conversion
     "core.models.transformer": ("PixArtConfig",),
     "core.checkpoints.load": ("load_transformer",),
+    "core.checkpoints.controlnet": ("load_controlnet",),
+    "core.models.controlnet": ("PixArtControlNet",),
     "core.checkpoints.convert": ("plan_conversion", "convert"),
     # figures and widgets
     "viz.figures": ("image_grid", "comparison_grid", "film_strip", "save_figure"),

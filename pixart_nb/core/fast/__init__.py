@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,12 +18,15 @@ from pixart_nb.core.fast.cpu_operators import ImageStatistics
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.transformer import PixArt
 
+if TYPE_CHECKING:
+    from pixart_nb.core.models.controlnet import Controlled
+
 #: ``denoise(latents (B, C, H, W), timestep) -> (B, out_channels, H, W)``, one timestep for the whole batch.
 Denoiser = Callable[[Any, float], Any]
 
 
 def denoiser(
-    net: PixArt,
+    net: PixArt | Controlled,
     caption: ms.Tensor,
     mask: np.ndarray | ms.Tensor | None,
     prepare: Callable[[Any], ms.Tensor] = lambda latents: latents,
@@ -36,12 +39,15 @@ def denoiser(
     transformer is traced or changed (``core.hooks``), every attention goes through its hook point; what the hooks
     leave as it is keeps its numbers, bit for bit.
     """
-    if backend.on_ascend():
+    if not isinstance(net, PixArt):  # a transformer with a ControlNet
+        denoise = net.denoiser(caption, mask)
+    elif backend.on_ascend():
         from pixart_nb.core.fast.ascend import AscendDenoiser
 
         denoise = AscendDenoiser(net, caption, mask)
-        return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
-    return CPUDenoiser(net, caption, mask, prepare, finish)
+    else:
+        return CPUDenoiser(net, caption, mask, prepare, finish)
+    return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
 
 
 def fast_group_norms(norms: Sequence[GroupNorm]) -> AbstractContextManager[None]:

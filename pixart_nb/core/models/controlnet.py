@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from mindspore import nn
+import numpy as np
+from mindspore import mint, nn
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
@@ -110,3 +112,52 @@ class PixArtControlNet(nn.Cell):
                 x = x + added * scale
             x = block(x, k, v, mask, t0, height, width)
         return net.unpatchify(net.final_layer(x, t), height, width)
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """A ControlNet with the condition of one run: latents ``control`` (N, C, H, W), and its scale in each step.
+
+    ``timesteps`` (S,) fall, and ``scales`` (S,) hold from each of them to the next.
+    """
+
+    net: PixArtControlNet
+    control: ms.Tensor
+    timesteps: np.ndarray
+    scales: np.ndarray
+
+    def scale_at(self, timestep: float) -> float:
+        """Return the scale of the step that ``timestep`` belongs to."""
+        return float(self.scales[max(0, np.count_nonzero(self.timesteps >= timestep - 1e-3) - 1)])
+
+    @property
+    def config(self):
+        """Configuration of the transformer."""
+        return self.net.config
+
+    @property
+    def hook_manager(self):
+        """Hooks of the transformer."""
+        return self.net.hook_manager
+
+    def denoiser(self, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None) -> ControlledDenoiser:
+        """Return the denoising step of a run (see ``fast.denoiser``)."""
+        return ControlledDenoiser(self, caption, mask)
+
+
+class ControlledDenoiser:
+    """Denoising steps of a transformer with a ControlNet, by its layers themselves. **Not run on Ascend.**"""
+
+    def __init__(self, model: Controlled, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+        if mask is not None:
+            caption, mask = trim_caption(caption, mask)
+        self.model, self.mask, self.keys_values = model, mask, model.net.caption_keys_values(caption)
+
+    def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
+        """latents (B, C, H, W) -> (B, out_channels, H, W)."""
+        model, (batch, _, height, width) = self.model, latents.shape
+        base, scale = model.net.base_model, model.scale_at(timestep)
+        control = mint.tile(model.control, (batch // model.control.shape[0], 1, 1, 1)) if scale else None
+        timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
+        positions, micro = base.positions(height, width), base.micro_conditions(latents)
+        return model.net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro, control, scale)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_output_type, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, repeated
 
@@ -70,19 +71,11 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
         height, width = self.binned_size(*size) if binning else self.check_size(*whole)
         if binning and (height, width) == size:
             height, width = self.check_size(*whole)
-        x = resized(pixels, height, width).transpose(0, 3, 1, 2) * 2 - 1
-        call = call | {"image_latents": self.vae.config.to_model(self._encoded_image(x)), "strength": strength}
+        call = call | {"image_latents": encode_image(self.vae, resized(pixels, height, width)), "strength": strength}
         if mask is not None:
             call["mask"] = latent_mask(mask, height, width)
         size = {"height": height, "width": width, "use_resolution_binning": False}
         return super().__call__(prompt, output_type="latent" if latents else "np", **size, **call)[0]
-
-    def _encoded_image(self, x: np.ndarray) -> np.ndarray:
-        z = self.vae.encode(ms.Tensor(np.ascontiguousarray(x, np.float32)).astype(self._vae_dtype()))[0].mode()
-        return z.astype(ms.float32).asnumpy()
-
-    def _vae_dtype(self) -> ms.Type:
-        return next(iter(self.vae.get_parameters())).dtype
 
 
 class PixArtSigmaInpaintPipeline(PixArtSigmaImg2ImgPipeline):
@@ -129,6 +122,13 @@ class PixArtSigmaInpaintPipeline(PixArtSigmaImg2ImgPipeline):
 
 
 # ---- images and masks
+
+
+def encode_image(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Encode images (N, H, W, 3) in [0, 1] to the latents (N, C, H / 8, W / 8) that the transformer works on."""
+    x = ms.Tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2) * 2 - 1, np.float32))
+    z = vae.encode(x.astype(next(iter(vae.get_parameters())).dtype))[0].mode()
+    return vae.config.to_model(z.astype(ms.float32).asnumpy())
 
 
 def image_array(image: ImageInput | None) -> np.ndarray:

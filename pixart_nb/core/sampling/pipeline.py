@@ -165,11 +165,13 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
             length = call.max_sequence_length or self.max_sequence_length
             hooks.on_plan(schedule.timesteps, rows, guided, height // 8, width // 8, length)
 
+        network = self._network(schedule, rows, height, width)
+
         def parts() -> Iterator[Iterator[Conditioning | Step] | tuple[Conditioning]]:
             condition = self._encode(*inputs, copies, call.clean_caption, call.max_sequence_length, trim=True)
             yield (condition,)
             predict = guided_model(
-                self.transformer, condition, call.guidance_scale, height, width, call.guidance_rescale, perturbation
+                network, condition, call.guidance_scale, height, width, call.guidance_rescale, perturbation
             )
             steps = scheduler.steps(wrap_predict(predict), start, schedule, call.generator, call.eta)
             if call.mask is not None:
@@ -194,6 +196,10 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         call = self.sampling_defaults | call
         schedule = self.plan(call["num_inference_steps"], call["timesteps"], call["sigmas"])
         return len(schedule if call["image_latents"] is None else schedule.last(call["strength"]))
+
+    def _network(self, schedule: StepSchedule, rows: int, height: int, width: int) -> Any:
+        """Return what predicts the noise of a run."""
+        return self.transformer
 
     def _perturbation(self, scale: float, adaptive: float) -> Perturbation | None:
         for name, value in (("pag_scale", scale), ("pag_adaptive_scale", adaptive)):

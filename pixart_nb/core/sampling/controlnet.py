@@ -1,0 +1,84 @@
+"""Pipelines with a ControlNet-Transformer (PixArt-delta, Chen et al. 2024): the image follows a condition image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
+from pixart_nb.core.sampling.editing import ImageInput, encode_image, image_array, resized
+from pixart_nb.core.sampling.images import PipelineOutput
+from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, repeated
+from pixart_nb.core.sampling.samplers import StepSchedule
+
+
+class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
+    """PixArt-Sigma with a ControlNet: ``pipe("a red house", image=edges)``.
+
+    ``PixArtSigmaControlNetPipeline.from_pretrained(folder, controlnet=load_controlnet(file))``. The base model of the
+    ControlNet is the transformer of the pipeline.
+    """
+
+    def __init__(self, *components: Any, controlnet: PixArtControlNet | None = None, **named: Any):
+        super().__init__(*components, **named)
+        self.controlnet, self._control = controlnet, None
+        if controlnet is not None:
+            self.transformer = controlnet.base_model
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: Any, *args: Any, controlnet: PixArtControlNet, **options: Any):
+        """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, with the transformer of ``controlnet``."""
+        pipe = super().from_pretrained(folder_or_hub_id, *args, **{"transformer": controlnet.base_model} | options)
+        pipe.controlnet = controlnet
+        return pipe
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: ImageInput | None = None,
+        controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
+        **call: Any,
+    ) -> PipelineOutput:
+        """Draw images that follow ``image``, one for all or one for each prompt; returns the tuple ``(images,)``.
+
+        ``image`` is what the ControlNet was trained on, such as edges. ``controlnet_conditioning_scale`` multiplies
+        what the ControlNet adds, from the share ``control_guidance_start`` of the steps to the share
+        ``control_guidance_end``. Other arguments are those of ``PixArtSigmaPipeline``.
+        """
+        start, end, scale = control_guidance_start, control_guidance_end, controlnet_conditioning_scale
+        if not 0 <= start < end <= 1:
+            raise PixArtNBError(f"control goes from {start} to {end} of the steps; expected 0 <= start < end <= 1")
+        if not np.isfinite(scale):
+            raise PixArtNBError(f"controlnet_conditioning_scale is {scale}; expected a finite number")
+        if self.controlnet is None or self.vae is None:
+            missing = "ControlNet" if self.controlnet is None else "VAE"
+            raise PixArtNBError(f"this pipeline has no {missing}, which the condition image needs")
+        self._control = image_array(image), scale, start, end
+        return super().__call__(prompt, **call)
+
+    def _network(self, schedule: StepSchedule, rows: int, height: int, width: int) -> Controlled:
+        if self._control is None:
+            raise PixArtNBError("call the pipeline with image, the condition, before its steps are sampled")
+        pixels, scale, start, end = self._control
+        if len(pixels) > rows or rows % len(pixels):
+            raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")
+        control = repeated(encode_image(self.vae, resized(pixels, height, width)), rows)
+        steps = len(schedule)
+        active = [start <= index / steps and (index + 1) / steps <= end for index in range(steps)]
+        return Controlled(self.controlnet, ms.Tensor(control), schedule.timesteps, scale * np.array(active))
+
+    def _perturbation(self, scale: float, adaptive: float) -> None:
+        if scale:
+            raise PixArtNBError(f"pag_scale is {scale}; perturbed-attention guidance does not go with a ControlNet")
+
+
+class PixArtAlphaControlnetPipeline(PixArtSigmaControlNetPipeline):
+    """PixArt-alpha with a ControlNet, under the name of diffusers' research project: prompts of 120 tokens."""
+
+    max_sequence_length = 120

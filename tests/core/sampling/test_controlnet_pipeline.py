@@ -1,0 +1,102 @@
+"""The ControlNet pipelines: the condition changes the image where and as much as was asked."""
+
+import numpy as np
+import pytest
+from reference_data import diffusers, relative_error
+
+from pixart_nb import PixArtControlNet, PixArtSigmaControlNetPipeline, PixArtSigmaPipeline
+from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
+
+FOLDER = diffusers("sigma")[0]
+CALL = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 96, "use_resolution_binning": False}
+EDGES = np.random.default_rng(0).integers(0, 2, (64, 96, 1), np.uint8).repeat(3, 2) * 255
+
+
+@pytest.fixture(scope="module")
+def base():
+    pipe = PixArtSigmaPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe(base):
+    controlnet = PixArtControlNet.from_transformer(base.transformer, 1)
+    rng = np.random.default_rng(1)
+    for name, parameter in controlnet.parameters_and_names():
+        if "before_proj" in name or "after_proj" in name:
+            parameter.set_data(ms.Tensor((0.1 * rng.standard_normal(parameter.shape)).astype(np.float32)))
+    pipe = PixArtSigmaControlNetPipeline.from_pipe(base, controlnet=controlnet)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe, *args, **call):
+    return pipe("a cup", *args, generator=np.random.default_rng(0), output_type="latent", **CALL | call)[0]
+
+
+def test_a_scale_of_zero_is_the_pipeline_without_control(base, pipe):
+    assert relative_error(latents(pipe, EDGES, 0.0), latents(base)) < 1e-5
+
+
+def test_the_condition_changes_the_image_by_its_scale(base, pipe):
+    without = latents(base)
+    half, whole = (np.linalg.norm(latents(pipe, EDGES, scale) - without) for scale in (0.5, 1.0))
+    assert 0 < half < whole
+
+
+def test_another_condition_gives_another_image(pipe):
+    assert not np.array_equal(latents(pipe, EDGES), latents(pipe, 255 - EDGES))
+
+
+@pytest.mark.parametrize("scheduler", ["dpm++", "euler"])
+def test_control_acts_between_its_start_and_its_end(base, pipe, scheduler):
+    def steps(model, **call):
+        states = []
+        model.scheduler = scheduler
+        latents(model, callback=lambda index, timestep, x: states.append(x.copy()), **call)
+        model.scheduler = "dpm++"
+        return states
+
+    without = steps(base)
+    late = steps(pipe, image=EDGES, control_guidance_start=0.5)
+    assert [relative_error(a, b) < 1e-5 for a, b in zip(without, late, strict=True)] == [True, True, False, False]
+    early = steps(pipe, image=EDGES, control_guidance_end=0.5)
+    whole = steps(pipe, image=EDGES)
+    assert [relative_error(a, b) < 1e-5 for a, b in zip(whole, early, strict=True)] == [True, True, False, False]
+
+
+def test_conditions_are_given_once_or_for_every_image(pipe):
+    many = latents(pipe, np.stack([EDGES, 255 - EDGES]), num_images_per_prompt=2)
+    assert many.shape[0] == 2
+    with pytest.raises(PixArtNBError, match="2 condition images were given for 1 images"):
+        latents(pipe, np.stack([EDGES, EDGES]))
+
+
+def test_a_grey_condition_image_of_any_size_is_taken(pipe):
+    from PIL import Image
+
+    assert np.isfinite(latents(pipe, Image.fromarray(EDGES[..., 0]).resize((40, 40)))).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "image is None; expected a PIL image"),
+        (
+            {"image": EDGES, "control_guidance_start": 0.6, "control_guidance_end": 0.5},
+            "expected 0 <= start < end <= 1",
+        ),
+        ({"image": EDGES, "controlnet_conditioning_scale": float("nan")}, "expected a finite number"),
+        ({"image": EDGES, "pag_scale": 2.0}, "does not go with a ControlNet"),
+    ],
+)
+def test_wrong_arguments_are_refused(pipe, call, message):
+    with pytest.raises(PixArtNBError, match=message):
+        latents(pipe, **call)
+
+
+def test_a_pipeline_without_a_controlnet_says_so(base):
+    with pytest.raises(PixArtNBError, match="has no ControlNet"):
+        latents(PixArtSigmaControlNetPipeline.from_pipe(base), EDGES)
