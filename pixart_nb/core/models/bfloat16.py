@@ -41,7 +41,7 @@ def unsupported() -> str:
         return f"MindSpore {ms.__version__} ships no oneDNN library with dnnl_gemm_bf16bf16f32"
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((48, 64), (32, 64)))
-    exact = _widened(_rounded(x)) @ _widened(_rounded(weight)).T
+    exact = _upcast(_rounded(x)) @ _upcast(_rounded(weight)).T
     try:
         error = np.abs(product(x, _rounded(weight)) - exact).max()
     except PixArtNBError as failed:
@@ -112,7 +112,7 @@ def _rounded(x: np.ndarray) -> np.ndarray:
     return out.reshape(x.shape)
 
 
-def _widened(bits: np.ndarray) -> np.ndarray:
+def _upcast(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -159,7 +159,7 @@ class BFloat16Embedding(Embedding):
         return ms.float32
 
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
-        return ms.Tensor.from_numpy(_widened(_bits(self.weight)[ids.asnumpy()]))
+        return ms.Tensor.from_numpy(_upcast(_bits(self.weight)[ids.asnumpy()]))
 
 
 def for_inference(net: nn.Cell, dtype: ms.Type) -> nn.Cell:
