@@ -9,25 +9,21 @@ import json
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import CheckpointError, atomic_write_together, load_metadata, read_json, save_tensors, write_json
-from pixart_nb.core.lora.config import check_pattern, pattern_value
+from pixart_nb.core.io import CheckpointError, atomic_write_together, save_tensors, write_json
+from pixart_nb.core.lora.peft_config import METADATA, PEFT_CONFIG, PeftConfig, alpha_of, peft_config
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
 LAYOUTS = ("diffusers", "peft")
-#: Key of the metadata under which diffusers stores the configuration of a LoRA, as JSON.
-METADATA = "lora_adapter_metadata"
 #: Prefixes of module names; the longest that matches is removed.
 PREFIXES = (
     "base_model.model.",
@@ -47,84 +43,12 @@ _PARTS = {
     "magnitude": r"\.(?:lora_magnitude_vector(?:\.\w+)??(?:\.weight)?|dora_scale)",
 }
 #: Factors of LoKr and LoHa in LyCORIS and PEFT.
-_FACTORS = tuple(f"{kind}_w{n}{side}" for kind in ("lokr", "hada") for n in "12" for side in ("", "_a", "_b"))
+_FACTORS = tuple(f"{family}_w{n}{side}" for family in ("lokr", "hada") for n in "12" for side in ("", "_a", "_b"))
 _PARTS |= {name: rf"\.{name}(?:\.default)?" for name in _FACTORS}
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
 _MAX_NAME = 500
 #: Elements of the largest update that factors may make: a layer of 4096 to 16384.
 _MAX_DELTA = 2**26
-#: Initial values that leave the weights of the model as they are.
-_INITIAL = (None, True, False, "gaussian", "kaiming", "eva", "orthogonal")
-
-_Alpha = Annotated[float, Field(gt=-1e30, lt=1e30, allow_inf_nan=False)]
-_Rank = Annotated[int, Field(ge=1)]
-_Pattern = Annotated[str, AfterValidator(check_pattern)]
-_Nothing = Annotated[list, Field(max_length=0)] | None
-
-
-class PeftConfig(BaseModel):
-    """adapter_config.json of PEFT: alphas, and settings with values that a plain LoRA, DoRA, LoHa or LoKr has."""
-
-    model_config = ConfigDict(strict=True)
-
-    peft_type: Literal["LORA", "LOHA", "LOKR"] = "LORA"
-    bias: Literal["none"] = "none"
-    modules_to_save: _Nothing = None
-    layer_replication: _Nothing = None
-    fan_in_fan_out: Literal[False] | None = None
-    lora_bias: Literal[False] | None = None
-    use_qalora: Literal[False] | None = None
-    init_lora_weights: Any = None
-    lora_alpha: _Alpha | None = None
-    alpha_pattern: dict[_Pattern, _Alpha] | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-    r: _Rank | None = None  # this and the next two of LoHa and LoKr, whose factors do not always show their rank
-    alpha: _Alpha | None = None
-    rank_pattern: dict[_Pattern, _Rank] | None = None
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any], source: str) -> PeftConfig:
-        """Validate the values of a file, which ``source`` names in messages. Raises ``CheckpointError``."""
-        try:
-            config = cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise CheckpointError(f"{source}: {first['loc'][0]} is {first['input']!r:.60}; {first['msg']}") from error
-        initial = config.init_lora_weights
-        if not isinstance(initial, bool | str | None) or initial not in _INITIAL:
-            raise CheckpointError(
-                f"{source}: init_lora_weights is {initial!r:.60}, with which PEFT changes the model's weights too; "
-                "save the adapter with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
-            )
-        return config
-
-    @classmethod
-    def beside(cls, path: Path) -> PeftConfig:
-        """Read the configuration beside a file of weights, or in its metadata; without any, it is empty."""
-        if path.stem == "adapter_model" and (path.parent / PEFT_CONFIG).is_file():
-            return cls.of(read_json(path.parent / PEFT_CONFIG), str(path.parent / PEFT_CONFIG))
-        text = load_metadata(path).get(METADATA) if path.suffix == ".safetensors" else None
-        if not text:
-            return cls()
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: its metadata {METADATA} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path}: its metadata {METADATA} is {content!r:.60}; expected an object")
-        values = {str(name).removeprefix("transformer."): value for name, value in content.items()}
-        return cls.of(values, f"the metadata of {path}")
-
-    def scale(self, name: str, rank: int, own: float | None) -> float | None:
-        """Return alpha / r of a module; an alpha of its own, beside its weights, is preferred. None without any."""
-        if self.peft_type != "LORA" and self.alpha is not None:
-            alpha = pattern_value(self.alpha_pattern or {}, name, self.alpha)
-            return float(alpha) / pattern_value(self.rank_pattern or {}, name, self.r or 8)
-        alpha = own if own is not None else pattern_value(self.alpha_pattern or {}, name, self.lora_alpha)
-        if alpha is None:
-            return None
-        return float(alpha) / (math.sqrt(rank) if self.use_rslora and own is None else rank)
 
 
 @dataclass(frozen=True)
@@ -314,12 +238,12 @@ def _delta(module: str, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, in
     W1 = W1a W1b and W2 = W2a W2b (Yeh et al. 2023, "Navigating Text-To-Image Customization", section 3; FedPara,
     Hyeon-Woo et al. 2021, proposition 1). The scale is alpha / rank, and 1 for a LoKr of two whole factors.
     """
-    kind = next(part for part in parts if part in _FACTORS)[:4]
-    names = [f"{kind}_w{number}{side}" for number in "12" for side in ("", "_a", "_b")]
-    first, second = (_factor(parts, f"{kind}_w{number}") for number in "12")
+    family = next(part for part in parts if part in _FACTORS)[:4]
+    names = [f"{family}_w{number}{side}" for number in "12" for side in ("", "_a", "_b")]
+    first, second = (_factor(parts, f"{family}_w{number}") for number in "12")
     fits = first is not None and second is not None and set(parts) <= {*names, "alpha"}
     if fits:
-        fits = first.shape == second.shape if kind == "hada" else first.size * second.size <= _MAX_DELTA
+        fits = first.shape == second.shape if family == "hada" else first.size * second.size <= _MAX_DELTA
     if not fits:
         shapes = ", ".join(f"{part} {tensor.shape}" for part, tensor in parts.items())
         raise CheckpointError(
@@ -327,7 +251,7 @@ def _delta(module: str, parts: Mapping[str, np.ndarray]) -> tuple[np.ndarray, in
             "whole or as products that fit, and no dora_scale"
         )
     rank = next((len(parts[name]) for name in names if name.endswith("_b") and name in parts), None)
-    return (first * second if kind == "hada" else np.kron(first, second)).astype(np.float32), rank
+    return (first * second if family == "hada" else np.kron(first, second)).astype(np.float32), rank
 
 
 def _factor(parts: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
@@ -364,13 +288,13 @@ def write_lora(
     folder = Path(folder)
     if layout == "diffusers":
         tensors = {f"transformer.{name}": value for name, value in _tensors(modules, alpha=True).items()}
-        values = {f"transformer.{key}": value for key, value in peft_config(modules, config or {}).items()}
+        values = {f"transformer.{key}": value for key, value in _described(modules, config or {}).items()}
         save_tensors(folder / DIFFUSERS_FILE, tensors, {"format": "pt", METADATA: json.dumps(values)})
         return folder / DIFFUSERS_FILE
     tensors = {f"base_model.model.{name}": value for name, value in _tensors(modules, alpha=False).items()}
     with atomic_write_together(folder / PEFT_FILE, folder / PEFT_CONFIG) as (weights, description):
         save_tensors(weights, tensors, {"format": "pt"})
-        write_json(description, peft_config(modules, config or {}))
+        write_json(description, _described(modules, config or {}))
     return folder / PEFT_FILE
 
 
@@ -382,37 +306,11 @@ def _tensors(modules: Mapping[str, LoraModule], alpha: bool) -> dict[str, np.nda
             axes = (1, -1, 1, 1) if module.down.ndim == 4 else (-1,)
             out[f"{name}.lora_magnitude_vector"] = module.magnitude.reshape(axes)
         if alpha:
-            out[f"{name}.alpha"] = np.array(_alpha(module, False), np.float32)
+            out[f"{name}.alpha"] = np.array(alpha_of(module.scale, module.rank), np.float32)
     return out
 
 
-def peft_config(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return adapter_config.json of a LoRA. Ranks and alphas other than the most frequent ones are patterns."""
-    rslora = bool(config.get("use_rslora"))
-    ranks = {name: module.rank for name, module in modules.items()}
-    alphas = {name: _alpha(module, rslora) for name, module in modules.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": float(config.get("lora_dropout", 0.0)),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": rslora,
-        "use_dora": any(module.magnitude is not None for module in modules.values()),
-        "target_modules": sorted(modules),
-        "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(name): a for name, a in alphas.items() if a != alpha},
-        "modules_to_save": None,
-    }
-
-
-def _alpha(module: LoraModule, rslora: bool) -> float | int:
-    """Return the alpha of a scale, without the last digits, which the division has rounded."""
-    alpha = float(f"{module.scale * (math.sqrt(module.rank) if rslora else module.rank):.12g}")
-    return int(alpha) if alpha.is_integer() else alpha
+def _described(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return PEFT's configuration of modules."""
+    sizes = {name: (module.scale, module.rank) for name, module in modules.items()}
+    return peft_config(sizes, any(module.magnitude is not None for module in modules.values()), config)
