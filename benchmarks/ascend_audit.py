@@ -156,8 +156,8 @@ def _small_net(depth: int, side: int = 16, operator: str | None = None, ratio: i
 def _denoise(depth: int, size: int, operator: str | None, ratio: int) -> None:
     """Two denoising steps with guidance; the second is counted."""
     from pixart_nb.core.backend import ms
-    from pixart_nb.core.sampling.conditioning import Conditioning
     from pixart_nb.core.sampling.guidance import guided_model
+    from pixart_nb.core.sampling.text import Conditioning
 
     rng = np.random.default_rng(0)
     prompt, negative = (ms.Tensor(rng.standard_normal((1, n, 64)).astype(np.float32)) for n in (20, 1))

@@ -213,6 +213,7 @@ class SharedStatistics:
     def __init__(self, cores: Sequence[tuple], values: np.ndarray | None = None):
         self.cores = cores
         self.mean, self.variance = (None, None) if values is None else map(ms.Tensor, values)
+        self.scale = self.shift = None  # of the normalization on Ascend
 
     def values(self) -> np.ndarray | None:
         """Return mean and variance of every channel, (2, C) float32; None if nothing was normalized."""
@@ -226,11 +227,13 @@ class SharedStatistics:
         if self.mean is None:
             mean, variance = (self._measured_on_device if backend.on_ascend() else self._measured)(wide, norm.groups)
             self.mean, self.variance = (values.reshape(-1) for values in (mean, variance))
-        weight, bias = norm.weight.astype(ms.float32), norm.bias.astype(ms.float32)
         if backend.on_ascend():  # its batch normalization has no aclnn kernel
-            scale = weight * mint.rsqrt(self.variance + norm.eps)
-            shift = bias - self.mean * scale
-            return (wide * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)).astype(x.dtype)
+            if self.scale is None:
+                scale = norm.weight.astype(ms.float32) * mint.rsqrt(self.variance + norm.eps)
+                shift = norm.bias.astype(ms.float32) - self.mean * scale
+                self.scale, self.shift = (values.reshape(1, -1, 1, 1) for values in (scale, shift))
+            return (wide * self.scale + self.shift).astype(x.dtype)
+        weight, bias = norm.weight.astype(ms.float32), norm.bias.astype(ms.float32)
         batch_norm = ops.BatchNorm(is_training=False, epsilon=norm.eps)
         return batch_norm(wide, weight, bias, self.mean, self.variance)[0].astype(x.dtype)
 

@@ -153,7 +153,7 @@ def test_whole_pipelines_give_the_numbers_of_diffusers(name, flash):
 
 def test_perturbed_attention_guidance_is_that_of_the_cpu():
     pipe = PixArtSigmaPAGPipeline.from_pretrained(diffusers("sigma")[0], pag_applied_layers=["blocks.1"])
-    arguments = dict(height=64, width=64, num_inference_steps=2, pag_scale=3.0, use_resolution_binning=False)
+    arguments = dict(height=64, width=64, num_inference_steps=2, pag_scale=3.0)
 
     def latents():
         *_, last = pipe.sample("a red mushroom", generator=np.random.default_rng(0), **arguments)
