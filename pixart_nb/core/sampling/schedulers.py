@@ -29,7 +29,7 @@ Final = Literal["zero", "sigma_min"]
 #: Options of diffusers of which one value is implemented.
 FIXED: dict[str, Any] = {
     **dict.fromkeys(("thresholding", "rescale_betas_zero_snr", "use_flow_sigmas", "use_dynamic_shifting"), False),
-    **dict.fromkeys(("clip_sample", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
     **dict.fromkeys(("trained_betas", "variance_type", "solver_p", "sigma_min", "sigma_max", "shift_terminal"), None),
     **dict.fromkeys(("predict_x0", "skip_prk_steps", "lower_order_final"), True),
     "interpolation_type": "linear",
@@ -504,7 +504,11 @@ class HeunDiscreteScheduler(_SigmaSpaceScheduler, _Curved):
     """Heun steps, of two predictions each. See ``sigma_samplers.heun``."""
 
     sampler = staticmethod(sigma_samplers.heun)
-    fixed: ClassVar = Scheduler.fixed + " clip_sample"
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        return {"clip": self.clip_sample_range if self.clip_sample else None}
 
 
 class KDPM2DiscreteScheduler(_SigmaSpaceScheduler, _Curved):

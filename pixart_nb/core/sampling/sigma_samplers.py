@@ -30,14 +30,27 @@ def _ancestral_sigmas(sigma: float, sigma_next: float) -> tuple[float, float]:
     return down, float(np.sqrt(max(0.0, sigma_next**2 - down**2)))
 
 
-def heun(predict, latents, schedule, generator=None) -> Iterator[Step]:
-    """Heun steps in sigma (Karras et al. 2022, algorithm 1): two predictions for each step but the last."""
+def heun(predict, latents, schedule, generator=None, *, clip: float | None = None) -> Iterator[Step]:
+    """Heun steps in sigma (Karras et al. 2022, algorithm 1): two predictions for each step but the last.
+
+    ``clip`` limits the clean latents, as diffusers' ``clip_sample`` does.
+    """
+
+    def predicted(x: np.ndarray, timestep: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the noise and the clean latents."""
+        noise = predict(x * scales(sigma)[0], timestep).noise
+        denoised = x - sigma * noise
+        if clip is None:
+            return noise, denoised
+        denoised = denoised.clip(-clip, clip)
+        return (x - denoised) / sigma, denoised
+
     for index, timestep, sigma, sigma_next in schedule:
-        noise = predict(latents * scales(sigma)[0], timestep).noise
-        denoised, step = latents - sigma * noise, sigma_next - sigma
+        noise, denoised = predicted(latents, timestep, sigma)
+        step = sigma_next - sigma
         if index < len(schedule) - 1:
-            ahead = (latents + step * noise) * scales(sigma_next)[0]
-            noise = (noise + predict(ahead, float(schedule.timesteps[index + 1])).noise) / 2
+            ahead = predicted(latents + step * noise, float(schedule.timesteps[index + 1]), sigma_next)[0]
+            noise = (noise + ahead) / 2
         latents = latents + step * noise
         yield Step(index, timestep, latents, denoised)
 
