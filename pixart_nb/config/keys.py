@@ -173,7 +173,7 @@ class ModelKeys(BaseModel):
     sampling_steps: int = _sampling(SAMPLING_STEPS, "Number of denoising steps. More steps take longer.", ge=1, le=10000)
     guidance_scale: Number = _sampling(GUIDANCE_SCALE, "Scale of classifier-free guidance. 1 disables it.", ge=1)
 
-    dtype: Literal["fp32", "fp16", "bf16"] = _machine("fp32", "Floating-point type of the networks. A CPU computes in fp32.")
+    dtype: Literal["fp32", "fp16", "bf16"] = _machine("fp32", "Floating-point type of the networks. On a CPU bf16 takes half the memory; fp16 is slow.")
     device_target: Literal["", "CPU", "Ascend"] = _machine("", "Device: CPU or Ascend, as in PIXART_NB_DEVICE. Empty takes MindSpore's default.")
     mode: Literal[0, 1] = _machine(1, "MindSpore execution mode: 0 compiles graphs (sampling: on Ascend only), 1 is PyNative.")
     use_parallel: bool = _machine(False, "Divide the work among the processes that msrun started.")
@@ -211,6 +211,12 @@ class InferenceConfig(ModelKeys):
     image: InputPath = _sampling("", "Image file to begin with, of the ratio of image_height to image_width.")
     mask: InputPath = _sampling("", "Image file that is white where image is painted anew. The rest is kept.")
 
+    controlnet: InputPath = _model("", "ControlNet file or folder. Official files hold the base model too.")
+    control_image: InputPath = _sampling("", "Condition image of the ControlNet, such as edges.")
+    controlnet_conditioning_scale: Number = _sampling(1.0, "Scale of what the ControlNet adds.", ge=0, le=100)
+    control_guidance_start: Number = _sampling(0.0, "Share of the steps from which the ControlNet acts.", ge=0, lt=1)
+    control_guidance_end: Number = _sampling(1.0, "Share of the steps up to which the ControlNet acts.", gt=0, le=1)
+
     lora: LoraFiles = _model([], "LoRA files or folders to apply; PATH:0.5 scales one.")
 
     @model_validator(mode="after")
@@ -226,6 +232,12 @@ class InferenceConfig(ModelKeys):
             raise ValueError("kv_compress is on, so expected at least one layer in kv_compress_layer")
         if self.mask and not self.image:
             raise ValueError("mask is given, so expected image, the image to paint in")
+        if bool(self.controlnet) != bool(self.control_image):
+            raise ValueError("expected controlnet and control_image together: the ControlNet and its condition image")
+        if self.controlnet and (self.image or self.stages_path or self.pag_scale):
+            raise ValueError("controlnet goes neither with image nor with stages_path nor with pag_scale")
+        if self.control_guidance_start >= self.control_guidance_end:
+            raise ValueError("control_guidance_start must be below control_guidance_end")
         if self.image and self.stages_path:
             raise ValueError("image and stages_path exclude each other; draw from an image without stages")
         if self.upscale_from and not self.stages_path:

@@ -52,6 +52,11 @@ def load_controlnet(
     return net.set_train(False)
 
 
+def holds_base_model(path: str | Path) -> bool:
+    """Return True if a ControlNet file holds its base model, as the official ones do."""
+    return any(_BASE in name for name in open_checkpoint(Path(path).expanduser()).tensors)
+
+
 def _control_tensors(tensors: dict[str, LazyTensor], control: dict[str, re.Match]) -> dict[str, LazyTensor]:
     """Return the tensors of the copied blocks under the names of ``PixArtControlNet``."""
     out, blocks = {}, {}

@@ -44,11 +44,12 @@ BUNDLED_MODELS = ("data/tiny-sigma", "data/tiny-sigma-1k")
 _SHAPING = """prompt negative_prompt image_height image_width use_resolution_binning seed first_image nrows ncols
     imagegrid sampling_method sampling_steps guidance_scale pag_scale pag_adaptive_scale
     pag_applied_layers dtype t5_max_length t5_load tile_size strength sample_size
+    controlnet_conditioning_scale control_guidance_start control_guidance_end
     sd_scale_factor kv_compress kv_compress_sampling kv_compress_scale_factor kv_compress_layer"""
 #: Keys that ``like`` takes from an image: what shapes it.
 SHAPING_KEYS = tuple(_SHAPING.split())
 #: Keys that name weights or images, by a path or a hub id.
-WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from", "image", "mask")
+WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from", "image", "mask", "controlnet", "control_image")
 #: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.
 _T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
 #: Seconds between two updates of a progress bar: in a notebook each is a message.
@@ -94,7 +95,7 @@ def sample(config: InferenceConfig) -> list[Path]:
             rows = slice(first, first + together)
             paths.append(write_image_of(config, requests[first], [image.pixels() for image in images[rows]]))
     else:
-        pipe, done, edited = load_pipeline(config), [], edited_image(config)
+        pipe, done, edited = load_pipeline(config), [], edited_image(config) | control_options(config)
         steps = steps_taken(config.sampling_steps, edited.get("strength", 1))
         with tqdm(total=len(requests) * steps, desc="draw", unit="step") as bar:
             for first in range(0, len(requests), config.batch_size):
@@ -162,9 +163,19 @@ def load_pipeline(config: InferenceConfig, only: Sequence[str] = COMPONENTS) -> 
 
         cls = editing.PixArtSigmaInpaintPipeline if config.mask else editing.PixArtSigmaImg2ImgPipeline
     parts = dict.fromkeys(name for name in COMPONENTS if name not in only) | _parts(config, dtype, only)
+    with_control = config.controlnet and "transformer" in only
+    if with_control:
+        from pixart_nb.core.checkpoints.controlnet import holds_base_model, load_controlnet
+        from pixart_nb.core.sampling.controlnet import PixArtSigmaControlNetPipeline
+
+        if holds_base_model(config.controlnet):
+            parts["transformer"] = None
     if not config.model:
         parts["scheduler"] = config.sampling_method  # over the published noise schedule
     pipe = cls.from_pretrained(config.model, mindspore_dtype=dtype, **parts)
+    if with_control:
+        controlnet = load_controlnet(config.controlnet, None, dtype, pipe.transformer)
+        pipe = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=controlnet)
     pipe.max_sequence_length = max_sequence_length(config)
     pipe.set_progress_bar_config(disable=True)
     if "scheduler" in only:
@@ -190,6 +201,14 @@ def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
         print(f"sampling_method {config.sampling_method} replaces {own} of {config.model}", file=sys.stderr)
 
 
+def _opened(path: str, mode: str) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            return file.convert(mode)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{path}: cannot be read as an image ({error})") from error
+
+
 def edited_image(config: InferenceConfig) -> dict[str, Any]:
     """Return the arguments of image-to-image or inpainting, if there is an image."""
     if not config.image:
@@ -197,11 +216,7 @@ def edited_image(config: InferenceConfig) -> dict[str, Any]:
     images = {}
     for name, path in (("image", config.image), ("mask_image", config.mask)):
         if path:
-            try:
-                with Image.open(path) as file:
-                    images[name] = file.convert("RGB" if name == "image" else "L")
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                raise ConfigError(f"{path}: cannot be read as an image ({error})") from error
+            images[name] = _opened(path, "RGB" if name == "image" else "L")
     width, height = images["image"].size
     if not 0.97 < (height / width) / (config.image_height / config.image_width) < 1.03:
         raise ConfigError(
@@ -209,6 +224,14 @@ def edited_image(config: InferenceConfig) -> dict[str, Any]:
             "asked for, which would stretch it; give image_height and image_width of its ratio"
         )
     return images | {"strength": config.strength}
+
+
+def control_options(config: InferenceConfig) -> dict[str, Any]:
+    """Return the arguments of a ControlNet, if there is one."""
+    if not config.controlnet:
+        return {}
+    names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+    return {"image": _opened(config.control_image, "RGB")} | {name: getattr(config, name) for name in names}
 
 
 def pag_options(config: InferenceConfig) -> dict[str, float]:

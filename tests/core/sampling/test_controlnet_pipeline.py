@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from reference_data import diffusers, relative_error
+from safetensors.numpy import save_file
 
-from pixart_nb import PixArtControlNet, PixArtSigmaControlNetPipeline, PixArtSigmaPipeline
+from pixart_nb import PixArtControlNet, PixArtSigmaControlNetPipeline, PixArtSigmaPipeline, load_transformer
+from pixart_nb.config import ConfigError, check_config, read_yaml
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.sampling.generate import like, sample
 
 FOLDER = diffusers("sigma")[0]
 CALL = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": 64, "width": 96, "use_resolution_binning": False}
@@ -75,8 +79,6 @@ def test_conditions_are_given_once_or_for_every_image(pipe):
 
 
 def test_a_grey_condition_image_of_any_size_is_taken(pipe):
-    from PIL import Image
-
     assert np.isfinite(latents(pipe, Image.fromarray(EDGES[..., 0]).resize((40, 40)))).all()
 
 
@@ -100,3 +102,35 @@ def test_wrong_arguments_are_refused(pipe, call, message):
 def test_a_pipeline_without_a_controlnet_says_so(base):
     with pytest.raises(PixArtNBError, match="has no ControlNet"):
         latents(PixArtSigmaControlNetPipeline.from_pipe(base), EDGES)
+
+
+def test_a_configuration_draws_with_a_controlnet_file_and_an_image_file(tmp_path, project, monkeypatch):
+    monkeypatch.chdir(project)
+    net = PixArtControlNet.from_transformer(load_transformer("data/tiny-sigma/transformer"), 1)
+    rng = np.random.default_rng(2)
+    weights = {name: p.asnumpy() for name, p in net.parameters_and_names() if name.startswith("controlnet")}
+    projections = [name for name in weights if "before_proj" in name or "after_proj" in name]
+    weights |= {name: 0.02 * rng.standard_normal(weights[name].shape).astype(np.float32) for name in projections}
+    save_file(weights, tmp_path / "control.safetensors")
+    Image.fromarray(EDGES).save(tmp_path / "edges.png")
+    values = read_yaml(project / "configs/inference/tiny.yaml")
+    values |= {"sampling_steps": 2, "prompt": ["a cup"], "controlnet": str(tmp_path / "control.safetensors")}
+    values |= {"control_image": str(tmp_path / "edges.png"), "output_path": str(tmp_path / "a")}
+    paths = sample(check_config(values))
+    without = sample(check_config(values | {"controlnet": "", "control_image": "", "output_path": str(tmp_path / "b")}))
+    assert not np.array_equal(np.asarray(Image.open(paths[0])), np.asarray(Image.open(without[0])))
+    with pytest.raises(ConfigError, match="Paths are not taken from an image; give --controlnet --control_image"):
+        like(paths[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"controlnet": "x.pth"}, "expected controlnet and control_image together"),
+        ({"controlnet": "x.pth", "control_image": "x.png", "pag_scale": 3.0}, "goes neither with image nor with"),
+        ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "control_guidance_start must be below"),
+    ],
+)
+def test_a_configuration_of_a_controlnet_is_checked(project, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        check_config(read_yaml(project / "configs/inference/tiny.yaml") | changes)
