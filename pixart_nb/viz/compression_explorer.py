@@ -121,7 +121,7 @@ class CompressionExplorer:
         panels = [parts.column(part, f"{PANEL}px") for part in zip(self.titles, self.panels, self.scales, strict=True)]
         names = "".join(f"<b style='flex:1'>{name}</b>" for name in ("full", "compressed", "difference"))
         columns = widgets.HTML(f"<div style='display:flex;width:460px;max-width:100%'>{names}</div>")
-        left = parts.column([columns, self.images], "460px")
+        left = parts.column([columns, self.images], "466px")
         self.results = parts.row([left, parts.column([self.curve, self.costs], "350px")])
         what = parts.column([self.ratio, self.operator, self.word], "408px")
         where = parts.column([self.layer, self.head, self.step], "408px")

@@ -35,7 +35,7 @@ class KernelLoop:
     """Event loop of the kernel, on which callbacks of widgets run; JupyterLab may deliver clicks on another thread."""
 
     def __init__(self):
-        self._loop, self._task = _running_loop(), None
+        self._loop, self.task = _running_loop(), None
 
     def on_loop(self, act: Callable[[], Any]) -> Callable[[Any], None]:
         """Return a callback of a button that calls ``act`` on the event loop."""
@@ -52,8 +52,8 @@ class KernelLoop:
 
     def start(self, work: Coroutine) -> None:
         """Run a coroutine as a task. Its errors are those that it shows itself."""
-        self._task = asyncio.ensure_future(work)
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.task = asyncio.ensure_future(work)
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

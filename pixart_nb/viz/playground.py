@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.playground_run import Entry, Parameters, Session, State, save_entry
-from pixart_nb.viz.playground_view import View, make_controls
+from pixart_nb.viz.playground_view import View, make_controls, size_name
 
 
 class Playground:
@@ -46,15 +47,18 @@ class Playground:
         self.view = View(self.controls)
         self.session = Session(pipe, self._render)
         self.folder, self._others = Path(folder), dict(others or {})
-        self._loop, self._task, self._rendered = _running_loop(), None, None
+        self._loop, self._rendered = KernelLoop(), None
         for button, act in (
-            (self.view.sample, self._start),
+            (self.view.sample, lambda: self._start(self.sample())),
+            (self.view.sweep, lambda: self._start(self.sweep(self.view.swept.value, self.view.values.value))),
             (self.view.cancel, self.cancel),
             (self.view.save, self.save),
             (self.view.next_seed, self._next_seed),
             (self.view.random_seed, self._random_seed),
         ):
-            button.on_click(self._clicked(act))
+            button.on_click(self._loop.on_loop(act))
+        self.view.load.observe(self._loop.on_loop(self._uploaded), "value")
+        self.view.step.observe(self._loop.on_loop(lambda: self.session.show_step(self.view.step.value)), "value")
         self._render()
 
     # ---- what it is set to, and what it does
@@ -91,6 +95,54 @@ class Playground:
             self.view.say(f"Cancelled after step {progress.done} of {progress.total}.")
         return entry
 
+    async def sweep(self, name: str, values: str) -> list[Entry]:
+        """Draw once with each of the values (separated by commas) of one parameter, and show them side by side.
+
+        The finished entries are in the history; Cancel ends the sweep.
+        """
+        entries: list[Entry] = []
+        try:
+            for parameters in self.parameters.swept(name, values):
+                self.view.say(f"{name} {getattr(parameters, name)}")
+                entry = await self.session.sample(parameters)
+                if entry is None:
+                    break
+                entries.append(entry)
+        except Exception as error:
+            self.view.say(_in_words(error), wrong=True)
+            raise
+        if entries:
+            said = ", ".join(f"{getattr(entry.parameters, name)}" for entry in entries)
+            caption = f"{entries[0].parameters.prompt}: {name} {said}, in reading order. Each is in the history."
+            self.session.show(None, np.stack([entry.images[0] for entry in entries]))
+            self.view.say_below(caption)
+            self.view.say("")
+        return entries
+
+    def load(self, path: str | Path) -> None:
+        """Set the controls to the parameters of a saved PNG; nothing else of it is used."""
+        loaded = Parameters.read(path)
+        for name, value in (("size", (loaded.height, loaded.width)), ("scheduler", loaded.scheduler)):
+            options = self.controls[name].options
+            if value not in [option[1] if isinstance(option, tuple) else option for option in options]:
+                new = (size_name(*value), value) if name == "size" else value
+                self.controls[name].options = [*options, new]
+        self.parameters = loaded
+
+    def _uploaded(self) -> None:
+        files = self.view.load.value
+        if not files:
+            return
+        try:
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "image.png"
+                path.write_bytes(files[0]["content"])
+                self.load(path)
+            self.view.say(f"Parameters of {files[0]['name']}; Sample draws it again.")
+        except (OSError, ValueError) as error:
+            self.view.say(_in_words(error).replace(f"{folder}/", ""), wrong=True)
+        self.view.load.value = ()
+
     def cancel(self) -> None:
         """End the run after its current step."""
         self.session.cancel()
@@ -118,23 +170,11 @@ class Playground:
 
     # ---- clicks
 
-    def _clicked(self, act: Callable[[], Any]) -> Callable[[Any], None]:
-        """Return a callback that runs on the kernel's event loop; JupyterLab may deliver clicks on another thread."""
-
-        def callback(_: Any) -> None:
-            current = _running_loop()
-            self._loop = self._loop or current
-            if self._loop is current:
-                act()
-            else:
-                self._loop.call_soon_threadsafe(act)
-
-        return callback
-
-    def _start(self) -> None:
+    def _start(self, run: Coroutine) -> None:
         if self.session.state is State.IDLE:
-            self._task = asyncio.ensure_future(self.sample())
-            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # shown already
+            self._loop.start(run)
+        else:
+            run.close()
 
     def _next_seed(self) -> None:
         self.controls["seed"].value += 1
@@ -150,15 +190,8 @@ class Playground:
             self._rendered = session.images
             self.view.show_images(session.images)
         self.view.show_progress(session.state, session.progress)
-        self.view.show_history(session.history, lambda entry: self._clicked(partial(self.restore, entry)))
-        self.view.show_entry(session.entry)
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+        self.view.show_history(session.history, lambda entry: self._loop.on_loop(partial(self.restore, entry)))
+        self.view.show_entry(session.entry, session.steps_of(session.entry) if session.entry else 0)
 
 
 def _in_words(error: Exception) -> str:

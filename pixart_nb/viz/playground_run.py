@@ -6,24 +6,30 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS
+from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS, check_config
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.images import write_new_image
+from pixart_nb.core.sampling.images import read_parameters, write_new_image
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.viz.event_loop import give_way, giving_way
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.pixels import tiles
 from pixart_nb.viz.style import Figure
 
+#: Entries that a history keeps.
+HISTORY = 24
 #: A preview is due once the steps since the last one took this many times as long as it did.
 PREVIEW_PAUSE = 4
+#: Bytes of the predictions that a session keeps, of its last runs, to look at single steps.
+KEPT_BYTES = 256 * 2**20
+#: Parameters that can be swept, and the type of their values.
+SWEPT = {"guidance": float, "steps": int, "seed": int, "scheduler": str}
 #: Latents with more cells a side than this are thinned for a preview.
 PREVIEW_CELLS = 32
 
@@ -63,6 +69,40 @@ class Parameters:
             "width": self.width,
             "generator": image_generators(self.seed, range(self.count)),
         }
+
+    @classmethod
+    def read(cls, path: str | Path) -> Parameters:
+        """Return the parameters of a PNG that the playground or ``pixart-nb sample`` wrote.
+
+        Only what shapes the image is taken. A file without parameters, or with values that do not fit, is refused.
+        """
+        written = read_parameters(path)
+        known = cls("", 0, 0).configuration()
+        config = check_config({"model": "any"} | {key: written[key] for key in known if key in written})
+        return cls(
+            config.prompt[0] if config.prompt else "",
+            config.image_height,
+            config.image_width,
+            config.negative_prompt if isinstance(config.negative_prompt, str) else " ".join(config.negative_prompt),
+            config.sampling_steps,
+            config.guidance_scale,
+            config.sampling_method or SAMPLING_METHOD,
+            config.seed,
+            config.first_image + 1,
+        )
+
+    def swept(self, name: str, values: str) -> list[Parameters]:
+        """Return copies with each of the values, separated by commas, of one of ``SWEPT``."""
+        if name not in SWEPT:
+            raise PixArtNBError(f"{name!r} cannot be swept; expected one of {', '.join(SWEPT)}")
+        texts = [text.strip() for text in values.split(",") if text.strip()]
+        try:
+            copies = [replace(self, **{name: SWEPT[name](text)}) for text in texts]
+        except ValueError:
+            raise PixArtNBError(f"the values of {name} are {values!r}; expected numbers, such as 2, 4, 6") from None
+        if not 1 <= len(copies) <= HISTORY:
+            raise PixArtNBError(f"{len(copies)} values of {name} were given; expected 1 to {HISTORY}, such as 2, 4, 6")
+        return copies
 
     def configuration(self, number: int = 0) -> dict[str, Any]:
         """Return the configuration that repeats image ``number``, with the keys of configuration files."""
@@ -132,7 +172,7 @@ class Session:
         self,
         pipe: Any,
         on_change: Callable[[], None] = lambda: None,
-        history_limit: int = 24,
+        history_limit: int = HISTORY,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.pipe, self._on_change, self._limit, self._clock = pipe, on_change, history_limit, clock
@@ -141,6 +181,7 @@ class Session:
         self.entry: Entry | None = None
         self.history: list[Entry] = []
         self._count = 0
+        self._predicted: dict[int, list[np.ndarray]] = {}  # latents that each step of an entry predicted
 
     async def sample(self, parameters: Parameters) -> Entry | None:
         """Draw, giving way to other tasks between two steps; the new entry, or None if ``cancel`` came first.
@@ -152,7 +193,7 @@ class Session:
         if self.state is not State.IDLE:
             raise RuntimeError("a run is under way; wait for it, or cancel it")
         parameters.check()
-        self._set(state=State.SAMPLING, progress=Progress(0, parameters.steps), entry=None)
+        self._set(state=State.SAMPLING, progress=Progress(0, parameters.steps), entry=None, images=None)
         started = self._clock()
         done: dict[str, Any] = {}
         try:
@@ -168,10 +209,21 @@ class Session:
         if self.state is State.SAMPLING:
             self._set(state=State.CANCELLING)
 
-    def show(self, entry: Entry) -> None:
-        """Show an earlier entry; ignored during a run."""
+    def show(self, entry: Entry | None, images: np.ndarray | None = None) -> None:
+        """Show an earlier entry, or images of several entries; ignored during a run."""
         if self.state is State.IDLE:
-            self._set(entry=entry, images=entry.images)
+            self._set(entry=entry, images=entry.images if entry else images)
+
+    def steps_of(self, entry: Entry) -> int:
+        """Return the number of steps whose predictions are kept; 0 for entries of long ago."""
+        return len(self._predicted.get(entry.number, ()))
+
+    def show_step(self, step: int) -> None:
+        """Show what a step of the current entry predicted, 1 .. ``steps_of(entry)``; ignored during a run."""
+        if self.state is State.IDLE and self.entry is not None and 1 <= step <= self.steps_of(self.entry):
+            last = step == self.steps_of(self.entry)
+            latents = self._predicted[self.entry.number][step - 1]
+            self._set(images=self.entry.images if last else self._decode(latents))
 
     async def _run(self, parameters: Parameters) -> np.ndarray | None:
         """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
@@ -190,7 +242,9 @@ class Session:
         await anext(records)
         started = preview_ended = self._clock()
         cost, latents = 0.0, None
+        predicted = self._predicted[self._count + 1] = []
         async for step in records:
+            predicted.append(np.array(step.denoised))
             latents, done, now = step.latents, step.index + 1, self._clock()
             left = (now - started) / done * max(total - done, 0)
             self._set(progress=Progress(done, max(total, done), left))
@@ -209,6 +263,9 @@ class Session:
     def _remembered(self, parameters: Parameters, images: np.ndarray, seconds: float) -> dict[str, Any]:
         """Return the changes when images are finished."""
         self._count += 1
+        sizes = {number: sum(array.nbytes for array in arrays) for number, arrays in self._predicted.items()}
+        while sum(sizes.values()) > KEPT_BYTES:
+            del self._predicted[next(iter(sizes))], sizes[next(iter(sizes))]
         entry = Entry(self._count, parameters, images, seconds)
         return {"history": [*self.history, entry][-self._limit :], "entry": entry, "images": images}
 

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 
 import ipywidgets as widgets
 import numpy as np
 
 from pixart_nb.viz.pixels import png_bytes, tiles
-from pixart_nb.viz.playground_run import Entry, Parameters, Progress, State
+from pixart_nb.viz.playground_run import SWEPT, Entry, Parameters, Progress, State
+from pixart_nb.viz.widget_parts import ClickableImage, button, column, say, side_by_side, text_line
 
-STYLE = """<style>
-.pixart-playground img { object-fit: contain; }
-.pixart-playground input[type="number"] { min-width: 0; }
-.pixart-playground .pixart-crisp { image-rendering: pixelated; }
-.pixart-playground .pixart-frame { background: var(--jp-layout-color2, #eee); border-radius: 4px; }
-.pixart-playground .pixart-frame img { aspect-ratio: 1; }
-.pixart-playground .pixart-line .widget-html-content { line-height: 1.4; overflow-wrap: anywhere; }
-.pixart-playground .pixart-wrong .widget-html-content { color: var(--jp-error-color1, #b71c1c); font-weight: 600; }
-.pixart-playground .pixart-cards { gap: 8px; padding: 4px; align-content: flex-start; }
-.pixart-playground .pixart-card { position: relative; flex: none; overflow: visible; }
-.pixart-playground .pixart-card button { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0;
-  padding: 0; background: none; box-shadow: none; display: flex; align-items: flex-end; justify-content: center; }
-.pixart-playground .pixart-card button:hover, .pixart-playground .pixart-card button:focus-visible,
-.pixart-playground .pixart-chosen button { outline: 2px solid var(--jp-brand-color1, #1976d2); }
-</style>"""
 IMAGE = 512
 THUMBNAIL = 96
 #: An image of nothing, for the time before the first one.
@@ -82,56 +67,67 @@ class View:
     """Controls at the left, progress and history below them, the image at the right. ``widget`` holds all of them."""
 
     def __init__(self, controls: dict[str, widgets.ValueWidget]):
-        self.sample = _button("Sample", "Draw with these parameters", "play", "primary")
-        self.cancel = _button("Cancel", "End after the step that is being computed", "stop")
-        self.save = _button("Save", "Write the images as PNG files that carry their parameters", "save")
-        self.next_seed = _button("Next", "The next seed", width="64px")
-        self.random_seed = _button("Random", "A random seed", width="80px")
-        self.image = widgets.Image(value=png_bytes(CLEAR), format="png")
-        self.image.layout = widgets.Layout(width=f"{IMAGE}px", max_width="100%", margin="0")
-        self.caption, self.message, self.status = _line(), _line(), _line()
+        self.sample = button("Sample", "Draw with these parameters", "play", "primary")
+        self.cancel = button("Cancel", "End after the step that is being computed", "stop")
+        self.save = button("Save", "Write the images as PNG files that carry their parameters", "save")
+        self.next_seed = button("Next", "The next seed", width="64px")
+        self.random_seed = button("Random", "A random seed", width="80px")
+        self.load = widgets.FileUpload(accept=".png", description="Load", tooltip="Take the parameters of a saved PNG")
+        self.load.layout = widgets.Layout(width="100px", flex="none")
+        self.swept = widgets.Dropdown(options=list(SWEPT), layout=widgets.Layout(width="100px"))
+        self.values = widgets.Text(placeholder="1, 4.5, 8", tooltip="Values of the parameter, separated by commas")
+        self.values.layout = widgets.Layout(flex="1 1 0", min_width="0")
+        self.sweep = button("Sweep", "Draw once with each of these values of one parameter", width="80px")
+        self.image = ClickableImage(png=png_bytes(CLEAR), width=IMAGE, enlarge=True, label="image; Enter enlarges it")
+        self.step = widgets.IntSlider(min=1, max=2, description="Look at step", continuous_update=False)
+        self.step.layout, self.step.style.description_width = widgets.Layout(width="400px", display="none"), "88px"
+        self.caption, self.message, self.status = text_line(), text_line(), text_line()
         self.bar = widgets.IntProgress(min=0, layout=widgets.Layout(width="160px", flex="none"))
         self.progress = widgets.HBox([self.bar, self.status])
         self.cards = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", max_height="252px", overflow="auto"))
         self.cards.add_class("pixart-cards")
         self.widget = self._laid_out(controls)
         self._listed: tuple[Entry, ...] = ()
+        self._stepped: Entry | None = None
 
-    def _laid_out(self, controls: dict[str, widgets.ValueWidget]) -> widgets.VBox:
+    def _laid_out(self, controls: dict[str, widgets.ValueWidget]) -> widgets.HBox:
         controls["seed"].layout.flex, controls["seed"].layout.min_width = "1 1 0", "0"
         seed = widgets.HBox([controls["seed"], self.next_seed, self.random_seed])
-        buttons = widgets.HBox([self.sample, self.cancel, self.save])
+        sweep, buttons = (
+            widgets.HBox(parts)
+            for parts in ([self.swept, self.values, self.sweep], [self.sample, self.cancel, self.save, self.load])
+        )
         rest = [control for name, control in controls.items() if name != "seed"]
-        left = widgets.VBox([*rest, seed, buttons, self.progress, self.message, self.cards])
-        left.layout = widgets.Layout(width="380px", flex="none")
-        frame = widgets.Box([self.image], layout=widgets.Layout(width="fit-content", max_width="100%"))
+        left = column([*rest, seed, buttons, sweep, self.progress, self.message, self.cards], "380px")
+        frame = widgets.Box([self.image], layout=widgets.Layout(width=f"{IMAGE}px", max_width="100%"))
         frame.add_class("pixart-frame")
-        right = widgets.VBox([frame, self.caption], layout=widgets.Layout(flex="1", min_width="320px"))
-        style = widgets.HTML(STYLE, layout=widgets.Layout(display="none"))
-        whole = widgets.HBox([style, left, right], layout=widgets.Layout(flex_flow="row wrap", grid_gap="16px"))
-        whole.add_class("pixart-playground")
-        return whole
+        right = widgets.VBox([frame, self.step, self.caption], layout=widgets.Layout(flex="1", min_width="320px"))
+        return side_by_side([left, right], "pixart-playground")
 
-    def show_images(self, images: np.ndarray) -> None:
-        """Show (N, H, W, 3) uint8 side by side; small ones are enlarged with sharp pixels."""
-        sheet = tiles(images)
-        crisp = max(sheet.shape) < IMAGE
-        (self.image.add_class if crisp else self.image.remove_class)("pixart-crisp")
-        self.image.value = png_bytes(sheet)
+    def show_images(self, images: np.ndarray | None) -> None:
+        """Show (N, H, W, 3) uint8 side by side, small ones enlarged with sharp pixels; None shows nothing."""
+        sheet = CLEAR if images is None else tiles(images)
+        self.image.smooth = max(sheet.shape) >= IMAGE
+        self.image.png = png_bytes(sheet)
 
     def show_progress(self, state: State, progress: Progress) -> None:
         """Show the progress of a run, and enable the buttons that have an effect."""
         idle = state is State.IDLE
-        self.sample.disabled, self.cancel.disabled = not idle, state is not State.SAMPLING
+        self.sample.disabled = self.sweep.disabled = self.load.disabled = not idle
+        self.cancel.disabled = state is not State.SAMPLING
         self.bar.max, self.bar.value = progress.total, 0 if idle else progress.done
         self.progress.layout.display = "none" if idle else "flex"
-        self.status.value = "" if idle else escape(_in_words(state, progress))
+        say(self.status, "" if idle else _in_words(state, progress))
 
-    def show_entry(self, entry: Entry | None) -> None:
-        """Describe the finished images; None if there is nothing to save."""
+    def show_entry(self, entry: Entry | None, steps: int) -> None:
+        """Describe the finished images, of which so many steps can be looked at; None if there is nothing to save."""
         self.save.disabled = entry is None
         seconds = f" · {entry.seconds:.1f}\N{NO-BREAK SPACE}s" if entry else ""
-        self.caption.value = escape(entry.parameters.summary + seconds) if entry else ""
+        say(self.caption, entry.parameters.summary + seconds if entry else "")
+        self.step.layout.display = "" if steps > 1 else "none"
+        if entry is not self._stepped and steps > 1:
+            with self.step.hold_trait_notifications():
+                self._stepped, self.step.max, self.step.value = entry, steps, steps
         for listed, card in zip(reversed(self._listed), self.cards.children, strict=True):
             (card.add_class if listed is entry else card.remove_class)("pixart-chosen")
 
@@ -143,32 +139,24 @@ class View:
         self._listed = tuple(history)
         self.cards.children = [entries.get(entry) or _card(entry, act(entry)) for entry in reversed(history)]
 
+    def say_below(self, text: str) -> None:
+        """Describe the images that are shown."""
+        say(self.caption, text)
+
     def say(self, text: str, wrong: bool = False) -> None:
         """Show a message; ``wrong`` marks an error."""
-        self.message.value = escape(text)
-        (self.message.add_class if wrong else self.message.remove_class)("pixart-wrong")
+        say(self.message, text, wrong)
 
 
 def _card(entry: Entry, clicked: Callable) -> widgets.VBox:
     thumbnail = widgets.Image(value=png_bytes(tiles(entry.images), 2 * THUMBNAIL), format="png")
     thumbnail.layout = widgets.Layout(width=f"{THUMBNAIL}px", height=f"{THUMBNAIL}px", margin="0 0 20px 0")
     summary = f"{entry.number}: {entry.parameters.summary}"
-    button = widgets.Button(description=f"{entry.number}: seed {entry.parameters.seed}", tooltip=summary)
-    button.on_click(clicked)
-    card = widgets.VBox([thumbnail, button])
+    restore = widgets.Button(description=f"{entry.number}: {entry.parameters.prompt}", tooltip=summary)
+    restore.on_click(clicked)
+    card = widgets.VBox([thumbnail, restore])
     card.add_class("pixart-card")
     return card
-
-
-def _button(name: str, tooltip: str, icon: str = "", style: str = "", width: str = "auto") -> widgets.Button:
-    layout = widgets.Layout(width=width, flex="1" if width == "auto" else "none")
-    return widgets.Button(description=name, tooltip=tooltip, icon=icon, button_style=style, layout=layout)
-
-
-def _line() -> widgets.HTML:
-    line = widgets.HTML()
-    line.add_class("pixart-line")
-    return line
 
 
 def _in_words(state: State, progress: Progress) -> str:

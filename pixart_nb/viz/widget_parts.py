@@ -25,7 +25,8 @@ MEAN = -1
 class ClickableImage(anywidget.AnyWidget):
     """PNG divided into ``rows`` x ``columns`` cells. ``cell`` is the selected (row, column), or () for none.
 
-    A click or the arrow keys select a cell. Screen readers read ``label``, and the names of the selected row and column
+    A click or the arrow keys select a cell; with ``enlarge`` they show the image as large as the window instead. Pixels
+    stay sharp unless ``smooth``. Screen readers read ``label``, and the names of the selected row and column
     (by default their numbers).
     """
 
@@ -40,6 +41,8 @@ class ClickableImage(anywidget.AnyWidget):
     label = traitlets.Unicode("image").tag(sync=True)
     row_names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     column_names = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    smooth = traitlets.Bool(False).tag(sync=True)
+    enlarge = traitlets.Bool(False).tag(sync=True)
 
     @traitlets.validate("cell")
     def _within(self, proposal: dict) -> tuple[int, ...]:
@@ -100,7 +103,7 @@ def side_by_side(parts: Sequence[widgets.Widget], name: str = "pixart-explorer")
 
 
 def text_line() -> widgets.HTML:
-    """Return a line of text that wraps; screen readers read its changes."""
+    """Return a line of text that wraps."""
     line = widgets.HTML()
     line.add_class("pixart-say")
     return line
@@ -108,7 +111,7 @@ def text_line() -> widgets.HTML:
 
 def say(line: widgets.HTML, text: str, wrong: bool = False) -> None:
     """Show a text as it is written; ``wrong`` marks an error."""
-    line.value = f"<span class='mathjax_ignore tex2jax_ignore' role='status'>{escape(text)}</span>" if text else ""
+    line.value = escape(text)
     (line.add_class if wrong else line.remove_class)("pixart-wrong")
 
 

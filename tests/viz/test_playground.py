@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
@@ -38,12 +39,12 @@ def played(act, pipe=None, **start):
 
 async def pressed(playground, button="sample"):
     getattr(playground.view, button).click()
-    if playground._task:
-        await asyncio.wait([playground._task])
+    if playground._loop.task:
+        await asyncio.wait([playground._loop.task])
 
 
 def shown(playground):
-    return np.asarray(Image.open(io.BytesIO(playground.view.image.value)).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(playground.view.image.png)).convert("RGB"))
 
 
 def test_pressing_sample_shows_the_image_and_what_it_is():
@@ -95,7 +96,7 @@ def test_only_buttons_that_do_something_can_be_pressed():
         playground.view.sample.click()  # twice is not two runs
         playground.view.cancel.click()
         look(playground)
-        await playground._task
+        await playground._loop.task
         look(playground)
         await pressed(playground)
         look(playground)
@@ -174,7 +175,77 @@ def test_a_card_of_the_history_brings_back_its_parameters_and_image():
     playground = played(act)
     assert playground.parameters == playground.history[0].parameters
     assert (shown(playground) == playground.history[0].images[0]).all()
-    assert playground.view.cards.children[1].children[1].description == "1: seed 0"
+    assert playground.view.cards.children[1].children[1].description == "1: a red cup"
+
+
+def test_the_old_image_does_not_stand_under_a_new_prompt():
+    seen = []
+
+    async def act(playground):
+        await pressed(playground)
+        playground.session.pipe.step_cost = lambda: seen.append(
+            (shown(playground).shape, playground.view.caption.value)
+        )
+        await pressed(playground)
+
+    played(act)
+    assert seen[0] == ((1, 1, 3), "")
+
+
+def test_the_steps_of_a_run_can_be_looked_at_again():
+    async def act(playground):
+        playground.view.step.value = 3
+        await pressed(playground)
+        first = playground.history[0]
+        assert (playground.view.step.value, playground.view.step.max) == (5, 5)
+        assert (shown(playground) == first.images[0]).all()
+        playground.view.step.value = 2
+        assert np.abs(shown(playground).astype(float) - 2 / 5 * first.images[0]).max() <= 1
+        playground.view.step.value = 5
+        assert (shown(playground) == first.images[0]).all()
+        assert playground.session.entry is first
+
+    played(act)
+
+
+def test_one_parameter_is_swept_and_all_of_its_images_are_shown_and_kept():
+    async def act(playground):
+        playground.view.swept.value, playground.view.values.value = "seed", "3, 7,11"
+        await pressed(playground, "sweep")
+
+    playground = played(act)
+    assert [entry.parameters.seed for entry in playground.history] == [3, 7, 11]
+    assert shown(playground).shape == (65, 97, 3)
+    assert (shown(playground)[:32, :48] == playground.history[0].images[0]).all()
+    assert playground.view.caption.value == "a red cup: seed 3, 7, 11, in reading order. Each is in the history."
+    assert playground.view.save.disabled
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("steps", "2, x", "the values of steps are '2, x'; expected numbers"),
+        ("guidance", " ,", "0 values of guidance were given; expected 1 to 24"),
+        ("height", "16", "'height' cannot be swept; expected one of guidance, steps, seed, scheduler"),
+    ],
+)
+def test_values_that_cannot_be_swept_are_refused(name, values, message):
+    with pytest.raises(ValueError, match=message):
+        played(lambda playground: playground.sweep(name, values))
+
+
+def test_a_saved_image_gives_its_parameters_back(tmp_path):
+    first = played(pressed, folder=tmp_path, height=48, width=64, scheduler="ddim", steps=3, guidance=2.5, seed=8)
+    (path,) = first.save()
+    other = Playground(Pipe(), [(32, 48)], prompt="x")
+    other.load(path)
+    assert other.parameters == first.parameters
+    upload = {"type": "image/png", "size": 1, "last_modified": datetime.now(timezone.utc)}
+    other.view.load.value = [upload | {"name": "cup.png", "content": path.read_bytes()}]
+    assert other.view.message.value == "Parameters of cup.png; Sample draws it again."
+    other.view.load.value = [upload | {"name": "x.png", "content": b"no"}]
+    assert "image.png cannot be read as a PNG" in other.view.message.value
+    assert other.parameters == first.parameters
 
 
 def test_save_writes_what_is_shown_and_says_where(tmp_path):

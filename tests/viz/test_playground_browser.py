@@ -149,11 +149,32 @@ def test_a_prompt_becomes_a_image_that_can_be_saved_and_come_back_to(user, serve
     user.sees_image(lambda pixels: pixels.shape == (262, 390, 3))  # two by two, with gaps
     user.sees_everything()
     user.photograph("3_four_wide_images")
-    user.press("1: seed 0")
+    user.press("1: a red mushroom on grass")
     user.reads("dpm++, 30 steps · guidance 4.5 · seed 0")
     user.sees_image(lambda pixels: np.array_equal(pixels, Image.open(saved)))
     assert user.widget.get_by_label("Size", exact=True).input_value() == "128 x 128, square"
     user.photograph("4_history")
+    final = user.image()
+    user.slide("Look at step", 10)
+    user.sees_image(lambda pixels: not np.array_equal(pixels, final))
+    user.widget.locator(".pixart-clickable").click()
+    user.page.locator("dialog.pixart-large img").wait_for(timeout=SLOW)
+    user.photograph("5_enlarged")
+    user.page.keyboard.press("Escape")
+    sync_api.expect(user.page.locator("dialog")).to_have_count(0)
+    user.write("Prompt", "something else")
+    with user.page.expect_file_chooser() as chooser:
+        user.press("Load")
+    chooser.value.set_files(saved)
+    user.reads("Parameters of a-red-mushroom-on-grass_seed-0_0.png")
+    assert user.widget.get_by_label("Prompt", exact=True).input_value() == "a red mushroom on grass"
+    user.widget.get_by_placeholder("1, 4.5, 8").fill("1, 4, 8")
+    user.slide("Steps", 4)
+    user.press("Sweep")
+    user.reads("a red mushroom on grass: guidance 1.0, 4.0, 8.0, in reading order")
+    user.sees_cards(5)
+    user.sees_everything()
+    user.photograph("6_sweep")
 
 
 def test_a_run_can_be_cancelled_and_the_kernel_is_free_meanwhile(user):

@@ -12,7 +12,6 @@ function render({ model, el }) {
   const mark = make("div", box, "pixart-mark");
   const said = make("span", box, "pixart-said");
   box.tabIndex = 0;
-  box.setAttribute("role", "application");
   said.setAttribute("aria-live", "polite");
   image.alt = "";
   image.draggable = false;
@@ -55,7 +54,21 @@ function render({ model, el }) {
     ];
   }
 
+  // A dialog in the browser's top layer: no frame of the notebook cuts it.
+  function showLarge() {
+    const dialog = make("dialog", box, "pixart-large");
+    const large = make("img", dialog);
+    large.src = image.src;
+    large.alt = model.get("label");
+    large.style.imageRendering = image.style.imageRendering;
+    dialog.tabIndex = -1;
+    dialog.addEventListener("click", (event) => { event.stopPropagation(); dialog.close(); });
+    dialog.addEventListener("close", () => dialog.remove());
+    dialog.showModal();
+  }
+
   function choose(cell) {
+    if (model.get("enlarge")) return showLarge();
     model.set("cell", cell);
     model.save_changes();
   }
@@ -64,7 +77,7 @@ function render({ model, el }) {
 
   function moved(event) {
     const move = moves[event.key];
-    if (!move) return;
+    if (!move || (model.get("enlarge") && event.key !== "Enter" && event.key !== " ")) return;
     event.preventDefault();
     event.stopPropagation();
     const chosen = model.get("cell");
@@ -75,13 +88,18 @@ function render({ model, el }) {
   const showLabel = () => box.setAttribute("aria-label", model.get("label"));
   const showWidth = () => (box.style.width = `${model.get("width")}px`);
   box.addEventListener("click", (event) => choose(cellAt(event)));
-  box.addEventListener("mousemove", (event) => frameCell(hover, cellAt(event)));
+  box.addEventListener("mousemove", (event) => model.get("enlarge") || frameCell(hover, cellAt(event)));
   box.addEventListener("mouseleave", () => frameCell(hover, []));
   box.addEventListener("keydown", moved);
-  const followed = { label: showLabel, width: showWidth, png: showImage };
+  const showSmooth = () => {
+    image.style.imageRendering = model.get("smooth") ? "auto" : "pixelated";
+    box.style.cursor = model.get("enlarge") ? "zoom-in" : "crosshair";
+    box.setAttribute("role", model.get("enlarge") ? "button" : "application");
+  };
+  const followed = { label: showLabel, width: showWidth, png: showImage, smooth: showSmooth, enlarge: showSmooth };
   for (const name of ["cell", "rows", "columns", "row_names", "column_names"]) followed[name] = showMark;
   for (const [name, act] of Object.entries(followed)) model.on(`change:${name}`, act);
-  for (const act of [showImage, showMark, showLabel, showWidth]) act();
+  for (const act of [showImage, showMark, showLabel, showWidth, showSmooth]) act();
   return () => {
     for (const [name, act] of Object.entries(followed)) model.off(`change:${name}`, act);
     if (address) URL.revokeObjectURL(address);
