@@ -171,11 +171,8 @@ def kill(process: int, out: Path, rng: np.random.Generator, aimed: bool, longest
 
 
 def temporary_files(folder: Path) -> list[Path]:
-    """Return the temporary files in a folder and below."""
-    if not folder.is_dir():
-        return []
-    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    return [path for part in folders for path in temporaries_in(part)]
+    """Return the temporary files in a folder and below, while others appear and disappear."""
+    return [path for part, *_ in os.walk(folder) for path in temporaries_in(Path(part))]
 
 
 def snapshot(folder: Path) -> dict[str, str]:
