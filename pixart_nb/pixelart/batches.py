@@ -151,7 +151,7 @@ def diffusion_batches(
         mask = np.where(dropped, empty[1][:, :length], pool.mask[chosen, :length])
         timesteps = logit_normal(rng, size)
         noise = rng.standard_normal((size, *latents.shape[1:]), dtype=np.float32)
-        start = latents[pool.image[chosen]]
+        start = latents[pool.image[chosen]].astype(np.float32)
         return start, noise, coefficients(timesteps), timesteps.astype(np.float32), embed(ids, mask), mask
 
     return batch

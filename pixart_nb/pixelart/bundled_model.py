@@ -114,13 +114,14 @@ def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Enco
     components.write_text_encoder(folder / "text_encoder", encoder, np.float16)
     components.write_transformer(folder / "transformer", transformer, np.float16)
     for name in ("spiece.model", "tokenizer_config.json"):
-        _copy(work / "tokenizer" / name, folder / "tokenizer" / name)
+        copy_file(work / "tokenizer" / name, folder / "tokenizer" / name)
     for part in ("vae", "text_encoder", *STAGES):
-        _copy(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
+        copy_file(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
     components.write_index(folder, DPMSolverMultistepScheduler())
     tqdm.write(f"wrote {folder}")
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one step."""
     with atomic_write(target) as temporary:
         shutil.copyfile(source, temporary)

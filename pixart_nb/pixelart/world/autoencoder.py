@@ -88,5 +88,6 @@ def autoencoder_loss(net: AutoencoderKL):
 
 def scaling_factor(net: AutoencoderKL, drawn: np.ndarray) -> float:
     """Return ``LATENT_SPREAD`` / standard deviation of the latents of drawn scenes."""
-    means = [net.encode(ms.Tensor(to_signed(drawn[i : i + 16])))[0].mean.asnumpy() for i in range(0, 256, 16)]
+    firsts = range(0, min(256, len(drawn)), 16)
+    means = [net.encode(ms.Tensor(to_signed(drawn[i : i + 16])))[0].mean.asnumpy() for i in firsts]
     return round(float(LATENT_SPREAD / np.concatenate(means).std()), 5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pixart_nb.core.io import atomic_write
-from pixart_nb.pixelart.world.scenes import draw_cells
+from pixart_nb.pixelart.world.objects import OBJECTS
+from pixart_nb.pixelart.world.scenes import COLOURS, RELATIONS, Thing, WorldScene, draw_cells
+from pixart_nb.pixelart.world.settings import SETTINGS
 from pixart_nb.pixelart.world.split import training_scene
 from pixart_nb.pixelart.world.synthetic import synthetic_image
 
@@ -43,6 +45,29 @@ def autoencoder_shard(number: int, seed: int) -> dict[str, np.ndarray]:
         "drawn": np.stack(drawn[:SHARD]),
         "synthetic": np.stack([synthetic_image(PATCH, rng) for _ in range(SHARD)]),
     }
+
+
+def scene_codes(scene: WorldScene) -> list[int]:
+    """Return a scene as six integers: object and colour of both things, -1 for none, relation and setting."""
+    codes = [code for t in scene.things for code in (list(OBJECTS).index(t.object), COLOURS.index(t.colour))]
+    relation = RELATIONS.index(scene.relation) if scene.relation else -1
+    return [*codes, *[-1] * (4 - len(codes)), relation, list(SETTINGS).index(scene.setting)]
+
+
+def scene_of(codes: Sequence[int]) -> WorldScene:
+    """Return the scene of ``scene_codes``."""
+    objects = list(OBJECTS)
+    things = [Thing(objects[codes[k]], COLOURS[codes[k + 1]]) for k in (0, 2) if codes[k] >= 0]
+    relation = RELATIONS[codes[4]] if codes[4] >= 0 else ""
+    return WorldScene(tuple(things), list(SETTINGS)[codes[5]], relation)
+
+
+def scene_shard(number: int, cells: int, seed: int) -> dict[str, np.ndarray]:
+    """Draw ``SHARD`` training scenes: ``cells`` (SHARD, cells, cells, 3) uint8, and ``scene`` (SHARD, 6) int16."""
+    rng = np.random.default_rng((seed, number, cells))
+    scenes = [training_scene(rng) for _ in range(SHARD)]
+    grids = [draw_cells(scene, rng, cells, cells).pixels for scene in scenes]
+    return {"cells": np.stack(grids), "scene": np.array([scene_codes(scene) for scene in scenes], np.int16)}
 
 
 def _write(path: Path, number: int, draw: Callable[[int], dict[str, np.ndarray]]) -> None:

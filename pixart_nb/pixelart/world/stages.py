@@ -1,0 +1,181 @@
+"""Training of both bundled models from nothing, from weak to strong: every stage can be stopped and resumes.
+
+An image has a cell of 8 x 8 pixels at every size, so that a latent cell of the VAE of factor 8 is a cell of the scene:
+16 cells at 128 pixels, 32 at 256, 64 at 512 and 128 at 1024. A scene gains detail with its size, and the VAE has one
+colour to keep per latent cell, not several. Positions are interpolated over the same span at every size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints import components
+from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import folder_lock, load_tensors, save_tensors
+from pixart_nb.core.models.t5 import T5Encoder
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.schedulers import DPMSolverMultistepScheduler
+from pixart_nb.core.sampling.text import TextTokenizer
+from pixart_nb.core.training.loss import diffusion_loss
+from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
+from pixart_nb.pixelart.batches import CaptionPool, diffusion_batches, generator, set_weights, trained_parameters
+from pixart_nb.pixelart.bundled_model import copy_file
+from pixart_nb.pixelart.world.autoencoder import train_autoencoder
+from pixart_nb.pixelart.world.captions import world_caption
+from pixart_nb.pixelart.world.pool import scene_of, scene_shard, write_pool
+from pixart_nb.pixelart.world.text_encoder import train_text_encoder, train_tokenizer
+
+CELL = 8
+#: Position coordinates run from 0 to 16 at every size: ``pe_interpolation`` is 1 at 256 pixels, as it is 0.5 in the
+#: published models, whose sizes are twice as large.
+BASE = PixArtConfig(hidden_size=192, num_heads=6, depth=6, caption_channels=128, input_size=16, pe_interpolation=0.5)
+COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [3, 4, 5]}
+OPTIONS = TrainerOptions(
+    steps=16_000,
+    start_learning_rate=1.2e-3,
+    warmup_steps=200,
+    schedule="cosine",
+    betas=(0.9, 0.95),
+    ema_rate=0.998,
+    save_every=100,
+    log_every=10,
+)
+CAPTION_DROP = 0.1
+#: Padded caption lengths: few, so that few graphs are compiled.
+CAPTION_LENGTHS = (14, 20, 28)
+CAPTIONS_PER_IMAGE = 2
+
+
+@dataclass(frozen=True)
+class WorldStage:
+    """A stage of the transformer: cells of its scenes, shards of scenes, images per batch, options of the trainer."""
+
+    name: str
+    cells: int
+    shards: int
+    batch: int
+    options: TrainerOptions
+    compression: dict | None = None
+
+    def config(self) -> PixArtConfig:
+        """Return the configuration of the transformer, whose latents have one cell per cell of the scene."""
+        changes = {"input_size": self.cells, "pe_interpolation": self.cells / 32}
+        return replace(BASE, **changes, kv_compress_config=self.compression)
+
+
+STAGES = (
+    WorldStage("128", 16, 96, 32, OPTIONS),
+    WorldStage("256", 32, 48, 16, replace(OPTIONS, steps=8000, start_learning_rate=6e-4)),
+    WorldStage("512", 64, 12, 4, replace(OPTIONS, steps=1500, start_learning_rate=2e-4, warmup_steps=50)),
+    WorldStage("1024", 128, 4, 1, replace(OPTIONS, steps=800, start_learning_rate=1e-4, warmup_steps=50), COMPRESSION),
+)
+
+
+def train_world(folder: Path, work: Path, last: str = "256", seed: int = 0, processes: int = 2) -> Path:
+    """Train the model of the stage ``last`` and write it to ``folder`` as a diffusers pipeline; return ``folder``.
+
+    Everything in between is stored in ``work``: run again to resume, or to add further stages to finished ones.
+    """
+    names = [stage.name for stage in STAGES]
+    if last not in names:
+        raise PixArtNBError(f"last is {last!r}; expected one of {', '.join(names)}")
+    folder, work = Path(folder), Path(work)
+    with folder_lock(work):
+        tokenizer = TextTokenizer(train_tokenizer(work / "tokenizer", seed))
+        encoder = train_text_encoder(tokenizer, work / "text_encoder", seed)
+        vae = train_autoencoder(work / "vae", seed, processes)
+        weights: dict[str, np.ndarray] = {}
+        used = STAGES[: names.index(last) + 1]
+        for number, stage in enumerate(used):
+            latents, codes = cached_latents(vae, work / f"latents-{stage.name}", stage, seed, processes)
+            batch = stage_batches(stage, latents, codes, tokenizer, encoder, seed + number)
+            net = train_stage(stage, batch, work / stage.name, weights, seed)
+            weights = {name: p.asnumpy().copy() for name, p in trained_parameters(net).items()}
+        write_model(folder, work, [stage.name for stage in used], vae, encoder, net)
+    return folder
+
+
+def train_stage(stage: WorldStage, batch: Batch, work: Path, weights: dict[str, np.ndarray], seed: int) -> PixArt:
+    """Train, resume or load a stage that starts from ``weights``; return the transformer with its EMA weights.
+
+    Without weights it starts at random. Compression that they do not have starts as the average of R x R keys.
+    """
+    net = PixArt(stage.config())
+    net.initialize(generator(seed, 5), zero_cross_attention=False)
+    parameters = trained_parameters(net)
+    set_weights(parameters, weights)
+    positions = net.positions(stage.cells, stage.cells)
+    loss = diffusion_loss(net, positions)
+    trainer = Trainer(loss, parameters, batch, stage.options, work, names=("mse", "vb"))
+    trainer.run()
+    set_weights(parameters, trainer.weights())
+    return net
+
+
+def cached_latents(
+    vae: AutoencoderKL, folder: Path, stage: WorldStage, seed: int, processes: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scaled latents (N, C, cells, cells) float16 of drawn scenes, and their ``scene_codes`` (N, 6).
+
+    Scenes are drawn by several processes. What exists in ``folder`` is not computed again.
+    """
+    draw = partial(scene_shard, cells=stage.cells, seed=seed)
+    drawn = write_pool(folder / "scenes", stage.shards, draw, processes)
+    means, codes = [], []
+    for number, path in enumerate(tqdm(drawn, desc=folder.name, unit="shard")):
+        encoded = folder / f"latents-{number:04d}.safetensors"
+        if not encoded.is_file():
+            shard = np.load(path)
+            save_tensors(encoded, {"mean": _encode(vae, shard["cells"]), "scene": shard["scene"]})
+        tensors = load_tensors(encoded)
+        means.append(vae.config.to_model(tensors["mean"].astype(np.float32)).astype(np.float16))
+        codes.append(tensors["scene"])
+    return np.concatenate(means), np.concatenate(codes)
+
+
+def _encode(vae: AutoencoderKL, cells: np.ndarray) -> np.ndarray:
+    count = max(1, 4096 // cells.shape[1] ** 2)
+    parts = [cells[i : i + count] for i in range(0, len(cells), count)]
+    images = (to_signed(part.repeat(CELL, 1).repeat(CELL, 2)) for part in parts)
+    return np.concatenate([vae.encode(ms.Tensor(i))[0].mean.asnumpy().astype(np.float16) for i in images])
+
+
+def stage_batches(
+    stage: WorldStage, latents: np.ndarray, codes: np.ndarray, tokenizer: TextTokenizer, encoder: T5Encoder, seed: int
+) -> Batch:
+    """Return the batches of a stage: latents, noise, timesteps, and captions in several wordings."""
+    rng = generator(seed, 6)
+    image = np.tile(np.arange(len(codes)), CAPTIONS_PER_IMAGE)
+    captions = [world_caption(scene_of(codes[i]), rng) for i in image]
+    ids, mask = tokenizer.tokenize(captions, CAPTION_LENGTHS[-1])
+    length = np.array(CAPTION_LENGTHS)[np.searchsorted(CAPTION_LENGTHS, mask.sum(1))]
+    pool = CaptionPool(ids, mask, image, length)
+    empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
+
+    def embed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return encoder(ids, mask).asnumpy()
+
+    return diffusion_batches(latents, pool, embed, empty, stage.batch, CAPTION_DROP, seed)
+
+
+def write_model(
+    folder: Path, work: Path, stages: list[str], vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt
+) -> None:
+    """Write the networks (float16 weights), the tokenizer, the scheduler and the training curves."""
+    components.write_vae(folder / "vae", vae, np.float16)
+    components.write_text_encoder(folder / "text_encoder", encoder, np.float16)
+    components.write_transformer(folder / "transformer", transformer, np.float16)
+    for name in ("spiece.model", "tokenizer_config.json"):
+        copy_file(work / "tokenizer" / name, folder / "tokenizer" / name)
+    for part in ("vae", "text_encoder", *stages):
+        copy_file(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
+    components.write_index(folder, DPMSolverMultistepScheduler())
+    tqdm.write(f"wrote {folder}")
