@@ -5,6 +5,7 @@ import pytest
 from benchmarks.ascend_audit import COMPRESSIONS, LIMITS, count_steps, operator_table, path_of, sections_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "compressions"), [(256, tuple(COMPRESSIONS)), (2048, ("no compression", "conv 4"))])
 def test_a_denoising_step_keeps_to_its_number_of_operators(size, compressions):
     for step in count_steps((size,), compressions):
@@ -17,6 +18,7 @@ def test_a_denoising_step_keeps_to_its_number_of_operators(size, compressions):
         assert not {"Gather", "Tile", "BiasAdd"} & set(step.block.operators)
 
 
+@pytest.mark.slow
 def test_every_operator_on_the_old_path_has_a_reason_to_stay():
     sections = sections_of(["text", "vae", "train"])
     assert len(sections) > 5

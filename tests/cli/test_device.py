@@ -3,6 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.ascend_stand_ins import ascend
 from pixart_nb.cli import app
 from pixart_nb.core import backend
 from pixart_nb.core.models import bfloat16
@@ -50,3 +51,10 @@ def test_mode_0_compiles_the_blocks(stderr):
         backend.set_graph_mode(False)
     stderr("sample")
     assert not backend.graph_mode()
+
+
+def test_a_cann_that_mindspore_does_not_accept_is_one_sentence(stderr, monkeypatch):
+    monkeypatch.setattr(backend, "cann_versions", lambda: ("8.0", ["8.2", "8.3"]))
+    monkeypatch.setattr(backend, "check_device", lambda target: None)
+    with ascend(), pytest.warns(UserWarning, match=r"CANN is 8\.0, and MindSpore .* accepts 8\.2, 8\.3; install one"):
+        assert "Device: Ascend, fp32" in stderr("sample")

@@ -131,6 +131,11 @@ from pixart_nb.core import backend
     assert "Ascend" not in chosen.stderr
 
 
+def test_a_later_mindspore_on_a_cpu_is_named_as_slow():
+    later = "import mindspore; mindspore.__version__ = '2.10.0'; from pixart_nb.core import backend"
+    assert "MindSpore 2.10.0 computes convolutions about 70 times slower on the CPU than 2.8" in started(later).stderr
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [

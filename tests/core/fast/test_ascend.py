@@ -1,9 +1,12 @@
 """The Ascend path gives the numbers of the CPU path, with stand-ins that keep to the contracts of its operators."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from lora_models import EVERYTHING, trained, transformer
 from reference_data import FORWARD, OFFICIAL, TRAJECTORY, diffusers, official, relative_error
+from small_networks import PUBLISHED
 
 from benchmarks.ascend_stand_ins import STAND_INS, ContractError, ascend
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPAGPipeline, PixArtSigmaPipeline
@@ -13,6 +16,8 @@ from pixart_nb.core.fast import denoiser
 from pixart_nb.core.fast.ascend import block_function
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
+from pixart_nb.core.run_plan import RunSettings, plan_run, process_memory
+from pixart_nb.core.sampling.planning import memory_limit
 
 SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
 CLOSE = 1e-5
@@ -205,6 +210,20 @@ def test_gradients_are_those_of_the_cpu(operator, flash):
         ours = [g.asnumpy() for g in gradient(latents, caption)]
     for parameter, a, b in zip(parameters, ours, expected, strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(b) + 1e-6, parameter.name
+
+
+def test_the_plan_compares_with_the_memory_of_the_device(monkeypatch):
+    run = RunSettings(1024, 1024, dtype="fp16")
+    on_cpu = plan_run(PUBLISHED, run, process=process_memory())
+    monkeypatch.setattr(ms.hal, "get_device_properties", lambda number: SimpleNamespace(free_memory=30 * 10**9))
+    with ascend():
+        plan = plan_run(PUBLISHED, run, process=process_memory())
+        assert plan.process == 0 < on_cpu.process
+        assert memory_limit(SimpleNamespace(memory_limit=0.0)) == 30e9
+    stages, others = ({stage.name: stage for stage in p.stages} for p in (plan, on_cpu))
+    padded = 28 * 6 * 1152 * 16 * 80  # copies of attention weights with padded heads
+    assert stages["denoise"].weights - others["denoise"].weights == 2 * padded
+    assert stages["denoise"].activations < others["denoise"].activations  # no scores in memory
 
 
 @pytest.fixture
