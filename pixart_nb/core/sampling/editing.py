@@ -68,9 +68,7 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
             )
         unit = 8 * self.transformer.config.patch_size if self.transformer else 1
         whole = tuple(max(unit, round(side / unit) * unit) for side in size)
-        height, width = self.binned_size(*size) if binning else self.check_size(*whole)
-        if binning and (height, width) == size:
-            height, width = self.check_size(*whole)
+        height, width = (self.binned_size if binning else self.check_size)(*whole)
         call = call | {"image_latents": encode_image(self.vae, resized(pixels, height, width)), "strength": strength}
         if mask is not None:
             call["mask"] = latent_mask(mask, height, width)

@@ -8,7 +8,7 @@ from reference_data import diffusers
 from pixart_nb import PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling import generate
-from pixart_nb.core.sampling.editing import crop_box, image_array, latent_mask, mask_array
+from pixart_nb.core.sampling.editing import crop_box, encode_image, image_array, latent_mask, mask_array
 
 FOLDER = diffusers("sigma")[0]
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
@@ -40,7 +40,7 @@ def count(counts):
 
 
 def test_the_strength_is_the_share_of_the_steps_and_moves_away_from_the_image(pipe):
-    start = pipe.vae.config.to_model(pipe._encoded_image(image_array(PIXELS).transpose(0, 3, 1, 2) * 2 - 1))
+    start = encode_image(pipe.vae, image_array(PIXELS))
     distances, counts = [], []
     for strength in (0.25, 0.5, 1.0):
         counts.append(0)
@@ -56,6 +56,7 @@ def test_images_are_given_as_in_diffusers_and_come_back_in_their_size(pipe):
     for image in (PIXELS, PIXELS / 255, [Image.fromarray(PIXELS)], PIXELS[None]):
         assert np.array_equal(np.asarray(drawn(pipe, image, 0.5)[0]), np.asarray(as_pil))
     assert drawn(pipe, PIXELS[:50, :70], 0.5)[0].size == (70, 50)  # drawn at 48x64
+    assert drawn(pipe, PIXELS[:50, :70], 0.5, use_resolution_binning=True)[0].size == (70, 50)
     assert drawn(pipe, PIXELS, 0.5, height=32, width=48)[0].size == (48, 32)
     two = drawn(pipe, [PIXELS, PIXELS[::-1]], 0.5, num_images_per_prompt=2, output_type="np")
     assert two.shape == (2, 64, 96, 3)
@@ -72,7 +73,7 @@ def test_pixels_outside_the_mask_are_kept_exactly(painter, scheduler, options):
 
 def test_latents_outside_the_mask_end_as_those_of_the_image(painter):
     painter.scheduler = "dpm++"
-    start = painter.vae.config.to_model(painter._encoded_image(image_array(PIXELS).transpose(0, 3, 1, 2) * 2 - 1))
+    start = encode_image(painter.vae, image_array(PIXELS))
     latents = drawn(painter, PIXELS, Image.fromarray(MASK), output_type="latent")
     outside = latent_mask(MASK[None], 64, 96)[0, 0] == 0
     assert np.array_equal(latents[0][:, outside], start[0][:, outside])
