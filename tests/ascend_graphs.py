@@ -10,7 +10,7 @@ import numpy as np
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import dtype_from_name, ms
-from pixart_nb.core.fast.ascend import BlockKind, block_function, block_tensors
+from pixart_nb.core.fast.ascend import BlockOptions, block_function, block_tensors
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.training.loss import coefficients, diffusion_loss
@@ -73,7 +73,7 @@ def infer(dtype: str, operator: str) -> None:
     weights = block_tensors(net.blocks[1], caption, True)
     dtype = dtype_from_name(dtype)
     tensors, weights = ([x if x is None else x.astype(dtype) for x in part] for part in (tensors, weights))
-    function = block_function(BlockKind.of(net.config, 1, (8, 8), True), True)
+    function = block_function(BlockOptions.of(net.config, 1, (8, 8), True), True)
     function(*tensors, ms.Tensor(np.zeros((2, 1, 64, 20), np.uint8)), *weights)
 
 

@@ -70,8 +70,8 @@ class AscendDenoiser:
         net, (height, width) = self.net, latents.shape[2:]
         if self._size != (height, width):
             config, mask = net.config, self._caption_mask
-            kinds = [BlockKind.of(config, layer, grid, self.fused) for layer in range(config.depth)]
-            functions = [block_function(kind, self.compiled) for kind in kinds]
+            options = [BlockOptions.of(config, layer, grid, self.fused) for layer in range(config.depth)]
+            functions = [block_function(of_layer, self.compiled) for of_layer in options]
             if mask is not None and self.fused:
                 mask = ascend_operators.discard_mask(mask, grid[0] * grid[1])
             micro = net.micro_conditions(latents)
@@ -184,8 +184,8 @@ def _cell_tensors(attn) -> dict[str, ms.Tensor | None]:
     }  # fmt: skip
 
 
-class BlockKind(NamedTuple):
-    """What differs between the functions of two blocks.
+class BlockOptions(NamedTuple):
+    """Options of the function of a block.
 
     ``operator``, ``ratio`` and ``grid``, the token grid (height, width), are those of KV compression, or None, 1, None.
     ``fused`` blocks use flash attention.
@@ -199,17 +199,17 @@ class BlockKind(NamedTuple):
     fused: bool
 
     @classmethod
-    def of(cls, config: PixArtConfig, layer: int, grid: tuple[int, int], fused: bool) -> BlockKind:
-        """Return the kind of a layer."""
+    def of(cls, config: PixArtConfig, layer: int, grid: tuple[int, int], fused: bool) -> BlockOptions:
+        """Return the options of a layer."""
         ratio, size = config.layer_ratio(layer), config.hidden_size // config.num_heads
         return cls(
             config.num_heads, size, *((config.kv_operator, ratio, grid) if ratio > 1 else (None, 1, None)), fused
         )
 
 
-def _keys_values_function(kind: BlockKind, pad: Callable) -> Callable:
+def _keys_values_function(options: BlockOptions, pad: Callable) -> Callable:
     """Return a function from the normalized tokens (B, N, D) and weights to keys and values, each (B, M, H d)."""
-    operator, ratio, grid, size = kind.operator, kind.ratio, kind.grid, kind.heads * kind.head_size
+    operator, ratio, grid, size = options.operator, options.ratio, options.grid, options.heads * options.head_size
 
     def first_of_cells(x):
         if operator is None:
@@ -235,12 +235,12 @@ def _keys_values_function(kind: BlockKind, pad: Callable) -> Callable:
 
 
 @lru_cache(maxsize=64)
-def block_function(kind: BlockKind, compiled: bool) -> Callable[..., ms.Tensor]:
+def block_function(options: BlockOptions, compiled: bool) -> Callable[..., ms.Tensor]:
     """Return the function of a block: ``(x (B, N, D), six rows of modulation (D,), mask, *BlockTensors) -> (B, N, D)``.
 
     The scales have their one added. ``mask`` is that of ``discard_mask`` for flash attention, otherwise (B, T) bool.
     """
-    heads, scale, fused = kind.heads, kind.head_size**-0.5, kind.fused
+    heads, scale, fused = options.heads, options.head_size**-0.5, options.fused
 
     def attention_of_rows(q, k, v, mask):
         if fused:
@@ -251,7 +251,7 @@ def block_function(kind: BlockKind, compiled: bool) -> Callable[..., ms.Tensor]:
     def pad(x):
         return ascend_operators.padded_heads(x, heads, -1) if fused else x
 
-    keys_values = _keys_values_function(kind, pad)
+    keys_values = _keys_values_function(options, pad)
 
     def block(
         x, shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, mask,

@@ -16,7 +16,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu_operators import cell_rows, gather, head_rows, merge_heads
+from pixart_nb.core.fast.cpu_operators import add_gated, cell_rows, gather, gelu_tanh, head_rows, merge_heads, modulate
 from pixart_nb.core.fast.cross_attention import (
     CaptionAttention,
     CaptionGroup,
@@ -24,7 +24,6 @@ from pixart_nb.core.fast.cross_attention import (
     caption_groups,
     merge_small_groups,
 )
-from pixart_nb.core.fast.rows import add_gated, gelu_tanh, modulate
 from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
 from pixart_nb.core.models.kv_compression import compress_cells, positions_read, successive_ratios
 from pixart_nb.core.models.layers import LayerNorm, Linear
