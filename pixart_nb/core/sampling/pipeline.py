@@ -154,6 +154,8 @@ class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
         copies = call.num_images_per_prompt
         if copies < 1:
             raise PixArtNBError(f"num_images_per_prompt is {copies}; expected at least 1")
+        if call.mask is not None and call.image_latents is None:
+            raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
         rows = _rows(inputs[0]) * copies
         start = noise = self.initial_latents(rows, height, width, call.generator, call.latents)
         if call.image_latents is not None:

@@ -59,6 +59,11 @@ def test_a_strength_that_is_none_is_refused(pipe, strength):
         pipe.sample("a cup", image_latents=latents(1), strength=strength, **SIZE)
 
 
+def test_a_mask_without_an_image_is_refused(pipe):
+    with pytest.raises(ValueError, match="mask was given without image_latents"):
+        pipe.sample("a cup", mask=np.ones((1, 1, 8, 12)), **SIZE)
+
+
 def test_a_start_of_another_size_is_refused(pipe):
     with pytest.raises(ValueError, match=r"latents have shape \(1, 4, 8, 8\); expected \(1, 4, 8, 12\)"):
         pipe.sample("a cup", image_latents=latents(1, 8, 8), **SIZE)
