@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_size_is_refused():
 
 
 def test_a_size_that_the_folder_contradicts_is_refused():
-    with pytest.raises(CheckpointError, match="says input_size = 16, the given configuration 64"):
+    with pytest.raises(CheckpointError, match="shows input_size = 16, but the configuration says 64"):
         load_pipeline(check_config(SIZE | PARTS | {"sample_size": 64}))
 
 
