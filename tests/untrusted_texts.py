@@ -49,7 +49,7 @@ def studied():
     )  # fmt: skip
     return SimpleNamespace(
         trace=traced(), layers=range(1), images=IMAGE[None], prompt=PROMPT, outcomes=[outcome], cost=outcome.cost,
-        timesteps=np.array([999.0]), known=lambda *choice: outcome, outcome=lambda *choice: outcome,
+        timesteps=np.array([999.0]), computed=lambda *choice: outcome, outcome=lambda *choice: outcome,
         compressed_attention=lambda layer, step, queries, *rest: np.full((2, len(queries), 2, 2), 0.25),
         reference=SimpleNamespace(height=32, width=32),
         pipe=SimpleNamespace(transformer=SimpleNamespace(config=SimpleNamespace(patch_size=1))),

@@ -148,7 +148,7 @@ class CompressionExplorer:
     @property
     def outcome(self) -> Any:
         """Outcome of the current choice, None if it was not run yet."""
-        return self.study.known(*self.choice)
+        return self.study.computed(*self.choice)
 
     @property
     def selection(self) -> Choice:
@@ -221,7 +221,7 @@ class CompressionExplorer:
         self._draw_outcome()
         if self._cancelled:
             parts.say(self.message, f"Cancelled after {self.bar.value} of {self.bar.max} calls of the model.")
-        return self.study.known(*choice)
+        return self.study.computed(*choice)
 
     def _set_running(self, running: bool) -> None:
         self.run.disabled, self.cancel.disabled = running, not running

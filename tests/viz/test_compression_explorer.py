@@ -106,7 +106,7 @@ def test_controls_change_the_maps_and_not_the_images(explorer):
 
 def test_a_run_shows_its_images_and_another_choice_hides_them(explorer):
     outcome = asyncio.run(explorer.sample())
-    assert outcome is explorer.outcome is explorer.study.known([1, 2], 2, "mean")
+    assert outcome is explorer.outcome is explorer.study.computed([1, 2], 2, "mean")
     assert explorer.results.layout.display == ""
     assert "predictions are off by" in explorer.message.value
     assert explorer.table().cells()[0] == ["keys of a layer", "24", "6", "25.0%"]

@@ -88,9 +88,9 @@ class CompressionStudy:
         """Return the outcome of compressing these layers in one run."""
         for _ in self.run(layers, ratio, operator):
             pass
-        return self.known(layers, ratio, operator)
+        return self.computed(layers, ratio, operator)
 
-    def known(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome | None:
+    def computed(self, layers: Sequence[int], ratio: int, operator: str = "mean") -> CompressionOutcome | None:
         """Return the outcome if it was computed already."""
         return self._outcomes.get((tuple(sorted(set(layers))), ratio, operator))
 

@@ -137,9 +137,9 @@ def test_a_cancelled_run_leaves_no_outcome_and_no_hook_between_two_calls(pipe, s
     assert next(calls) == (1, 6)
     assert pipe.transformer.hook_manager is None
     calls.close()
-    assert study.known([0], 2, "uniform") is None
+    assert study.computed([0], 2, "uniform") is None
     assert list(study.run([0], 2, "uniform"))[-1] == (6, 6)
-    assert study.known([0], 2, "uniform") is study.outcomes[-1]
+    assert study.computed([0], 2, "uniform") is study.outcomes[-1]
 
 
 # ---- cost
