@@ -26,7 +26,7 @@ from pixart_nb.core.fast.cross_attention import (
 )
 from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
 from pixart_nb.core.models.kv_compression import compress_cells, positions_read, successive_ratios
-from pixart_nb.core.models.layers import LayerNorm, Linear
+from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import silu, transpose
 from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, repeat_batch, trim_caption
 
@@ -112,7 +112,7 @@ class CPUDenoiser:
     def _qkv(self, number: int, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> list[ms.Tensor]:
         """Return one matrix (B N, 3 D) of queries, keys and values, or of many tokens three (B N, D)."""
         block, linear = self.net.blocks[number], self.plan.linears[number].qkv
-        parts = [linear(_modulate(block.pre_norm, _rows(x, part), shift, scale)) for part, _ in self.plan.micro_batches]
+        parts = [linear(modulate(block.pre_norm, _rows(x, part), shift, scale)) for part, _ in self.plan.micro_batches]
         if x.shape[0] < SEPARATE_QKV_TOKENS:
             return [_concat(parts)]
         separate = [], [], []
@@ -145,7 +145,7 @@ class CPUDenoiser:
                 x = _concat([attentions[group](_rows(parts[index], rows)) for group, rows in captions])
             else:
                 x = parts[index] + _rows(changed, part)
-            hidden = gelu_tanh(linears.fc1(_modulate(block.pre_norm, x, shift, scale)))
+            hidden = gelu_tanh(linears.fc1(modulate(block.pre_norm, x, shift, scale)))
             parts[index] = add_gated(x, gate, linears.fc2(hidden))
         return _concat(parts)
 
@@ -166,7 +166,7 @@ class CPUDenoiser:
     def _final(self, x: ms.Tensor, modulation: ms.Tensor, outer: list[slice]) -> ms.Tensor:
         """Predict all patches: x (B N, D), modulation (2, D) -> (B N, p p out_channels)."""
         layer, (shift, scale) = self.net.final_layer, (modulation[i] for i in range(2))
-        return _concat([layer.linear(_modulate(layer.pre_norm, _rows(x, p), shift, scale)) for p in outer])
+        return _concat([layer.linear(modulate(layer.pre_norm, _rows(x, p), shift, scale)) for p in outer])
 
 
 def _heads(layer: SelfAttention, index: int, qkv: list[ms.Tensor], batch: int, height: int, width: int) -> ms.Tensor:
@@ -288,7 +288,3 @@ def _rows(x: ms.Tensor, part: slice) -> ms.Tensor:
 
 def _concat(parts: list[ms.Tensor]) -> ms.Tensor:
     return parts[0] if len(parts) == 1 else mint.cat(parts, 0)
-
-
-def _modulate(norm: LayerNorm, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    return modulate(norm, x, shift, scale)

@@ -150,11 +150,6 @@ def repeat_tokens(x: ms.Tensor, count: int) -> ms.Tensor:
     return x if backend.on_ascend() else _repeat_tokens(x, count)
 
 
-def repeat_vector(vector: ms.Tensor, x: ms.Tensor) -> ms.Tensor:
-    """Repeat a vector of D elements in memory, as the rows of a matrix of the shape (M, D) of x."""
-    return _tile(vector.reshape(1, -1), (x.shape[0], 1))
-
-
 class _Normalize(nn.Cell):
     """Rows (M, D) with mean 0 and variance 1, and their inverse standard deviations (M, 1) for the gradient."""
 
