@@ -56,6 +56,8 @@ _NEW_NAMES = (
 FURTHER_WORDS = tuple(_NEW_NAMES.split())
 #: Share of training captions whose objects have random names: further words, or letters.
 RENAMED = 0.3
+#: Bias of attention heads at the start towards words on one side.
+DIRECTION = 3.0
 #: Labels of a word: object (the last is unknown), colour, place in the relation, setting.
 ROLES = ("", *RELATIONS, "below", "behind")
 SIZES = (len(OBJECTS) + 1, len(COLOURS), len(ROLES), len(SETTINGS))
@@ -121,6 +123,7 @@ def train_text_encoder(tokenizer: TextTokenizer, work: Path, seed: int = 0) -> T
     encoder = T5Encoder(CONFIG)
     rng = generator(seed, 4)
     encoder.initialize(rng)
+    look_both_ways(encoder)
     reader = CaptionReader(encoder)
     for head in reader.heads:
         head.weight.set_data(ms.Tensor(normal(rng, tuple(head.weight.shape))))
@@ -130,6 +133,18 @@ def train_text_encoder(tokenizer: TextTokenizer, work: Path, seed: int = 0) -> T
     trainer.run()
     set_weights(parameters, trainer.weights())
     return encoder
+
+
+def look_both_ways(encoder: T5Encoder) -> None:
+    """Let two heads start with a preference for the words before, two for those after.
+
+    Without it, training stays where each word knows the relation of the scene, but not which side of it is its own.
+    """
+    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    values, half = bias.asnumpy().copy(), bias.shape[0] // 2  # the second half of the buckets is for keys after
+    values[:half, 0::2] += DIRECTION
+    values[half:, 1::2] += DIRECTION
+    bias.set_data(ms.Tensor(values))
 
 
 def label_batches(tokenizer: TextTokenizer, seed: int) -> Batch:
