@@ -7,6 +7,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.world.captions import caption_words, short_world_caption, world_caption
 from pixart_nb.pixelart.world.objects import OBJECTS
 from pixart_nb.pixelart.world.pool import PATCH, autoencoder_shard, write_pool
+from pixart_nb.pixelart.world.render import MATERIALS, TEXTURES
 from pixart_nb.pixelart.world.scenes import COLOURS, RELATIONS, Thing, WorldScene, draw_cells
 from pixart_nb.pixelart.world.settings import SETTINGS
 from pixart_nb.pixelart.world.split import held_out_pairs, held_out_triples, held_out_world, is_held_out, training_scene
@@ -25,6 +26,14 @@ def scenes(count, seed=0, things=1):
 
 def test_there_are_enough_objects_colours_and_settings():
     assert len(OBJECTS) >= 24 and len(COLOURS) == 10 and len(SETTINGS) == 8
+
+
+def test_drawings_fill_the_unit_square_with_known_materials_and_textures():
+    for name, parts in OBJECTS.items():
+        points = np.concatenate([points for part in parts for points in part.shape.polygons])
+        assert points.min() > -0.1 and points.max() < 1.1 and np.ptp(points, 0).max() > 0.8, name
+        assert any(part.material == "main" for part in parts), name
+        assert all(part.material in {"main", *MATERIALS} and part.texture in {"", *TEXTURES} for part in parts), name
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (24, 36), (64, 48)])

@@ -1,259 +1,39 @@
-"""Vector drawings of the objects, in the unit square, from back to front."""
+"""Vector drawings of the objects, in the unit square, from back to front: ``objects.json`` beside this file.
 
-# ruff: noqa: E501  drawings form a table: a part in a line where it fits
+A part has a shape and the fields of ``Part``. A shape is a list of calls that are united: ``smooth``, ``polygon`` and
+``stroke`` with points (x, y), ``ellipse`` with centre, radii and turn, ``box`` with two corners.
+"""
+
 from __future__ import annotations
 
-from pixart_nb.pixelart.world.render import Part, box, ellipse, polygon, smooth, stroke
+import json
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any
 
-OBJECTS: dict[str, tuple[Part, ...]] = {
-    "apple": (
-        Part(stroke((0.5, 0.3), (0.53, 0.1), width=0.06), "wood"),
-        Part(smooth((0.55, 0.2), (0.68, 0.08), (0.82, 0.1), (0.74, 0.22)), "leaf"),
-        Part(smooth((0.5, 0.28), (0.72, 0.2), (0.94, 0.36), (0.9, 0.7), (0.68, 0.96), (0.5, 0.92), (0.32, 0.96),
-                    (0.1, 0.7), (0.06, 0.36), (0.28, 0.2)), round=0.9),
-        Part(ellipse(0.3, 0.4, 0.07, 0.12, 20), "white", round=0, tone=0.3, detail=20),
-    ),
-    "mushroom": (
-        Part(smooth((0.38, 0.5), (0.62, 0.5), (0.64, 0.75), (0.7, 0.94), (0.5, 0.98), (0.3, 0.94), (0.36, 0.75)), "cream"),
-        Part(smooth((0.36, 0.56), (0.64, 0.56), (0.66, 0.66), (0.5, 0.7), (0.34, 0.66)), "cream", tone=-0.1, detail=28),
-        Part(smooth((0.03, 0.5), (0.12, 0.22), (0.5, 0.04), (0.88, 0.22), (0.97, 0.5), (0.75, 0.6), (0.25, 0.6)), round=0.9),
-        Part(ellipse(0.3, 0.3, 0.1, 0.08), "white", round=0.5),
-        Part(ellipse(0.62, 0.22, 0.09, 0.07), "white", round=0.5),
-        Part(ellipse(0.74, 0.44, 0.08, 0.06) | ellipse(0.14, 0.46, 0.05, 0.05), "white", round=0.5),
-        Part(ellipse(0.47, 0.45, 0.06, 0.05), "white", round=0.5, detail=18),
-    ),
-    "fish": (
-        Part(polygon((0.72, 0.5), (0.98, 0.22), (0.92, 0.5), (0.98, 0.78)), tone=-0.08),
-        Part(smooth((0.35, 0.3), (0.5, 0.1), (0.66, 0.16), (0.62, 0.32)), tone=-0.08),
-        Part(smooth((0.02, 0.5), (0.18, 0.28), (0.45, 0.22), (0.7, 0.36), (0.8, 0.5), (0.7, 0.64), (0.45, 0.78), (0.18, 0.72)),
-             round=0.8, texture="scales"),
-        Part(smooth((0.04, 0.54), (0.2, 0.72), (0.45, 0.77), (0.6, 0.7), (0.4, 0.64), (0.2, 0.6)), "cream", round=0.3, detail=16),
-        Part(smooth((0.36, 0.56), (0.54, 0.6), (0.5, 0.74), (0.42, 0.72)), tone=-0.12, detail=18),
-        Part(ellipse(0.2, 0.43, 0.07), "white", round=0),
-        Part(ellipse(0.19, 0.43, 0.035), "ink", round=0),
-        Part(stroke((0.32, 0.32), (0.36, 0.5), (0.32, 0.66), width=0.02), "ink", round=0, detail=40),
-    ),
-    "cat": (
-        Part(stroke((0.72, 0.9), (0.92, 0.8), (0.94, 0.58), width=0.09), texture="fur"),
-        Part(smooth((0.3, 0.5), (0.66, 0.5), (0.8, 0.75), (0.76, 0.96), (0.24, 0.96), (0.24, 0.7)), texture="fur"),
-        Part(smooth((0.4, 0.62), (0.56, 0.62), (0.6, 0.8), (0.48, 0.92), (0.36, 0.8)), "cream", round=0.4),
-        Part(polygon((0.14, 0.3), (0.16, 0.02), (0.38, 0.16)) | polygon((0.56, 0.16), (0.78, 0.02), (0.8, 0.3))),
-        Part(polygon((0.19, 0.2), (0.2, 0.09), (0.29, 0.16)) | polygon((0.65, 0.16), (0.74, 0.09), (0.75, 0.2)), "skin", detail=22),
-        Part(ellipse(0.47, 0.34, 0.36, 0.26), round=0.8, texture="fur"),
-        Part(ellipse(0.33, 0.33, 0.055, 0.07) | ellipse(0.61, 0.33, 0.055, 0.07), "gold", round=0),
-        Part(ellipse(0.335, 0.335, 0.025, 0.06) | ellipse(0.605, 0.335, 0.025, 0.06), "ink", round=0),
-        Part(ellipse(0.47, 0.47, 0.12, 0.075), "cream", round=0.5),
-        Part(polygon((0.43, 0.43), (0.51, 0.43), (0.47, 0.475)), "skin", round=0, tone=-0.1),
-        Part(stroke((0.36, 0.48), (0.14, 0.44), width=0.014) | stroke((0.58, 0.48), (0.8, 0.44), width=0.014), "white", round=0, detail=40),
-        Part(ellipse(0.36, 0.94, 0.09, 0.05) | ellipse(0.62, 0.94, 0.09, 0.05), tone=0.06, detail=18),
-    ),
-    "tree": (
-        Part(polygon((0.42, 0.6), (0.58, 0.6), (0.62, 0.98), (0.38, 0.98)), "wood", texture="bark"),
-        Part(smooth((0.08, 0.66), (0.06, 0.45), (0.22, 0.3), (0.3, 0.1), (0.5, 0.03), (0.7, 0.1), (0.78, 0.3), (0.94, 0.45),
-                    (0.92, 0.66), (0.7, 0.74), (0.5, 0.7), (0.3, 0.74)), round=0.6, tone=-0.06, texture="leaves"),
-        Part(ellipse(0.36, 0.34, 0.2, 0.16), round=0.6, tone=0.02, texture="leaves", detail=16),
-        Part(ellipse(0.66, 0.46, 0.2, 0.16), round=0.6, texture="leaves", detail=16),
-        Part(ellipse(0.3, 0.58, 0.16, 0.11), round=0.6, texture="leaves", detail=24),
-    ),
-    "house": (
-        Part(box(0.68, 0.12, 0.8, 0.4), "stone", round=0.2, texture="bricks"),
-        Part(box(0.12, 0.46, 0.88, 0.96), "cream", round=0.15, texture="bricks"),
-        Part(polygon((0.02, 0.5), (0.5, 0.06), (0.98, 0.5), (0.9, 0.56), (0.1, 0.56)), round=0.3, texture="scales"),
-        Part(box(0.4, 0.64, 0.6, 0.96), "wood", round=0.2, texture="wood"),
-        Part(ellipse(0.56, 0.8, 0.02), "gold", round=0, detail=32),
-        Part(box(0.18, 0.62, 0.34, 0.78) | box(0.66, 0.62, 0.82, 0.78), "glass", round=0.2),
-        Part(stroke((0.26, 0.62), (0.26, 0.78), width=0.02) | stroke((0.18, 0.7), (0.34, 0.7), width=0.02)
-             | stroke((0.74, 0.62), (0.74, 0.78), width=0.02) | stroke((0.66, 0.7), (0.82, 0.7), width=0.02), "ink", round=0, detail=32),
-    ),
-    "boat": (
-        Part(stroke((0.5, 0.05), (0.5, 0.72), width=0.05), "wood"),
-        Part(polygon((0.54, 0.08), (0.9, 0.6), (0.54, 0.62)), round=0.4, texture="stripes"),
-        Part(polygon((0.46, 0.14), (0.14, 0.6), (0.46, 0.62)), "paper", round=0.4),
-        Part(smooth((0.03, 0.68), (0.5, 0.72), (0.97, 0.68), (0.84, 0.94), (0.5, 0.97), (0.16, 0.94)), texture="wood"),
-        Part(ellipse(0.3, 0.82, 0.04) | ellipse(0.5, 0.84, 0.04) | ellipse(0.7, 0.82, 0.04), "glass", round=0.4, detail=20),
-    ),
-    "car": (
-        Part(smooth((0.22, 0.5), (0.3, 0.26), (0.5, 0.2), (0.7, 0.26), (0.82, 0.5)), round=0.4),
-        Part(polygon((0.28, 0.48), (0.34, 0.3), (0.49, 0.27), (0.49, 0.48)) | polygon((0.53, 0.48), (0.53, 0.27), (0.67, 0.3), (0.76, 0.48)), "glass", round=0.2),
-        Part(smooth((0.03, 0.56), (0.1, 0.46), (0.5, 0.44), (0.9, 0.46), (0.98, 0.58), (0.96, 0.76), (0.5, 0.8), (0.04, 0.76)), round=0.6),
-        Part(ellipse(0.26, 0.78, 0.14) | ellipse(0.76, 0.78, 0.14), "ink", round=0.4),
-        Part(ellipse(0.26, 0.78, 0.07) | ellipse(0.76, 0.78, 0.07), "steel", round=0.5),
-        Part(ellipse(0.94, 0.6, 0.04, 0.05), "gold", round=0.3),
-        Part(stroke((0.51, 0.5), (0.51, 0.72), width=0.014) | stroke((0.56, 0.56), (0.62, 0.56), width=0.02), "ink", round=0, detail=40),
-    ),
-    "rocket": (
-        Part(smooth((0.4, 0.78), (0.6, 0.78), (0.58, 0.9), (0.5, 1.0), (0.42, 0.9)), "flame", round=0.4),
-        Part(polygon((0.36, 0.5), (0.1, 0.8), (0.14, 0.92), (0.4, 0.8)) | polygon((0.64, 0.5), (0.9, 0.8), (0.86, 0.92), (0.6, 0.8)), tone=-0.12),
-        Part(smooth((0.5, 0.0), (0.66, 0.22), (0.7, 0.5), (0.64, 0.82), (0.36, 0.82), (0.3, 0.5), (0.34, 0.22)), round=0.8),
-        Part(smooth((0.5, 0.02), (0.62, 0.2), (0.5, 0.24), (0.38, 0.2)), "white", round=0.5),
-        Part(ellipse(0.5, 0.42, 0.11), "steel", round=0.4),
-        Part(ellipse(0.5, 0.42, 0.075), "glass", round=0.5),
-        Part(stroke((0.33, 0.66), (0.67, 0.66), width=0.025), "ink", round=0, detail=32),
-    ),
-    "sword": (
-        Part(polygon((0.9, 0.02), (0.98, 0.1), (0.42, 0.72), (0.28, 0.58)), round=0.5),
-        Part(polygon((0.9, 0.08), (0.92, 0.12), (0.4, 0.68), (0.36, 0.64)), "white", round=0, tone=0.2, detail=24),
-        Part(stroke((0.16, 0.5), (0.5, 0.84), width=0.1), "gold"),
-        Part(stroke((0.28, 0.72), (0.12, 0.88), width=0.09), "wood", texture="bark"),
-        Part(ellipse(0.09, 0.91, 0.075), "gold"),
-    ),
-    "potion": (
-        Part(box(0.4, 0.02, 0.6, 0.16), "wood", round=0.4, texture="bark"),
-        Part(box(0.36, 0.14, 0.64, 0.22) | box(0.4, 0.2, 0.6, 0.42), "glass", round=0.3),
-        Part(smooth((0.42, 0.36), (0.58, 0.36), (0.86, 0.6), (0.86, 0.84), (0.66, 0.97), (0.34, 0.97), (0.14, 0.84), (0.14, 0.6)), "glass", round=0.5),
-        Part(smooth((0.16, 0.6), (0.5, 0.56), (0.84, 0.6), (0.82, 0.82), (0.64, 0.93), (0.36, 0.93), (0.18, 0.82)), round=0.7),
-        Part(ellipse(0.34, 0.72, 0.05) | ellipse(0.62, 0.8, 0.035) | ellipse(0.56, 0.66, 0.025), "white", round=0.4, detail=20),
-        Part(stroke((0.26, 0.54), (0.22, 0.66), width=0.05), "white", round=0, tone=0.3, detail=16),
-    ),
-    "heart": (
-        Part(smooth((0.5, 0.24), (0.66, 0.08), (0.9, 0.12), (0.97, 0.38), (0.82, 0.66), (0.5, 0.96), (0.18, 0.66), (0.03, 0.38),
-                    (0.1, 0.12), (0.34, 0.08)), round=0.9),
-        Part(ellipse(0.26, 0.28, 0.1, 0.06, -40), "white", round=0, tone=0.3),
-    ),
-    "key": (
-        Part(stroke((0.5, 0.36), (0.5, 0.94), width=0.13), round=0.6),
-        Part(box(0.5, 0.66, 0.76, 0.76) | box(0.5, 0.84, 0.7, 0.94), round=0.4),
-        Part(ellipse(0.5, 0.24, 0.25, 0.23), round=0.6),
-        Part(ellipse(0.5, 0.24, 0.11, 0.1), "ink", round=0.2),
-    ),
-    "shield": (
-        Part(smooth((0.5, 0.02), (0.72, 0.1), (0.94, 0.1), (0.95, 0.45), (0.8, 0.78), (0.5, 0.99), (0.2, 0.78), (0.05, 0.45), (0.06, 0.1), (0.28, 0.1)), "steel", round=0.4),
-        Part(smooth((0.5, 0.12), (0.7, 0.19), (0.85, 0.19), (0.86, 0.44), (0.73, 0.71), (0.5, 0.88), (0.27, 0.71), (0.14, 0.44), (0.15, 0.19), (0.3, 0.19)), round=0.5),
-        Part(polygon((0.44, 0.16), (0.56, 0.16), (0.56, 0.84), (0.44, 0.84)) | box(0.16, 0.38, 0.84, 0.5), "gold", round=0.4),
-        Part(ellipse(0.5, 0.44, 0.1), "gold", round=0.8, detail=18),
-        Part(ellipse(0.1, 0.16, 0.02) | ellipse(0.9, 0.16, 0.02) | ellipse(0.09, 0.46, 0.02) | ellipse(0.91, 0.46, 0.02), "ink", round=0, detail=36),
-    ),
-    "crown": (
-        Part(polygon((0.06, 0.9), (0.03, 0.28), (0.26, 0.54), (0.5, 0.1), (0.74, 0.54), (0.97, 0.28), (0.94, 0.9)), round=0.5),
-        Part(ellipse(0.04, 0.24, 0.06) | ellipse(0.5, 0.09, 0.07) | ellipse(0.96, 0.24, 0.06), "white", round=0.8),
-        Part(box(0.05, 0.74, 0.95, 0.92), tone=-0.1, round=0.4),
-        Part(ellipse(0.5, 0.83, 0.07, 0.06), "glass", round=0.7),
-        Part(ellipse(0.24, 0.83, 0.05, 0.045) | ellipse(0.76, 0.83, 0.05, 0.045), "flame", round=0.7),
-    ),
-    "gem": (
-        Part(polygon((0.22, 0.14), (0.78, 0.14), (0.98, 0.4), (0.5, 0.96), (0.02, 0.4)), round=0.3),
-        Part(polygon((0.22, 0.14), (0.4, 0.14), (0.3, 0.4), (0.02, 0.4)), tone=0.2, round=0),
-        Part(polygon((0.4, 0.14), (0.62, 0.14), (0.7, 0.4), (0.3, 0.4)), tone=0.08, round=0),
-        Part(polygon((0.02, 0.4), (0.3, 0.4), (0.5, 0.96)), tone=0.06, round=0),
-        Part(polygon((0.7, 0.4), (0.98, 0.4), (0.5, 0.96)), tone=-0.2, round=0),
-        Part(stroke((0.26, 0.19), (0.16, 0.32), width=0.04), "white", round=0, tone=0.3, detail=20),
-    ),
-    "cup": (
-        Part(ellipse(0.78, 0.5, 0.2, 0.22), tone=-0.05, round=0.5),
-        Part(ellipse(0.78, 0.5, 0.1, 0.12), "ink", round=0, tone=0.1),
-        Part(smooth((0.1, 0.2), (0.45, 0.16), (0.8, 0.2), (0.76, 0.8), (0.66, 0.96), (0.24, 0.96), (0.14, 0.8)), round=0.7),
-        Part(ellipse(0.45, 0.2, 0.35, 0.1), "wood", round=0.1, tone=-0.15),
-        Part(stroke((0.3, 0.08), (0.34, 0.0), width=0.03) | stroke((0.5, 0.1), (0.54, 0.01), width=0.03), "white", round=0, detail=22),
-        Part(stroke((0.2, 0.36), (0.22, 0.72), width=0.05), "white", round=0, tone=0.25, detail=18),
-    ),
-    "book": (
-        Part(polygon((0.16, 0.08), (0.86, 0.08), (0.86, 0.94), (0.16, 0.94)), round=0.2),
-        Part(polygon((0.22, 0.86), (0.86, 0.84), (0.86, 0.93), (0.22, 0.94)), "paper", round=0.1, texture="stripes"),
-        Part(box(0.1, 0.06, 0.24, 0.95), tone=-0.12, round=0.6),
-        Part(box(0.34, 0.2, 0.76, 0.4), "gold", round=0.2),
-        Part(stroke((0.4, 0.27), (0.7, 0.27), width=0.02) | stroke((0.4, 0.33), (0.62, 0.33), width=0.02), "ink", round=0, detail=30),
-        Part(polygon((0.62, 0.84), (0.7, 0.84), (0.7, 1.0), (0.66, 0.96), (0.62, 1.0)), "flame", round=0, detail=20),
-    ),
-    "lantern": (
-        Part(stroke((0.34, 0.16), (0.5, 0.03), (0.66, 0.16), width=0.05), "steel"),
-        Part(smooth((0.26, 0.24), (0.5, 0.12), (0.74, 0.24), (0.5, 0.3)), round=0.5),
-        Part(box(0.24, 0.28, 0.76, 0.84), "gold", round=0.5, tone=0.2),
-        Part(smooth((0.5, 0.38), (0.6, 0.58), (0.56, 0.74), (0.44, 0.74), (0.4, 0.58)), "flame", round=0.3, tone=0.1),
-        Part(box(0.2, 0.24, 0.3, 0.86) | box(0.7, 0.24, 0.8, 0.86) | box(0.46, 0.24, 0.54, 0.34), round=0.4),
-        Part(box(0.16, 0.82, 0.84, 0.96), round=0.4),
-    ),
-    "umbrella": (
-        Part(stroke((0.5, 0.06), (0.5, 0.86), (0.42, 0.95), (0.32, 0.88), width=0.05), "wood"),
-        Part(smooth((0.02, 0.52), (0.14, 0.2), (0.5, 0.06), (0.86, 0.2), (0.98, 0.52), (0.82, 0.46), (0.66, 0.54), (0.5, 0.46), (0.34, 0.54), (0.18, 0.46)), round=0.6),
-        Part(smooth((0.36, 0.5), (0.42, 0.2), (0.5, 0.08), (0.58, 0.2), (0.64, 0.5), (0.5, 0.46)), tone=0.1, round=0.2),
-        Part(stroke((0.5, 0.02), (0.5, 0.08), width=0.05), "steel"),
-    ),
-    "cactus": (
-        Part(polygon((0.28, 0.82), (0.72, 0.82), (0.66, 0.99), (0.34, 0.99)), "flame", round=0.4, tone=-0.1),
-        Part(stroke((0.5, 0.62), (0.2, 0.58), (0.17, 0.36), width=0.15), texture="stripes"),
-        Part(stroke((0.5, 0.52), (0.82, 0.48), (0.84, 0.26), width=0.14), texture="stripes"),
-        Part(stroke((0.5, 0.18), (0.5, 0.8), width=0.28), round=0.8, texture="stripes"),
-        Part(ellipse(0.5, 0.05, 0.07, 0.05), "white", round=0.5),
-        Part(stroke((0.4, 0.3), (0.37, 0.27), width=0.014) | stroke((0.6, 0.42), (0.64, 0.4), width=0.014)
-             | stroke((0.42, 0.6), (0.38, 0.58), width=0.014) | stroke((0.58, 0.7), (0.62, 0.68), width=0.014), "white", round=0, detail=36),
-    ),
-    "flower": (
-        Part(stroke((0.5, 0.5), (0.52, 0.98), width=0.06), "leaf"),
-        Part(smooth((0.52, 0.86), (0.7, 0.66), (0.9, 0.66), (0.76, 0.84)) | smooth((0.5, 0.9), (0.34, 0.72), (0.14, 0.74), (0.28, 0.9)), "leaf"),
-        Part(ellipse(0.5, 0.15, 0.13, 0.15) | ellipse(0.72, 0.28, 0.15, 0.13) | ellipse(0.66, 0.52, 0.14, 0.14)
-             | ellipse(0.34, 0.52, 0.14, 0.14) | ellipse(0.28, 0.28, 0.15, 0.13), round=0.6),
-        Part(ellipse(0.5, 0.35, 0.13), "gold", round=0.8),
-        Part(ellipse(0.46, 0.32, 0.018) | ellipse(0.53, 0.34, 0.018) | ellipse(0.49, 0.4, 0.018), "wood", round=0, detail=34),
-    ),
-    "star": (
-        Part(polygon((0.5, 0.02), (0.62, 0.36), (0.98, 0.38), (0.7, 0.6), (0.8, 0.95), (0.5, 0.75), (0.2, 0.95), (0.3, 0.6), (0.02, 0.38), (0.38, 0.36)), round=0.7),
-        Part(ellipse(0.43, 0.5, 0.03, 0.05) | ellipse(0.57, 0.5, 0.03, 0.05), "ink", round=0, detail=20),
-        Part(stroke((0.45, 0.61), (0.5, 0.64), (0.55, 0.61), width=0.02), "ink", round=0, detail=36),
-    ),
-    "ghost": (
-        Part(smooth((0.5, 0.03), (0.82, 0.2), (0.9, 0.6), (0.92, 0.95), (0.78, 0.86), (0.64, 0.97), (0.5, 0.86), (0.36, 0.97), (0.22, 0.86), (0.08, 0.95), (0.1, 0.6), (0.18, 0.2)), round=0.7),
-        Part(ellipse(0.36, 0.38, 0.07, 0.1) | ellipse(0.64, 0.38, 0.07, 0.1), "ink", round=0),
-        Part(ellipse(0.34, 0.35, 0.025) | ellipse(0.62, 0.35, 0.025), "white", round=0, detail=24),
-        Part(ellipse(0.5, 0.58, 0.07, 0.05), "ink", round=0),
-        Part(ellipse(0.26, 0.5, 0.05, 0.03) | ellipse(0.74, 0.5, 0.05, 0.03), "flame", round=0, tone=0.2, detail=30),
-    ),
-    "hat": (
-        Part(smooth((0.02, 0.86), (0.3, 0.74), (0.7, 0.74), (0.98, 0.86), (0.7, 0.96), (0.3, 0.96)), tone=-0.05),
-        Part(smooth((0.24, 0.84), (0.36, 0.46), (0.56, 0.14), (0.86, 0.08), (0.7, 0.26), (0.68, 0.5), (0.78, 0.84), (0.5, 0.9)), round=0.6),
-        Part(smooth((0.28, 0.72), (0.5, 0.76), (0.73, 0.72), (0.77, 0.83), (0.5, 0.88), (0.24, 0.83)), "gold", round=0.3),
-        Part(box(0.44, 0.74, 0.58, 0.88), "steel", round=0.4, detail=18),
-        Part(polygon((0.48, 0.36), (0.51, 0.43), (0.58, 0.44), (0.52, 0.48), (0.54, 0.56), (0.48, 0.51), (0.42, 0.56), (0.44, 0.48), (0.39, 0.44), (0.45, 0.43)), "gold", round=0, detail=26),
-    ),
-    "bird": (
-        Part(stroke((0.44, 0.8), (0.42, 0.97), width=0.03) | stroke((0.56, 0.8), (0.56, 0.97), width=0.03), "flame", round=0),
-        Part(polygon((0.7, 0.6), (0.99, 0.66), (0.94, 0.8), (0.66, 0.76)), tone=-0.1, texture="stripes"),
-        Part(smooth((0.24, 0.34), (0.5, 0.36), (0.78, 0.58), (0.74, 0.8), (0.48, 0.88), (0.24, 0.74), (0.18, 0.5)), round=0.7),
-        Part(ellipse(0.36, 0.68, 0.14, 0.14), "cream", round=0.5),
-        Part(ellipse(0.34, 0.28, 0.2, 0.19), round=0.8),
-        Part(polygon((0.17, 0.24), (0.01, 0.32), (0.18, 0.36)), "flame", round=0.3),
-        Part(ellipse(0.29, 0.25, 0.045), "white", round=0), Part(ellipse(0.28, 0.25, 0.025), "ink", round=0),
-        Part(smooth((0.46, 0.5), (0.66, 0.5), (0.82, 0.7), (0.6, 0.74), (0.46, 0.64)), tone=-0.14, round=0.5, texture="scales"),
-    ),
-    "snail": (
-        Part(stroke((0.2, 0.5), (0.12, 0.26), width=0.03) | stroke((0.28, 0.5), (0.28, 0.24), width=0.03), "cream", round=0),
-        Part(ellipse(0.12, 0.24, 0.04) | ellipse(0.28, 0.22, 0.04), "ink", round=0),
-        Part(smooth((0.06, 0.6), (0.2, 0.44), (0.34, 0.56), (0.5, 0.82), (0.98, 0.88), (0.9, 0.96), (0.2, 0.97), (0.08, 0.84)), "cream", round=0.6),
-        Part(ellipse(0.62, 0.52, 0.32, 0.34), round=0.8),
-        Part(ellipse(0.62, 0.53, 0.2, 0.22), tone=-0.16, round=0.6),
-        Part(ellipse(0.63, 0.54, 0.12, 0.13), tone=0.06, round=0.6),
-        Part(ellipse(0.63, 0.54, 0.05), tone=-0.2, round=0, detail=22),
-        Part(stroke((0.11, 0.74), (0.18, 0.77), width=0.02), "ink", round=0, detail=32),
-    ),
-    "guitar": (
-        Part(stroke((0.5, 0.06), (0.5, 0.6), width=0.1), "wood", round=0.3),
-        Part(box(0.4, 0.0, 0.6, 0.14), "wood", round=0.3, tone=-0.12),
-        Part(smooth((0.5, 0.42), (0.7, 0.44), (0.74, 0.56), (0.68, 0.64), (0.86, 0.78), (0.76, 0.97), (0.5, 1.0), (0.24, 0.97), (0.14, 0.78), (0.32, 0.64), (0.26, 0.56), (0.3, 0.44)), round=0.5, texture="wood"),
-        Part(ellipse(0.5, 0.66, 0.1), "ink", round=0),
-        Part(box(0.38, 0.84, 0.62, 0.89), "ink", round=0),
-        Part(stroke((0.48, 0.1), (0.48, 0.86), width=0.012) | stroke((0.52, 0.1), (0.52, 0.86), width=0.012), "white", round=0, detail=34),
-        Part(ellipse(0.37, 0.04, 0.03) | ellipse(0.63, 0.04, 0.03) | ellipse(0.37, 0.11, 0.03) | ellipse(0.63, 0.11, 0.03), "steel", round=0.3, detail=22),
-    ),
-    "butterfly": (
-        Part(smooth((0.48, 0.45), (0.2, 0.06), (0.02, 0.14), (0.06, 0.42), (0.3, 0.55)) | smooth((0.52, 0.45), (0.8, 0.06), (0.98, 0.14), (0.94, 0.42), (0.7, 0.55)), round=0.4),
-        Part(smooth((0.47, 0.5), (0.16, 0.56), (0.12, 0.84), (0.34, 0.92)) | smooth((0.53, 0.5), (0.84, 0.56), (0.88, 0.84), (0.66, 0.92)), tone=-0.12, round=0.4),
-        Part(ellipse(0.2, 0.28, 0.08, 0.07) | ellipse(0.8, 0.28, 0.08, 0.07), "white", round=0.3),
-        Part(ellipse(0.27, 0.74, 0.06) | ellipse(0.73, 0.74, 0.06), "gold", round=0.3, detail=16),
-        Part(ellipse(0.12, 0.2, 0.025) | ellipse(0.88, 0.2, 0.025) | ellipse(0.12, 0.4, 0.025) | ellipse(0.88, 0.4, 0.025), "ink", round=0, detail=30),
-        Part(ellipse(0.5, 0.5, 0.05, 0.36), "ink", round=0.5),
-        Part(stroke((0.49, 0.18), (0.4, 0.03), width=0.025) | stroke((0.51, 0.18), (0.6, 0.03), width=0.025), "ink", round=0),
-    ),
-    "dragon": (
-        Part(stroke((0.6, 0.84), (0.9, 0.88), (0.97, 0.64), width=0.1), texture="scales"),
-        Part(smooth((0.48, 0.56), (0.6, 0.14), (0.98, 0.1), (0.86, 0.3), (0.96, 0.44), (0.78, 0.46), (0.74, 0.62)), tone=-0.14, round=0.3),
-        Part(smooth((0.34, 0.42), (0.6, 0.48), (0.74, 0.76), (0.68, 0.97), (0.28, 0.97), (0.28, 0.7)), round=0.7, texture="scales"),
-        Part(smooth((0.3, 0.56), (0.44, 0.58), (0.48, 0.9), (0.32, 0.94)), "cream", round=0.3, texture="stripes"),
-        Part(polygon((0.34, 0.12), (0.4, 0.0), (0.44, 0.14)) | polygon((0.46, 0.14), (0.56, 0.02), (0.54, 0.2)), "gold", round=0.3),
-        Part(smooth((0.02, 0.36), (0.2, 0.2), (0.42, 0.1), (0.58, 0.24), (0.54, 0.46), (0.3, 0.5), (0.06, 0.48)), round=0.7, texture="scales"),
-        Part(ellipse(0.36, 0.26, 0.055, 0.06), "gold", round=0), Part(ellipse(0.36, 0.26, 0.02, 0.05), "ink", round=0),
-        Part(ellipse(0.09, 0.36, 0.02), "ink", round=0, detail=20),
-        Part(stroke((0.06, 0.44), (0.34, 0.42), width=0.018), "ink", round=0, detail=26),
-        Part(ellipse(0.36, 0.95, 0.09, 0.05) | ellipse(0.62, 0.95, 0.09, 0.05), tone=0.05, detail=18),
-    ),
-}  # fmt: skip
+from pixart_nb.pixelart.world.render import Part, Shape, box, ellipse, polygon, smooth, stroke
+
+_SHAPES = {"box": box, "ellipse": ellipse, "polygon": polygon, "smooth": smooth, "stroke": stroke}
 #: Objects that are drawn mirrored half of the time.
 MIRRORED = frozenset({"bird", "boat", "car", "cat", "dragon", "fish", "hat", "snail", "sword"})
+
+
+def _shape(calls: list[list[Any]]) -> Shape:
+    return reduce(or_, (_call(*call) for call in calls))
+
+
+def _call(kind: str, *values: Any) -> Shape:
+    named = values[-1] if isinstance(values[-1], dict) else {}
+    return _SHAPES[kind](*values[: len(values) - bool(named)], **named)
+
+
+def _read(path: Path) -> dict[str, tuple[Part, ...]]:
+    drawings = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: tuple(Part(**part | {"shape": _shape(part["shape"])}) for part in parts)
+        for name, parts in drawings.items()
+    }
+
+
+OBJECTS: dict[str, tuple[Part, ...]] = _read(Path(__file__).with_name("objects.json"))
