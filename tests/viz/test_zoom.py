@@ -97,6 +97,7 @@ def test_details_are_where_something_is():
     assert len(zoom_figure(image(60, 40)).axes) >= 2
 
 
+@pytest.mark.notebook
 @pytest.mark.skipif(not shutil.which("chromium"), reason="runs once there is a chromium")
 def test_the_viewer_zooms_and_moves_in_a_browser(tmp_path):
     api = pytest.importorskip("playwright.sync_api", reason="runs once playwright is installed")
