@@ -201,7 +201,7 @@ class InferenceConfig(ModelKeys):
     ncols: int = _output(1, "Columns of the grid.", ge=1, le=256)
 
     batch_size: BatchSize = 8
-    t5_load: Literal["whole", "stream", "int8"] = _machine("whole", "Load T5 whole, one layer at a time, or in 8 bits.")
+    t5_load: Literal["whole", "stream", "int8", "4bit"] = _machine("whole", "Load T5 whole, one layer at a time, or in 8 or 4 bits.")
     tile_size: int = _machine(0, "Side of the tiles to decode in, in pixels. 0 disables tiling.", ge=0, le=_MOST_SIDE, multiple_of=8)
     memory_limit: Number = _machine(0.0, "Memory that a run may take, in GB. 0 stands for all free memory.", ge=0)
     stages_path: OutputPath = _machine("", "Folder for a run in resumable stages, with one network in memory at a time.")

@@ -28,6 +28,8 @@ from pixart_nb.core.sampling.samplers import steps_taken
 STAGES = ("encode", "denoise", "decode")
 #: Bytes of a value.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+#: Bytes of a quantized weight of T5.
+QUANTIZED = {"int8": 1.0, "4bit": 0.5625}
 #: Values alive at the worst moment, measured on the real networks: per channel of a token of the transformer, of a
 #: pixel in the fine part of the decoder, and of a latent cell in its coarse part; bytes per attention score.
 TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
@@ -69,7 +71,7 @@ class RunSettings:
         batch: Images that are drawn at once.
         guided: Classifier-free guidance is on.
         dtype: ``fp32``, ``fp16`` or ``bf16``.
-        t5_load: ``whole``, ``stream`` (one layer at a time) or ``int8``.
+        t5_load: ``whole``, ``stream`` (one layer at a time), ``int8`` or ``4bit``.
         tile: Side of the tiles to decode by, in pixels; 0 decodes the whole image.
         sequential: One network is in memory at a time (resumable stages).
         caption_tokens, negative_tokens: Tokens of the prompt and of the negative prompt (1 if it is empty).
@@ -256,8 +258,8 @@ def _text_encoder_bytes(config: T5Config, run: RunSettings) -> float:
     layers = whole - parameters(replace(config, num_layers=0))
     if run.t5_load == "stream":  # one layer, and half of the one that is being read
         return size * 1.5 * layers / config.num_layers
-    if run.t5_load == "int8":
-        return size * (whole - layers) + layers
+    if run.t5_load in QUANTIZED:
+        return size * (whole - layers) + QUANTIZED[run.t5_load] * layers
     return size * whole
 
 
@@ -265,7 +267,7 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     """Return the bytes of the activations of each stage at its worst moment."""
     config, text, tokens = networks.transformer, networks.text_encoder, run.tokens(networks.transformer)
     # the largest weight of T5 is upcast for its product
-    upcast = text.d_model * text.d_ff if run.dtype != "fp32" or run.t5_load == "int8" else 0
+    upcast = text.d_model * text.d_ff if run.dtype != "fp32" or run.t5_load in QUANTIZED else 0
     values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
     heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))

@@ -40,14 +40,15 @@ from pixart_nb.core.sampling.planning import measured_rows, networks_of, run_set
 
 def test_weights_follow_the_dtype_and_the_way_of_loading():
     run = RunSettings(1024, 1024)
-    whole, half, streamed, eight = (
+    whole, half, streamed, eight, four = (
         weight_bytes(PUBLISHED, replace(run, **change))
-        for change in ({}, {"dtype": "fp16"}, {"t5_load": "stream"}, {"t5_load": "int8"})
+        for change in ({}, {"dtype": "fp16"}, {"t5_load": "stream"}, {"t5_load": "int8"}, {"t5_load": "4bit"})
     )
     assert whole["encode"] == 4 * parameters(T5Config())
     assert half == whole | {name: whole[name] / 2 for name in ("encode", "denoise")}  # the VAE is upcast
     assert streamed["encode"] < whole["encode"] / 15
     assert whole["encode"] / 4.5 < eight["encode"] < whole["encode"] / 3.5
+    assert whole["encode"] / 7.2 < four["encode"] < whole["encode"] / 5.5
 
 
 def test_sequential_stages_need_the_memory_of_the_largest_one_and_otherwise_all_weights_stay():

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.config import bundled_path
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
 from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, write_safetensors
@@ -141,29 +141,32 @@ class T5EncoderModel:
     def from_pretrained(
         folder_or_hub_id: str | Path,
         subfolder: str = "",
-        mindspore_dtype: ms.Type | None = None,
+        mindspore_dtype: Any = None,
         load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
         stream: bool = False,
         device_map: str | None = None,
         revision: str | None = None,
+        torch_dtype: Any = None,
         **options,
     ) -> T5Encoder | StreamedT5Encoder:
         """Load the T5 encoder of a folder, or of the ``subfolder`` of a pipeline's folder or hub id.
 
-        ``mindspore_dtype``: float32 by default. ``load_in_8bit`` keeps the projections of every layer as int8 with a
-        scale for each row; they are computed in float32. ``stream`` reads a layer when it is computed and drops it
-        afterwards: memory of one layer, but the files are read for every prompt. ``device_map`` has no effect, as
-        there is one device. ``options``: ``variant`` and ``use_safetensors``.
+        ``mindspore_dtype``, or ``torch_dtype``: float32 by default. ``load_in_8bit`` keeps the projections of every
+        layer as int8 with a scale for each row, ``load_in_4bit`` as NF4 with a scale for 64 weights; both are computed
+        in float32. ``stream`` reads a layer when it is computed and drops it afterwards: memory of one layer, but the
+        files are read for every prompt. ``device_map`` has no effect, as there is one device. ``options``: ``variant``
+        and ``use_safetensors``.
         """
         folder = Path(folder_or_hub_id).expanduser()
         if subfolder:
             folder = component_paths(folder_or_hub_id, [subfolder], revision)[subfolder]
-        if load_in_8bit and stream:
-            raise PixArtNBError("load_in_8bit and stream are both on; expected at most one of them")
-        dtype = mindspore_dtype or ms.float32
+        if load_in_8bit + load_in_4bit + stream > 1:
+            raise PixArtNBError("expected at most one of load_in_8bit, load_in_4bit and stream")
+        dtype = dtype_from_name(mindspore_dtype or torch_dtype or ms.float32)
         if stream:
             return StreamedT5Encoder(folder, dtype, **options)
-        return load_t5(folder, dtype, load_in_8bit, **options)
+        return load_t5(folder, dtype, load_in_8bit, load_in_4bit, **options)
 
 
 # ---- writing

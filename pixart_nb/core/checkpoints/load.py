@@ -25,7 +25,7 @@ from pixart_nb.core.models.bfloat16 import for_inference
 from pixart_nb.core.models.config_fields import named_source
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import check_finite
-from pixart_nb.core.models.quantization import Int8Linear
+from pixart_nb.core.models.quantization import Int8Linear, NF4Linear, QuantizedLinear
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
@@ -60,19 +60,20 @@ def load_into(
 ) -> None:
     """Load every parameter of ``net`` whose name begins with ``prefix``, by exact name and shape.
 
-    Names in ``optional`` may be missing. Weights are cast to the parameter's dtype; those of ``Int8Linear`` are
-    quantized. Raises ``CheckpointError`` for missing and unexpected tensors and wrong shapes; nothing is changed then.
+    Names in ``optional`` may be missing. Weights are cast to the parameter's dtype; those of ``QuantizedLinear``
+    are quantized. Raises ``CheckpointError`` for missing and unexpected tensors and wrong shapes; then nothing changes.
     """
-    quantized = {f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, Int8Linear)}
+    quantized = {f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, QuantizedLinear)}
     scales = {name.removesuffix("weight") + "scale" for name in quantized}
     parameters = {name: p for name, p in net.parameters_and_names() if name.startswith(prefix) and name not in scales}
+    shapes = {name: quantized[name].shape if name in quantized else tuple(p.shape) for name, p in parameters.items()}
     problems = {
         "missing": sorted(set(parameters) - set(tensors) - set(optional)),
         "unexpected": sorted(set(tensors) - set(parameters)),
         "of another shape": [
-            f"{name}: checkpoint {tensors[name].shape}, model {tuple(p.shape)}"
-            for name, p in parameters.items()
-            if name in tensors and tensors[name].shape != tuple(p.shape)
+            f"{name}: checkpoint {tensors[name].shape}, model {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
         ],
     }
     parts = [
@@ -234,14 +235,14 @@ def t5_config(path: str | Path) -> T5Config:
     return _T5Files(path).config
 
 
-def load_t5(path: Path, dtype: ms.Type, load_in_8bit: bool = False, **options) -> T5Encoder:
+def load_t5(path: Path, dtype: ms.Type, load_in_8bit: bool = False, load_in_4bit: bool = False, **options) -> T5Encoder:
     """Load a T5 encoder part by part, without a second copy of all weights.
 
     ``path``: a folder in the published layout, or one file with these names, such as ComfyUI's ``t5xxl_fp16``; its
-    tensors may be stored in 8-bit floats. ``load_in_8bit``: see ``T5EncoderModel``.
+    tensors may be stored in 8-bit floats. ``load_in_8bit``, ``load_in_4bit``: see ``T5EncoderModel``.
     """
     files = _T5Files(path, **options)
-    linear = Int8Linear if load_in_8bit else Linear
+    linear = NF4Linear if load_in_4bit else Int8Linear if load_in_8bit else Linear
     net = init_empty(lambda: for_inference(T5Encoder(files.config, linear), dtype), dtype)
     for prefix in (TABLE, LAST_NORM):
         files.fill(net, prefix, prefix)

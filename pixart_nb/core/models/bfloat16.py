@@ -1,4 +1,4 @@
-"""Linear layers with bfloat16 weights on the CPU: half the memory of float32, and more than twice its speed.
+"""Linear layers with bfloat16 weights on the CPU: half the memory of float32.
 
 MindSpore 2.8 has no product of bfloat16 matrices on the CPU, but the oneDNN library that it ships has one. Inputs are
 rounded to bfloat16, sums and outputs are float32. There is no gradient.

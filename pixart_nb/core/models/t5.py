@@ -17,9 +17,9 @@ from pixart_nb.core.models.attention import attention, check_mask, merge_heads, 
 from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
 from pixart_nb.core.models.operators import check_finite, gelu_tanh
-from pixart_nb.core.models.quantization import Int8Linear
+from pixart_nb.core.models.quantization import QuantizedLinear
 
-LinearClass = type[Linear] | type[Int8Linear]
+LinearClass = type[Linear] | type[QuantizedLinear]
 
 
 #: Sizes that transformers' T5Config takes for keys that a config.json leaves out.
@@ -163,7 +163,7 @@ class T5Stack(nn.Cell):
 class T5Encoder(nn.Cell):
     """Token ids (N, T) and mask (N, T) -> embeddings (N, T, d_model).
 
-    ``linear`` is the class of the projections in its layers: ``Linear``, or ``Int8Linear`` for 8-bit weights.
+    ``linear`` is the class of the projections in its layers: ``Linear``, or one with quantized weights.
     """
 
     def __init__(self, config: T5Config, linear: LinearClass = Linear):

@@ -24,6 +24,7 @@ from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.run_plan import QUANTIZED
 from pixart_nb.core.sampling.images import read_parameters, save_elsewhere, to_uint8, write_new_image
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
@@ -51,7 +52,7 @@ SHAPING_KEYS = tuple(_SHAPING.split())
 #: Keys that name weights or images, by a path or a hub id.
 WEIGHT_KEYS = ("model", "checkpoint", *ROOTS, "lora", "upscale_from", "image", "mask", "controlnet", "control_image")
 #: Arguments of ``T5EncoderModel.from_pretrained`` for a text encoder that is not loaded whole.
-_T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}}
+_T5_OPTIONS = {"stream": {"stream": True}, "int8": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True}}
 #: Seconds between two updates of a progress bar: in a notebook each is a message.
 BAR_SECONDS = 0.5
 
@@ -347,7 +348,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
         **({"pag_applied_layers": ", ".join(config.pag_applied_layers)} if config.pag_scale else {}),
         "dtype": config.dtype,
         "sd_scale_factor": str(config.sd_scale_factor),
-        "t5_in_eight_bits": str(config.t5_load == "int8"),
+        "t5_quantized": config.t5_load if config.t5_load in QUANTIZED else "",
         "device": device_name(),
         "mindspore": ms.__version__,
     }

@@ -10,7 +10,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import T5EncoderModel, write_text_encoder
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
-from pixart_nb.core.models.quantization import Int8Linear, quantize
+from pixart_nb.core.models.quantization import NF4, Int8Linear, NF4Linear, quantize
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
 PIPELINE, CALL, GOLDEN = diffusers("sigma")
@@ -92,8 +92,37 @@ def test_the_quantized_product_is_that_of_the_dequantized_weight():
     assert relative_error(layer(ms.Tensor(x)).asnumpy(), x @ (values * scale[:, None]).T) < 1e-6
 
 
+def test_four_bits_take_a_seventh_of_the_memory_and_stay_close():
+    whole, eight = (load_t5(FOLDER, ms.float32, load_in_8bit=narrow) for narrow in (False, True))
+    four = T5EncoderModel.from_pretrained(PIPELINE, subfolder="text_encoder", load_in_4bit=True, torch_dtype="float32")
+    expected = whole(IDS, MASK).asnumpy()
+    errors = [relative_error(net(IDS, MASK).asnumpy(), expected) for net in (eight, four)]
+    assert errors[0] < errors[1] < 0.25
+
+
+def test_a_layer_of_xxl_in_four_bits_takes_less_than_0_57_bytes_per_weight():
+    layer = NF4Linear(4096, 1024)
+    layer.take(np.random.default_rng(0).standard_normal((1024, 4096), dtype=np.float32))
+    assert sum(p.nbytes for p in layer.get_parameters()) / (1024 * 4096) < 0.57
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (7, 30), (1, 1), (300, 130)])
+def test_weights_of_four_bits_are_the_nearest_levels_of_their_block(shape):
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(shape).astype(np.float32) * rng.choice([1e-6, 1, 100, 0], shape[0])[:, None]
+    layer = NF4Linear(shape[1], shape[0])
+    layer.take(weight)
+    x = rng.standard_normal((3, shape[1]), dtype=np.float32)
+    blocks = np.pad(weight.ravel(), (0, -weight.size % 64)).reshape(-1, 64)
+    largest = np.abs(blocks).max(1, keepdims=True)
+    levels = largest[..., None] * NF4
+    nearest = np.take_along_axis(levels, np.abs(blocks[..., None] - levels).argmin(-1)[..., None], -1)[..., 0]
+    expected = nearest.ravel()[: weight.size].reshape(shape)
+    np.testing.assert_allclose(layer(ms.Tensor(x)).asnumpy(), x @ expected.T, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="at most one of them"):
+    with pytest.raises(ValueError, match="at most one of load_in_8bit"):
         T5EncoderModel.from_pretrained(FOLDER, load_in_8bit=True, stream=True)
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         T5EncoderModel.from_pretrained(tmp_path)
