@@ -137,9 +137,9 @@ def _object_errors(cells: np.ndarray, objects: tuple[str, ...]) -> np.ndarray:
     """Squared error of every candidate over its mask: (N, gh, gw, 3) -> (N, rows, columns, S, colours)."""
     _, masks, colours = _templates(objects)
     energy = _windows(np.square(cells).sum(axis=-1)) @ masks.T
-    products = _windows(cells) @ colours.reshape(-1, colours.shape[-1]).T
-    products = products.reshape(*energy.shape, len(COLOURS))
-    return (energy[..., None] - 2 * products + np.square(colours).sum(axis=-1)) / 3
+    correlations = _windows(cells) @ colours.reshape(-1, colours.shape[-1]).T
+    correlations = correlations.reshape(*energy.shape, len(COLOURS))
+    return (energy[..., None] - 2 * correlations + np.square(colours).sum(axis=-1)) / 3
 
 
 class SpriteEvaluator:

@@ -102,7 +102,7 @@ def grid_size(height: int, width: int) -> tuple[int, int]:
     return round(height * GRID / shorter), round(width * GRID / shorter)
 
 
-def _place(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int) -> Placement:
+def _random_placement(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int) -> Placement:
     down, right = rng.integers(-JITTER, JITTER + 1, size=2)
     mirrored = bool(rng.random() < 0.5) and scene.object in MIRRORED
     top, left = (grid_height - SHAPE_SIZE) // 2, (grid_width - SHAPE_SIZE) // 2
@@ -113,7 +113,7 @@ def _compose(scene: Scene, rng: np.random.Generator, grid_height: int, grid_widt
     """Return the (gh, gw, 3) uint8 grid of a scene, and the placement of its object."""
     if min(grid_height, grid_width) < GRID:
         raise PixArtNBError(f"a grid needs at least {GRID}x{GRID} cells, got {grid_height}x{grid_width}")
-    placement = _place(scene, rng, grid_height, grid_width)
+    placement = _random_placement(scene, rng, grid_height, grid_width)
     shade = 1 + rng.uniform(-COLOUR_VARIATION, COLOUR_VARIATION, size=(2, 3)).astype(np.float32)
     grid = BACKGROUNDS[scene.setting](rng, grid_height, grid_width) * shade[0]
     sprite = sprite_colours(scene.object, scene.colour, placement.mirrored) * shade[1]

@@ -95,7 +95,7 @@ class CompressionExplorer:
         ]
         for panel in self.panels[1:]:
             traitlets.link((self.panels[0], "cell"), (panel, "cell"))
-        self.titles, self.said = [widgets.HTML() for _ in labels], parts.text_line()
+        self.titles, self.line = [widgets.HTML() for _ in labels], parts.text_line()
         self.scales = [widgets.HTML() for _ in labels]
 
     def _make_run_controls(self, layers: tuple[int, int], depth: int) -> None:
@@ -126,7 +126,7 @@ class CompressionExplorer:
         what = parts.column([self.ratio, self.operator, self.word], "408px")
         where = parts.column([self.layer, self.head, self.step], "408px")
         running = parts.row([self.layers, self.run, self.cancel, self.bar])
-        everything = [parts.row([what, where]), parts.row(panels), self.said, running, self.message, self.results]
+        everything = [parts.row([what, where]), parts.row(panels), self.line, running, self.message, self.results]
         return parts.side_by_side([parts.column(everything, f"{WIDTH}px")])
 
     # ---- what is chosen
@@ -234,7 +234,7 @@ class CompressionExplorer:
         try:
             view = compressed_view(self.study, self.selection, self.ratio.value, self.operator.value, self.row)
         except PixArtNBError as error:
-            return parts.say(self.said, str(error), wrong=True)
+            return parts.say(self.line, str(error), wrong=True)
         image = self.study.images[self.row]
         for panel, pixels in zip(self.panels, view_pixels(image, view), strict=True):
             panel.png = png_bytes(pixels)
@@ -249,7 +249,7 @@ class CompressionExplorer:
         for scale, (highest, signed) in zip(self.scales, ((view.highest, False),) * 2 + ((most, True),), strict=True):
             scale.value = parts.heat_scale(highest, image, "a token", PANEL - 8, signed)
         self.seconds = time.perf_counter() - started
-        parts.say(self.said, f"{self._sentence()} {self.seconds:.2f} s.")
+        parts.say(self.line, f"{self._sentence()} {self.seconds:.2f} s.")
         self._draw_outcome()
 
     def _sentence(self) -> str:

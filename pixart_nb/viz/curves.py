@@ -92,8 +92,8 @@ def _draw_curves(ax: Axes, curves: Mapping[str, Curve], names: Sequence[str], **
 def _mark_step(ax: Axes, step: float, name: str) -> None:
     ax.axvline(step, color="0.6", linewidth=0.9, linestyle=":")
     if name:
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right", "va": "top"}
-        ax.annotate(name, (step, 1.0), (-3, -3), rotation=90, fontsize=SMALL, color="0.35", **place)
+        style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right", "va": "top"}
+        ax.annotate(name, (step, 1.0), (-3, -3), rotation=90, fontsize=SMALL, color="0.35", **style)
 
 
 def dataset_figure(sizes: Sequence[tuple[int, int]], captions: Sequence[str]) -> Figure:

@@ -112,8 +112,8 @@ class Playground:
             self.view.say(_in_words(error), wrong=True)
             raise
         if entries:
-            said = ", ".join(f"{getattr(entry.parameters, name)}" for entry in entries)
-            caption = f"{entries[0].parameters.prompt}: {name} {said}, in reading order. Each is in the history."
+            values = ", ".join(f"{getattr(entry.parameters, name)}" for entry in entries)
+            caption = f"{entries[0].parameters.prompt}: {name} {values}, in reading order. Each is in the history."
             self.session.show(None, np.stack([entry.images[0] for entry in entries]))
             self.view.say_below(caption)
             self.view.say("")

@@ -77,8 +77,8 @@ class Parameters:
         Only what shapes the image is taken. A file without parameters, or with values that do not fit, is refused.
         """
         written = read_parameters(path)
-        known = cls("", 0, 0).configuration()
-        config = check_config({"model": "any"} | {key: written[key] for key in known if key in written})
+        keys = cls("", 0, 0).configuration()
+        config = check_config({"model": "any"} | {key: written[key] for key in keys if key in written})
         return cls(
             config.prompt[0] if config.prompt else "",
             config.image_height,

@@ -78,7 +78,7 @@ class View:
         self.values = widgets.Text(placeholder="1, 4.5, 8", tooltip="Values of the parameter, separated by commas")
         self.values.layout = widgets.Layout(flex="1 1 0", min_width="0")
         self.sweep = button("Sweep", "Draw once with each of these values of one parameter", width="80px")
-        self.image = ClickableImage(png=png_bytes(CLEAR), width=IMAGE, enlarge=True, label="image; Enter enlarges it")
+        self.image = ClickableImage(png=png_bytes(CLEAR), width=IMAGE, zoomable=True, label="image; Enter enlarges it")
         self.step = widgets.IntSlider(min=1, max=2, description="Look at step", continuous_update=False)
         self.step.layout, self.step.style.description_width = widgets.Layout(width="400px", display="none"), "88px"
         self.caption, self.message, self.status = text_line(), text_line(), text_line()

@@ -116,9 +116,9 @@ def colour_bar(figure: Any, image: AxesImage, axes: Axes | Sequence[Axes], label
 
 def legend(ax: Axes, side: str = "", **options: Any) -> None:
     """Add a legend inside the axes, or at their ``right`` or ``above`` them."""
-    place = {"right": ("center left", (1.01, 0.5)), "above": ("lower center", (0.5, 1.0))}.get(side)
-    if place:
-        options = {"loc": place[0], "bbox_to_anchor": place[1]} | options
+    anchor = {"right": ("center left", (1.01, 0.5)), "above": ("lower center", (0.5, 1.0))}.get(side)
+    if anchor:
+        options = {"loc": anchor[0], "bbox_to_anchor": anchor[1]} | options
     ax.legend(fontsize=SMALL, frameon=False, handlelength=2.2, **options)
 
 

@@ -25,8 +25,8 @@ MEAN = -1
 class ClickableImage(anywidget.AnyWidget):
     """PNG divided into ``rows`` x ``columns`` cells. ``cell`` is the selected (row, column), or () for none.
 
-    A click or the arrow keys select a cell; with ``enlarge`` they show the image as large as the window instead. Pixels
-    stay sharp unless ``smooth``. Screen readers read ``label``, and the names of the selected row and column
+    A click or the arrow keys select a cell; with ``zoomable`` they show the image as large as the window instead.
+    Pixels stay sharp unless ``smooth``. Screen readers read ``label``, and the names of the selected row and column
     (by default their numbers).
     """
 
@@ -42,7 +42,7 @@ class ClickableImage(anywidget.AnyWidget):
     row_names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     column_names = traitlets.List(traitlets.Unicode()).tag(sync=True)
     smooth = traitlets.Bool(False).tag(sync=True)
-    enlarge = traitlets.Bool(False).tag(sync=True)
+    zoomable = traitlets.Bool(False).tag(sync=True)
 
     @traitlets.validate("cell")
     def _within(self, proposal: dict) -> tuple[int, ...]:

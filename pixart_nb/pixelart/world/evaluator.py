@@ -181,15 +181,15 @@ class WorldEvaluator:
 
 def compare(read: WorldScene, scene: WorldScene) -> dict[str, bool]:
     """Return which parts of a scene are right, where ``read`` was read."""
-    ours = _ordered(read, scene)
-    pairs = list(zip(ours.things, scene.things, strict=False))
+    result = _ordered(read, scene)
+    pairs = list(zip(result.things, scene.things, strict=False))
     row = {
-        "object": len(ours.things) == len(scene.things) and all(a.object == b.object for a, b in pairs),
-        "colour": len(ours.things) == len(scene.things) and all(a.colour == b.colour for a, b in pairs),
-        "setting": ours.setting == scene.setting,
+        "object": len(result.things) == len(scene.things) and all(a.object == b.object for a, b in pairs),
+        "colour": len(result.things) == len(scene.things) and all(a.colour == b.colour for a, b in pairs),
+        "setting": result.setting == scene.setting,
     }
     if scene.relation:
-        row["relation"] = ours.relation == scene.relation
+        row["relation"] = result.relation == scene.relation
     return row | {"all": all(row.values())}
 
 
@@ -216,8 +216,8 @@ def _setting(cells: np.ndarray, detail: int) -> tuple[str, np.ndarray]:
     """Return the setting that explains the cells best, and the squared error per channel of each cell."""
     palettes = _palettes(*cells.shape[:2], min(2, detail))
     norms = np.square(palettes).sum(-1)  # (settings, H, P)
-    products = np.einsum("hwc,shpc->shwp", cells, palettes, optimize=True)
-    squares = np.maximum(np.square(cells).sum(-1)[..., None] - 2 * products + norms[:, :, None], 0) / 3
+    correlations = np.einsum("hwc,shpc->shwp", cells, palettes, optimize=True)
+    squares = np.maximum(np.square(cells).sum(-1)[..., None] - 2 * correlations + norms[:, :, None], 0) / 3
     least = squares.min(-1, keepdims=True)
     errors = least[..., 0] - KERNEL * np.log(np.exp((least - squares) / KERNEL).mean(-1))
     best = int(np.minimum(errors, STRAY).mean((1, 2)).argmin())
@@ -292,8 +292,8 @@ class _Search:
         weighted = weights[..., None] * self.cells
         energy = (errors + BONUS) * weights - (weighted * self.cells).sum(-1) / 3
         covered = _windows(energy, t.size) @ t.masks.T  # (rows, columns, S)
-        products = _windows(weighted, t.size) @ t.colours.reshape(-1, t.colours.shape[-1]).T
-        gains = covered[..., None] + 2 / 3 * products.reshape(*covered.shape, shape[1])
+        correlations = _windows(weighted, t.size) @ t.colours.reshape(-1, t.colours.shape[-1]).T
+        gains = covered[..., None] + 2 / 3 * correlations.reshape(*covered.shape, shape[1])
         squares = np.square(t.colours)
         if weights.all():
             gains -= squares.sum(-1) / 3
@@ -302,11 +302,11 @@ class _Search:
             norms = _windows(weights, t.size) @ per_cell.reshape(-1, t.size**2).T
             gains -= norms.reshape(gains.shape)
         flat = gains.transpose(2, 3, 0, 1).reshape(shape[0], -1)
-        places = [np.unravel_index(k, (shape[1], *gains.shape[:2])) for k in flat.argmax(1)]
+        cells_of_best = [np.unravel_index(k, (shape[1], *gains.shape[:2])) for k in flat.argmax(1)]
         best = flat.max(1)
         return [
-            (float(gain), *name, *(int(v) for v in place), t.size)
-            for gain, name, place in zip(best, t.names, places, strict=True)
+            (float(gain), *name, *(int(v) for v in cell), t.size)
+            for gain, name, cell in zip(best, t.names, cells_of_best, strict=True)
         ]
 
     def _fine(self, candidate: list, errors: np.ndarray, weights: np.ndarray) -> list[_Fit]:
@@ -326,8 +326,8 @@ class _Search:
             gain = float((np.minimum(errors[rows, columns], STRAY) - own)[visible].sum())
             side = (size + more / steps) / self.side
             x, y = (corner / steps / self.side + side / 2 for corner in (start, top))
-            place = ThingPlacement(x, y, side, mirrored)
-            fits.append(_Fit(name, colour, place, (rows, columns), mask[inner], colours[inner], gain))
+            placement = ThingPlacement(x, y, side, mirrored)
+            fits.append(_Fit(name, colour, placement, (rows, columns), mask[inner], colours[inner], gain))
         return fits
 
 

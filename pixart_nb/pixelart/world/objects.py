@@ -1,6 +1,6 @@
 """Vector drawings of the objects, in the unit square, from back to front: ``objects.json`` beside this file.
 
-A part has a shape and the fields of ``Part``. A shape is a list of calls that are united: ``smooth``, ``polygon`` and
+A part has a shape and the fields of ``Piece``. A shape is a list of calls that are united: ``smooth``, ``polygon`` and
 ``stroke`` with points (x, y), ``ellipse`` with centre, radii and turn, ``box`` with two corners.
 """
 
@@ -12,7 +12,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any
 
-from pixart_nb.pixelart.world.render import Part, Shape, box, ellipse, polygon, smooth, stroke
+from pixart_nb.pixelart.world.render import Piece, Shape, box, ellipse, polygon, smooth, stroke
 
 _SHAPES = {"box": box, "ellipse": ellipse, "polygon": polygon, "smooth": smooth, "stroke": stroke}
 #: Objects that are drawn mirrored half of the time.
@@ -23,17 +23,17 @@ def _shape(calls: list[list[Any]]) -> Shape:
     return reduce(or_, (_call(*call) for call in calls))
 
 
-def _call(kind: str, *values: Any) -> Shape:
+def _call(shape: str, *values: Any) -> Shape:
     named = values[-1] if isinstance(values[-1], dict) else {}
-    return _SHAPES[kind](*values[: len(values) - bool(named)], **named)
+    return _SHAPES[shape](*values[: len(values) - bool(named)], **named)
 
 
-def _read(path: Path) -> dict[str, tuple[Part, ...]]:
+def _read(path: Path) -> dict[str, tuple[Piece, ...]]:
     drawings = json.loads(path.read_text(encoding="utf-8"))
     return {
-        name: tuple(Part(**part | {"shape": _shape(part["shape"])}) for part in parts)
+        name: tuple(Piece(**part | {"shape": _shape(part["shape"])}) for part in parts)
         for name, parts in drawings.items()
     }
 
 
-OBJECTS: dict[str, tuple[Part, ...]] = _read(Path(__file__).with_name("objects.json"))
+OBJECTS: dict[str, tuple[Piece, ...]] = _read(Path(__file__).with_name("objects.json"))

@@ -1,7 +1,7 @@
 """Vector shapes in unit coordinates, rendered with supersampling, shaded, textured and quantised to palettes.
 
-A drawing is a list of ``Part``; x goes right and y down, both 0 to 1. Noise is a function of unit coordinates, not of
-cells, so that the same drawing at more cells shows the same picture with more detail.
+A drawing is a list of ``Piece``; x goes right and y down, both 0 to 1. Noise is a function of unit coordinates, not of
+cells, so that the same drawing at more cells shows the same image with more detail.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def stroke(*points: tuple[float, float], width: float) -> Shape:
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """A shape with a material, from back to front in a drawing.
 
     ``material``: ``main`` is the object's colour, others are in ``MATERIALS``. ``round``: 0 is flat, 1 a ball.
@@ -215,7 +215,7 @@ def coverage(shape: Shape, height: int, width: int, origin: tuple[float, float],
     return np.asarray(image) > 0
 
 
-def _lightness(part: Part, inside: np.ndarray, x: np.ndarray, y: np.ndarray, scale: float, cells: float) -> np.ndarray:
+def _lightness(part: Piece, inside: np.ndarray, x: np.ndarray, y: np.ndarray, scale: float, cells: float) -> np.ndarray:
     """Return the lightness 0 to 1 of the samples of a part: a bevel lit from the upper left, and its texture."""
     light = np.full(inside.shape, 0.55 + part.tone, np.float32)
     if part.round:
@@ -231,7 +231,9 @@ def _lightness(part: Part, inside: np.ndarray, x: np.ndarray, y: np.ndarray, sca
     return light
 
 
-def render(parts: Sequence[Part], height: int, width: int, x: float, y: float, size: float, mirrored: bool) -> Rendered:
+def render(
+    parts: Sequence[Piece], height: int, width: int, x: float, y: float, size: float, mirrored: bool
+) -> Rendered:
     """Draw parts onto a grid of ``height`` x ``width`` cells.
 
     The unit square of the drawing has its upper left corner at the cell (x, y), fractions allowed, and ``size`` cells

@@ -70,7 +70,7 @@ class WorldDrawing:
     placements: tuple[ThingPlacement, ...]
 
 
-def place(scene: WorldScene, rng: np.random.Generator, aspect: float = 1.0) -> tuple[ThingPlacement, ...]:
+def place_things(scene: WorldScene, rng: np.random.Generator, aspect: float = 1.0) -> tuple[ThingPlacement, ...]:
     """Place the things of a scene; x and y run to 1, along the longer side further."""
     wide, high = max(aspect, 1.0), max(1 / aspect, 1.0)
     flips = [bool(rng.random() < 0.5) and thing.object in MIRRORED for thing in scene.things]
@@ -98,11 +98,11 @@ def place(scene: WorldScene, rng: np.random.Generator, aspect: float = 1.0) -> t
 
 
 def draw_cells(scene: WorldScene, rng: np.random.Generator, height: int, width: int) -> WorldDrawing:
-    """Draw a scene with one value per cell; the same state of ``rng`` gives the same picture at every size."""
+    """Draw a scene with one value per cell; the same state of ``rng`` gives the same image at every size."""
     if not (min(height, width) >= MIN_CELLS and max(height, width) <= MAX_CELLS):
         raise PixArtNBError(f"{height}x{width} cells; expected {MIN_CELLS} to {MAX_CELLS} a side")
     seed = int(rng.integers(2**31))
-    placements = place(scene, np.random.default_rng((seed, 0)), width / height)
+    placements = place_things(scene, np.random.default_rng((seed, 0)), width / height)
     side = min(height, width)
     grid = draw_setting(scene.setting, height, width, seed)
     masks = [np.zeros((height, width), bool) for _ in scene.things]

@@ -1,7 +1,7 @@
 """The settings behind the objects: layers with depth, drawn in unit coordinates and quantised to a palette.
 
 y goes from 0 at the top to 1 at the bottom, x is in the same unit. Every random choice depends on the seed of the scene
-alone, so that a setting at more cells shows the same picture with more detail.
+alone, so that a setting at more cells shows the same image with more detail.
 """
 
 from __future__ import annotations

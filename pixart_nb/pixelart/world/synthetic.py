@@ -16,8 +16,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789&?!@#%"
 
 def _colour(rng: np.random.Generator) -> tuple[int, ...]:
     """Return a colour: any, a grey, black or white."""
-    kind = rng.random()
-    if kind < 0.7:
+    choice = rng.random()
+    if choice < 0.7:
         return tuple(int(v) for v in rng.integers(0, 256, 3))
     return (int(rng.choice((0, 20, 255, 255, rng.integers(256)))),) * 3
 
@@ -97,10 +97,10 @@ def strokes(size: int, rng: np.random.Generator) -> np.ndarray:
     side = size * SUPERSAMPLE
     for _ in range(int(rng.integers(3, 14))):
         width, box = max(1, int(side * rng.uniform(0.006, 0.06))), np.sort(rng.random((2, 2)) * side, 0)
-        kind = rng.random()
-        if kind < 0.3:
+        choice = rng.random()
+        if choice < 0.3:
             draw.line([tuple(p) for p in rng.random((int(rng.integers(2, 5)), 2)) * side], _colour(rng), width)
-        elif kind < 0.5:
+        elif choice < 0.5:
             draw.arc([*box[0], *box[1]], *rng.uniform(0, 360, 2), fill=_colour(rng), width=width)
         else:
             text = "".join(rng.choice(list(LETTERS), int(rng.integers(1, 9))))

@@ -103,7 +103,7 @@ def train_tokenizer(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-class CaptionReader(nn.Cell):
+class WorldCaptionReader(nn.Cell):
     """Heads that train the encoder: they read the labels of ``SIZES`` and the identity of every token."""
 
     def __init__(self, encoder: T5Encoder):
@@ -124,7 +124,7 @@ def train_text_encoder(tokenizer: TextTokenizer, work: Path, seed: int = 0) -> T
     rng = generator(seed, 4)
     encoder.initialize(rng)
     look_both_ways(encoder)
-    reader = CaptionReader(encoder)
+    reader = WorldCaptionReader(encoder)
     for head in reader.heads:
         head.weight.set_data(ms.Tensor(normal(rng, tuple(head.weight.shape))))
     parameters = dict(reader.parameters_and_names())
@@ -169,7 +169,7 @@ def _labelled(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[list[
     renamed = rng.random() < RENAMED
     words = caption_words(scene, rng, tuple(_new_word(rng) for _ in scene.things) if renamed else None)
     objects, setting = list(OBJECTS), list(SETTINGS).index(scene.setting)
-    places = (ROLES.index(scene.relation), ROLES.index(INVERSE.get(scene.relation, "")))
+    roles = (ROLES.index(scene.relation), ROLES.index(INVERSE.get(scene.relation, "")))
     ids, labels = [], []
     for word, number in words:
         pieces = tokenizer.tokenizer(word)["input_ids"][:-1]
@@ -177,7 +177,7 @@ def _labelled(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[list[
         if number >= 0:
             thing = scene.things[number]
             name = len(objects) if renamed else objects.index(thing.object)
-            label = (name, COLOURS.index(thing.colour), places[number], setting)
+            label = (name, COLOURS.index(thing.colour), roles[number], setting)
         ids += pieces
         labels += [label] * len(pieces)
     return [*ids, 1], [*labels, (-1, -1, -1, setting)]
@@ -189,7 +189,7 @@ def _new_word(rng: np.random.Generator) -> str:
     return "".join(rng.choice(list(string.ascii_lowercase), int(rng.integers(3, 9))))
 
 
-def _loss(reader: CaptionReader):
+def _loss(reader: WorldCaptionReader):
     buckets = reader.encoder.buckets(CAPTION_TOKENS)
 
     def loss(ids: ms.Tensor, mask: ms.Tensor, labels: ms.Tensor):

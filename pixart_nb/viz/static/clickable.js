@@ -68,7 +68,7 @@ function render({ model, el }) {
   }
 
   function choose(cell) {
-    if (model.get("enlarge")) return showLarge();
+    if (model.get("zoomable")) return showLarge();
     model.set("cell", cell);
     model.save_changes();
   }
@@ -77,7 +77,7 @@ function render({ model, el }) {
 
   function moved(event) {
     const move = moves[event.key];
-    if (!move || (model.get("enlarge") && event.key !== "Enter" && event.key !== " ")) return;
+    if (!move || (model.get("zoomable") && event.key !== "Enter" && event.key !== " ")) return;
     event.preventDefault();
     event.stopPropagation();
     const chosen = model.get("cell");
@@ -88,15 +88,15 @@ function render({ model, el }) {
   const showLabel = () => box.setAttribute("aria-label", model.get("label"));
   const showWidth = () => (box.style.width = `${model.get("width")}px`);
   box.addEventListener("click", (event) => choose(cellAt(event)));
-  box.addEventListener("mousemove", (event) => model.get("enlarge") || frameCell(hover, cellAt(event)));
+  box.addEventListener("mousemove", (event) => model.get("zoomable") || frameCell(hover, cellAt(event)));
   box.addEventListener("mouseleave", () => frameCell(hover, []));
   box.addEventListener("keydown", moved);
   const showSmooth = () => {
     image.style.imageRendering = model.get("smooth") ? "auto" : "pixelated";
-    box.style.cursor = model.get("enlarge") ? "zoom-in" : "crosshair";
-    box.setAttribute("role", model.get("enlarge") ? "button" : "application");
+    box.style.cursor = model.get("zoomable") ? "zoom-in" : "crosshair";
+    box.setAttribute("role", model.get("zoomable") ? "button" : "application");
   };
-  const followed = { label: showLabel, width: showWidth, png: showImage, smooth: showSmooth, enlarge: showSmooth };
+  const followed = { label: showLabel, width: showWidth, png: showImage, smooth: showSmooth, zoomable: showSmooth };
   for (const name of ["cell", "rows", "columns", "row_names", "column_names"]) followed[name] = showMark;
   for (const [name, act] of Object.entries(followed)) model.on(`change:${name}`, act);
   for (const act of [showImage, showMark, showLabel, showWidth, showSmooth]) act();
