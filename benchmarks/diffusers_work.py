@@ -19,18 +19,27 @@ def versions() -> str:
     return f"diffusers {version('diffusers')}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
+def dtype_of(shapes: Shapes) -> torch.dtype:
+    """Return the dtype of transformer and T5."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[shapes.dtype]
+
+
 def transformer(shapes: Shapes) -> diffusers.PixArtTransformer2DModel:
     """Build the transformer with random weights."""
-    return diffusers.PixArtTransformer2DModel(
-        num_attention_heads=shapes.heads,
-        attention_head_dim=shapes.hidden_size // shapes.heads,
-        cross_attention_dim=shapes.hidden_size,
-        num_layers=shapes.depth,
-        sample_size=shapes.size // 8,
-        caption_channels=shapes.caption_channels,
-        interpolation_scale=shapes.pe_interpolation,
-        use_additional_conditions=False,
-    ).eval()
+    return (
+        diffusers.PixArtTransformer2DModel(
+            num_attention_heads=shapes.heads,
+            attention_head_dim=shapes.hidden_size // shapes.heads,
+            cross_attention_dim=shapes.hidden_size,
+            num_layers=shapes.depth,
+            sample_size=shapes.size // 8,
+            caption_channels=shapes.caption_channels,
+            interpolation_scale=shapes.pe_interpolation,
+            use_additional_conditions=False,
+        )
+        .to(dtype_of(shapes))
+        .eval()
+    )
 
 
 def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
@@ -45,7 +54,7 @@ def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
     )
-    return transformers.T5EncoderModel(config).eval()
+    return transformers.T5EncoderModel(config).to(dtype_of(shapes)).eval()
 
 
 def autoencoder(shapes: Shapes) -> diffusers.AutoencoderKL:
@@ -70,9 +79,9 @@ def captions(shapes: Shapes) -> dict:
     """Return random embeddings, padded as the pipeline pads them."""
     wide = (1, shapes.max_length, shapes.caption_channels)
     return {
-        "prompt_embeds": torch.randn(wide),
+        "prompt_embeds": torch.randn(wide, dtype=dtype_of(shapes)),
         "prompt_attention_mask": padded_mask(shapes, shapes.caption_tokens),
-        "negative_prompt_embeds": torch.randn(wide),
+        "negative_prompt_embeds": torch.randn(wide, dtype=dtype_of(shapes)),
         "negative_prompt_attention_mask": padded_mask(shapes, 1),
     }
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.shapes import Shapes
-from pixart_nb.core.backend import device_name, ms
+from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.io import save_tensors, write_json
+from pixart_nb.core.models.bfloat16 import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
@@ -46,7 +47,7 @@ def transformer_config(shapes: Shapes) -> PixArtConfig:
 
 def transformer(shapes: Shapes) -> PixArt:
     """Build the transformer with random weights."""
-    net = PixArt(transformer_config(shapes))
+    net = for_inference(PixArt(transformer_config(shapes)), dtype_from_name(shapes.dtype))
     net.initialize(np.random.default_rng(0), zero_cross_attention=False)
     return net.set_train(False)
 
@@ -65,7 +66,7 @@ def text_config(shapes: Shapes) -> T5Config:
 
 def text_encoder(shapes: Shapes) -> T5Encoder:
     """Build T5 with random weights."""
-    net = T5Encoder(text_config(shapes))
+    net = for_inference(T5Encoder(text_config(shapes)), dtype_from_name(shapes.dtype))
     net.initialize(np.random.default_rng(0))
     return net.set_train(False)
 

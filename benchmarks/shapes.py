@@ -21,6 +21,7 @@ class Shapes:
         text_layers: Layers of T5; XXL has 24, of 0.8 GB each in float32.
         vae_widths: Channels of the autoencoder.
         ratio: KV compression of every block.
+        dtype: ``fp32`` or ``bf16``, of transformer and T5.
     """
 
     size: int = 256
@@ -37,11 +38,14 @@ class Shapes:
     vocabulary: int = 32128
     vae_widths: tuple[int, ...] = (128, 256, 512, 512)
     ratio: int = 1
+    dtype: str = "fp32"
 
     def __post_init__(self):
         for name in ("size", "steps", "caption_tokens", "depth", "text_layers", "ratio"):
             if getattr(self, name) < 1:
                 raise PixArtNBError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.dtype not in ("fp32", "bf16"):
+            raise PixArtNBError(f"dtype is {self.dtype}; expected fp32 or bf16")
         if self.size % 16:
             raise PixArtNBError(f"size is {self.size}; expected a multiple of 16 pixels")
         if self.caption_tokens > self.max_length:

@@ -45,11 +45,12 @@ def bench(
     caption_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 20,
     text_layers: Annotated[int, typer.Option(min=1, help="Number of T5 layers; XXL has 24.")] = 2,
     ratio: Annotated[int, typer.Option(min=1, help="Ratio of token compression in every block.")] = 1,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, for denoise and encode, in both systems.")] = "fp32",
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
     ] = Path("outputs/bench"),
 ) -> None:
-    """Measure PixArt-Sigma XL/2 with random weights in float32, and write the numbers as CSV and as a figure.
+    """Measure PixArt-Sigma XL/2 with random weights, and write the numbers as CSV and as a figure.
 
     Each system runs in a process of its own. Times are medians of alternating runs.
 
@@ -60,10 +61,17 @@ def bench(
 
     if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
+    if dtype != "fp32" and what not in (Benchmark.denoise, Benchmark.encode):
+        raise PixArtNBError(f"--dtype {dtype} is measured by denoise and encode; {what.value} is measured in fp32")
     start()
     runs, shapes_class = load_benchmarks()
     shapes = shapes_class(
-        steps=sampling_steps, depth=depth, caption_tokens=caption_tokens, text_layers=text_layers, ratio=ratio
+        steps=sampling_steps,
+        depth=depth,
+        caption_tokens=caption_tokens,
+        text_layers=text_layers,
+        ratio=ratio,
+        dtype=dtype,
     )
     shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
     if what is Benchmark.table:

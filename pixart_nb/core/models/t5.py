@@ -231,4 +231,4 @@ class T5Encoder(nn.Cell):
             else:
                 std = deviations.get(name.split(".")[-2], config.d_model**-0.5)
                 value = normal(rng, tuple(weight.shape), std)
-            weight.set_data(ms.Tensor(value))
+            weight.set_data(ms.Tensor(value).astype(weight.dtype))

@@ -271,7 +271,7 @@ class PixArt(nn.Cell):
         size = self.config.hidden_size
         for name, weight in self.parameters_and_names():
             value = _initial_value(rng, name, weight.shape, size, zero_cross_attention)
-            weight.set_data(ms.Tensor(value, weight.dtype))
+            weight.set_data(ms.Tensor(value).astype(weight.dtype))
 
 
 def _initial_value(rng, name: str, shape: tuple[int, ...], size: int, zero_cross_attention: bool) -> np.ndarray:
