@@ -147,11 +147,15 @@ def pixels_of(page, selector):
 
 def nothing_cut_or_covered(widget):
     """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
-    cut = widget.evaluate(
-        """widget => [widget, ...widget.querySelectorAll('.widget-box')]
-            .filter(box => box.scrollWidth > box.clientWidth + 1)
-            .map(box => box.className + ": " + box.textContent)"""
-    )
+    for _ in range(20):  # the page may still be laying itself out
+        cut = widget.evaluate(
+            """widget => [widget, ...widget.querySelectorAll('.widget-box')]
+                .filter(box => box.scrollWidth > box.clientWidth + 1)
+                .map(box => box.className + ": " + box.textContent)"""
+        )
+        if not cut:
+            break
+        widget.page.wait_for_timeout(250)
     assert cut == []
     boxes = [
         part.bounding_box()

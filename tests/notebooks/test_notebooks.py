@@ -1,7 +1,10 @@
 """Notebooks keep their contract, and run whole with their smoke configuration."""
 
+import ast
 import json
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -45,6 +48,20 @@ def test_there_are_notebooks_to_check():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
 def test_notebook_keeps_the_contract(path):
     assert violations(read(path), path.stat().st_size) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_notebook_imports_names_that_exist(path):
+    for cell in read(path).cells:
+        for node in ast.walk(ast.parse(cell.source)) if cell.cell_type == "code" else ():
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("pixart_nb"):
+                module = import_module(node.module)
+                missing = [a.name for a in node.names if not (hasattr(module, a.name) or find_spec_in(module, a.name))]
+                assert missing == [], f"{node.module} has no {missing}"
+
+
+def find_spec_in(package, name):
+    return find_spec(f"{package.__name__}.{name}") if hasattr(package, "__path__") else None
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
