@@ -10,6 +10,8 @@ from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.models.layers import Conv2d
+from pixart_nb.core.models.operators import silu
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import generator, set_weights
@@ -31,6 +33,8 @@ OPTIONS = TrainerOptions(
 SHARDS = 24
 BATCH, CROP = 8, 64
 KL_WEIGHT = 1e-4
+#: Latents at the start: colours times this, with this logarithm of the variance.
+COLOUR_SPREAD, START_LOGVAR = 2.0, -6.0
 #: Standard deviation of the scaled latents. A latent cell of a drawn scene is one cell of it, with much less
 #: redundancy than in a photograph; a larger deviation shifts the noise schedule to where scenes are decided.
 LATENT_SPREAD = 2.0
@@ -42,12 +46,49 @@ def train_autoencoder(work: Path, seed: int = 0, processes: int = 2) -> Autoenco
     net.initialize(generator(seed, 1))
     parameters = dict(net.parameters_and_names())
     drawn, synthetic = autoencoder_pool(work / "images", SHARDS, seed, processes)
+    start_with_colours(net, np.concatenate([drawn[:16], synthetic[:16]]))
     batch = patch_batches(drawn, synthetic, seed)
     trainer = Trainer(autoencoder_loss(net), parameters, batch, OPTIONS, work, names=("squared_error", "kl"))
     trainer.run()
     set_weights(parameters, trainer.weights())
     net.config = replace(CONFIG, scaling_factor=scaling_factor(net, drawn))
     return net
+
+
+def start_with_colours(net: AutoencoderKL, images: np.ndarray) -> None:
+    """Fit the last layers of encoder and decoder, so that three latents start as the mean colour of 8 x 8 pixels.
+
+    Otherwise training gives all four latents to brightness, one axis of colour and detail, and stays there: the other
+    axis of colour explains less error, but without it green and red are lost. ``images``: (N, H, W, 3) uint8.
+    """
+    pixels = ms.Tensor(to_signed(images))
+    n, channels, height, width = pixels.shape
+    means = pixels.asnumpy().reshape(n, channels, height // 8, 8, width // 8, 8).mean((3, 5))
+    latents = CONFIG.latent_channels
+    for conv in (net.quant_conv, net.post_quant_conv):
+        conv.weight.set_data(ms.Tensor(np.eye(conv.weight.shape[0], dtype=np.float32)[..., None, None]))
+    encoder, decoder = net.encoder, net.decoder
+    hidden = encoder.mid_block(encoder.fine(pixels))
+    _fit(encoder.conv_out, silu(encoder.conv_norm_out(hidden)), COLOUR_SPREAD * means)
+    bias = encoder.conv_out.bias.asnumpy().copy()
+    bias[latents:] = START_LOGVAR
+    encoder.conv_out.bias.set_data(ms.Tensor(bias))
+    hidden = decoder.coarse(net.encode(pixels)[0].mean)
+    for block in decoder.up_blocks:
+        hidden = block(hidden)
+    _fit(decoder.conv_out, silu(decoder.conv_norm_out(hidden)), means.repeat(8, 2).repeat(8, 3))
+
+
+def _fit(conv: Conv2d, features: ms.Tensor, targets: np.ndarray) -> None:
+    """Set the middle weights and the bias of the first outputs of a convolution by least squares, the rest to 0."""
+    rows = features.asnumpy().transpose(0, 2, 3, 1).reshape(-1, features.shape[1])
+    rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], 1)
+    wanted = targets.transpose(0, 2, 3, 1).reshape(len(rows), -1)
+    solution = np.linalg.solve(rows.T @ rows + 1e-3 * len(rows) * np.eye(rows.shape[1]), rows.T @ wanted)
+    weight, bias = (np.zeros(part.shape, np.float32) for part in (conv.weight, conv.bias))
+    weight[: wanted.shape[1], :, 1, 1], bias[: wanted.shape[1]] = solution[:-1].T, solution[-1]
+    conv.weight.set_data(ms.Tensor(weight))
+    conv.bias.set_data(ms.Tensor(bias))
 
 
 def patch_batches(drawn: np.ndarray, synthetic: np.ndarray, seed: int) -> Batch:
