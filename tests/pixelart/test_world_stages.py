@@ -5,7 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pixart_nb.core.backend import ms
+from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.pixelart.world import autoencoder, pool, stages, text_encoder
 from pixart_nb.pixelart.world.captions import world_caption
@@ -58,6 +61,20 @@ def test_every_stage_doubles_the_size_over_the_same_span_of_positions():
 def test_an_unknown_stage_is_refused(tmp_path):
     with pytest.raises(PixArtNBError, match="expected one of 128, 256, 512, 1024"):
         stages.train_world(tmp_path / "model", tmp_path / "work", "300")
+
+
+def test_the_vae_starts_with_colours_in_three_latents():
+    net = AutoencoderKL(autoencoder.CONFIG)
+    net.initialize(np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    drawn = np.stack([pool.drawn_patches(rng)[0] for _ in range(12)])
+    autoencoder.start_with_colours(net, drawn[:8])
+    images = to_signed(drawn[8:])
+    latents = net.encode(ms.Tensor(images))[0].mean
+    means = images.reshape(4, 3, 16, 8, 16, 8).mean((3, 5))
+    for channel in range(3):
+        assert np.corrcoef(latents.asnumpy()[:, channel].ravel(), means[:, channel].ravel())[0, 1] > 0.9
+    assert np.square(net.decode(latents)[0].asnumpy() - images).mean() < 0.5 * images.var()
 
 
 @pytest.mark.slow
