@@ -17,10 +17,23 @@ def tiny(
     work_path: Annotated[
         Path, typer.Option(metavar="folder", help="Folder for the state of an unfinished training.")
     ] = Path("outputs/tiny"),
+    stage: Annotated[
+        str,
+        typer.Option(
+            metavar="size",
+            help="Train on the richer drawn world instead, from weak to strong up to this image size: 128, 256, 512 or "
+            "1024. Choose another output and work path for it.",
+        ),
+    ] = "",
 ) -> None:
     """Train the bundled model from scratch on drawn pixel art. The same command resumes a stopped training."""
     start()
-    from pixart_nb.pixelart.bundled_model import train_tiny
+    if stage:
+        from pixart_nb.pixelart.world.stages import train_world
 
-    train_tiny(folder=output_path, work=work_path)
+        train_world(folder=output_path, work=work_path, last=stage)
+    else:
+        from pixart_nb.pixelart.bundled_model import train_tiny
+
+        train_tiny(folder=output_path, work=work_path)
     typer.echo(output_path)

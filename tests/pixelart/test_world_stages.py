@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
@@ -61,6 +63,9 @@ def test_every_stage_doubles_the_size_over_the_same_span_of_positions():
 def test_an_unknown_stage_is_refused(tmp_path):
     with pytest.raises(PixArtNBError, match="expected one of 128, 256, 512, 1024"):
         stages.train_world(tmp_path / "model", tmp_path / "work", "300")
+    command = ["tiny", "--stage", "300", "-o", str(tmp_path / "model"), "--work-path", str(tmp_path / "work")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code and "expected one of 128, 256, 512, 1024" in f"{result.output}{result.exception}"
 
 
 def test_the_vae_starts_with_colours_in_three_latents():
