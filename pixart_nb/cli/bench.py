@@ -59,20 +59,11 @@ def bench(
     from pixart_nb.viz.figures import save_figure
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
-    if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
-        raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
-    if dtype != "fp32" and what not in (Benchmark.denoise, Benchmark.encode):
-        raise PixArtNBError(f"--dtype {dtype} is measured by denoise and encode; {what.value} is measured in fp32")
+    _check(what, with_diffusers, dtype)
     start()
     runs, shapes_class = load_benchmarks()
-    shapes = shapes_class(
-        steps=sampling_steps,
-        depth=depth,
-        caption_tokens=caption_tokens,
-        text_layers=text_layers,
-        ratio=ratio,
-        dtype=dtype,
-    )
+    sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
+    shapes = shapes_class(steps=sampling_steps, dtype=dtype, **sizes)
     shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
     if what is Benchmark.table:
         parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]
@@ -88,6 +79,13 @@ def bench(
         figure = output_path / f"{what.value}.png"
         save_figure(benchmark_figure(rows), figure)
         typer.echo(figure)
+
+
+def _check(what: Benchmark, with_diffusers: bool, dtype: str) -> None:
+    if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
+        raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
+    if dtype != "fp32" and what not in (Benchmark.denoise, Benchmark.encode):
+        raise PixArtNBError(f"--dtype {dtype} is measured by denoise and encode; {what.value} is measured in fp32")
 
 
 def load_benchmarks() -> tuple[Any, type]:

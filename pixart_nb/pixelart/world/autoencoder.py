@@ -83,10 +83,10 @@ def _fit(conv: Conv2d, features: ms.Tensor, targets: np.ndarray) -> None:
     """Set the middle weights and the bias of the first outputs of a convolution by least squares, the rest to 0."""
     rows = features.asnumpy().transpose(0, 2, 3, 1).reshape(-1, features.shape[1])
     rows = np.concatenate([rows, np.ones((len(rows), 1), np.float32)], 1)
-    wanted = targets.transpose(0, 2, 3, 1).reshape(len(rows), -1)
-    solution = np.linalg.solve(rows.T @ rows + 1e-3 * len(rows) * np.eye(rows.shape[1]), rows.T @ wanted)
+    target = targets.transpose(0, 2, 3, 1).reshape(len(rows), -1)
+    solution = np.linalg.solve(rows.T @ rows + 1e-3 * len(rows) * np.eye(rows.shape[1]), rows.T @ target)
     weight, bias = (np.zeros(part.shape, np.float32) for part in (conv.weight, conv.bias))
-    weight[: wanted.shape[1], :, 1, 1], bias[: wanted.shape[1]] = solution[:-1].T, solution[-1]
+    weight[: target.shape[1], :, 1, 1], bias[: target.shape[1]] = solution[:-1].T, solution[-1]
     conv.weight.set_data(ms.Tensor(weight))
     conv.bias.set_data(ms.Tensor(bias))
 
