@@ -11,6 +11,7 @@ import re
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from itertools import cycle
@@ -111,6 +112,13 @@ def pin_threads() -> None:
         for thread, core in zip(threads, cycle(cores), strict=False):
             with suppress(OSError):  # a system that does not allow it
                 os.sched_setaffinity(thread, {core})
+
+
+@cache
+def numpy_threads() -> ThreadPoolExecutor:
+    """Return the threads that compute parts of an array with NumPy or oneDNN, which release the lock of Python."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(count, thread_name_prefix="numpy")
 
 
 def _pool_threads(expected: int = 0) -> list[int]:

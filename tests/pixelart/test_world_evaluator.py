@@ -24,10 +24,10 @@ def drawn(count, cells, pair_share, seed, cell=8, width=None):
         (64, 1, 6, 1.0),
         pytest.param(128, 1, 8, 1.0, marks=pytest.mark.slow),
         pytest.param(16, 1, 40, 0.9, marks=pytest.mark.slow),
-        pytest.param(32, 1, 60, 0.98, marks=pytest.mark.slow),
-        pytest.param(32, 2, 40, 0.95, marks=pytest.mark.slow),
-        pytest.param(64, 1, 24, 0.95, marks=pytest.mark.slow),
-        pytest.param(64, 2, 20, 0.9, marks=pytest.mark.slow),
+        pytest.param(32, 1, 60, 0.99, marks=pytest.mark.slow),
+        pytest.param(32, 2, 40, 0.97, marks=pytest.mark.slow),
+        pytest.param(64, 1, 24, 0.99, marks=pytest.mark.slow),
+        pytest.param(64, 2, 20, 0.97, marks=pytest.mark.slow),
     ],
 )
 def test_everything_is_read_from_fresh_scenes(cells, things, count, least):

@@ -9,14 +9,13 @@ Heads are split and merged by gathering rows, which is ten times as fast as tran
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from mindspore import ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import GroupNorm, LayerNorm
 from pixart_nb.core.models.operators import row_numbers
@@ -94,12 +93,6 @@ def cell_rows(
     return [_indices(grid[:, n // ratio :: ratio, n % ratio :: ratio]) for n in range(count)]
 
 
-@cache
-def _threads() -> ThreadPoolExecutor:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(count, thread_name_prefix="rows")
-
-
 def _by_parts(work: Callable[[slice], None], shape: tuple[int, int]) -> None:
     """Call ``work`` for all rows of a matrix of this shape, in parts, on all threads."""
     step = max(1, _ROWS_PART // shape[1])
@@ -107,7 +100,7 @@ def _by_parts(work: Callable[[slice], None], shape: tuple[int, int]) -> None:
     if len(parts) == 1:
         work(parts[0])
     else:
-        list(_threads().map(work, parts))
+        list(backend.numpy_threads().map(work, parts))
 
 
 def _array(x: ms.Tensor) -> np.ndarray:

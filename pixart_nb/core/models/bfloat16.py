@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -61,20 +59,13 @@ def _gemm() -> Callable:
     return function
 
 
-@cache
-def _threads() -> ThreadPoolExecutor | None:
-    """Return the threads that share a product. ctypes releases the lock of Python while oneDNN computes."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(count, thread_name_prefix="bfloat16") if count > 1 else None
-
-
 def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """Return ``x @ weight.T + bias`` in float32: x (M, K) float32, weight (N, K) uint16 bits of bfloat16, bias (N,)."""
     out = np.empty((len(x), len(weight)), np.float32)
     by_rows = len(x) >= len(weight) or len(x) >= 256
     total = len(x) if by_rows else len(weight)
-    pool = _threads()
-    parts = min(pool._max_workers if pool else 1, max(1, total // _SMALLEST_PART))
+    pool = backend.numpy_threads()
+    parts = min(pool._max_workers, max(1, total // _SMALLEST_PART))
     ends = [total * i // parts for i in range(parts + 1)]
     slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
     if by_rows:
@@ -96,8 +87,7 @@ def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: n
         out[...] = bias
     stride = out.strides[0] // 4
     beta = 0.0 if bias is None else 1.0
-    pointers = (array.ctypes.data for array in (x, weight, out))
-    a, b, c = pointers
+    a, b, c = (array.ctypes.data for array in (x, weight, out))
     status = _gemm()(b"N", b"T", rows, columns, inner, 1.0, a, inner, b, inner, beta, c, stride)
     if status:
         raise PixArtNBError(f"oneDNN refused a bfloat16 product of {rows} x {inner} x {columns} (status {status})")
