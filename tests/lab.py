@@ -65,7 +65,7 @@ def server(tmp_path_factory):
         )
         try:
             wait_for(f"http://127.0.0.1:{port}/api?token={token}", process, folder / "server.log")
-            yield folder, f"http://127.0.0.1:{port}/lab/tree/{{}}?token={token}"
+            yield folder, f"http://127.0.0.1:{port}/lab/workspaces/{{}}/tree/{{}}?token={token}"
         finally:
             process.terminate()
             process.wait(SLOW / 1000)
@@ -105,7 +105,7 @@ def open_notebook(page, server, name, cells, shown, run=2):
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells], metadata={"kernelspec": kernel})
     nbformat.write(notebook, folder / name)
-    page.goto(address.format(name))
+    page.goto(address.format(secrets.token_hex(4), name))  # a layout of its own, not that of an earlier page
     page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=SLOW)
     page.wait_for_selector(".jp-Spinner", state="detached", timeout=SLOW)
     for number in range(run):
@@ -145,18 +145,21 @@ def pixels_of(page, selector):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
+def until(condition, page, seconds=20):
+    """Return what a condition returns once it is true, or at the end of the time."""
+    end = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < end:
+        page.wait_for_timeout(250)
+    return value
+
+
 def nothing_cut_or_covered(widget):
     """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
-    for _ in range(20):  # the page may still be laying itself out
-        cut = widget.evaluate(
-            """widget => [widget, ...widget.querySelectorAll('.widget-box')]
-                .filter(box => box.scrollWidth > box.clientWidth + 1)
-                .map(box => box.className + ": " + box.textContent)"""
-        )
-        if not cut:
-            break
-        widget.page.wait_for_timeout(250)
-    assert cut == []
+    cut = """widget => [widget, ...widget.querySelectorAll('.widget-box')]
+        .filter(box => box.scrollWidth > box.clientWidth + 1)
+        .map(box => `${box.className}, ${box.scrollWidth} in ${box.clientWidth} pixels: ${box.textContent}`)"""
+    whole = until(lambda: not widget.evaluate(cut), widget.page)  # the page may still be laying itself out
+    assert whole, widget.evaluate(cut)
     boxes = [
         part.bounding_box()
         for part in widget.locator("textarea, select, input, .widget-readout, button").all()

@@ -14,6 +14,7 @@ from lab import (
     pixels_of,
     run_cell,
     server,
+    until,
     watched_page,
 )
 
@@ -82,9 +83,9 @@ class User:
         """Wait for a text that only the new state has; the image, which must not be ``before``."""
         self.reads(text)
         self.settled()
-        after = self.image(selector)
-        assert before is None or not np.array_equal(after, before), f"{text}: the image did not change"
-        return after
+        changed = until(lambda: before is None or not np.array_equal(self.image(selector), before), self.page)
+        assert changed, f"{text}: the image did not change"
+        return self.image(selector)
 
     def mark(self):
         """The frame around the chosen patch, in cells of the image."""
