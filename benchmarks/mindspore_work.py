@@ -18,7 +18,7 @@ from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.io import save_tensors, write_json
-from pixart_nb.core.models.bfloat16 import for_inference
+from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig

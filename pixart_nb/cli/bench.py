@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pixart_nb.cli.device import start
+from pixart_nb.cli.options import start
 from pixart_nb.config import SAMPLING_STEPS, project_folder
 from pixart_nb.core.errors import PixArtNBError
 

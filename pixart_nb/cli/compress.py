@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pixart_nb.cli.convert import ModelConfigFile, SampleSize, StoredDtype, StoredDtypeOption
-from pixart_nb.cli.device import start
-from pixart_nb.cli.options import config_options
+from pixart_nb.cli.options import config_options, start
 from pixart_nb.config import InferenceConfig, TrainConfig, check_config
 
 KEYS = (

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pixart_nb.cli.device import start
+from pixart_nb.cli.options import start
 from pixart_nb.core.errors import PixArtNBError
 
 StoredDtype = Enum("StoredDtype", {name: name for name in ("keep", "fp32", "fp16", "bf16")}, type=str)

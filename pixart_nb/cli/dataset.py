@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pixart_nb.cli.device import start
-from pixart_nb.cli.options import Command
+from pixart_nb.cli.options import Command, start
 from pixart_nb.config import load_config
 
 dataset = typer.Typer(

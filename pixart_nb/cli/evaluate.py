@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pixart_nb.cli.device import start
-from pixart_nb.cli.options import config_options
+from pixart_nb.cli.options import config_options, start
 from pixart_nb.config import InferenceConfig, check_config
 
 DEFAULTS = {

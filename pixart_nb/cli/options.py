@@ -1,4 +1,4 @@
-"""Options of a command, generated from the fields of a configuration, and how their values are read.
+"""Options of a command, generated from the fields of a configuration, how their values are read, and its start.
 
 typer rather than the command line of pydantic-settings: that one splits "a cat, 8k" into two prompts, and refuses
 ``--prompt a b``, ``--image_height`` beside ``--image-height``, and ``--imagegrid`` without a value.
@@ -7,6 +7,8 @@ typer rather than the command line of pydantic-settings: that one splits "a cat,
 from __future__ import annotations
 
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Container
 from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -16,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from typer.core import TyperArgument, TyperCommand
 
-from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS
+from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ModelKeys, TrainConfig
 
 _BOOLEAN = "true|false"
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -179,3 +181,35 @@ def _value(annotation: Any, text: str) -> Any:
         return TypeAdapter(annotation).validate_python(text)
     except ValidationError:
         return text
+
+
+def start(settings: ModelKeys | None = None) -> None:
+    """Open the device, and print it with the dtype and MindSpore's version on one line of stderr.
+
+    Raises ``PixArtNBError`` for a device that cannot be opened, that is not supported, or that differs from
+    ``device_target``.
+    """
+    target = settings.device_target if settings else ""
+    if target:
+        os.environ.setdefault("PIXART_NB_DEVICE", target)
+    from pixart_nb.core import backend
+
+    backend.check_device(target)
+    backend.set_graph_mode(settings is not None and settings.mode == 0)
+    cann, accepted = backend.cann_versions()
+    if backend.on_ascend() and cann and accepted and cann not in accepted:
+        expected = f"MindSpore {backend.ms.__version__} accepts {', '.join(accepted)}"
+        warnings.warn(f"CANN is {cann}, and {expected}; install one of them", stacklevel=2)
+    parts = f"Device: {backend.device_name()}", _dtype(settings), f"MindSpore {backend.ms.__version__}"
+    typer.echo(", ".join(filter(None, parts)), err=True)
+
+
+def _dtype(settings: ModelKeys | None) -> str:
+    """Return the dtype and, where it differs, what is computed in: a CPU trains bf16 in fp32, and may sample in it."""
+    from pixart_nb.core import backend
+
+    if settings is None or settings.dtype != "bf16" or backend.on_ascend():
+        return settings.dtype if settings else ""
+    from pixart_nb.core.models import low_precision
+
+    return "bf16 computed in fp32" if isinstance(settings, TrainConfig) or low_precision.unsupported() else "bf16"

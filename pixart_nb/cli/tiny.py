@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pixart_nb.cli.device import start
+from pixart_nb.cli.options import start
 
 
 def tiny(

@@ -7,8 +7,7 @@ from typing import Any
 
 import typer
 
-from pixart_nb.cli.device import start
-from pixart_nb.cli.options import config_options
+from pixart_nb.cli.options import config_options, start
 from pixart_nb.cli.sample import ConfigFile
 from pixart_nb.config import TrainConfig, load_config
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pixart_nb.cli.device import start
-from pixart_nb.cli.options import config_options
+from pixart_nb.cli.options import config_options, start
 from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, load_config
 

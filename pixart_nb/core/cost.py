@@ -20,10 +20,10 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import init_empty
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, split_heads
-from pixart_nb.core.models.bfloat16 import for_inference
 from pixart_nb.core.models.embeddings import FREQUENCIES
 from pixart_nb.core.models.kv_compression import DepthwiseReduction, compress_tokens
 from pixart_nb.core.models.layers import LayerNorm
+from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 from benchmarks.ascend_stand_ins import ascend
 from pixart_nb.cli import app
 from pixart_nb.core import backend
-from pixart_nb.core.models import bfloat16
+from pixart_nb.core.models import low_precision
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.training import run as training
 
@@ -19,7 +19,7 @@ def stderr(monkeypatch, project):
     monkeypatch.chdir(project)
     monkeypatch.setattr(generate, "sample", lambda config: [])
     monkeypatch.setattr(training, "train", lambda config: None)
-    monkeypatch.setattr(bfloat16, "unsupported", lambda: "no products")
+    monkeypatch.setattr(low_precision, "unsupported", lambda: "no products")
     return lambda *words: RUN.invoke(app, words).stderr
 
 

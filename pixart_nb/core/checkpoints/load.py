@@ -21,11 +21,10 @@ from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
-from pixart_nb.core.models.bfloat16 import for_inference
 from pixart_nb.core.models.config_fields import named_source
 from pixart_nb.core.models.layers import Linear
+from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear, QuantizedLinear, for_inference
 from pixart_nb.core.models.operators import check_finite
-from pixart_nb.core.models.quantization import Int8Linear, NF4Linear, QuantizedLinear
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig

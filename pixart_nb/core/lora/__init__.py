@@ -1,4 +1,4 @@
-"""LoRA and DoRA of a transformer: layers, adapters, files, and their loading into a pipeline.
+"""LoRA and DoRA of a transformer: layers, adapters and files.
 
 Names are imported on first use: a pipeline without LoRAs does not need them.
 """

@@ -14,7 +14,6 @@ import numpy as np
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.lora.pipeline import LoraLoaderMixin
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
 from pixart_nb.core.sampling.images import (
     PipelineOutput,
@@ -44,7 +43,7 @@ Array = np.ndarray | ms.Tensor
 TextInput = list[str] | tuple[ms.Tensor, np.ndarray]
 
 
-class PixArtSigmaPipeline(PipelineBase, LoraLoaderMixin):
+class PixArtSigmaPipeline(PipelineBase):
     """PixArt-Sigma. ``from_pretrained(folder)``, then ``pipe("a red mushroom on grass")[0][0]`` is a PIL image."""
 
     max_sequence_length = 300

@@ -16,7 +16,7 @@ from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.load import t5_config, vae_config
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.memory import available, in_use, run_in_subprocess
-from pixart_nb.core.models.bfloat16 import unsupported
+from pixart_nb.core.models.low_precision import unsupported
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig

@@ -10,7 +10,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import T5EncoderModel, write_text_encoder
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
-from pixart_nb.core.models.quantization import NF4, Int8Linear, NF4Linear, quantize
+from pixart_nb.core.models.low_precision import NF4, Int8Linear, NF4Linear, quantize
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
 PIPELINE, CALL, GOLDEN = diffusers("sigma")

@@ -16,12 +16,12 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import load_t5
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import denoiser
-from pixart_nb.core.models import bfloat16
+from pixart_nb.core.models import low_precision
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.transformer import PixArt
 
 needs_products = pytest.mark.skipif(
-    bool(bfloat16.unsupported()), reason=f"needs bfloat16 products: {bfloat16.unsupported()}"
+    bool(low_precision.unsupported()), reason=f"needs bfloat16 products: {low_precision.unsupported()}"
 )
 
 
@@ -50,7 +50,7 @@ def test_a_product_equals_that_of_the_rounded_matrices(rows, inner, columns, wit
     rng = np.random.default_rng(rows * inner + columns)
     x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((rows, inner), (columns, inner)))
     bias = rng.standard_normal(columns, dtype=np.float32) if with_bias else None
-    out = bfloat16.product(x, bits(weight), bias)
+    out = low_precision.product(x, bits(weight), bias)
     expected = rounded(x).astype(np.float64) @ rounded(weight).astype(np.float64).T + (bias if with_bias else 0)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, expected, atol=1e-4, rtol=1e-4)
@@ -59,7 +59,7 @@ def test_a_product_equals_that_of_the_rounded_matrices(rows, inner, columns, wit
 @needs_products
 def test_infinity_and_nan_are_passed_on():
     x = np.array([[np.inf, 1.0], [np.nan, 1.0], [1.0, 1.0]], np.float32)
-    out = bfloat16.product(x, bits(np.ones((1, 2), np.float32)))
+    out = low_precision.product(x, bits(np.ones((1, 2), np.float32)))
     assert np.isinf(out[0, 0])
     assert np.isnan(out[1, 0])
     assert out[2, 0] == 2
@@ -68,14 +68,14 @@ def test_infinity_and_nan_are_passed_on():
 @needs_products
 def test_a_transformer_predicts_within_the_rounding_of_its_weights():
     net = small_net(hidden_size=48, depth=3)
-    narrow = copied(net, bfloat16.to_bfloat16(PixArt(net.config)))
+    narrow = copied(net, low_precision.to_bfloat16(PixArt(net.config)))
     latents, timestep, caption = inputs()
     error = relative_error(narrow(latents, timestep, caption).asnumpy(), net(latents, timestep, caption).asnumpy())
     assert 1e-4 < error < 4e-2
 
 
 def test_weights_take_two_bytes_and_the_rest_stays_float32():
-    net = bfloat16.to_bfloat16(PixArt(small_net().config))
+    net = low_precision.to_bfloat16(PixArt(small_net().config))
     dtypes = {parameter.dtype for name, parameter in net.parameters_and_names() if name.endswith("qkv.weight")}
     assert dtypes == {ms.bfloat16}
     assert net.x_embedder.proj.weight.dtype == ms.float32
@@ -85,7 +85,7 @@ def test_weights_take_two_bytes_and_the_rest_stays_float32():
 @needs_products
 def test_embeddings_are_the_rounded_rows():
     table = np.random.default_rng(0).standard_normal((7, 5), dtype=np.float32)
-    layer = bfloat16.BFloat16Embedding(7, 5)
+    layer = low_precision.BFloat16Embedding(7, 5)
     layer.weight.set_data(ms.Tensor(rounded(table)).astype(ms.bfloat16))
     ids = np.array([[6, 0], [3, 3]], np.int32)
     assert np.array_equal(layer(ms.Tensor(ids)).asnumpy(), rounded(table)[ids])
@@ -93,7 +93,7 @@ def test_embeddings_are_the_rounded_rows():
 
 @needs_products
 def test_training_is_refused():
-    layer = bfloat16.BFloat16Linear(4, 3).set_train()
+    layer = low_precision.BFloat16Linear(4, 3).set_train()
     with pytest.raises(PixArtNBError, match="no gradient on the CPU: train with dtype fp32"):
         layer(ms.Tensor(np.ones((2, 4), np.float32)))
 
@@ -104,9 +104,9 @@ def test_another_layer_is_left_alone():
 
     net = PixArt(small_net().config)
     net.final_layer.linear = Other(24, 32)
-    bfloat16.to_bfloat16(net)
+    low_precision.to_bfloat16(net)
     assert type(net.final_layer.linear) is Other
-    assert not isinstance(Embedding(2, 2), bfloat16.BFloat16Embedding)
+    assert not isinstance(Embedding(2, 2), low_precision.BFloat16Embedding)
 
 
 @needs_products
@@ -126,7 +126,7 @@ def test_a_checkpoint_loads_in_half_the_memory_and_encodes_and_denoises(tmp_path
 
 
 def test_a_processor_without_the_products_computes_in_float32_and_says_so(monkeypatch):
-    monkeypatch.setattr(bfloat16, "unsupported", lambda: "this processor has neither AVX512-BF16 nor AMX-BF16")
+    monkeypatch.setattr(low_precision, "unsupported", lambda: "this processor has neither AVX512-BF16 nor AMX-BF16")
     bundled = Path(__file__).parents[3] / "data/tiny-sigma"
     with pytest.warns(UserWarning, match="computed in float32: this processor has neither"):
         net = load_transformer(bundled / "transformer", dtype=ms.bfloat16)
