@@ -33,7 +33,8 @@ def evaluate(
 ) -> None:
     """Generate scenes that training never shows, and count how many show the right object, colour and setting.
 
-    Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and images.png.
+    Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and images.png; their
+    names count up.
 
     Example: pixart-nb evaluate --model data/tiny-sigma --count 48
     """
@@ -47,7 +48,7 @@ def evaluate(
     start(config)
     settings = {"model": config.model, "dtype": config.dtype}
     settings |= {"lora": config.lora} if config.lora else {}
-    report = evaluate_and_write(
+    report, path = evaluate_and_write(
         generate.load_pipeline(config),
         scenes,
         config.output_path,
@@ -61,4 +62,4 @@ def evaluate(
         width=config.image_width,
     )
     Console().print(score_table(report))
-    typer.echo(score_summary(report))
+    typer.echo(f"{score_summary(report)}\n{path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from pixart_nb.core.data.labels import read_prompts
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
-from pixart_nb.core.sampling.images import to_uint8, write_image
+from pixart_nb.core.sampling.images import to_uint8, write_new_image
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
@@ -67,8 +68,10 @@ def evaluate_and_write(
     vae: bool = False,
     settings: Mapping[str, Any] | None = None,
     **sampling: Any,
-) -> dict[str, Any]:
-    """Evaluate a pipeline; write ``evaluation.json`` and ``images.png`` into the folder ``output``; return the report.
+) -> tuple[dict[str, Any], Path]:
+    """Evaluate a pipeline; write ``images.png`` and ``evaluation.json`` into the folder ``output``.
+
+    Returns the report and its path. If there are earlier ones, both names count up: ``evaluation-2.json``.
 
     ``vae``: measure the reconstruction of the drawn scenes by the VAE too. ``settings``: further entries of the report,
     such as the name of the model. ``sampling``: options of ``evaluate_model``.
@@ -80,9 +83,10 @@ def evaluate_and_write(
         kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
         report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
     report = {**(settings or {}), **sampling, **report}
-    write_image(folder / "images.png", contact_sheet(images, _SHEET_COLUMNS), report)
-    write_json(folder / "evaluation.json", report)
-    return report
+    sheet = write_new_image(folder / "images.png", contact_sheet(images, _SHEET_COLUMNS), report)
+    path = folder / f"{sheet.stem.replace('images', 'evaluation')}.json"
+    write_json(path, report)
+    return report, path
 
 
 def score_table(report: Mapping[str, Any]) -> RichTable:

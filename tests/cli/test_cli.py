@@ -206,6 +206,11 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert report["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "all": 1.0}
     assert (report["count"], report["sampling_steps"], report["guidance_scale"]) == (10, 4, 3.0)
     assert Image.open(tmp_path / "images.png").size == (10 * 128, 128)
+    again = run("evaluate", *words, "--seed", 1)
+    assert again.stdout.splitlines()[-1] == str(tmp_path / "evaluation-2.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+    assert json.loads((tmp_path / "evaluation-2.json").read_text())["seed"] == 1
+    assert (tmp_path / "images-2.png").exists()
 
 
 def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):
