@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Mapping, Sequence
+import re
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from ipywidgets import FileUpload
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import atomic_write
 from pixart_nb.viz.event_loop import KernelLoop
+from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_run import Entry, Parameters, Session, State, save_entry
+from pixart_nb.viz.playground_sources import adapters_of
 from pixart_nb.viz.playground_view import View, make_controls, size_name
 
 
@@ -48,6 +53,11 @@ class Playground:
         self.session = Session(pipe, self._render)
         self.folder, self._others = Path(folder), dict(others or {})
         self._loop, self._rendered = KernelLoop(), None
+        self._files: dict[str, str] = {}  # of adapters
+        self.view.source.set(start.get("image", b""), start.get("mask", b""))
+        self.view.adapters.show(adapters_of(pipe))
+        if "adapters" in start:
+            self.view.adapters.value = start["adapters"]
         for button, act in (
             (self.view.sample, lambda: self._start(self.sample())),
             (self.view.sweep, lambda: self._start(self.sweep(self.view.swept.value, self.view.values.value))),
@@ -57,7 +67,13 @@ class Playground:
             (self.view.random_seed, self._random_seed),
         ):
             button.on_click(self._loop.on_loop(act))
-        self.view.load.observe(self._loop.on_loop(self._uploaded), "value")
+        for upload, act in (
+            (self.view.load, self._parameters_uploaded),
+            (self.view.source.upload, lambda file: self.view.source.set(bytes(file["content"]))),
+            (self.view.adapters.upload, self._adapter_uploaded),
+        ):
+            upload.observe(self._loop.on_loop(partial(self._uploaded, upload, act)), "value")
+        self.view.source.use.on_click(self._loop.on_loop(self._use_result))
         self.view.step.observe(self._loop.on_loop(lambda: self.session.show_step(self.view.step.value)), "value")
         self._render()
 
@@ -68,12 +84,15 @@ class Playground:
         """Parameters that the controls show; assign to set the controls."""
         values = {name: control.value for name, control in self.controls.items()}
         height, width = values.pop("size")
-        return Parameters(height=height, width=width, **values)
+        source, adapters = self.view.source.painted, self.view.adapters.value
+        return Parameters(height=height, width=width, image=source.png, mask=source.mask, adapters=adapters, **values)
 
     @parameters.setter
     def parameters(self, value: Parameters) -> None:
         for name, control in self.controls.items():
             control.value = (value.height, value.width) if name == "size" else getattr(value, name)
+        self.view.source.set(value.image, value.mask)
+        self.view.adapters.value = value.adapters
         if self.parameters != value:
             raise PixArtNBError(f"the controls reach {self.parameters} only; asked for {value}")
 
@@ -129,19 +148,42 @@ class Playground:
                 self.controls[name].options = [*options, new]
         self.parameters = loaded
 
-    def _uploaded(self) -> None:
-        files = self.view.load.value
-        if not files:
-            return
+    def load_lora(self, path: str | Path, name: str = "") -> None:
+        """Load a LoRA file into the pipeline, with a slider of its weight; ``name`` is the file's by default."""
+        name = name or re.sub(r"\W+", "_", Path(path).stem)
+        self.session.pipe.load_lora_weights(path, adapter_name=name)
+        self._files[name] = str(path)
+        self.view.adapters.show(adapters_of(self.session.pipe))
+
+    def _uploaded(self, upload: FileUpload, act: Callable[[Mapping[str, Any]], None]) -> None:
         try:
-            with TemporaryDirectory() as folder:
-                path = Path(folder) / "image.png"
-                path.write_bytes(files[0]["content"])
-                self.load(path)
-            self.view.say(f"Parameters of {files[0]['name']}; Sample draws it again.")
+            for file in upload.value:
+                act(file)
         except (OSError, ValueError) as error:
-            self.view.say(_in_words(error).replace(f"{folder}/", ""), wrong=True)
-        self.view.load.value = ()
+            self.view.say(_in_words(error), wrong=True)
+        upload.value = ()
+
+    def _parameters_uploaded(self, file: Mapping[str, Any]) -> None:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "image.png"
+            path.write_bytes(file["content"])
+            try:
+                self.load(path)
+            except (OSError, ValueError) as error:
+                raise PixArtNBError(str(error).replace(str(path), file["name"])) from error
+        self.view.say(f"Parameters of {file['name']}; Sample draws it again.")
+
+    def _adapter_uploaded(self, file: Mapping[str, Any]) -> None:
+        path = self.folder / "adapters" / Path(file["name"]).name
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(file["content"])
+        self.load_lora(path)
+        self.view.say(f"Loaded {path}")
+
+    def _use_result(self) -> None:
+        if self.session.images is None:
+            return self.view.say("There is no image yet; sample one, or load a file.", wrong=True)
+        self.view.source.set(png_bytes(self.session.images[0]))
 
     def cancel(self) -> None:
         """End the run after its current step."""
@@ -153,7 +195,8 @@ class Playground:
         try:
             if entry is None:
                 raise PixArtNBError("there is no finished image to save; sample one, or choose one below")
-            paths = save_entry(entry, self.folder, self._others)
+            loras = [f"{self._files.get(name, name)}:{weight:g}" for name, weight in entry.parameters.adapters]
+            paths = save_entry(entry, self.folder, self._others | ({"lora": loras} if loras else {}))
         except (OSError, ValueError) as error:
             self.view.say(_in_words(error), wrong=True)
             return []

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import numpy as np
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS, check_config
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import read_parameters, write_new_image
-from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.viz.event_loop import give_way, giving_way
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.pixels import tiles
+from pixart_nb.viz.playground_sources import arguments, kept_outside, write_source
 from pixart_nb.viz.style import Figure
 
 #: Entries that a history keeps.
@@ -36,7 +37,11 @@ PREVIEW_CELLS = 32
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a set of images of one prompt; sizes in pixels."""
+    """Parameters of a set of images of one prompt; sizes in pixels.
+
+    ``image`` and ``mask`` are the bytes of files, empty for none: image-to-image takes the last ``strength`` of the
+    steps from the image, and with a mask its white part alone changes. ``adapters``: (name, weight) of each LoRA.
+    """
 
     prompt: str
     height: int
@@ -47,6 +52,10 @@ class Parameters:
     scheduler: str = SAMPLING_METHOD
     seed: int = 0
     count: int = 1
+    image: bytes = field(default=b"", repr=False)
+    mask: bytes = field(default=b"", repr=False)
+    strength: float = 0.8
+    adapters: tuple[tuple[str, float], ...] = ()
 
     def check(self) -> None:
         """Refuse parameters that the pipeline would not refuse."""
@@ -56,6 +65,13 @@ class Parameters:
             raise PixArtNBError(f"the number of images is {self.count}; expected at least 1")
         if self.seed < 0:
             raise PixArtNBError(f"the seed is {self.seed}; expected 0 or more")
+        if self.mask and not self.image:
+            raise PixArtNBError("a mask was given without an image to paint in; give both")
+
+    @property
+    def taken(self) -> int:
+        """Number of steps that a run takes."""
+        return steps_taken(self.steps, self.strength) if self.image else self.steps
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of ``pipe.sample``. Image k of a seed does not depend on the images beside it."""
@@ -127,10 +143,12 @@ class Parameters:
         'a red cup · 96 x 64 · dpm++, 20 steps · guidance 4.5 · seed 3, 2 images'
         """
         without = f" · without {self.negative_prompt}" if self.negative_prompt else ""
+        image = f" · {'inside a mask' if self.mask else 'from an image'}, strength {self.strength:g}" * bool(self.image)
+        adapters = "".join(f" · {name} {weight:g}" for name, weight in self.adapters)
         images = f", {self.count} images" if self.count > 1 else ""
         return (
             f"{self.prompt}{without} · {self.width} x {self.height} · {self.scheduler}, {self.steps} steps · "
-            f"guidance {self.guidance:g} · seed {self.seed}{images}"
+            f"guidance {self.guidance:g} · seed {self.seed}{images}{image}{adapters}"
         )
 
 
@@ -193,7 +211,7 @@ class Session:
         if self.state is not State.IDLE:
             raise RuntimeError("a run is under way; wait for it, or cancel it")
         parameters.check()
-        self._set(state=State.SAMPLING, progress=Progress(0, parameters.steps), entry=None, images=None)
+        self._set(state=State.SAMPLING, progress=Progress(0, parameters.taken), entry=None, images=None)
         started = self._clock()
         done: dict[str, Any] = {}
         try:
@@ -228,14 +246,14 @@ class Session:
     async def _run(self, parameters: Parameters) -> np.ndarray | None:
         """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
         async with aclosing(giving_way(begun(self.pipe, parameters))) as records:
-            latents = await self._follow(records, parameters.steps)
+            latents = await self._follow(records, parameters.taken)
         images: list[np.ndarray] = []
         for row in latents if latents is not None else ():
             await give_way()
             if self.state is State.CANCELLING:
                 return None
             images.append(self._decode(row[None])[0])
-        return np.stack(images) if images else None
+        return kept_outside(np.stack(images), parameters) if images else None
 
     async def _follow(self, records: AsyncIterator[Any], total: int) -> np.ndarray | None:
         """Consume the conditioning and the steps, with progress and previews; the last latents."""
@@ -280,7 +298,7 @@ def begun(pipe: Any, parameters: Parameters) -> Iterator[Any]:
     own = pipe.scheduler
     pipe.scheduler = parameters.scheduler
     try:
-        return pipe.sample(**parameters.call())
+        return pipe.sample(**parameters.call(), **arguments(pipe, parameters))
     finally:
         pipe.scheduler = own
 
@@ -297,10 +315,11 @@ def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | Non
     A file that exists is never replaced by another image.
     """
     words = re.sub(r"[^a-z0-9]+", "-", entry.parameters.prompt.lower()).strip("-")[:60] or "image"
-    paths = []
+    paths, stem = [], f"{words}_seed-{entry.parameters.seed}"
+    others = dict(others or {}) | write_source(Path(folder) / f"{stem}.png", entry.parameters)
     for number, pixels in enumerate(entry.images):
-        parameters = dict(others or {}) | entry.parameters.configuration(number)
-        path = Path(folder) / f"{words}_seed-{entry.parameters.seed}_{number}.png"
+        parameters = others | entry.parameters.configuration(number)
+        path = Path(folder) / f"{stem}_{number}.png"
         paths.append(write_new_image(path, pixels, parameters))
     return paths
 

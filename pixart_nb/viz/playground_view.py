@@ -9,7 +9,7 @@ import numpy as np
 
 from pixart_nb.viz.pixels import png_bytes, tiles
 from pixart_nb.viz.playground_run import SWEPT, Entry, Parameters, Progress, State
-from pixart_nb.viz.widget_parts import ClickableImage, button, column, say, side_by_side, text_line
+from pixart_nb.viz.widget_parts import ClickableImage, PaintedImage, button, column, row, say, side_by_side, text_line
 
 IMAGE = 512
 THUMBNAIL = 96
@@ -31,6 +31,7 @@ def make_controls(
         "steps": widgets.IntSlider(min=1, max=max(50, first.steps)),
         "guidance": widgets.FloatSlider(min=1, max=max(12.0, first.guidance), step=0.5, readout_format=".2f"),
         "count": widgets.IntSlider(min=1, max=max(8, first.count)),
+        "strength": widgets.FloatSlider(min=0.05, max=1, step=0.05),
         "seed": widgets.BoundedIntText(min=0, max=2**53 - 1),
     }
     for name, (description, tooltip) in _NAMES.items():
@@ -49,6 +50,7 @@ _NAMES = {
     "steps": ("Steps", "More steps are slower and finer"),
     "guidance": ("Guidance", "How strongly the prompt pulls; 1 switches guidance off"),
     "count": ("Images", "How many images at once"),
+    "strength": ("Strength", "How much of the image changes: the share of the steps that are taken from it"),
     "seed": ("Seed", "The same seed draws the same images"),
 }
 
@@ -86,6 +88,7 @@ class View:
         self.progress = widgets.HBox([self.bar, self.status])
         self.cards = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", max_height="252px", overflow="auto"))
         self.cards.add_class("pixart-cards")
+        self.source, self.adapters = SourceView(controls["strength"]), AdapterView()
         self.widget = self._laid_out(controls)
         self._listed: tuple[Entry, ...] = ()
         self._stepped: Entry | None = None
@@ -97,8 +100,10 @@ class View:
             widgets.HBox(parts)
             for parts in ([self.swept, self.values, self.sweep], [self.sample, self.cancel, self.save, self.load])
         )
-        rest = [control for name, control in controls.items() if name != "seed"]
-        left = column([*rest, seed, buttons, sweep, self.progress, self.message, self.cards], "380px")
+        rest = [control for name, control in controls.items() if name not in ("seed", "strength")]
+        pages = [widgets.VBox([*rest, seed]), self.source.widget, self.adapters.widget]
+        tabs = widgets.Tab(children=pages, titles=["Prompt", "Image", "Adapters"])
+        left = column([tabs, buttons, sweep, self.progress, self.message, self.cards], "400px")
         frame = widgets.Box([self.image], layout=widgets.Layout(width=f"{IMAGE}px", max_width="100%"))
         frame.add_class("pixart-frame")
         right = widgets.VBox([frame, self.step, self.caption], layout=widgets.Layout(flex="1", min_width="320px"))
@@ -146,6 +151,75 @@ class View:
     def say(self, text: str, wrong: bool = False) -> None:
         """Show a message; ``wrong`` marks an error."""
         say(self.message, text, wrong)
+
+
+class SourceView:
+    """Image that a run starts from, with the mask that is painted on it."""
+
+    def __init__(self, strength: widgets.ValueWidget):
+        self.upload = widgets.FileUpload(accept="image/*", description="Image", tooltip="Start from this image")
+        self.upload.layout = widgets.Layout(width="100px", flex="none")
+        self.use = button("Use result", "Start from the image that is shown", width="100px")
+        self.remove = button("Remove", "Draw from noise again", width="100px")
+        self.clear = button("Clear mask", "Let the whole image change", width="100px")
+        self.painted = PaintedImage(label="image that is changed; paint over the part to draw again")
+        self.brush = widgets.IntSlider(value=15, min=2, max=50, description="Brush", tooltip="Width in percent")
+        self.brush.layout.width, self.brush.style.description_width = "auto", "88px"
+        widgets.link((self.brush, "value"), (self.painted, "brush"))
+        buttons = row([self.upload, self.use, self.remove, self.clear])
+        hint = text_line()
+        say(hint, "Paint over the part to draw again. Without paint the whole image changes.")
+        self.shown_with_image = [self.painted, hint, self.brush, strength]
+        self.widget = widgets.VBox([buttons, *self.shown_with_image])
+        for act in (self.remove, self.clear):
+            act.on_click(self._cleared)
+        self.painted.observe(self._image_changed, "png")
+        self._image_changed()
+
+    def set(self, image: bytes, mask: bytes = b"") -> None:
+        """Show an image, the bytes of a file, and a mask; both empty for none."""
+        self.painted.png, self.painted.mask = image, mask
+
+    def _cleared(self, pressed: widgets.Button) -> None:
+        self.set(b"" if pressed is self.remove else self.painted.png)
+
+    def _image_changed(self, _: object = None) -> None:
+        there = bool(self.painted.png)
+        for part in self.shown_with_image:
+            part.layout.display = "" if there else "none"
+        self.remove.disabled = self.clear.disabled = not there
+
+
+class AdapterView:
+    """LoRAs of the pipeline, each with a slider of its weight."""
+
+    def __init__(self):
+        self.upload = widgets.FileUpload(accept=".safetensors", description="Load LoRA", multiple=True)
+        self.upload.layout = widgets.Layout(width="140px", flex="none")
+        self.sliders: dict[str, widgets.FloatSlider] = {}
+        self.hint = text_line()
+        self.widget = widgets.VBox([self.upload, self.hint])
+        self.show([])
+
+    def show(self, names: Sequence[str]) -> None:
+        """Show a slider for each adapter; those that are shown keep their weights."""
+        for name in names:
+            slider = widgets.FloatSlider(value=1, min=-1, max=2, step=0.05, description=name, tooltip="Weight")
+            slider.layout.width, slider.style.description_width = "auto", "120px"
+            self.sliders.setdefault(name, slider)
+        self.sliders = {name: self.sliders[name] for name in names}
+        say(self.hint, "" if names else "No LoRA is loaded. Weights may be negative; 0 switches one off.")
+        self.widget.children = [self.upload, self.hint, *self.sliders.values()]
+
+    @property
+    def value(self) -> tuple[tuple[str, float], ...]:
+        """Names and weights of those that are not switched off; set the weights of all, 0 for those left out."""
+        return tuple((name, slider.value) for name, slider in self.sliders.items() if slider.value)
+
+    @value.setter
+    def value(self, pairs: Sequence[tuple[str, float]]) -> None:
+        for name, slider in self.sliders.items():
+            slider.value = dict(pairs).get(name, 0)
 
 
 def _card(entry: Entry, clicked: Callable) -> widgets.VBox:

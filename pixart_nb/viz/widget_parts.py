@@ -1,4 +1,4 @@
-"""Parts of the widgets: an image with cells to select, sliders with a mean, lines of text, a colour bar, layout."""
+"""Parts of the widgets: images to click or to paint over, sliders with a mean, lines of text, a colour bar, layout."""
 
 from __future__ import annotations
 
@@ -52,6 +52,22 @@ class ClickableImage(anywidget.AnyWidget):
                 f"there is no cell {cell}; rows are 0 to {self.rows - 1}, columns 0 to {self.columns - 1}"
             )
         return cell
+
+
+class PaintedImage(anywidget.AnyWidget):
+    """Image (bytes of a file) that the mouse paints over; ``mask`` is a PNG of its size, white where it was painted.
+
+    Both are empty at first. ``brush``: width of a stroke in percent of the image's. Screen readers read ``label``.
+    """
+
+    _esm = STATIC / "painter.js"
+    _css = STATIC / "painter.css"
+
+    png = traitlets.Bytes().tag(sync=True)
+    mask = traitlets.Bytes().tag(sync=True, from_json=lambda value, widget: bytes(value))  # the page sends a memoryview
+    brush = traitlets.Int(15).tag(sync=True)
+    width = traitlets.Int(340).tag(sync=True)
+    label = traitlets.Unicode("image to paint over").tag(sync=True)
 
 
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:

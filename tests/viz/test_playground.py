@@ -244,7 +244,7 @@ def test_a_saved_image_gives_its_parameters_back(tmp_path):
     other.view.load.value = [upload | {"name": "cup.png", "content": path.read_bytes()}]
     assert other.view.message.value == "Parameters of cup.png; Sample draws it again."
     other.view.load.value = [upload | {"name": "x.png", "content": b"no"}]
-    assert "image.png cannot be read as a PNG" in other.view.message.value
+    assert "x.png cannot be read as a PNG" in other.view.message.value
     assert other.parameters == first.parameters
 
 

@@ -207,6 +207,41 @@ def test_what_is_wrong_is_said_in_the_widget(user):
     assert not user.page.get_by_text("Traceback").count()
 
 
+def test_a_mask_is_painted_with_the_mouse_and_what_is_outside_stays(user, server):
+    user.write("Prompt", "a red mushroom on grass")
+    user.slide("Steps", 4)
+    user.press("Sample")
+    user.sees_cards(1)
+    before = user.image()
+    user.widget.get_by_role("tab", name="Image").click()
+    user.press("Use result")
+    canvas = user.widget.locator(".pixart-painter canvas")
+    canvas.wait_for(timeout=SLOW)
+    box = canvas.bounding_box()
+    middle = box["y"] + box["height"] / 2
+    user.page.mouse.move(box["x"] + 0.4 * box["width"], middle)
+    user.page.mouse.down()
+    user.page.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=5)
+    user.page.mouse.up()
+    user.slide("Strength", 1)
+    user.photograph("8_mask")
+    user.sees_everything()
+    user.widget.get_by_role("tab", name="Prompt").click()
+    user.write("Prompt", "a blue fish on grass")
+    user.press("Sample")
+    user.sees_cards(2)
+    user.reads("inside a mask, strength 1")
+    user.sees_image(lambda pixels: not np.array_equal(pixels, before))
+    changed = (user.image() != before).any(-1)
+    assert changed[54:74, 46:82].mean() > 0.3
+    rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
+    assert rows.min() >= 64 - 11 and rows.max() <= 64 + 11  # a brush of 15% of 128 pixels
+    assert columns.min() >= 51 - 11 and columns.max() <= 77 + 11
+    user.press("Save")
+    user.reads("Saved ")
+    assert np.asarray(Image.open(server[0] / "saved" / "a-blue-fish-on-grass_seed-0_mask.png")).any()
+
+
 def test_it_is_legible_in_a_narrow_window_and_in_the_dark_theme(user):
     user.page.set_viewport_size({"width": 900, "height": 1500})
     user.page.get_by_role("menuitem", name="Settings").click()

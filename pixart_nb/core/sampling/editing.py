@@ -69,9 +69,7 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
         unit = 8 * self.transformer.config.patch_size if self.transformer else 1
         whole = tuple(max(unit, round(side / unit) * unit) for side in size)
         height, width = (self.binned_size if binning else self.check_size)(*whole)
-        call = call | {"image_latents": encode_image(self.vae, resized(pixels, height, width)), "strength": strength}
-        if mask is not None:
-            call["mask"] = latent_mask(mask, height, width)
+        call = call | starting_point(self.vae, resized(pixels, height, width), strength, mask)
         size = {"height": height, "width": width, "use_resolution_binning": False}
         return super().__call__(prompt, output_type="latent" if latents else "np", **size, **call)[0]
 
@@ -113,13 +111,29 @@ class PixArtSigmaInpaintPipeline(PixArtSigmaImg2ImgPipeline):
         images = self._redrawn(prompt, part, strength, size, use_resolution_binning, latents, call, region)
         if latents:
             return PipelineOutput(images)
-        result, painted = repeated(pixels, len(images)).copy(), repeated(region, len(images))[..., None]
+        result = repeated(pixels, len(images)).copy()
         inside = result[:, top:bottom, left:right]
-        inside[...] = np.where(painted, resized(images, *inside.shape[1:3]), inside)
+        inside[...] = painted(inside, resized(images, *inside.shape[1:3]), region)
         return PipelineOutput(to_output_type(result, output_type))
 
 
 # ---- images and masks
+
+
+def starting_point(
+    vae: AutoencoderKL, pixels: np.ndarray, strength: float, mask: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Return the arguments of ``pipe.sample`` that begin with an image.
+
+    ``pixels`` (N, H, W, 3) in [0, 1], of the size that is drawn; ``mask`` (N, h, w) bool of any size, or None.
+    """
+    arguments = {"image_latents": encode_image(vae, pixels), "strength": strength}
+    return arguments if mask is None else arguments | {"mask": latent_mask(mask, *pixels.shape[1:3])}
+
+
+def painted(pixels: np.ndarray, images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return images (N, H, W, 3) inside the mask (1 or N, H, W), and exactly the pixels outside of it."""
+    return np.where(repeated(mask, len(images))[..., None], images, pixels)
 
 
 def encode_image(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
@@ -159,10 +173,10 @@ def mask_array(mask: Any, size: tuple[int, int]) -> np.ndarray:
     array = np.concatenate([part[None] if part.ndim == 2 else part.reshape(part.shape[:3]) for part in arrays])
     if array.shape[1:] != size:
         raise PixArtNBError(f"mask_image is {array.shape[1:]} pixels, the image {size}; expected the same size")
-    painted = array >= {"u": 128, "i": 128}.get(array.dtype.kind, 0.5)
-    if not painted.any((1, 2)).all():
+    white = array >= {"u": 128, "i": 128}.get(array.dtype.kind, 0.5)
+    if not white.any((1, 2)).all():
         raise PixArtNBError("mask_image has nothing to paint: it is black; white is painted")
-    return painted
+    return white
 
 
 def latent_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
