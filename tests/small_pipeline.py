@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling.schedulers import scheduler_named
@@ -13,10 +14,13 @@ CONFIG = PixArtConfig(
 )
 
 
-def write_small_pipeline(folder, project, config=CONFIG):
-    """Write it; the folder. It draws 64 x 64 pixels of noise."""
-    net = PixArt(config)
-    net.initialize(np.random.default_rng(0), zero_cross_attention=False)
+def write_small_pipeline(folder, project, config=CONFIG, final_layer=0.0):
+    """Write it; the folder. It draws 64 x 64 pixels of noise, which nothing changes while its final layer is zero."""
+    net, rng = PixArt(config), np.random.default_rng(0)
+    net.initialize(rng, zero_cross_attention=False)
+    if final_layer:
+        weight = net.final_layer.linear.weight
+        weight.set_data(ms.Tensor((final_layer * rng.standard_normal(weight.shape)).astype(np.float32)))
     components.write_transformer(folder / "transformer", net)
     for name in ("vae", "text_encoder", "tokenizer"):
         os.symlink(project / "data" / "tiny-sigma" / name, folder / name)

@@ -122,6 +122,7 @@ LoraFiles = Annotated[
     Field(max_length=64),
 ]
 NegativePrompt = Annotated[str | list[str], AfterValidator(_one_text)]
+Paths = Annotated[list[Annotated[str, Field(min_length=1), AfterValidator(_input_path)]], BeforeValidator(_list)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_list)]
 
 
@@ -137,6 +138,7 @@ def _panel(title: str):
 _model, _compression, _sampling, _output = map(_panel, ("Model", "Token compression", "Sampling", "Output"))
 _machine, _data, _stage, _rate = map(_panel, ("Memory and devices", "Data", "Weak-to-strong training", "Learning rate"))
 _update, _precision, _lora, _look = map(_panel, ("Optimization", "Precision", "LoRA", "Validation"))
+_control = _panel("ControlNet")
 
 # fmt: off
 # Keys that sampling and training share, each with a default of its own.
@@ -213,6 +215,7 @@ class InferenceConfig(ModelKeys):
 
     controlnet: InputPath = _model("", "ControlNet file or folder. Official files hold the base model too.")
     control_image: InputPath = _sampling("", "Condition image of the ControlNet, such as edges.")
+    control_edges: bool = _sampling(False, "Take the edges of control_image, as a ControlNet is trained on, as the condition.")
     controlnet_conditioning_scale: Number = _sampling(1.0, "Scale of what the ControlNet adds.", ge=0, le=100)
     control_guidance_start: Number = _sampling(0.0, "Share of the steps from which the ControlNet acts.", ge=0, lt=1)
     control_guidance_end: Number = _sampling(1.0, "Share of the steps up to which the ControlNet acts.", gt=0, le=1)
@@ -312,6 +315,10 @@ class TrainConfig(ModelKeys):
     lora_target_modules: Texts = _lora([], "diffusers' names of the layers with a LoRA. By default, those of both attentions.")
     use_dora: bool = _lora(False, "Train a weight-decomposed LoRA (DoRA).")
 
+    copy_blocks_num: int = _control(0, "Number of blocks that a ControlNet copies and trains in place of all weights, 13 in PixArt-delta. 0 trains the weights.", ge=0, lt=_MOST_LAYERS)
+    control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
+    validation_control_images: Paths = _control([], "Condition images of the validation prompts, one for each; without control_dir their edges are taken.")
+
     visualize: bool = _look(False, "Generate the validation prompts during training.")
     visualize_interval: int = _look(5, "Epochs between validation images.", ge=1, le=10**6)
     visualize_steps: int | None = _look(None, "Updates between validation images, in place of epochs.", ge=1, le=_MOST_STEPS)
@@ -351,9 +358,19 @@ class TrainConfig(ModelKeys):
             raise ValueError(f"betas {betas}: expected numbers from 0 to below 1")
         if self.lora_rank and self.from_scratch:
             raise ValueError("lora_rank and from_scratch exclude each other: a LoRA changes a trained model")
+        self._check_controlnet()
         if self.sample_size % 2:
             raise ValueError(f"sample_size is {self.sample_size}; expected an even number of latent cells")
         return self
+
+    def _check_controlnet(self) -> None:
+        if self.copy_blocks_num and (self.lora_rank or self.from_scratch):
+            raise ValueError("copy_blocks_num goes neither with lora_rank nor with from_scratch: a ControlNet copies blocks of a trained model")
+        if not self.copy_blocks_num and (self.control_dir or self.validation_control_images):
+            raise ValueError("control_dir and validation_control_images are of a ControlNet; expected copy_blocks_num, the number of its blocks")
+        images, prompts = len(self.validation_control_images), len(self.validation_prompts)
+        if self.copy_blocks_num and self.visualize and images != prompts:
+            raise ValueError(f"{images} validation_control_images for {prompts} validation_prompts; expected one for each")
 # fmt: on
 
 
@@ -370,9 +387,12 @@ _FREE_KEYS = {
     "validation_json_path", "sampling_method", "sampling_steps", "guidance_scale", "log_loss_interval", "tensorboard",
     "output_path", "ckpt_save_interval", "ckpt_save_steps", "ckpt_max_keep", "num_parallel_workers", "recompute",
     "use_parallel", "device_target", "start_report", "hsdp_optimizer_level", "hsdp_shard_size", "hsdp_threshold",
+    "validation_control_images",
 }  # fmt: skip
 #: Keys that hold a path. A training depends on the content, which is fingerprinted.
-_PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache"}
+_PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir"}
+#: Keys that are not named at their defaults, so that trainings from before there were such keys resume.
+_LATER_KEYS = {"copy_blocks_num"}
 
 
 def training_identity(config: TrainConfig, workers: int = 1) -> dict[str, Any]:
@@ -382,6 +402,9 @@ def training_identity(config: TrainConfig, workers: int = 1) -> dict[str, Any]:
     training, so neither is part of it.
     """
     settings = {key: value for key, value in config.model_dump().items() if key not in _FREE_KEYS | _PATH_KEYS}
+    for key in _LATER_KEYS:
+        if settings[key] == TrainConfig.model_fields[key].default:
+            del settings[key]
     settings["batch_size"] = config.batch_size * workers
     settings["features from a cache"] = bool(config.feature_cache)
     if config.scheduler == "constant":

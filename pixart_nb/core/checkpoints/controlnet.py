@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import describe
-from pixart_nb.core.checkpoints.files import open_checkpoint
-from pixart_nb.core.checkpoints.key_maps import to_official_names
+from pixart_nb.core.checkpoints.files import WEIGHTS, open_checkpoint, write_safetensors
+from pixart_nb.core.checkpoints.key_maps import to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, stacked
 from pixart_nb.core.checkpoints.load import build_transformer, init_empty, load_into
-from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.io import CheckpointError, atomic_write, write_json
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
@@ -50,6 +53,26 @@ def load_controlnet(
     net = init_empty(lambda: PixArtControlNet(base_model, copies), dtype)
     load_into(net, _control_tensors(checkpoint.tensors, control), path, prefix="controlnet.")
     return net.set_train(False)
+
+
+def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
+    """Write the ``controlnet.`` weights of a ``PixArtControlNet`` as an adapter folder of diffusers."""
+    out = {}
+    for name, value in weights.items():
+        _, number, leaf = name.split(".", 2)
+        stem = f"controlnet_blocks.{number}"
+        copied = leaf.removeprefix("copied_block.")
+        if copied == leaf:
+            out[f"{stem}.{leaf}"] = LazyTensor.of(value, f"{stem}.{leaf}")
+            continue
+        official = f"blocks.{number}.{copied}"
+        for other, part in to_layout({official: LazyTensor.of(value, official)}, "diffusers").items():
+            own = f"{stem}.transformer_block.{other.removeprefix(f'transformer_blocks.{number}.')}"
+            out[own] = replace(part, name=own)
+    with atomic_write(folder / WEIGHTS) as temporary:
+        write_safetensors(temporary, out)
+    copies = 1 + max(int(name.split(".")[1]) for name in weights)
+    write_json(folder / "config.json", {"_class_name": "PixArtControlNetAdapterModel", "num_layers": copies})
 
 
 def holds_base_model(path: str | Path) -> bool:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from pixart_nb.core.data.buckets import Size
+from pixart_nb.core.data.control import ControlImages
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
@@ -30,7 +31,7 @@ SHARD = 64
 #: Shards that are kept open at once.
 OPEN_SHARDS = 1024
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
-LATENTS, CAPTIONS = "latents", "captions"
+LATENTS, CONTROL, CAPTIONS = "latents", "control", "captions"
 
 #: Images (N, 3, H, W) float32 in -1..1 -> mean and standard deviation of their latents, each (N, C, h, w).
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -82,13 +83,21 @@ class FeatureCache:
 
     That is, for ``latents-HASH.safetensors``: the image files, training sizes, VAE and dtype; for
     ``captions-HASH.safetensors``: the captions, text encoder, its settings and dtype. So several data sets can share a
-    folder, and a shard is never rewritten.
+    folder, and a shard is never rewritten. ``control`` adds the latents of condition images, ``control-HASH``.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], labels: Sequence[Label], sizes: Sequence[Size], made_by: MadeBy):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        labels: Sequence[Label],
+        sizes: Sequence[Size],
+        made_by: MadeBy,
+        control: ControlImages | None = None,
+    ):
         if len(labels) != len(sizes):
             raise DataError(f"{len(labels)} labels and {len(sizes)} sizes; expected a size for each label")
         self.folder, self.labels, self.sizes, self.made_by = Path(folder), labels, sizes, made_by
+        self.control = control
         self._opened = lru_cache(maxsize=OPEN_SHARDS)(_open)
 
     def unusable(self) -> dict[tuple[str, int], str]:
@@ -112,9 +121,10 @@ class FeatureCache:
 
     @cached_property
     def paths(self) -> dict[tuple[str, int], Path]:
-        """Path of every shard by feature (latents or captions) and number, in the order in which they are made."""
+        """Path of every shard by feature (such as latents) and number, in the order in which they are made."""
         count = -(-len(self.labels) // SHARD)
-        shards = [(feature, number) for feature in (LATENTS, CAPTIONS) for number in range(count)]
+        features = (LATENTS, CONTROL, CAPTIONS) if self.control else (LATENTS, CAPTIONS)
+        shards = [(feature, number) for feature in features for number in range(count)]
         return {
             (feature, number): self.folder / f"{feature}-{_hash(self._source(feature, number))}.safetensors"
             for feature, number in shards
@@ -123,9 +133,11 @@ class FeatureCache:
     def _source(self, feature: str, number: int) -> list[object]:
         """Return everything that the features of a shard depend on."""
         rows, made_by = self._rows(number), self.made_by
-        if feature == LATENTS:
-            images = [_image_hash(self.labels[i].file) for i in rows]
-            return [images, [self.sizes[i] for i in rows], made_by.vae, made_by.dtype]
+        if feature != CAPTIONS:
+            files = [self.control.file(self.labels[i]) if feature == CONTROL else self.labels[i].file for i in rows]
+            edges = ["edges"] if feature == CONTROL and self.control.folder is None else []
+            images = [_image_hash(file) for file in files]
+            return [images, [self.sizes[i] for i in rows], made_by.vae, made_by.dtype, *edges]
         settings = [made_by.text_encoder, made_by.max_length, made_by.clean_caption, made_by.dtype]
         return [[self.labels[i].captions for i in rows], *settings]
 
@@ -150,9 +162,11 @@ class FeatureCache:
             done = sum(count for shard, count in counts.items() if shard not in todo)
             with tqdm(total=sum(counts.values()), initial=done, desc="features") as bar, _warned_once():
                 for feature, number in todo:
-                    make = self._latents(number, encode, batch_size) if feature == LATENTS else None
-                    tensors = dict(make or self._captions(number, embed, batch_size))
-                    save_tensors(self.paths[feature, number], tensors)
+                    if feature == CAPTIONS:
+                        tensors = self._captions(number, embed, batch_size)
+                    else:
+                        tensors = self._latents(feature, number, encode, batch_size)
+                    save_tensors(self.paths[feature, number], dict(tensors))
                     bar.update(counts[feature, number])
         self._opened.cache_clear()
         return dict(Counter(todo.values()))
@@ -172,12 +186,14 @@ class FeatureCache:
             with suppress(FolderInUseError, WriteError), folder_lock(self.folder):
                 pass
 
-    def _latents(self, number: int, encode: Encode, batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
+    def _latents(self, feature: str, number: int, encode: Encode, batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
+        read = self.control.pixels if feature == CONTROL else image_pixels
         for size, rows in _grouped(self._rows(number), self.sizes.__getitem__, batch_size):
-            pixels = np.stack([fit(load_image(self.labels[i].file), *size) for i in rows])
+            pixels = np.stack([read(self.labels[i], size) for i in rows])
             for i, mean, std in zip(rows, *encode(to_signed(pixels)), strict=True):
                 yield f"{i % SHARD}/mean", self._stored(mean, self.labels[i].path)
-                yield f"{i % SHARD}/std", self._stored(std, self.labels[i].path)
+                if feature == LATENTS:
+                    yield f"{i % SHARD}/std", self._stored(std, self.labels[i].path)
 
     def _captions(self, number: int, embed: Embed, batch_size: int) -> Iterator[tuple[str, np.ndarray]]:
         texts = {"empty": ""}
@@ -203,6 +219,10 @@ class FeatureCache:
         """Return mean and standard deviation (C, h, w) of the latents of image ``index``, as stored."""
         return tuple(self._tensor(LATENTS, index // SHARD, f"{index % SHARD}/{part}") for part in ("mean", "std"))
 
+    def control_latents(self, index: int) -> np.ndarray:
+        """Return the latents (C, h, w) of the condition of image ``index``, as stored."""
+        return self._tensor(CONTROL, index // SHARD, f"{index % SHARD}/mean")
+
     def caption(self, index: int, number: int = 0) -> np.ndarray:
         """Return the embedding (tokens, C) of a caption of image ``index``, counted as in ``Label.captions``."""
         return self._tensor(CAPTIONS, index // SHARD, f"{index % SHARD}/{number}")
@@ -222,6 +242,11 @@ class FeatureCache:
                 f"{path} is damaged; remove it and make it again with `pixart-nb dataset features`"
             ) from error
         return tensor
+
+
+def image_pixels(label: Label, size: Size) -> np.ndarray:
+    """Return an image scaled and cropped to its training size: (height, width, 3) uint8."""
+    return fit(load_image(label.file), *size)
 
 
 def _state(path: Path) -> str:

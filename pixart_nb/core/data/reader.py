@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.data.buckets import BucketSampler, Size
-from pixart_nb.core.data.features import Embed, Encode, FeatureCache
+from pixart_nb.core.data.control import ControlImages
+from pixart_nb.core.data.features import Embed, Encode, FeatureCache, image_pixels
 from pixart_nb.core.data.files import DataError
-from pixart_nb.core.data.images import fit, load_image, to_signed
+from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.data.labels import Label
 
 
@@ -20,13 +21,14 @@ from pixart_nb.core.data.labels import Label
 class FeatureBatch:
     """Features of a batch. ``mean`` and ``std`` (N, C, h, w) float32 of the latents, before the scaling factor;
     ``embeds`` (N, T, C) float32 padded with zeros to the longest, ``mask`` (N, T) bool, True = token; ``indices``
-    (N,) of the labels. Latents are ``mean + std * noise``."""
+    (N,) of the labels. Latents are ``mean + std * noise``. ``control``, of a ControlNet: latents of the conditions."""
 
     mean: np.ndarray
     std: np.ndarray
     embeds: np.ndarray
     mask: np.ndarray
     indices: np.ndarray
+    control: np.ndarray | None = None
 
 
 class BatchReader:
@@ -68,7 +70,9 @@ class FeatureReader(BatchReader):
         means, stds = zip(*map(self.cache.latents, indices), strict=True)
         embeds, mask = padded(list(map(self.cache.caption, indices, captions)))
         means, stds = np.stack(means).astype(np.float32), np.stack(stds).astype(np.float32)
-        return FeatureBatch(means, stds, embeds, mask, indices)
+        conditions = map(self.cache.control_latents, indices) if self.cache.control else ()
+        control = np.stack(list(conditions)).astype(np.float32) if self.cache.control else None
+        return FeatureBatch(means, stds, embeds, mask, indices, control)
 
 
 class LiveFeatures(BatchReader):
@@ -85,10 +89,11 @@ class LiveFeatures(BatchReader):
         encode: Encode,
         embed: Embed,
         ahead: int = 0,
+        control: ControlImages | None = None,
     ):
         super().__init__(labels, sampler, real_prompt_ratio)
-        self.encode, self.embed = encode, embed
-        self._read = ReadAhead(self.images, ahead) if ahead else self.images
+        self.encode, self.embed, self.control = encode, embed, control
+        self._read = ReadAhead(self._inputs, ahead) if ahead else self._inputs
 
     def images(self, step: int) -> tuple[np.ndarray, list[str], np.ndarray]:
         """Return pixels (N, 3, height, width) float32 in -1..1, captions and labels (N,) of batch ``step``.
@@ -96,14 +101,22 @@ class LiveFeatures(BatchReader):
         Images are scaled and cropped to the training size. ``ImageError`` names a file that cannot be read.
         """
         size, indices, numbers = self.choose(step)
-        pixels = np.stack([fit(load_image(self.labels[i].file), *size) for i in indices])
+        pixels = np.stack([image_pixels(self.labels[i], size) for i in indices])
         captions = [self.labels[i].captions[k] for i, k in zip(indices, numbers, strict=True)]
         return to_signed(pixels), captions, indices
 
+    def _inputs(self, step: int) -> tuple:
+        """Return ``images(step)``, and the pixels of the conditions of a ControlNet or None."""
+        if self.control is None:
+            return *self.images(step), None
+        size, indices, _ = self.choose(step)
+        return *self.images(step), to_signed(np.stack([self.control.pixels(self.labels[i], size) for i in indices]))
+
     def batch(self, step: int) -> FeatureBatch:
         """Return this worker's part of batch ``step``."""
-        pixels, captions, indices = self._read(step)
-        return FeatureBatch(*self.encode(pixels), *self.embed(captions), indices)
+        pixels, captions, indices, conditions = self._read(step)
+        control = None if conditions is None else self.encode(conditions)[0]
+        return FeatureBatch(*self.encode(pixels), *self.embed(captions), indices, control)
 
 
 class ReadAhead:

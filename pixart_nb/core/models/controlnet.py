@@ -80,12 +80,16 @@ class PixArtControlNet(nn.Cell):
         """
         net = self.base_model
         net.check_inputs(latents, caption, mask)
-        if control is not None and tuple(control.shape) != tuple(latents.shape):
-            raise PixArtNBError(f"control has shape {tuple(control.shape)}; expected {tuple(latents.shape)}")
+        self.check_control(latents, control)
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
         micro, positions = net.micro_conditions(latents, size), net.positions(latents.shape[2], latents.shape[3])
         return self.forward(latents, timestep, caption, mask, positions, micro, drop, control, scale)
+
+    def check_control(self, latents, control) -> None:
+        """Refuse a control of another shape. ``construct``, which is parsed for graphs, cannot raise by itself."""
+        if control is not None and tuple(control.shape) != tuple(latents.shape):
+            raise PixArtNBError(f"control has shape {tuple(control.shape)}; expected {tuple(latents.shape)}")
 
     def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None, control=None, scale=1.0):
         """Compute ``construct`` on tensors alone, so that it can be compiled."""

@@ -45,7 +45,7 @@ BUNDLED_MODELS = ("data/tiny-sigma", "data/tiny-sigma-1k")
 _SHAPING = """prompt negative_prompt image_height image_width use_resolution_binning seed first_image nrows ncols
     imagegrid sampling_method sampling_steps guidance_scale pag_scale pag_adaptive_scale
     pag_applied_layers dtype t5_max_length t5_load tile_size strength sample_size
-    controlnet_conditioning_scale control_guidance_start control_guidance_end
+    control_edges controlnet_conditioning_scale control_guidance_start control_guidance_end
     sd_scale_factor kv_compress kv_compress_sampling kv_compress_scale_factor kv_compress_layer"""
 #: Keys that ``like`` takes from an image: what shapes it.
 SHAPING_KEYS = tuple(_SHAPING.split())
@@ -232,7 +232,13 @@ def control_options(config: InferenceConfig) -> dict[str, Any]:
     if not config.controlnet:
         return {}
     names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
-    return {"image": _opened(config.control_image, "RGB")} | {name: getattr(config, name) for name in names}
+    image = _opened(config.control_image, "RGB")
+    if config.control_edges:
+        from pixart_nb.core.data.control import edges
+        from pixart_nb.core.data.images import fit
+
+        image = edges(fit(np.asarray(image), config.image_height, config.image_width))
+    return {"image": image} | {name: getattr(config, name) for name in names}
 
 
 def pag_options(config: InferenceConfig) -> dict[str, float]:

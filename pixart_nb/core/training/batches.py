@@ -77,6 +77,8 @@ class DiffusionBatches:
         length_multiple: captions are padded to multiples of this number of tokens, for compiled graphs.
         micro: function from indices (N,) of the labels to micro conditions (N, 3), for models that have them.
         shift_factor: subtracted from the latents before they are scaled.
+        extras: function of the number of the batch, its first row and its timesteps (N,); what it returns is passed to
+            the loss before the micro conditions.
     """
 
     features: FeatureReader | LiveFeatures
@@ -89,12 +91,12 @@ class DiffusionBatches:
     length_multiple: int = 1
     micro: Callable[[np.ndarray], np.ndarray] | None = None
     shift_factor: float | None = None
+    extras: Callable[[int, int, np.ndarray], tuple] | None = None
 
     def __call__(self, number: int) -> tuple[np.ndarray | ms.Tensor, ...]:
         part = self.features.batch(number)
         timesteps, dropped, own, noise = self.noise.draw(number, self.first_row, part.mean.shape)
-        latents = part.mean + part.std * own - np.float32(self.shift_factor or 0.0)
-        latents *= np.float32(self.scaling_factor)
+        latents = self._scaled(part.mean + part.std * own)
         embeds, mask = self._captions(part, dropped)
         return (
             latents,
@@ -105,8 +107,13 @@ class DiffusionBatches:
             mask,
             self.weights(timesteps).astype(np.float32),
             self.net.positions(*latents.shape[2:]),
+            *([] if part.control is None else [self._scaled(part.control)]),
+            *(self.extras(number, self.first_row, timesteps) if self.extras else ()),
             *([self.micro(part.indices)] if self.micro else []),
         )
+
+    def _scaled(self, latents: np.ndarray) -> np.ndarray:
+        return (latents - np.float32(self.shift_factor or 0.0)) * np.float32(self.scaling_factor)
 
     def _captions(self, part: FeatureBatch, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows = [

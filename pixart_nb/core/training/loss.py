@@ -10,6 +10,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule
 
@@ -37,11 +38,30 @@ def diffusion_loss(net: PixArt, positions: ms.Tensor | None = None) -> Callable:
     def loss(latents, noise, table, timesteps, embeddings, mask, weights=None, positions=None, micro=None):
         x_t = add_noise(latents, noise, table)
         output = net.forward(x_t, timesteps, embeddings, mask, own if positions is None else positions, micro)
-        mse, vb = loss_terms(output, latents, x_t, noise, table)
-        weighted = mse if weights is None else weights * mse
-        return (weighted + vb).mean(), mse.mean(), vb.mean()
+        return _means(output, latents, x_t, noise, table, weights)
 
     return loss
+
+
+def control_loss(net: PixArtControlNet) -> Callable:
+    """Return the loss function of a ControlNet: that of ``diffusion_loss``, which takes control (N, C, H, W) too.
+
+    ``loss(latents, noise, table, timesteps, embeddings, mask, weights, positions, control, micro)``.
+    """
+
+    def loss(latents, noise, table, timesteps, embeddings, mask, weights, positions, control, micro=None):
+        x_t = add_noise(latents, noise, table)
+        output = net.forward(x_t, timesteps, embeddings, mask, positions, micro, None, control)
+        return _means(output, latents, x_t, noise, table, weights)
+
+    return loss
+
+
+def _means(output, latents, x_t, noise, table, weights) -> tuple[ms.Tensor, ms.Tensor, ms.Tensor]:
+    """Return the loss, the squared error and the bound of a model's output, means over the batch."""
+    mse, vb = loss_terms(output, latents, x_t, noise, table)
+    weighted = mse if weights is None else weights * mse
+    return (weighted + vb).mean(), mse.mean(), vb.mean()
 
 
 def min_snr_weights(gamma: float, schedule: NoiseSchedule = LINEAR) -> Callable[[np.ndarray], np.ndarray]:

@@ -13,6 +13,7 @@ from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, pipeline_class
 from pixart_nb.core.checkpoints.components import component_paths as pipeline_paths
 from pixart_nb.core.checkpoints.load import vae_config
+from pixart_nb.core.data.control import ControlImages
 from pixart_nb.core.data.features import Embed, Encode, FeatureCache, MadeBy, fingerprint
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.io import CheckpointError
@@ -64,6 +65,12 @@ class FrozenNetworks:
         """Number of caption tokens: ``t5_max_length``, or that of the model's pipeline class."""
         return max_sequence_length(self.config)
 
+    @property
+    def control(self) -> ControlImages | None:
+        """Condition images of the ControlNet that is trained, if one is."""
+        folder = self.config.control_dir
+        return ControlImages(Path(folder) if folder else None) if self.config.copy_blocks_num else None
+
     def release(self, *names: str) -> None:
         """Free the networks ``vae`` and ``embed``, or those named; they are loaded again when they are used."""
         for name in names or ("vae", "embed"):
@@ -88,7 +95,7 @@ class FrozenNetworks:
         """Return the feature cache of the configuration, whether or not it is filled."""
         config, prints = self.config, self.fingerprints()
         made_by = MadeBy(*prints.values(), self.max_length, config.clean_caption, config.feature_dtype)
-        return FeatureCache(config.feature_cache, labels, sizes, made_by)
+        return FeatureCache(config.feature_cache, labels, sizes, made_by, self.control)
 
     def fill(self, cache: FeatureCache, batch_size: int = 8, workers: Workers = SINGLE) -> dict[str, int]:
         """Compute this worker's share of what is missing in a feature cache, and wait for that of the others.

@@ -30,13 +30,14 @@ from pixart_nb.core.sampling.images import bins_for
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
 from pixart_nb.core.training.distributed import SINGLE, join
 from pixart_nb.core.training.log import CurveLog, read_curve
-from pixart_nb.core.training.loss import NAMES, diffusion_loss, min_snr_weights
+from pixart_nb.core.training.loss import min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
+from pixart_nb.core.training.objectives import objective_type
 from pixart_nb.core.training.options import check_overflow_mode, steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal
 from pixart_nb.core.training.validation import MAX_HELD_OUT, Validation, mean_loss, psnr, reconstruct, require_disjoint
-from pixart_nb.core.training.weak_to_strong import EMPTY, START_BATCHES, Start, start_from_config, start_report
+from pixart_nb.core.training.weak_to_strong import START_BATCHES, Start, start_from_config, start_report
 
 #: Training images whose reconstruction by the VAE is measured before the first step.
 _RECONSTRUCTED = 4
@@ -54,22 +55,25 @@ class Training:
         self.workers = join() if config.use_parallel else SINGLE
         check_overflow_mode(config)
         self.networks = FrozenNetworks(config)
-        self.result = self.folder / ("lora" if config.lora_rank else "pipeline")
+        self.result = self.folder / ("lora" if config.lora_rank else objective_type(config).result)
         check_result(self.result, self.networks.paths.values())
         checkpoint = self.networks.paths["transformer"]
         self.start: Start = start_from_config(config, checkpoint, self.networks.max_length)
         self.net, self.report = self.start.net, {}
+        self.objective = objective_type(config)(config, self.net)
         self.networks.check_latents(self.net.config)
         self.side = 8 * self.net.config.input_size
         self.labels = load_labels(config.json_path, config.image_dir)
         self.sizes = training_sizes(self.labels, self.side, config.multi_scale, config.valid_num)
+        if self.networks.control:
+            self.networks.control.check(self.labels)
         rank, world = self.workers.rank, self.workers.size
         self.sampler = BucketSampler(self.sizes, config.batch_size, config.seed, rank, world)
         self.adapter = _add_adapter(self.net, config)
         self.batches = self._training_batches()
         validates = self.workers.is_main
         visual = config.visualize and validates
-        self.validation = Validation(config, self.networks.embed, self.side) if visual else None
+        self.validation = Validation(config, self.networks.embed, self.side, self.networks.control) if visual else None
         self.held_out = self._held_out() if config.validation_json_path and validates else None
         self.trainer = self._trainer()
         if config.feature_cache:
@@ -94,7 +98,13 @@ class Training:
     def _live_features(self, labels: list[Label], sampler: BucketSampler, ahead: int = 0) -> LiveFeatures:
         networks = self.networks
         return LiveFeatures(
-            labels, sampler, self.config.real_prompt_ratio, vae_encoder(networks.vae), networks.embed, ahead
+            labels,
+            sampler,
+            self.config.real_prompt_ratio,
+            vae_encoder(networks.vae),
+            networks.embed,
+            ahead,
+            networks.control,
         )
 
     def _with_noise(
@@ -123,6 +133,8 @@ class Training:
         config = self.config
         labels = load_labels(config.validation_json_path, config.image_dir)
         require_disjoint(self.labels, labels)
+        if self.networks.control:
+            self.networks.control.check(labels)
         sizes = training_sizes(labels, self.side, config.multi_scale)
         sampler = BucketSampler(sizes, min(config.batch_size, len(labels)), config.seed)
         count = math.ceil(min(len(labels), MAX_HELD_OUT) / sampler.whole)
@@ -130,26 +142,27 @@ class Training:
         return [batches(number) for number in range(count)]
 
     def _trainer(self) -> Trainer:
-        config, net = self.config, self.net
+        config, objective = self.config, self.objective
         dtype = backend.supported_dtype(dtype_from_name(config.dtype))
-        net.set_train(True)
-        for parameter in net.get_parameters() if dtype != ms.float32 and self.adapter else ():
+        objective.network.set_train(True)
+        for parameter in (p for cell in objective.frozen for p in cell.get_parameters()):
+            parameter.requires_grad = False
+        half = (*objective.frozen, *([self.net] if self.adapter else [])) if dtype != ms.float32 else ()
+        for parameter in (p for cell in half for p in cell.get_parameters()):
             parameter.set_dtype(dtype)
         recompute = config.recompute and (config.mode == 0 or dtype == ms.float32)
         if config.recompute and not recompute:  # MindSpore's backward pass mixes dtypes there
             tqdm.write("recompute is left out: in half precision it needs compiled graphs (mode 0)")
-        for block in net.blocks if recompute else ():
+        for block in objective.blocks if recompute else ():
             block.recompute()
-        # the embedding of the empty caption is not trained, as in the official code
-        parameters = {n: p for n, p in net.parameters_and_names() if n != EMPTY}
         return Trainer(
-            diffusion_loss(net),
-            self.adapter.parameters() if self.adapter else parameters,
+            objective.loss(),
+            self.adapter.parameters() if self.adapter else objective.parameters(),
             self.batches,
             trainer_options(config, self.sampler),
             self.folder,
-            NAMES,
-            network=net,
+            objective.names,
+            network=objective.network,
             identity=self.identity(),
             describe=self._describe_batch,
             workers=self.workers,
@@ -233,13 +246,14 @@ class Training:
         """
         results: dict[str, Any] = {}
         with self.trainer.ema_scope():
-            self.net.set_train(False)
+            network = self.objective.network
+            network.set_train(False)
             try:
-                images = self.validation.sample(self.net, self.networks.vae) if self.validation else None
+                images = self.validation.sample(network, self.networks.vae) if self.validation else None
                 if self.held_out:
                     results["held_out_loss"] = mean_loss(self.trainer.loss, self.held_out)
             finally:
-                self.net.set_train(True)
+                network.set_train(True)
         self._release_vae()
         if images is not None:
             self.trainer.log.images(step, self.validation.prompts, images)
@@ -257,15 +271,20 @@ class Training:
             return None
         mark = {"step": self.trainer.step, "identity": json.loads(json.dumps(self.identity()))}
         with self.session():
-            return write_result(self.result, mark, self._write_lora if self.adapter else self._write_pipeline)
+            return write_result(self.result, mark, self._write_lora if self.adapter else self._write)
 
     def _write_lora(self, folder: Path) -> None:
         with self.trainer.ema_scope():
             for layout in LAYOUTS:
                 self.adapter.save(folder, layout)
 
+    def _write(self, folder: Path) -> None:
+        self.objective.write(folder, self.trainer.weights())
+        if self.objective.result == "pipeline":
+            self._write_pipeline(folder)
+
     def _write_pipeline(self, folder: Path) -> None:
-        components.write_transformer(folder / "transformer", self.net, weights=self.trainer.weights())
+        """Write all of a pipeline but its transformer."""
         if self.config.sd_scale_factor:
             components.write_vae(folder / "vae", self.networks.vae)
             self._release_vae()

@@ -10,13 +10,16 @@ import numpy as np
 
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
+from pixart_nb.core.data.control import ControlImages
 from pixart_nb.core.data.features import Embed
 from pixart_nb.core.data.files import DataError
-from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.data.images import fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.data.reader import padded
+from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
+from pixart_nb.core.sampling.controlnet import PixArtSigmaControlNetPipeline
 from pixart_nb.core.sampling.images import to_uint8, write_image
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.samplers import image_generators
@@ -26,9 +29,12 @@ MAX_HELD_OUT = 128
 
 
 class Validation:
-    """Images of the validation prompts of a configuration, ``side`` pixels wide, from the same noise every time."""
+    """Images of the validation prompts of a configuration, ``side`` pixels wide, from the same noise every time.
 
-    def __init__(self, config: TrainConfig, embed: Embed, side: int):
+    ``control`` makes the conditions of a ControlNet from ``validation_control_images``.
+    """
+
+    def __init__(self, config: TrainConfig, embed: Embed, side: int, control: ControlImages | None = None):
         self.config, self.side, self.prompts = config, side, tuple(config.validation_prompts)
         rows = []
         # one at a time: the longest of them must not change the others
@@ -36,11 +42,17 @@ class Validation:
             embeds, mask = embed([text])
             rows.append(embeds[0][mask[0]])
         self.embeds, self.mask = padded(rows)
+        images = [load_image(path) for path in config.validation_control_images] if control else []
+        self.conditions = [control.condition(fit(image, side, side)) for image in images]
 
-    def sample(self, net: PixArt, vae: AutoencoderKL) -> np.ndarray:
+    def sample(self, net: PixArt | PixArtControlNet, vae: AutoencoderKL) -> np.ndarray:
         """Return one image per prompt, (N, side, side, 3) uint8, with the present weights of ``net``."""
         config, count = self.config, len(self.prompts)
-        pipe = PixArtSigmaPipeline(None, None, vae, net, config.sampling_method)
+        if self.conditions:
+            parts = (None, None, vae, net.base_model, config.sampling_method)
+            pipe = PixArtSigmaControlNetPipeline(*parts, controlnet=net)
+        else:
+            pipe = PixArtSigmaPipeline(None, None, vae, net, config.sampling_method)
         images = [
             pipe(
                 prompt_embeds=ms.Tensor(self.embeds[i : i + 1]),
@@ -54,6 +66,7 @@ class Validation:
                 generator=image_generators(config.seed, [i]),
                 use_resolution_binning=False,
                 output_type="np",
+                **({"image": self.conditions[i]} if self.conditions else {}),
             )[0]
             for i in range(count)  # one at a time, to save memory
         ]

@@ -171,8 +171,9 @@ def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> d
             moved = [_with_positions(net, batch, interpolation) for batch in tensors]
             report[f"loss_{name}interpolated"] = mean_loss(loss, moved)
     if start.new_layers:
-        latents, noise, table, timesteps, embeddings, mask, _, *rest = tensors[0]
-        inputs = (add_noise(latents, noise, table), timesteps, embeddings, mask, *rest)
+        latents, noise, table, timesteps, embeddings, mask, _, positions, *rest = tensors[0]
+        micro = rest[-1] if net.config.micro_condition else None
+        inputs = (add_noise(latents, noise, table), timesteps, embeddings, mask, positions, micro)
         compressed = net.forward(*inputs).asnumpy()
         with uncompressed(net, start.new_layers):
             report["loss_without_compression"] = mean_loss(loss, tensors)

@@ -1,0 +1,90 @@
+"""Condition images of a ControlNet: the edges of an image, or files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from pixart_nb.core.data.buckets import Size
+from pixart_nb.core.data.files import DataError
+from pixart_nb.core.data.images import ENDINGS, ImageError, fit, load_image, read_image_size
+from pixart_nb.core.data.labels import Label
+
+#: Slopes, in white per pixel, from which an edge begins and down to which it is followed (a step of 0.2, and of 0.1).
+STRONG, WEAK = 0.08, 0.04
+#: Difference between the ratios of an image and its condition that rounding explains.
+_RATIO = 0.03
+#: Neighbours (row, column) across an edge whose gradient points to 0, 45, 90 and 135 degrees.
+_ACROSS = ((0, 1), (1, 1), (1, 0), (1, -1))
+
+
+def edges(image: np.ndarray) -> np.ndarray:
+    """Return the edges of an image, white lines on black (Canny 1986): (H, W, 3) uint8 -> (H, W, 3) uint8."""
+    smooth = ndimage.gaussian_filter(image.astype(np.float32) / 255, (1, 1, 0), mode="nearest")
+    gradient = np.stack([ndimage.sobel(smooth, axis, mode="nearest") / 8 for axis in (0, 1)])  # (2, H, W, 3)
+    slopes = np.hypot(*gradient)
+    channel = slopes.argmax(-1)[..., None]  # the one with the largest slope
+    slope = np.take_along_axis(slopes, channel, -1)[..., 0]
+    down, right = (np.take_along_axis(part, channel, -1)[..., 0] for part in gradient)
+    sector = np.round(np.arctan2(down, right) / (np.pi / 4)).astype(int) % 4
+    lines, connected = _ridges(slope, sector) & (slope >= WEAK), np.ones((3, 3))
+    numbers, _ = ndimage.label(lines, connected)
+    kept = np.isin(numbers, np.unique(numbers[lines & (slope >= STRONG)])) & lines
+    return np.repeat(kept[..., None], 3, -1).astype(np.uint8) * 255
+
+
+def _ridges(slope: np.ndarray, sector: np.ndarray) -> np.ndarray:
+    """Return where the slope (H, W) is the largest across its edge; of two equal neighbours, one."""
+    height, width = slope.shape
+    around, ridges = np.pad(slope, 1), np.zeros(slope.shape, bool)
+    for number, (row, column) in enumerate(_ACROSS):
+        ahead = around[1 + row : 1 + row + height, 1 + column : 1 + column + width]
+        behind = around[1 - row : 1 - row + height, 1 - column : 1 - column + width]
+        ridges |= (sector == number) & (slope > ahead) & (slope >= behind)
+    return ridges
+
+
+@dataclass(frozen=True)
+class ControlImages:
+    """Condition images of labels: files of the same names in ``folder`` (any image ending), or edges without one."""
+
+    folder: Path | None = None
+
+    def condition(self, image: np.ndarray) -> np.ndarray:
+        """Return the condition that an image file given for it stands for: its edges, or the image itself."""
+        return edges(image) if self.folder is None else image
+
+    def pixels(self, label: Label, size: Size) -> np.ndarray:
+        """Return the condition of an image at its training size: (height, width, 3) uint8."""
+        return self.condition(fit(load_image(self.file(label)), *size))
+
+    def file(self, label: Label) -> Path:
+        """Return the file that the condition of a label is made from."""
+        if self.folder is None:
+            return label.file
+        path = self.folder / label.path
+        others = (path.with_suffix(ending) for ending in ENDINGS)
+        return next((other for other in (path, *others) if other.is_file()), path)
+
+    def check(self, labels: Sequence[Label]) -> None:
+        """Raise ``DataError`` if a file is missing, is no image, or has another ratio than its image."""
+        problems = [problem for label in labels if self.folder and (problem := self._problem(label))]
+        if problems:
+            more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise DataError(
+                f"control_dir {self.folder}: {'; '.join(problems[:4])}{more}. Expected an image for each of image_dir, "
+                "of its name and ratio; without control_dir the edges of the images are taken"
+            )
+
+    def _problem(self, label: Label) -> str:
+        try:
+            height, width = read_image_size(self.file(label))
+        except ImageError as error:
+            return str(error)
+        if abs(height / width / label.ratio - 1) <= _RATIO:
+            return ""
+        return f"{label.path} is {height}x{width}, its image {label.height}x{label.width}"

@@ -1,0 +1,78 @@
+"""Training objectives: the network, the loss and the parameters of each kind of training, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from mindspore import nn
+
+from pixart_nb.config import TrainConfig
+from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.components import write_transformer
+from pixart_nb.core.checkpoints.controlnet import save_controlnet
+from pixart_nb.core.models.controlnet import PixArtControlNet
+from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.training.loss import NAMES, control_loss, diffusion_loss
+from pixart_nb.core.training.weak_to_strong import EMPTY
+
+
+class Objective:
+    """The diffusion loss of the transformer, of which other objectives change parts.
+
+    ``network`` is the one that is trained and samples validation images, ``frozen`` are networks that are not trained,
+    and ``blocks`` those whose activations can be recomputed. ``result`` is the folder that is written.
+    """
+
+    names: tuple[str, ...] = NAMES
+    result = "pipeline"
+
+    def __init__(self, config: TrainConfig, net: PixArt):
+        self.config, self.net, self.network = config, net, net
+        self.frozen: tuple[nn.Cell, ...] = ()
+
+    def loss(self) -> Callable:
+        """Return the loss function, of the arguments that ``DiffusionBatches`` makes."""
+        return diffusion_loss(self.net)
+
+    def parameters(self) -> dict[str, ms.Parameter]:
+        """Return the trained parameters by name; not the embedding of the empty caption, as in the official code."""
+        return {name: p for name, p in self.network.parameters_and_names() if name != EMPTY}
+
+    @property
+    def blocks(self) -> list[nn.Cell]:
+        """Blocks that the loss goes back through."""
+        return list(self.net.blocks)
+
+    def write(self, folder: Path, weights: Mapping[str, np.ndarray]) -> None:
+        """Write the trained weights into the folder of the result."""
+        write_transformer(folder / "transformer", self.net, weights=weights)
+
+
+class ControlObjective(Objective):
+    """The diffusion loss of a ControlNet, whose copied blocks alone are trained (PixArt-delta, section 4)."""
+
+    result = "controlnet"
+
+    def __init__(self, config: TrainConfig, net: PixArt):
+        super().__init__(config, net)
+        self.network, self.frozen = PixArtControlNet.from_transformer(net, config.copy_blocks_num), (net,)
+
+    def loss(self) -> Callable:
+        return control_loss(self.network)
+
+    def parameters(self) -> dict[str, ms.Parameter]:
+        return {name: p for name, p in self.network.parameters_and_names() if name.startswith("controlnet.")}
+
+    @property
+    def blocks(self) -> list[nn.Cell]:
+        return [*self.net.blocks, *(copy.copied_block for copy in self.network.controlnet)]
+
+    def write(self, folder: Path, weights: Mapping[str, np.ndarray]) -> None:
+        save_controlnet(folder, weights)
+
+
+def objective_type(config: TrainConfig) -> type[Objective]:
+    """Return the kind of objective of a configuration."""
+    return ControlObjective if config.copy_blocks_num else Objective

@@ -1,0 +1,56 @@
+"""Condition images: the edges of an image are thin lines where its colours change, and files are checked."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixart_nb.core.data.control import ControlImages, edges
+from pixart_nb.core.data.files import DataError
+from pixart_nb.core.data.labels import Label
+
+
+def picture(height=48, width=64):
+    """A red rectangle on grey: rows 10 to 29, columns 20 to 39."""
+    image = np.full((height, width, 3), 120, np.uint8)
+    image[10:30, 20:40] = (250, 20, 20)
+    return image
+
+
+def test_edges_are_thin_closed_lines_around_a_shape():
+    found = edges(picture())
+    assert found.shape == (48, 64, 3) and found.dtype == np.uint8
+    assert set(np.unique(found)) == {0, 255} and (found == found[..., :1]).all()
+    lines = found[..., 0] > 0
+    assert (lines[14:26].sum(1) == 2).all() and (lines[:, 24:36].sum(0) == 2).all()
+    rows, columns = np.nonzero(lines)
+    near = (np.abs(rows - 9.5) <= 2) | (np.abs(rows - 29.5) <= 2) | (np.abs(columns - 19.5) <= 2)
+    assert (near | (np.abs(columns - 39.5) <= 2)).all()
+
+
+def test_edges_of_colours_of_one_brightness_are_seen_and_faint_ones_are_not():
+    image = np.full((32, 32, 3), 100, np.uint8)
+    assert not edges(image).any()
+    image[:, 16:] = 108
+    assert not edges(image).any()
+    image[:, :16], image[:, 16:] = (200, 0, 0), (0, 102, 0)
+    assert (edges(image)[..., 0] > 0).sum(1).tolist() == [1] * 32
+
+
+def test_conditions_are_edges_or_the_files_of_a_folder(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    label = Label("a.png", tmp_path / "a.png", "a", "", 48, 64)
+    np.testing.assert_array_equal(ControlImages().pixels(label, (48, 64)), edges(picture()))
+    (tmp_path / "maps").mkdir()
+    Image.fromarray(255 - picture()).save(tmp_path / "maps" / "a.webp", lossless=True)
+    control = ControlImages(tmp_path / "maps")
+    control.check([label])
+    np.testing.assert_array_equal(control.pixels(label, (48, 64)), 255 - picture())
+
+
+def test_missing_files_and_files_of_another_ratio_are_named(tmp_path):
+    (tmp_path / "maps").mkdir()
+    Image.fromarray(picture(48, 48)).save(tmp_path / "maps" / "a.png")
+    labels = [Label(name, tmp_path / name, "a", "", 48, 64) for name in ("a.png", "b.png")]
+    with pytest.raises(DataError, match=r"a.png is 48x48, its image 48x64; .*b.png: does not exist"):
+        ControlImages(tmp_path / "maps").check(labels)
+    ControlImages().check(labels)
