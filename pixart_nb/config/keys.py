@@ -138,7 +138,7 @@ def _panel(title: str):
 _model, _compression, _sampling, _output = map(_panel, ("Model", "Token compression", "Sampling", "Output"))
 _machine, _data, _stage, _rate = map(_panel, ("Memory and devices", "Data", "Weak-to-strong training", "Learning rate"))
 _update, _precision, _lora, _look = map(_panel, ("Optimization", "Precision", "LoRA", "Validation"))
-_control = _panel("ControlNet")
+_control, _distil = map(_panel, ("ControlNet", "Distillation"))
 
 # fmt: off
 # Keys that sampling and training share, each with a default of its own.
@@ -319,6 +319,13 @@ class TrainConfig(ModelKeys):
     control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
     validation_control_images: Paths = _control([], "Condition images of the validation prompts, one for each; without control_dir their edges are taken.")
 
+    objective: Literal["diffusion", "lcm"] = _distil("diffusion", "Training objective: the diffusion loss, or latent consistency distillation (LCM).")
+    num_ddim_timesteps: int = _distil(50, "LCM: steps of the teacher's solver, a divisor of 1000. The student is sampled at some of them.", ge=1, le=500)
+    w_min: Number = _distil(4.5, "LCM: lowest guidance of the teacher, 1 less than guidance_scale means. Values up to w_max are drawn.", ge=0, le=1000)
+    w_max: Number = _distil(4.5, "LCM: highest guidance of the teacher. Equal to w_min it is fixed, as in the official code.", ge=0, le=1000)
+    loss_type: Literal["huber", "l2"] = _distil("huber", "LCM: distance between student and target.")
+    huber_c: Number = _distil(0.001, "LCM: constant of the pseudo-Huber distance.", gt=0, le=1000)
+
     visualize: bool = _look(False, "Generate the validation prompts during training.")
     visualize_interval: int = _look(5, "Epochs between validation images.", ge=1, le=10**6)
     visualize_steps: int | None = _look(None, "Updates between validation images, in place of epochs.", ge=1, le=_MOST_STEPS)
@@ -359,6 +366,7 @@ class TrainConfig(ModelKeys):
         if self.lora_rank and self.from_scratch:
             raise ValueError("lora_rank and from_scratch exclude each other: a LoRA changes a trained model")
         self._check_controlnet()
+        self._check_distillation()
         if self.sample_size % 2:
             raise ValueError(f"sample_size is {self.sample_size}; expected an even number of latent cells")
         return self
@@ -371,6 +379,14 @@ class TrainConfig(ModelKeys):
         images, prompts = len(self.validation_control_images), len(self.validation_prompts)
         if self.copy_blocks_num and self.visualize and images != prompts:
             raise ValueError(f"{images} validation_control_images for {prompts} validation_prompts; expected one for each")
+
+    def _check_distillation(self) -> None:
+        if 1000 % self.num_ddim_timesteps:
+            raise ValueError(f"num_ddim_timesteps is {self.num_ddim_timesteps}; expected a divisor of 1000, such as 50")
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min is {self.w_min} and w_max {self.w_max}; expected w_min up to w_max")
+        if self.objective != "diffusion" and (self.copy_blocks_num or self.from_scratch or self.snr_gamma):
+            raise ValueError(f"objective {self.objective} distils a trained model; it goes neither with copy_blocks_num nor from_scratch nor snr_gamma")
 # fmt: on
 
 
@@ -392,7 +408,9 @@ _FREE_KEYS = {
 #: Keys that hold a path. A training depends on the content, which is fingerprinted.
 _PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir"}
 #: Keys that are not named at their defaults, so that trainings from before there were such keys resume.
-_LATER_KEYS = {"copy_blocks_num"}
+_LATER_KEYS = {
+    "copy_blocks_num", "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
+}  # fmt: skip
 
 
 def training_identity(config: TrainConfig, workers: int = 1) -> dict[str, Any]:

@@ -125,7 +125,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | s
 def test_any_values_are_taken_as_they_are_or_refused(values):
     with suppress(ConfigError):
         config = check(**values)
-        assert all(getattr(config, key) in (value, pytest.approx(value)) for key, value in values.items())
+        assert all(getattr(config, key) in (value, [value], pytest.approx(value)) for key, value in values.items())
 
 
 def test_every_key_is_described_and_belongs_to_a_panel():

@@ -349,6 +349,13 @@ def ddpm(
         yield Step(index, timestep, latents, denoised)
 
 
+def boundary_scalings(timestep: float | np.ndarray, timestep_scaling: float = 10.0) -> tuple:
+    """Return c_skip and c_out of a consistency model at timesteps, 1 and 0 at timestep 0 (Luo et al., equation 9)."""
+    scaled = timestep * timestep_scaling
+    whole = scaled**2 + _SIGMA_DATA**2
+    return _SIGMA_DATA**2 / whole, scaled / whole**0.5
+
+
 def lcm(
     predict, latents, schedule, generator=None, *, timestep_scaling: float = 10.0, clip: float | None = None
 ) -> Iterator[Step]:
@@ -361,9 +368,8 @@ def lcm(
         denoised = denoise(latents, predict(latents, timestep).noise, sigma)
         if clip is not None:
             denoised = denoised.clip(-clip, clip)
-        scaled = timestep * timestep_scaling
-        whole = scaled**2 + _SIGMA_DATA**2
-        denoised = scaled / whole**0.5 * denoised + _SIGMA_DATA**2 / whole * latents
+        skip, out = boundary_scalings(timestep, timestep_scaling)
+        denoised = out * denoised + skip * latents
         latents = denoised
         if index < len(schedule) - 1:
             signal, noise = scales(sigma_next)

@@ -44,12 +44,14 @@ class Noise:
         timesteps: ``uniform`` as in the official code, or ``logit_normal``.
         offset: scale of the noise that is added to whole channels.
         caption_drop: probability that a caption is replaced by the empty one.
+        spacing: timesteps are rounded up to the last of so many: 19, 39, ... 999 for 20.
     """
 
     seed: int
     timesteps: str = "uniform"
     offset: float = 0.0
     caption_drop: float = 0.1
+    spacing: int = 1
 
     def draw(self, number: int, first_row: int, shape: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Return timesteps (N,), dropped (N,) bool, noise of the latents and noise to predict, both of ``shape``."""
@@ -58,7 +60,7 @@ class Noise:
 
     def _row(self, number: int, row: int, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng((self.seed, 3, number, row))
-        timestep = TIMESTEPS[self.timesteps](rng, 1)[0]
+        timestep = (TIMESTEPS[self.timesteps](rng, 1)[0] // self.spacing + 1) * self.spacing - 1
         dropped = rng.random() < self.caption_drop
         own, noise = rng.standard_normal((2, *shape), dtype=np.float32)
         offset = rng.standard_normal((shape[0], 1, 1), dtype=np.float32)

@@ -118,7 +118,12 @@ def training_losses(model, x_start, timestep, noise, schedule: NoiseSchedule = L
 
 def add_noise(x_start: ms.Tensor, noise: ms.Tensor, table: ms.Tensor) -> ms.Tensor:
     """Diffuse x_start (N, C, H, W) to the timesteps of ``table`` (N, 9)."""
-    return _column(table, SIGNAL) * x_start + _column(table, NOISE) * noise
+    return column(table, SIGNAL) * x_start + column(table, NOISE) * noise
+
+
+def clean_latents(x_t: ms.Tensor, noise: ms.Tensor, table: ms.Tensor) -> ms.Tensor:
+    """Return the clean latents that x_t (N, C, H, W) contains if its noise is ``noise``; inverts ``add_noise``."""
+    return column(table, START_FROM_X) * x_t - column(table, START_FROM_NOISE) * noise
 
 
 def loss_terms(output, x_start, x_t, noise, table) -> tuple[ms.Tensor, ms.Tensor]:
@@ -138,17 +143,18 @@ def variational_bound(predicted, variance, x_start, x_t, table) -> ms.Tensor:
     in [-1, 1], interpolates between the logarithms of the posterior variance and of beta.
     """
     share = (variance + 1) / 2
-    log_variance = share * _column(table, LOG_MAX) + (1 - share) * _column(table, LOG_MIN)
-    start = _column(table, START_FROM_X) * x_t - _column(table, START_FROM_NOISE) * predicted
-    mean = _column(table, MEAN_START) * start + _column(table, MEAN_X) * x_t
-    true_mean = _column(table, MEAN_START) * x_start + _column(table, MEAN_X) * x_t
-    kl = _normal_kl(true_mean, _column(table, LOG_MIN), mean, log_variance).mean((1, 2, 3))
+    log_variance = share * column(table, LOG_MAX) + (1 - share) * column(table, LOG_MIN)
+    start = clean_latents(x_t, predicted, table)
+    mean = column(table, MEAN_START) * start + column(table, MEAN_X) * x_t
+    true_mean = column(table, MEAN_START) * x_start + column(table, MEAN_X) * x_t
+    kl = _normal_kl(true_mean, column(table, LOG_MIN), mean, log_variance).mean((1, 2, 3))
     likelihood = _discretized_log_likelihood(x_start, mean, 0.5 * log_variance).mean((1, 2, 3))
     first = table[:, IS_FIRST]
     return (first * -likelihood + (1 - first) * kl) / math.log(2.0)
 
 
-def _column(table: ms.Tensor, index: int) -> ms.Tensor:
+def column(table: ms.Tensor, index: int) -> ms.Tensor:
+    """Return a column of (N, K) as (N, 1, 1, 1)."""
     return table[:, index].reshape(-1, 1, 1, 1)
 
 

@@ -12,8 +12,10 @@ from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import write_transformer
 from pixart_nb.core.checkpoints.controlnet import save_controlnet
+from pixart_nb.core.checkpoints.load import init_empty
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.sampling.schedulers import Scheduler
 from pixart_nb.core.training.loss import NAMES, control_loss, diffusion_loss
 from pixart_nb.core.training.weak_to_strong import EMPTY
 
@@ -22,18 +24,27 @@ class Objective:
     """The diffusion loss of the transformer, of which other objectives change parts.
 
     ``network`` is the one that is trained and samples validation images, ``frozen`` are networks that are not trained,
-    and ``blocks`` those whose activations can be recomputed. ``result`` is the folder that is written.
+    and ``blocks`` those whose activations can be recomputed. ``result`` is the folder that is written. ``scheduler`` is
+    that of the result, if it needs one of its own. ``averages`` are parameters that hold the moving average, if the
+    loss reads it. ``spacing``: timesteps are the last of so many each.
     """
 
     names: tuple[str, ...] = NAMES
     result = "pipeline"
+    scheduler: Scheduler | None = None
+    averages: Mapping[str, ms.Parameter] | None = None
+    spacing = 1
+    extras: Callable[[int, int, np.ndarray], tuple] | None = None
 
     def __init__(self, config: TrainConfig, net: PixArt):
         self.config, self.net, self.network = config, net, net
         self.frozen: tuple[nn.Cell, ...] = ()
 
-    def loss(self) -> Callable:
-        """Return the loss function, of the arguments that ``DiffusionBatches`` makes."""
+    def loss(self, empty: np.ndarray) -> Callable:
+        """Return the loss function, of the arguments that ``DiffusionBatches`` makes.
+
+        ``empty`` (tokens, C) is the embedding of the empty caption.
+        """
         return diffusion_loss(self.net)
 
     def parameters(self) -> dict[str, ms.Parameter]:
@@ -59,7 +70,7 @@ class ControlObjective(Objective):
         super().__init__(config, net)
         self.network, self.frozen = PixArtControlNet.from_transformer(net, config.copy_blocks_num), (net,)
 
-    def loss(self) -> Callable:
+    def loss(self, empty: np.ndarray) -> Callable:
         return control_loss(self.network)
 
     def parameters(self) -> dict[str, ms.Parameter]:
@@ -73,6 +84,19 @@ class ControlObjective(Objective):
         save_controlnet(folder, weights)
 
 
-def objective_type(config: TrainConfig) -> type[Objective]:
-    """Return the kind of objective of a configuration."""
-    return ControlObjective if config.copy_blocks_num else Objective
+def copy_of(net: PixArt, prefix: str, shared: bool = False) -> PixArt:
+    """Return a copy of a transformer that is not trained, or with ``shared`` a second one with the same parameters.
+
+    Names of parameters begin with ``prefix``, as a graph needs them to be unique.
+    """
+    other = init_empty(lambda: PixArt(net.config), ms.float32) if shared else PixArt(net.config)
+    if shared:
+        sources = dict(net.cells_and_names())
+        for name, cell in other.cells_and_names():
+            for key in list(cell._params):
+                setattr(cell, key, getattr(sources[name], key))
+        return other
+    for target, source in zip(other.get_parameters(), net.get_parameters(), strict=True):
+        target.set_data(source.value().copy())
+        target.requires_grad, target.name = False, f"{prefix}.{target.name}"
+    return other

@@ -211,13 +211,18 @@ class EMA:
     """Exponential moving average of parameters, float32 on the device.
 
     The decay rate rises with the number of updates, ``min(rate, (1 + n) / (10 + n))``, so that the average of a short
-    training does not keep its initial weights.
+    training does not keep its initial weights. ``averages`` are parameters that hold it, such as those of a network.
     """
 
-    def __init__(self, parameters: Mapping[str, ms.Parameter], rate: float):
+    def __init__(
+        self, parameters: Mapping[str, ms.Parameter], rate: float, averages: Mapping[str, ms.Parameter] | None = None
+    ):
         if not 0 <= rate < 1:
             raise PixArtNBError(f"EMA rate is {rate}; expected 0 <= rate < 1")
         self.rate, self.updates, self.parameters = rate, 0, dict(parameters)
+        if averages is not None:
+            self.averages = {name: averages[name] for name in self.parameters}
+            return
         self.averages = {
             name: ms.Parameter(ms.Tensor(np.array(p.asnumpy(), np.float32)), name=f"ema.{name}")
             for name, p in self.parameters.items()

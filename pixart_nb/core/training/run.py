@@ -28,11 +28,12 @@ from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.images import bins_for
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
+from pixart_nb.core.training.consistency import ConsistencyObjective
 from pixart_nb.core.training.distributed import SINGLE, join
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
-from pixart_nb.core.training.objectives import objective_type
+from pixart_nb.core.training.objectives import ControlObjective, Objective
 from pixart_nb.core.training.options import check_overflow_mode, steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal
@@ -41,6 +42,8 @@ from pixart_nb.core.training.weak_to_strong import START_BATCHES, Start, start_f
 
 #: Training images whose reconstruction by the VAE is measured before the first step.
 _RECONSTRUCTED = 4
+#: Value of ``objective`` -> what is minimized.
+OBJECTIVES: dict[str, type[Objective]] = {"diffusion": Objective, "lcm": ConsistencyObjective}
 
 
 class Training:
@@ -55,12 +58,13 @@ class Training:
         self.workers = join() if config.use_parallel else SINGLE
         check_overflow_mode(config)
         self.networks = FrozenNetworks(config)
-        self.result = self.folder / ("lora" if config.lora_rank else objective_type(config).result)
+        kind = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]
+        self.result = self.folder / ("lora" if config.lora_rank else kind.result)
         check_result(self.result, self.networks.paths.values())
         checkpoint = self.networks.paths["transformer"]
         self.start: Start = start_from_config(config, checkpoint, self.networks.max_length)
         self.net, self.report = self.start.net, {}
-        self.objective = objective_type(config)(config, self.net)
+        self.objective = kind(config, self.net)
         self.networks.check_latents(self.net.config)
         self.side = 8 * self.net.config.input_size
         self.labels = load_labels(config.json_path, config.image_dir)
@@ -117,7 +121,7 @@ class Training:
             micro = micro_conditions(originals, sizes, {size: ratio for ratio, size in bins.items()})
         return DiffusionBatches(
             features,
-            Noise(config.seed, config.timestep_sampling, config.noise_offset, caption_drop),
+            Noise(config.seed, config.timestep_sampling, config.noise_offset, caption_drop, self.objective.spacing),
             self.net,
             vae.scaling_factor,
             self.empty,
@@ -126,6 +130,7 @@ class Training:
             length_multiple=caption_multiple(config.mode, self.networks.max_length),
             micro=micro,
             shift_factor=vae.shift_factor,
+            extras=self.objective.extras,
         )
 
     def _held_out(self) -> list[tuple]:
@@ -156,7 +161,7 @@ class Training:
         for block in objective.blocks if recompute else ():
             block.recompute()
         return Trainer(
-            objective.loss(),
+            objective.loss(self.empty),
             self.adapter.parameters() if self.adapter else objective.parameters(),
             self.batches,
             trainer_options(config, self.sampler),
@@ -168,6 +173,7 @@ class Training:
             workers=self.workers,
             tensorboard=config.tensorboard,
             dtype=ms.float32 if self.adapter else dtype,
+            averages=objective.averages,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -246,10 +252,10 @@ class Training:
         """
         results: dict[str, Any] = {}
         with self.trainer.ema_scope():
-            network = self.objective.network
+            network, scheduler = self.objective.network, self.objective.scheduler
             network.set_train(False)
             try:
-                images = self.validation.sample(network, self.networks.vae) if self.validation else None
+                images = self.validation.sample(network, self.networks.vae, scheduler) if self.validation else None
                 if self.held_out:
                     results["held_out_loss"] = mean_loss(self.trainer.loss, self.held_out)
             finally:
@@ -292,7 +298,7 @@ class Training:
             if name != "transformer":
                 add_files(path, folder / name)
         name = self.networks.pipeline_class(self.start.family)
-        components.write_index(folder, self.networks.scheduler(), name)
+        components.write_index(folder, self.objective.scheduler or self.networks.scheduler(), name)
 
 
 def _add_adapter(net: PixArt, config: TrainConfig) -> Adapter | None:

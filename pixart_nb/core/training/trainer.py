@@ -49,6 +49,7 @@ class Trainer:
         describe: returns a description of a batch from its number.
         workers: gradients are averaged over them, each keeps the optimizer state of its share of the parameters, and
             the first one writes.
+        averages: parameters, by the same names, that hold the EMA on every worker, for a loss that reads it.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Trainer:
         workers: Workers = SINGLE,
         tensorboard: bool = False,
         dtype: ms.Type = ms.float32,
+        averages: Mapping[str, ms.Parameter] | None = None,
     ):
         self.parameters, self.batch, self.options = dict(parameters), batch, options
         self.folder, self.names, self.network = Path(folder), tuple(names), network
@@ -77,8 +79,8 @@ class Trainer:
         self.owner = owners(sizes, workers.size, options.shard_threshold)
         own = {name: p for name, p in self.masters.items() if self.owner[name] in (workers.rank, ALL)}
         self.optimizer = OPTIMIZERS[options.optimizer](own, options.betas, options.eps, options.weight_decay)
-        keep_ema = options.ema_rate is not None and workers.is_main
-        self.ema = EMA(self.masters, options.ema_rate) if keep_ema else None
+        keep_ema = options.ema_rate is not None and (workers.is_main or averages is not None)
+        self.ema = EMA(self.masters, options.ema_rate, averages) if keep_ema else None
         self.scale = options.new_loss_scale()
         self.step, self.log, self._seconds, self._saved = 0, None, 0.0, -1
         self._stop_requested = self._stopped = False

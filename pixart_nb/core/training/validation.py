@@ -23,6 +23,7 @@ from pixart_nb.core.sampling.controlnet import PixArtSigmaControlNetPipeline
 from pixart_nb.core.sampling.images import to_uint8, write_image
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.schedulers import Scheduler
 
 #: Held-out images that are measured at most; each measurement is a forward pass of all of them.
 MAX_HELD_OUT = 128
@@ -45,14 +46,19 @@ class Validation:
         images = [load_image(path) for path in config.validation_control_images] if control else []
         self.conditions = [control.condition(fit(image, side, side)) for image in images]
 
-    def sample(self, net: PixArt | PixArtControlNet, vae: AutoencoderKL) -> np.ndarray:
-        """Return one image per prompt, (N, side, side, 3) uint8, with the present weights of ``net``."""
+    def sample(
+        self, net: PixArt | PixArtControlNet, vae: AutoencoderKL, scheduler: Scheduler | None = None
+    ) -> np.ndarray:
+        """Return one image per prompt, (N, side, side, 3) uint8, with the present weights of ``net``.
+
+        ``scheduler``: in place of ``sampling_method``.
+        """
         config, count = self.config, len(self.prompts)
+        scheduler = scheduler or config.sampling_method
         if self.conditions:
-            parts = (None, None, vae, net.base_model, config.sampling_method)
-            pipe = PixArtSigmaControlNetPipeline(*parts, controlnet=net)
+            pipe = PixArtSigmaControlNetPipeline(None, None, vae, net.base_model, scheduler, controlnet=net)
         else:
-            pipe = PixArtSigmaPipeline(None, None, vae, net, config.sampling_method)
+            pipe = PixArtSigmaPipeline(None, None, vae, net, scheduler)
         images = [
             pipe(
                 prompt_embeds=ms.Tensor(self.embeds[i : i + 1]),
