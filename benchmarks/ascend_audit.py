@@ -1,25 +1,24 @@
 """Operators that a step dispatches on Ascend, counted on a CPU: ``make ascend-audit``.
 
-Small networks take the Ascend path with stand-ins for its operators. MindSpore's debug log names every operator that
-PyNative dispatches, and MindSpore's Ascend library those that have an aclnn kernel; the others take the older, slower
-path of single operators. The number for XL/2 is that of one block times 28 and the rest: the number of operators of a
+Small networks take the Ascend path (``ascend_cases``). MindSpore's debug log names every operator that PyNative
+dispatches, and MindSpore's Ascend library those that have an aclnn kernel; the others take the older, slower path of
+single operators. The number for XL/2 is that of one block times 28 and the rest: the number of operators of a
 block depends neither on its width nor on the size of the image. **No time is measured.**
 """
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +33,14 @@ COMPRESSIONS = {
     "mean 2": ("mean", 2),
     "ave 2": ("ave", 2),
 }
+#: Blocks that the published ControlNet copies.
+COPIES = 13
+#: Cases whose operators are listed one by one.
+OTHER_CASES = (
+    "T5 layers=1", "T5 layers=2", "VAE part=decoder", "VAE part=decoder dtype=float16", "VAE part=decoder tile=64",
+    "VAE part=encoder", "VAE part=encoder tile=64", "training depth=1 optimizer=adamw",
+    "training depth=2 optimizer=adamw", "training depth=1 optimizer=came", "denoise dtype=float32", "denoise traced=1",
+)  # fmt: skip
 #: Names in the log that are no kernel: views of a tensor, and conversions that call Cast.
 VIEWS = {
     "Reshape", "ExpandDims", "Squeeze", "Transpose", "BroadcastTo", "StridedSlice", "Split", "SplitTensor", "Chunk",
@@ -84,178 +91,6 @@ def aclnn_kernels() -> frozenset[str]:
     return frozenset(name.removesuffix("Ascend") for name in names if name.endswith("Ascend"))
 
 
-# ---- the process that runs the cases
-
-
-def mark(text: str) -> None:
-    """Write a line into the log."""
-    os.write(2, f"##{text}\n".encode())
-
-
-def recorded(name: str, stand_in: Callable) -> Callable:
-    """Return a stand-in that stands in the log as one operator, and as one more in the gradient."""
-    from mindspore import nn, ops
-
-    from benchmarks.ascend_stand_ins import STAND_INS
-
-    forward, backward = KERNELS[name]
-
-    class Recorded(nn.Cell):
-        def construct(self, *inputs):
-            mark(f"KERNEL {forward}")
-            out = ops.zeros_like(inputs[0]) if name in SAME_SHAPE else stand_in(*inputs)
-            mark("END")
-            return out
-
-        def bprop(self, *inputs):
-            mark(f"KERNEL {backward}")
-            zeros = tuple(ops.zeros_like(x) if hasattr(x, "asnumpy") else 0 for x in inputs[:-2])
-            mark("END")
-            return zeros
-
-    cell, signature = Recorded(), inspect.signature(STAND_INS[name])
-
-    def call(*arguments, **options):
-        bound = signature.bind(*arguments, **options)
-        bound.apply_defaults()
-        return cell(*bound.args)
-
-    return call
-
-
-#: Kernels of each function of ``models.ascend_operators`` and of its gradient.
-KERNELS = {
-    "layer_norm": ("LayerNormExt", "LayerNormGradExt"), "rms_norm": ("RmsNorm", "RmsNormGrad"),
-    "gelu_tanh": ("GeluExt", "GeluGradExt"), "addcmul": ("AddcmulExt", "AddcmulExt"),
-    "conv2d": ("Conv2DExt", "ConvolutionGrad"), "pad": ("ConstantPadND", "ConstantPadND"),
-    "embedding": ("Embedding", "EmbeddingDenseBackward"),
-    "flash_attention_score": ("FlashAttentionScore", "FlashAttentionScoreGrad"),
-}  # fmt: skip
-
-
-#: Functions whose result has the shape of their first argument: zeros are enough to count.
-SAME_SHAPE = ("layer_norm", "rms_norm", "gelu_tanh", "addcmul", "flash_attention_score")
-
-
-def _small_net(depth: int, side: int = 16, operator: str | None = None, ratio: int = 1, dtype: str = "float16"):
-    from pixart_nb.core.backend import ms
-    from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-
-    compression = dict(sampling=operator, scale_factor=ratio, kv_compress_layer=list(range(depth)))
-    config = PixArtConfig(
-        hidden_size=72, num_heads=1, depth=depth, caption_channels=64, input_size=side,
-        kv_compress_config=compression if operator else None,
-    )  # fmt: skip
-    net = PixArt(config)
-    net.initialize(np.random.default_rng(0))
-    for parameter in net.get_parameters():
-        parameter.set_dtype(getattr(ms, dtype))
-    return net
-
-
-def _denoise(depth: int, size: int, operator: str | None, ratio: int) -> None:
-    """Two denoising steps with guidance; the second is counted."""
-    from pixart_nb.core.backend import ms
-    from pixart_nb.core.sampling.guidance import guided_model
-    from pixart_nb.core.sampling.text import Conditioning
-
-    rng = np.random.default_rng(0)
-    prompt, negative = (ms.Tensor(rng.standard_normal((1, n, 64)).astype(np.float32)) for n in (20, 1))
-    condition = Conditioning(prompt, np.ones((1, 20), bool), negative, np.ones((1, 1), bool))
-    latents = rng.standard_normal((1, 4, size // 8, size // 8)).astype(np.float32)
-    predict = guided_model(_small_net(depth, size // 8, operator, ratio), condition, 4.5, size, size)
-    predict(latents, 900.0)
-    mark(f"SECTION denoise {size} {operator} {ratio} {depth}")
-    predict(latents, 500.0)
-
-
-def _encode_text() -> None:
-    from pixart_nb.core.backend import ms
-    from pixart_nb.core.models.t5 import T5Config, T5Encoder
-
-    for layers in (1, 2):
-        t5 = T5Encoder(T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=layers))
-        t5.initialize(np.random.default_rng(0))
-        for parameter in t5.get_parameters():
-            parameter.set_dtype(ms.float16)
-        mark(f"SECTION T5 with {layers} of 24 layers")
-        t5(np.arange(40).reshape(2, 20), np.ones((2, 20), bool))
-
-
-def _decode() -> None:
-    from pixart_nb.core.backend import ms
-    from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
-
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(32, 32, 64, 64), norm_num_groups=8))
-    vae.initialize(np.random.default_rng(0))
-    mark("SECTION VAE decoder")
-    vae.decode(np.ones((1, 4, 16, 16), np.float32))
-    vae.enable_tiling(64)
-    mark("SECTION VAE decoder, 9 tiles")
-    vae.decode(np.ones((1, 4, 16, 16), np.float32))
-    vae.disable_tiling()
-    mark("SECTION VAE encoder")
-    vae.encode(ms.Tensor(np.ones((1, 3, 64, 64), np.float32)))
-
-
-def _train() -> None:
-    """Loss and gradients of one block, and one update with its clipping."""
-    from pixart_nb.core.backend import ms
-    from pixart_nb.core.training import optimizers
-    from pixart_nb.core.training.loss import coefficients, diffusion_loss
-    from pixart_nb.core.training.optimizers import AdamW, clip_by_norm, global_norm
-
-    optimizers._fused_adamw = lambda *arguments: [mark("KERNEL AdamW"), mark("END")]  # not registered on a CPU
-
-    rng = np.random.default_rng(0)
-    for depth in (1, 2):
-        net = _small_net(depth)
-        net.set_train(True)
-        parameters = {k: p for k, p in net.parameters_and_names() if k != "y_embedder.y_embedding"}
-        gradient = ms.value_and_grad(diffusion_loss(net), None, list(parameters.values()), has_aux=True)
-        x, caption = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 16, 16), (2, 20, 64)))
-        mask = np.arange(20)[None] < np.array([[20], [5]])
-        table = coefficients(np.array([5, 7]))
-        batch = [x, x, table, np.array([5.0, 7.0], np.float32), caption, mask, np.ones(2, np.float32)]
-        arguments = [ms.Tensor(part) for part in batch] + [net.positions(16, 16)]
-        mark(f"SECTION training, loss and gradients of {depth} of 28 blocks")
-        (loss, *_), gradients = gradient(*arguments)
-        loss.asnumpy()
-    masters = {name: ms.Parameter(p.astype(ms.float32), name=f"master.{name}") for name, p in parameters.items()}
-    optimizer = AdamW(masters)
-    mark(f"SECTION training, AdamW update of {len(masters)} tensors")
-    clipped = clip_by_norm(gradients, global_norm(gradients), 1.0)
-    optimizer.update(dict(zip(masters, clipped, strict=True)), 1e-4)
-
-
-def run_cases(names: list[str]) -> None:
-    """Run cases with the Ascend path; the log has a mark before each."""
-    from benchmarks.ascend_stand_ins import ascend
-    from pixart_nb.core.backend import ms
-
-    read = ms.Tensor.asnumpy
-
-    def asnumpy(tensor):
-        caller = sys._getframe(1)
-        if "mindspore" not in caller.f_code.co_filename:
-            mark(f"READ {Path(caller.f_code.co_filename).name}:{caller.f_lineno}")
-        return read(tensor)
-
-    ms.Tensor.asnumpy = asnumpy
-    with ascend(wrap=recorded):
-        for name in names:
-            kind, *options = name.split()
-            if kind == "denoise":
-                depth, size, operator, ratio = options
-                _denoise(int(depth), int(size), None if operator == "None" else operator, int(ratio))
-            else:
-                {"text": _encode_text, "vae": _decode, "train": _train}[kind]()
-            mark("SECTION end")
-
-
-# ---- the process that reads the log
-
-
 def parse(log: str) -> dict[str, Section]:
     """Return the sections of a log, by name."""
     sections: dict[str, Section] = {}
@@ -277,10 +112,10 @@ def parse(log: str) -> dict[str, Section]:
     return sections
 
 
-def sections_of(cases: list[str]) -> dict[str, Section]:
+def sections_of(cases: Sequence[str]) -> dict[str, Section]:
     """Run cases in a process of their own and return what each dispatched."""
     environment = os.environ | {"GLOG_v": "0", "PIXART_NB_PIN_THREADS": "0", "PIXART_NB_DEVICE": "CPU"}
-    command = [sys.executable, "-m", "benchmarks.ascend_audit", "--run", *cases]
+    command = [sys.executable, "-m", "benchmarks.ascend_cases", *cases]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", cwd=Path(__file__).parents[1]
     )
@@ -292,41 +127,74 @@ def sections_of(cases: list[str]) -> dict[str, Section]:
 
 @dataclass(frozen=True)
 class StepCount:
-    """Operators of a denoising step of XL/2: of one block and of the rest."""
+    """Operators of a denoising step of XL/2: of one block, of a copied block of a ControlNet, and of the rest.
+
+    ``passes`` of the transformer: the limits are those of one.
+    """
 
     size: int
-    compression: str
+    name: str
     block: Section
     rest: Section
     reads: list[str]
+    copy: Section = field(default_factory=Section)
+    passes: int = 1
 
     @property
     def count(self) -> int:
         """Operators of the whole step, views included."""
-        return DEPTH * self.block.count + self.rest.count
+        return DEPTH * self.block.count + COPIES * self.copy.count + self.rest.count
+
+    @property
+    def limit(self) -> int:
+        """Most operators that are allowed."""
+        return self.passes * LIMITS[self.size]
+
+    @property
+    def old_path(self) -> Counter:
+        """Operators that have no aclnn kernel, anywhere in the step."""
+        return self.block.old_path() + self.copy.old_path() + self.rest.old_path()
 
 
 def count_steps(sizes=tuple(LIMITS), compressions=tuple(COMPRESSIONS)) -> list[StepCount]:
     """Count the operators of a denoising step for every size and compression."""
-    keys = [(size, name, *COMPRESSIONS[name]) for size in sizes for name in compressions]
-    cases = [f"denoise {depth} {size} {operator} {ratio}" for size, _, operator, ratio in keys for depth in (1, 2)]
-    sections = sections_of(cases)
-    steps = []
-    for size, name, operator, ratio in keys:
-        one, two = (sections[f"denoise {size} {operator} {ratio} {depth}"] for depth in (1, 2))
+    steps, cases = [], {}
+    for size, name in itertools.product(sizes, compressions):
+        operator, ratio = COMPRESSIONS[name]
+        options = f"size={size}" + (f" operator={operator} ratio={ratio}" if operator else "")
+        cases[size, name] = [f"denoise depth={depth} {options}" for depth in (1, 2)]
+    sections = sections_of([name for pair in cases.values() for name in pair])
+    for (size, name), pair in cases.items():
+        one, two = (sections[case] for case in pair)
         steps.append(StepCount(size, name, two - one, one - (two - one), two.reads))
     return steps
 
 
+def count_other_steps(size: int = 1024) -> list[StepCount]:
+    """Count the operators of a step with perturbed attention and of one with a ControlNet."""
+    cases = {
+        "perturbed attention": ["depth=1 perturbed=1", "depth=2 perturbed=1"],
+        "ControlNet": ["depth=2 copies=1", "depth=3 copies=1", "depth=3 copies=2"],
+    }
+    names = {kind: [f"denoise size={size} {case}" for case in group] for kind, group in cases.items()}
+    sections = sections_of([name for group in names.values() for name in group])
+    one, two = (sections[name] for name in names["perturbed attention"])
+    steps = [StepCount(size, "perturbed attention", two - one, one - (two - one), two.reads, passes=2)]
+    small, block, copy = (sections[name] for name in names["ControlNet"])
+    block, copy = block - small, copy - block
+    return [*steps, StepCount(size, "ControlNet", block, small - block - block - copy, small.reads, copy)]
+
+
 def step_table(steps: list[StepCount]) -> tuple[Table, list[str]]:
     """Return the table of denoising steps, and the steps that are above a limit."""
-    headings = "size", "compression", "per block", "the rest", "step", "at most", "old path in blocks", "reads"
+    headings = "size", "blocks", "per block", "the rest", "step", "at most", "old path", "reads"
     table, bad = Table(*headings, title="Operators of a denoising step of XL/2 with guidance"), []
     for step in steps:
-        limit, old, reads = LIMITS[step.size], dict(step.block.old_path()), len(step.reads)
-        if step.count > limit or old or reads != 1:
-            bad.append(f"{step.size}, {step.compression}")
-        row = step.size, step.compression, step.block.count, step.rest.count, step.count, limit, old or "none", reads
+        old, reads = dict(step.old_path), len(step.reads)
+        if step.count > step.limit or old or reads != step.passes:
+            bad.append(f"{step.size}, {step.name}")
+        per_block = f"{step.block.count}" + (f", {COPIES} copies {step.copy.count}" if step.copy.count else "")
+        row = step.size, step.name, per_block, step.rest.count, step.count, step.limit, old or "none", reads
         table.add_row(*map(str, row))
     return table, bad
 
@@ -347,9 +215,8 @@ def operator_table(name: str, section: Section) -> tuple[Table, list[str]]:
 def main() -> None:
     """Print all tables; exit with an error above a limit or for an operator without a reason."""
     console = Console(width=150)
-    tables = [step_table(count_steps())]
-    sections = sections_of(["text", "vae", "train"])
-    tables += [operator_table(name, section) for name, section in sections.items() if name != "end"]
+    tables = [step_table(count_steps() + count_other_steps())]
+    tables += [operator_table(name, section) for name, section in sections_of(OTHER_CASES).items() if name != "end"]
     for table, _ in tables:
         console.print(table)
     bad = [place for _, places in tables for place in places]
@@ -358,7 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
-        run_cases(sys.argv[2:])
-    else:
-        main()
+    main()

@@ -69,9 +69,10 @@ def gelu_tanh(x):
 
 
 def addcmul(x, gate, y):
-    """AddcmulExt: shapes that broadcast to that of x."""
+    """AddcmulExt: x broadcasts to the shape of gate y."""
     _floats(x, gate, y)
-    require(np.broadcast_shapes(x.shape, gate.shape, y.shape) == x.shape, f"{x.shape}, {gate.shape}, {y.shape}")
+    product = np.broadcast_shapes(gate.shape, y.shape)
+    require(np.broadcast_shapes(x.shape, product) == product, f"{x.shape}, {gate.shape}, {y.shape}")
     return x + gate * y
 
 

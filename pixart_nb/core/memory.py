@@ -49,14 +49,13 @@ def mapped_pages() -> int:
 
 
 def available() -> int:
-    """Return the bytes that this process may still take on the device that it computes on.
-
-    On a CPU: the free memory of the machine, within what the limit of the container leaves beside all of its
-    processes. On Ascend: the free memory of the device (not run on Ascend).
-    """
+    """Return the free bytes of the device: the memory of Ascend (not run on Ascend), or that of the host."""
     device = backend.free_device_memory()
-    if device is not None:
-        return device
+    return available_on_host() if device is None else device
+
+
+def available_on_host() -> int:
+    """Return the free memory of the machine, within what the limit of the container leaves beside its processes."""
     free = [psutil.virtual_memory().available, *_free_in_containers()]
     return max(0, min(free))
 

@@ -2,15 +2,24 @@
 
 import pytest
 
-from benchmarks.ascend_audit import COMPRESSIONS, LIMITS, count_steps, operator_table, path_of, sections_of
+from benchmarks.ascend_audit import (
+    COMPRESSIONS,
+    LIMITS,
+    OTHER_CASES,
+    count_other_steps,
+    count_steps,
+    operator_table,
+    path_of,
+    sections_of,
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "compressions"), [(256, tuple(COMPRESSIONS)), (2048, ("no compression", "conv 4"))])
 def test_a_denoising_step_keeps_to_its_number_of_operators(size, compressions):
     for step in count_steps((size,), compressions):
-        assert step.count <= min(LIMITS.values()), step.compression
-        assert not step.block.old_path() + step.rest.old_path()
+        assert step.count <= min(LIMITS.values()), step.name
+        assert not step.old_path
         assert len(step.reads) == 1
         assert step.reads[0].startswith("guidance.py")
         assert step.block.operators["Dense"] in (7, 8)
@@ -19,12 +28,29 @@ def test_a_denoising_step_keeps_to_its_number_of_operators(size, compressions):
 
 
 @pytest.mark.slow
+def test_perturbed_attention_and_a_controlnet_take_the_path_of_the_plain_step():
+    perturbed, controlled = count_other_steps()
+    assert perturbed.count <= 2 * 500
+    assert len(perturbed.reads) == 2
+    assert controlled.count <= min(LIMITS.values())
+    assert len(controlled.reads) == 1
+    assert controlled.copy.count - controlled.block.count == 2  # the projection, and its sum with the image
+    assert not perturbed.old_path + controlled.old_path
+
+
+@pytest.mark.slow
 def test_every_operator_on_the_old_path_has_a_reason_to_stay():
-    sections = sections_of(["text", "vae", "train"])
-    assert len(sections) > 5
-    for name, section in sections.items():
-        assert operator_table(name, section)[1] == []
-        assert name == "end" or section.count > 10
+    sections = sections_of(OTHER_CASES)
+    assert set(sections) == {*OTHER_CASES, "end"}
+    for name in OTHER_CASES:
+        assert operator_table(name, sections[name])[1] == []
+        assert sections[name].count > 50
+    decoder, tiles = sections["VAE part=decoder"], sections["VAE part=decoder tile=64"]
+    assert "FlashAttentionScore" not in sections["VAE part=decoder dtype=float16"].operators  # a head of 512
+    assert tiles.count <= (9 + 1) * 1.5 * decoder.count  # nine tiles, and the windows of the statistics
+    assert not {name for name in sections["denoise dtype=float32"].operators if name.startswith("FlashAttention")}
+    for case in ("training depth=1 optimizer=adamw", "training depth=1 optimizer=came"):
+        assert len(sections[case].reads) == 4  # three values of the loss, and the norm of the gradients
 
 
 def test_kernels_are_those_of_the_library():

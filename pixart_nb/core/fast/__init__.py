@@ -39,14 +39,16 @@ def denoiser(
     transformer is traced or changed (``core.hooks``), every attention goes through its hook point; what the hooks
     leave as it is keeps its numbers, bit for bit.
     """
-    if not isinstance(net, PixArt):  # a transformer with a ControlNet
-        denoise = net.denoiser(caption, mask)
-    elif backend.on_ascend():
+    if backend.on_ascend():
         from pixart_nb.core.fast.ascend import AscendDenoiser
 
         denoise = AscendDenoiser(net, caption, mask)
-    else:
+    elif isinstance(net, PixArt):
         return CPUDenoiser(net, caption, mask, prepare, finish)
+    else:
+        from pixart_nb.core.models.controlnet import LayerDenoiser
+
+        denoise = LayerDenoiser(net, caption, mask)
     return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
 
 

@@ -18,7 +18,8 @@ from mindspore import mint
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import ascend_operators
-from pixart_nb.core.models.attention import attention, merge_heads, split_heads
+from pixart_nb.core.models.attention import IdentityAttention, attention, merge_heads, split_heads
+from pixart_nb.core.models.controlnet import Controlled, LayerDenoiser
 from pixart_nb.core.models.kv_compression import convolve_cells, mean_kernel
 from pixart_nb.core.models.operators import gelu_tanh, linear, silu
 from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, trim_caption
@@ -28,10 +29,16 @@ MODULATED_EPS, NORM_EPS = 1e-6, 1e-5
 
 
 class AscendDenoiser:
-    """``denoise(latents, timestep)`` of one run; see ``fast.denoiser``."""
+    """``denoise(latents, timestep)`` of one run; see ``fast.denoiser``.
 
-    def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
-        self.net, self.compiled = net, backend.graph_mode()
+    The copied blocks of a ControlNet run as the blocks that they are copies of. A block that ``IdentityAttention`` is
+    set in when the denoiser is made has only the values of its self-attention. Other hooks take the layers themselves.
+    """
+
+    def __init__(self, model: PixArt | Controlled, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+        self.model, self.compiled = model, backend.graph_mode()
+        self.net = net = model if isinstance(model, PixArt) else model.net.base_model
+        self.copies = () if isinstance(model, PixArt) else tuple(model.net.controlnet)
         head_size = net.config.hidden_size // net.config.num_heads
         self.fused = ascend_operators.flash_supports(head_size, net.dtype)
         if mask is not None:
@@ -39,54 +46,75 @@ class AscendDenoiser:
         self.caption, self.mask = caption, mask
         if self.compiled:  # one length for all captions, so that one graph serves them all
             caption, mask = _padded_caption(caption, mask, net.config.model_max_length)
-        projected = net.y_embedder(caption.astype(net.dtype))
-        self.tensors = [block_tensors(block, projected, self.fused) for block in net.blocks]
+        projected, self.identity = net.y_embedder(caption.astype(net.dtype)), _identity_layers(net) or frozenset()
+        blocks = [*net.blocks, *(copy.copied_block for copy in self.copies)]
+        self.tensors = [block_tensors(b, projected, self.fused, i in self.identity) for i, b in enumerate(blocks)]
         ones = ms.Tensor(np.array([0, 1, 0, 0, 1, 0], np.float32).reshape(1, 6, 1)).astype(net.dtype)
-        self.tables = mint.cat([block.scale_shift_table.expand_dims(0) for block in net.blocks]) + ones
+        self.tables = mint.cat([block.scale_shift_table.expand_dims(0) for block in blocks]) + ones
         self.final_table = net.final_layer.scale_shift_table + ones[0, :2]
-        self._caption_mask, self._size, self._of_size = mask, None, None
-        self._keys_values = None  # as ``PixArt.denoise`` has them, for the hooks
+        self._caption_mask, self._shape, self._of_shape = mask, None, None
+        self._by_layers = None
 
     def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
         """latents (B, C, H, W) -> (B, out_channels, H, W)."""
         net, (height, width) = self.net, latents.shape[2:]
-        if net.hook_manager is not None:  # traced or changed
-            return self._denoise_by_model(latents, timestep)
+        if _identity_layers(net) != self.identity:  # traced or changed
+            return self._denoise_by_layers(latents, timestep)
         grid = height // net.config.patch_size, width // net.config.patch_size
-        functions, mask, positions, micro = self._constants(latents, grid)
+        functions, mask, positions, micro, control = self._constants(latents, grid)
         x = net.x_embedder(latents.astype(net.dtype)) + positions
         t = net.t_embedder(ms.Tensor(np.full(1, timestep, np.float32)))
         t = t if micro is None else t + micro
         modulation = self.tables + net.t_block[1](silu(t)).reshape(1, 6, -1)
         rows = mint.split(modulation.reshape(-1), net.config.hidden_size)  # six for each block
-        for number, (function, tensors) in enumerate(zip(functions, self.tensors, strict=True)):
-            x = function(x, *rows[6 * number : 6 * number + 6], mask, *tensors)
+
+        def run(function: Callable, number: int, x: ms.Tensor) -> ms.Tensor:
+            return function(x, *rows[6 * number : 6 * number + 6], mask, *self.tensors[number])
+
+        strength, state = self.model.scale_at(timestep) if self.copies else 0.0, None
+        for number, function in enumerate(functions):
+            if strength and 0 < number <= len(self.copies):
+                state = x + control if state is None else state
+                state = run(functions[number - 1], net.config.depth + number - 1, state)
+                x = mint.add(x, self.copies[number - 1].after_proj(state), alpha=strength)
+            x = run(function, number, x)
         shift, scale = mint.split((self.final_table + t).reshape(-1), net.config.hidden_size)
         out = net.final_layer.linear(layer_norm(x, scale, shift, MODULATED_EPS))
         return net.unpatchify(out, *grid)
 
     def _constants(self, latents: ms.Tensor, grid: tuple[int, int]) -> tuple:
-        """Return what all steps of a size share: functions of the blocks, mask, positions, micro conditions."""
-        net, (height, width) = self.net, latents.shape[2:]
-        if self._size != (height, width):
+        """Return what all steps of a shape share: functions of the blocks, mask, positions, micro conditions, control.
+
+        ``control`` (B, N, D) is what the first copied block reads beside the image.
+        """
+        net, (batch, _, height, width) = self.net, latents.shape
+        if self._shape != latents.shape:
             config, mask = net.config, self._caption_mask
             options = [BlockOptions.of(config, layer, grid, self.fused) for layer in range(config.depth)]
             functions = [block_function(of_layer, self.compiled) for of_layer in options]
             if mask is not None and self.fused:
                 mask = ascend_operators.discard_mask(mask, grid[0] * grid[1])
-            micro = net.micro_conditions(latents)
+            micro, positions, control = net.micro_conditions(latents), net.positions(height, width), None
             if micro is not None:
                 micro = mint.cat((net.csize_embedder(micro[:1, :2]), net.ar_embedder(micro[:1, 2:])), 1)
-            self._size, self._of_size = (height, width), (functions, mask, net.positions(height, width), micro)
-        return self._of_size
+            if self.copies:
+                control = net.x_embedder(self.model.repeated(batch).astype(net.dtype)) + positions
+                control = self.copies[0].before_proj(control)
+            self._shape, self._of_shape = latents.shape, (functions, mask, positions, micro, control)
+        return self._of_shape
 
-    def _denoise_by_model(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
-        net, (batch, _, height, width) = self.net, latents.shape
-        timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
-        positions, micro = net.positions(height, width), net.micro_conditions(latents)
-        if self._keys_values is None:
-            self._keys_values = net.caption_keys_values(self.caption)
-        return net.denoise(latents, timesteps, self._keys_values, self.mask, positions, micro)
+    def _denoise_by_layers(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
+        if self._by_layers is None:
+            self._by_layers = LayerDenoiser(self.model, self.caption, self.mask)
+        return self._by_layers(latents, timestep)
+
+
+def _identity_layers(net: PixArt) -> frozenset[int] | None:
+    """Return the blocks whose self-attention is the identity, or None if hooks read or change an attention."""
+    points = [layer.hook_point for block in net.blocks for layer in (block.attn, block.cross_attn)]
+    if not all(point is None or isinstance(point, IdentityAttention) for point in points):
+        return None
+    return frozenset(number for number, block in enumerate(net.blocks) if block.attn.hook_point is not None)
 
 
 def _padded_caption(caption: ms.Tensor, mask: ms.Tensor | None, length: int) -> tuple[ms.Tensor, ms.Tensor]:
@@ -103,14 +131,15 @@ class BlockTensors(NamedTuple):
     """Weights and caption of one block, in the order in which the function of a block takes them.
 
     With flash attention the heads of queries, keys, values and of the inputs of the output projections are padded.
+    A block whose self-attention is the identity has no ``query`` and no ``key``.
     ``key`` of a block that compresses by convolution holds the weights of keys and values, unpadded, one above the
     other; ``value`` is None there. ``caption_key`` and ``caption_value`` are (B, T, H d).
     """
 
-    query: ms.Tensor
-    query_bias: ms.Tensor
-    key: ms.Tensor
-    key_bias: ms.Tensor
+    query: ms.Tensor | None
+    query_bias: ms.Tensor | None
+    key: ms.Tensor | None
+    key_bias: ms.Tensor | None
     value: ms.Tensor | None
     value_bias: ms.Tensor | None
     out: ms.Tensor
@@ -135,8 +164,11 @@ class BlockTensors(NamedTuple):
     cell_norm_bias: ms.Tensor | None = None
 
 
-def block_tensors(block: Block, caption: ms.Tensor, fused: bool) -> BlockTensors:
-    """Return the tensors of one block; caption (B, T, D) is projected already. Adapters are merged into the weights."""
+def block_tensors(block: Block, caption: ms.Tensor, fused: bool, identity: bool = False) -> BlockTensors:
+    """Return the tensors of one block; caption (B, T, D) is projected already. Adapters are merged into the weights.
+
+    With ``identity`` each token attends to itself alone.
+    """
     attn, cross, mlp, size = block.attn, block.cross_attn, block.mlp, block.attn.size
 
     def pad(x: ms.Tensor, axis: int) -> ms.Tensor:
@@ -148,15 +180,17 @@ def block_tensors(block: Block, caption: ms.Tensor, fused: bool) -> BlockTensors
 
     query, key, value = parts(attn.qkv, 3)
     optional = {}
-    if attn.q_norm is None:
+    if identity:
+        query, key = (None, None), (None, None)
+    elif attn.q_norm is None:
         query = tuple(pad(x, 0) for x in query)
     else:  # the norm comes first
         optional = dict(zip(BlockTensors._fields[18:22], _affine(attn.q_norm) + _affine(attn.k_norm), strict=True))
-    if attn.ratio > 1 and attn.operator in ("conv", "mean"):
+    if attn.ratio > 1 and attn.operator in ("conv", "mean") and not identity:
         key, value = tuple(mint.cat(pair) for pair in zip(key, value, strict=True)), (None, None)
         optional |= _cell_tensors(attn)
     else:
-        key = key if optional else tuple(pad(x, 0) for x in key)
+        key = key if optional or identity else tuple(pad(x, 0) for x in key)
         value = tuple(pad(x, 0) for x in value)
     (cross_query,) = parts(cross.q_linear, 1)
     caption_keys = [pad(linear(caption, *part), -1) for part in parts(cross.kv_linear, 2)]
@@ -261,14 +295,18 @@ def block_function(options: BlockOptions, compiled: bool) -> Callable[..., ms.Te
         kernel, kernel_bias, cell_norm, cell_norm_bias,
     ):  # fmt: skip
         hidden = layer_norm(x, scale, shift, MODULATED_EPS)
-        q = linear(hidden, query, query_bias)
-        if query_norm is not None:
-            q = pad(layer_norm(q, query_norm, query_norm_bias, NORM_EPS))
-        k, v = keys_values(
-            hidden, key, key_bias, value, value_bias, key_norm, key_norm_bias,
-            kernel, kernel_bias, cell_norm, cell_norm_bias,
-        )  # fmt: skip
-        x = addcmul(x, gate, linear(attention_of_rows(q, k, v, None), out, out_bias))
+        if query is None:  # the identity
+            attended = linear(hidden, value, value_bias)
+        else:
+            q = linear(hidden, query, query_bias)
+            if query_norm is not None:
+                q = pad(layer_norm(q, query_norm, query_norm_bias, NORM_EPS))
+            k, v = keys_values(
+                hidden, key, key_bias, value, value_bias, key_norm, key_norm_bias,
+                kernel, kernel_bias, cell_norm, cell_norm_bias,
+            )  # fmt: skip
+            attended = attention_of_rows(q, k, v, None)
+        x = addcmul(x, gate, linear(attended, out, out_bias))
         q = linear(x, caption_query, caption_query_bias)
         x = x + linear(attention_of_rows(q, caption_key, caption_value, mask), caption_out, caption_out_bias)
         hidden = layer_norm(x, mlp_scale, mlp_shift, MODULATED_EPS)

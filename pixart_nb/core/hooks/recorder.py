@@ -118,7 +118,7 @@ class Recorder(Hook):
         if self.limit is None:
             if self.folder is not None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            free = memory.available() if self.folder is None else shutil.disk_usage(self.folder).free
+            free = memory.available_on_host() if self.folder is None else shutil.disk_usage(self.folder).free
             self.limit = int(free * FREE_SHARE)
         parts = f"{len(t.names)} layers x {count} steps x {len(self.rows)} of {run.batch} rows, {len(t.heads)} heads"
         need = (

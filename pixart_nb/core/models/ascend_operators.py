@@ -33,7 +33,7 @@ def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
 
 
 def addcmul(x: ms.Tensor, gate: ms.Tensor, y: ms.Tensor) -> ms.Tensor:
-    """Return ``x + gate y``: AddcmulExt."""
+    """Return ``x + gate y``, of the shape of ``gate y``: AddcmulExt."""
     return mint.addcmul(x, gate, y)
 
 

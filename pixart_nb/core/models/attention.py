@@ -137,6 +137,16 @@ def _chunks(layer: nn.Cell) -> int:
     return TRAINING_CHUNKS if layer.training else 1
 
 
+class IdentityAttention:
+    """Hook point of a self-attention in which each token attends to itself alone."""
+
+    def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
+        return x
+
+    def __call__(self, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
+        return v
+
+
 class SelfAttention(nn.Cell):
     """Self-attention with optional query-key norm and KV token compression (PixArt-Sigma, section 3.2).
 

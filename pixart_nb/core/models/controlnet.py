@@ -144,24 +144,27 @@ class Controlled:
         """Hooks of the transformer."""
         return self.net.hook_manager
 
-    def denoiser(self, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None) -> ControlledDenoiser:
-        """Return the denoising step of a run (see ``fast.denoiser``)."""
-        return ControlledDenoiser(self, caption, mask)
+    def repeated(self, batch: int) -> ms.Tensor:
+        """Return the condition of each row of a batch (B, C, H, W), which may have rows without a prompt too."""
+        return mint.tile(self.control, (batch // self.control.shape[0], 1, 1, 1))
 
 
-class ControlledDenoiser:
-    """Denoising steps of a transformer with a ControlNet, by its layers themselves. **Not run on Ascend.**"""
+class LayerDenoiser:
+    """Denoising steps of a run by the layers of the networks themselves (see ``fast.denoiser``)."""
 
-    def __init__(self, model: Controlled, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+    def __init__(self, model: PixArt | Controlled, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
-        self.model, self.mask, self.keys_values = model, mask, model.net.caption_keys_values(caption)
+        self.controlled = None if isinstance(model, PixArt) else model
+        self.net = model if isinstance(model, PixArt) else model.net
+        self.mask, self.keys_values = mask, self.net.caption_keys_values(caption)
 
     def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
         """latents (B, C, H, W) -> (B, out_channels, H, W)."""
-        model, (batch, _, height, width) = self.model, latents.shape
-        base, scale = model.net.base_model, model.scale_at(timestep)
-        control = mint.tile(model.control, (batch // model.control.shape[0], 1, 1, 1)) if scale else None
+        net, (batch, _, height, width), control = self.net, latents.shape, ()
+        base = net if self.controlled is None else net.base_model
+        if self.controlled is not None and (scale := self.controlled.scale_at(timestep)):
+            control = self.controlled.repeated(batch), scale
         timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
         positions, micro = base.positions(height, width), base.micro_conditions(latents)
-        return model.net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro, control, scale)
+        return net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro, *control)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 from mindspore import mint, ops
@@ -17,6 +17,7 @@ from mindspore import mint, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.operators import check_finite
 
@@ -104,9 +105,12 @@ class TileMap:
         statistics = [SharedStatistics(cores) for _ in self.norms]
         with norm_statistics(self.norms, statistics):
             self.function(ms.Tensor(np.concatenate([self._cut(x, *window) for window in windows])))
-        return [shared.values() for shared in statistics]
+        used = [shared.values() for shared in statistics if shared.mean is not None]
+        ends = np.cumsum([values.shape[1] for values in used])[:-1]
+        arrays = iter(np.split(mint.cat(used, 1).asnumpy(), ends, 1))  # one read from the device
+        return [None if shared.mean is None else np.ascontiguousarray(next(arrays)) for shared in statistics]
 
-    def _windows(self, x: np.ndarray) -> tuple[list[tuple[slice, slice]], list[tuple]]:
+    def _windows(self, x: np.ndarray) -> tuple[list[tuple[slice, slice]], tuple[tuple, ...]]:
         """Return windows from all over x for measuring statistics, and the core of each, in fractions of it."""
         fine = max(self.upscale, self.downscale)
         side, limit = sample_windows(self.tile, fine, self.channels)
@@ -116,7 +120,7 @@ class TileMap:
         down_cores, across_cores = axis_cores(down), axis_cores(across)
         return (
             [(down[row], across[column]) for row, column in chosen],
-            [(down_cores[row], across_cores[column]) for row, column in chosen],
+            tuple((down_cores[row], across_cores[column]) for row, column in chosen),
         )
 
     def _cut(self, x: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
@@ -210,55 +214,69 @@ class SharedStatistics:
     ``cores`` are, for every image of that batch, the fractions of its rows and columns that count.
     """
 
-    def __init__(self, cores: Sequence[tuple], values: np.ndarray | None = None):
+    def __init__(self, cores: tuple[tuple, ...], values: np.ndarray | None = None):
         self.cores = cores
         self.mean, self.variance = (None, None) if values is None else map(ms.Tensor, values)
         self.scale = self.shift = None  # of the normalization on Ascend
 
-    def values(self) -> np.ndarray | None:
-        """Return mean and variance of every channel, (2, C) float32; None if nothing was normalized."""
-        if self.mean is None:
-            return None
-        return mint.cat((self.mean, self.variance)).asnumpy().reshape(2, -1)
+    def values(self) -> ms.Tensor:
+        """Return mean and variance of every channel, (2, C) float32."""
+        return mint.cat((self.mean, self.variance)).reshape(2, -1)
 
     def normalize(self, norm: GroupNorm, x: ms.Tensor) -> ms.Tensor:
         """Group normalization of x (N, C, H, W) by the shared statistics."""
-        wide = x.astype(ms.float32)
+        wide = x if x.dtype == ms.float32 else x.astype(ms.float32)
         if self.mean is None:
-            mean, variance = (self._measured_on_device if backend.on_ascend() else self._measured)(wide, norm.groups)
-            self.mean, self.variance = (values.reshape(-1) for values in (mean, variance))
+            measure = _measured_on_device if backend.on_ascend() else _measured
+            self.mean, self.variance = measure(wide, norm.groups, self.cores)
         if backend.on_ascend():  # its batch normalization has no aclnn kernel
             if self.scale is None:
                 scale = norm.weight.astype(ms.float32) * mint.rsqrt(self.variance + norm.eps)
                 shift = norm.bias.astype(ms.float32) - self.mean * scale
                 self.scale, self.shift = (values.reshape(1, -1, 1, 1) for values in (scale, shift))
-            return (wide * self.scale + self.shift).astype(x.dtype)
-        weight, bias = norm.weight.astype(ms.float32), norm.bias.astype(ms.float32)
-        batch_norm = ops.BatchNorm(is_training=False, epsilon=norm.eps)
-        return batch_norm(wide, weight, bias, self.mean, self.variance)[0].astype(x.dtype)
+            normalized = ascend_operators.addcmul(self.shift, wide, self.scale)
+        else:
+            weight, bias = norm.weight.astype(ms.float32), norm.bias.astype(ms.float32)
+            batch_norm = ops.BatchNorm(is_training=False, epsilon=norm.eps)
+            normalized = batch_norm(wide, weight, bias, self.mean, self.variance)[0]
+        return normalized if x.dtype == ms.float32 else normalized.astype(x.dtype)
 
-    def _cells(self, x: Any, groups: int) -> Iterator[Any]:
-        """Yield the cells of each image of x (N, C, H, W) that count, (groups, cells): views of an array or tensor."""
-        for index, core in zip(range(x.shape[0]), self.cores, strict=True):
-            rows, columns = (slice(*(round(f * n) for f in span)) for span, n in zip(core, x.shape[2:], strict=True))
-            yield x[index, :, rows, columns].reshape(groups, -1)
 
-    def _measured(self, wide: ms.Tensor, groups: int) -> tuple[ms.Tensor, ms.Tensor]:
-        """Return mean and variance of every channel."""
-        sums, squares, count = np.zeros(groups), np.zeros(groups), 0
-        for cells in self._cells(wide.asnumpy(), groups):
-            sums += cells.sum(1, dtype=np.float64)
-            squares += np.einsum("gi,gi->g", cells, cells, dtype=np.float64)
-            count += cells.shape[1]
-        mean = sums / count
-        variance = np.maximum(squares / count - mean**2, 0)
-        repeats = wide.shape[1] // groups
-        return tuple(ms.Tensor(np.repeat(value, repeats).astype(np.float32)) for value in (mean, variance))
+def _core_slices(core: tuple, height: int, width: int) -> tuple[slice, slice]:
+    """Return the rows and columns of an image that count."""
+    rows, columns = (slice(*(round(f * n) for f in span)) for span, n in zip(core, (height, width), strict=True))
+    return rows, columns
 
-    def _measured_on_device(self, wide: ms.Tensor, groups: int) -> tuple[ms.Tensor, ms.Tensor]:
-        """Return mean and variance of every channel without reading the activations. **Not run on Ascend.**"""
-        cells = mint.cat(list(self._cells(wide, groups)), 1)
-        mean = mint.mean(cells, 1, True)
-        distance = cells - mean
-        variance = mint.mean(distance * distance, 1, True)
-        return tuple(mint.tile(value, (1, wide.shape[1] // groups)) for value in (mean, variance))
+
+def _measured(x: ms.Tensor, groups: int, cores: tuple[tuple, ...]) -> tuple[ms.Tensor, ms.Tensor]:
+    """Return mean and variance of every channel of x (N, C, H, W), over the groups and cores, summed in float64."""
+    sums, squares, count = np.zeros(groups), np.zeros(groups), 0
+    for image, core in zip(x.asnumpy(), cores, strict=True):
+        cells = image[(..., *_core_slices(core, *x.shape[2:]))].reshape(groups, -1)
+        sums += cells.sum(1, dtype=np.float64)
+        squares += np.einsum("gi,gi->g", cells, cells, dtype=np.float64)
+        count += cells.shape[1]
+    mean = sums / count
+    variance = np.maximum(squares / count - mean**2, 0)
+    repeats = x.shape[1] // groups
+    return tuple(ms.Tensor(np.repeat(value, repeats).astype(np.float32)) for value in (mean, variance))
+
+
+def _measured_on_device(x: ms.Tensor, groups: int, cores: tuple[tuple, ...]) -> tuple[ms.Tensor, ms.Tensor]:
+    """Compute ``_measured`` without reading the activations, in float32. **Not run on Ascend.**"""
+    count, channels, height, width = x.shape
+    cells, weights = x.reshape(count, groups, -1, height, width), _core_weights(cores, height, width)
+    weights = weights * (groups / channels)
+    mean = mint.sum(cells * weights, (0, 2, 3, 4), True)
+    distance = cells - mean
+    variance = mint.sum(distance * distance * weights, (0, 2, 3, 4), True)
+    return tuple(mint.tile(v.reshape(groups, 1), (1, channels // groups)).reshape(-1) for v in (mean, variance))
+
+
+@lru_cache(maxsize=8)
+def _core_weights(cores: tuple[tuple, ...], height: int, width: int) -> ms.Tensor:
+    """Return the weight of every cell in a mean over the cores: (N, 1, 1, H, W)."""
+    weights = np.zeros((len(cores), 1, 1, height, width), np.float32)
+    for image, core in zip(weights, cores, strict=True):
+        image[(..., *_core_slices(core, height, width))] = 1
+    return ms.Tensor(weights / weights.sum())

@@ -11,6 +11,7 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import denoiser
+from pixart_nb.core.models.attention import IdentityAttention
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.samplers import Predict, Prediction
@@ -61,7 +62,8 @@ def guided_model(
     if perturbation is None:
         return denoiser(net, caption, mask, batch, finish)
     first = denoiser(net, caption, mask, batch, split)
-    second = denoiser(net, condition.prompt_embeds, condition.prompt_attention_mask, ms.Tensor)
+    with identity_attention(net, perturbation.layers):
+        second = denoiser(net, condition.prompt_embeds, condition.prompt_attention_mask, ms.Tensor)
 
     def predict(latents: np.ndarray, timestep: float) -> Prediction:
         unconditional, conditional, variance = first(latents, timestep)
@@ -117,16 +119,6 @@ def perturbed_layers(net: PixArt, names: Sequence[str]) -> tuple[int, ...]:
             )
         layers |= matching
     return tuple(sorted(layers))
-
-
-class IdentityAttention:
-    """Hook point of a self-attention in which each token attends to itself alone."""
-
-    def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
-        return x
-
-    def __call__(self, q: ms.Tensor, k: ms.Tensor, v: ms.Tensor, mask: ms.Tensor | None) -> ms.Tensor:
-        return v
 
 
 class _NoHooks:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from mindspore import ops
+from mindspore import mint, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
@@ -55,7 +55,10 @@ class Workers:
         if self.size == 1:
             return dict(tensors)
         shared = {name: tensor for name, tensor in tensors.items() if owner[name] != ALL}
-        parts = [tensor if owner[name] == self.rank else ops.zeros_like(tensor) for name, tensor in shared.items()]
+        parts = [
+            tensor if owner[name] == self.rank else mint.zeros(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in shared.items()
+        ]
         return dict(tensors) | dict(zip(shared, self.sum(parts) if parts else [], strict=True))
 
 

@@ -164,7 +164,7 @@ class CAME(Optimizer):
         for name, parameter in self.parameters.items():
             step = self._step(name, gradients[name])
             kept = parameter * (1 - self.weight_decay * rate) if self.weight_decay else parameter
-            ops.assign(parameter, kept - step * rate)  # methods such as sub_ do nothing on the CPU
+            parameter.copy_(kept - step * rate)  # methods such as sub_ do nothing on the CPU
 
     def _step(self, name: str, gradient: ms.Tensor) -> ms.Tensor:
         first, second, third = self.betas
@@ -192,14 +192,14 @@ class CAME(Optimizer):
         row, column = (self.groups[f"exp_avg_{part}_{axis}"][name] for axis in ("row", "col"))
         _blend(row, row_means.reshape(row.shape), beta)
         _blend(column, column_means.reshape(column.shape), beta)
-        share = row / row.mean(-1, keep_dims=True)
+        share = row / mint.mean(row, -1, True)
         left = ops.rsqrt(share).reshape(count, rows, 1)
         return _batch_matmul(left, ops.rsqrt(column).reshape(count, 1, columns)).reshape(values.shape)
 
 
 def _blend(average: ms.Parameter, values: ms.Tensor, beta: float) -> ms.Parameter:
     """Move a running average towards values, in place."""
-    ops.assign(average, average * beta + values * (1 - beta))
+    average.copy_(average * beta + values * (1 - beta))
     return average
 
 
@@ -233,7 +233,7 @@ class EMA:
         self.updates += 1
         share = float(np.float32(1 - min(self.rate, (1 + self.updates) / (10 + self.updates))))
         for name, average in self.averages.items():
-            ops.assign(average, average + (self.parameters[name] - average) * share)
+            average.copy_(average + (self.parameters[name] - average) * share)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return copies of the averages."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms, pin_threads
@@ -247,9 +247,9 @@ class Trainer:
         for name, master in self.masters.items():
             value, parameter = values[name], self.parameters[name]
             if value is not master:
-                ops.assign(master, value if isinstance(value, ms.Tensor) else ms.Tensor(value))
+                master.copy_(value if isinstance(value, ms.Tensor) else ms.Tensor(value))
             if parameter is not master:
-                ops.assign(parameter, master.astype(parameter.dtype))
+                parameter.copy_(master)
 
     # ---- weights and state
 
@@ -262,7 +262,7 @@ class Trainer:
         kept = {name: np.array(master.asnumpy()) for name, master in self.masters.items()}
         try:
             for name, average in self.ema.averages.items():
-                ops.assign(self.parameters[name], average.astype(self.parameters[name].dtype))
+                self.parameters[name].copy_(average)
             yield
         finally:
             with on_signal(self.request_stop):  # a second interrupt must not leave averages behind
@@ -325,7 +325,7 @@ class Trainer:
         self._assign({name: state.tensors[f"model/{name}"] for name in self.masters})
         if self.ema:
             for name, average in self.ema.averages.items():
-                ops.assign(average, ms.Tensor(state.tensors[f"ema/{name}"]))
+                average.copy_(ms.Tensor(state.tensors[f"ema/{name}"]))
             self.ema.updates = self.optimizer.updates
         self.scale.value = float(metadata.get("loss_scale", self.scale.value))
         self.scale.good = int(metadata.get("good_updates", 0))

@@ -9,14 +9,16 @@ from reference_data import FORWARD, OFFICIAL, TRAJECTORY, diffusers, official, r
 from small_networks import PUBLISHED
 
 from benchmarks.ascend_stand_ins import STAND_INS, ContractError, ascend
-from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPAGPipeline, PixArtSigmaPipeline
-from pixart_nb.core import PixArtConfig, backend, load_transformer
+from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
+from pixart_nb.core import PixArtConfig, PixArtControlNet, ablate_heads, backend, load_transformer, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.fast.ascend import block_function
+from pixart_nb.core.models.controlnet import Controlled
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.run_plan import RunSettings, plan_run, process_memory
+from pixart_nb.core.sampling.guidance import identity_attention
 from pixart_nb.core.sampling.planning import memory_limit
 
 SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
@@ -67,6 +69,58 @@ def test_every_variant_gives_the_numbers_of_the_cpu(changes, flash):
     expected = step(net, *arguments)
     with ascend(flash_in_float32=flash):
         assert relative_error(step(net, *arguments), expected) < CLOSE
+
+
+@FLASH
+@VARIANTS
+def test_blocks_whose_self_attention_is_the_identity_give_the_numbers_of_the_cpu(changes, flash):
+    net, (latents, caption, mask) = small_net(**changes), inputs()
+
+    def perturbed():
+        with identity_attention(net, [1]):
+            return denoiser(net, caption, mask)(latents, 811.0).asnumpy()
+
+    expected = perturbed()
+    assert relative_error(step(net, latents, caption, mask), expected) > 1e-2
+    with ascend(flash_in_float32=flash):
+        assert relative_error(perturbed(), expected) < CLOSE
+
+
+def controlled(**changes) -> Controlled:
+    """Three blocks with copies of the first two that add something, until timestep 500."""
+    net = PixArtControlNet.from_transformer(small_net(depth=3, **changes), 2)
+    for parameter in net.controlnet.get_parameters():
+        values = 0.2 * np.random.default_rng(5).standard_normal(parameter.shape)
+        parameter.set_data(parameter + ms.Tensor(values.astype(np.float32)))
+    control = np.random.default_rng(6).standard_normal((1, 4, 12, 20)).astype(np.float32)
+    return Controlled(net, ms.Tensor(control), np.array([999, 500]), np.array([0.7, 0.0]))
+
+
+@FLASH
+@VARIANTS
+def test_a_controlnet_gives_the_numbers_of_the_cpu(changes, flash):
+    model, arguments = controlled(**changes), inputs()
+    expected = [step(model, *arguments, timestep) for timestep in (999.0, 400.0)]
+    assert relative_error(step(model.net.base_model, *arguments, 999.0), expected[0]) > 1e-2
+    with ascend(flash_in_float32=flash):
+        for timestep, out in zip((999.0, 400.0), expected, strict=True):
+            assert relative_error(step(model, *arguments, timestep), out) < CLOSE
+
+
+@FLASH
+def test_hooks_read_and_change_what_they_do_on_the_cpu(flash):
+    compression = dict(sampling="conv", scale_factor=2, kv_compress_layer=[1])
+    net, arguments = small_net(kv_compress_config=compression), inputs()
+
+    def changed():
+        with ablate_heads(net, layers=1, heads=0), trace(net, announce=None) as traced:
+            return step(net, *arguments), traced.rows("blocks.0.cross_attn", 0, None)
+
+    expected = changed()
+    assert relative_error(step(net, *arguments), expected[0]) > 1e-2
+    with ascend(flash_in_float32=flash):
+        for ours, theirs in zip(changed(), expected, strict=True):
+            assert relative_error(ours, theirs) < CLOSE
 
 
 @VARIANTS
@@ -154,19 +208,6 @@ def test_whole_pipelines_give_the_numbers_of_diffusers(name, flash):
         encoded = pipe.vae.encode(ms.Tensor(golden["vae_in"]))[0]
         assert relative_error(encoded.mean.asnumpy(), golden["vae_mean"]) < FORWARD
         assert relative_error(encoded.logvar.asnumpy(), golden["vae_logvar"]) < FORWARD
-
-
-def test_perturbed_attention_guidance_is_that_of_the_cpu():
-    pipe = PixArtSigmaPAGPipeline.from_pretrained(diffusers("sigma")[0], pag_applied_layers=["blocks.1"])
-    arguments = dict(height=64, width=64, num_inference_steps=2, pag_scale=3.0)
-
-    def latents():
-        *_, last = pipe.sample("a red mushroom", generator=np.random.default_rng(0), **arguments)
-        return last.latents
-
-    expected = latents()
-    with ascend(flash_in_float32=True):
-        assert relative_error(latents(), expected) < 1e-4
 
 
 @pytest.mark.parametrize("tile", [0, 64])
@@ -261,6 +302,12 @@ def test_one_graph_serves_all_blocks_of_a_size_and_captions_of_all_lengths(compi
     assert len(compilations) == 3
 
 
+def test_copies_of_a_controlnet_run_as_the_graph_of_their_blocks(compilations):
+    with ascend():
+        step(controlled(), *inputs(), 999.0)
+    assert len(compilations) == 1
+
+
 def test_compressed_blocks_are_a_second_graph(compilations):
     net = small_net(depth=4, kv_compress_config=dict(sampling="conv", scale_factor=2, kv_compress_layer=[2, 3]))
     with ascend():
@@ -283,7 +330,7 @@ HALF, FLOAT = np.float16, np.float32
         ("flash_attention_score", [(1, 4, 64)] * 3, HALF, (2, np.zeros((1, 4), np.uint8), 0.1, "BSH"), "mask"),
         ("flash_attention_score", [(1, 4, 64)] * 3, HALF, (2, np.ones((1, 1, 4, 4), np.uint8), 0.1, "BSH"), "discards"),
         ("layer_norm", [(2, 8), (4,), (4,)], HALF, (1e-6,), "weight"),
-        ("addcmul", [(8,), (2, 8), (2, 8)], FLOAT, (), "2"),
+        ("addcmul", [(2, 8), (8,), (8,)], FLOAT, (), "2"),
         ("conv2d", [(1, 6, 4, 4), (6, 2, 2, 2), (6,)], FLOAT, (2, 0, 6), "by"),
     ],
 )  # fmt: skip

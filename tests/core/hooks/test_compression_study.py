@@ -128,7 +128,7 @@ def test_the_trace_of_a_study_keeps_as_many_steps_as_fit(pipe, study, monkeypatc
     assert study.trace.steps == [0, 1, 2]
     assert study.trace.words() == ["a", "red", "cup", "</s>"]
     other = CompressionStudy(pipe, "a red cup", 5, **SIZE)
-    monkeypatch.setattr(memory, "available", lambda: int(1.5 * study.trace.nbytes))
+    monkeypatch.setattr(memory, "available_on_host", lambda: int(1.5 * study.trace.nbytes))
     assert other.trace.steps in ([0], [0, 2])
 
 

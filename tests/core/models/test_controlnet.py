@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from devices import DEVICES
 from mindspore import ops
 from reference_data import FORWARD, REFERENCE, relative_error
 from safetensors.numpy import save_file
@@ -13,6 +14,8 @@ from pixart_nb.core import PixArtConfig, PixArtControlNet, load_controlnet
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.fast import denoiser
+from pixart_nb.core.models.controlnet import Controlled
 
 CASES = sorted(path.name for path in (REFERENCE / "control").iterdir())
 COMPRESSED = {"kv_compress_config": {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [0, 1]}}
@@ -33,14 +36,32 @@ def small_control(**changes) -> PixArtControlNet:
     return net
 
 
+@DEVICES
 @pytest.mark.parametrize("case", CASES)
-def test_a_forward_pass_equals_the_official_one_with_and_without_control(case):
+def test_a_forward_pass_equals_the_official_one_with_and_without_control(case, device):
     path, config, arrays = reference(case)
     net = load_controlnet(path, config)
     given = [ms.Tensor(arrays[name]) for name in ("latents", "timestep", "caption", "mask")]
-    assert relative_error(net(*given, control=ms.Tensor(arrays["control"])).asnumpy(), arrays["output"]) < FORWARD
-    assert relative_error(net(*given).asnumpy(), arrays["output_without_control"]) < FORWARD
+    with device():
+        assert relative_error(net(*given, control=ms.Tensor(arrays["control"])).asnumpy(), arrays["output"]) < FORWARD
+        assert relative_error(net(*given).asnumpy(), arrays["output_without_control"]) < FORWARD
     assert relative_error(arrays["output"], arrays["output_without_control"]) > 10 * FORWARD
+
+
+@DEVICES
+@pytest.mark.parametrize("case", CASES)
+def test_a_denoising_step_equals_the_official_forward_pass(case, device):
+    """Each row by itself, as a step has one timestep."""
+    path, config, arrays = reference(case)
+    net = load_controlnet(path, config)
+    outputs = {"output": 1.0, "output_without_control": 0.0}
+    for row, timestep in enumerate(arrays["timestep"].astype(float)):
+        latents, caption, mask, control = (arrays[n][row : row + 1] for n in ("latents", "caption", "mask", "control"))
+        for name, scale in outputs.items():
+            model = Controlled(net, ms.Tensor(control), np.array([timestep]), np.array([scale]))
+            with device():
+                out = denoiser(model, ms.Tensor(caption), mask)(ms.Tensor(latents), timestep)
+            assert relative_error(out.asnumpy(), arrays[name][row : row + 1]) < FORWARD
 
 
 @pytest.mark.parametrize("changes", [{}, COMPRESSED, {"micro_condition": True}])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from devices import DEVICES
 from PIL import Image
 from reference_data import TRAJECTORY, diffusers, relative_error
 
@@ -33,22 +34,24 @@ def drawn(pipe, **call):
     return pipe("a cup", generator=np.random.default_rng(0), **SHORT | call)[0]
 
 
+@DEVICES
 @pytest.mark.parametrize("name", CASES)
-def test_trajectories_of_diffusers_are_met(pipe, name):
+def test_trajectories_of_diffusers_are_met(pipe, name, device):
     layers, guidance_scale, pag_scale = CASES[name]
     pipe.set_pag_applied_layers(layers)
     same = ("negative_prompt", "height", "width", "max_sequence_length", "clean_caption", "use_resolution_binning")
     latents = []
-    pipe(
-        CALL["prompts"],
-        num_inference_steps=CALL["steps"],
-        latents=GOLDEN["latents"],
-        guidance_scale=guidance_scale,
-        pag_scale=pag_scale,
-        output_type="latent",
-        callback=lambda index, timestep, x: latents.append(x.copy()),
-        **{key: CALL[key] for key in same},
-    )
+    with device():
+        pipe(
+            CALL["prompts"],
+            num_inference_steps=CALL["steps"],
+            latents=GOLDEN["latents"],
+            guidance_scale=guidance_scale,
+            pag_scale=pag_scale,
+            output_type="latent",
+            callback=lambda index, timestep, x: latents.append(x.copy()),
+            **{key: CALL[key] for key in same},
+        )
     reference = np.load(FOLDER / "pag.npz")[f"{name}/trajectory"]
     assert relative_error(np.stack(latents), reference) < TRAJECTORY / 50
 

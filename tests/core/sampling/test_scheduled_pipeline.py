@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from devices import DEVICES
 from reference_data import TRAJECTORY, diffusers, relative_error
 
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -76,11 +77,13 @@ def records(pipe, **call):
 # ---- the reference's numbers
 
 
+@DEVICES
 @pytest.mark.parametrize("golden_name", GOLDEN_NAMES)
-def test_trajectories_of_diffusers_are_met(reference, golden_name):
+def test_trajectories_of_diffusers_are_met(reference, golden_name, device):
     pipe, call, golden = reference
     pipe.scheduler = GOLDEN_NAMES[golden_name]
-    steps = records(pipe, **call)
+    with device():
+        steps = records(pipe, **call)
     assert [step.timestep for step in steps] == golden[f"{golden_name}/timesteps"].tolist()
     error = relative_error(np.stack([step.latents for step in steps]), golden[f"{golden_name}/trajectory"])
     assert error < TRAJECTORY / 50  # 1e-6 to 5e-6 when this was written
@@ -100,8 +103,9 @@ class Recorded:
         return self.arrays.pop(0)
 
 
+@DEVICES
 @pytest.mark.parametrize("name", CASES["schedulers"])
-def test_every_scheduler_of_diffusers_is_met_with_its_timesteps_and_noise(name):
+def test_every_scheduler_of_diffusers_is_met_with_its_timesteps_and_noise(name, device):
     folder, call, golden = diffusers("sigma")
     reference = {key: array for key, array in np.load(folder / "schedulers.npz").items() if key.startswith(f"{name}/")}
     pipe = sigma_pipeline()
@@ -120,7 +124,8 @@ def test_every_scheduler_of_diffusers_is_met_with_its_timesteps_and_noise(name):
         wrap_predict=seen,
         **{key: call[key] for key in same},
     )
-    latents = np.stack([step.latents for step in list(steps)[1:]])
+    with device():
+        latents = np.stack([step.latents for step in list(steps)[1:]])
     assert relative_error(latents, reference[f"{name}/trajectory"]) < TRAJECTORY / 50
     assert timesteps == pytest.approx(reference[f"{name}/timesteps"].tolist(), abs=5e-3)
     assert not generator.arrays
