@@ -1,5 +1,10 @@
 """Every command that computes names its device in one line, and refuses one that it cannot have."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -41,6 +46,31 @@ def test_a_device_target_without_its_device_is_one_sentence(stderr):
     lines = stderr("sample", "--device_target", "Ascend").splitlines()
     assert len(lines) == 1
     assert "pixart-nb: device_target is Ascend, but MindSpore was started on CPU" in lines[0]
+
+
+def test_a_device_target_of_a_file_without_its_device_is_one_sentence_in_a_new_process(tmp_path, project):
+    published = (project / "configs/inference/tiny.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(f"{published}\ndevice_target: Ascend\n")
+    command = [Path(sys.executable).with_name("pixart-nb"), "sample", "-c", tmp_path / "config.yaml"]
+    environment = {name: value for name, value in os.environ.items() if name != "PIXART_NB_DEVICE"}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("pixart-nb: device Ascend cannot be opened: Unsupported device target Ascend. Run `source ")
+
+
+def test_bfloat16_is_named_as_such_where_the_processor_computes_it(stderr, monkeypatch):
+    monkeypatch.setattr(low_precision, "unsupported", lambda: "")
+    assert "Device: CPU, bf16, MindSpore" in stderr("sample", "--dtype", "bf16")
+    training = stderr("train", "-c", "configs/train/tiny.yaml", "--dtype", "bf16")  # bfloat16 has no gradient there
+    assert "Device: CPU, bf16 computed in fp32, MindSpore" in training
+
+
+def test_a_device_before_a2_is_refused_by_a_command_in_one_sentence(stderr, monkeypatch):
+    monkeypatch.setattr(backend.ms.hal, "get_device_name", lambda number: "Ascend910A")
+    with ascend():
+        (line,) = stderr("sample").splitlines()
+    assert line.startswith("pixart-nb: Ascend910A is not supported: flash attention needs Atlas A2")
 
 
 def test_mode_0_compiles_the_blocks(stderr):

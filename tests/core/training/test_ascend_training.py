@@ -17,6 +17,7 @@ from pixart_nb.core.training.distributed import Workers
 from pixart_nb.core.training.loss import NAMES, diffusion_loss
 from pixart_nb.core.training.optimizers import CAME, EMA, AdamW
 from pixart_nb.core.training.options import check_overflow_mode
+from pixart_nb.core.training.run import Training
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 
 NET = PixArtConfig(hidden_size=32, num_heads=2, depth=1, caption_channels=6, input_size=8)
@@ -145,10 +146,10 @@ def test_an_overflow_that_shows_is_accepted(monkeypatch, ascend, mode, dtype):
     check_overflow_mode(SimpleNamespace(dtype=dtype))
 
 
-def test_float16_in_saturation_mode_is_refused(monkeypatch, ascend):
+def test_a_training_in_float16_in_saturation_mode_is_refused_before_anything_is_loaded(monkeypatch, ascend):
     monkeypatch.setenv("MS_ASCEND_CHECK_OVERFLOW_MODE", "SATURATION_MODE")
     with pytest.raises(ConfigError, match="Set it to INFNAN_MODE, or train in bf16"):
-        check_overflow_mode(SimpleNamespace(dtype="fp16"))
+        Training(SimpleNamespace(dtype="fp16", use_parallel=False, output_path="unused"))
 
 
 def test_a_step_of_two_workers_takes_at_most_eight_collectives(tmp_path, monkeypatch):
