@@ -65,12 +65,15 @@ def train(dtype: str, *options: str) -> None:
 
 
 def infer(dtype: str, operator: str) -> None:
-    """Compile a block of the inference path, with weights and caption as arguments."""
-    compressed = operator != "none"
+    """Compile a block of the inference path, with weights and caption as arguments.
+
+    ``operator`` is that of the KV compression, or none, or identity for perturbed attention.
+    """
+    compressed = operator not in ("none", "identity")
     net = network(ms.float16, operator if compressed else None)
     caption = ms.Tensor(np.zeros((2, 20, 144), np.float16))
     tensors = [ms.Tensor(np.zeros((2, 64, 144), np.float16)), *[ms.Tensor(np.zeros(144, np.float16))] * 6]
-    weights = block_tensors(net.blocks[1], caption, True)
+    weights = block_tensors(net.blocks[1], caption, True, operator == "identity")
     dtype = dtype_from_name(dtype)
     tensors, weights = ([x if x is None else x.astype(dtype) for x in part] for part in (tensors, weights))
     function = block_function(BlockOptions.of(net.config, 1, (8, 8), True), True)

@@ -131,6 +131,15 @@ from pixart_nb.core import backend
     assert "Ascend" not in chosen.stderr
 
 
+def test_convolutions_in_float32_are_not_rounded_on_ascend():
+    code = """
+import mindspore as ms
+ms.set_device = ms.device_context.ascend.op_precision.conv_allow_hf32 = print
+from pixart_nb.core import backend
+"""
+    assert started(code, PIXART_NB_DEVICE="Ascend").stdout == "Ascend\nFalse\n"
+
+
 def test_a_later_mindspore_on_a_cpu_is_named_as_slow():
     later = "import mindspore; mindspore.__version__ = '2.10.0'; from pixart_nb.core import backend"
     assert "MindSpore 2.10.0 computes convolutions about 70 times slower on the CPU than 2.8" in started(later).stderr

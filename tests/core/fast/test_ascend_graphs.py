@@ -37,7 +37,8 @@ def test_training_passes_the_front_end_in_every_dtype_with_recomputation_compres
 
 @pytest.mark.slow
 def test_a_block_of_the_inference_path_passes_the_front_end():
-    cases = [f"infer {dtype} {operator}" for dtype in ("fp16", "bf16") for operator in ("none", "conv", "mean", "ave")]
+    operators = "none", "conv", "mean", "ave", "identity"
+    cases = [f"infer {dtype} {operator}" for dtype in ("fp16", "bf16") for operator in operators]
     errors = messages(*cases)
     assert len(errors) == len(cases)
     for case, message in errors.items():

@@ -235,28 +235,43 @@ def test_a_lock_file_that_a_killed_writer_of_features_left_is_removed(config, fo
 # ---- conditions, memory, reports
 
 
-def test_micro_conditions_are_those_of_the_original_images(config, project, tmp_path):
-    """Height and width of the image, and the ratio as the published table rounds it (official ``InternalDataMS``)."""
-    sizes = [(300, 400), (520, 310), (256, 256)]
+SIZES = [(300, 400), (520, 310), (256, 256)]
+
+
+@pytest.fixture
+def three_sizes(project, tmp_path):
+    """Settings of a training of 256 x 256 on images of three shapes."""
     labels = []
-    for number, (height, width) in enumerate(sizes):
+    for number, (height, width) in enumerate(SIZES):
         Image.new("RGB", (width, height), (40 * number, 90, 20)).save(tmp_path / f"{number}.png")
         labels.append({"path": f"{number}.png", "prompt": "a cup"})
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     net = type(CONFIG)(**CONFIG.to_dict() | {"micro_condition": True, "input_size": 32, "pe_interpolation": 0.5})
     write_small_pipeline(tmp_path / "model", project, net)
-    data = {
+    return {
         "model": str(tmp_path / "model"),
         "json_path": str(tmp_path / "labels.json"),
         "image_dir": str(tmp_path),
         "feature_cache": "",
         "batch_size": 1,
     }
+
+
+def test_micro_conditions_are_those_of_the_original_images(config, three_sizes, tmp_path):
+    """Height and width of the image, and the ratio as the published table rounds it (official ``InternalDataMS``)."""
     for multi_scale, ratios in ((True, [0.72, 1.67, 1.0]), (False, [1.0, 1.0, 1.0])):
-        training = Training(config(tmp_path / "out", multi_scale=multi_scale, **data))
+        training = Training(config(tmp_path / "out", multi_scale=multi_scale, **three_sizes))
         micro = {training.sampler.batch(number)[1][0]: training.batches(number)[-1] for number in range(9)}
-        expected = [[*size, ratio] for size, ratio in zip(sizes, ratios, strict=True)]
+        expected = [[*size, ratio] for size, ratio in zip(SIZES, ratios, strict=True)]
         assert np.array_equal(np.concatenate([micro[i] for i in range(3)]), np.array(expected, np.float32))
+
+
+def test_a_training_says_how_many_graphs_it_will_compile(config, three_sizes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Training, "steps", lambda self, bar: iter(()))
+    monkeypatch.setattr(Training, "finish", lambda self: None)
+    for changes, several in (({"multi_scale": True}, True), ({}, False), ({"multi_scale": True, "mode": 1}, False)):
+        train(config(tmp_path / "out", **three_sizes | {"mode": 0} | changes))
+        assert ("3 training sizes: a graph is compiled for each" in capsys.readouterr().out) == several
 
 
 def test_networks_that_a_training_no_longer_needs_are_released(looked, config, tmp_path):
