@@ -37,9 +37,11 @@ COMPRESSIONS = {
 COPIES = 13
 #: Cases whose operators are listed one by one.
 OTHER_CASES = (
-    "T5 layers=1", "T5 layers=2", "VAE part=decoder", "VAE part=decoder dtype=float16", "VAE part=decoder tile=64",
-    "VAE part=encoder", "VAE part=encoder tile=64", "training depth=1 optimizer=adamw",
-    "training depth=2 optimizer=adamw", "training depth=1 optimizer=came", "denoise dtype=float32", "denoise traced=1",
+    "T5 layers=1", "T5 layers=2", "T5 layers=1 load=int8", "T5 layers=1 load=4bit",
+    "VAE part=decoder", "VAE part=decoder dtype=float16", "VAE part=decoder tile=64",
+    "VAE part=encoder", "VAE part=encoder tile=64",
+    "training depth=1 optimizer=adamw", "training depth=2 optimizer=adamw", "training depth=1 optimizer=came",
+    "denoise dtype=float32", "denoise traced=1",
 )  # fmt: skip
 #: Names in the log that are no kernel: views of a tensor, and conversions that call Cast.
 VIEWS = {

@@ -21,6 +21,8 @@ from benchmarks.ascend_stand_ins import STAND_INS, ascend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
+from pixart_nb.core.models.layers import Linear
+from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
@@ -121,11 +123,14 @@ def _denoise(
         yield
 
 
-def _encode_text(layers: int) -> Case:
-    t5 = T5Encoder(T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=layers))
-    t5.initialize(np.random.default_rng(0))
-    for parameter in t5.get_parameters():
-        parameter.set_dtype(ms.float16)
+def _encode_text(layers: int, load: str = "whole") -> Case:
+    linear = {"whole": Linear, "int8": Int8Linear, "4bit": NF4Linear}[load]
+    t5 = T5Encoder(T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=layers), linear)
+    for name, parameter in t5.parameters_and_names():
+        if "layer_norm" in name:
+            parameter.set_data(ms.Tensor(np.ones(parameter.shape, np.float32)))
+        if load == "whole":
+            parameter.set_dtype(ms.float16)
     yield
     t5(np.arange(40).reshape(2, 20), np.ones((2, 20), bool))
 

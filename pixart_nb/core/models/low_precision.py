@@ -21,6 +21,7 @@ from mindspore import nn
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.operators import linear
 
@@ -298,5 +299,14 @@ class NF4Linear(QuantizedLinear):
         return np.zeros((blocks, BLOCK // 2), np.uint8), np.zeros(blocks, np.float32)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        weight = dequantize_4bit(self.weight.asnumpy(), self.scale.asnumpy(), self.shape)
-        return linear(x.astype(ms.float32), ms.Tensor.from_numpy(weight))
+        if backend.on_ascend():
+            weight = self._dequantized_on_device()
+        else:
+            weight = ms.Tensor.from_numpy(dequantize_4bit(self.weight.asnumpy(), self.scale.asnumpy(), self.shape))
+        return linear(x.astype(ms.float32), weight)
+
+    def _dequantized_on_device(self) -> ms.Tensor:
+        """Compute ``dequantize_4bit`` without reading the weight. **Not run on Ascend.**"""
+        values = ascend_operators.embedding(ms.Tensor(_PAIRS), self.weight.astype(ms.int32)).reshape(-1, BLOCK)
+        values = (values * self.scale.reshape(-1, 1)).reshape(-1)
+        return values[: self.shape[0] * self.shape[1]].reshape(self.shape)

@@ -15,6 +15,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.fast.ascend import block_function
 from pixart_nb.core.models.controlnet import Controlled
+from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.run_plan import RunSettings, plan_run, process_memory
@@ -208,6 +209,16 @@ def test_whole_pipelines_give_the_numbers_of_diffusers(name, flash):
         encoded = pipe.vae.encode(ms.Tensor(golden["vae_in"]))[0]
         assert relative_error(encoded.mean.asnumpy(), golden["vae_mean"]) < FORWARD
         assert relative_error(encoded.logvar.asnumpy(), golden["vae_logvar"]) < FORWARD
+
+
+@pytest.mark.parametrize("linear", [Int8Linear, NF4Linear])
+def test_a_quantized_layer_gives_the_numbers_of_the_cpu(linear):
+    rng = np.random.default_rng(0)
+    layer, x = linear(40, 25), ms.Tensor(rng.standard_normal((3, 40)).astype(np.float32))
+    layer.take(rng.standard_normal((25, 40)).astype(np.float32))
+    expected = layer(x).asnumpy()
+    with ascend():
+        assert relative_error(layer(x).asnumpy(), expected) < 1e-6
 
 
 @pytest.mark.parametrize("tile", [0, 64])
