@@ -40,7 +40,8 @@ OTHER_CASES = (
     "T5 layers=1", "T5 layers=2", "T5 layers=1 load=int8", "T5 layers=1 load=4bit",
     "VAE part=decoder", "VAE part=decoder dtype=float16", "VAE part=decoder tile=64",
     "VAE part=encoder", "VAE part=encoder tile=64",
-    "training depth=1 optimizer=adamw", "training depth=2 optimizer=adamw", "training depth=1 optimizer=came",
+    "training depth=1", "training depth=2", "training optimizer=came", "training dtype=float32",
+    "training lora=1 dora=1",
     "denoise dtype=float32", "denoise traced=1",
 )  # fmt: skip
 #: Names in the log that are no kernel: views of a tensor, and conversions that call Cast.
@@ -49,7 +50,7 @@ VIEWS = {
 }  # fmt: skip
 CASTS = {"ToDtype"}
 #: Operators without an aclnn kernel, and why they stay.
-REASONS = {"StopGradient": "no kernel: it marks where a gradient ends, once in the loss"}
+REASONS = {"StopGradient": "no kernel: it marks where a gradient ends, once in the loss and for each matrix of a DoRA"}
 _LINE = re.compile(r"Run Pyboost_(\w+?) start|RunOp name: (\w+)|ProcessViewOp\] Start, op:(\w+)|^##(.*)")
 
 

@@ -20,6 +20,7 @@ from mindspore import nn, ops
 from benchmarks.ascend_stand_ins import STAND_INS, ascend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.hooks.recorder import trace
+from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear
@@ -149,12 +150,14 @@ def _autoencoder(part: str, tile: int = 0, dtype: str = "float32") -> Case:
         vae.encode(ms.Tensor(np.ones((1, 3, 128, 128), np.float32)))
 
 
-def _train(depth: int, optimizer: str) -> Case:
-    """The second step of a trainer: loss, gradients, clipping, update, averages."""
+def _train(depth: int = 1, optimizer: str = "adamw", dtype: str = "float16", lora: int = 0, dora: int = 0) -> Case:
+    """The second step of a trainer: loss, gradients, clipping, update, averages; of all weights or of a LoRA."""
     optimizers._fused_adamw = lambda *arguments: [mark("KERNEL AdamW"), mark("END")]  # not registered on a CPU
-    rng, net = np.random.default_rng(0), _small_net(depth)
-    net.set_train(True)
+    rng, net = np.random.default_rng(0), _small_net(depth, dtype=dtype)
     parameters = {k: p for k, p in net.parameters_and_names() if k != "y_embedder.y_embedding"}
+    if lora:
+        parameters = Adapters.of(net).add("style", LoraConfig(r=4, use_dora=bool(dora))).parameters()
+    net.set_train(True)
     x, caption = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 16, 16), (2, 20, 64)))
     mask, timesteps = np.arange(20)[None] < np.array([[20], [5]]), np.array([5.0, 7.0], np.float32)
     table, weights = coefficients(np.array([5, 7])), np.ones(2, np.float32)
@@ -164,7 +167,9 @@ def _train(depth: int, optimizer: str) -> Case:
         eps=(1e-30, 1e-16) if optimizer == "came" else 1e-8, loss_scale=1024.0, dynamic_loss_scale=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(diffusion_loss(net), parameters, lambda n: batch, options, folder, NAMES, dtype=ms.float16)
+        trainer = Trainer(
+            diffusion_loss(net), parameters, lambda n: batch, options, folder, NAMES, dtype=getattr(ms, dtype)
+        )
         with closing(trainer.steps()) as steps:
             next(steps)
             yield

@@ -50,7 +50,7 @@ def test_every_operator_on_the_old_path_has_a_reason_to_stay():
     assert tiles.count <= (9 + 1) * 1.5 * decoder.count  # nine tiles, and the windows of the statistics
     assert not {name for name in sections["denoise dtype=float32"].operators if name.startswith("FlashAttention")}
     assert all(len(sections[case].reads) == 1 for case in OTHER_CASES if case.startswith("T5"))
-    for case in ("training depth=1 optimizer=adamw", "training depth=1 optimizer=came"):
+    for case in (case for case in OTHER_CASES if case.startswith("training")):
         assert len(sections[case].reads) == 4  # three values of the loss, and the norm of the gradients
 
 

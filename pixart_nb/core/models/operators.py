@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from mindspore import nn, ops
+from mindspore import mint, nn, ops
 from mindspore.ops.operations._grad_ops import SigmoidGrad
 
 from pixart_nb.core import backend
@@ -32,7 +32,6 @@ _ones = ops.Ones()
 _tile = ops.Tile()
 _row_mean = ops.ReduceMean(keep_dims=True)
 _column_sum = ops.ReduceSum()
-_row_sum = ops.ReduceSum(keep_dims=True)
 
 #: A product of at most FEW_ROWS rows with a weight of at least LARGE_WEIGHT elements is computed as its transpose.
 FEW_ROWS, LARGE_WEIGHT = 64, 2**22
@@ -200,7 +199,8 @@ class _MaskedAttention(nn.Cell):
         return _weights(_concat((q, ones)), _concat((k, column)))
 
     def bprop(self, q, k, v, column, out, dout):
-        return *_attention_gradient(self.weights(q, k, column), q, k, v, out, dout), ops.zeros_like(column)
+        zeros = mint.zeros(column.shape, dtype=column.dtype)
+        return *_attention_gradient(self.weights(q, k, column), q, k, v, out, dout), zeros
 
 
 def _weights(q, k):
@@ -210,7 +210,7 @@ def _weights(q, k):
 def _attention_gradient(weights, q, k, v, out, dout):
     weights = weights.astype(v.dtype)
     batch, heads, queries, size = dout.shape
-    delta = _row_sum((dout * out).reshape(-1, size), 1).reshape(batch, heads, queries, 1)
+    delta = mint.sum((dout * out).reshape(-1, size), 1).reshape(batch, heads, queries, 1)
     ones = _ones((batch, heads, v.shape[2], 1), v.dtype)
     scores = weights * _scores(_concat((dout, -delta)), _concat((v, ones)))
     return _weighted_sum(scores, k), _batch_matmul_transposed(scores, q), _batch_matmul_transposed(weights, dout)
