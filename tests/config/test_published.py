@@ -47,7 +47,7 @@ RECIPE = {
 
 
 #: Configurations of the published models for trainings that mindone has none for.
-OWN = {f"pixart-sigma-1024-{name}" for name in ("controlnet",)}
+OWN = {f"pixart-sigma-1024-{name}" for name in ("controlnet", "lcm")}
 
 
 def shipped(project, folder):

@@ -12,7 +12,7 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.sampling.noise_schedule import LINEAR
-from pixart_nb.core.sampling.samplers import Prediction, StepSchedule, boundary_scalings, ddim
+from pixart_nb.core.sampling.samplers import Prediction, StepSchedule, boundary_scalings, ddim, image_generators
 from pixart_nb.core.sampling.schedulers import LCMScheduler
 from pixart_nb.core.training.consistency import consistency_loss, solver_steps
 from pixart_nb.core.training.loss import add_noise, clean_latents, coefficients
@@ -213,6 +213,42 @@ def test_a_distilled_lora_is_a_lora_file(config, tmp_path):
 def test_a_compiled_step_distils_as_an_eager_one(config, tmp_path, changes):
     eager, compiled = (losses(Training(config(tmp_path / str(m), mode=m, **changes)).steps()) for m in (1, 0))
     np.testing.assert_allclose(compiled, eager, rtol=1e-3)
+
+
+PROMPTS = [
+    "a red mushroom in a forest",
+    "a blue fish in the snow",
+    "an orange rocket on grass",
+    "a white cat on a beach",
+]
+
+
+def latents_of(pipe, steps, guidance):
+    """Latents of the prompts, from the same noise every time."""
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
+    return np.asarray(pipe(PROMPTS, generator=image_generators(0, range(4)), **options, height=128, width=128)[0])
+
+
+@pytest.mark.slow
+def test_a_short_distillation_brings_four_steps_closer_to_twenty_steps_of_the_teacher(config, project, tmp_path):
+    """The bundled model, with guidance; its own four steps are those of the scheduler, and those of DPM-Solver++."""
+    changes = {"model": str(project / "data/tiny-sigma"), "feature_cache": "", "w_min": 3.5, "w_max": 3.5}
+    changes |= {"json_path": str(project / "data/pixelart/labels.json"), "class_dropout_prob": 0.0, "auto_lr": ""}
+    changes |= {"steps": 40, "batch_size": 8, "start_learning_rate": 5e-4, "ema_rate": 0.9, "max_grad_norm": 1.0}
+    teacher = PixArtSigmaPipeline.from_pretrained(project / "data/tiny-sigma")
+    reference = latents_of(teacher, 20, 4.5)
+    student = PixArtSigmaPipeline.from_pretrained(train(config(tmp_path / "out", **changes)))
+
+    def error(latents):
+        return np.linalg.norm(latents - reference) / np.linalg.norm(reference)
+
+    before = [error(latents_of(teacher, 4, 4.5))]
+    teacher.scheduler = "lcm"
+    before.append(error(latents_of(teacher, 4, 4.5)))
+    after = error(latents_of(student, 4, 1.0))
+    print(f"error of four steps: before {before}, after {after}")
+    assert after < 0.95 * min(before)
 
 
 @pytest.mark.parametrize(
