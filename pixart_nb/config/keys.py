@@ -319,10 +319,10 @@ class TrainConfig(ModelKeys):
     control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
     validation_control_images: Paths = _control([], "Condition images of the validation prompts, one for each; without control_dir their edges are taken.")
 
-    objective: Literal["diffusion", "lcm"] = _distil("diffusion", "Training objective: the diffusion loss, or latent consistency distillation (LCM).")
+    objective: Literal["diffusion", "lcm", "dmd"] = _distil("diffusion", "Diffusion loss, latent consistency distillation (LCM), or distribution matching to one step (DMD).")
     num_ddim_timesteps: int = _distil(50, "LCM: steps of the teacher's solver, a divisor of 1000. The student is sampled at some of them.", ge=1, le=500)
-    w_min: Number = _distil(4.5, "LCM: lowest guidance of the teacher, 1 less than guidance_scale means. Values up to w_max are drawn.", ge=0, le=1000)
-    w_max: Number = _distil(4.5, "LCM: highest guidance of the teacher. Equal to w_min it is fixed, as in the official code.", ge=0, le=1000)
+    w_min: Number = _distil(4.5, "LCM, DMD: lowest guidance of the teacher, 1 less than guidance_scale means. Values up to w_max are drawn.", ge=0, le=1000)
+    w_max: Number = _distil(4.5, "LCM, DMD: highest guidance of the teacher. Equal to w_min it is fixed, as in the official code.", ge=0, le=1000)
     loss_type: Literal["huber", "l2"] = _distil("huber", "LCM: distance between student and target.")
     huber_c: Number = _distil(0.001, "LCM: constant of the pseudo-Huber distance.", gt=0, le=1000)
 
@@ -387,6 +387,8 @@ class TrainConfig(ModelKeys):
             raise ValueError(f"w_min is {self.w_min} and w_max {self.w_max}; expected w_min up to w_max")
         if self.objective != "diffusion" and (self.copy_blocks_num or self.from_scratch or self.snr_gamma):
             raise ValueError(f"objective {self.objective} distils a trained model; it goes neither with copy_blocks_num nor from_scratch nor snr_gamma")
+        if self.objective == "dmd" and (self.lora_rank or self.noise_offset):
+            raise ValueError("objective dmd trains two networks from plain noise; it goes neither with lora_rank nor with noise_offset")
 # fmt: on
 
 

@@ -47,7 +47,7 @@ RECIPE = {
 
 
 #: Configurations of the published models for trainings that mindone has none for.
-OWN = {f"pixart-sigma-1024-{name}" for name in ("controlnet", "lcm")}
+OWN = {"pixart-sigma-1024-controlnet", "pixart-sigma-1024-lcm", "pixart-sigma-512-dmd"}
 
 
 def shipped(project, folder):

@@ -79,8 +79,8 @@ class DiffusionBatches:
         length_multiple: captions are padded to multiples of this number of tokens, for compiled graphs.
         micro: function from indices (N,) of the labels to micro conditions (N, 3), for models that have them.
         shift_factor: subtracted from the latents before they are scaled.
-        extras: function of the number of the batch, its first row and its timesteps (N,); what it returns is passed to
-            the loss before the micro conditions.
+        extras: function of the number of the batch, its first row, its timesteps (N,) and the shape of its latents;
+            what it returns is passed to the loss before the micro conditions.
     """
 
     features: FeatureReader | LiveFeatures
@@ -93,7 +93,7 @@ class DiffusionBatches:
     length_multiple: int = 1
     micro: Callable[[np.ndarray], np.ndarray] | None = None
     shift_factor: float | None = None
-    extras: Callable[[int, int, np.ndarray], tuple] | None = None
+    extras: Callable[[int, int, np.ndarray, tuple[int, ...]], tuple] | None = None
 
     def __call__(self, number: int) -> tuple[np.ndarray | ms.Tensor, ...]:
         part = self.features.batch(number)
@@ -110,7 +110,7 @@ class DiffusionBatches:
             self.weights(timesteps).astype(np.float32),
             self.net.positions(*latents.shape[2:]),
             *([] if part.control is None else [self._scaled(part.control)]),
-            *(self.extras(number, self.first_row, timesteps) if self.extras else ()),
+            *(self.extras(number, self.first_row, timesteps, latents.shape) if self.extras else ()),
             *([self.micro(part.indices)] if self.micro else []),
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from mindspore import ops
@@ -43,11 +43,31 @@ class ConsistencyObjective(Objective):
         huber = self.config.huber_c if self.config.loss_type == "huber" else 0.0
         return consistency_loss(self.net, self.teacher, self.target or self.net, empty, huber)
 
-    def extras(self, number: int, first_row: int, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the steps of a batch and the coefficients of their ends, with guidance scales that a seed draws."""
-        config, rows = self.config, range(first_row, first_row + len(timesteps))
-        shares = [np.random.default_rng((config.seed, 9, number, row)).random() for row in rows]
-        return solver_steps(timesteps, self.spacing, config.w_min + (config.w_max - config.w_min) * np.array(shares))
+    def extras(self, number: int, first_row: int, timesteps: np.ndarray, shape: tuple[int, ...]) -> tuple:
+        """Return the steps of a batch and the coefficients of their ends."""
+        rows = range(first_row, first_row + len(timesteps))
+        return solver_steps(timesteps, self.spacing, guidance_scales(self.config, number, rows))
+
+
+def guidance_scales(config: TrainConfig, number: int, rows: Sequence[int]) -> np.ndarray:
+    """Return the teacher's guidance for rows of the whole batch ``number``, (N,) float32 from w_min to w_max."""
+    shares = np.array([np.random.default_rng((config.seed, 9, number, row)).random() for row in rows])
+    return (config.w_min + (config.w_max - config.w_min) * shares).astype(np.float32)
+
+
+def noise_of(net: PixArt, x, timesteps, embeddings, mask, positions, micro) -> ms.Tensor:
+    """Return the noise (N, C, H, W) float32 that a transformer predicts, without its variance."""
+    output = net.forward(x, timesteps, embeddings, mask, positions, micro)
+    return output[:, : x.shape[1]].astype(ms.float32)
+
+
+def guided_noise(net: PixArt, x, timesteps, caption: tuple, empty: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
+    """Return noise + scale (noise - noise of the empty caption); ``caption``: embeddings, mask, positions, micro."""
+    _, _, positions, micro = caption
+    noise = noise_of(net, x, timesteps, *caption)
+    return noise + scale * (
+        noise - noise_of(net, x, timesteps, repeat_batch(empty, x.shape[0]), None, positions, micro)
+    )
 
 
 def solver_steps(timesteps: np.ndarray, spacing: int, guidance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,23 +97,16 @@ def consistency_loss(net: PixArt, teacher: PixArt, target: PixArt, empty: np.nda
     """
     empty = ms.Tensor(np.asarray(empty, np.float32)[None])
 
-    def noise_of(network, x, timesteps, embeddings, mask, positions, micro):
-        output = network.forward(x, timesteps, embeddings, mask, positions, micro)
-        return output[:, : x.shape[1]].astype(ms.float32)
-
     def loss(
         latents, noise, table, timesteps, embeddings, mask, weights, positions, steps, end_table, micro=None
     ):  # fmt: skip
         x = add_noise(latents, noise, table)
-        with_caption = noise_of(teacher, x, timesteps, embeddings, mask, positions, micro)
-        captions = repeat_batch(empty, x.shape[0])
-        without = noise_of(teacher, x, timesteps, captions, None, positions, micro)
-        guided = with_caption + column(steps, GUIDANCE) * (with_caption - without)
+        caption = embeddings, mask, positions, micro
+        guided = guided_noise(teacher, x, timesteps, caption, empty, column(steps, GUIDANCE))
         end = ops.stop_gradient(add_noise(clean_latents(x, guided, table), guided, end_table))
-        end_noise = noise_of(target, end, steps[:, END], embeddings, mask, positions, micro)
-        denoised = clean_latents(end, end_noise, end_table)
+        denoised = clean_latents(end, noise_of(target, end, steps[:, END], *caption), end_table)
         expected = ops.stop_gradient(column(steps, END_SKIP) * end + column(steps, END_OUT) * denoised)
-        predicted = noise_of(net, x, timesteps, embeddings, mask, positions, micro)
+        predicted = noise_of(net, x, timesteps, *caption)
         result = column(steps, SKIP) * x + column(steps, OUT) * clean_latents(x, predicted, table)
         square = (result - expected) * (result - expected)
         distance = ops.sqrt(square + huber**2) - huber if huber else square

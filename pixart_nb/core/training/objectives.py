@@ -34,7 +34,7 @@ class Objective:
     scheduler: Scheduler | None = None
     averages: Mapping[str, ms.Parameter] | None = None
     spacing = 1
-    extras: Callable[[int, int, np.ndarray], tuple] | None = None
+    extras: Callable[[int, int, np.ndarray, tuple[int, ...]], tuple] | None = None
 
     def __init__(self, config: TrainConfig, net: PixArt):
         self.config, self.net, self.network = config, net, net

@@ -30,6 +30,7 @@ from pixart_nb.core.sampling.images import bins_for
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
 from pixart_nb.core.training.consistency import ConsistencyObjective
 from pixart_nb.core.training.distributed import SINGLE, join
+from pixart_nb.core.training.distribution_matching import DistributionObjective
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
@@ -43,7 +44,7 @@ from pixart_nb.core.training.weak_to_strong import START_BATCHES, Start, start_f
 #: Training images whose reconstruction by the VAE is measured before the first step.
 _RECONSTRUCTED = 4
 #: Value of ``objective`` -> what is minimized.
-OBJECTIVES: dict[str, type[Objective]] = {"diffusion": Objective, "lcm": ConsistencyObjective}
+OBJECTIVES = {"diffusion": Objective, "lcm": ConsistencyObjective, "dmd": DistributionObjective}
 
 
 class Training:
