@@ -57,6 +57,17 @@ def linear(x: ms.Tensor, weight: ms.Tensor, bias: ms.Tensor | None = None) -> ms
     return rows.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def assign(parameter: ms.Parameter, value: ms.Tensor) -> None:
+    """Set a parameter to a tensor, in its own dtype.
+
+    ``Assign`` has no aclnn kernel. On the CPU, ``copy_`` refuses a part of another tensor (MindSpore 2.8).
+    """
+    if backend.on_ascend():
+        parameter.copy_(value)
+    else:
+        ops.assign(parameter, value.astype(parameter.dtype))
+
+
 def check_finite(x: ms.Tensor | np.ndarray, stage: str) -> None:
     """Refuse a result with NaN or infinite values; ``stage`` names what computed it."""
     values = x.astype(ms.float32).asnumpy() if isinstance(x, ms.Tensor) else x

@@ -14,6 +14,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.models.operators import assign
 
 #: Images per update for which ``start_learning_rate`` is meant when ``auto_lr`` scales it.
 BASE_BATCH = 256
@@ -164,7 +165,7 @@ class CAME(Optimizer):
         for name, parameter in self.parameters.items():
             step = self._step(name, gradients[name])
             kept = parameter * (1 - self.weight_decay * rate) if self.weight_decay else parameter
-            parameter.copy_(kept - step * rate)  # methods such as sub_ do nothing on the CPU
+            assign(parameter, kept - step * rate)  # methods such as sub_ do nothing on the CPU
 
     def _step(self, name: str, gradient: ms.Tensor) -> ms.Tensor:
         first, second, third = self.betas
@@ -199,7 +200,7 @@ class CAME(Optimizer):
 
 def _blend(average: ms.Parameter, values: ms.Tensor, beta: float) -> ms.Parameter:
     """Move a running average towards values, in place."""
-    average.copy_(average * beta + values * (1 - beta))
+    assign(average, average * beta + values * (1 - beta))
     return average
 
 
@@ -233,7 +234,7 @@ class EMA:
         self.updates += 1
         share = float(np.float32(1 - min(self.rate, (1 + self.updates) / (10 + self.updates))))
         for name, average in self.averages.items():
-            average.copy_(average + (self.parameters[name] - average) * share)
+            assign(average, average + (self.parameters[name] - average) * share)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return copies of the averages."""

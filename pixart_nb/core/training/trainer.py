@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms, pin_threads
 from pixart_nb.core.io import folder_lock
+from pixart_nb.core.models.operators import assign
 from pixart_nb.core.training.checkpoints import CheckpointFolder, TrainingState, check_fits, read_state
 from pixart_nb.core.training.distributed import ALL, SINGLE, Workers, owners
 from pixart_nb.core.training.divergence import DivergenceError, find_divergence
@@ -247,9 +248,9 @@ class Trainer:
         for name, master in self.masters.items():
             value, parameter = values[name], self.parameters[name]
             if value is not master:
-                master.copy_(value if isinstance(value, ms.Tensor) else ms.Tensor(value))
+                assign(master, value if isinstance(value, ms.Tensor) else ms.Tensor(value))
             if parameter is not master:
-                parameter.copy_(master)
+                assign(parameter, master)
 
     # ---- weights and state
 
@@ -262,7 +263,7 @@ class Trainer:
         kept = {name: np.array(master.asnumpy()) for name, master in self.masters.items()}
         try:
             for name, average in self.ema.averages.items():
-                self.parameters[name].copy_(average)
+                assign(self.parameters[name], average)
             yield
         finally:
             with on_signal(self.request_stop):  # a second interrupt must not leave averages behind
@@ -325,7 +326,7 @@ class Trainer:
         self._assign({name: state.tensors[f"model/{name}"] for name in self.masters})
         if self.ema:
             for name, average in self.ema.averages.items():
-                average.copy_(ms.Tensor(state.tensors[f"ema/{name}"]))
+                assign(average, ms.Tensor(state.tensors[f"ema/{name}"]))
             self.ema.updates = self.optimizer.updates
         self.scale.value = float(metadata.get("loss_scale", self.scale.value))
         self.scale.good = int(metadata.get("good_updates", 0))

@@ -6,6 +6,7 @@ import pytest
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import operators
 from pixart_nb.core.models.operators import (
+    assign,
     gelu_tanh,
     linear,
     masked_attention,
@@ -166,3 +167,12 @@ def test_activations_of_half_precision_are_rounded_once(name):
     assert result.dtype == ms.float16
     expected = reference(x.astype(np.float64))
     np.testing.assert_allclose(result.asnumpy().astype(np.float64), expected, rtol=2**-10, atol=2**-14)
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.float16])
+def test_a_parameter_takes_a_part_of_a_tensor_in_its_own_dtype(dtype):
+    parameter = ms.Parameter(ms.Tensor(np.zeros((2, 3), np.float32)).astype(dtype), name="w")
+    numbers = ms.Tensor(np.arange(5000, dtype=np.float32))
+    assign(parameter, numbers[4:10].reshape(2, 3))
+    assert parameter.dtype == dtype
+    assert parameter.asnumpy().tolist() == [[4, 5, 6], [7, 8, 9]]
