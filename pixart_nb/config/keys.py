@@ -237,6 +237,8 @@ class InferenceConfig(ModelKeys):
             raise ValueError("mask is given, so expected image, the image to paint in")
         if bool(self.controlnet) != bool(self.control_image):
             raise ValueError("expected controlnet and control_image together: the ControlNet and its condition image")
+        if self.control_edges and not self.control_image:
+            raise ValueError("control_edges is on, so expected controlnet and control_image, whose edges are taken")
         if self.controlnet and (self.image or self.stages_path or self.pag_scale):
             raise ValueError("controlnet goes neither with image nor with stages_path nor with pag_scale")
         if self.control_guidance_start >= self.control_guidance_end:
@@ -321,8 +323,8 @@ class TrainConfig(ModelKeys):
 
     objective: Literal["diffusion", "lcm", "dmd"] = _distil("diffusion", "Diffusion loss, latent consistency distillation (LCM), or distribution matching to one step (DMD).")
     num_ddim_timesteps: int = _distil(50, "LCM: steps of the teacher's solver, a divisor of 1000. The student is sampled at some of them.", ge=1, le=500)
-    w_min: Number = _distil(4.5, "LCM, DMD: lowest guidance of the teacher, 1 less than guidance_scale means. Values up to w_max are drawn.", ge=0, le=1000)
-    w_max: Number = _distil(4.5, "LCM, DMD: highest guidance of the teacher. Equal to w_min it is fixed, as in the official code.", ge=0, le=1000)
+    w_min: Number = _distil(GUIDANCE_SCALE, "LCM, DMD: lowest guidance of the teacher, 1 less than guidance_scale means. Values up to w_max are drawn.", ge=0, le=1000)
+    w_max: Number = _distil(GUIDANCE_SCALE, "LCM, DMD: highest guidance of the teacher. Equal to w_min it is fixed, as in the official code.", ge=0, le=1000)
     loss_type: Literal["huber", "l2"] = _distil("huber", "LCM: distance between student and target.")
     huber_c: Number = _distil(0.001, "LCM: constant of the pseudo-Huber distance.", gt=0, le=1000)
 

@@ -34,9 +34,8 @@ class ConsistencyObjective(Objective):
         self.scheduler = LCMScheduler(original_inference_steps=config.num_ddim_timesteps)
         self.teacher = copy_of(net, "teacher", shared=config.lora_rank > 0)
         self.frozen = (self.teacher,)
-        averaged = config.use_ema and not config.lora_rank
-        self.target = copy_of(net, "target") if averaged else None
-        if averaged:
+        self.target = copy_of(net, "target") if config.use_ema and not config.lora_rank else None
+        if self.target:
             self.averages = dict(self.target.parameters_and_names())
 
     def loss(self, empty: np.ndarray) -> Callable:

@@ -38,6 +38,8 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
         raise ConfigError("feature_cache is not given; expected the folder for the features")
     labels, sizes = training_data(config)
     networks = FrozenNetworks(config, stream)
+    if networks.control:
+        networks.control.check(labels)
     cache = networks.feature_cache(labels, sizes)
     if cache.unusable():  # names damaged images before hours of work
         load_labels(config.json_path, config.image_dir, decode=True)

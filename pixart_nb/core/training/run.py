@@ -59,13 +59,13 @@ class Training:
         self.workers = join() if config.use_parallel else SINGLE
         check_overflow_mode(config)
         self.networks = FrozenNetworks(config)
-        kind = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]
-        self.result = self.folder / ("lora" if config.lora_rank else kind.result)
+        objective = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]
+        self.result = self.folder / ("lora" if config.lora_rank else objective.result)
         check_result(self.result, self.networks.paths.values())
         checkpoint = self.networks.paths["transformer"]
         self.start: Start = start_from_config(config, checkpoint, self.networks.max_length)
         self.net, self.report = self.start.net, {}
-        self.objective = kind(config, self.net)
+        self.objective = objective(config, self.net)
         self.networks.check_latents(self.net.config)
         self.side = 8 * self.net.config.input_size
         self.labels = load_labels(config.json_path, config.image_dir)

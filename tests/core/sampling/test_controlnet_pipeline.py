@@ -127,6 +127,7 @@ def test_a_configuration_draws_with_a_controlnet_file_and_an_image_file(tmp_path
     ("changes", "message"),
     [
         ({"controlnet": "x.pth"}, "expected controlnet and control_image together"),
+        ({"control_edges": True}, "control_edges is on, so expected controlnet and control_image"),
         ({"controlnet": "x.pth", "control_image": "x.png", "pag_scale": 3.0}, "goes neither with image nor with"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "control_guidance_start must be below"),
     ],
