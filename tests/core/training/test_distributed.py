@@ -67,10 +67,12 @@ def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
 
 
 @needs_msrun
-def test_the_command_trains_with_two_workers_what_it_trains_with_one(project, tmp_path):
-    model = write_small_pipeline(tmp_path / "model", project)
+@pytest.mark.parametrize("objective", ["diffusion", "lcm"])
+def test_the_command_trains_with_two_workers_what_it_trains_with_one(project, tmp_path, objective):
+    """The target of a distillation, a moving average, is on both workers."""
+    model = write_small_pipeline(tmp_path / "model", project, final_layer=0.1 * (objective != "diffusion"))
     script = Path(sys.executable).with_name("pixart-nb")
-    common = {"tensorboard": False, "feature_dtype": "fp32"}
+    common = {"tensorboard": False, "feature_dtype": "fp32", "objective": objective, "w_max": 8.0}
     cache = {name: tmp_path / f"features-{name}" for name in ("one", "two")}
     whole = train_options(project, model, tmp_path / "one", batch_size=4, feature_cache=cache["one"], **common)
     halves = train_options(project, model, tmp_path / "two", batch_size=2, feature_cache=cache["two"], **common)
