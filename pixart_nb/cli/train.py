@@ -1,4 +1,4 @@
-"""``pixart-nb train``: finetuning, LoRA and weak-to-strong training."""
+"""``pixart-nb train``: finetuning, LoRA, ControlNet, distillation and weak-to-strong training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pixart_nb.config import TrainConfig, load_config
 
 @config_options(TrainConfig)
 def train(config: ConfigFile = Path("configs/train/tiny.yaml"), **options: Any) -> None:
-    """Train the transformer, or a LoRA, on images with captions. The same command resumes a stopped training.
+    """Train the transformer, a LoRA or a ControlNet on images with captions. The same command resumes a training.
 
     Writes checkpoints, curve.csv, validation images and, at the end, the folder
-    pipeline, which `sample --model` takes. On several devices, run it under
-    msrun with --use_parallel True.
+    pipeline, lora or controlnet, which `sample` takes as --model, --lora or
+    --controlnet. On several devices, run it under msrun with --use_parallel True.
 
     Example: pixart-nb train -c configs/train/tiny.yaml --steps 40
     """
