@@ -31,6 +31,7 @@ except ImportError:  # Windows
     import msvcrt
 
 _HOST = re.sub(r"[^\w-]", "-", platform.node()) or "host"
+_HELD_BY = re.compile(r"\d+ on \S+")
 _TEMPORARY = re.compile(r"\..+?(?:\.(?P<host>[\w-]+))?\.(?P<pid>\d+)\.tmp")
 _DAY = 24 * 3600
 _POINTER = b"version https://git-lfs"
@@ -144,7 +145,8 @@ def temporaries_in(folder: Path) -> list[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the temporaries of processes of this machine that have died, and of others if older than a day."""
+    """Remove the temporaries and locks of processes of this machine that have died, others if older than a day."""
+    _remove_stale_locks(folder)
     for path in filter(_is_abandoned, temporaries_in(folder)):
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -248,9 +250,21 @@ def _try_lock(path: Path) -> int | None:
             if os.path.samestat(os.fstat(handle), path.stat()):  # not one that its holder has just removed
                 with suppress(OSError):  # a full disk; the text is for messages
                     os.ftruncate(handle, 0)
-                    os.write(handle, f"{os.getpid()} on {_HOST}".encode())
+                    os.write(handle, f"{os.getpid()} on {_HOST}".encode())  # _HELD_BY
                 return handle
         os.close(handle)
+
+
+def _remove_stale_locks(folder: Path) -> None:
+    """Remove the files of locks that nobody holds: their holder was killed."""
+    if fcntl is None:
+        return  # Windows removes no file that is open, and the next holder overwrites it
+    for path in folder.glob(".*lock*"):
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > 200 or not _HELD_BY.fullmatch(_holder(path)):
+            continue  # not of this kit
+        with suppress(OSError), path.open("rb") as file:
+            _lock(file.fileno())
+            path.unlink()
 
 
 def _lock(handle: int) -> None:

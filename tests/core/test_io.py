@@ -160,6 +160,20 @@ def test_waiting_for_a_lock_gets_it_when_it_is_free(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX links")
+def test_the_file_of_a_lock_whose_holder_was_killed_is_removed_and_no_other(tmp_path):
+    code = "import sys, time\nfrom pixart_nb.core.io import folder_lock\nwith folder_lock(sys.argv[1], '.x.lock'):"
+    process = in_process(f"{code}\n    print('held', flush=True); time.sleep(600)", tmp_path)
+    assert process.stdout.readline() == "held\n"
+    foreign = tmp_path / ".editor.lock"
+    foreign.write_text("someone else's")
+    remove_temporaries(tmp_path)
+    assert (tmp_path / ".x.lock").exists()
+    process.kill()
+    process.wait()
+    remove_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
 def test_a_lock_does_not_follow_a_link(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
