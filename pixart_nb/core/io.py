@@ -259,12 +259,16 @@ def _remove_stale_locks(folder: Path) -> None:
     """Remove the files of locks that nobody holds: their holder was killed."""
     if fcntl is None:
         return  # Windows removes no file that is open, and the next holder overwrites it
-    for path in folder.glob(".*lock*"):
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > 200 or not _HELD_BY.fullmatch(_holder(path)):
-            continue  # not of this kit
+    for path in filter(_is_lock, folder.glob(".*lock*")):
         with suppress(OSError), path.open("rb") as file:
             _lock(file.fileno())
             path.unlink()
+
+
+def _is_lock(path: Path) -> bool:
+    """Return whether a file is the lock of a process of this kit."""
+    plain = path.is_file() and not path.is_symlink() and path.stat().st_size < 200
+    return plain and bool(_HELD_BY.fullmatch(_holder(path)))
 
 
 def _lock(handle: int) -> None:
