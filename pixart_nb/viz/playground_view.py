@@ -184,10 +184,10 @@ class SourceView:
         self.set(b"" if pressed is self.remove else self.painted.png)
 
     def _image_changed(self, _: object = None) -> None:
-        there = bool(self.painted.png)
+        chosen = bool(self.painted.png)
         for part in self.shown_with_image:
-            part.layout.display = "" if there else "none"
-        self.remove.disabled = self.clear.disabled = not there
+            part.layout.display = "" if chosen else "none"
+        self.remove.disabled = self.clear.disabled = not chosen
 
 
 class AdapterView:
