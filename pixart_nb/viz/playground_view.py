@@ -158,7 +158,7 @@ class SourceView:
 
     def __init__(self, strength: widgets.ValueWidget):
         self.upload = widgets.FileUpload(accept="image/*", description="Image", tooltip="Start from this image")
-        self.upload.layout = widgets.Layout(width="100px", flex="none")
+        self.upload.layout = widgets.Layout(width="115px", flex="none")
         self.use = button("Use result", "Start from the image that is shown", width="100px")
         self.remove = button("Remove", "Draw from noise again", width="100px")
         self.clear = button("Clear mask", "Let the whole image change", width="100px")

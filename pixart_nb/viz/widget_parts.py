@@ -66,7 +66,7 @@ class PaintedImage(anywidget.AnyWidget):
     png = traitlets.Bytes().tag(sync=True)
     mask = traitlets.Bytes().tag(sync=True, from_json=lambda value, widget: bytes(value))  # the page sends a memoryview
     brush = traitlets.Int(15).tag(sync=True)
-    width = traitlets.Int(340).tag(sync=True)
+    width = traitlets.Int(288).tag(sync=True)
     label = traitlets.Unicode("image to paint over").tag(sync=True)
 
 
