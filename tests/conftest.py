@@ -11,21 +11,27 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+
+
 def own_cores() -> None:
     """Give each of several test processes, and what it starts, its share of the cores.
 
     MindSpore's threads wait by spinning: with more of them than cores, tests take twice as long.
     """
-    number, count = (
-        os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:],
-        int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)),
-    )
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    if 1 < count <= len(cores):
-        os.sched_setaffinity(0, cores[int(number) :: count])
+    number = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if 1 < count <= len(CORES):
+        os.sched_setaffinity(0, CORES[int(number) :: count])
 
 
 own_cores()
+
+
+@pytest.fixture(scope="session")
+def all_cores() -> list[int]:
+    """The cores that the tests may use together."""
+    return CORES
 
 
 @pytest.fixture(scope="session")

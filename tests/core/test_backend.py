@@ -23,13 +23,16 @@ sum = float(np.abs(ops.MatMul(transpose_b=True)(rows, rows).asnumpy()).sum())
 places = [sorted(os.sched_getaffinity(thread)) for thread in backend._pool_threads()]
 print(json.dumps([places, sorted(os.sched_getaffinity(0)), sum]))
 """
-two_cores = pytest.mark.skipif(
-    not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < 2,
-    reason="runs once the system has two cores and can bind threads to them",
-)
 
 
-def places(cores, **environment):
+@pytest.fixture
+def cores(all_cores):
+    if len(all_cores) < 2:
+        pytest.skip("runs once the system has two cores and can bind threads to them")
+    return all_cores
+
+
+def places(cores, available, **environment):
     """Cores of each thread of the pool and of the main one, and a number that was computed."""
     done = subprocess.run(
         [sys.executable, "-c", PLACES, json.dumps(cores)],
@@ -37,26 +40,24 @@ def places(cores, **environment):
         capture_output=True,
         text=True,
         timeout=120,
+        preexec_fn=lambda: os.sched_setaffinity(0, available),
     )
     assert done.returncode == 0, done.stderr[-1000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@two_cores
-def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same():
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    settled, main, sum_settled = places(cores)
-    assert settled == [[cores[0]], [cores[1]]]
-    assert main == cores
-    left, _, sum_left = places(cores, PIXART_NB_PIN_THREADS="0")
-    assert left == [cores, cores]
+def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same(cores):
+    two = cores[:2]
+    settled, main, sum_settled = places(two, cores)
+    assert settled == [[two[0]], [two[1]]]
+    assert main == two
+    left, _, sum_left = places(two, cores, PIXART_NB_PIN_THREADS="0")
+    assert left == [two, two]
     assert sum_settled == sum_left
 
 
-@two_cores
-def test_threads_are_left_alone_where_there_are_fewer_cores():
-    core = sorted(os.sched_getaffinity(0))[:1]
-    assert places(core)[0] == [core, core]
+def test_threads_are_left_alone_where_there_are_fewer_cores(cores):
+    assert places(cores[:1], cores)[0] == [cores[:1], cores[:1]]
 
 
 @pytest.mark.parametrize(
