@@ -4,7 +4,7 @@
 
 A row for each form: how many loaded, how many were refused with an error of the kit, how many failed in any other way
 (a traceback, 20 s of CPU time, or other values of a file that carries checksums), the slowest, and the growth of the
-process in MB. Exit code 1 if any failed. Measured on two CPU cores: 300 of each of the 17 forms take about 10 minutes.
+process in MB. Exit code 1 if any failed. Measured on one CPU core: 300 of each of the 17 forms take two minutes.
 """
 
 from __future__ import annotations
