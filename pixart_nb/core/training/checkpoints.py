@@ -48,13 +48,20 @@ class CheckpointFolder:
         path, metadata = self.path(step), {"step": str(step), **metadata}
         save_tensors(path, tensors, {**metadata, "checksum": _crc(metadata)})
         self._whole[path] = _version(path)
-        kept = 1
-        for older in [other for other in reversed(self.paths()) if other.name < path.name]:
-            if kept >= self.keep:
-                older.unlink(missing_ok=True)
-            elif self._whole.get(older) == _version(older) or self._read(older):
-                kept += 1  # damaged ones do not count
+        self.remove_old(path)
         return path
+
+    def remove_old(self, newest: Path) -> None:
+        """Remove the states older than the newest ``keep`` whole ones, of which ``newest`` is the first."""
+        older = [other for other in reversed(self.paths()) if other.name < newest.name]
+        if len(older) < self.keep:
+            return  # nothing to read
+        kept = 1
+        for path in older:
+            if kept >= self.keep:
+                path.unlink(missing_ok=True)
+            elif self._whole.get(path) == _version(path) or self._read(path):
+                kept += 1  # damaged ones do not count
 
     def newest(self) -> TrainingState | None:
         """Return the newest state that is whole, or None; print a line for each damaged one that is skipped."""

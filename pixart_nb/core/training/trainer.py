@@ -155,6 +155,8 @@ class Trainer:
             newer = [path for path in self.files.paths() if path > self.files.path(self.step)]
             if newer and self.workers.size == 1:
                 self._resume()
+            if self._saved == self.step and self.files.path(self.step).exists():
+                self.files.remove_old(self.files.path(self.step))  # a killed process may have left them
             self.log = CurveLog(self.folder, self.step, self.tensorboard)
             try:
                 yield

@@ -69,6 +69,16 @@ def test_the_last_whole_states_are_kept_and_damaged_ones_do_not_count(tmp_path, 
     assert [again.path(s).exists() for s in (100, 150, 180)] == [False, False, keep == 2]
 
 
+def test_states_that_a_killed_training_left_are_removed_when_it_resumes(tmp_path):
+    run = trainer(tmp_path)
+    run.run(until=30)
+    kept = run.checkpoints()
+    left = run.files.path(1)
+    left.write_bytes(kept[0].read_bytes())
+    with trainer(tmp_path).session():
+        assert run.checkpoints() == kept
+
+
 def test_without_a_whole_state_there_is_none(tmp_path):
     (tmp_path / "step-00000005.safetensors").write_bytes(b"nonsense")
     save_tensors(tmp_path / "step-00000006.safetensors", TENSORS, {"not": "a state"})
