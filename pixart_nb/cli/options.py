@@ -1,4 +1,4 @@
-"""Options of a command, generated from the fields of a configuration, how their values are read, and its start.
+"""Options of a command, generated from the fields of a configuration, and the device that a command opens.
 
 typer rather than the command line of pydantic-settings: that one splits "a cat, 8k" into two prompts, and refuses
 ``--prompt a b``, ``--image_height`` beside ``--image-height``, and ``--imagegrid`` without a value.

@@ -116,7 +116,7 @@ def pin_threads() -> None:
 
 @cache
 def numpy_threads() -> ThreadPoolExecutor:
-    """Return the threads that compute parts of an array with NumPy or oneDNN, which release the lock of Python."""
+    """Return the threads that compute parts of an array with NumPy or oneDNN, which release the GIL."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return ThreadPoolExecutor(count, thread_name_prefix="numpy")
 

@@ -16,7 +16,8 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write
 from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
-from pixart_nb.viz.playground_run import Entry, Parameters, Session, State, save_entry
+from pixart_nb.viz.playground_parameters import Parameters
+from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
 from pixart_nb.viz.playground_sources import adapters_of
 from pixart_nb.viz.playground_view import View, make_controls, size_name
 

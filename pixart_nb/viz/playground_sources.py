@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import write_new_image
-
-if TYPE_CHECKING:
-    from pixart_nb.viz.playground_run import Parameters
+from pixart_nb.viz.pixels import as_bytes
+from pixart_nb.viz.playground_parameters import Parameters
 
 
 def source(parameters: Parameters) -> tuple[np.ndarray, np.ndarray | None]:
@@ -21,11 +20,13 @@ def source(parameters: Parameters) -> tuple[np.ndarray, np.ndarray | None]:
 
     Raises an error for bytes that are no image.
     """
-    size = (parameters.width, parameters.height)
-    image = _opened(parameters.image, "RGB").resize(size, Image.Resampling.LANCZOS)
-    pixels = np.asarray(image, np.float32)[None] / 255
-    mask = np.asarray(_opened(parameters.mask, "L").resize(size))[None] >= 128 if parameters.mask else None
-    return pixels, mask if mask is not None and mask.any() else None
+    from pixart_nb.core.sampling.editing import image_array, resized  # imports MindSpore, as the pipeline has
+
+    pixels = resized(image_array(_opened(parameters.image, "RGB")), parameters.height, parameters.width)
+    if not parameters.mask:
+        return pixels, None
+    mask = np.asarray(_opened(parameters.mask, "L").resize((parameters.width, parameters.height)))[None] >= 128
+    return pixels, mask if mask.any() else None
 
 
 def _opened(content: bytes, mode: str) -> Image.Image:
@@ -45,7 +46,7 @@ def arguments(pipe: Any, parameters: Parameters) -> dict[str, Any]:
         pipe.set_adapters(loaded, [weights.get(name, 0.0) for name in loaded])
     if not parameters.image:
         return {}
-    from pixart_nb.core.sampling.editing import starting_point  # computes with MindSpore, as the pipeline does
+    from pixart_nb.core.sampling.editing import starting_point
 
     pixels, mask = source(parameters)
     return starting_point(pipe.vae, pixels, parameters.strength, mask)
@@ -58,10 +59,12 @@ def adapters_of(pipe: Any) -> list[str]:
 
 def kept_outside(images: np.ndarray, parameters: Parameters) -> np.ndarray:
     """Return images (N, H, W, 3) uint8 with exactly the pixels of the given image outside of the mask, if any."""
-    pixels, mask = source(parameters) if parameters.image else (None, None)
-    if mask is None:
+    if not parameters.mask:
         return images
-    return np.where(mask[..., None], images, (pixels * 255).round().astype(np.uint8))
+    from pixart_nb.core.sampling.editing import painted
+
+    pixels, mask = source(parameters)
+    return images if mask is None else painted(as_bytes(pixels), images, mask)
 
 
 def write_source(path: Path, parameters: Parameters) -> dict[str, Any]:
@@ -69,8 +72,8 @@ def write_source(path: Path, parameters: Parameters) -> dict[str, Any]:
     if not parameters.image:
         return {}
     pixels, mask = source(parameters)
-    files = {"image": (pixels[0] * 255).round().astype(np.uint8)}
+    files = {"image": as_bytes(pixels[0])}
     if mask is not None:
-        files["mask"] = np.repeat(mask[0, ..., None], 3, 2).astype(np.uint8) * 255
+        files["mask"] = np.repeat(as_bytes(mask[0, ..., None]), 3, 2)
     written = {n: str(write_new_image(path.with_stem(f"{path.stem}_{n}"), f, {})) for n, f in files.items()}
     return written | {"strength": parameters.strength}

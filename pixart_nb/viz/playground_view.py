@@ -8,7 +8,8 @@ import ipywidgets as widgets
 import numpy as np
 
 from pixart_nb.viz.pixels import png_bytes, tiles
-from pixart_nb.viz.playground_run import SWEPT, Entry, Parameters, Progress, State
+from pixart_nb.viz.playground_parameters import SWEPT, Parameters
+from pixart_nb.viz.playground_run import Entry, Progress, State
 from pixart_nb.viz.widget_parts import ClickableImage, PaintedImage, button, column, row, say, side_by_side, text_line
 
 IMAGE = 512
