@@ -1,9 +1,11 @@
-"""A pipeline whose transformer is small enough to be trained in a test; its other parts are the embedded model's."""
+"""A pipeline whose transformer is small enough to be trained in a test; its other parts are the bundled model's."""
 
+import json
 import os
 
 import numpy as np
 
+from pixart_nb.config import check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -44,3 +46,31 @@ def train_options(project, model, output, /, **changes):
         "output_path": output,
     } | changes
     return [word for key, value in given.items() for word in (f"--{key}", str(value))]
+
+
+def write_training_data(folder, project, count, held_out=0, **pipeline):
+    """Write the pipeline, and labels to train on and held out: model, train.json and test.json; the folder."""
+    write_small_pipeline(folder / "model", project, **pipeline)
+    labels = json.loads((project / "data/pixelart/labels.json").read_text())
+    (folder / "train.json").write_text(json.dumps(labels[:count]))
+    (folder / "test.json").write_text(json.dumps(labels[count : count + held_out]))
+    return folder
+
+
+def training_config(folder, project, output, /, **changes):
+    """Configuration of a short training on what ``write_training_data`` wrote."""
+    values = {
+        "model": str(folder / "model"),
+        "json_path": str(folder / "train.json"),
+        "image_dir": str(project / "data/pixelart"),
+        "feature_cache": str(folder / "features"),
+        "batch_size": 2,
+        "optim": "adamw",
+        "start_learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "ckpt_save_steps": 1,
+        "start_report": False,
+        "tensorboard": False,
+        "output_path": str(output),
+    }
+    return check_config(values | changes, "train")

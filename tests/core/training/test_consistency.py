@@ -1,15 +1,14 @@
 """Consistency distillation: its solver, its boundary, a case with a known solution, and trainings of a small model."""
 
-import json
 from itertools import islice
 
 import numpy as np
 import pytest
 from mindspore import nn
-from small_pipeline import write_small_pipeline
+from small_pipeline import training_config, write_training_data
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.config import ConfigError, check_config
+from pixart_nb.config import ConfigError
 from pixart_nb.core.backend import ms
 from pixart_nb.core.sampling.noise_schedule import LINEAR
 from pixart_nb.core.sampling.samplers import Prediction, StepSchedule, boundary_scalings, ddim, image_generators
@@ -136,30 +135,11 @@ def test_the_student_of_a_gaussian_teacher_learns_the_solution_of_its_ode(tmp_pa
 @pytest.fixture(scope="module")
 def config(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lcm")
-    write_small_pipeline(folder / "model", project, final_layer=0.1)
-    labels = json.loads((project / "data/pixelart/labels.json").read_text())
-    (folder / "train.json").write_text(json.dumps(labels[:6]))
+    write_training_data(folder, project, 6, final_layer=0.1)
 
     def make(output, **changes):
-        values = {
-            "model": str(folder / "model"),
-            "json_path": str(folder / "train.json"),
-            "image_dir": str(project / "data/pixelart"),
-            "feature_cache": str(folder / "features"),
-            "objective": "lcm",
-            "steps": 4,
-            "batch_size": 2,
-            "optim": "adamw",
-            "start_learning_rate": 1e-3,
-            "warmup_steps": 0,
-            "ckpt_save_steps": 1,
-            "start_report": False,
-            "tensorboard": False,
-            "w_max": 8.0,
-            "ema_rate": 0.9,
-            "output_path": str(output),
-        }
-        return check_config(values | changes, "train")
+        values = {"objective": "lcm", "steps": 4, "w_max": 8.0, "ema_rate": 0.9}
+        return training_config(folder, project, output, **values | changes)
 
     return make
 

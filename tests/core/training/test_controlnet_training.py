@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from PIL import Image
-from small_pipeline import write_small_pipeline
+from small_pipeline import training_config, write_training_data
 
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core import load_controlnet, load_transformer
@@ -26,10 +26,7 @@ from pixart_nb.core.training.run import Training, train
 def folder(project, tmp_path_factory):
     """A small model, labels to train on, labels held out, and condition images as files."""
     folder = tmp_path_factory.mktemp("control")
-    write_small_pipeline(folder / "model", project, final_layer=0.1)
-    labels = json.loads((project / "data/pixelart/labels.json").read_text())
-    (folder / "train.json").write_text(json.dumps(labels[:6]))
-    (folder / "test.json").write_text(json.dumps(labels[6:8]))
+    write_training_data(folder, project, 6, 2, final_layer=0.1)
     for label in load_labels(folder / "train.json", project / "data/pixelart"):
         path = (folder / "maps" / label.path).with_suffix(".png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,24 +37,8 @@ def folder(project, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder, project):
     def make(output, **changes):
-        values = {
-            "model": str(folder / "model"),
-            "json_path": str(folder / "train.json"),
-            "image_dir": str(project / "data/pixelart"),
-            "feature_cache": str(folder / "features"),
-            "copy_blocks_num": 1,
-            "steps": 4,
-            "batch_size": 2,
-            "optim": "adamw",
-            "start_learning_rate": 1e-2,
-            "warmup_steps": 0,
-            "auto_lr": "",
-            "ckpt_save_steps": 1,
-            "start_report": False,
-            "tensorboard": False,
-            "output_path": str(output),
-        }
-        return check_config(values | changes, "train")
+        values = {"copy_blocks_num": 1, "steps": 4, "start_learning_rate": 1e-2, "auto_lr": ""}
+        return training_config(folder, project, output, **values | changes)
 
     return make
 

@@ -1,12 +1,11 @@
 """Distribution matching: a Gaussian case with a known solution, and a training of a small model that resumes."""
 
-import json
 from itertools import islice
 
 import numpy as np
 import pytest
 from mindspore import nn, ops
-from small_pipeline import write_small_pipeline
+from small_pipeline import training_config, write_training_data
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import ConfigError, check_config
@@ -80,28 +79,11 @@ def test_the_generator_of_a_gaussian_teacher_draws_its_distribution(tmp_path, ga
 @pytest.fixture(scope="module")
 def config(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dmd")
-    write_small_pipeline(folder / "model", project, final_layer=0.1)
-    labels = json.loads((project / "data/pixelart/labels.json").read_text())
-    (folder / "train.json").write_text(json.dumps(labels[:4]))
+    write_training_data(folder, project, 4, final_layer=0.1)
 
     def make(output, **changes):
-        values = {
-            "model": str(folder / "model"),
-            "json_path": str(folder / "train.json"),
-            "image_dir": str(project / "data/pixelart"),
-            "feature_cache": str(folder / "features"),
-            "objective": "dmd",
-            "steps": 3,
-            "batch_size": 2,
-            "optim": "adamw",
-            "start_learning_rate": 1e-3,
-            "warmup_steps": 0,
-            "ckpt_save_steps": 1,
-            "start_report": False,
-            "tensorboard": False,
-            "output_path": str(output),
-        }
-        return check_config(values | changes, "train")
+        values = {"objective": "dmd", "steps": 3}
+        return training_config(folder, project, output, **values | changes)
 
     return make
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference_data import diffusers
-from small_pipeline import CONFIG, write_small_pipeline
+from small_pipeline import CONFIG, training_config, write_small_pipeline, write_training_data
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.config import ConfigError, check_config
+from pixart_nb.config import ConfigError
 from pixart_nb.core.errors import FolderInUseError
 from pixart_nb.core.training import run
 from pixart_nb.core.training.log import read_curve
@@ -23,32 +23,15 @@ from pixart_nb.core.training.run import Training, train
 def folder(project, tmp_path_factory):
     """A small model, labels to train on, labels held out, and a feature cache."""
     folder = tmp_path_factory.mktemp("training")
-    write_small_pipeline(folder / "model", project)
-    labels = json.loads((project / "data/pixelart/labels.json").read_text())
-    (folder / "train.json").write_text(json.dumps(labels[:8]))
-    (folder / "test.json").write_text(json.dumps(labels[8:10]))
+    write_training_data(folder, project, 8, 2)
     return folder
 
 
 @pytest.fixture(scope="module")
 def config(folder, project):
     def make(output, **changes):
-        values = {
-            "model": str(folder / "model"),
-            "json_path": str(folder / "train.json"),
-            "image_dir": str(project / "data/pixelart"),
-            "feature_cache": str(folder / "features"),
-            "steps": 6,
-            "batch_size": 2,
-            "optim": "adamw",
-            "start_learning_rate": 1e-3,
-            "warmup_steps": 1,
-            "ckpt_save_steps": 1,
-            "start_report": False,
-            "tensorboard": False,
-            "output_path": str(output),
-        }
-        return check_config(values | changes, "train")
+        values = {"steps": 6, "warmup_steps": 1}
+        return training_config(folder, project, output, **values | changes)
 
     return make
 
