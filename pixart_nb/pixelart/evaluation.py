@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +16,9 @@ from tqdm.auto import tqdm
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.data.labels import read_prompts
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import ensure_writable, write_json
+from pixart_nb.core.io import ensure_writable, folder_lock, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
-from pixart_nb.core.sampling.images import to_uint8, write_new_image
+from pixart_nb.core.sampling.images import to_uint8, write_image
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
@@ -83,9 +84,12 @@ def evaluate_and_write(
         kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
         report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
     report = {**(settings or {}), **sampling, **report}
-    sheet = write_new_image(folder / "images.png", contact_sheet(images, _SHEET_COLUMNS), report)
-    path = folder / f"{sheet.stem.replace('images', 'evaluation')}.json"
-    write_json(path, report)
+    with folder_lock(folder, ".evaluation.lock", wait=True):
+        suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+        names = ((folder / f"images{suffix}.png", folder / f"evaluation{suffix}.json") for suffix in suffixes)
+        sheet, path = next(pair for pair in names if not any(map(Path.exists, pair)))
+        write_image(sheet, contact_sheet(images, _SHEET_COLUMNS), report)
+        write_json(path, report)
     return report, path
 
 

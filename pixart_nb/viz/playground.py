@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from ipywidgets import FileUpload
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import atomic_write
+from pixart_nb.core.io import write_once
 from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import Parameters
@@ -175,10 +176,12 @@ class Playground:
         self.view.say(f"Parameters of {file['name']}; Sample draws it again.")
 
     def _adapter_uploaded(self, file: Mapping[str, Any]) -> None:
-        path = self.folder / "adapters" / Path(file["name"]).name
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(file["content"])
-        self.load_lora(path)
+        name, content = Path(file["name"]), bytes(file["content"])
+        digest = hashlib.sha256(content).hexdigest()[:8]  # another file of this name must not replace it
+        path = self.folder / "adapters" / f"{name.stem}-{digest}{name.suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_once(path, content)
+        self.load_lora(path, re.sub(r"\W+", "_", name.stem))
         self.view.say(f"Loaded {path}")
 
     def _use_result(self) -> None:

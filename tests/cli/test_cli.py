@@ -211,6 +211,10 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
     assert json.loads((tmp_path / "evaluation-2.json").read_text())["seed"] == 1
     assert (tmp_path / "images-2.png").exists()
+    (tmp_path / "images-2.png").unlink()
+    run("evaluate", *words, "--seed", 2)
+    assert json.loads((tmp_path / "evaluation-2.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "evaluation-3.json").read_text())["seed"] == 2
 
 
 def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):

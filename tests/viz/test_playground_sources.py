@@ -118,6 +118,19 @@ def test_loras_have_a_weight_each(pipe, tmp_path):
     assert np.array_equal(drawn(view), plain)
 
 
+def test_an_uploaded_lora_is_kept_and_never_replaced_by_another_of_its_name(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    view, messages = playground(pipe, tmp_path / "saved"), []
+    for seed in (1, 2):
+        file = trained(transformer(), seed=seed).save(tmp_path / str(seed))
+        upload = {"name": "style.safetensors", "type": "", "size": 1, "last_modified": datetime.now(timezone.utc)}
+        view.view.adapters.upload.value = [upload | {"content": file.read_bytes()}]
+        messages.append(view.view.message.value)
+    assert messages[0].startswith("Loaded ") and "style" in messages[1]  # an adapter of this name is there
+    assert list(view.view.adapters.sliders) == ["style"]
+    assert len(list((tmp_path / "saved" / "adapters").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("start", "message"),
     [
