@@ -163,7 +163,7 @@ def _train(depth: int = 1, optimizer: str = "adamw", dtype: str = "float16", lor
     table, weights = coefficients(np.array([5, 7])), np.ones(2, np.float32)
     batch = x, x, table, timesteps, caption, mask, weights, net.positions(16, 16)
     options = TrainerOptions(
-        steps=3, compile=False, optimizer=optimizer, betas=(0.9, 0.999, 0.9999)[: 3 if optimizer == "came" else 2],
+        steps=3, optimizer=optimizer, betas=(0.9, 0.999, 0.9999)[: 3 if optimizer == "came" else 2],
         eps=(1e-30, 1e-16) if optimizer == "came" else 1e-8, loss_scale=1024.0, dynamic_loss_scale=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ def main(folder: Path, workers: Workers) -> None:
     """Train each way, stop in the middle, go on; tell what this worker keeps."""
     kept = {}
     for name, options in RUNS.items():
-        options = dict(steps=8, save_every=3, start_learning_rate=0.01, compile=False) | options
+        options = dict(steps=8, save_every=3, start_learning_rate=0.01) | options
         start = trainer(folder / name, share(workers), more={"workers": workers}, **options)
         if workers.rank:  # workers that start apart end up together
             assert np.array_equal(start.masters["map.bias"].asnumpy(), np.zeros(2))

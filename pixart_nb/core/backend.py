@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -116,9 +117,22 @@ def pin_threads() -> None:
 
 @cache
 def numpy_threads() -> ThreadPoolExecutor:
-    """Return the threads that compute parts of an array with NumPy or oneDNN, which release the GIL."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(count, thread_name_prefix="numpy")
+    """Return the threads that compute parts of an array with NumPy or oneDNN, which release the GIL.
+
+    Each is pinned to a core, as those of ``pin_threads`` are: beside threads of MindSpore that wait by spinning, two of
+    them would often share a core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="numpy")
+    cores = sorted(os.sched_getaffinity(0))
+    free = iter(cores)
+
+    def pin() -> None:
+        if os.environ.get("PIXART_NB_PIN_THREADS") != "0":
+            with suppress(OSError):  # a system that does not allow it
+                os.sched_setaffinity(threading.get_native_id(), {next(free)})
+
+    return ThreadPoolExecutor(len(cores), thread_name_prefix="numpy", initializer=pin)
 
 
 def _pool_threads(expected: int = 0) -> list[int]:

@@ -40,7 +40,6 @@ class CompressionAdaptation:
         steps: steps of the whole training; ``train`` goes to one of them.
         images: number of drawn training images, of the scenes that the bundled model was trained with.
         batch, learning_rate: of a step; the rate rises over the first tenth of the steps, then stays.
-        compile: run the step as one graph. Worth its minute only for more than a few dozen steps.
         like: another adaptation, whose images are used instead of drawing and encoding them again.
     """
 
@@ -56,7 +55,6 @@ class CompressionAdaptation:
         batch: int = 16,
         learning_rate: float = 3e-4,
         seed: int = 0,
-        compile: bool = True,
         like: CompressionAdaptation | None = None,
     ):
         self.pipe, self.net = copy.copy(pipe), compressed_copy(pipe.transformer, layers, ratio, operator)
@@ -73,7 +71,6 @@ class CompressionAdaptation:
             ema_rate=None,
             save_every=max(1, steps),
             log_every=1,
-            compile=compile,
         )
         side = self.net.config.input_size
         identity = {"layers": [int(layer) for layer in layers], "ratio": ratio, "operator": operator}
@@ -86,6 +83,7 @@ class CompressionAdaptation:
             options,
             folder,
             NAMES,
+            network=self.net,
             identity=identity,
         )
 

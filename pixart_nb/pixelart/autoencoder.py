@@ -26,7 +26,6 @@ OPTIONS = TrainerOptions(
     ema_rate=0.99,
     save_every=100,
     log_every=10,
-    compile=False,
 )
 BATCH, CROP = 8, 64
 KL_WEIGHT = 1e-4

@@ -101,7 +101,7 @@ def train_transformer(
             latents, pool, lambda ids, mask: encoder(ids, mask).asnumpy(), empty, BATCH, CAPTION_DROP, seed + number
         )
         trainer = Trainer(
-            diffusion_loss(net, positions), parameters, batches, options, work / name, names=("mse", "vb")
+            diffusion_loss(net, positions), parameters, batches, options, work / name, names=("mse", "vb"), network=net
         )
         trainer.run()
         set_weights(parameters, trainer.weights())

@@ -30,7 +30,6 @@ OPTIONS = TrainerOptions(
     ema_rate=0.99,
     save_every=100,
     log_every=10,
-    compile=False,
 )
 BATCH = 64
 

@@ -88,8 +88,8 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "SHARD", 4)
     monkeypatch.setattr(autoencoder, "SHARDS", 1)
     monkeypatch.setattr(autoencoder, "OPTIONS", replace(autoencoder.OPTIONS, **few))
-    monkeypatch.setattr(text_encoder, "OPTIONS", replace(text_encoder.OPTIONS, **few, compile=False))
-    options = replace(stages.OPTIONS, **few, compile=False)
+    monkeypatch.setattr(text_encoder, "OPTIONS", replace(text_encoder.OPTIONS, **few))
+    options = replace(stages.OPTIONS, **few)
     small = [replace(s, shards=1, batch=2, options=options) for s in stages.STAGES[:2]]
     small.append(replace(small[1], name="compressed", compression=stages.COMPRESSION))
     monkeypatch.setattr(stages, "STAGES", tuple(small))

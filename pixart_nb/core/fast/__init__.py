@@ -1,6 +1,7 @@
-"""Inference paths behind one entry for each task: the numbers of ``models/`` with fewer operations.
+"""Fast paths behind one entry for each task: the numbers of ``models/`` with fewer operations.
 
-``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, and ``fast_group_norms`` the norms of the VAE.
+``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, ``use_fast_blocks`` computes its blocks in training,
+and ``fast_group_norms`` the norms of the VAE.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.fast.cpu_operators import ImageStatistics
+from pixart_nb.core.fast.cpu_training import use_fast_blocks as use_fast_blocks
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.transformer import PixArt
 

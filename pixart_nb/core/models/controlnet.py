@@ -99,8 +99,8 @@ class PixArtControlNet(nn.Cell):
     def caption_keys_values(self, caption, drop=None) -> tuple[Sequence, Sequence]:
         """Return the keys and values of all blocks, and those of the copied blocks."""
         projected = self.base_model.y_embedder(caption.astype(self.dtype), drop)
-        blocks = [block.cross_attn.keys_values(projected) for block in self.base_model.blocks]
-        return blocks, [copy.copied_block.cross_attn.keys_values(projected) for copy in self.controlnet]
+        blocks = [block.keys_values(projected) for block in self.base_model.blocks]
+        return blocks, [copy.copied_block.keys_values(projected) for copy in self.controlnet]
 
     def denoise(self, latents, timestep, keys_values, mask, positions, micro=None, control=None, scale=1.0):
         """Compute one step from the keys and values of the caption: -> (N, out_channels, H, W)."""

@@ -8,17 +8,15 @@ library that it ships has one. Inputs are rounded to bfloat16, sums and outputs 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import warnings
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.core import backend
+from pixart_nb.core import backend, onednn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
@@ -37,10 +35,8 @@ def unsupported() -> str:
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or not {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()):
         return "this processor has neither AVX512-BF16 nor AMX-BF16"
-    try:
-        _gemm()
-    except (OSError, AttributeError, IndexError):
-        return f"MindSpore {ms.__version__} ships no oneDNN library with dnnl_gemm_bf16bf16f32"
+    if onednn.function(onednn.BF16) is None:
+        return f"MindSpore {ms.__version__} ships no oneDNN library with {onednn.BF16}"
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((48, 64), (32, 64)))
     exact = _upcast(_rounded(x)) @ _upcast(_rounded(weight)).T
@@ -49,18 +45,6 @@ def unsupported() -> str:
     except PixArtNBError as failed:
         return str(failed)
     return "" if error < 1e-3 else f"oneDNN's bfloat16 product is wrong by {error:.2g} in a test of 48 x 64 x 32"
-
-
-@cache
-def _gemm() -> Callable:
-    library = next((Path(ms.__file__).parent / "lib").glob("libdnnl.so*"), None)
-    if library is None:
-        raise OSError("no libdnnl.so")
-    function = ctypes.CDLL(str(library)).dnnl_gemm_bf16bf16f32
-    char, size, real, pointer = ctypes.c_char, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    function.argtypes = [char, char, size, size, size, real, pointer, size, pointer, size, real, pointer, size]
-    function.restype = ctypes.c_int
-    return function
 
 
 def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
@@ -85,16 +69,10 @@ def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
 
 
 def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
-    """Write ``x @ weight.T + bias`` into out (M, N), whose rows may be a part of longer ones."""
-    (rows, inner), columns = x.shape, len(weight)
+    """Write ``x @ weight.T + bias`` to out (M, N)."""
     if bias is not None:
         out[...] = bias
-    stride = out.strides[0] // 4
-    beta = 0.0 if bias is None else 1.0
-    a, b, c = (array.ctypes.data for array in (x, weight, out))
-    status = _gemm()(b"N", b"T", rows, columns, inner, 1.0, a, inner, b, inner, beta, c, stride)
-    if status:
-        raise PixArtNBError(f"oneDNN refused a bfloat16 product of {rows} x {inner} x {columns} (status {status})")
+    onednn.multiply(x, weight.T, out, add=bias is not None, gemm=onednn.BF16)
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:

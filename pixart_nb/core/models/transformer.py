@@ -132,14 +132,23 @@ class Block(nn.Cell):
         self.mlp = MLP(size, int(size * config.mlp_ratio), size)
         self.pre_norm = LayerNorm(size, 1e-6, affine=False)
         self.scale_shift_table = parameter((6, size), name="scale_shift_table")
+        self.fast = None  # a TrainingBlock of core.fast in a training on the CPU, never in a compiled graph
 
     def construct(self, x, k, v, mask, t0, height, width):
         """x (B, N, D), caption keys and values, t0 (B, 6, D), token grid height x width -> (B, N, D)."""
+        if self.fast is not None and self.fast.supports(x):
+            return self.fast(x, k, v, mask, t0, height, width)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation_rows(self.scale_shift_table, t0, 6)
         tokens = x.shape[1]
         x = x + repeat_tokens(gate, tokens) * self.attn(modulate(self.pre_norm(x), shift, scale), height, width)
         x = x + self.cross_attn(x, k, v, mask)
         return x + repeat_tokens(gate_mlp, tokens) * self.mlp(modulate(self.pre_norm(x), shift_mlp, scale_mlp))
+
+    def keys_values(self, caption):
+        """Return keys and values of the cross-attention to a caption (B, T, D), as ``construct`` takes them."""
+        if self.fast is not None and self.fast.supports(caption):
+            return self.fast.keys_values(caption)
+        return self.cross_attn.keys_values(caption)
 
 
 class FinalLayer(nn.Cell):
@@ -150,8 +159,11 @@ class FinalLayer(nn.Cell):
         self.pre_norm = LayerNorm(size, 1e-6, affine=False)
         self.linear = Linear(size, out)
         self.scale_shift_table = parameter((2, size), name="scale_shift_table")
+        self.fast = None  # as in Block
 
     def construct(self, x: ms.Tensor, t: ms.Tensor) -> ms.Tensor:
+        if self.fast is not None and self.fast.supports(x):
+            return self.fast(x, t)
         shift, scale = modulation_rows(self.scale_shift_table, t.reshape(t.shape[0], 1, -1), 2)
         return self.linear(modulate(self.pre_norm(x), shift, scale))
 
@@ -201,7 +213,7 @@ class PixArt(nn.Cell):
     def caption_keys_values(self, caption, drop=None):
         """Return keys and values of every block's cross-attention, [(k, v)]; all steps of a prompt use them."""
         projected = self.y_embedder(caption.astype(self.dtype), drop)
-        return [block.cross_attn.keys_values(projected) for block in self.blocks]
+        return [block.keys_values(projected) for block in self.blocks]
 
     def denoise(self, latents, timestep, keys_values, mask, positions, micro=None):
         """Compute one step from the keys and values of the caption: -> (N, out_channels, H, W)."""

@@ -28,7 +28,7 @@ class TrainerOptions:
         loss_scale: scale of the first step; with ``dynamic_loss_scale`` an overflow skips its step and reduces it.
         images: images per step, for the speed in the log.
         shard_threshold: elements below which every worker keeps the optimizer state of a parameter.
-        compile: compute loss and gradients as one graph. Off for convolutions on the CPU, whose graphs never finish.
+        compile: compute loss and gradients as one graph, for Ascend. Graphs of convolutions never finish on the CPU.
     """
 
     steps: int
@@ -42,7 +42,7 @@ class TrainerOptions:
     save_every: int = 500
     log_every: int = 20
     keep: int = 2
-    compile: bool = True
+    compile: bool = False
     optimizer: str = "adamw"
     eps: float | tuple[float, float] = 1e-8
     end_learning_rate: float = 0.0

@@ -18,6 +18,7 @@ from mindspore import nn
 from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms, pin_threads
+from pixart_nb.core.fast import use_fast_blocks
 from pixart_nb.core.io import folder_lock
 from pixart_nb.core.models.operators import assign
 from pixart_nb.core.training.checkpoints import CheckpointFolder, TrainingState, check_fits, read_state
@@ -45,7 +46,7 @@ class Trainer:
 
     Args:
         names: names of the further values in the log.
-        network: cell whose layers are searched when a value is not finite.
+        network: cell whose blocks are computed by ``core.fast``, and searched when a value is not finite.
         identity: settings that a resumed training has to share with the one that it resumes.
         describe: returns a description of a batch from its number.
         workers: gradients are averaged over them, each keeps the optimizer state of its share of the parameters, and
@@ -85,6 +86,8 @@ class Trainer:
         self.scale = options.new_loss_scale()
         self.step, self.log, self._seconds, self._saved = 0, None, 0.0, -1
         self._stop_requested = self._stopped = False
+        if network is not None:
+            use_fast_blocks(network, not options.compile)
         self.loss, self._gradient = loss, self._gradient_function(loss)
         self._resume()
 

@@ -28,7 +28,6 @@ OPTIONS = TrainerOptions(
     ema_rate=0.99,
     save_every=50,
     log_every=10,
-    compile=False,
 )
 SHARDS = 24
 BATCH, CROP = 8, 64

@@ -114,7 +114,7 @@ def train_stage(stage: WorldStage, batch: Batch, work: Path, weights: dict[str, 
     set_weights(parameters, weights)
     positions = net.positions(stage.cells, stage.cells)
     loss = diffusion_loss(net, positions)
-    trainer = Trainer(loss, parameters, batch, stage.options, work, names=("mse", "vb"))
+    trainer = Trainer(loss, parameters, batch, stage.options, work, names=("mse", "vb"), network=net)
     trainer.run()
     set_weights(parameters, trainer.weights())
     return net

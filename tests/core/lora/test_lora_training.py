@@ -46,11 +46,11 @@ def moved_alone(adapter, net, before, config):
 def test_only_the_adapter_is_trained_and_an_interrupted_training_goes_on_to_the_same_one(tmp_path):
     config, nets = LoraConfig(lora_dropout=0.3), [transformer(), transformer()]
     before, drawn = weights(nets[0]), run(nets[0])
-    whole = train(nets[0], config, tmp_path / "whole", compile=False)
+    whole = train(nets[0], config, tmp_path / "whole")
     assert moved_alone(whole, nets[0], before, config)
     assert not np.array_equal(run(nets[0]), drawn)
-    train(nets[1], config, tmp_path / "parts", until=3, compile=False)
-    parts = train(transformer(), config, tmp_path / "parts", compile=False)
+    train(nets[1], config, tmp_path / "parts", until=3)
+    parts = train(transformer(), config, tmp_path / "parts")
     for name, parameter in whole.parameters().items():
         assert np.array_equal(parameter.asnumpy(), parts.parameters()[name].asnumpy()), name
 

@@ -90,7 +90,7 @@ def test_half_precision_gradients_are_added_up_in_float32(tmp_path):
         return error, error
 
     weight = ms.Parameter(ms.Tensor(np.zeros(4, np.float16)), name="w")
-    options = TrainerOptions(steps=1, accumulate=2, max_grad_norm=None, compile=False, ema_rate=None)
+    options = TrainerOptions(steps=1, accumulate=2, max_grad_norm=None, ema_rate=None)
 
     def parts(number):
         return np.full(4, (2048, 1)[number], np.float32), np.zeros(1, np.float32)
@@ -161,7 +161,7 @@ def test_a_step_of_two_workers_takes_at_most_eight_collectives(tmp_path, monkeyp
             return tensor * 1.0
 
     monkeypatch.setattr(distributed.ops, "AllReduce", AllReduce)
-    run = trainer(tmp_path, batch, more={"workers": Workers(0, 2)}, steps=2, compile=False, save_every=100)
+    run = trainer(tmp_path, batch, more={"workers": Workers(0, 2)}, steps=2, save_every=100)
     calls.clear()
     next(run.steps())
     assert 3 <= len(calls) <= 8

@@ -48,7 +48,7 @@ def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
     assert done.returncode == 0, done.stdout[-1000:] + logs(tmp_path / "log")
     kept = [json.loads((tmp_path / f"keeps-{rank}.json").read_text()) for rank in (0, 1)]
     for name, options in RUNS.items():
-        options = dict(steps=8, save_every=3, start_learning_rate=0.01, compile=False) | options
+        options = dict(steps=8, save_every=3, start_learning_rate=0.01) | options
         alone = trainer(tmp_path / "alone" / name, **options)
         alone.run()
         assert np.allclose(losses(tmp_path / name), losses(tmp_path / "alone" / name), rtol=1e-5)

@@ -186,7 +186,7 @@ def test_an_overflow_costs_a_step_and_halves_the_loss_scale(tmp_path):
         x, y = batch(step)
         return x, y * np.float32(1000 if step == 5 else 1)
 
-    options = dict(dtype=ms.float16, loss_scale=2048.0, dynamic_loss_scale=True, loss_scale_window=4, compile=False)
+    options = dict(dtype=ms.float16, loss_scale=2048.0, dynamic_loss_scale=True, loss_scale_window=4)
     run = trainer(tmp_path / "whole", loud, **options)
     before = None
     for row in run.steps(until=9):
@@ -206,7 +206,7 @@ def test_an_overflow_costs_a_step_and_halves_the_loss_scale(tmp_path):
 
 
 def test_a_layer_that_overflows_is_named(tmp_path):
-    run = trainer(tmp_path, compile=False, more={"describe": "batch {} of the test".format})
+    run = trainer(tmp_path, more={"describe": "batch {} of the test".format})
     run.run(until=5)
     huge = np.full((2, 3), 3e38, np.float32)
     ms.ops.assign(run.parameters["map.weight"], ms.Tensor(huge))
@@ -218,7 +218,7 @@ def test_a_layer_that_overflows_is_named(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "came"])
 def test_either_optimizer_resumes_bit_for_bit(tmp_path, optimizer):
     came = {"betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)} if optimizer == "came" else {}
-    options = dict(optimizer=optimizer, start_learning_rate=0.01, compile=False, **came)
+    options = dict(optimizer=optimizer, start_learning_rate=0.01, **came)
     whole = trainer(tmp_path / "whole", **options)
     whole.run()
     trainer(tmp_path / "parts", **options).run(until=17)

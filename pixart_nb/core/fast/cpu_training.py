@@ -1,0 +1,463 @@
+"""Blocks of the transformer in training on the CPU: outputs and gradients of ``models.transformer.Block``, faster.
+
+MindSpore passes over the whole memory for each operator. Here a part of the tokens goes through a norm, its modulation
+and a matrix product while it is in the cache of a core, by as many threads as there are cores. Gradients are written by
+hand, and sums are added in an order that does not depend on the threads. Not inside compiled graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from mindspore import nn
+from mindspore.common._grad_function import _Function
+
+from pixart_nb.core import backend
+from pixart_nb.core.backend import ms
+from pixart_nb.core.fast.cpu_attention import attention_forward, attention_gradient
+from pixart_nb.core.models.attention import MASKED_SCORE
+from pixart_nb.core.models.layers import Linear
+from pixart_nb.core.models.operators import split_parts
+from pixart_nb.core.models.transformer import Block, FinalLayer
+from pixart_nb.core.onednn import multiply
+
+#: Tokens of a part: with their intermediate values they stay in the cache of a core.
+PART = 256
+_GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481627260025)
+
+
+def use_fast_blocks(network: nn.Cell, fast: bool) -> None:
+    """Let the blocks of a network compute a training step by this module, where it can, or by MindSpore's operators."""
+    for _, cell in network.cells_and_names():
+        kind = {Block: TrainingBlock, FinalLayer: TrainingFinalLayer}.get(type(cell))
+        if kind is not None:
+            cell.fast = kind(cell) if fast else None
+
+
+class TrainingBlock:
+    """``Block.construct`` of one block."""
+
+    def __init__(self, block: Block):
+        self.block = block
+
+    def supports(self, x: ms.Tensor) -> bool:
+        """Return whether the block computes in float32 on the CPU, without adapters and hooks."""
+        attn, cross, mlp = self.block.attn, self.block.cross_attn, self.block.mlp
+        linears = attn.qkv, attn.proj, cross.q_linear, cross.kv_linear, cross.proj, mlp.fc1, mlp.fc2
+        hooked = attn.hook_point is not None or cross.hook_point is not None
+        return _is_float32(x) and not hooked and all(type(linear) is Linear for linear in linears)
+
+    def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, None]:
+        """Return keys and values of the caption in one tensor, (B, T, 2 D)."""
+        layer = self.block.cross_attn.kv_linear
+        return LinearLayer.apply(caption, layer.weight, layer.bias), None
+
+    def __call__(self, x, kv, _, mask, t0, height: int, width: int) -> ms.Tensor:
+        block, attn, cross, mlp = self.block, self.block.attn, self.block.cross_attn, self.block.mlp
+        modulation = block.scale_shift_table.reshape(1, 6, -1) + t0
+        column = None if mask is None else np.where(mask.asnumpy(), 0, MASKED_SCORE).astype(np.float32)
+        qkv = ModulatedLinear.apply(x, modulation, attn.qkv.weight, attn.qkv.bias, (0, 1), block.pre_norm.eps)
+        attended = Attention.apply(*self._split(qkv, height, width), None, attn.heads)
+        x = AddLinear.apply(x, attended, modulation, attn.proj.weight, attn.proj.bias, 2)
+        q = LinearLayer.apply(x, cross.q_linear.weight, cross.q_linear.bias)
+        attended = Attention.apply(q, kv, None, column, cross.heads)
+        x = AddLinear.apply(x, attended, None, cross.proj.weight, cross.proj.bias, None)
+        weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+        return AddMLP.apply(x, modulation, *weights, (3, 4, 5), block.pre_norm.eps)
+
+    def _split(self, qkv: ms.Tensor, height: int, width: int) -> tuple[ms.Tensor | None, ...]:
+        """Return queries (B, N, D), keys and values (B, M, D), or all of them in one (B, N, 3 D), None and None."""
+        attn = self.block.attn
+        if attn.q_norm is None and attn.ratio == 1:
+            return qkv, None, None
+        q, k, v = (part.reshape(*qkv.shape[:2], attn.size) for part in split_parts(qkv, 3, 1))
+        if attn.q_norm is not None:
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        return q, attn.compress(k, height, width), attn.compress(v, height, width)
+
+
+class TrainingFinalLayer:
+    """``FinalLayer.construct``."""
+
+    def __init__(self, layer: FinalLayer):
+        self.layer = layer
+
+    def supports(self, x: ms.Tensor) -> bool:
+        """Return whether the layer computes in float32 on the CPU, without an adapter."""
+        return _is_float32(x) and type(self.layer.linear) is Linear
+
+    def __call__(self, x: ms.Tensor, t: ms.Tensor) -> ms.Tensor:
+        layer, linear = self.layer, self.layer.linear
+        modulation = layer.scale_shift_table.reshape(1, 2, -1) + t.reshape(t.shape[0], 1, -1)
+        return ModulatedLinear.apply(x, modulation, linear.weight, linear.bias, (0, 1), layer.pre_norm.eps)
+
+
+class Part(NamedTuple):
+    """Tokens that are processed together: all tokens of some images, or some tokens of one image.
+
+    ``number`` counts the parts of an image, and ``total`` all of them.
+    """
+
+    images: slice
+    tokens: slice
+    number: int
+    total: int
+
+
+def parts_of(images: int, tokens: int) -> list[Part]:
+    """Split a batch into parts of about ``PART`` tokens.
+
+    >>> [(p.images.stop, p.tokens.stop) for p in parts_of(3, 100)], len(parts_of(1, 600))
+    ([(2, 100), (3, 100)], 3)
+    """
+    if tokens <= PART:
+        step = PART // tokens
+        starts = range(0, images, step)
+        return [Part(slice(s, min(s + step, images)), slice(0, tokens), 0, i) for i, s in enumerate(starts)]
+    count = -(-tokens // PART)
+    ends = [tokens * i // count for i in range(count + 1)]
+    pieces = [(image, piece) for image in range(images) for piece in range(count)]
+    return [Part(slice(i, i + 1), slice(ends[p], ends[p + 1]), p, t) for t, (i, p) in enumerate(pieces)]
+
+
+def in_threads(work: Callable, jobs: Sequence) -> None:
+    """Call ``work`` for every job, on all threads."""
+    if len(jobs) == 1:
+        work(jobs[0])
+    else:
+        list(backend.numpy_threads().map(work, jobs))
+
+
+def _is_float32(x: ms.Tensor) -> bool:
+    return x.dtype == ms.float32 and not backend.on_ascend()
+
+
+def _rows(x: np.ndarray, part: Part) -> np.ndarray:
+    """Return the tokens of a part as rows (M, D) of the same memory."""
+    return x[part.images, part.tokens].reshape(-1, x.shape[2])
+
+
+def _images(rows: np.ndarray, part: Part) -> np.ndarray:
+    """Rows (M, D) of a part -> (images, tokens, D)."""
+    return rows.reshape(part.images.stop - part.images.start, -1, rows.shape[1])
+
+
+def _linear(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    out[...] = bias
+    multiply(rows, weight.T, out, add=True)
+
+
+class Sums:
+    """Sums over tokens: those of the parts are added in their order, whichever thread came first.
+
+    ``rows`` (B, count, D) has a sum for each image, as the gradient of a modulation, and ``total`` (D,) one for all.
+    """
+
+    def __init__(self, parts: list[Part], images: int, count: int, size: int):
+        self.by_piece = np.zeros((1 + max(p.number for p in parts), images, count, size), np.float32)
+        self.parts = parts
+
+    def add(self, part: Part, row: int, values: np.ndarray) -> None:
+        """Add up values (M, D) of a part over the tokens of each image."""
+        np.add.reduce(_images(values, part), 1, out=self.by_piece[part.number, part.images, row])
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Return the sums of each image, (B, count, D)."""
+        return self.by_piece.sum(0)
+
+    @property
+    def total(self) -> np.ndarray:
+        """Return the sums of all images, (D,)."""
+        return self.by_piece.sum((0, 1, 2))
+
+
+def weight_gradient(dout: np.ndarray, inputs: np.ndarray) -> np.ndarray:
+    """Return the gradient of a weight, (out, in), from dout (B, N, out) and inputs (B, N, in) of its product."""
+    dout, inputs = dout.reshape(-1, dout.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
+    gradient = np.empty((dout.shape[1], inputs.shape[1]), np.float32)
+    count = min(backend.numpy_threads()._max_workers, len(gradient))
+    ends = [len(gradient) * i // count for i in range(count + 1)]
+    slices = [slice(ends[i], ends[i + 1]) for i in range(count)]
+    in_threads(lambda s: multiply(dout[:, s].T, inputs, gradient[s]), slices)
+    return gradient
+
+
+class ModulatedNorm:
+    """m = norm(x) (1 + scale) + shift, part by part; shift and scale are rows of the modulation (B, count, D).
+
+    Keeps the normalized tokens and their inverse standard deviations for the gradient.
+    """
+
+    def __init__(self, x: np.ndarray, modulation: np.ndarray, rows: tuple[int, int], eps: float):
+        self.x, self.eps = x, np.float32(eps)
+        self.shift, self.scale = (modulation[:, None, row] for row in rows)
+        self.normal, self.inverse = np.empty_like(x), np.empty(x.shape[:2], np.float32)
+
+    def forward(self, part: Part) -> np.ndarray:
+        """Return m of a part: (M, D)."""
+        x, normal = _rows(self.x, part), _rows(self.normal, part)
+        np.subtract(x, x.mean(1, keepdims=True), out=normal)
+        variance = np.einsum("md,md->m", normal, normal) / np.float32(x.shape[1])
+        inverse = 1 / np.sqrt(variance + self.eps)
+        normal *= inverse[:, None]
+        self.inverse[part.images, part.tokens] = inverse.reshape(-1, part.tokens.stop - part.tokens.start)
+        return self.modulated(part)
+
+    def modulated(self, part: Part) -> np.ndarray:
+        """Return m of a part from the normalized tokens."""
+        normal = _images(_rows(self.normal, part), part)
+        out = normal * (1 + self.scale[part.images])
+        out += self.shift[part.images]
+        return out.reshape(-1, out.shape[2])
+
+    def backward(self, part: Part, dm: np.ndarray, dx: np.ndarray, sums: Sums, rows: tuple[int, int]) -> None:
+        """Add the gradient of x to dx (M, D), and those of shift and scale to ``sums``; dm (M, D) is overwritten."""
+        normal = _rows(self.normal, part)
+        sums.add(part, rows[0], dm)
+        product = dm * normal
+        sums.add(part, rows[1], product)
+        images = _images(dm, part)
+        images *= 1 + self.scale[part.images]
+        along = np.einsum("md,md->m", dm, normal) / np.float32(dm.shape[1])
+        dm -= dm.mean(1, keepdims=True)
+        dm -= np.multiply(normal, along[:, None], out=product)
+        dm *= self.inverse[part.images, part.tokens].reshape(-1, 1)
+        dx += dm
+
+
+def _arrays(*tensors: ms.Tensor | None) -> list[np.ndarray | None]:
+    """Return the memory of tensors as arrays."""
+    return [None if tensor is None else np.ascontiguousarray(tensor.asnumpy()) for tensor in tensors]
+
+
+def _tensors(*arrays: np.ndarray | None) -> tuple[ms.Tensor | None, ...]:
+    return tuple(None if array is None else ms.Tensor.from_numpy(array) for array in arrays)
+
+
+class ModulatedLinear(_Function):
+    """``linear(norm(x) (1 + scale) + shift)``: x (B, N, D), modulation (B, count, D), weight (out, D) -> (B, N, out).
+
+    ``rows`` are the numbers of shift and scale in the modulation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, modulation, weight, bias, rows: tuple[int, int], eps: float):
+        x, modulation, weight, bias = _arrays(x, modulation, weight, bias)
+        norm, out = ModulatedNorm(x, modulation, rows, eps), np.empty((*x.shape[:2], len(weight)), np.float32)
+        in_threads(lambda p: _linear(norm.forward(p), weight, bias, _rows(out, p)), parts_of(*x.shape[:2]))
+        ctx.norm, ctx.weight, ctx.rows, ctx.count = norm, weight, rows, modulation.shape[1]
+        return ms.Tensor.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        (dout,), norm, weight = _arrays(dout), ctx.norm, ctx.weight
+        parts = parts_of(*dout.shape[:2])
+        sums, bias = Sums(parts, len(dout), ctx.count, weight.shape[1]), Sums(parts, len(dout), 1, len(weight))
+        inputs, dx = np.empty_like(norm.x), np.zeros_like(norm.x)
+
+        def work(part: Part) -> None:
+            rows = _rows(dout, part)
+            bias.add(part, 0, rows)
+            _rows(inputs, part)[...] = norm.modulated(part)
+            dm = np.empty((len(rows), weight.shape[1]), np.float32)
+            multiply(rows, weight, dm)
+            norm.backward(part, dm, _rows(dx, part), sums, ctx.rows)
+
+        in_threads(work, parts)
+        dweight = weight_gradient(dout, inputs) if ctx.needs_input_grad[2] else None
+        return *_tensors(dx, sums.rows, dweight, bias.total), None, None
+
+
+class LinearLayer(_Function):
+    """``linear(x)``: x (B, N, D), weight (out, D) -> (B, N, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias):
+        x, weight, bias = _arrays(x, weight, bias)
+        out = np.empty((*x.shape[:2], len(weight)), np.float32)
+        in_threads(lambda p: _linear(_rows(x, p), weight, bias, _rows(out, p)), parts_of(*x.shape[:2]))
+        ctx.saved = x, weight
+        return ms.Tensor.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        (dout,), (x, weight) = _arrays(dout), ctx.saved
+        parts, dx = parts_of(*dout.shape[:2]), np.empty_like(x)
+        bias = Sums(parts, len(dout), 1, len(weight))
+
+        def work(part: Part) -> None:
+            bias.add(part, 0, _rows(dout, part))
+            multiply(_rows(dout, part), weight, _rows(dx, part))
+
+        in_threads(work, parts)
+        return _tensors(dx, weight_gradient(dout, x) if ctx.needs_input_grad[1] else None, bias.total)
+
+
+class AddLinear(_Function):
+    """``x + gate linear(a)``: x and a (B, N, D). ``row`` is the number of the gate in the modulation, None for 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x, a, modulation, weight, bias, row: int | None):
+        x, a, modulation, weight, bias = _arrays(x, a, modulation, weight, bias)
+        gate = None if row is None else modulation[:, None, row]
+        out, product = np.empty_like(x), None if row is None else np.empty_like(x)
+
+        def work(part: Part) -> None:
+            target = _rows(out if gate is None else product, part)
+            _linear(_rows(a, part), weight, bias, target)
+            _add_gated(part, x, gate, product, out)
+
+        in_threads(work, parts_of(*x.shape[:2]))
+        ctx.saved, ctx.row, ctx.count = (a, weight, gate, product), row, row is None or modulation.shape[1]
+        return ms.Tensor.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        (dout,), (a, weight, gate, product) = _arrays(dout), ctx.saved
+        parts = parts_of(*dout.shape[:2])
+        sums, bias = (Sums(parts, len(dout), count, len(weight)) for count in (int(ctx.count), 1))
+        da, dproduct = np.empty_like(a), dout if gate is None else np.empty_like(dout)
+
+        def work(part: Part) -> None:
+            if gate is not None:
+                _gate_gradient(part, dout, gate, product, dproduct, sums, ctx.row)
+            rows = _rows(dproduct, part)
+            bias.add(part, 0, rows)
+            multiply(rows, weight, _rows(da, part))
+
+        in_threads(work, parts)
+        dweight = weight_gradient(dproduct, a) if ctx.needs_input_grad[3] else None
+        dmodulation = None if gate is None else sums.rows
+        return *_tensors(dout, da, dmodulation, dweight, bias.total), None
+
+
+def _add_gated(part: Part, x: np.ndarray, gate: np.ndarray | None, product: np.ndarray, out: np.ndarray) -> None:
+    """Write x + gate product of a part to ``out``; without a gate, add x to ``out``."""
+    target = out[part.images, part.tokens]
+    if gate is not None:
+        np.multiply(product[part.images, part.tokens], gate[part.images], out=target)
+    target += x[part.images, part.tokens]
+
+
+def _gate_gradient(part: Part, dout, gate, product, dproduct, sums: Sums, row: int) -> None:
+    """Write dout gate of a part to ``dproduct``, and add dout product, the gradient of the gate, to ``sums``."""
+    index = part.images, part.tokens
+    np.multiply(dout[index], gate[part.images], out=dproduct[index])
+    sums.add(part, row, _rows(dout, part) * _rows(product, part))
+
+
+class AddMLP(_Function):
+    """``x + gate mlp(norm(x) (1 + scale) + shift)``: x (B, N, D), modulation (B, count, D).
+
+    ``rows`` are the numbers of shift, scale and gate in the modulation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, modulation, weight1, bias1, weight2, bias2, rows: tuple[int, int, int], eps: float):
+        x, modulation, *weights = _arrays(x, modulation, weight1, bias1, weight2, bias2)
+        norm, gate = ModulatedNorm(x, modulation, rows[:2], eps), modulation[:, None, rows[2]]
+        hidden = np.empty((*x.shape[:2], len(weights[0])), np.float32)
+        product, out = np.empty_like(x), np.empty_like(x)
+
+        def work(part: Part) -> None:
+            inner = _rows(hidden, part)
+            _linear(norm.forward(part), weights[0], weights[1], inner)
+            _linear(_gelu(inner)[0], weights[2], weights[3], _rows(product, part))
+            _add_gated(part, x, gate, product, out)
+
+        in_threads(work, parts_of(*x.shape[:2]))
+        ctx.saved, ctx.rows, ctx.count = (norm, gate, weights, hidden, product), rows, modulation.shape[1]
+        return ms.Tensor.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        (dout,), (norm, gate, weights, hidden, product) = _arrays(dout), ctx.saved
+        parts, size, width = parts_of(*dout.shape[:2]), dout.shape[2], hidden.shape[2]
+        sums, bias1, bias2 = (Sums(parts, len(dout), *shape) for shape in ((ctx.count, size), (1, width), (1, size)))
+        dproduct, dx, inputs = np.empty_like(dout), dout.copy(), np.empty_like(dout)
+        activated, dhidden = np.empty_like(hidden), np.empty_like(hidden)
+
+        def work(part: Part) -> None:
+            _gate_gradient(part, dout, gate, product, dproduct, sums, ctx.rows[2])
+            rows, dinner = _rows(dproduct, part), _rows(dhidden, part)
+            bias2.add(part, 0, rows)
+            multiply(rows, weights[2], dinner)
+            _rows(activated, part)[...] = _gelu_gradient(_rows(hidden, part), dinner)
+            bias1.add(part, 0, dinner)
+            _rows(inputs, part)[...] = norm.modulated(part)
+            dm = np.empty((len(rows), size), np.float32)
+            multiply(dinner, weights[0], dm)
+            norm.backward(part, dm, _rows(dx, part), sums, ctx.rows[:2])
+
+        in_threads(work, parts)
+        needed = ctx.needs_input_grad
+        dweight1 = weight_gradient(dhidden, inputs) if needed[2] else None
+        dweight2 = weight_gradient(dproduct, activated) if needed[4] else None
+        return *_tensors(dx, sums.rows, dweight1, bias1.total, dweight2, bias2.total), None, None
+
+
+def _gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tanh approximation of GELU, x g, and g = sigmoid(x (a + b x^2))."""
+    gate = x * x
+    gate *= -_GELU_CUBE
+    gate -= _GELU_LINEAR
+    gate *= x
+    with np.errstate(over="ignore"):
+        np.exp(gate, out=gate)
+    gate += np.float32(1)
+    np.reciprocal(gate, out=gate)
+    return x * gate, gate
+
+
+def _gelu_gradient(x: np.ndarray, dout: np.ndarray) -> np.ndarray:
+    """Return GELU of x, and multiply dout by its derivative: g + u' x g (1 - g), with u' = a + 3 b x^2."""
+    out, gate = _gelu(x)
+    slope = x * x
+    slope *= 3 * _GELU_CUBE
+    slope += _GELU_LINEAR
+    slope *= out
+    slope *= 1 - gate
+    slope += gate
+    dout *= slope
+    return out
+
+
+class Attention(_Function):
+    """``softmax(q k^T / sqrt(d) + column) v``: q (B, N, D), k and v (B, M, D) -> (B, N, D).
+
+    Without v, k is (B, M, 2 D): keys and values. Without both, q is (B, N, 3 D): queries, keys and values. ``column``
+    (B, M) or None is added to the scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, column: np.ndarray | None, heads: int):
+        arrays = _arrays(q, k, v)
+        q, k, v = _heads(arrays, heads)
+        out = np.empty((q.shape[0], q.shape[2], heads * q.shape[3]), np.float32)
+        log_sums = attention_forward(q, k, v, column, _split(out, heads), in_threads)
+        ctx.saved, ctx.column, ctx.heads = (arrays, out, log_sums), column, heads
+        return ms.Tensor.from_numpy(out)
+
+    @staticmethod
+    def backward(ctx: Any, dout):
+        (dout,), (arrays, out, log_sums), heads = _arrays(dout), ctx.saved, ctx.heads
+        gradients = [None if array is None else np.empty_like(array) for array in arrays]
+        pair = _split(out, heads), _split(dout, heads)
+        inputs, targets = _heads(arrays, heads), _heads(gradients, heads)
+        attention_gradient(*inputs, ctx.column, *pair, log_sums, targets, in_threads)
+        return *_tensors(*gradients), None, None
+
+
+def _split(x: np.ndarray, heads: int) -> np.ndarray:
+    """(B, N, H d) -> a view (B, H, N, d)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+
+def _heads(arrays: list[np.ndarray | None], heads: int) -> list[np.ndarray]:
+    """Return views (B, H, N or M, d) of queries, keys and values."""
+    missing = sum(array is None for array in arrays)
+    *first, last = (array for array in arrays if array is not None)
+    return [_split(part, heads) for part in (*first, *np.split(last, missing + 1, axis=2))]
