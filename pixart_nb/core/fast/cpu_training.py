@@ -124,10 +124,8 @@ def parts_of(images: int, tokens: int) -> list[Part]:
 
 def in_threads(work: Callable, jobs: Sequence) -> None:
     """Call ``work`` for every job, on all threads."""
-    if len(jobs) == 1:
-        work(jobs[0])
-    else:
-        list(backend.numpy_threads().map(work, jobs))
+    threads = backend.numpy_threads()
+    list(map(work, jobs) if len(jobs) == 1 or threads._max_workers == 1 else threads.map(work, jobs))
 
 
 def _is_float32(x: ms.Tensor) -> bool:

@@ -39,7 +39,7 @@ CELL = 8
 BASE = PixArtConfig(hidden_size=192, num_heads=6, depth=6, caption_channels=128, input_size=16, pe_interpolation=0.5)
 COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [3, 4, 5]}
 OPTIONS = TrainerOptions(
-    steps=16_000,
+    steps=9_000,
     start_learning_rate=1.2e-3,
     warmup_steps=200,
     schedule="cosine",
