@@ -155,22 +155,22 @@ class TextToImage:
 
 
 class Train:
-    """Training step of one image: loss, gradients, clipping, AdamW."""
+    """Training step, with captions of no padding: loss, gradients, clipping, AdamW."""
 
     def __init__(self, shapes: Shapes):
         self.net, side = transformer(shapes).train(), shapes.size // 8
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-5)
-        padded = captions(shapes)
+        tokens = shapes.batch_size, shapes.caption_tokens
         self.caption = {
-            "encoder_hidden_states": padded["prompt_embeds"],
-            "encoder_attention_mask": padded["prompt_attention_mask"],
+            "encoder_hidden_states": torch.randn(*tokens, shapes.caption_channels),
+            "encoder_attention_mask": torch.ones(tokens),
         }
-        self.x_t, self.noise = (torch.randn(1, 4, side, side) for _ in range(2))
+        self.x_t, self.noise = (torch.randn(shapes.batch_size, 4, side, side) for _ in range(2))
 
     def __call__(self) -> dict:
         sizes = {"resolution": None, "aspect_ratio": None}
         out = self.net(
-            self.x_t, timestep=torch.tensor([500]), added_cond_kwargs=sizes, **self.caption, return_dict=False
+            self.x_t, timestep=torch.full((len(self.x_t),), 500), added_cond_kwargs=sizes, **self.caption, return_dict=False
         )[0]
         noise, variance = out.chunk(2, 1)
         loss = ((noise - self.noise) ** 2).mean() + (variance**2).mean()

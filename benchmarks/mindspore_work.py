@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.shapes import Shapes
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder
-from pixart_nb.core.fast import denoiser
+from pixart_nb.core.fast import denoiser, use_fast_blocks
 from pixart_nb.core.io import save_tensors, write_json
 from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
@@ -162,17 +162,19 @@ class TextToImage:
 
 
 class Train:
-    """Training step of one image: loss, gradients, clipping, AdamW."""
+    """Training step: loss, gradients, clipping, AdamW."""
 
     def __init__(self, shapes: Shapes):
         from pixart_nb.core.training.loss import coefficients, diffusion_loss
         from pixart_nb.core.training.optimizers import AdamW
 
         net, side, rng = transformer(shapes).set_train(True), shapes.size // 8, np.random.default_rng(1)
-        arrays = [rng.standard_normal((1, 4, side, side), np.float32) for _ in range(2)]
-        arrays += [coefficients(np.array([500])), np.array([500], np.float32)]
-        arrays += [rng.standard_normal((1, shapes.caption_tokens, shapes.caption_channels), np.float32)]
-        arrays += [np.ones((1, shapes.caption_tokens), bool), np.ones(1, np.float32)]
+        use_fast_blocks(net, True)
+        count, timesteps = shapes.batch_size, np.full(shapes.batch_size, 500)
+        arrays = [rng.standard_normal((count, 4, side, side), np.float32) for _ in range(2)]
+        arrays += [coefficients(timesteps), timesteps.astype(np.float32)]
+        arrays += [rng.standard_normal((count, shapes.caption_tokens, shapes.caption_channels), np.float32)]
+        arrays += [np.ones((count, shapes.caption_tokens), bool), np.ones(count, np.float32)]
         self.batch = [*map(ms.Tensor, arrays), net.positions(side, side)]
         # y_embedding takes part only where captions are dropped
         self.parameters = {n: p for n, p in net.parameters_and_names() if n != "y_embedder.y_embedding"}

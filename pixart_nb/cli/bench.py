@@ -25,7 +25,7 @@ def bench(
         Benchmark,
         typer.Argument(
             help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
-            "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step. "
+            "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step of --batch-size images. "
             "block: one block, plain and compressed. pipeline: peak memory of a whole run, T5 streamed."
         ),
     ] = Benchmark.denoise,
@@ -45,6 +45,10 @@ def bench(
     caption_tokens: Annotated[int, typer.Option(min=1, help="Number of prompt tokens.")] = 20,
     text_layers: Annotated[int, typer.Option(min=1, help="Number of T5 layers; XXL has 24.")] = 2,
     ratio: Annotated[int, typer.Option(min=1, help="Ratio of token compression in every block.")] = 1,
+    small: Annotated[
+        bool, typer.Option("--small", help="A transformer as small as the bundled ones (192 wide, 6 blocks), not XL/2.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 1,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16, for denoise and encode, in both systems.")] = "fp32",
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
@@ -63,7 +67,8 @@ def bench(
     start()
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
-    shapes = shapes_class(steps=sampling_steps, dtype=dtype, **sizes)
+    shapes = shapes_class(steps=sampling_steps, dtype=dtype, batch_size=batch_size, **sizes)
+    shapes = shapes.of_bundled_model() if small else shapes
     shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
     if what is Benchmark.table:
         parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]

@@ -25,6 +25,8 @@ from pixart_nb.core.onednn import multiply
 
 #: Tokens of a part: with their intermediate values they stay in the cache of a core.
 PART = 256
+#: Largest weight of a layer with an adapter. In a large one, the gradient of the whole matrix costs more than it gains.
+SMALL_WEIGHT = 2**18
 _GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481627260025)
 
 
@@ -43,28 +45,28 @@ class TrainingBlock:
         self.block = block
 
     def supports(self, x: ms.Tensor) -> bool:
-        """Return whether the block computes in float32 on the CPU, without adapters and hooks."""
+        """Return whether the block computes in float32 on the CPU, without hooks, and adapters only if it is small."""
         attn, cross, mlp = self.block.attn, self.block.cross_attn, self.block.mlp
         linears = attn.qkv, attn.proj, cross.q_linear, cross.kv_linear, cross.proj, mlp.fc1, mlp.fc2
         hooked = attn.hook_point is not None or cross.hook_point is not None
-        return _is_float32(x) and not hooked and all(type(linear) is Linear for linear in linears)
+        return _is_float32(x) and not hooked and all(map(_is_product, linears))
 
     def keys_values(self, caption: ms.Tensor) -> tuple[ms.Tensor, None]:
         """Return keys and values of the caption in one tensor, (B, T, 2 D)."""
         layer = self.block.cross_attn.kv_linear
-        return LinearLayer.apply(caption, layer.weight, layer.bias), None
+        return LinearLayer.apply(caption, layer.matrix(), layer.bias), None
 
     def __call__(self, x, kv, _, mask, t0, height: int, width: int) -> ms.Tensor:
         block, attn, cross, mlp = self.block, self.block.attn, self.block.cross_attn, self.block.mlp
         modulation = block.scale_shift_table.reshape(1, 6, -1) + t0
         column = None if mask is None else np.where(mask.asnumpy(), 0, MASKED_SCORE).astype(np.float32)
-        qkv = ModulatedLinear.apply(x, modulation, attn.qkv.weight, attn.qkv.bias, (0, 1), block.pre_norm.eps)
+        qkv = ModulatedLinear.apply(x, modulation, attn.qkv.matrix(), attn.qkv.bias, (0, 1), block.pre_norm.eps)
         attended = Attention.apply(*self._split(qkv, height, width), None, attn.heads)
-        x = AddLinear.apply(x, attended, modulation, attn.proj.weight, attn.proj.bias, 2)
-        q = LinearLayer.apply(x, cross.q_linear.weight, cross.q_linear.bias)
+        x = AddLinear.apply(x, attended, modulation, attn.proj.matrix(), attn.proj.bias, 2)
+        q = LinearLayer.apply(x, cross.q_linear.matrix(), cross.q_linear.bias)
         attended = Attention.apply(q, kv, None, column, cross.heads)
-        x = AddLinear.apply(x, attended, None, cross.proj.weight, cross.proj.bias, None)
-        weights = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+        x = AddLinear.apply(x, attended, None, cross.proj.matrix(), cross.proj.bias, None)
+        weights = mlp.fc1.matrix(), mlp.fc1.bias, mlp.fc2.matrix(), mlp.fc2.bias
         return AddMLP.apply(x, modulation, *weights, (3, 4, 5), block.pre_norm.eps)
 
     def _split(self, qkv: ms.Tensor, height: int, width: int) -> tuple[ms.Tensor | None, ...]:
@@ -85,13 +87,13 @@ class TrainingFinalLayer:
         self.layer = layer
 
     def supports(self, x: ms.Tensor) -> bool:
-        """Return whether the layer computes in float32 on the CPU, without an adapter."""
-        return _is_float32(x) and type(self.layer.linear) is Linear
+        """Return whether the layer computes in float32 on the CPU, with an adapter only if it is small."""
+        return _is_float32(x) and _is_product(self.layer.linear)
 
     def __call__(self, x: ms.Tensor, t: ms.Tensor) -> ms.Tensor:
         layer, linear = self.layer, self.layer.linear
         modulation = layer.scale_shift_table.reshape(1, 2, -1) + t.reshape(t.shape[0], 1, -1)
-        return ModulatedLinear.apply(x, modulation, linear.weight, linear.bias, (0, 1), layer.pre_norm.eps)
+        return ModulatedLinear.apply(x, modulation, linear.matrix(), linear.bias, (0, 1), layer.pre_norm.eps)
 
 
 class Part(NamedTuple):
@@ -126,6 +128,13 @@ def in_threads(work: Callable, jobs: Sequence) -> None:
     """Call ``work`` for every job, on all threads."""
     threads = backend.numpy_threads()
     list(map(work, jobs) if len(jobs) == 1 or threads._max_workers == 1 else threads.map(work, jobs))
+
+
+def _is_product(layer: nn.Cell) -> bool:
+    """Return whether a layer is a product with its ``matrix()``, which takes no time worth mentioning."""
+    if layer.weight.dtype != ms.float32:
+        return False
+    return type(layer) is Linear or (layer.is_product and layer.weight.size <= SMALL_WEIGHT)
 
 
 def _is_float32(x: ms.Tensor) -> bool:

@@ -202,6 +202,12 @@ class AdaptedLayer(nn.Cell):
             out = out + (parts[0] if len(parts) == 1 else mint.cat(parts, -1))
         return out
 
+    @property
+    def is_product(self) -> bool:
+        """Return whether the output is a product with ``matrix()``: without dropout, or not in training."""
+        branches = (branch for update in self.updates for _, _, branch in update)
+        return not self.training or all(getattr(branch, "dropout", None) is None for branch in branches)
+
     def matrix(self) -> ms.Tensor:
         """Return the weight with all updates added, (out, in)."""
         weight = as_matrix(self.weight)

@@ -38,6 +38,11 @@ class Linear(nn.Cell):
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         return linear(x, self.weight, self.bias)
 
+    @property
+    def is_product(self) -> bool:
+        """Return whether the output is a product of the input with ``matrix()``, plus the bias."""
+        return True
+
     def matrix(self) -> ms.Tensor:
         """Return the matrix that multiplies the input, (out, in): the weight, plus the update of a LoRA layer."""
         return self.weight

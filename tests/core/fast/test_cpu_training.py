@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pixart_nb.core import onednn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import cpu_attention, cpu_training, use_fast_blocks
+from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.training.loss import coefficients, control_loss, diffusion_loss
@@ -146,3 +147,19 @@ def test_a_matrix_without_a_contiguous_axis_is_refused():
     scattered = np.zeros((4, 6), np.float32)[::2, ::2]
     with pytest.raises(onednn.PixArtNBError, match="contiguous axis"):
         onednn.multiply(scattered, np.zeros((3, 2), np.float32), np.zeros((2, 2), np.float32))
+
+
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=["lora", "dora", "dropout"])
+def test_gradients_of_an_adapter_are_those_of_mindspores_operators(config):
+    net = network()
+    adapter = Adapters.of(net).add("style", LoraConfig(init_lora_weights="gaussian", **config))
+    for parameter in adapter.parameters().values():
+        parameter.set_data(parameter + 0.1)
+    net.set_train(True)
+    loss, tensors, weights = diffusion_loss(net), batch(net), list(adapter.parameters().values())
+    expected = ms.value_and_grad(loss, None, weights, has_aux=True)(*tensors)
+    use_fast_blocks(net, True)
+    assert net.blocks[0].fast.supports(ms.Tensor(np.zeros((1, 4, 48), np.float32))) == ("lora_dropout" not in config)
+    found = ms.value_and_grad(loss, None, weights, has_aux=True)(*tensors)
+    for a, b in zip(expected[1], found[1], strict=True):
+        np.testing.assert_allclose(b.asnumpy(), a.asnumpy(), rtol=1e-4, atol=1e-6)

@@ -30,7 +30,7 @@ def train(net, config, folder, batches=batch, until=None, **values):
     options = TrainerOptions(**given | values)
     net.set_train(True)
     dropping = adapter.with_dropout(batches, 1)
-    trainer = Trainer(loss, adapter.parameters(), dropping, options, folder, NAMES)
+    trainer = Trainer(loss, adapter.parameters(), dropping, options, folder, NAMES, network=net)
     trainer.run(until)
     net.set_train(False)
     return adapter

@@ -72,7 +72,7 @@ def test_one_graph_is_compiled_for_each_size_whatever_the_lengths_of_the_caption
     net = PixArt(NET)
     parameters = dict(net.final_layer.parameters_and_names())
     batches = DiffusionBatches(Sizes(*sizes), Noise(0), net, 1.0, EMPTY, length_multiple=multiple)
-    Trainer(diffusion_loss(net), parameters, batches, TrainerOptions(steps=30), tmp_path, NAMES).run()
+    Trainer(diffusion_loss(net), parameters, batches, TrainerOptions(steps=30, compile=True), tmp_path, NAMES).run()
     assert len(graphs) == len(sizes)
     assert {batches(number)[4].shape[1] for number in range(30)} == {60}
 
