@@ -170,7 +170,11 @@ class Train:
     def __call__(self) -> dict:
         sizes = {"resolution": None, "aspect_ratio": None}
         out = self.net(
-            self.x_t, timestep=torch.full((len(self.x_t),), 500), added_cond_kwargs=sizes, **self.caption, return_dict=False
+            self.x_t,
+            timestep=torch.full((len(self.x_t),), 500),
+            added_cond_kwargs=sizes,
+            **self.caption,
+            return_dict=False,
         )[0]
         noise, variance = out.chunk(2, 1)
         loss = ((noise - self.noise) ** 2).mean() + (variance**2).mean()

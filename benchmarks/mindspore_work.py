@@ -7,6 +7,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.shapes import Shapes
-from pixart_nb.core.backend import device_name, dtype_from_name, ms
+from pixart_nb.core.backend import device_name, dtype_from_name, kept_memory, ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder
 from pixart_nb.core.fast import denoiser, use_fast_blocks
 from pixart_nb.core.io import save_tensors, write_json
@@ -181,6 +182,8 @@ class Train:
         self.optimizer = AdamW(self.parameters)
         weights = list(self.parameters.values())
         self.gradient = ms.value_and_grad(diffusion_loss(net), None, weights, has_aux=True)
+        self.memory = ExitStack()
+        self.memory.enter_context(kept_memory())  # as in the trainer
 
     def __call__(self) -> dict:
         from pixart_nb.core.training.optimizers import clip_by_norm, global_norm

@@ -25,8 +25,9 @@ def bench(
         Benchmark,
         typer.Argument(
             help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
-            "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step of --batch-size images. "
-            "block: one block, plain and compressed. pipeline: peak memory of a whole run, T5 streamed."
+            "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step of "
+            "--batch-size images. block: one block, plain and compressed. pipeline: peak memory of a whole run, "
+            "T5 streamed."
         ),
     ] = Benchmark.denoise,
     size: Annotated[list[int] | None, typer.Option(help="Image sides in pixels. \\[default: 256]")] = None,

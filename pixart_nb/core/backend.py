@@ -6,14 +6,16 @@ set up before the first operator runs.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -133,6 +135,30 @@ def numpy_threads() -> ThreadPoolExecutor:
                 os.sched_setaffinity(threading.get_native_id(), {next(free)})
 
     return ThreadPoolExecutor(len(cores), thread_name_prefix="numpy", initializer=pin)
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Keep freed memory for the next allocation inside the block, and return it to the system afterwards.
+
+    The C library of Linux otherwise returns the memory of each large array at once, and the system clears it again for
+    the next one: a quarter of the time of a training step of XL/2 on the CPU. Nothing is done with another C library.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        change, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    threshold, top = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    change(threshold, 2**30)
+    change(top, 2**31 - 1)
+    try:
+        yield
+    finally:
+        change(threshold, 2**25)  # the largest that the C library chooses by itself
+        change(top, 2**26)
+        trim(0)
 
 
 def _pool_threads(expected: int = 0) -> list[int]:

@@ -47,7 +47,7 @@ def attention_forward(
     ``column`` (B, M) is added to the scores of every query. Returns the logarithms of the sums of their exponentials,
     (B, H, N), from which ``attention_gradient`` computes the weights.
     """
-    images, heads, queries, size = q.shape
+    images, heads, queries, _ = q.shape
     log_sums = np.empty((images, heads, queries), np.float32)
 
     def work(job: tuple[int, slice]) -> None:

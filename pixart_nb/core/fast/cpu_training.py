@@ -109,16 +109,13 @@ class Part(NamedTuple):
 
 
 def parts_of(images: int, tokens: int) -> list[Part]:
-    """Split a batch into parts of about ``PART`` tokens.
-
-    >>> [(p.images.stop, p.tokens.stop) for p in parts_of(3, 100)], len(parts_of(1, 600))
-    ([(2, 100), (3, 100)], 3)
-    """
-    if tokens <= PART:
-        step = PART // tokens
+    """Split a batch into parts of at most ``PART`` tokens, at least as many as threads."""
+    most = min(PART, max(1, images * tokens // backend.numpy_threads()._max_workers))
+    if tokens <= most:
+        step = most // tokens
         starts = range(0, images, step)
         return [Part(slice(s, min(s + step, images)), slice(0, tokens), 0, i) for i, s in enumerate(starts)]
-    count = -(-tokens // PART)
+    count = -(-tokens // most)
     ends = [tokens * i // count for i in range(count + 1)]
     pieces = [(image, piece) for image in range(images) for piece in range(count)]
     return [Part(slice(i, i + 1), slice(ends[p], ends[p + 1]), p, t) for t, (i, p) in enumerate(pieces)]

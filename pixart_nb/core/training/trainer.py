@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import ms, pin_threads
+from pixart_nb.core.backend import kept_memory, ms, pin_threads
 from pixart_nb.core.fast import use_fast_blocks
 from pixart_nb.core.io import folder_lock
 from pixart_nb.core.models.operators import assign
@@ -126,7 +126,7 @@ class Trainer:
         """
         last = min(self.options.steps if until is None else until, self.options.steps)
         pin_threads()
-        with self.session(), self._bar(last, bar) as progress:
+        with self.session(), kept_memory(), self._bar(last, bar) as progress:
             try:
                 while self.step < last:
                     with on_signal(self.request_stop):

@@ -13,7 +13,8 @@ from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.training.loss import coefficients, control_loss, diffusion_loss
 
-COMPRESSED = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}
+COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}
+QK_NORM_AND_COMPRESSION = {"qk_norm": True, "kv_compress_config": COMPRESSION}
 
 
 def network(seed=0, **changes):
@@ -52,7 +53,9 @@ def assert_same_training(loss, net, tensors):
 
 
 @pytest.mark.parametrize("size", [(12, 20), (4, 4), (48, 40)], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "kv_compress_config": COMPRESSED}], ids=["plain", "compressed"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"qk_norm": True, "kv_compress_config": COMPRESSION}], ids=["plain", "compressed"]
+)
 def test_gradients_are_those_of_mindspores_operators(size, changes):
     net = network(**changes)
     assert_same_training(diffusion_loss(net), net, batch(net, *size))

@@ -45,20 +45,27 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
     gradients = [ms.Tensor(np.array([3.0, 0.0], np.float32)), ms.Tensor(np.array([[4.0]], np.float32))]
     norm = global_norm(gradients)
     assert norm == pytest.approx(5.0)
+    assert np.array_equal(clip_by_norm(gradients, norm, 10.0)[1].asnumpy(), [[4.0]])
+    assert np.array_equal(clip_by_norm(gradients, norm, None)[1].asnumpy(), [[4.0]])
     clipped = clip_by_norm(gradients, norm, 1.0)
     assert global_norm(clipped) == pytest.approx(1.0, abs=1e-5)
     assert clipped[0].asnumpy() == pytest.approx([0.6, 0.0], abs=1e-5)
-    assert np.array_equal(clip_by_norm(gradients, norm, 10.0)[1].asnumpy(), [[4.0]])
-    assert np.array_equal(clip_by_norm(gradients, norm, None)[1].asnumpy(), [[4.0]])
+
+
+def test_a_tensor_that_is_the_gradient_of_two_parameters_is_clipped_once():
+    gradient = ms.Tensor(np.array([3.0, 4.0], np.float32))
+    clipped = clip_by_norm([gradient, gradient], 5 * 2**0.5, 1.0)
+    np.testing.assert_allclose(clipped[1].asnumpy(), np.array([0.6, 0.8]) / 2**0.5, rtol=1e-5)
 
 
 def test_a_scaled_gradient_is_clipped_by_the_norm_it_really_has():
-    gradients = [ms.Tensor(np.array([3.0, 4.0], np.float16) * 512)]
+    gradients = [ms.Tensor(np.array([1536.0, 2048.0], np.float16))]
     norm = global_norm(gradients)
     assert norm == pytest.approx(5.0 * 512)
     whole = clip_by_norm(gradients, norm, 10.0, 1 / 512)[0]
     assert whole.dtype == ms.float32
     assert whole.asnumpy() == pytest.approx([3.0, 4.0])
+    assert gradients[0].asnumpy() == pytest.approx([1536.0, 2048.0])
     assert clip_by_norm(gradients, norm, 0.5, 1 / 512)[0].asnumpy() == pytest.approx([0.3, 0.4], abs=1e-5)
 
 
