@@ -45,11 +45,10 @@ def plan(
 
 def report(planned: Any) -> str:
     """Return a ``ConfigPlan`` as text."""
-    from pixart_nb.core.cost import parameters
     from pixart_nb.viz.tables import Table, in_words
 
     plan, run = planned.plan, planned.plan.run
-    networks = {name.replace("_", " "): parameters(config) for name, config in vars(plan.networks).items()}
+    networks = {name.replace("_", " "): count for name, count in plan.networks.parameters().items()}
     stages = [
         {
             "stage": stage.name,

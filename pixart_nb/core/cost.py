@@ -31,12 +31,14 @@ from pixart_nb.core.models.vae_blocks import VAEConfig
 
 #: Queries whose attention is timed by ``measure_self_attention``.
 TIMED_QUERIES = 1024
-_NETWORKS = {PixArtConfig: PixArt, T5Config: T5Encoder, VAEConfig: AutoencoderKL}
 
 
 @lru_cache(maxsize=256)
 def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
-    """Return the number of parameters of the network of a configuration. Nothing is allocated."""
+    """Return the number of parameters of the network of a configuration. Nothing is allocated.
+
+    A transformer with ``copy_blocks_num`` has a ControlNet, whose parameters are counted too.
+    """
     return sum(parameter.size for parameter in empty_network(config).get_parameters())
 
 
@@ -45,6 +47,17 @@ def empty_network(config: PixArtConfig | T5Config | VAEConfig, dtype: ms.Type = 
     build = _NETWORKS[type(config)]
     in_bfloat16 = not isinstance(config, VAEConfig)
     return init_empty(lambda: for_inference(build(config), dtype) if in_bfloat16 else build(config), dtype)
+
+
+def _transformer(config: PixArtConfig) -> nn.Cell:
+    if not config.copy_blocks_num:
+        return PixArt(config)
+    from pixart_nb.core.models.controlnet import PixArtControlNet  # a run without one does not need it
+
+    return PixArtControlNet(PixArt(config), config.copy_blocks_num)
+
+
+_NETWORKS = {PixArtConfig: _transformer, T5Config: T5Encoder, VAEConfig: AutoencoderKL}
 
 
 # ---- transformer
@@ -116,25 +129,52 @@ def block_macs(config: PixArtConfig, grid: tuple[int, int], layer: int, caption_
     }
 
 
-def step_macs(config: PixArtConfig, height: int, width: int, caption_tokens: Sequence[int]) -> dict[str, int]:
-    """Return the MACs of one denoising step for images of height x width pixels, by part.
+def step_macs(
+    config: PixArtConfig,
+    height: int,
+    width: int,
+    caption_tokens: Sequence[int],
+    identity: Sequence[int] = (),
+    control: bool = True,
+) -> dict[str, int]:
+    """Return the MACs of one pass of the transformer for images of height x width pixels, by part.
+
+    A transformer with a ControlNet (``copy_blocks_num``) is counted as its layers compute it on the CPU, with all
+    captions padded to the longest.
 
     Args:
         caption_tokens: Number of caption tokens of each row of the batch. Cross-attention is counted as
             ``core.fast`` computes it: folded for short captions, constant for captions of one token.
+        identity: Blocks whose self-attention is the identity: the second pass of perturbed-attention guidance.
+        control: The ControlNet acts, if there is one.
     """
     unit, channels, patch = 8 * config.patch_size, config.hidden_size, config.patch_size**2
-    grid, rows = (height // unit, width // unit), len(caption_tokens)
+    grid, rows, by_layers = (height // unit, width // unit), len(caption_tokens), config.copy_blocks_num > 0
     tokens, total = grid[0] * grid[1], Counter()
     for layer in range(config.depth):
-        parts = block_macs(config, grid, layer, 0) | {"cross-attention": 0}
+        parts = block_macs(config, grid, layer, max(caption_tokens))
+        parts |= {"self-attention": 0, "compression": 0} if layer in identity else {}
         total.update({name: rows * count for name, count in parts.items()})
-    total["cross-attention"] = config.depth * tokens * sum(_macs_per_query(config, count) for count in caption_tokens)
+    if not by_layers:
+        queries = config.depth * tokens
+        total["cross-attention"] = queries * sum(_macs_per_query(config, count) for count in caption_tokens)
     total["patches"] = rows * tokens * channels * patch * (config.in_channels + config.out_channels)
-    total["timestep"] = FREQUENCIES * channels + channels**2 + 6 * channels**2  # shared by all rows
+    embeddings = FREQUENCIES * channels + channels**2 + 6 * channels**2
     if config.micro_condition:  # height, width and aspect ratio, each a third of the channels
-        total["timestep"] += 3 * (FREQUENCIES * (channels // 3) + (channels // 3) ** 2)
+        embeddings += 3 * (FREQUENCIES * (channels // 3) + (channels // 3) ** 2)
+    total["timestep"] = embeddings * (rows if by_layers else 1)  # otherwise shared by all rows
+    if by_layers and control:
+        total.update(_control_macs(config, grid, rows, max(caption_tokens)))
     return dict(total)
+
+
+def _control_macs(config: PixArtConfig, grid: tuple[int, int], rows: int, caption_tokens: int) -> dict[str, int]:
+    """Return the MACs of the copied blocks, their projections and the patches of the condition."""
+    tokens, channels, copies = grid[0] * grid[1], config.hidden_size, config.copy_blocks_num
+    blocks = [block_macs(config, grid, layer, caption_tokens) for layer in range(copies)]
+    compression = sum(parts.pop("compression") for parts in blocks)
+    added = tokens * channels * ((copies + 1) * channels + config.patch_size**2 * config.in_channels)
+    return {"compression": rows * compression, "controlnet": rows * (sum(sum(p.values()) for p in blocks) + added)}
 
 
 def _macs_per_query(config: PixArtConfig, caption_tokens: int) -> int:
@@ -147,14 +187,17 @@ def _macs_per_query(config: PixArtConfig, caption_tokens: int) -> int:
 
 
 def caption_macs(config: PixArtConfig, caption_tokens: int) -> int:
-    """Return the MACs of preparing one caption for the cross-attention of every block, once per prompt."""
-    channels, count = config.hidden_size, caption_tokens
+    """Return the MACs of preparing one caption for the cross-attention of every block, once per prompt.
+
+    With a ControlNet, whose layers compute by themselves, nothing is folded.
+    """
+    channels, count, copies = config.hidden_size, caption_tokens, config.copy_blocks_num
     layer = 2 * count * channels**2  # keys and values
-    if count == 1:
+    if count == 1 and not copies:
         layer += channels**2  # projection of the value
-    elif count < channels // config.num_heads:
+    elif count < channels // config.num_heads and not copies:
         layer += 2 * count * channels**2 + count * channels  # both folded into the projections, and the bias
-    return count * (config.caption_channels * channels + channels**2) + config.depth * layer
+    return count * (config.caption_channels * channels + channels**2) + (config.depth + copies) * layer
 
 
 def with_compression(
@@ -245,11 +288,32 @@ def decode_macs(config: VAEConfig, height: int, width: int) -> dict[str, int]:
     factor = 2 ** (len(config.block_out_channels) - 1)
     cells = (height // factor) * (width // factor)
     channels, latents = config.block_out_channels[-1], config.latent_channels
-    coarse = cells * (9 * latents * channels + 2 * _resnet_macs(channels, channels))
+    coarse = cells * 9 * latents * channels + _middle_macs(config, cells)
     coarse += cells * latents**2 * config.use_post_quant_conv
-    if config.mid_block_add_attention:
-        coarse += 4 * cells * channels**2 + 2 * cells**2 * channels
     return {"coarse": coarse, "fine": sum(count * cells for count in _up_block_macs(config))}
+
+
+def encode_image_macs(config: VAEConfig, height: int, width: int) -> int:
+    """Return the MACs of encoding one image of height x width pixels."""
+    widths, latents = config.block_out_channels, config.latent_channels
+    pixels, before = height * width, widths[0]
+    macs = pixels * 9 * config.in_channels * before
+    for number, channels in enumerate(widths):
+        macs += pixels * _resnet_macs(before, channels)
+        macs += pixels * (config.layers_per_block - 1) * _resnet_macs(channels, channels)
+        if number < len(widths) - 1:
+            pixels //= 4
+            macs += pixels * 9 * channels**2
+        before = channels
+    macs += _middle_macs(config, pixels) + pixels * 9 * before * 2 * latents
+    return macs + pixels * (2 * latents) ** 2 * config.use_quant_conv
+
+
+def _middle_macs(config: VAEConfig, cells: int) -> int:
+    """Return the MACs of the block with the attention, at the lowest resolution."""
+    channels = config.block_out_channels[-1]
+    attention = 4 * cells * channels**2 + 2 * cells**2 * channels if config.mid_block_add_attention else 0
+    return attention + cells * 2 * _resnet_macs(channels, channels)
 
 
 def _up_block_macs(config: VAEConfig) -> Iterator[int]:

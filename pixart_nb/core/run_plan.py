@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,8 @@ QUANTIZED = {"int8": 1.0, "4bit": 0.5625}
 #: Values alive at the worst moment, measured on the real networks: per channel of a token of the transformer, of a
 #: pixel in the fine part of the decoder, and of a latent cell in its coarse part; bytes per attention score.
 TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
+#: The same per channel of a token with a ControlNet, in float32, and of a pixel in the fine part of the encoder.
+CONTROLLED_TOKEN, ENCODED_PIXEL = 22.0, 8.0
 #: Bytes of Python and MindSpore while a network computes, and before anything is computed.
 PROCESS, IDLE = 0.22e9, 0.165e9
 #: Changes that make a run smaller, as fields of ``RunSettings`` and as options of ``pixart-nb sample``, mildest first.
@@ -55,11 +58,19 @@ class DoesNotFitError(PixArtNBError):
 
 @dataclass(frozen=True)
 class Networks:
-    """Configurations of the three networks of a pipeline."""
+    """Configurations of the three networks of a pipeline. ``copy_blocks_num`` of the transformer adds a ControlNet."""
 
     transformer: PixArtConfig
     text_encoder: T5Config
     vae: VAEConfig
+
+    def parameters(self) -> dict[str, int]:
+        """Return the number of parameters of each network."""
+        counts = {name: parameters(config) for name, config in vars(self).items()}
+        if self.transformer.copy_blocks_num:
+            base = parameters(replace(self.transformer, copy_blocks_num=0))
+            counts |= {"transformer": base, "controlnet": counts["transformer"] - base}
+        return counts
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,9 @@ class RunSettings:
         tile: Side of the tiles to decode by, in pixels; 0 decodes the whole image.
         sequential: One network is in memory at a time (resumable stages).
         caption_tokens, negative_tokens: Tokens of the prompt and of the negative prompt (1 if it is empty).
+        perturbed: Blocks whose self-attention is perturbed in a second pass (perturbed-attention guidance).
+        controlled_steps: Steps in which the ControlNet acts, if there is one; None for all.
+        images: Images that the VAE encodes first: the condition of the ControlNet, or the image to begin with.
     """
 
     height: int
@@ -88,6 +102,9 @@ class RunSettings:
     sequential: bool = False
     caption_tokens: int = 30
     negative_tokens: int = 1
+    perturbed: tuple[int, ...] = ()
+    controlled_steps: int | None = None
+    images: int = 0
 
     @property
     def rows(self) -> int:
@@ -98,6 +115,12 @@ class RunSettings:
     def row_captions(self) -> list[int]:
         """Caption tokens of each row."""
         return [self.negative_tokens] * (self.rows - self.batch) + [self.caption_tokens] * self.batch
+
+    @property
+    def passes(self) -> list[tuple[list[int], tuple[int, ...]]]:
+        """Passes of the transformer in a step: caption tokens of each row, and blocks with perturbed attention."""
+        second = [([self.caption_tokens] * self.batch, self.perturbed)] if self.perturbed else []
+        return [(self.row_captions, ()), *second]
 
     @property
     def texts(self) -> list[int]:
@@ -160,7 +183,7 @@ class RunPlan:
         """Return everything as JSON can hold it."""
         return {
             "run": vars(self.run),
-            "parameters": {name: parameters(config) for name, config in vars(self.networks).items()},
+            "parameters": self.networks.parameters(),
             "stages": [vars(stage) for stage in self.stages],
             "peak_bytes": self.peak,
             "macs_per_step": self.step_macs,
@@ -181,20 +204,40 @@ def plan_run(networks: Networks, run: RunSettings, speed: Speed | None = None, p
     """Plan a run. With ``speed``, measured in the same dtype, denoise and decode have estimated seconds."""
     if speed is not None and speed.dtype != run.dtype:
         raise PixArtNBError(f"speed was measured in {speed.dtype}, the run is in {run.dtype}; measure it again")
-    per_step = cost.step_macs(networks.transformer, run.height, run.width, run.row_captions)
-    step, weights, activations = sum(per_step.values()), weight_bytes(networks, run), activation_bytes(networks, run)
-    captions = sum(cost.caption_macs(networks.transformer, count) for count in run.texts)
+    weights, activations = weight_bytes(networks, run), activation_bytes(networks, run)
+    per_step = _step_macs(networks.transformer, run)
+    steps = run.steps * sum(per_step.values())
+    if networks.transformer.copy_blocks_num and run.controlled_steps is not None:
+        without = sum(_step_macs(networks.transformer, run, control=False).values())
+        steps -= (run.steps - run.controlled_steps) * (sum(per_step.values()) - without)
+    images = run.images * cost.encode_image_macs(networks.vae, run.height, run.width)
     macs = {
-        "encode": sum(cost.encode_macs(networks.text_encoder, count) for count in run.texts),
-        "denoise": run.steps * step + captions,
+        "encode": sum(cost.encode_macs(networks.text_encoder, count) for count in run.texts) + images,
+        "denoise": steps + _caption_macs(networks.transformer, run),
         "decode": run.batch * sum(cost.decode_macs(networks.vae, run.height, run.width).values()),
     }
     seconds = {}
     if speed is not None:
-        seconds["denoise"] = run.steps * step * speed.seconds_per_mac
+        seconds["denoise"] = steps * speed.seconds_per_mac
         seconds["decode"] = run.batch * _decoded_pixels(run) * speed.seconds_per_pixel
     stages = (StagePlan(name, weights[name], activations[name], macs[name], seconds.get(name)) for name in STAGES)
     return RunPlan(networks, run, tuple(stages), process, per_step)
+
+
+def _step_macs(config: PixArtConfig, run: RunSettings, control: bool = True) -> dict[str, int]:
+    """Return the MACs of all passes of one step, by part."""
+    total = Counter()
+    for captions, identity in run.passes:
+        total.update(cost.step_macs(config, run.height, run.width, captions, identity, control))
+    return dict(total)
+
+
+def _caption_macs(config: PixArtConfig, run: RunSettings) -> int:
+    """Return the MACs of preparing the captions for every pass."""
+    if config.copy_blocks_num:
+        return run.rows * cost.caption_macs(config, max(run.row_captions))
+    second = [run.caption_tokens] * run.batch if run.perturbed else []
+    return sum(cost.caption_macs(config, count) for count in run.texts + second)
 
 
 def plan_upscaling(
@@ -229,11 +272,11 @@ def process_memory() -> float:
 def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     """Return the bytes of the weights of each stage."""
     size, config = BYTES[run.dtype], networks.transformer
-    copies = 0  # weights that the path of the device keeps a second time
+    copies = 0  # weights that the path of the device keeps a second time, for each pass
     if backend.on_ascend():
-        copies = _padded_elements(config) if _uses_flash(config, run) else 0
-    elif run.dtype == "fp32":
-        copies = transposed_elements(config, run.rows * run.tokens(config))
+        copies = sum(_padded_elements(config, len(identity)) for _, identity in run.passes if _uses_flash(config, run))
+    elif run.dtype == "fp32" and not config.copy_blocks_num:
+        copies = sum(transposed_elements(config, len(rows) * run.tokens(config)) for rows, _ in run.passes)
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
         "denoise": size * (parameters(config) + copies),
@@ -246,11 +289,14 @@ def _uses_flash(config: PixArtConfig, run: RunSettings) -> bool:
     return backend.on_ascend() and flash_supports(config.hidden_size // config.num_heads, dtype)
 
 
-def _padded_elements(config: PixArtConfig) -> int:
-    """Return the elements of the copies of attention weights with padded heads, for flash attention."""
+def _padded_elements(config: PixArtConfig, identity: int) -> int:
+    """Return the elements of the copies of attention weights with padded heads, for flash attention.
+
+    ``identity`` blocks have neither queries nor keys of their self-attention.
+    """
     head_size = config.hidden_size // config.num_heads
-    padded = padded_size(head_size)
-    return 0 if padded == head_size else config.depth * 6 * config.hidden_size * config.num_heads * padded
+    padded, count = padded_size(head_size), 6 * (config.depth + config.copy_blocks_num) - 2 * identity
+    return 0 if padded == head_size else count * config.hidden_size * config.num_heads * padded
 
 
 def _text_encoder_bytes(config: T5Config, run: RunSettings) -> float:
@@ -272,10 +318,14 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
     heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
     scores = 0.0 if _uses_flash(config, run) else 4.0 * heads * queries * keys
+    token = _activation_size(run.dtype) * TOKEN
+    if config.copy_blocks_num and not backend.on_ascend():  # its layers compute whole batches
+        token = 4.0 * CONTROLLED_TOKEN
+    channels = networks.vae.block_out_channels
     return {
-        "encode": 4.0 * (values + upcast),
-        "denoise": _activation_size(run.dtype) * TOKEN * run.rows * tokens * config.hidden_size + SCORE * scores,
-        "decode": _decoder_bytes(networks.vae, run),
+        "encode": max(4.0 * (values + upcast), _vae_bytes(networks.vae, run, run.images, ENCODED_PIXEL * channels[0])),
+        "denoise": token * run.rows * tokens * config.hidden_size + SCORE * scores,
+        "decode": _vae_bytes(networks.vae, run, run.batch, PIXEL * max(channels[:2])),
     }
 
 
@@ -284,23 +334,27 @@ def _activation_size(dtype: str) -> int:
     return BYTES[dtype] if dtype != "bf16" or backend.on_ascend() else 4
 
 
-def _decoder_bytes(config: VAEConfig, run: RunSettings) -> float:
-    """Return the bytes of the worse part of the decoder, whole or by tiles, whose statistics need several at once."""
+def _vae_bytes(config: VAEConfig, run: RunSettings, images: int, fine: float) -> float:
+    """Return the bytes of the worse part of the autoencoder, whole or by tiles, whose statistics need several at once.
+
+    ``fine`` is the number of values of a pixel in its fine part.
+    """
+    if not images:
+        return 0.0
     factor = 2 ** (len(config.block_out_channels) - 1)
     half = backend.on_ascend() and not config.force_upcast  # the CPU convolves half precision in fp32
     size = BYTES[run.dtype] if half else 4
     height, width, tile = run.height // factor, run.width // factor, run.tile // factor
-    cells = (1 if run.tile else run.batch) * height * width
+    cells = (1 if run.tile else images) * height * width
     pixels = cells * factor**2
     coarse_output = 4.0 * cells * config.block_out_channels[-1]
-    image = 4.0 * run.batch * run.height * run.width * config.out_channels
+    image = 4.0 * images * run.height * run.width * config.out_channels
     if run.tile and max(height, width) > tile:
         pixels = _cells_at_once(height, width, tile, factor)
         if max(height, width) > COARSE_TILE:
             cells = _cells_at_once(height, width, COARSE_TILE, 1, COARSE_CHANNELS)
-    fine = size * PIXEL * pixels * max(config.block_out_channels[:2])
     coarse = size * CELL * cells * config.block_out_channels[-1]
-    return max(coarse, fine + image) + coarse_output
+    return max(coarse, size * fine * pixels + image) + coarse_output
 
 
 def _cells_at_once(height: int, width: int, tile: int, fine: int, channels: int = 1) -> int:
@@ -316,7 +370,7 @@ def _cells_at_once(height: int, width: int, tile: int, fine: int, channels: int 
 
 def measure_speed(networks: Networks, run: RunSettings) -> Speed:
     """Time one guided denoising step and one decoded tile of at most ``TIMED_SIDE`` pixels, with zero weights."""
-    config = replace(networks.transformer, kv_compress_config=None)
+    config = replace(networks.transformer, kv_compress_config=None, copy_blocks_num=0)
     unit = 8 * config.patch_size
     side = max(unit, TIMED_SIDE // unit * unit)
     height, width = min(run.height, side), min(run.width, side)
@@ -376,8 +430,9 @@ def check_fits(plan: RunPlan, limit: float) -> None:
 def smaller_runs(plan: RunPlan) -> Iterator[tuple[tuple[str, ...], RunPlan]]:
     """Yield (options, plan) for every set of options that make the run smaller, fewest options first."""
     run = plan.run
-    for count in range(len(SMALLER) + 1):
-        for choice in itertools.combinations(SMALLER, count):
+    options = [option for option in SMALLER if "sequential" not in option[0] or not run.images]  # which have no stages
+    for count in range(len(options) + 1):
+        for choice in itertools.combinations(options, count):
             changes = {name: value for change, _ in choice for name, value in change.items()}
             if all(getattr(run, name) != value for name, value in changes.items()):
                 smaller = plan_run(plan.networks, replace(run, **changes), process=plan.process)

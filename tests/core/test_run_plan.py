@@ -92,6 +92,13 @@ def test_on_ascend_the_memory_of_the_device_counts(monkeypatch):
     assert memory.available() == 123
 
 
+def test_each_pass_of_perturbed_attention_guidance_keeps_its_transposed_weights():
+    run = RunSettings(256, 256)
+    plain, perturbed = (plan_run(PUBLISHED, replace(run, perturbed=layers)).stages[1] for layers in ((), (14,)))
+    assert perturbed.weights - plain.weights == 4 * 28 * 8 * 1152**2  # qkv, proj and fc2
+    assert perturbed.activations == plain.activations
+
+
 # ---- fitting
 
 
@@ -106,6 +113,13 @@ def test_a_run_that_does_not_fit_names_the_fewest_options_that_make_it_fit():
     names = next(names for names in fitting if " ".join(names) == options)
     assert fitting[names].peak <= 24e9
     assert all(smaller.peak > 24e9 for fewer, smaller in fitting.items() if len(fewer) < len(names))
+
+
+def test_a_run_with_a_controlnet_is_not_told_to_use_stages_which_it_cannot():
+    networks = replace(PUBLISHED, transformer=replace(PUBLISHED.transformer, copy_blocks_num=13))
+    plan = plan_run(networks, RunSettings(1024, 1024, images=1))
+    assert plan.stages[1].weights > plan_run(PUBLISHED, plan.run).stages[1].weights
+    assert not any("--stages_path FOLDER" in options for options, _ in smaller_runs(plan))
 
 
 def test_a_limit_that_cannot_be_met_names_the_least_memory():
@@ -197,6 +211,23 @@ def test_the_plan_of_a_configuration_has_its_sizes_and_batch(project, monkeypatc
     assert (run.height, run.width, run.batch, run.rows, run.sequential) == (128, 128, 8, 16, False)
     stages = run_settings(config.model_copy(update={"stages_path": "state"}), networks)
     assert (stages.batch, stages.tile, stages.sequential) == (1, 512, True)
+    perturbed = run_settings(config.model_copy(update={"pag_scale": 3.0}), networks)
+    assert (run.perturbed, perturbed.perturbed) == ((), (1,))
+
+
+def test_the_command_plans_a_controlnet(project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    words = ["plan", "-c", "configs/inference/pixart-sigma-1024-MS.yaml", "--no-timed", "-o", tmp_path / "plan.json"]
+    words += ["--controlnet", "missing.pth", "--control_image", "edges.png", "--control_guidance_end", "0.5"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    output = " ".join(result.output.split())
+    assert "missing.pth does not exist: planned for a ControlNet of 13 copied blocks" in output
+    assert "controlnet:" in output
+    plan = json.loads((tmp_path / "plan.json").read_text())["plan"]
+    assert plan["run"]["controlled_steps"] == plan["run"]["steps"] // 2
+    assert plan["parameters"]["controlnet"] == 294_917_760  # 13 blocks and 14 projections
+    assert plan["macs_per_step"]["controlnet"] > 0
 
 
 MEASURE = """
@@ -206,10 +237,11 @@ from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
 from pixart_nb.core.cost import empty_network
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.memory import PeakMemory
+from pixart_nb.core.models.controlnet import Controlled
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
-part, tile, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+part, tile, dtype, copies = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 
 def zero_network(config):
     net = empty_network(config)
@@ -223,39 +255,53 @@ with PeakMemory() as memory:
         ids = np.ones((1, 20), np.int32)
         zero_network(T5Config(vocab_size=64, num_layers=1))(ids, ids > 0).asnumpy()
     elif part == "denoise":
-        net = zero_network(PixArtConfig(hidden_size=384, num_heads=6, depth=2, caption_channels=64))
+        net = zero_network(
+            PixArtConfig(hidden_size=384, num_heads=6, depth=3, caption_channels=64, copy_blocks_num=copies)
+        )
+        latents = ms.Tensor(np.zeros((2, 4, 96, 96), np.float32))
+        if copies:
+            net = Controlled(net, latents[:1], np.ones(1), np.ones(1))
         step = denoiser(net, ms.Tensor(np.zeros((2, 20, 64), np.float32)), np.ones((2, 20), bool))
-        step(ms.Tensor(np.zeros((2, 4, 96, 96), np.float32)), 5.0).asnumpy()
+        step(latents, 5.0).asnumpy()
     else:
         net = zero_network(VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8))
         if tile:
             net.enable_tiling(tile)
-        net.decode(np.zeros((1, 4, 96, 96), np.float32))
+        if part == "decode":
+            net.decode(np.zeros((1, 4, 96, 96), np.float32))
+        else:
+            net.encode(ms.Tensor(np.zeros((1, 3, 768, 768), np.float32)))
 print(json.dumps([memory.before, memory.peak]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("part", "tile", "dtype"),
+    ("part", "tile", "dtype", "copies"),
     [
-        ("denoise", 0, "fp32"),
-        ("denoise", 0, "fp16"),
-        ("decode", 0, "fp32"),
-        ("decode", 256, "fp32"),
-        ("encode", 0, "fp16"),
+        ("denoise", 0, "fp32", 0),
+        ("denoise", 0, "fp16", 0),
+        ("denoise", 0, "fp32", 2),
+        ("denoise", 0, "fp16", 2),
+        ("decode", 0, "fp32", 0),
+        ("decode", 256, "fp32", 0),
+        ("encode an image", 0, "fp32", 0),
+        ("encode an image", 256, "fp32", 0),
+        ("encode", 0, "fp16", 0),
     ],
 )
-def test_memory_is_within_a_quarter_of_the_plan(part, tile, dtype):
-    call = [sys.executable, "-c", MEASURE, part, str(tile), dtype]
+def test_memory_is_within_a_quarter_of_the_plan(part, tile, dtype, copies):
+    call = [sys.executable, "-c", MEASURE, part, str(tile), dtype, str(copies)]
     output = subprocess.run(call, capture_output=True, text=True, check=True).stdout
     before, peak = json.loads(output)
     networks = Networks(
-        PixArtConfig(hidden_size=384, num_heads=6, depth=2, caption_channels=64),
+        PixArtConfig(hidden_size=384, num_heads=6, depth=3, caption_channels=64, copy_blocks_num=copies),
         T5Config(vocab_size=64, num_layers=1),
         VAEConfig(block_out_channels=(32, 64, 128, 128), norm_num_groups=8),
     )
-    plan = plan_run(networks, RunSettings(768, 768, tile=tile, caption_tokens=20, dtype=dtype))
-    stage = next(stage for stage in plan.stages if stage.name == part)
-    assert peak == pytest.approx(plan.process + stage.weights + stage.activations, rel=0.25)
+    images = int(part == "encode an image")
+    plan = plan_run(networks, RunSettings(768, 768, tile=tile, caption_tokens=20, dtype=dtype, images=images))
+    stage = next(stage for stage in plan.stages if stage.name == part.split()[0])
+    weights = plan.stages[2].weights if images else stage.weights
+    assert peak == pytest.approx(plan.process + weights + stage.activations, rel=0.25)
     assert before < PROCESS

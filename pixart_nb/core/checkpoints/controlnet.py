@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,10 +35,7 @@ def load_controlnet(
     """
     path = Path(path).expanduser()
     checkpoint = open_checkpoint(path)
-    control = {name: match for name in checkpoint.tensors if (match := _CONTROL.fullmatch(name))}
-    if not control:
-        raise CheckpointError(f"{path} holds no ControlNet: expected tensors controlnet.0.* or controlnet_blocks.0.*")
-    copies = 1 + max(int(match[2]) for match in control.values())
+    control, copies = _control_names(path, checkpoint.tensors)
     if config is not None and config.copy_blocks_num not in (0, copies):
         raise CheckpointError(f"{path} holds {copies} copied blocks; copy_blocks_num is {config.copy_blocks_num}")
     if base_model is None:
@@ -73,6 +70,19 @@ def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
         write_safetensors(temporary, out)
     copies = 1 + max(int(name.split(".")[1]) for name in weights)
     write_json(folder / "config.json", {"_class_name": "PixArtControlNetAdapterModel", "num_layers": copies})
+
+
+def copied_blocks(path: str | Path) -> int:
+    """Return the number of blocks that a ControlNet file or folder copies."""
+    return _control_names(path, open_checkpoint(Path(path).expanduser()).tensors)[1]
+
+
+def _control_names(path: str | Path, names: Iterable[str]) -> tuple[dict[str, re.Match], int]:
+    """Return the names of a ControlNet's tensors with their parts, and the number of copied blocks."""
+    control = {name: match for name in names if (match := _CONTROL.fullmatch(name))}
+    if not control:
+        raise CheckpointError(f"{path} holds no ControlNet: expected tensors controlnet.0.* or controlnet_blocks.0.*")
+    return control, 1 + max(int(match[2]) for match in control.values())
 
 
 def holds_base_model(path: str | Path) -> bool:

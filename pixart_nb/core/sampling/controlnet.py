@@ -13,7 +13,7 @@ from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.sampling.editing import ImageInput, encode_image, image_array, resized
 from pixart_nb.core.sampling.images import PipelineOutput
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, repeated
-from pixart_nb.core.sampling.samplers import StepSchedule
+from pixart_nb.core.sampling.samplers import StepSchedule, active_steps
 
 
 class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
@@ -69,9 +69,8 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         if len(pixels) > rows or rows % len(pixels):
             raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")
         control = repeated(encode_image(self.vae, resized(pixels, height, width)), rows)
-        steps = len(schedule)
-        active = [start <= index / steps and (index + 1) / steps <= end for index in range(steps)]
-        return Controlled(self.controlnet, ms.Tensor(control), schedule.timesteps, scale * np.array(active))
+        active = active_steps(len(schedule), start, end)
+        return Controlled(self.controlnet, ms.Tensor(control), schedule.timesteps, scale * active)
 
     def _perturbation(self, scale: float, adaptive: float) -> None:
         if scale:

@@ -103,19 +103,18 @@ class Perturbation:
         return max(0.0, self.scale - self.adaptive * (1000 - timestep)) if self.adaptive > 0 else self.scale
 
 
-def perturbed_layers(net: PixArt, names: Sequence[str]) -> tuple[int, ...]:
-    """Return the numbers of the blocks whose self-attention has one of ``names`` in its own.
+def perturbed_layers(depth: int, names: Sequence[str]) -> tuple[int, ...]:
+    """Return the numbers of the blocks, of ``depth``, whose self-attention has one of ``names`` in its own.
 
     A name is a part of ``transformer_blocks.N.attn1``, as in diffusers, where ``blocks.1`` also names the blocks 10 to
     19; ``blocks.1.`` is the second one alone. Raises an error for a name without a layer.
     """
     layers: set[int] = set()
     for name in names:
-        matching = {n for n in range(len(net.blocks)) if name in f"transformer_blocks.{n}.attn1"} if name else set()
+        matching = {n for n in range(depth) if name in f"transformer_blocks.{n}.attn1"} if name else set()
         if not matching:
             raise PixArtNBError(
-                f"pag_applied_layers: there is no layer {name!r}; expected names such as blocks.0 to "
-                f"blocks.{len(net.blocks) - 1}"
+                f"pag_applied_layers: there is no layer {name!r}; expected names such as blocks.0 to blocks.{depth - 1}"
             )
         layers |= matching
     return tuple(sorted(layers))

@@ -189,7 +189,7 @@ class PixArtSigmaPipeline(PipelineBase):
         """
         names = [pag_applied_layers] if isinstance(pag_applied_layers, str) else list(pag_applied_layers)
         if self.transformer is not None:
-            perturbed_layers(self.transformer, names)
+            perturbed_layers(self.transformer.config.depth, names)
         self.pag_applied_layers = names
 
     def _count(self, call: dict[str, Any]) -> int:
@@ -208,7 +208,8 @@ class PixArtSigmaPipeline(PipelineBase):
                 raise PixArtNBError(f"{name} is {value!r}; expected a number of at least 0")
         if not scale or not self.pag_applied_layers:
             return None
-        return Perturbation(perturbed_layers(self.transformer, self.pag_applied_layers), scale, adaptive)
+        layers = perturbed_layers(self.transformer.config.depth, self.pag_applied_layers)
+        return Perturbation(layers, scale, adaptive)
 
     def plan(self, num_inference_steps=None, timesteps=None, sigmas=None, eta: float = 0.0) -> StepSchedule:
         """Return the scheduler's steps of a run (see ``Scheduler.plan``)."""

@@ -33,8 +33,9 @@ from pixart_nb.core.run_plan import (
     process_memory,
     size_warnings,
 )
+from pixart_nb.core.sampling.guidance import perturbed_layers
 from pixart_nb.core.sampling.images import binned_size, bins_for, checked_size
-from pixart_nb.core.sampling.samplers import steps_taken
+from pixart_nb.core.sampling.samplers import active_steps, steps_taken
 
 #: Default side in pixels of the tiles that runs in stages decode.
 TILE = 512
@@ -43,6 +44,8 @@ SIZES = (256, 512, 1024, 2048, 4096)
 RATIOS = (1, 2, 4)
 #: Mean letters of an English token.
 _LETTERS_PER_TOKEN = 4
+#: Copied blocks of PixArt-delta's ControlNet.
+_PUBLISHED_COPIES = 13
 
 
 def prompts_of(config: InferenceConfig) -> list[str]:
@@ -154,6 +157,15 @@ def networks_of(config: InferenceConfig) -> tuple[Networks, list[str]]:
             notes.append(
                 f"{root if root.name else name} does not exist: planned for the published {name.replace('_', ' ')}."
             )
+    if config.controlnet:
+        from pixart_nb.core.checkpoints.controlnet import copied_blocks  # a run without one does not need it
+
+        copies = _PUBLISHED_COPIES
+        if Path(config.controlnet).exists():
+            copies = copied_blocks(config.controlnet)
+        else:
+            notes.append(f"{config.controlnet} does not exist: planned for a ControlNet of {copies} copied blocks.")
+        transformer = replace(transformer, copy_blocks_num=copies)
     return Networks(transformer, **networks), notes
 
 
@@ -163,11 +175,14 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
     prompts = prompts_of(config)
     negative = negative_prompts_of(config, len(prompts))
     images = len(prompts) * config.nrows * config.ncols
+    steps = steps_taken(config.sampling_steps, config.strength if config.upscale_from or config.image else 1)
+    layers = config.pag_applied_layers if config.pag_scale else ()
+    controlled = active_steps(steps, config.control_guidance_start, config.control_guidance_end)
     return RunSettings(
         height,
         width,
         batch=1 if config.stages_path else min(config.batch_size, images),
-        steps=steps_taken(config.sampling_steps, config.strength if config.upscale_from or config.image else 1),
+        steps=steps,
         guided=config.guidance_scale > 1,
         dtype=_computed_dtype(config.dtype),
         t5_load=config.t5_load,
@@ -175,6 +190,9 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
         sequential=bool(config.stages_path),
         caption_tokens=_tokens(max(prompts, key=len), config),
         negative_tokens=_tokens(max(negative, key=len), config),
+        perturbed=perturbed_layers(networks.transformer.depth, layers),
+        controlled_steps=int(controlled.sum()),
+        images=int(bool(config.controlnet or config.image)),
     )
 
 

@@ -80,6 +80,12 @@ def steps_taken(count: int, strength: float) -> int:
     return max(1, int(count * strength))
 
 
+def active_steps(count: int, start: float, end: float) -> np.ndarray:
+    """Return for each of ``count`` steps whether it lies between the shares ``start`` and ``end`` of all, (count,)."""
+    steps = np.arange(count)
+    return (start <= steps / count) & ((steps + 1) / count <= end)
+
+
 def scales(sigma: float) -> tuple[float, float]:
     """Return the scales of signal and noise that together have unit variance, at noise-to-signal ratio ``sigma``."""
     signal = 1.0 / np.sqrt(sigma * sigma + 1.0)
