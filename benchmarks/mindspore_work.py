@@ -17,7 +17,8 @@ import numpy as np
 from benchmarks.shapes import Shapes
 from pixart_nb.core.backend import device_name, dtype_from_name, kept_memory, ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder
-from pixart_nb.core.fast import denoiser, use_fast_blocks
+from pixart_nb.core.fast import denoiser
+from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.io import save_tensors, write_json
 from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 from pixart_nb.config import SAMPLING_STEPS
 from pixart_nb.core.errors import PixArtNBError
@@ -23,6 +23,7 @@ class Shapes:
         ratio: KV compression of every block.
         dtype: ``fp32`` or ``bf16``, of transformer and T5.
         batch_size: Images of a training step.
+        small: A transformer as small as those that come with the kit, instead of the sizes above.
     """
 
     size: int = 256
@@ -41,8 +42,12 @@ class Shapes:
     ratio: int = 1
     dtype: str = "fp32"
     batch_size: int = 1
+    small: bool = False
 
     def __post_init__(self):
+        if self.small:
+            for name, value in {"hidden_size": 192, "heads": 6, "depth": 6, "caption_channels": 128}.items():
+                object.__setattr__(self, name, value)
         for name in ("size", "steps", "caption_tokens", "depth", "text_layers", "ratio", "batch_size"):
             if getattr(self, name) < 1:
                 raise PixArtNBError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -55,10 +60,6 @@ class Shapes:
                 f"caption_tokens is {self.caption_tokens}; a prompt has at most {self.max_length} tokens"
             )
         object.__setattr__(self, "vae_widths", tuple(self.vae_widths))
-
-    def of_bundled_model(self) -> Shapes:
-        """Return these shapes with a transformer as small as those that come with the kit."""
-        return replace(self, hidden_size=192, heads=6, depth=6, caption_channels=128)
 
     @classmethod
     def from_dict(cls, values: dict) -> Shapes:

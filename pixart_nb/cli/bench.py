@@ -19,17 +19,19 @@ from pixart_nb.core.errors import PixArtNBError
 _PARTS = ("table", "denoise", "encode", "decode", "decode-tiled", "image", "train", "block", "pipeline")
 Benchmark = Enum("Benchmark", {name.replace("-", "_"): name for name in _PARTS}, type=str)
 
+What = Annotated[
+    Benchmark,
+    typer.Argument(
+        help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
+        "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step of "
+        "--batch-size images. block: one block, plain and compressed. pipeline: peak memory of a whole run, "
+        "T5 streamed."
+    ),
+]
+
 
 def bench(
-    what: Annotated[
-        Benchmark,
-        typer.Argument(
-            help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
-            "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step of "
-            "--batch-size images. block: one block, plain and compressed. pipeline: peak memory of a whole run, "
-            "T5 streamed."
-        ),
-    ] = Benchmark.denoise,
+    what: What = Benchmark.denoise,
     size: Annotated[list[int] | None, typer.Option(help="Image sides in pixels. \\[default: 256]")] = None,
     training_size: Annotated[
         list[int] | None, typer.Option(help="Sides in pixels at which table measures a training step.")
@@ -68,8 +70,7 @@ def bench(
     start()
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
-    shapes = shapes_class(steps=sampling_steps, dtype=dtype, batch_size=batch_size, **sizes)
-    shapes = shapes.of_bundled_model() if small else shapes
+    shapes = shapes_class(steps=sampling_steps, dtype=dtype, batch_size=batch_size, small=small, **sizes)
     shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
     if what is Benchmark.table:
         parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]

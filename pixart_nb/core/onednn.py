@@ -24,13 +24,13 @@ def function(name: str) -> Callable | None:
     """Return a function of oneDNN, or None where it is missing."""
     try:
         library = next((Path(ms.__file__).parent / "lib").glob("libdnnl.so*"), None)
-        found = getattr(ctypes.CDLL(str(library)), name)
+        gemm = getattr(ctypes.CDLL(str(library)), name)
     except (OSError, AttributeError):
         return None
     char, size, real, pointer = ctypes.c_char, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    found.argtypes = [char, char, size, size, size, real, pointer, size, pointer, size, real, pointer, size]
-    found.restype = ctypes.c_int
-    return found
+    gemm.argtypes = [char, char, size, size, size, real, pointer, size, pointer, size, real, pointer, size]
+    gemm.restype = ctypes.c_int
+    return gemm
 
 
 def multiply(

@@ -28,6 +28,7 @@ from pixart_nb.pixelart.batches import (
     set_weights,
     trained_parameters,
 )
+from pixart_nb.pixelart.model_card import small_images_card
 from pixart_nb.pixelart.scenes import Scene, split_scenes
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, train_text_encoder, train_tokenizer
 
@@ -109,7 +110,7 @@ def train_transformer(
 
 
 def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt) -> None:
-    """Write the networks (float16 weights), the tokenizer, the scheduler and the training curves."""
+    """Write the networks (float16 weights), the tokenizer, the scheduler, the training curves and the model card."""
     components.write_vae(folder / "vae", vae, np.float16)
     components.write_text_encoder(folder / "text_encoder", encoder, np.float16)
     components.write_transformer(folder / "transformer", transformer, np.float16)
@@ -118,6 +119,7 @@ def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Enco
     for part in ("vae", "text_encoder", *STAGES):
         copy_file(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
     components.write_index(folder, DPMSolverMultistepScheduler())
+    small_images_card().write(folder)
     tqdm.write(f"wrote {folder}")
 
 

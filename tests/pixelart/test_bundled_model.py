@@ -7,7 +7,8 @@ from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training.batches import logit_normal
 from pixart_nb.pixelart import batches, bundled_model
-from pixart_nb.pixelart.captions import short_caption
+from pixart_nb.pixelart.captions import caption, long_caption, short_caption
+from pixart_nb.pixelart.model_card import caption_vocabulary, small_images_card, words_of
 from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, split_scenes
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, PIECES, train_tokenizer
 
@@ -115,3 +116,14 @@ def test_trained_weights_are_set_by_name():
     assert set(dict(net.parameters_and_names())) - set(parameters) == {"y_embedder.y_embedding"}
     batches.set_weights(parameters, {name: np.full(p.shape, 0.25, np.float32) for name, p in parameters.items()})
     assert all((p.asnumpy() == 0.25).all() for p in parameters.values())
+
+
+def test_the_card_of_the_bundled_model_is_what_its_training_writes(project, tmp_path):
+    small_images_card().write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (project / "data/tiny-sigma/README.md").read_text()
+
+
+def test_the_card_knows_every_word_of_captions():
+    rng, words = np.random.default_rng(0), set(caption_vocabulary())
+    for scene in split_scenes()[0][::7]:
+        assert words_of([caption(scene, rng), long_caption(scene, rng)]) <= words

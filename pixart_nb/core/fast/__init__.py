@@ -1,7 +1,7 @@
 """Fast paths behind one entry for each task: the numbers of ``models/`` with fewer operations.
 
-``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, ``use_fast_blocks`` computes its blocks in training,
-and ``fast_group_norms`` the norms of the VAE.
+``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, and ``fast_group_norms`` the norms of the VAE.
+``cpu_training.use_fast_blocks`` is the entry for a training.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.fast.cpu_operators import ImageStatistics
-from pixart_nb.core.fast.cpu_training import use_fast_blocks as use_fast_blocks
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.transformer import PixArt
 

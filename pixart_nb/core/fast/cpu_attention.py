@@ -6,11 +6,12 @@ flash attention does (Dao et al. 2022, algorithm 4).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from pixart_nb.core import backend
+from pixart_nb.core.fast.chunks import in_threads
 from pixart_nb.core.onednn import multiply
 
 #: Scores that are computed at a time by each thread.
@@ -35,12 +36,7 @@ def _query_parts(heads: int, queries: int, keys: int) -> Iterator[slice]:
 
 
 def attention_forward(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    column: np.ndarray | None,
-    out: np.ndarray,
-    in_threads: Callable[[Callable, Sequence], None],
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, column: np.ndarray | None, out: np.ndarray
 ) -> np.ndarray:
     """Write the attention of q (B, H, N, d) to k and v (B, H, M, d) to ``out``, like q.
 
@@ -76,7 +72,6 @@ def attention_gradient(
     dout: np.ndarray,
     log_sums: np.ndarray,
     gradients: Sequence[np.ndarray],
-    in_threads: Callable[[Callable, Sequence], None],
 ) -> None:
     """Write the gradients of q, k and v to ``gradients``, from that of ``out``, dout (B, H, N, d)."""
     images, heads, queries, size = q.shape

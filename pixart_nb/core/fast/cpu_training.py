@@ -1,14 +1,13 @@
 """Blocks of the transformer in training on the CPU: outputs and gradients of ``models.transformer.Block``, faster.
 
-MindSpore passes over the whole memory for each operator. Here a part of the tokens goes through a norm, its modulation
+MindSpore passes over the whole memory for each operator. Here a chunk of the tokens goes through a norm, its modulation
 and a matrix product while it is in the cache of a core, by as many threads as there are cores. Gradients are written by
 hand, and sums are added in an order that does not depend on the threads. Not inside compiled graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mindspore import nn
@@ -16,6 +15,16 @@ from mindspore.common._grad_function import _Function
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
+from pixart_nb.core.fast.chunks import (
+    Chunk,
+    ModulatedNorm,
+    Sums,
+    chunks_of,
+    in_threads,
+    rows_of,
+    weight_gradient,
+    write_linear,
+)
 from pixart_nb.core.fast.cpu_attention import attention_forward, attention_gradient
 from pixart_nb.core.models.attention import MASKED_SCORE
 from pixart_nb.core.models.layers import Linear
@@ -23,8 +32,6 @@ from pixart_nb.core.models.operators import split_parts
 from pixart_nb.core.models.transformer import Block, FinalLayer
 from pixart_nb.core.onednn import multiply
 
-#: Tokens of a part: with their intermediate values they stay in the cache of a core.
-PART = 256
 #: Largest weight of a layer with an adapter. In a large one, the gradient of the whole matrix costs more than it gains.
 SMALL_WEIGHT = 2**18
 _GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481627260025)
@@ -33,9 +40,9 @@ _GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481
 def use_fast_blocks(network: nn.Cell, fast: bool) -> None:
     """Let the blocks of a network compute a training step by this module, where it can, or by MindSpore's operators."""
     for _, cell in network.cells_and_names():
-        kind = {Block: TrainingBlock, FinalLayer: TrainingFinalLayer}.get(type(cell))
-        if kind is not None:
-            cell.fast = kind(cell) if fast else None
+        replacement = {Block: TrainingBlock, FinalLayer: TrainingFinalLayer}.get(type(cell))
+        if replacement is not None:
+            cell.fast = replacement(cell) if fast else None
 
 
 class TrainingBlock:
@@ -74,7 +81,7 @@ class TrainingBlock:
         attn = self.block.attn
         if attn.q_norm is None and attn.ratio == 1:
             return qkv, None, None
-        q, k, v = (part.reshape(*qkv.shape[:2], attn.size) for part in split_parts(qkv, 3, 1))
+        q, k, v = (chunk.reshape(*qkv.shape[:2], attn.size) for chunk in split_parts(qkv, 3, 1))
         if attn.q_norm is not None:
             q, k = attn.q_norm(q), attn.k_norm(k)
         return q, attn.compress(k, height, width), attn.compress(v, height, width)
@@ -96,37 +103,6 @@ class TrainingFinalLayer:
         return ModulatedLinear.apply(x, modulation, linear.matrix(), linear.bias, (0, 1), layer.pre_norm.eps)
 
 
-class Part(NamedTuple):
-    """Tokens that are processed together: all tokens of some images, or some tokens of one image.
-
-    ``number`` counts the parts of an image, and ``total`` all of them.
-    """
-
-    images: slice
-    tokens: slice
-    number: int
-    total: int
-
-
-def parts_of(images: int, tokens: int) -> list[Part]:
-    """Split a batch into parts of at most ``PART`` tokens, at least as many as threads."""
-    most = min(PART, max(1, images * tokens // backend.numpy_threads()._max_workers))
-    if tokens <= most:
-        step = most // tokens
-        starts = range(0, images, step)
-        return [Part(slice(s, min(s + step, images)), slice(0, tokens), 0, i) for i, s in enumerate(starts)]
-    count = -(-tokens // most)
-    ends = [tokens * i // count for i in range(count + 1)]
-    pieces = [(image, piece) for image in range(images) for piece in range(count)]
-    return [Part(slice(i, i + 1), slice(ends[p], ends[p + 1]), p, t) for t, (i, p) in enumerate(pieces)]
-
-
-def in_threads(work: Callable, jobs: Sequence) -> None:
-    """Call ``work`` for every job, on all threads."""
-    threads = backend.numpy_threads()
-    list(map(work, jobs) if len(jobs) == 1 or threads._max_workers == 1 else threads.map(work, jobs))
-
-
 def _is_product(layer: nn.Cell) -> bool:
     """Return whether a layer is a product with its ``matrix()``, which takes no time worth mentioning."""
     if layer.weight.dtype != ms.float32:
@@ -136,100 +112,6 @@ def _is_product(layer: nn.Cell) -> bool:
 
 def _is_float32(x: ms.Tensor) -> bool:
     return x.dtype == ms.float32 and not backend.on_ascend()
-
-
-def _rows(x: np.ndarray, part: Part) -> np.ndarray:
-    """Return the tokens of a part as rows (M, D) of the same memory."""
-    return x[part.images, part.tokens].reshape(-1, x.shape[2])
-
-
-def _images(rows: np.ndarray, part: Part) -> np.ndarray:
-    """Rows (M, D) of a part -> (images, tokens, D)."""
-    return rows.reshape(part.images.stop - part.images.start, -1, rows.shape[1])
-
-
-def _linear(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    out[...] = bias
-    multiply(rows, weight.T, out, add=True)
-
-
-class Sums:
-    """Sums over tokens: those of the parts are added in their order, whichever thread came first.
-
-    ``rows`` (B, count, D) has a sum for each image, as the gradient of a modulation, and ``total`` (D,) one for all.
-    """
-
-    def __init__(self, parts: list[Part], images: int, count: int, size: int):
-        self.by_piece = np.zeros((1 + max(p.number for p in parts), images, count, size), np.float32)
-        self.parts = parts
-
-    def add(self, part: Part, row: int, values: np.ndarray) -> None:
-        """Add up values (M, D) of a part over the tokens of each image."""
-        np.add.reduce(_images(values, part), 1, out=self.by_piece[part.number, part.images, row])
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Return the sums of each image, (B, count, D)."""
-        return self.by_piece.sum(0)
-
-    @property
-    def total(self) -> np.ndarray:
-        """Return the sums of all images, (D,)."""
-        return self.by_piece.sum((0, 1, 2))
-
-
-def weight_gradient(dout: np.ndarray, inputs: np.ndarray) -> np.ndarray:
-    """Return the gradient of a weight, (out, in), from dout (B, N, out) and inputs (B, N, in) of its product."""
-    dout, inputs = dout.reshape(-1, dout.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
-    gradient = np.empty((dout.shape[1], inputs.shape[1]), np.float32)
-    count = min(backend.numpy_threads()._max_workers, len(gradient))
-    ends = [len(gradient) * i // count for i in range(count + 1)]
-    slices = [slice(ends[i], ends[i + 1]) for i in range(count)]
-    in_threads(lambda s: multiply(dout[:, s].T, inputs, gradient[s]), slices)
-    return gradient
-
-
-class ModulatedNorm:
-    """m = norm(x) (1 + scale) + shift, part by part; shift and scale are rows of the modulation (B, count, D).
-
-    Keeps the normalized tokens and their inverse standard deviations for the gradient.
-    """
-
-    def __init__(self, x: np.ndarray, modulation: np.ndarray, rows: tuple[int, int], eps: float):
-        self.x, self.eps = x, np.float32(eps)
-        self.shift, self.scale = (modulation[:, None, row] for row in rows)
-        self.normal, self.inverse = np.empty_like(x), np.empty(x.shape[:2], np.float32)
-
-    def forward(self, part: Part) -> np.ndarray:
-        """Return m of a part: (M, D)."""
-        x, normal = _rows(self.x, part), _rows(self.normal, part)
-        np.subtract(x, x.mean(1, keepdims=True), out=normal)
-        variance = np.einsum("md,md->m", normal, normal) / np.float32(x.shape[1])
-        inverse = 1 / np.sqrt(variance + self.eps)
-        normal *= inverse[:, None]
-        self.inverse[part.images, part.tokens] = inverse.reshape(-1, part.tokens.stop - part.tokens.start)
-        return self.modulated(part)
-
-    def modulated(self, part: Part) -> np.ndarray:
-        """Return m of a part from the normalized tokens."""
-        normal = _images(_rows(self.normal, part), part)
-        out = normal * (1 + self.scale[part.images])
-        out += self.shift[part.images]
-        return out.reshape(-1, out.shape[2])
-
-    def backward(self, part: Part, dm: np.ndarray, dx: np.ndarray, sums: Sums, rows: tuple[int, int]) -> None:
-        """Add the gradient of x to dx (M, D), and those of shift and scale to ``sums``; dm (M, D) is overwritten."""
-        normal = _rows(self.normal, part)
-        sums.add(part, rows[0], dm)
-        product = dm * normal
-        sums.add(part, rows[1], product)
-        images = _images(dm, part)
-        images *= 1 + self.scale[part.images]
-        along = np.einsum("md,md->m", dm, normal) / np.float32(dm.shape[1])
-        dm -= dm.mean(1, keepdims=True)
-        dm -= np.multiply(normal, along[:, None], out=product)
-        dm *= self.inverse[part.images, part.tokens].reshape(-1, 1)
-        dx += dm
 
 
 def _arrays(*tensors: ms.Tensor | None) -> list[np.ndarray | None]:
@@ -251,26 +133,26 @@ class ModulatedLinear(_Function):
     def forward(ctx: Any, x, modulation, weight, bias, rows: tuple[int, int], eps: float):
         x, modulation, weight, bias = _arrays(x, modulation, weight, bias)
         norm, out = ModulatedNorm(x, modulation, rows, eps), np.empty((*x.shape[:2], len(weight)), np.float32)
-        in_threads(lambda p: _linear(norm.forward(p), weight, bias, _rows(out, p)), parts_of(*x.shape[:2]))
+        in_threads(lambda p: write_linear(norm.forward(p), weight, bias, rows_of(out, p)), chunks_of(*x.shape[:2]))
         ctx.norm, ctx.weight, ctx.rows, ctx.count = norm, weight, rows, modulation.shape[1]
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
         (dout,), norm, weight = _arrays(dout), ctx.norm, ctx.weight
-        parts = parts_of(*dout.shape[:2])
-        sums, bias = Sums(parts, len(dout), ctx.count, weight.shape[1]), Sums(parts, len(dout), 1, len(weight))
+        chunks = chunks_of(*dout.shape[:2])
+        sums, bias = Sums(chunks, len(dout), ctx.count, weight.shape[1]), Sums(chunks, len(dout), 1, len(weight))
         inputs, dx = np.empty_like(norm.x), np.zeros_like(norm.x)
 
-        def work(part: Part) -> None:
-            rows = _rows(dout, part)
-            bias.add(part, 0, rows)
-            _rows(inputs, part)[...] = norm.modulated(part)
+        def work(chunk: Chunk) -> None:
+            rows = rows_of(dout, chunk)
+            bias.add(chunk, 0, rows)
+            rows_of(inputs, chunk)[...] = norm.modulated(chunk)
             dm = np.empty((len(rows), weight.shape[1]), np.float32)
             multiply(rows, weight, dm)
-            norm.backward(part, dm, _rows(dx, part), sums, ctx.rows)
+            norm.backward(chunk, dm, rows_of(dx, chunk), sums, ctx.rows)
 
-        in_threads(work, parts)
+        in_threads(work, chunks)
         dweight = weight_gradient(dout, inputs) if ctx.needs_input_grad[2] else None
         return *_tensors(dx, sums.rows, dweight, bias.total), None, None
 
@@ -282,21 +164,21 @@ class LinearLayer(_Function):
     def forward(ctx: Any, x, weight, bias):
         x, weight, bias = _arrays(x, weight, bias)
         out = np.empty((*x.shape[:2], len(weight)), np.float32)
-        in_threads(lambda p: _linear(_rows(x, p), weight, bias, _rows(out, p)), parts_of(*x.shape[:2]))
+        in_threads(lambda p: write_linear(rows_of(x, p), weight, bias, rows_of(out, p)), chunks_of(*x.shape[:2]))
         ctx.saved = x, weight
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
         (dout,), (x, weight) = _arrays(dout), ctx.saved
-        parts, dx = parts_of(*dout.shape[:2]), np.empty_like(x)
-        bias = Sums(parts, len(dout), 1, len(weight))
+        chunks, dx = chunks_of(*dout.shape[:2]), np.empty_like(x)
+        bias = Sums(chunks, len(dout), 1, len(weight))
 
-        def work(part: Part) -> None:
-            bias.add(part, 0, _rows(dout, part))
-            multiply(_rows(dout, part), weight, _rows(dx, part))
+        def work(chunk: Chunk) -> None:
+            bias.add(chunk, 0, rows_of(dout, chunk))
+            multiply(rows_of(dout, chunk), weight, rows_of(dx, chunk))
 
-        in_threads(work, parts)
+        in_threads(work, chunks)
         return _tensors(dx, weight_gradient(dout, x) if ctx.needs_input_grad[1] else None, bias.total)
 
 
@@ -309,48 +191,48 @@ class AddLinear(_Function):
         gate = None if row is None else modulation[:, None, row]
         out, product = np.empty_like(x), None if row is None else np.empty_like(x)
 
-        def work(part: Part) -> None:
-            target = _rows(out if gate is None else product, part)
-            _linear(_rows(a, part), weight, bias, target)
-            _add_gated(part, x, gate, product, out)
+        def work(chunk: Chunk) -> None:
+            target = rows_of(out if gate is None else product, chunk)
+            write_linear(rows_of(a, chunk), weight, bias, target)
+            _add_gated(chunk, x, gate, product, out)
 
-        in_threads(work, parts_of(*x.shape[:2]))
+        in_threads(work, chunks_of(*x.shape[:2]))
         ctx.saved, ctx.row, ctx.count = (a, weight, gate, product), row, row is None or modulation.shape[1]
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
         (dout,), (a, weight, gate, product) = _arrays(dout), ctx.saved
-        parts = parts_of(*dout.shape[:2])
-        sums, bias = (Sums(parts, len(dout), count, len(weight)) for count in (int(ctx.count), 1))
+        chunks = chunks_of(*dout.shape[:2])
+        sums, bias = (Sums(chunks, len(dout), count, len(weight)) for count in (int(ctx.count), 1))
         da, dproduct = np.empty_like(a), dout if gate is None else np.empty_like(dout)
 
-        def work(part: Part) -> None:
+        def work(chunk: Chunk) -> None:
             if gate is not None:
-                _gate_gradient(part, dout, gate, product, dproduct, sums, ctx.row)
-            rows = _rows(dproduct, part)
-            bias.add(part, 0, rows)
-            multiply(rows, weight, _rows(da, part))
+                _gate_gradient(chunk, dout, gate, product, dproduct, sums, ctx.row)
+            rows = rows_of(dproduct, chunk)
+            bias.add(chunk, 0, rows)
+            multiply(rows, weight, rows_of(da, chunk))
 
-        in_threads(work, parts)
+        in_threads(work, chunks)
         dweight = weight_gradient(dproduct, a) if ctx.needs_input_grad[3] else None
         dmodulation = None if gate is None else sums.rows
         return *_tensors(dout, da, dmodulation, dweight, bias.total), None
 
 
-def _add_gated(part: Part, x: np.ndarray, gate: np.ndarray | None, product: np.ndarray, out: np.ndarray) -> None:
-    """Write x + gate product of a part to ``out``; without a gate, add x to ``out``."""
-    target = out[part.images, part.tokens]
+def _add_gated(chunk: Chunk, x: np.ndarray, gate: np.ndarray | None, product: np.ndarray, out: np.ndarray) -> None:
+    """Write x + gate product of a chunk to ``out``; without a gate, add x to ``out``."""
+    target = out[chunk.images, chunk.tokens]
     if gate is not None:
-        np.multiply(product[part.images, part.tokens], gate[part.images], out=target)
-    target += x[part.images, part.tokens]
+        np.multiply(product[chunk.images, chunk.tokens], gate[chunk.images], out=target)
+    target += x[chunk.images, chunk.tokens]
 
 
-def _gate_gradient(part: Part, dout, gate, product, dproduct, sums: Sums, row: int) -> None:
-    """Write dout gate of a part to ``dproduct``, and add dout product, the gradient of the gate, to ``sums``."""
-    index = part.images, part.tokens
-    np.multiply(dout[index], gate[part.images], out=dproduct[index])
-    sums.add(part, row, _rows(dout, part) * _rows(product, part))
+def _gate_gradient(chunk: Chunk, dout, gate, product, dproduct, sums: Sums, row: int) -> None:
+    """Write dout gate of a chunk to ``dproduct``, and add dout product, the gradient of the gate, to ``sums``."""
+    index = chunk.images, chunk.tokens
+    np.multiply(dout[index], gate[chunk.images], out=dproduct[index])
+    sums.add(chunk, row, rows_of(dout, chunk) * rows_of(product, chunk))
 
 
 class AddMLP(_Function):
@@ -366,37 +248,37 @@ class AddMLP(_Function):
         hidden = np.empty((*x.shape[:2], len(weights[0])), np.float32)
         product, out = np.empty_like(x), np.empty_like(x)
 
-        def work(part: Part) -> None:
-            inner = _rows(hidden, part)
-            _linear(norm.forward(part), weights[0], weights[1], inner)
-            _linear(_gelu(inner)[0], weights[2], weights[3], _rows(product, part))
-            _add_gated(part, x, gate, product, out)
+        def work(chunk: Chunk) -> None:
+            inner = rows_of(hidden, chunk)
+            write_linear(norm.forward(chunk), weights[0], weights[1], inner)
+            write_linear(_gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
+            _add_gated(chunk, x, gate, product, out)
 
-        in_threads(work, parts_of(*x.shape[:2]))
+        in_threads(work, chunks_of(*x.shape[:2]))
         ctx.saved, ctx.rows, ctx.count = (norm, gate, weights, hidden, product), rows, modulation.shape[1]
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
         (dout,), (norm, gate, weights, hidden, product) = _arrays(dout), ctx.saved
-        parts, size, width = parts_of(*dout.shape[:2]), dout.shape[2], hidden.shape[2]
-        sums, bias1, bias2 = (Sums(parts, len(dout), *shape) for shape in ((ctx.count, size), (1, width), (1, size)))
+        chunks, size, width = chunks_of(*dout.shape[:2]), dout.shape[2], hidden.shape[2]
+        sums, bias1, bias2 = (Sums(chunks, len(dout), *shape) for shape in ((ctx.count, size), (1, width), (1, size)))
         dproduct, dx, inputs = np.empty_like(dout), dout.copy(), np.empty_like(dout)
         activated, dhidden = np.empty_like(hidden), np.empty_like(hidden)
 
-        def work(part: Part) -> None:
-            _gate_gradient(part, dout, gate, product, dproduct, sums, ctx.rows[2])
-            rows, dinner = _rows(dproduct, part), _rows(dhidden, part)
-            bias2.add(part, 0, rows)
+        def work(chunk: Chunk) -> None:
+            _gate_gradient(chunk, dout, gate, product, dproduct, sums, ctx.rows[2])
+            rows, dinner = rows_of(dproduct, chunk), rows_of(dhidden, chunk)
+            bias2.add(chunk, 0, rows)
             multiply(rows, weights[2], dinner)
-            _rows(activated, part)[...] = _gelu_gradient(_rows(hidden, part), dinner)
-            bias1.add(part, 0, dinner)
-            _rows(inputs, part)[...] = norm.modulated(part)
+            rows_of(activated, chunk)[...] = _gelu_gradient(rows_of(hidden, chunk), dinner)
+            bias1.add(chunk, 0, dinner)
+            rows_of(inputs, chunk)[...] = norm.modulated(chunk)
             dm = np.empty((len(rows), size), np.float32)
             multiply(dinner, weights[0], dm)
-            norm.backward(part, dm, _rows(dx, part), sums, ctx.rows[:2])
+            norm.backward(chunk, dm, rows_of(dx, chunk), sums, ctx.rows[:2])
 
-        in_threads(work, parts)
+        in_threads(work, chunks)
         needed = ctx.needs_input_grad
         dweight1 = weight_gradient(dhidden, inputs) if needed[2] else None
         dweight2 = weight_gradient(dproduct, activated) if needed[4] else None
@@ -441,7 +323,7 @@ class Attention(_Function):
         arrays = _arrays(q, k, v)
         q, k, v = _heads(arrays, heads)
         out = np.empty((q.shape[0], q.shape[2], heads * q.shape[3]), np.float32)
-        log_sums = attention_forward(q, k, v, column, _split(out, heads), in_threads)
+        log_sums = attention_forward(q, k, v, column, _split(out, heads))
         ctx.saved, ctx.column, ctx.heads = (arrays, out, log_sums), column, heads
         return ms.Tensor.from_numpy(out)
 
@@ -451,7 +333,7 @@ class Attention(_Function):
         gradients = [None if array is None else np.empty_like(array) for array in arrays]
         pair = _split(out, heads), _split(dout, heads)
         inputs, targets = _heads(arrays, heads), _heads(gradients, heads)
-        attention_gradient(*inputs, ctx.column, *pair, log_sums, targets, in_threads)
+        attention_gradient(*inputs, ctx.column, *pair, log_sums, targets)
         return *_tensors(*gradients), None, None
 
 
@@ -464,4 +346,4 @@ def _heads(arrays: list[np.ndarray | None], heads: int) -> list[np.ndarray]:
     """Return views (B, H, N or M, d) of queries, keys and values."""
     missing = sum(array is None for array in arrays)
     *first, last = (array for array in arrays if array is not None)
-    return [_split(part, heads) for part in (*first, *np.split(last, missing + 1, axis=2))]
+    return [_split(chunk, heads) for chunk in (*first, *np.split(last, missing + 1, axis=2))]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.core import backend, onednn
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
@@ -35,6 +35,8 @@ def unsupported() -> str:
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or not {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()):
         return "this processor has neither AVX512-BF16 nor AMX-BF16"
+    from pixart_nb.core import onednn  # only bfloat16 needs it
+
     if onednn.function(onednn.BF16) is None:
         return f"MindSpore {ms.__version__} ships no oneDNN library with {onednn.BF16}"
     rng = np.random.default_rng(0)
@@ -70,6 +72,8 @@ def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
 
 def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
     """Write ``x @ weight.T + bias`` to out (M, N)."""
+    from pixart_nb.core import onednn
+
     if bias is not None:
         out[...] = bias
     onednn.multiply(x, weight.T, out, add=bias is not None, gemm=onednn.BF16)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
@@ -68,6 +69,8 @@ LAST_RULES = [
 ]
 _SPECIAL_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _JOINED = re.compile(r"(?:-|_)")
+#: Characters of a model card that are read for its vocabulary.
+_LONGEST_CARD = 2**18
 
 
 def clean_caption(text: str) -> str:
@@ -103,8 +106,13 @@ def prepare_prompt(text: str, clean: bool) -> str:
     return clean_caption(clean_caption(text)) if clean else text.lower().strip()
 
 
-def warn_of_lost_words(tokenizer: TextTokenizer | None, prompts: Sequence[str], clean: bool) -> None:
-    """Warn of prompts that caption cleaning shortens to nothing or by Chinese characters, and of spelled words."""
+def warn_of_lost_words(
+    tokenizer: TextTokenizer | None, prompts: Sequence[str], clean: bool, adapted: bool = False
+) -> None:
+    """Warn of prompts that caption cleaning shortens to nothing or by Chinese characters, and of unknown words.
+
+    ``adapted`` says that the model has an adapter, which may know other words.
+    """
     prepared = [prepare_prompt(text, clean) for text in prompts]
     for prompt, text in zip(prompts, prepared, strict=True):
         removed = "".join(dict.fromkeys(re.findall(f"[{_CJK}]+", prompt))) if clean else ""
@@ -116,11 +124,41 @@ def warn_of_lost_words(tokenizer: TextTokenizer | None, prompts: Sequence[str], 
             )
         elif removed:
             warnings.warn(f"prompt {prompt!r}: caption cleaning removes {removed!r}", stacklevel=4)
-    spelled = tokenizer.spelled(prepared) if tokenizer is not None else []
+    if tokenizer is None or adapted:
+        return
+    unseen = tokenizer.unseen(prepared)
+    spelled = [word for word in tokenizer.spelled(prepared) if word not in unseen]
+    if unseen:
+        warnings.warn(_unseen_words(unseen), stacklevel=4)
     if spelled:
         warnings.warn(
             f"the tokenizer spells {spelled} letter by letter; the model may not know these words", stacklevel=4
         )
+
+
+def _unseen_words(words: Sequence[str]) -> str:
+    """Say that words are not in the training captions.
+
+    >>> _unseen_words(["castle", "glass"])
+    "'castle' and 'glass' are not in the training captions of this model"
+    """
+    *others, last = map(repr, words)
+    listed = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    return f"{listed} not in the training captions of this model"
+
+
+def card_vocabulary(card: Path) -> frozenset[str]:
+    """Return the words of a model's training captions, the ``vocabulary`` of its card (``README.md``).
+
+    Empty for a card without one, as those of published models are, and where there is no card.
+    """
+    try:
+        with card.open(encoding="utf-8") as file:
+            header = file.read(_LONGEST_CARD).split("\n---", 1)[0]
+        words = yaml.safe_load(header.removeprefix("---")).get("vocabulary")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ValueError, RecursionError):
+        return frozenset()
+    return frozenset(word for word in words if isinstance(word, str)) if isinstance(words, list) else frozenset()
 
 
 def _check_settings(path: Path) -> None:
@@ -178,6 +216,7 @@ class TextTokenizer:
             if (self.folder / name).is_file():
                 check_file(self.folder / name, "the model of a tokenizer")
         self.tokenizer = _load_tokenizer(self.folder)
+        self.vocabulary = card_vocabulary(self.folder.parent / "README.md")
 
     def tokenize(self, prompts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids (N, max_length) int32 and mask (N, max_length) bool, True = token.
@@ -213,6 +252,11 @@ class TextTokenizer:
         """Return the words of a prompt that the tokenizer maps to <unk>, in whole or in part."""
         unk = self.tokenizer.unk_token_id
         return [w for w in dict.fromkeys(prompt.split()) if unk in self.tokenizer(w)["input_ids"]]
+
+    def unseen(self, prompts: Sequence[str]) -> list[str]:
+        """Return the words that are not in the vocabulary of the model card, if the card has one."""
+        words = dict.fromkeys(w for prompt in prompts for w in re.findall(r"[^\W_]+", prompt.lower()))
+        return [w for w in words if w not in self.vocabulary] if self.vocabulary else []
 
     def spelled(self, prompts: Sequence[str]) -> list[str]:
         """Return the words of at least three letters of which the tokenizer has only pieces of one or two letters."""

@@ -18,7 +18,7 @@ from mindspore import nn
 from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import kept_memory, ms, pin_threads
-from pixart_nb.core.fast import use_fast_blocks
+from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.io import folder_lock
 from pixart_nb.core.models.operators import assign
 from pixart_nb.core.training.checkpoints import CheckpointFolder, TrainingState, check_fits, read_state

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pixart_nb.core import onednn
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast import cpu_attention, cpu_training, use_fast_blocks
+from pixart_nb.core.fast import chunks, cpu_attention
+from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -103,11 +104,11 @@ def test_a_block_with_hooks_or_in_half_precision_goes_back_to_mindspores_operato
 
 
 @given(st.integers(1, 9), st.integers(1, 700))
-def test_parts_hold_every_token_once_and_few_at_a_time(images, tokens):
+def test_chunks_hold_every_token_once_and_few_at_a_time(images, tokens):
     counts = np.zeros((images, tokens), int)
-    for part in cpu_training.parts_of(images, tokens):
-        counts[part.images, part.tokens] += 1
-        assert counts[part.images, part.tokens].size <= cpu_training.PART
+    for chunk in chunks.chunks_of(images, tokens):
+        counts[chunk.images, chunk.tokens] += 1
+        assert counts[chunk.images, chunk.tokens].size <= chunks.CHUNK
     assert (counts == 1).all()
 
 
