@@ -19,7 +19,7 @@ from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
-from pixart_nb.viz.playground_sources import adapters_of
+from pixart_nb.viz.playground_sources import adapters_of, edges_of, opened
 from pixart_nb.viz.playground_view import View, make_controls, size_name
 
 
@@ -57,6 +57,7 @@ class Playground:
         self._loop, self._rendered = KernelLoop(), None
         self._files: dict[str, str] = {}  # of adapters
         self.view.source.set(start.get("image", b""), start.get("mask", b""))
+        self.view.control.png = start.get("control_image", b"")
         self.view.adapters.show(adapters_of(pipe))
         if "adapters" in start:
             self.view.adapters.value = start["adapters"]
@@ -72,10 +73,13 @@ class Playground:
         for upload, act in (
             (self.view.load, self._parameters_uploaded),
             (self.view.source.upload, lambda file: self.view.source.set(bytes(file["content"]))),
+            (self.view.control.upload, self._control_uploaded),
             (self.view.adapters.upload, self._adapter_uploaded),
         ):
             upload.observe(self._loop.on_loop(partial(self._uploaded, upload, act)), "value")
-        self.view.source.use.on_click(self._loop.on_loop(self._use_result))
+        self.view.source.use.on_click(self._loop.on_loop(lambda: self._with_result(self.view.source.set)))
+        self.view.control.use.on_click(self._loop.on_loop(lambda: self._with_result(self._edges_as_control)))
+        self.view.control.edges.on_click(self._loop.on_loop(lambda: self._edges_as_control(self.view.control.png)))
         self.view.step.observe(self._loop.on_loop(lambda: self.session.show_step(self.view.step.value)), "value")
         self._render()
 
@@ -87,13 +91,15 @@ class Playground:
         values = {name: control.value for name, control in self.controls.items()}
         height, width = values.pop("size")
         source, adapters = self.view.source.painted, self.view.adapters.value
-        return Parameters(height=height, width=width, image=source.png, mask=source.mask, adapters=adapters, **values)
+        values |= {"image": source.png, "mask": source.mask, "control_image": self.view.control.png}
+        return Parameters(height=height, width=width, adapters=adapters, **values)
 
     @parameters.setter
     def parameters(self, value: Parameters) -> None:
         for name, control in self.controls.items():
             control.value = (value.height, value.width) if name == "size" else getattr(value, name)
         self.view.source.set(value.image, value.mask)
+        self.view.control.png = value.control_image
         self.view.adapters.value = value.adapters
         if self.parameters != value:
             raise PixArtNBError(f"the controls reach {self.parameters} only; asked for {value}")
@@ -184,10 +190,17 @@ class Playground:
         self.load_lora(path, re.sub(r"\W+", "_", name.stem))
         self.view.say(f"Loaded {path}")
 
-    def _use_result(self) -> None:
+    def _control_uploaded(self, file: Mapping[str, Any]) -> None:
+        self.view.control.png = png_bytes(np.asarray(opened(bytes(file["content"]))))
+
+    def _edges_as_control(self, image: bytes) -> None:
+        """Take the edges of an image, the bytes of a file, as the condition."""
+        self.view.control.png = png_bytes(edges_of(np.asarray(opened(image)), self.parameters))
+
+    def _with_result(self, act: Callable[[bytes], None]) -> None:
         if self.session.images is None:
             return self.view.say("There is no image yet; sample one, or load a file.", wrong=True)
-        self.view.source.set(png_bytes(self.session.images[0]))
+        act(png_bytes(self.session.images[0]))
 
     def cancel(self) -> None:
         """End the run after its current step."""

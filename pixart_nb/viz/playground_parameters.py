@@ -15,6 +15,8 @@ from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 HISTORY = 24
 #: Parameters that can be swept, and the type of their values.
 SWEPT = {"guidance": float, "steps": int, "seed": int, "scheduler": str}
+#: Parameters of a ControlNet, which have the names of their keys in a configuration.
+CONTROL = ("controlnet", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Parameters:
 
     ``image`` and ``mask`` are the bytes of files, empty for none: image-to-image takes the last ``strength`` of the
     steps from the image, and with a mask its white part alone changes. ``adapters``: (name, weight) of each LoRA.
+    ``control_image`` is the condition of the ControlNet in the file or folder ``controlnet``, the bytes of a file.
     """
 
     prompt: str
@@ -38,6 +41,11 @@ class Parameters:
     mask: bytes = field(default=b"", repr=False)
     strength: float = 0.8
     adapters: tuple[tuple[str, float], ...] = ()
+    control_image: bytes = field(default=b"", repr=False)
+    controlnet: str = ""
+    controlnet_conditioning_scale: float = 1.0
+    control_guidance_start: float = 0.0
+    control_guidance_end: float = 1.0
 
     def check(self) -> None:
         """Refuse parameters that the pipeline would not refuse."""
@@ -49,6 +57,12 @@ class Parameters:
             raise PixArtNBError(f"the seed is {self.seed}; expected 0 or more")
         if self.mask and not self.image:
             raise PixArtNBError("a mask was given without an image to paint in; give both")
+        if self.controlnet.strip() and not self.control_image:
+            raise PixArtNBError("a ControlNet was given without its condition image; choose one, or empty the field")
+        if self.control_image and not self.controlnet.strip():
+            raise PixArtNBError("a condition image was given without a ControlNet; write its path, or remove the image")
+        if self.control_image and self.image:
+            raise PixArtNBError("a ControlNet does not go with an image to start from; remove one of the two images")
 
     @property
     def taken(self) -> int:
@@ -128,7 +142,10 @@ class Parameters:
         image = f" · {'inside a mask' if self.mask else 'from an image'}, strength {self.strength:g}" * bool(self.image)
         adapters = "".join(f" · {name} {weight:g}" for name, weight in self.adapters)
         images = f", {self.count} images" if self.count > 1 else ""
+        share = f", from {self.control_guidance_start:g} to {self.control_guidance_end:g} of the steps"
+        share = share if (self.control_guidance_start, self.control_guidance_end) != (0, 1) else ""
+        control = f" · control {self.controlnet_conditioning_scale:g}{share}" if self.control_image else ""
         return (
             f"{self.prompt}{without} · {self.width} x {self.height} · {self.scheduler}, {self.steps} steps · "
-            f"guidance {self.guidance:g} · seed {self.seed}{images}{image}{adapters}"
+            f"guidance {self.guidance:g} · seed {self.seed}{images}{image}{control}{adapters}"
         )

@@ -19,7 +19,7 @@ from pixart_nb.viz.event_loop import give_way, giving_way
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.pixels import as_bytes, tiles
 from pixart_nb.viz.playground_parameters import HISTORY, Parameters
-from pixart_nb.viz.playground_sources import arguments, kept_outside, write_source
+from pixart_nb.viz.playground_sources import ControlNets, arguments, kept_outside, write_source
 from pixart_nb.viz.style import Figure
 
 #: A preview is due once the steps since the last one took this many times as long as it did.
@@ -76,7 +76,7 @@ class Session:
         self.images: np.ndarray | None = None
         self.entry: Entry | None = None
         self.history: list[Entry] = []
-        self._count = 0
+        self._count, self._controlnets = 0, ControlNets()
         self._predicted: dict[int, list[np.ndarray]] = {}  # latents that each step of an entry predicted
 
     async def sample(self, parameters: Parameters) -> Entry | None:
@@ -123,7 +123,8 @@ class Session:
 
     async def _run(self, parameters: Parameters) -> np.ndarray | None:
         """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
-        async with aclosing(giving_way(begun(self.pipe, parameters))) as records:
+        pipe = self._controlnets.pipeline(self.pipe, parameters)
+        async with aclosing(giving_way(begun(pipe, parameters))) as records:
             latents = await self._follow(records, parameters.taken)
         images: list[np.ndarray] = []
         for row in latents if latents is not None else ():

@@ -1,8 +1,9 @@
-"""Image, mask and adapters of a run of the playground: decoding, arguments of the pipeline, saved files."""
+"""Images, mask, adapters and ControlNet of a run of the playground: decoding, arguments of the pipeline, files."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import write_new_image
 from pixart_nb.viz.pixels import as_bytes
-from pixart_nb.viz.playground_parameters import Parameters
+from pixart_nb.viz.playground_parameters import CONTROL, Parameters
 
 
 def source(parameters: Parameters) -> tuple[np.ndarray, np.ndarray | None]:
@@ -22,14 +23,15 @@ def source(parameters: Parameters) -> tuple[np.ndarray, np.ndarray | None]:
     """
     from pixart_nb.core.sampling.editing import image_array, resized  # imports MindSpore, as the pipeline has
 
-    pixels = resized(image_array(_opened(parameters.image, "RGB")), parameters.height, parameters.width)
+    pixels = resized(image_array(opened(parameters.image)), parameters.height, parameters.width)
     if not parameters.mask:
         return pixels, None
-    mask = np.asarray(_opened(parameters.mask, "L").resize((parameters.width, parameters.height)))[None] >= 128
+    mask = np.asarray(opened(parameters.mask, "L").resize((parameters.width, parameters.height)))[None] >= 128
     return pixels, mask if mask.any() else None
 
 
-def _opened(content: bytes, mode: str) -> Image.Image:
+def opened(content: bytes, mode: str = "RGB") -> Image.Image:
+    """Return the image in the bytes of a file. Raises an error for bytes that are no image."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert(mode)
@@ -57,6 +59,63 @@ def adapters_of(pipe: Any) -> list[str]:
     return pipe.get_list_adapters().get("transformer", []) if hasattr(pipe, "get_list_adapters") else []
 
 
+# ---- control
+
+
+def edges_of(pixels: np.ndarray, parameters: Parameters) -> np.ndarray:
+    """Return the edges of an image (H, W, 3) uint8, cut to the drawn size, as a condition: (height, width, 3) uint8."""
+    from pixart_nb.core.data.control import edges
+    from pixart_nb.core.data.images import fit
+
+    return edges(fit(pixels, parameters.height, parameters.width))
+
+
+def condition(parameters: Parameters) -> np.ndarray:
+    """Return the condition image of the drawn size, (1, H, W, 3) float32 in [0, 1]."""
+    from pixart_nb.core.sampling.editing import image_array, resized
+
+    return resized(image_array(opened(parameters.control_image)), parameters.height, parameters.width)
+
+
+@dataclass
+class ControlNets:
+    """ControlNet of the last run, which the next ones use again while its file and the transformer are the same."""
+
+    key: tuple = ()
+    net: Any = None
+
+    def pipeline(self, pipe: Any, parameters: Parameters) -> Any:
+        """Return a pipeline with the ControlNet and the condition of a run, or ``pipe`` for a run without."""
+        if not parameters.control_image:
+            return pipe
+        from pixart_nb.core.sampling.controlnet import PixArtSigmaControlNetPipeline
+
+        image = condition(parameters)
+        net = self._loaded(Path(parameters.controlnet.strip()).expanduser(), pipe)
+        if parameters.adapters and net.base_model is not pipe.transformer:
+            raise PixArtNBError(
+                f"{parameters.controlnet} holds a base model of its own, which has no adapters; set their weights to 0"
+            )
+        controlled = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=net)
+        controlled.max_sequence_length = pipe.max_sequence_length
+        shares = parameters.control_guidance_start, parameters.control_guidance_end
+        controlled.set_control(image, parameters.controlnet_conditioning_scale, *shares)
+        return controlled
+
+    def _loaded(self, path: Path, pipe: Any) -> Any:
+        from pixart_nb.core.checkpoints.controlnet import holds_base_model, load_controlnet
+
+        key = path, path.stat().st_mtime_ns if path.exists() else 0, pipe.transformer
+        if self.key != key:
+            self.key, self.net = (), None  # one at a time in memory
+            base = None if holds_base_model(path) else pipe.transformer
+            self.key, self.net = key, load_controlnet(path, None, pipe.transformer.dtype, base)
+        return self.net
+
+
+# ---- results
+
+
 def kept_outside(images: np.ndarray, parameters: Parameters) -> np.ndarray:
     """Return images (N, H, W, 3) uint8 with exactly the pixels of the given image outside of the mask, if any."""
     if not parameters.mask:
@@ -68,12 +127,15 @@ def kept_outside(images: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 
 def write_source(path: Path, parameters: Parameters) -> dict[str, Any]:
-    """Write the image and the mask beside the result at ``path``; return the keys of a configuration for them."""
-    if not parameters.image:
-        return {}
-    pixels, mask = source(parameters)
-    files = {"image": as_bytes(pixels[0])}
-    if mask is not None:
-        files["mask"] = np.repeat(as_bytes(mask[0, ..., None]), 3, 2)
+    """Write the images and the mask beside the result at ``path``; return the keys of a configuration for them."""
+    files, keys = {}, {}
+    if parameters.image:
+        pixels, mask = source(parameters)
+        files, keys = {"image": as_bytes(pixels[0])}, {"strength": parameters.strength}
+        if mask is not None:
+            files["mask"] = np.repeat(as_bytes(mask[0, ..., None]), 3, 2)
+    if parameters.control_image:
+        files["control_image"] = as_bytes(condition(parameters)[0])
+        keys |= {name: getattr(parameters, name) for name in CONTROL}
     written = {n: str(write_new_image(path.with_stem(f"{path.stem}_{n}"), f, {})) for n, f in files.items()}
-    return written | {"strength": parameters.strength}
+    return written | keys

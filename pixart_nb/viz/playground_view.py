@@ -8,7 +8,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from pixart_nb.viz.pixels import png_bytes, tiles
-from pixart_nb.viz.playground_parameters import SWEPT, Parameters
+from pixart_nb.viz.playground_parameters import CONTROL, SWEPT, Parameters
 from pixart_nb.viz.playground_run import Entry, Progress, State
 from pixart_nb.viz.widget_parts import ClickableImage, PaintedImage, button, column, row, say, side_by_side, text_line
 
@@ -34,6 +34,12 @@ def make_controls(
         "count": widgets.IntSlider(min=1, max=max(8, first.count)),
         "strength": widgets.FloatSlider(min=0.05, max=1, step=0.05),
         "seed": widgets.BoundedIntText(min=0, max=2**53 - 1),
+        "controlnet": widgets.Text(placeholder="folder or file of a ControlNet"),
+        "controlnet_conditioning_scale": widgets.FloatSlider(
+            min=0, max=max(2, first.controlnet_conditioning_scale), step=0.05
+        ),
+        "control_guidance_start": widgets.FloatSlider(min=0, max=0.95, step=0.05),
+        "control_guidance_end": widgets.FloatSlider(min=0.05, max=1, step=0.05),
     }
     for name, (description, tooltip) in _NAMES.items():
         control = made[name]
@@ -53,6 +59,10 @@ _NAMES = {
     "count": ("Images", "How many images at once"),
     "strength": ("Strength", "How much of the image changes: the share of the steps that are taken from it"),
     "seed": ("Seed", "The same seed draws the same images"),
+    "controlnet": ("ControlNet", "Path of a ControlNet for this model: an adapter folder of diffusers, or a .pth file"),
+    "controlnet_conditioning_scale": ("Scale", "How strongly the image follows the condition"),
+    "control_guidance_start": ("Start", "Share of the steps from which the ControlNet acts"),
+    "control_guidance_end": ("End", "Share of the steps up to which the ControlNet acts"),
 }
 
 
@@ -90,6 +100,7 @@ class View:
         self.cards = widgets.HBox(layout=widgets.Layout(flex_flow="row wrap", max_height="252px", overflow="auto"))
         self.cards.add_class("pixart-cards")
         self.source, self.adapters = SourceView(controls["strength"]), AdapterView()
+        self.control = ControlView([controls[name] for name in CONTROL])
         self.widget = self._laid_out(controls)
         self._listed: tuple[Entry, ...] = ()
         self._stepped: Entry | None = None
@@ -101,9 +112,9 @@ class View:
             widgets.HBox(parts)
             for parts in ([self.swept, self.values, self.sweep], [self.sample, self.cancel, self.save, self.load])
         )
-        rest = [control for name, control in controls.items() if name not in ("seed", "strength")]
-        pages = [widgets.VBox([*rest, seed]), self.source.widget, self.adapters.widget]
-        tabs = widgets.Tab(children=pages, titles=["Prompt", "Image", "Adapters"])
+        rest = [control for name, control in controls.items() if name not in ("seed", "strength", *CONTROL)]
+        pages = [widgets.VBox([*rest, seed]), self.source.widget, self.control.widget, self.adapters.widget]
+        tabs = widgets.Tab(children=pages, titles=["Prompt", "Image", "Control", "Adapters"])
         left = column([tabs, buttons, sweep, self.progress, self.message, self.cards], "400px")
         frame = widgets.Box([self.image], layout=widgets.Layout(width=f"{IMAGE}px", max_width="100%"))
         frame.add_class("pixart-frame")
@@ -189,6 +200,34 @@ class SourceView:
         for part in self.shown_with_image:
             part.layout.display = "" if chosen else "none"
         self.remove.disabled = self.clear.disabled = not chosen
+
+
+class ControlView:
+    """Condition image of a ControlNet, above the ``controls`` of the ControlNet."""
+
+    def __init__(self, controls: Sequence[widgets.ValueWidget]):
+        self.upload = widgets.FileUpload(accept="image/*", description="Condition", tooltip="Load a condition image")
+        self.upload.layout = widgets.Layout(width="130px", flex="none")
+        self.use = button("Edges of result", "Take the edges of the image that is shown", width="120px")
+        self.edges = button("To edges", "Replace the condition by its edges", width="100px")
+        self.remove = button("Remove", "Draw without a condition", width="100px")
+        self.image = ClickableImage(width=288, zoomable=True, label="condition image; Enter enlarges it")
+        hint = text_line()
+        say(hint, "The image follows a condition, such as edges, by a ControlNet that was trained on such images.")
+        self.widget = widgets.VBox([row([self.upload, self.use, self.edges, self.remove]), hint, self.image, *controls])
+        self.remove.on_click(lambda _: setattr(self, "png", b""))
+        self.png = b""
+
+    @property
+    def png(self) -> bytes:
+        """Condition image, a PNG; empty for none."""
+        return self.image.png
+
+    @png.setter
+    def png(self, content: bytes) -> None:
+        self.image.png = content
+        self.image.layout.display = "" if content else "none"
+        self.edges.disabled = self.remove.disabled = not content
 
 
 class AdapterView:

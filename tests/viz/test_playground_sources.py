@@ -1,7 +1,8 @@
-"""Runs of the playground that begin with an image, paint inside a mask, or use LoRAs, on a real pipeline."""
+"""Runs of the playground with an image, a mask, LoRAs or a ControlNet, on a real pipeline."""
 
 import asyncio
 import io
+import shutil
 from datetime import datetime, timezone
 
 import numpy as np
@@ -9,9 +10,18 @@ import pytest
 from lora_models import trained, transformer
 from PIL import Image
 from reference_data import REFERENCE
+from safetensors.numpy import save_file
 
-from pixart_nb import PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
+from pixart_nb import (
+    PixArtControlNet,
+    PixArtSigmaControlNetPipeline,
+    PixArtSigmaImg2ImgPipeline,
+    PixArtSigmaInpaintPipeline,
+    PixArtSigmaPipeline,
+)
 from pixart_nb.config import check_config
+from pixart_nb.core.checkpoints.controlnet import load_controlnet
+from pixart_nb.core.data.control import edges
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.viz.playground import Playground
@@ -32,6 +42,13 @@ def file_of(pixels):
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
+
+
+CONTROL = {"control_image": file_of(PIXELS), "controlnet": str(SIGMA / "transformer")}
+
+
+def uploaded(name, content):
+    return {"name": name, "type": "", "size": 1, "last_modified": datetime.now(timezone.utc), "content": content}
 
 
 def playground(pipe, tmp_path, **start):
@@ -81,8 +98,7 @@ def test_a_saved_result_is_repeated_from_the_files_beside_it(pipe, tmp_path):
 
 def test_an_uploaded_image_appears_and_the_result_can_be_used_and_removed(pipe, tmp_path):
     view = playground(pipe, tmp_path)
-    upload = {"type": "image/png", "size": 1, "last_modified": datetime.now(timezone.utc), "name": "cat.png"}
-    view.view.source.upload.value = [upload | {"content": file_of(PIXELS)}]
+    view.view.source.upload.value = [uploaded("cat.png", file_of(PIXELS))]
     assert view.parameters.image == file_of(PIXELS)
     view.view.source.painted.mask = file_of(MASK)
 
@@ -123,8 +139,7 @@ def test_an_uploaded_lora_is_kept_and_never_replaced_by_another_of_its_name(tmp_
     view, messages = playground(pipe, tmp_path / "saved"), []
     for seed in (1, 2):
         file = trained(transformer(), seed=seed).save(tmp_path / str(seed))
-        upload = {"name": "style.safetensors", "type": "", "size": 1, "last_modified": datetime.now(timezone.utc)}
-        view.view.adapters.upload.value = [upload | {"content": file.read_bytes()}]
+        view.view.adapters.upload.value = [uploaded("style.safetensors", file.read_bytes())]
         messages.append(view.view.message.value)
     assert messages[0].startswith("Loaded ") and "style" in messages[1]  # an adapter of this name is there
     assert list(view.view.adapters.sliders) == ["style"]
@@ -136,6 +151,12 @@ def test_an_uploaded_lora_is_kept_and_never_replaced_by_another_of_its_name(tmp_
     [
         ({"mask": file_of(MASK)}, "a mask was given without an image"),
         ({"image": b"no image"}, "the image cannot be read .* expected a PNG, JPEG or WebP file"),
+        ({"control_image": file_of(PIXELS)}, "a condition image was given without a ControlNet"),
+        ({"controlnet": "x.pth"}, "a ControlNet was given without its condition image"),
+        (CONTROL | {"image": file_of(PIXELS)}, "a ControlNet does not go with an image to start from"),
+        (CONTROL | {"control_image": b"no image"}, "the image cannot be read .* expected a PNG, JPEG or WebP file"),
+        (CONTROL | {"controlnet": "missing.pth"}, "missing.pth does not exist"),
+        (CONTROL | {"controlnet": str(SIGMA / "transformer")}, "transformer holds no ControlNet"),
     ],
 )
 def test_what_cannot_be_drawn_from_is_refused(pipe, tmp_path, start, message):
@@ -143,3 +164,108 @@ def test_what_cannot_be_drawn_from_is_refused(pipe, tmp_path, start, message):
     with pytest.raises(ValueError, match=message):
         drawn(view)
     assert message.split(" .*")[0] in view.view.message.value
+
+
+# ---- a ControlNet
+
+
+@pytest.fixture
+def controlnet(pipe, tmp_path):
+    """Path of a file with a ControlNet for the pipeline, without its base model."""
+    rng = np.random.default_rng(1)
+    tensors = {
+        name: 0.3 * rng.standard_normal(parameter.shape).astype(np.float32)
+        for name, parameter in PixArtControlNet.from_transformer(pipe.transformer, 1).parameters_and_names()
+        if name.startswith("controlnet.")
+    }
+    save_file(tensors, tmp_path / "control.safetensors")
+    return str(tmp_path / "control.safetensors")
+
+
+def test_the_edges_of_a_result_are_followed_by_the_next_one(pipe, tmp_path, controlnet):
+    view = playground(pipe, tmp_path, controlnet_conditioning_scale=0.75, control_guidance_end=0.6)
+
+    async def run():
+        first = (await view.sample()).images
+        view.view.control.use.click()
+        view.controls["controlnet"].value = f" {controlnet}"
+        return first[0], (await view.sample()).images
+
+    first, images = asyncio.run(run())
+    condition = edges(first)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(view.parameters.control_image))), condition)
+    net = load_controlnet(controlnet, base_model=pipe.transformer)
+    call = {"image": condition, "controlnet_conditioning_scale": 0.75, "control_guidance_end": 0.6}
+    controlled = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=net)
+    expected = controlled("a red cat", **CALL, **call, generator=np.random.default_rng((7, 0)), output_type="np")[0]
+    assert np.array_equal(images, (expected * 255).round().astype(np.uint8))
+    assert not np.array_equal(images[0], first)
+    assert "control 0.75, from 0 to 0.6 of the steps" in view.view.caption.value
+    view.view.control.remove.click()
+    view.controls["controlnet"].value = ""
+    assert np.array_equal(drawn(view)[0], first)
+
+
+def test_a_condition_is_a_file_or_its_edges_and_a_bad_one_is_said(pipe, tmp_path):
+    view = playground(pipe, tmp_path)
+    tab = view.view.control
+    assert (tab.edges.disabled, tab.remove.disabled, tab.image.layout.display) == (True, True, "none")
+    stream = io.BytesIO()
+    Image.fromarray(PIXELS).save(stream, "WebP", lossless=True)
+    tab.upload.value = [uploaded("lines.webp", stream.getvalue())]
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(view.parameters.control_image))), PIXELS)
+    tab.edges.click()
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(tab.png))), edges(PIXELS))
+    before = tab.png
+    tab.upload.value = [uploaded("lines.png", b"no image")]
+    assert "the image cannot be read" in view.view.message.value
+    assert tab.png == before
+    tab.remove.click()
+    tab.use.click()
+    assert "There is no image yet" in view.view.message.value
+    assert view.parameters.control_image == b""
+
+
+def test_a_saved_result_with_control_is_repeated_by_a_configuration(pipe, tmp_path, controlnet):
+    start = {"control_image": file_of(PIXELS), "controlnet": controlnet, "control_guidance_start": 0.4}
+    view = playground(pipe, tmp_path, **start)
+    images = drawn(view)
+    (path,) = view.save()
+    config = check_config(read_parameters(path) | {"output_path": str(tmp_path / "again")})
+    assert (config.controlnet, config.control_guidance_start) == (controlnet, 0.4)
+    (again,) = generate.sample(config)
+    assert np.array_equal(np.asarray(Image.open(again)), images[0])
+    view.controls["control_guidance_end"].value = 0.4
+    with pytest.raises(ValueError, match="expected 0 <= start < end <= 1"):
+        drawn(view)
+    view.restore(view.history[0])
+    assert view.parameters == view.history[0].parameters
+
+
+def test_a_controlnet_is_read_again_only_when_it_changed_and_goes_with_loras(tmp_path, controlnet, monkeypatch):
+    pipe, loads = PixArtSigmaPipeline.from_pretrained(SIGMA), []
+    name = "pixart_nb.core.checkpoints.controlnet.load_controlnet"
+    monkeypatch.setattr(name, lambda *args: loads.append(args) or load_controlnet(*args))
+    view = playground(pipe, tmp_path, control_image=file_of(PIXELS), controlnet=controlnet)
+    first, again = drawn(view), drawn(view)
+    assert len(loads) == 1
+    assert np.array_equal(first, again)
+    view.load_lora(trained(transformer(), seed=1).save(tmp_path / "lora"), "one")
+    assert not np.array_equal(drawn(view), first)
+    view.view.adapters.value = ()
+    assert np.array_equal(drawn(view), first)
+    assert len(loads) == 1
+
+
+def test_an_official_file_brings_its_own_base_model_to_which_no_adapter_belongs(pipe, tmp_path):
+    net, path = PixArtControlNet.from_transformer(pipe.transformer, 1), tmp_path / "official.safetensors"
+    shutil.copy(SIGMA / "transformer" / "config.json", tmp_path)
+    save_file({name: parameter.asnumpy() for name, parameter in net.parameters_and_names()}, path)
+    view = playground(pipe, tmp_path, control_image=file_of(PIXELS), controlnet=str(path))
+    plain = drawn(playground(pipe, tmp_path))
+    assert np.abs(drawn(view).astype(int) - plain).max() <= 1  # a new ControlNet changes nothing
+    own = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    view = playground(own, tmp_path, control_image=file_of(PIXELS), controlnet=str(path))
+    view.load_lora(trained(transformer(), seed=1).save(tmp_path / "lora"), "one")
+    with pytest.raises(ValueError, match="holds a base model of its own, which has no adapters"):
+        drawn(view)

@@ -51,7 +51,11 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         what the ControlNet adds, from the share ``control_guidance_start`` of the steps to the share
         ``control_guidance_end``. Other arguments are those of ``PixArtSigmaPipeline``.
         """
-        start, end, scale = control_guidance_start, control_guidance_end, controlnet_conditioning_scale
+        self.set_control(image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
+        return super().__call__(prompt, **call)
+
+    def set_control(self, image: ImageInput | None, scale: float = 1.0, start: float = 0.0, end: float = 1.0) -> None:
+        """Set the condition of the next runs, also those of ``sample``: the arguments of ``__call__`` in its order."""
         if not 0 <= start < end <= 1:
             raise PixArtNBError(f"control goes from {start} to {end} of the steps; expected 0 <= start < end <= 1")
         if not np.isfinite(scale):
@@ -60,11 +64,10 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
             missing = "ControlNet" if self.controlnet is None else "VAE"
             raise PixArtNBError(f"this pipeline has no {missing}, which the condition image needs")
         self._control = image_array(image), scale, start, end
-        return super().__call__(prompt, **call)
 
     def _network(self, schedule: StepSchedule, rows: int, height: int, width: int) -> Controlled:
         if self._control is None:
-            raise PixArtNBError("call the pipeline with image, the condition, before its steps are sampled")
+            raise PixArtNBError("set the condition, by image or by set_control, before steps are sampled")
         pixels, scale, start, end = self._control
         if len(pixels) > rows or rows % len(pixels):
             raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")
