@@ -208,10 +208,11 @@ class ControlView:
     def __init__(self, controls: Sequence[widgets.ValueWidget]):
         self.upload = widgets.FileUpload(accept="image/*", description="Condition", tooltip="Load a condition image")
         self.upload.layout = widgets.Layout(width="130px", flex="none")
-        self.use = button("Edges of result", "Take the edges of the image that is shown", width="120px")
-        self.edges = button("To edges", "Replace the condition by its edges", width="100px")
-        self.remove = button("Remove", "Draw without a condition", width="100px")
-        self.image = ClickableImage(width=288, zoomable=True, label="condition image; Enter enlarges it")
+        self.use = button("Edges of result", "Take the edges of the image that is shown", width="130px")
+        self.edges = button("To edges", "Replace the condition by its edges", width="130px")
+        self.remove = button("Remove", "Draw without a condition", width="130px")
+        self.image = ClickableImage(width=200, zoomable=True, label="condition image; Enter enlarges it")
+        self.image.layout.margin = "6px 2px"
         hint = text_line()
         say(hint, "The image follows a condition, such as edges, by a ControlNet that was trained on such images.")
         self.widget = widgets.VBox([row([self.upload, self.use, self.edges, self.remove]), hint, self.image, *controls])
@@ -244,11 +245,12 @@ class AdapterView:
     def show(self, names: Sequence[str]) -> None:
         """Show a slider for each adapter; those that are shown keep their weights."""
         for name in names:
-            slider = widgets.FloatSlider(value=1, min=-1, max=2, step=0.05, description=name, tooltip="Weight")
+            slider = widgets.FloatSlider(value=1, min=-1, max=2, step=0.05, description=name)
+            slider.tooltip = f"Weight of {name}"
             slider.layout.width, slider.style.description_width = "auto", "120px"
             self.sliders.setdefault(name, slider)
         self.sliders = {name: self.sliders[name] for name in names}
-        say(self.hint, "" if names else "No LoRA is loaded. Weights may be negative; 0 switches one off.")
+        say(self.hint, "Weights may be negative; 0 switches a LoRA off." if names else "No LoRA is loaded.")
         self.widget.children = [self.upload, self.hint, *self.sliders.values()]
 
     @property

@@ -18,8 +18,11 @@ from lab import (
     sync_api,
     watched_page,
 )
+from lora_models import trained
 from PIL import Image, UnidentifiedImageError
+from safetensors.numpy import save_file
 
+from pixart_nb import PixArtControlNet, load_transformer
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling.images import read_parameters
 
@@ -275,3 +278,72 @@ def test_an_image_for_the_readme(user):
     user.reads("red mushroom in a forest · 128 x 128")
     user.widget.scroll_into_view_if_needed()
     user.page.screenshot(path=README_IMAGE)
+
+
+@pytest.fixture(scope="module")
+def adapter_files(tmp_path_factory, project):
+    """Paths of a ControlNet and of LoRAs for the model."""
+    folder = tmp_path_factory.mktemp("adapters")
+    net = load_transformer(project / MODEL / "transformer")
+    controlnet = PixArtControlNet.from_transformer(net, 2).parameters_and_names()
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: parameter.asnumpy() if "copied" in name else 0.01 * rng.standard_normal(parameter.shape, np.float32)
+        for name, parameter in controlnet
+        if name.startswith("controlnet.")
+    }
+    save_file(tensors, folder / "control.safetensors")
+    loras = []
+    for number, name in enumerate(("watercolour", "a_style_with_a_rather_long_name")):
+        file = trained(net, name, seed=number).save(folder / name)
+        loras.append(file.rename(folder / f"{name}.safetensors"))
+    return folder / "control.safetensors", loras
+
+
+def test_a_controlnet_follows_edges_and_loras_have_a_slider_each(user, adapter_files):
+    controlnet, loras = adapter_files
+    user.page.set_viewport_size({"width": 1280, "height": 1040})
+    user.write("Prompt", "a red mushroom on grass")
+    user.slide("Steps", 4)
+    user.press("Sample")
+    user.sees_cards(1)
+    before = user.image()
+    tab = user.widget.get_by_role("tab", name="Control")
+    tab.click()
+    user.photograph("9_control_empty")
+    user.sees_everything()
+    user.press("Edges of result")
+    user.widget.locator(".pixart-clickable").nth(1).wait_for(timeout=SLOW)
+    user.write("ControlNet", "missing.pth")
+    user.press("Sample")
+    user.reads("missing.pth does not exist")
+    user.photograph("10_control_error")
+    user.write("ControlNet", str(controlnet))
+    user.slide("Scale", 0.8)
+    user.slide("End", 0.5)
+    user.press("Sample")
+    user.sees_cards(2)
+    user.reads("control 0.8, from 0 to 0.5 of the steps")
+    user.sees_image(lambda pixels: not np.array_equal(pixels, before))
+    user.sees_everything()
+    user.photograph("11_control")
+    user.widget.get_by_role("tab", name="Adapters").click()
+    user.photograph("12_adapters_empty")
+    with user.page.expect_file_chooser() as chooser:
+        user.press("Load LoRA")
+    chooser.value.set_files(loras)
+    user.reads("watercolour")
+    user.reads("Loaded ")
+    user.slide("watercolour", 0.5)
+    user.press("Sample")
+    user.sees_cards(3)
+    user.reads("watercolour 0.5")
+    user.sees_everything()
+    user.photograph("13_adapters")
+    user.page.get_by_role("menuitem", name="Settings").click()
+    user.page.get_by_text("Theme", exact=True).hover()
+    user.page.get_by_text("JupyterLab Dark", exact=True).click()
+    user.page.wait_for_timeout(1000)
+    user.photograph("14_adapters_dark")
+    tab.click()
+    user.photograph("15_control_dark")
