@@ -24,6 +24,7 @@ from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
 from pixart_nb.pixelart.scenes import OBJECTS, Scene, draw, split_scenes
+from pixart_nb.pixelart.textures import texture_ratios
 
 _SHEET_COLUMNS = 16
 
@@ -105,6 +106,8 @@ def score_summary(report: Mapping[str, Any]) -> str:
     """Return a line about the number of images and the time, and one about the VAE if it was measured."""
     source = f"captions of {report['labels']}" if report.get("labels") else "held-out scenes"
     summary = f"{report['count']} {source}, {report['seconds_per_image']:.2f} s per image"
+    ratios = ", ".join(f"{level} px {ratio:.2f}" for level, ratio in report["texture_ratios"].items())
+    summary += f"\nDistance of textures from drawn images, 1 is that of other drawn images: {ratios}"
     if "reconstruction_psnr" in report:
         summary += f"\nVAE reconstruction: {report['reconstruction_psnr']:.2f} dB"
     return summary
@@ -133,7 +136,8 @@ def evaluate_model(
 
     Returns:
         ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all``; ``object_accuracy``,
-        the share of right objects among the images of each; ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
+        the share of right objects among the images of each; ``texture_ratios`` (see ``textures``) to drawn images;
+        ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
     """
     started = time.perf_counter()
     size = {"height": height, "width": width}
@@ -145,6 +149,7 @@ def evaluate_model(
         "count": len(scenes),
         "accuracy": evaluator.accuracy(images, scenes),
         "object_accuracy": _object_accuracy(evaluator, images, scenes),
+        "texture_ratios": texture_ratios(images, *(drawn_images(scenes, seed + k, height, width) for k in range(2))),
         "seconds_per_image": seconds,
         "images": images,
     }
@@ -184,12 +189,17 @@ def _object_accuracy(evaluator: SpriteEvaluator, images: np.ndarray, scenes: Seq
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
 
 
+def drawn_images(scenes: Sequence[Scene], seed: int, height: int, width: int) -> np.ndarray:
+    """Draw scenes: (N, height, width, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    return np.stack([draw(scene, rng, height, width) for scene in scenes])
+
+
 def reconstruction_psnr(
     vae: Any, scenes: Sequence[Scene], *, batch_size: int = 24, seed: int = 0, height: int = 128, width: int = 128
 ) -> float:
     """Return the mean PSNR in dB of drawn scenes after encoding and decoding them."""
-    rng = np.random.default_rng(seed)
-    images = np.stack([draw(scene, rng, height, width) for scene in scenes])
+    images = drawn_images(scenes, seed, height, width)
     values: list[float] = []
     for first in tqdm(range(0, len(images), batch_size), desc="reconstruct", unit="batch"):
         batch = images[first : first + batch_size]
