@@ -295,6 +295,7 @@ ALLOWED: set[tuple[str, str]] = {
     ("CHANGELOG.md", "settle_threads"),
     ("pixart_nb/core/hooks/trace_files.py", "pictures"),  # name of an array in trace files of version 0.1
     ("pixart_nb/pixelart/captions.py", "picture"),  # captions that the bundled model was trained on
+    ("data/tiny-sigma/README.md", "picture"),  # a word of them
     ("pixart_nb/core/data/sources.py", "Part"),  # a part of the published data set
     ("pixart_nb/core/io.py", "probe"),  # a file that is written to try a folder
 }

@@ -107,7 +107,8 @@ def small_images_card() -> ModelCard:
         command="pixart-nb tiny",
         scores=(
             "`pixart-nb evaluate --count 240`: 240 held-out scenes, 20 steps, guidance 4.5. Right: object 93.8%, "
-            "colour 99.6%, setting 100.0%, all three 93.8%."
+            "colour 99.6%, setting 100.0%, all three 93.8%. Distance of textures from drawn images, in that of other "
+            "drawn images, by level of a Laplacian pyramid: 128 px 2.57, 64 px 1.47, 32 px 1.10, 16 px 1.13."
         ),
         vocabulary=caption_vocabulary(),
     )

@@ -84,14 +84,14 @@ def enlarged(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def _patches_by_level(images: Sequence[np.ndarray], rng: np.random.Generator) -> dict[int, np.ndarray]:
     """Return random patches of all images, (patches, 7, 7, 3), by the shorter side of the level."""
-    found: dict[int, list[np.ndarray]] = {}
+    patches: dict[int, list[np.ndarray]] = {}
     for image in images:
         for level in laplacian_pyramid(image):
             height, width = (side - PATCH + 1 for side in level.shape[:2])
             windows = np.lib.stride_tricks.sliding_window_view(level, (PATCH, PATCH), (0, 1))
             rows, columns = rng.integers(height, size=PATCHES_PER_IMAGE), rng.integers(width, size=PATCHES_PER_IMAGE)
-            found.setdefault(min(level.shape[:2]), []).append(windows[rows, columns].transpose(0, 2, 3, 1))
-    return {level: np.concatenate(patches) for level, patches in found.items()}
+            patches.setdefault(min(level.shape[:2]), []).append(windows[rows, columns].transpose(0, 2, 3, 1))
+    return {level: np.concatenate(arrays) for level, arrays in patches.items()}
 
 
 def _normalized(patches: np.ndarray) -> np.ndarray:

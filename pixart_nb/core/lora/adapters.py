@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn, ops
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
@@ -286,11 +287,12 @@ class Adapters:
             raise PixArtNBError(f"{problem}; choose the ones to fuse first (set_adapters)")
         originals = {}
         for layer, cell in self.layers.cells.items():
-            matrix = to_matrix(cell.weight.asnumpy())
+            weight = _array(cell.weight)
+            matrix = to_matrix(weight)
             adapters = [self.adapters[name] for name in chosen if self.adapters[name].on(layer)]
             changes = [self.weights[a.name] * a.change(layer, matrix) for a in adapters]
             if changes:
-                originals[layer] = np.array(cell.weight.asnumpy())
+                originals[layer] = np.array(weight)
                 self.originals = originals
                 _assign(cell.weight, from_matrix(matrix + scale * sum(changes), cell.weight.shape))
         self._install()
@@ -337,9 +339,18 @@ def _as_weights(weights: float | Sequence[float] | None, count: int) -> list[flo
     return values
 
 
+def _array(parameter: ms.Parameter) -> np.ndarray:
+    """Return the values of a parameter, bfloat16 as float32, which NumPy can add."""
+    return (parameter.astype(ms.float32) if parameter.dtype == ms.bfloat16 else parameter).asnumpy()
+
+
 def _assign(parameter: ms.Parameter, values: np.ndarray) -> None:
     """Change a parameter in place: compiled graphs see that, and not a parameter that is replaced."""
-    ops.assign(parameter, ms.Tensor(np.ascontiguousarray(values)).astype(parameter.dtype))
+    tensor = ms.Tensor(np.ascontiguousarray(values)).astype(parameter.dtype)
+    if parameter.dtype == ms.bfloat16 and not backend.on_ascend():  # Assign knows no bfloat16 there
+        parameter.set_data(tensor)
+    else:
+        ops.assign(parameter, tensor)
 
 
 def _replace(net: nn.Cell, path: str, cell: nn.Cell) -> None:

@@ -187,16 +187,16 @@ class AdaptedLayer(nn.Cell):
     def __init__(self, layer: nn.Cell, updates: Sequence[Sequence[tuple[int, int, nn.Cell]]]):
         super().__init__(auto_prefix=False)
         self.weight, self.bias = layer.weight, layer.bias
-        self.updates = tuple(tuple(update) for update in updates)  # cells in tuples are not registered as children
+        self.layer = (layer,)  # cells in tuples are not registered as children
+        self.updates = tuple(tuple(update) for update in updates)
 
     @property
     def dtype(self) -> ms.Type:
-        """Dtype of the weights."""
-        return self.weight.dtype
+        """Dtype of the input."""
+        return getattr(self.layer[0], "dtype", self.weight.dtype)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
-        weight = as_matrix(self.weight)
-        out = linear(x, weight, self.bias)
+        weight, out = as_matrix(self.weight), self.layer[0](x)
         for update in self.updates:
             parts = [branch(x, weight[start:stop], self.training) for start, stop, branch in update]
             out = out + (parts[0] if len(parts) == 1 else mint.cat(parts, -1))

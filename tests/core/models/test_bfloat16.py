@@ -16,6 +16,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import load_t5
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import denoiser
+from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models import low_precision
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.transformer import PixArt
@@ -146,3 +147,30 @@ def test_a_pipeline_in_bfloat16_draws_the_image_of_float32_and_is_saved_for_ever
     pipe.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
     assert {array.dtype for array in weights.values()} == {np.dtype(np.float32)}
+
+
+@needs_products
+@pytest.mark.parametrize("config", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_an_adapter_works_beside_bfloat16_weights_and_leaves_them_as_they_were(config):
+    bundled = Path(__file__).parents[3] / "data/tiny-sigma/transformer"
+    exact, net = (load_transformer(bundled, dtype=dtype) for dtype in (ms.float32, ms.bfloat16))
+    rng = np.random.default_rng(1)
+    caption = ms.Tensor(rng.standard_normal((2, 5, exact.config.caption_channels), dtype=np.float32))
+    latents = ms.Tensor(rng.standard_normal((2, 4, 16, 16), dtype=np.float32))
+
+    def predicted(each):
+        return denoiser(each, caption, None)(latents, 500.0).asnumpy()
+
+    before, results = predicted(net), []
+    for each in (exact, net):
+        adapters = Adapters.of(each)
+        adapter = adapters.add("style", LoraConfig(init_lora_weights="gaussian", **config))
+        for parameter in adapter.parameters().values():
+            parameter.set_data(parameter + 0.02)
+        results.append(predicted(each))
+    assert relative_error(results[1], results[0]) < 3e-2 < relative_error(before, results[0])
+    adapters.fuse()
+    assert relative_error(predicted(net), results[0]) < 3e-2
+    adapters.unfuse()
+    adapters.delete("style")
+    assert np.array_equal(predicted(net), before)
