@@ -172,5 +172,5 @@ def test_an_adapter_works_beside_bfloat16_weights_and_leaves_them_as_they_were(c
     adapters.fuse()
     assert relative_error(predicted(net), results[0]) < 3e-2
     adapters.unfuse()
-    adapters.delete("style")
+    adapters.delete(["style"])
     assert np.array_equal(predicted(net), before)
