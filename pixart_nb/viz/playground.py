@@ -120,6 +120,8 @@ class Playground:
         if entry is None:
             progress = self.session.progress
             self.view.say(f"Cancelled after step {progress.done} of {progress.total}.")
+        elif self.session.notes:
+            self.view.say("; ".join(self.session.notes))
         return entry
 
     async def sweep(self, name: str, values: str) -> list[Entry]:

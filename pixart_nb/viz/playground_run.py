@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -76,6 +77,7 @@ class Session:
         self.images: np.ndarray | None = None
         self.entry: Entry | None = None
         self.history: list[Entry] = []
+        self.notes: list[str] = []  # warnings about the prompt of the last run
         self._count, self._controlnets = 0, ControlNets()
         self._predicted: dict[int, list[np.ndarray]] = {}  # latents that each step of an entry predicted
 
@@ -124,7 +126,10 @@ class Session:
     async def _run(self, parameters: Parameters) -> np.ndarray | None:
         """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
         pipe = self._controlnets.pipeline(self.pipe, parameters)
-        async with aclosing(giving_way(begun(pipe, parameters))) as records:
+        self.notes = []
+        with noted(self.notes):
+            steps = begun(pipe, parameters)
+        async with aclosing(giving_way(steps)) as records:
             latents = await self._follow(records, parameters.taken)
         images: list[np.ndarray] = []
         for row in latents if latents is not None else ():
@@ -136,7 +141,8 @@ class Session:
 
     async def _follow(self, records: AsyncIterator[Any], total: int) -> np.ndarray | None:
         """Consume the conditioning and the steps, with progress and previews; the last latents."""
-        await anext(records)
+        with noted(self.notes):
+            await anext(records)
         started = preview_ended = self._clock()
         cost, latents = 0.0, None
         predicted = self._predicted[self._count + 1] = []
@@ -170,6 +176,15 @@ class Session:
         for name, value in changes.items():
             setattr(self, name, value)
         self._on_change()
+
+
+@contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """Add the warnings of the block to ``notes``, in place of printing them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    notes += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
 def begun(pipe: Any, parameters: Parameters) -> Iterator[Any]:

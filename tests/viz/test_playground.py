@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 from datetime import datetime, timezone
 
@@ -104,6 +105,26 @@ def test_only_buttons_that_do_something_can_be_pressed():
     playground = played(act)
     assert seen == [("X--", "none"), ("-X-", "flex"), ("---", "flex"), ("X--", "none"), ("X-X", "none")]
     assert len(playground.history) == 1
+
+
+def test_words_that_the_model_does_not_know_are_named_and_forgotten_with_the_next_run():
+    class Reader(Pipe):
+        def _steps(self, noise, count):
+            if len(self.used) == 1:
+                warnings.warn("'castle' is not in the training captions of this model", stacklevel=2)
+            yield from super()._steps(noise, count)
+
+    texts = []
+
+    async def act(playground):
+        for _ in range(2):
+            await playground.sample()
+            texts.append(playground.view.message.value)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        played(act, Reader())
+    assert "castle" in texts[0] and "castle" not in texts[1]
 
 
 def test_a_cancelled_run_says_after_which_step():
