@@ -205,11 +205,14 @@ def start(settings: ModelKeys | None = None) -> None:
 
 
 def _dtype(settings: ModelKeys | None) -> str:
-    """Return the dtype and, where it differs, what is computed in: a CPU trains bf16 in fp32, and may sample in it."""
+    """Return the dtype and, on a CPU, what is computed in where it differs, or what would be faster."""
     from pixart_nb.core import backend
 
-    if settings is None or settings.dtype != "bf16" or backend.on_ascend():
+    if settings is None or settings.dtype == "fp32" or backend.on_ascend():
         return settings.dtype if settings else ""
     from pixart_nb.core.models import low_precision
 
-    return "bf16 computed in fp32" if isinstance(settings, TrainConfig) or low_precision.unsupported() else "bf16"
+    only_float32 = isinstance(settings, TrainConfig) or low_precision.unsupported()
+    if settings.dtype == "fp16":
+        return f"fp16 (slow on a CPU; {'fp32 is' if only_float32 else 'bf16 and fp32 are'} faster)"
+    return "bf16 computed in fp32" if only_float32 else "bf16"

@@ -32,7 +32,7 @@ def stderr(monkeypatch, project):
     ("words", "dtype"),
     [
         (("sample",), "fp32"),
-        (("sample", "--dtype", "fp16", "--device_target", "CPU"), "fp16"),
+        (("sample", "--dtype", "fp16", "--device_target", "CPU"), "fp16 (slow on a CPU; fp32 is faster)"),
         (("sample", "--dtype", "bf16"), "bf16 computed in fp32"),
         (("train", "-c", "configs/train/tiny.yaml", "--dtype", "bf16"), "bf16 computed in fp32"),
         (("plan", "--no-timed"), "fp32"),
