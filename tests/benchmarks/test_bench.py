@@ -55,6 +55,7 @@ def test_a_training_step_lowers_the_loss():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_training_holds_one_system_in_memory_at_a_time(monkeypatch):
     history, alive = [], set()
 
@@ -134,6 +135,7 @@ def test_a_missing_diffusers_is_named(monkeypatch):
     assert "[reference]" in result.output
 
 
+@pytest.mark.slow
 def test_memory_of_a_trace_is_bounded_and_changes_no_bit(project):
     options = ["trace", "--side", "256", "--width", "144", "--steps", "2"]
     command = [sys.executable, "benchmarks/memory.py", *options]

@@ -246,7 +246,7 @@ def test_a_controlnet_is_read_again_only_when_it_changed_and_goes_with_loras(tmp
     pipe, loads = PixArtSigmaPipeline.from_pretrained(SIGMA), []
     name = "pixart_nb.core.checkpoints.controlnet.load_controlnet"
     monkeypatch.setattr(name, lambda *args: loads.append(args) or load_controlnet(*args))
-    view = playground(pipe, tmp_path, control_image=file_of(PIXELS), controlnet=controlnet)
+    view = playground(pipe, tmp_path, control_image=file_of(PIXELS), controlnet=controlnet, steps=2)
     first, again = drawn(view), drawn(view)
     assert len(loads) == 1
     assert np.array_equal(first, again)

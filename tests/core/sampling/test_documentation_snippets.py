@@ -92,7 +92,10 @@ TORCH = types.SimpleNamespace(
 
 
 @pytest.mark.filterwarnings("ignore:the tokenizer", "ignore:from_pretrained", "ignore:to\\(")
-@pytest.mark.parametrize("example", [MINDONE, DIFFUSERS], ids=["mindone", "diffusers, under 8 GB"])
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(MINDONE, id="mindone"), pytest.param(DIFFUSERS, id="diffusers, under 8 GB", marks=pytest.mark.slow)],
+)
 def test_an_example_runs_with_another_import(example, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for theirs, ours in IMPORTS.items():

@@ -100,6 +100,7 @@ def test_the_loss_is_zero_for_the_solution_of_the_solver_and_guidance_is_that_of
     assert float(consistency_loss(wrong, Gaussian(), wrong, EMPTY)(*values)[0].asnumpy()) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("huber", [0.0, 0.001])
 def test_the_student_of_a_gaussian_teacher_learns_the_solution_of_its_ode(tmp_path, huber):
     """Along the probability-flow ODE a pixel keeps its ratio to the standard deviation of its timestep."""
