@@ -7,6 +7,8 @@ hand, and sums are added in an order that does not depend on the threads. Not in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,18 @@ def use_fast_blocks(network: nn.Cell, fast: bool) -> None:
         replacement = {Block: TrainingBlock, FinalLayer: TrainingFinalLayer}.get(type(cell))
         if replacement is not None:
             cell.fast = replacement(cell) if fast else None
+
+
+@contextmanager
+def layer_by_layer(network: nn.Cell) -> Iterator[None]:
+    """Let every layer of a network run, and its hooks with it, inside the block."""
+    before = [(cell, cell.fast) for _, cell in network.cells_and_names() if isinstance(cell, Block | FinalLayer)]
+    use_fast_blocks(network, False)
+    try:
+        yield
+    finally:
+        for cell, fast in before:
+            cell.fast = fast
 
 
 class TrainingBlock:

@@ -10,6 +10,7 @@ from mindspore import nn
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.fast.cpu_training import layer_by_layer
 
 
 class DivergenceError(PixArtNBError):
@@ -70,7 +71,8 @@ def _first_layer(loss: Callable, tensors: Sequence[ms.Tensor], network: nn.Cell)
     cells = network.cells_and_names()
     handles = [cell.register_forward_hook(watch(name or "the network")) for name, cell in cells]
     try:
-        loss(*tensors)
+        with layer_by_layer(network):
+            loss(*tensors)
     finally:
         for handle in handles:
             handle.remove()

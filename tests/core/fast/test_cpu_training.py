@@ -12,6 +12,7 @@ from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.training.divergence import find_divergence
 from pixart_nb.core.training.loss import coefficients, control_loss, diffusion_loss
 
 COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}
@@ -101,6 +102,15 @@ def test_a_block_with_hooks_or_in_half_precision_goes_back_to_mindspores_operato
     assert not fast.supports(x)
     use_fast_blocks(net, False)
     assert net.blocks[0].fast is None
+
+
+def test_the_search_for_values_that_are_not_finite_looks_into_the_blocks():
+    net = network()
+    use_fast_blocks(net, True)
+    weight, fast = net.blocks[1].mlp.fc1.weight, net.blocks[1].fast
+    weight.set_data(ms.Tensor(np.full(weight.shape, 3e38, np.float32)))
+    assert "layer blocks.1.mlp.fc1 (Linear)" in find_divergence(diffusion_loss(net), batch(net), {}, {}, net)
+    assert net.blocks[1].fast is fast is not None
 
 
 @given(st.integers(1, 9), st.integers(1, 700))
