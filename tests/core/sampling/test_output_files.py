@@ -95,8 +95,8 @@ def test_weights_that_an_image_names_must_be_given(tmp_path, key):
 def test_many_images_in_stages_hold_few_files_open(tmp_path):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    drawn = 40
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], _open_files() + 24), before[1]))
+    drawn = 18
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], _open_files() + 12), before[1]))
     try:
         paths = sampled(
             tmp_path / "out", prompt=[f"a cup {n}" for n in range(drawn)], stages_path=str(tmp_path / "state")
