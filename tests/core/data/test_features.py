@@ -394,6 +394,7 @@ cache.write(lambda pixels: [t.np.repeat(part, 20_000, 1) for part in t.encode(pi
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_features(tmp_path):
     make_labels(tmp_path / "images", 20)
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "images")]

@@ -69,7 +69,7 @@ def test_the_generator_of_a_gaussian_teacher_draws_its_distribution(tmp_path, ga
     loss = distribution_loss(generator, Gaussian(SPREAD, "real"), fake, np.zeros((1, 6), np.float32))
     parameters = {"gain": generator.gain, "fake": fake.spread}
     options = {"schedule": "cosine", "betas": (0.0, 0.9), "max_grad_norm": None, "ema_rate": None, "save_every": 1000}
-    options = TrainerOptions(600, 0.01, **options)
+    options = TrainerOptions(240, 0.03, **options)
     Trainer(loss, parameters, batch, options, tmp_path, ("matching", "fake")).run()
     assert abs(before - SPREAD) > 0.15
     assert generator.spread() == pytest.approx(SPREAD, abs=0.04)
