@@ -20,6 +20,8 @@ Curve = tuple[Sequence[float], Sequence[float]]
 TrainingRow = Mapping[str, Any]
 #: Points of a curve that are drawn at most.
 POINTS = 2000
+#: Measured values of a variable, up to which each has a tick of its own.
+_TICKS = 10
 
 
 def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithmic: bool = False) -> Figure:
@@ -73,12 +75,39 @@ def loss_and_score(
         for name, step in (marks or {}).items():
             if step <= last:
                 _mark_step(ax, step, name if ax is loss else "")
-    for number, (name, value) in enumerate((levels or {}).items()):
-        share.axhline(value, color="0.35", linewidth=1.0, linestyle=(":", "--", "-.")[number % 3], label=name)
+    _draw_levels(share, levels or {})
     share.set_ylim(-0.03, 1.03)
     if share.lines:
         style.legend_below(figure, share)
     return figure
+
+
+def curve_panels(
+    xlabel: str, panels: Mapping[str, Mapping[str, Curve]], levels: Mapping[str, Mapping[str, float]] | None = None
+) -> Figure:
+    """Draw panels side by side over one variable, from 0 on: ``panels[ylabel][name] = (x, y)``.
+
+    Args:
+        levels: ``levels[ylabel][name]`` are baselines of a panel, drawn as horizontal lines.
+    """
+    if not panels:
+        raise PixArtNBError("curve_panels needs at least one panel, got none")
+    figure = style.new_figure(WIDTH, 3.4)
+    for ax, (ylabel, curves) in zip(style.axes_grid(figure, 1, len(panels))[0], panels.items(), strict=True):
+        _draw_curves(for_curves(ax, xlabel, ylabel), curves, list(curves), markersize=5)
+        _draw_levels(ax, (levels or {}).get(ylabel, {}))
+        values = sorted({float(x) for steps, _ in curves.values() for x in steps})
+        if len(values) <= _TICKS:
+            ax.set_xticks(values, [f"{value:g}" for value in values])
+        highest = max((float(np.max(line.get_ydata())) for line in ax.lines), default=1.0)
+        ax.set_ylim(-0.03 * highest, 1.06 * highest or 1.0)
+        legend(ax, "above", ncols=2)
+    return figure
+
+
+def _draw_levels(ax: Axes, levels: Mapping[str, float]) -> None:
+    for number, (name, value) in enumerate(levels.items()):
+        ax.axhline(value, color="0.35", linewidth=1.0, linestyle=(":", "--", "-.")[number % 3], label=name)
 
 
 def _draw_curves(ax: Axes, curves: Mapping[str, Curve], names: Sequence[str], **look: Any) -> None:

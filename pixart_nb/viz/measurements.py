@@ -1,4 +1,4 @@
-"""Tables and figures of measured speed and memory: benchmark rows, stages of runs, artifacts of tiles."""
+"""Tables and figures of measurements: benchmark rows, shares of right images, stages of runs, artifacts of tiles."""
 
 from __future__ import annotations
 
@@ -131,6 +131,42 @@ def _seconds(rows: Sequence[Any]) -> dict[str, dict[str, float]]:
             work = "20 steps" if row.benchmark == "denoise" else row.benchmark
             lines.setdefault(f"{work}, {row.size} px", {})[row.system] = row.value
     return lines
+
+
+# ---- shares of right images
+
+
+def accuracy_figure(shares: Mapping[str, float], seconds: Mapping[str, float], count: int) -> Figure:
+    """Draw for each named sampler the share of ``count`` images that are right (left) and the seconds per image.
+
+    The line through a bar is the 95% interval of the share (Wilson 1927).
+    """
+    if not shares or shares.keys() != seconds.keys() or count < 1:
+        raise PixArtNBError(f"shares of {list(shares)}, seconds of {list(seconds)}, {count} images; expected the same")
+    figure = new_figure(WIDTH, 1.0 + 0.42 * len(shares))
+    left, right = axes_grid(figure, 1, 2, sharey=True)[0]
+    rows, values = range(len(shares)), np.array(list(shares.values()))
+    middle, half = _wilson(values, count)
+    left.barh(rows, values, 0.6, color=COLOURS[4])
+    left.errorbar(middle, rows, xerr=half, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
+    for row, (value, end) in enumerate(zip(values, np.maximum(values, middle + half), strict=True)):
+        left.text(end + 0.02, row, f"{round(value * count)} of {count}", va="center", fontsize=SMALL)
+    bars = right.barh(rows, list(seconds.values()), 0.6, color=COLOURS[1])
+    right.bar_label(bars, [f"{value:.2f} s" for value in seconds.values()], fontsize=SMALL, padding=3)
+    left.set(xlim=(0, 1.25), xticks=np.linspace(0, 1, 5), xlabel="share of images that are right in all parts")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    left.set_yticks(rows, list(shares), fontsize=TEXT)
+    left.invert_yaxis()
+    right.set_xlabel("seconds per image")
+    right.margins(x=0.2)
+    return figure
+
+
+def _wilson(shares: np.ndarray, count: int, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Return the middle and half the length of the intervals of shares of ``count``."""
+    scale = 1 + z**2 / count
+    half = z * np.sqrt(shares * (1 - shares) / count + z**2 / (4 * count**2)) / scale
+    return (shares + z**2 / (2 * count)) / scale, half
 
 
 # ---- stages and tiles of large images

@@ -74,7 +74,17 @@ def test_smoke_configurations_are_those_of_notebooks():
     assert names(sorted((ROOT / "configs" / "smoke").glob("*.yaml"))) == names(NOTEBOOKS)
 
 
-@pytest.mark.parametrize("name", ["00_quickstart", "02_sampling", "03_attention_maps", "04_token_compression"])
+SAMPLING_NOTEBOOKS = [
+    "00_quickstart",
+    "02_sampling",
+    "03_attention_maps",
+    "04_token_compression",
+    "10_control_and_editing",
+    "11_few_steps",
+]
+
+
+@pytest.mark.parametrize("name", SAMPLING_NOTEBOOKS)
 def test_sampling_notebooks_declare_every_key_of_the_inference_configurations(name):
     notebook = read(ROOT / "notebooks" / f"{name}.ipynb")
     for path in sorted((ROOT / "configs" / "inference").glob("*.yaml")):

@@ -7,6 +7,7 @@ from viz_figures import check_layout
 from pixart_nb.viz import curves as module
 from pixart_nb.viz.curves import (
     POINTS,
+    curve_panels,
     dataset_figure,
     live_curves,
     loss_and_score,
@@ -146,6 +147,20 @@ def test_curves_hold_the_values_under_their_names():
     np.testing.assert_array_equal(place.lines[0].get_xydata(), [[0, 3], [5, 2], [9, 1]])
     np.testing.assert_array_equal(place.lines[1].get_xydata(), [[0, 4], [9, 2.5]])
     assert (place.get_ylabel(), place.get_yscale(), place.get_xlabel()) == ("error", "log", "step")
+
+
+def test_panels_share_their_variable_and_have_baselines():
+    curves = {"distance": {"mean": ([0.2, 0.6, 1], [0.1, 0.2, 0.4])}, "share right": {"colour": ([0.2, 1], [0, 1])}}
+    figure = curve_panels("strength", curves, {"distance": {"other noise": 0.5}})
+    left, right = figure.axes
+    assert [line.get_label() for line in left.lines] == ["mean", "other noise"] and len(right.lines) == 1
+    np.testing.assert_array_equal(left.lines[0].get_xydata(), [[0.2, 0.1], [0.6, 0.2], [1, 0.4]])
+    assert list(left.lines[1].get_ydata()) == [0.5, 0.5] and left.get_ylim()[1] > 0.5
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["0.2", "0.6", "1"]
+    assert (left.get_xlabel(), right.get_ylabel()) == ("strength", "share right")
+    check_layout(figure)
+    with pytest.raises(ValueError, match="at least one panel"):
+        curve_panels("strength", {})
 
 
 def test_curves_need_a_value_for_each_step():

@@ -48,6 +48,22 @@ def _ridges(slope: np.ndarray, sector: np.ndarray) -> np.ndarray:
     return ridges
 
 
+def edge_f1(first: np.ndarray, second: np.ndarray, tolerance: int = 1) -> float:
+    """Return the F1 score of two images of edges (H, W, 3), 0 to 1; without any edge in both it is 1.
+
+    An edge pixel is right if the other image has one at most ``tolerance`` pixels away, diagonals included.
+    """
+    lines = [image[..., 0] > 0 for image in (first, second)]
+    if lines[0].shape != lines[1].shape:
+        raise ImageError(f"the edges are of {lines[0].shape} and {lines[1].shape} pixels; expected one size")
+    total = sum(int(line.sum()) for line in lines)
+    if not all(line.any() for line in lines):
+        return float(total == 0)
+    near = [ndimage.maximum_filter(line, 2 * tolerance + 1) for line in lines]
+    precision, recall = (float(near[1 - k][lines[k]].mean()) for k in (0, 1))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
 @dataclass(frozen=True)
 class ControlImages:
     """Condition images of labels: files of the same names in ``folder`` (any image ending), or edges without one."""

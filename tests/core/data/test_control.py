@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixart_nb.core.data.control import ControlImages, edges
+from pixart_nb.core.data.control import ControlImages, edge_f1, edges
 from pixart_nb.core.data.files import DataError
+from pixart_nb.core.data.images import ImageError
 from pixart_nb.core.data.labels import Label
 
 
@@ -34,6 +35,22 @@ def test_edges_of_colours_of_one_brightness_are_seen_and_faint_ones_are_not():
     assert not edges(image).any()
     image[:, :16], image[:, 16:] = (200, 0, 0), (0, 102, 0)
     assert (edges(image)[..., 0] > 0).sum(1).tolist() == [1] * 32
+
+
+def line(column):
+    image = np.zeros((8, 12, 3), np.uint8)
+    image[:, column] = 255
+    return image
+
+
+def test_edges_agree_within_the_tolerance():
+    scores = [edge_f1(line(4), line(other)) for other in (4, 5, 6)]
+    assert scores == [1, 1, 0] and edge_f1(line(4), line(6), tolerance=2) == 1
+    assert edge_f1(line(4), line(4) | line(9)) == pytest.approx(2 / 3)  # precision 1, recall 1/2
+    empty = np.zeros_like(line(0))
+    assert (edge_f1(empty, empty), edge_f1(line(4), empty)) == (1, 0)
+    with pytest.raises(ImageError, match="expected one size"):
+        edge_f1(line(4), line(4)[:4])
 
 
 def test_conditions_are_edges_or_the_files_of_a_folder(tmp_path):
