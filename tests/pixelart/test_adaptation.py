@@ -10,7 +10,7 @@ from pixart_nb.pixelart import adaptation
 from pixart_nb.pixelart.adaptation import CompressionAdaptation
 
 DEEP = [3, 4, 5]
-SMALL = {"images": 4, "batch": 2, "compile": False}
+SMALL = {"images": 4, "batch": 2}
 
 
 @pytest.fixture(scope="module")

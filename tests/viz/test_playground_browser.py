@@ -160,7 +160,7 @@ def test_a_prompt_becomes_a_image_that_can_be_saved_and_come_back_to(user, serve
     final = user.image()
     user.slide("Look at step", 10)
     user.sees_image(lambda pixels: not np.array_equal(pixels, final))
-    user.widget.locator(".pixart-clickable").click()
+    user.widget.get_by_role("button", name="image; Enter enlarges it", exact=True).click()
     user.page.locator("dialog.pixart-large img").wait_for(timeout=SLOW)
     user.photograph("5_enlarged")
     user.page.keyboard.press("Escape")
