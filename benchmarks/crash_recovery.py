@@ -125,7 +125,7 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
 
 def shorten_tiny() -> None:
     """Let the training of the bundled model take seconds: few steps, few images."""
-    few = {"steps": 6, "save_every": 2, "log_every": 1, "warmup_steps": 1, "compile": False}
+    few = {"steps": 6, "save_every": 2, "log_every": 1, "warmup_steps": 1}
     autoencoder.OPTIONS = replace(autoencoder.OPTIONS, **few)
     text_encoder.OPTIONS = replace(text_encoder.OPTIONS, **few)
     bundled_model.STAGES = {name: replace(o, **few) for name, o in bundled_model.STAGES.items()}
