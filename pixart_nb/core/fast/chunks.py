@@ -17,13 +17,12 @@ CHUNK = 256
 class Chunk(NamedTuple):
     """Tokens that are processed together: all tokens of some images, or some tokens of one image.
 
-    ``number`` counts the chunks of an image, and ``total`` all of them.
+    ``number`` counts the chunks of an image.
     """
 
     images: slice
     tokens: slice
     number: int
-    total: int
 
 
 def chunks_of(images: int, tokens: int) -> list[Chunk]:
@@ -32,11 +31,11 @@ def chunks_of(images: int, tokens: int) -> list[Chunk]:
     if tokens <= most:
         step = most // tokens
         starts = range(0, images, step)
-        return [Chunk(slice(s, min(s + step, images)), slice(0, tokens), 0, i) for i, s in enumerate(starts)]
+        return [Chunk(slice(s, min(s + step, images)), slice(0, tokens), 0) for s in starts]
     count = -(-tokens // most)
     ends = [tokens * i // count for i in range(count + 1)]
     pieces = [(image, piece) for image in range(images) for piece in range(count)]
-    return [Chunk(slice(i, i + 1), slice(ends[p], ends[p + 1]), p, t) for t, (i, p) in enumerate(pieces)]
+    return [Chunk(slice(i, i + 1), slice(ends[p], ends[p + 1]), p) for i, p in pieces]
 
 
 def in_threads(work: Callable, jobs: Sequence) -> None:
@@ -56,6 +55,7 @@ def images_of(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
 
 
 def write_linear(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
+    """Write ``rows @ weight.T + bias`` to out (M, out)."""
     out[...] = bias
     multiply(rows, weight.T, out, add=True)
 

@@ -115,7 +115,8 @@ class PixArtSigmaPipeline(PipelineBase):
         parts, texts = [], None
         for part in (positive, negative):
             if isinstance(part, list):
-                warn_of_lost_words(self.tokenizer, part, clean, bool(getattr(self.transformer, "adapters", None)))
+                adapters = getattr(self.transformer, "adapters", None)
+                warn_of_lost_words(self.tokenizer, part, clean, adapters is not None and bool(adapters.active))
                 part = embed(self.tokenizer, self.text_encoder, part, clean, length or self.max_sequence_length, trim)
             parts += (None, None) if part is None else repeat_rows(*part, copies)
         if isinstance(positive, list):
