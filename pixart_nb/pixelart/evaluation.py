@@ -14,12 +14,14 @@ from rich.table import Table as RichTable
 from tqdm.auto import tqdm
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
+from pixart_nb.config.keys import ModelKeys
 from pixart_nb.core.data.labels import read_prompts
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import ensure_writable, folder_lock, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
 from pixart_nb.core.sampling.images import to_uint8, write_image
 from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.text import card_vocabulary
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
 from pixart_nb.pixelart.evaluator import SpriteEvaluator
@@ -37,15 +39,25 @@ def held_out_scenes(count: int) -> list[Scene]:
     return [scenes[k * len(scenes) // count] for k in range(count)]
 
 
-def agreement(images: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
+def draws_scenes(config: ModelKeys) -> bool:
+    """Return whether a configuration names a model of drawn scenes, whose images the evaluator can read.
+
+    The card of such a model has a vocabulary. Another ``checkpoint`` in its place may draw anything.
+    """
+    card = Path(config.model, "README.md")
+    return bool(config.model and not config.checkpoint and card_vocabulary(card))
+
+
+def agreement(images: np.ndarray, prompts: Sequence[str], read: bool = True) -> dict[str, float]:
     """Return the shares of images whose object, colour, setting, and all three, are those of their prompts.
 
     ``images`` is (N, H, W, 3) float in [0, 1] or uint8. Only the canonical captions of scenes can be evaluated
-    (``a red mushroom on grass``); other prompts are left out, and without any the result is empty.
+    (``a red mushroom on grass``); other prompts are left out, and without any the result is empty. It is empty too
+    with ``read=False``, for a model that does not draw scenes.
     """
     if len(images) != len(prompts):
         raise PixArtNBError(f"need as many prompts as images, got {len(prompts)} for {len(images)}")
-    rows = [k for k, prompt in enumerate(prompts) if prompt in scenes_by_caption()]
+    rows = [k for k, prompt in enumerate(prompts) if read and prompt in scenes_by_caption()]
     if not rows:
         return {}
     pixels = images if images.dtype == np.uint8 else to_uint8(images)
@@ -123,6 +135,7 @@ def evaluate_model(
     seed: int = 0,
     height: int = 128,
     width: int = 128,
+    read: bool = True,
 ) -> dict[str, Any]:
     """Draw scenes from their short captions and read them back.
 
@@ -133,6 +146,7 @@ def evaluate_model(
         sampling_steps, guidance_scale: ``num_inference_steps`` and ``guidance_scale`` of the pipeline.
         batch_size: images drawn at once. Each has a random stream of its own, so they do not depend on it.
         height, width: pixels.
+        read: False leaves the shares and ratios empty, for a model that does not draw scenes.
 
     Returns:
         ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all``; ``object_accuracy``,
@@ -144,15 +158,13 @@ def evaluate_model(
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
     images = _draw_all(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, call)
     seconds = (time.perf_counter() - started) / len(scenes)
-    evaluator = evaluator_of(scenes)
-    return {
-        "count": len(scenes),
-        "accuracy": evaluator.accuracy(images, scenes),
-        "object_accuracy": _object_accuracy(evaluator, images, scenes),
-        "texture_ratios": texture_ratios(images, *(drawn_images(scenes, seed + k, height, width) for k in range(2))),
-        "seconds_per_image": seconds,
-        "images": images,
-    }
+    result = {"count": len(scenes), "accuracy": {}, "object_accuracy": {}, "texture_ratios": {}}
+    if read:
+        evaluator, drawn = evaluator_of(scenes), (drawn_images(scenes, seed + k, height, width) for k in range(2))
+        result["accuracy"] = evaluator.accuracy(images, scenes)
+        result["object_accuracy"] = _object_accuracy(evaluator, images, scenes)
+        result["texture_ratios"] = texture_ratios(images, *drawn)
+    return {**result, "seconds_per_image": seconds, "images": images}
 
 
 def evaluate_latents(

@@ -83,26 +83,48 @@ def loss_and_score(
 
 
 def curve_panels(
-    xlabel: str, panels: Mapping[str, Mapping[str, Curve]], levels: Mapping[str, Mapping[str, float]] | None = None
+    xlabel: str,
+    panels: Mapping[str, Mapping[str, Curve]],
+    levels: Mapping[str, Mapping[str, float]] | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> Figure:
     """Draw panels side by side over one variable, from 0 on: ``panels[ylabel][name] = (x, y)``.
 
     Args:
         levels: ``levels[ylabel][name]`` are baselines of a panel, drawn as horizontal lines.
+        counts: The values of the panel ``ylabel`` are shares of so many images; it reaches to 1 and has 95% intervals.
     """
     if not panels:
         raise PixArtNBError("curve_panels needs at least one panel, got none")
     figure = style.new_figure(WIDTH, 3.4)
     for ax, (ylabel, curves) in zip(style.axes_grid(figure, 1, len(panels))[0], panels.items(), strict=True):
+        count = (counts or {}).get(ylabel, 0)
         _draw_curves(for_curves(ax, xlabel, ylabel), curves, list(curves), markersize=5)
         _draw_levels(ax, (levels or {}).get(ylabel, {}))
+        if count:
+            _draw_intervals(ax, curves, count)
         values = sorted({float(x) for steps, _ in curves.values() for x in steps})
         if len(values) <= _TICKS:
             ax.set_xticks(values, [f"{value:g}" for value in values])
-        highest = max((float(np.max(line.get_ydata())) for line in ax.lines), default=1.0)
+        highest = max((float(np.max(line.get_ydata())) for line in ax.lines), default=1.0) if not count else 1.0
         ax.set_ylim(-0.03 * highest, 1.06 * highest or 1.0)
         legend(ax, "above", ncols=2)
     return figure
+
+
+def _draw_intervals(ax: Axes, curves: Mapping[str, Curve], count: int) -> None:
+    """Draw the interval of each share of ``count`` images in the colour of its curve."""
+    for number, (steps, shares) in enumerate(curves.values()):
+        middle, half = wilson_interval(np.asarray(shares, dtype=float), count)
+        look = {"fmt": "none", "ecolor": line_style(number)["color"], "elinewidth": 1.0, "capsize": 2, "alpha": 0.6}
+        ax.errorbar(np.asarray(steps, dtype=float), middle, yerr=half, **look)
+
+
+def wilson_interval(shares: np.ndarray, count: int, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Return the middle and half the length of the 95% intervals of shares of ``count`` (Wilson 1927)."""
+    scale = 1 + z**2 / count
+    half = z * np.sqrt(shares * (1 - shares) / count + z**2 / (4 * count**2)) / scale
+    return (shares + z**2 / (2 * count)) / scale, half
 
 
 def _draw_levels(ax: Axes, levels: Mapping[str, float]) -> None:

@@ -11,7 +11,10 @@ from matplotlib.axes import Axes
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write
-from pixart_nb.viz.style import HEAT, SMALL, TEXT, Figure, axes_grid, colour_bar, for_image, new_figure
+from pixart_nb.viz.style import HEAT, SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_image, new_figure
+
+#: Inches beside and above the images of a grid.
+_MARGIN = 0.3
 
 
 def image_grid(
@@ -28,20 +31,21 @@ def image_grid(
         titles: One for each image.
         columns: Images per row; by default about as many as rows.
         row_labels: One for each row, at its left.
-        cell: Width of an image in inches.
+        cell: Width of an image in inches; less if the row would be wider than a notebook, which shrinks its labels.
     """
     images = [as_image(image) for image in images]
     if not images:
         raise PixArtNBError("an image grid needs at least one image, got none")
     require_as_many("titles", titles, len(images), "images")
     columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
+    cell = min(cell, (WIDTH - _MARGIN) / columns)
     rows = -(-len(images) // columns)
     require_as_many("row labels", row_labels, rows, "rows")
     titles = [_folded(title, int(cell * 15.5)) for title in titles or [""] * len(images)]
-    lines = max(title.count("\n") + 1 if title else 0 for title in titles)
-    title_room = 0.16 + 0.14 * lines if lines else 0.08
+    lines = [max(title.count("\n") + bool(title) for title in titles[k * columns :][:columns]) for k in range(rows)]
+    title_rooms = sum(0.16 + 0.14 * count if count else 0.08 for count in lines)
     aspect = max(image.shape[0] / image.shape[1] for image in images)
-    figure = new_figure(columns * cell + 0.3, rows * (cell * aspect + title_room) + 0.3)
+    figure = new_figure(columns * cell + _MARGIN, rows * cell * aspect + title_rooms + _MARGIN)
     axes = [for_image(ax) for ax in figure.subplots(rows, columns, squeeze=False).ravel()]
     for ax, image, title in zip(axes, images, titles, strict=False):
         limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
@@ -62,10 +66,8 @@ def comparison_grid(
     for label, images in rows.items():
         require_as_many(f"images in row {label!r}", images, len(columns), "columns")
     images = [as_image(image) for row in rows.values() for image in row]
-    figure = image_grid(_on_equal_ground(images), columns=len(columns) or None, row_labels=list(rows), cell=cell)
-    for ax, label in zip(figure.axes, columns, strict=False):
-        ax.set_title(_folded(label, int(cell * 15.5)), fontsize=SMALL)
-    return figure
+    titles = [*columns, *[""] * (len(images) - len(columns))]
+    return image_grid(_on_equal_ground(images), titles, len(columns) or None, list(rows), cell)
 
 
 def film_strip(images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[str]) -> Figure:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.viz.curves import wilson_interval
 from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, legend, new_figure
 from pixart_nb.viz.tables import Table, in_words
 
@@ -146,7 +147,7 @@ def accuracy_figure(shares: Mapping[str, float], seconds: Mapping[str, float], c
     figure = new_figure(WIDTH, 1.0 + 0.42 * len(shares))
     left, right = axes_grid(figure, 1, 2, sharey=True)[0]
     rows, values = range(len(shares)), np.array(list(shares.values()))
-    middle, half = _wilson(values, count)
+    middle, half = wilson_interval(values, count)
     left.barh(rows, values, 0.6, color=COLOURS[4])
     left.errorbar(middle, rows, xerr=half, fmt="none", ecolor="black", elinewidth=1.2, capsize=3)
     for row, (value, end) in enumerate(zip(values, np.maximum(values, middle + half), strict=True)):
@@ -160,13 +161,6 @@ def accuracy_figure(shares: Mapping[str, float], seconds: Mapping[str, float], c
     right.set_xlabel("seconds per image")
     right.margins(x=0.2)
     return figure
-
-
-def _wilson(shares: np.ndarray, count: int, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Return the middle and half the length of the intervals of shares of ``count``."""
-    scale = 1 + z**2 / count
-    half = z * np.sqrt(shares * (1 - shares) / count + z**2 / (4 * count**2)) / scale
-    return (shares + z**2 / (2 * count)) / scale, half
 
 
 # ---- stages and tiles of large images

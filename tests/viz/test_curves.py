@@ -166,3 +166,11 @@ def test_panels_share_their_variable_and_have_baselines():
 def test_curves_need_a_value_for_each_step():
     with pytest.raises(ValueError, match="values of 'train'"):
         training_curves({"train": ([0, 1], [1.0])})
+
+
+def test_panels_of_shares_reach_to_one_and_have_intervals():
+    curves = {"share right": {"colour": ([1, 4], [0.2, 0.5])}, "seconds": {"all": ([1, 4], [2, 3])}}
+    left, right = curve_panels("steps", curves, counts={"share right": 48}).axes
+    assert left.get_ylim()[1] > 1 and len(left.containers) == 1 and not right.containers
+    low, high = left.containers[0].lines[2][0].get_segments()[1][:, 1]
+    assert (low, high) == (pytest.approx(0.364, abs=0.002), pytest.approx(0.636, abs=0.002))  # Wilson, 24 of 48

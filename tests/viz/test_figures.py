@@ -9,6 +9,7 @@ from PIL import Image
 
 from pixart_nb.viz.curves import training_curves
 from pixart_nb.viz.figures import comparison_grid, film_strip, image_grid
+from pixart_nb.viz.style import SMALL, WIDTH
 
 
 def shown(place):
@@ -126,6 +127,13 @@ def test_titles_of_many_lines_have_room_above():
     top = figure.axes[0].title.get_window_extent().y1
     assert figure.axes[0].get_title().count("\n") >= 3
     assert top <= figure.bbox.y1
+
+
+@pytest.mark.parametrize("columns", [3, 8, 20])
+def test_a_row_of_many_images_is_no_wider_than_a_notebook(columns):
+    figure = comparison_grid({"a": np.zeros((columns, 4, 4, 3))}, ["a red mushroom in a forest"] * columns)
+    assert figure.get_figwidth() <= WIDTH + 1e-6
+    assert all(place.title.get_fontsize() == SMALL for place in figure.axes)
 
 
 def test_a_comparison_of_one_column_keeps_its_rows():
