@@ -60,18 +60,20 @@ def write_scenes(
     scenes: Sequence[Scene],
     rng: np.random.Generator,
     sizes: Sequence[tuple[int, int]] = SIZES[:1],
+    labels_name: str = "labels.json",
 ) -> Path:
-    """Write an image of each scene, of ``sizes`` (height, width) in turn, and ``labels.json``; return its path.
+    """Write an image of each scene, of ``sizes`` (height, width) in turn, and a label file; return the latter's path.
 
-    ``labels.json`` is replaced only when all images are complete.
+    The label file is replaced only when all images are complete. Another ``labels_name`` adds other scenes to a folder,
+    for validation.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     labels = [
         _write_image(folder, number, scene, rng, sizes[number % len(sizes)]) for number, scene in enumerate(scenes)
     ]
-    write_text(folder / "labels.json", json.dumps(labels, indent=1) + "\n")
-    return folder / "labels.json"
+    write_text(folder / labels_name, json.dumps(labels, indent=1) + "\n")
+    return folder / labels_name
 
 
 def _write_image(

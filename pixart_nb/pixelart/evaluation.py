@@ -135,6 +135,7 @@ def evaluate_model(
     seed: int = 0,
     height: int = 128,
     width: int = 128,
+    negative_prompt: str = "",
     read: bool = True,
 ) -> dict[str, Any]:
     """Draw scenes from their short captions and read them back.
@@ -146,6 +147,7 @@ def evaluate_model(
         sampling_steps, guidance_scale: ``num_inference_steps`` and ``guidance_scale`` of the pipeline.
         batch_size: images drawn at once. Each has a random stream of its own, so they do not depend on it.
         height, width: pixels.
+        negative_prompt: one for all images.
         read: False leaves the shares and ratios empty, for a model that does not draw scenes.
 
     Returns:
@@ -156,7 +158,8 @@ def evaluate_model(
     started = time.perf_counter()
     size = {"height": height, "width": width}
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
-    images = _draw_all(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, call)
+    call |= {"negative_prompt": negative_prompt} if negative_prompt else {}
+    images = draw_prompts(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, **call)
     seconds = (time.perf_counter() - started) / len(scenes)
     result = {"count": len(scenes), "accuracy": {}, "object_accuracy": {}, "texture_ratios": {}}
     if read:
@@ -178,18 +181,22 @@ def evaluate_latents(
     return SpriteEvaluator().accuracy(images, list(scenes[: len(images)])), images
 
 
-def _draw_all(pipe: Any, prompts: list[str], batch_size: int, seed: int, call: dict[str, Any]) -> np.ndarray:
+def draw_prompts(pipe: Any, prompts: Sequence[str], batch_size: int = 24, seed: int = 0, **call: Any) -> np.ndarray:
+    """Draw prompts in batches: (N, H, W, 3) uint8. Each image has a random stream of its own.
+
+    ``call``: arguments of the pipeline, such as ``num_inference_steps`` and ``height``.
+    """
     if batch_size < 1 or not prompts:
         raise PixArtNBError(
             f"need a batch size of at least 1 and a prompt, got {batch_size} and {len(prompts)} prompts"
         )
+    call = {"use_resolution_binning": False, "output_type": "np"} | call
     drawn = []
     with tqdm(total=len(prompts), desc="draw", unit="image") as bar:
         for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
+            batch = list(prompts[first : first + batch_size])
             rngs = image_generators(seed, range(first, first + len(batch)))
-            images = pipe(batch, generator=rngs, use_resolution_binning=False, output_type="np", **call)[0]
-            drawn.append(to_uint8(images))
+            drawn.append(to_uint8(pipe(batch, generator=rngs, **call)[0]))
             bar.update(len(batch))
     return np.concatenate(drawn)
 

@@ -20,7 +20,7 @@ FIGURES = [
     "taught.png",
 ]
 RUNS = ["positions-interpolated", "from-scratch", "compressed-average", "compressed-random", "largest"]
-FOLDERS = [*RUNS, "features-256", "features-512", "images-256", "images-512"]
+FOLDERS = [*RUNS, "features-larger", "features-largest", "images-larger", "images-largest"]
 
 
 @pytest.mark.notebook

@@ -98,13 +98,15 @@ def upscale_sizes(
 def compress_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
     """Compress the keys and values of all layers by ``ratio``, without parameters; 1 for none.
 
-    ``operator``: mean, or ave or uniform, which pick one token of each cell. Raises an error for a transformer that has
-    learned to compress, and for operators that learn.
+    ``operator``: mean, or ave or uniform, which pick one token of each cell. A transformer that has learned to compress
+    keeps its compression: ratio 1 leaves it, and any other raises an error, as do operators that learn.
     """
     layers = [block.attn for block in net.blocks]
     if operator not in ("mean", "ave", "uniform") or ratio < 1:
         raise PixArtNBError(f"{operator!r} by {ratio}: expected mean, ave or uniform, by at least 1")
     if any(layer.sr is not None for layer in layers):
+        if ratio == 1:
+            return
         raise PixArtNBError("this transformer has learned to compress by one ratio, which cannot be changed")
     for layer in layers:
         layer.ratio, layer.operator = ratio, operator
