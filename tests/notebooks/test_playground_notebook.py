@@ -13,7 +13,7 @@ from pixart_nb.config import InferenceConfig, check_config, read_yaml
 from pixart_nb.core.sampling.images import read_parameters
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "inference"
-FIGURES = ["guidance.png", "history.png", "negative_prompt.png", "schedulers.png", "sizes.png"]
+FIGURES = ["guidance.png", "history.png", "negative_prompt.png", "right_images.png", "schedulers.png", "sizes.png"]
 
 
 @pytest.fixture
@@ -56,10 +56,10 @@ def check_configuration(numbers, values):
 
 
 def check_numbers(numbers, values):
-    count, drawn = str(values["sampling_steps"]), values["seeds"]
-    assert list(numbers["agreement"]) == values["schedulers"]
-    assert all(list(by_steps)[-1] == count for by_steps in numbers["agreement"].values())
-    assert numbers["agreement"][values["sampling_method"]][count]["setting"] > 0.5
+    drawn = values["seeds"]
+    assert list(numbers["right"]) == values["judged_schedulers"] and numbers["judged"] == values["judged"]
+    assert all(list(shares) == [str(k) for k in values["judged_steps"]] for shares in numbers["right"].values())
+    assert max(numbers["right"][values["sampling_method"]].values()) > 0.5
     disagreement = list(numbers["disagreement"].values())
     assert disagreement[0] > disagreement[-1] > 0
     guidance = numbers["guidance"]
@@ -71,5 +71,13 @@ def check_numbers(numbers, values):
     assert sum(before.values()) == sum(after.values()) == drawn
     avoided = numbers["negative_prompt"]["avoided"]
     assert before[avoided] == max(before.values()) > after.get(avoided, 0)
-    assert set(numbers["seconds"]) == {"load", "playground", "schedulers", "guidance", "sizes", "negative prompt"}
+    assert set(numbers["seconds"]) == {
+        "load",
+        "playground",
+        "schedulers",
+        "right images",
+        "guidance",
+        "sizes",
+        "negative prompt",
+    }
     assert all(value > 0 for value in numbers["seconds"].values())
