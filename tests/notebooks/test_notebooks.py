@@ -79,6 +79,10 @@ SAMPLING_NOTEBOOKS = [
     "02_sampling",
     "03_attention_maps",
     "04_token_compression",
+    "05_finetune_pixelart",
+    "06_sampling_4k",
+    "07_weak_to_strong",
+    "08_lora",
     "10_control_and_editing",
     "11_few_steps",
 ]
