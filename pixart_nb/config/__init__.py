@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from pixart_nb.config.keys import GUIDANCE_SCALE as GUIDANCE_SCALE
 from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ROOTS, InferenceConfig, ModelKeys, TrainConfig
+from pixart_nb.config.keys import MOST_SIDE as MOST_SIDE
 from pixart_nb.config.keys import SAMPLING_METHOD as SAMPLING_METHOD
 from pixart_nb.config.keys import SAMPLING_METHODS as SAMPLING_METHODS
 from pixart_nb.config.keys import SAMPLING_STEPS as SAMPLING_STEPS
@@ -154,6 +155,11 @@ _WORDS = {
     "Input should ": "expected to ",
     "expected greater": "expected a number greater",
     "expected less": "expected a number less",
+    "String should have ": "expected ",
+    "List should have ": "expected ",
+    " after validation": "",
+    "Value error, ": "",
+    "Keys should be strings": "expected a text as the key",
     "a valid integer": "an integer",
     "a valid boolean": "true or false",
     "a valid ": "a ",

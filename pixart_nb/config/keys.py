@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,7 +46,9 @@ RENAMED_KEYS = {"num_trials": "nrows"}
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _INSTALLED = Path(__file__).resolve().parents[1] / "_bundled"
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-_MOST_SIDE, _MOST_LAYERS, _MOST_STEPS = 16384, 1024, 10**9
+#: Longest side of an image in pixels.
+MOST_SIDE = 16384
+_MOST_LAYERS, _MOST_STEPS = 1024, 10**9
 
 
 def bundled_path(path: str | os.PathLike[str]) -> Path:
@@ -77,7 +80,8 @@ def _layers(value: Any) -> Any:
     for part in value if isinstance(value, list) else [value]:
         for item in part.split(",") if isinstance(part, str) else [part]:
             first, dash, last = item.partition("-") if isinstance(item, str) else (item, "", "")
-            if dash and first.strip().isdecimal() and last.strip().isdecimal():
+            ends = dash and first.strip().isdecimal() and last.strip().isdecimal()
+            if ends and int(first) <= int(last):
                 layers += range(int(first), min(int(last), _MOST_LAYERS) + 1)
             else:
                 layers.append(int(item) if isinstance(item, str) and item.strip().isdecimal() else item)
@@ -187,8 +191,8 @@ class InferenceConfig(ModelKeys):
     prompt: Texts = _sampling([], "Prompts that guide the image generation.")
     prompt_path: InputPath = _sampling("", "Text file with one prompt per line, in place of prompt.")
     negative_prompt: NegativePrompt = _sampling("", "Negative prompt: one for all prompts, or one for each of them.")
-    image_height: int = _sampling(..., "Height of the generated image in pixels.", gt=0, le=_MOST_SIDE)
-    image_width: int = _sampling(..., "Width of the generated image in pixels.", gt=0, le=_MOST_SIDE)
+    image_height: int = _sampling(..., "Height of the generated image in pixels.", gt=0, le=MOST_SIDE)
+    image_width: int = _sampling(..., "Width of the generated image in pixels.", gt=0, le=MOST_SIDE)
     use_resolution_binning: bool = _sampling(True, "Generate at the nearest published resolution, then resize and crop.")
     pag_scale: Number = _sampling(0.0, "Scale of perturbed-attention guidance; 3 is usual. 0 disables it.", ge=0, le=1000)
     pag_adaptive_scale: Number = _sampling(0.0, "Amount by which pag_scale falls, per timestep.", ge=0, le=1000)
@@ -204,7 +208,7 @@ class InferenceConfig(ModelKeys):
 
     batch_size: BatchSize = 8
     t5_load: Literal["whole", "stream", "int8", "4bit"] = _machine("whole", "Load T5 whole, one layer at a time, or in 8 or 4 bits.")
-    tile_size: int = _machine(0, "Side of the tiles to decode in, in pixels. 0 disables tiling.", ge=0, le=_MOST_SIDE, multiple_of=8)
+    tile_size: int = _machine(0, "Side of the tiles to decode in, in pixels. 0 disables tiling.", ge=0, le=MOST_SIDE, multiple_of=8)
     memory_limit: Number = _machine(0.0, "Memory that a run may take, in GB. 0 stands for all free memory.", ge=0)
     stages_path: OutputPath = _machine("", "Folder for a run in resumable stages, with one network in memory at a time.")
     upscale_from: InputPath = _machine("", "Folder of a finished run in stages, whose images are upscaled.")
@@ -243,6 +247,7 @@ class InferenceConfig(ModelKeys):
             raise ValueError("controlnet goes neither with image nor with stages_path nor with pag_scale")
         if self.control_guidance_start >= self.control_guidance_end:
             raise ValueError("control_guidance_start must be below control_guidance_end")
+        _require_used(self, _NEEDS)
         if self.image and self.stages_path:
             raise ValueError("image and stages_path exclude each other; draw from an image without stages")
         if self.upscale_from and not self.stages_path:
@@ -365,6 +370,7 @@ class TrainConfig(ModelKeys):
         betas = [beta for beta in (*self.adamw_betas, *self.came_betas) if not 0 <= beta < 1]
         if betas:
             raise ValueError(f"betas {betas}: expected numbers from 0 to below 1")
+        _require_used(self, _LORA_NEEDS)
         if self.lora_rank and self.from_scratch:
             raise ValueError("lora_rank and from_scratch exclude each other: a LoRA changes a trained model")
         self._check_controlnet()
@@ -399,6 +405,22 @@ def _require_weights(config: ModelKeys) -> None:
     missing = [name for name in names if not getattr(config, name)]
     if not config.model and missing:
         raise ValueError(f"expected model, or all of {', '.join(names)}; not given: {', '.join(missing)}")
+
+
+_CONTROL_KEYS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+#: Keys of sampling and of training that change nothing unless one of others is given.
+_NEEDS = {
+    "strength": ("image", "upscale_from"), "pag_adaptive_scale": ("pag_scale",), "pag_applied_layers": ("pag_scale",),
+} | dict.fromkeys(_CONTROL_KEYS, ("controlnet",))  # fmt: skip
+_LORA_NEEDS = dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora"), ("lora_rank",))
+
+
+def _require_used(config: ModelKeys, needs: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a value other than the default for a key without effect, as none of those that it needs is given."""
+    for key, others in needs.items():
+        value = getattr(config, key)
+        if value != type(config).model_fields[key].default and not any(getattr(config, name) for name in others):
+            raise ValueError(f"{key} is {value!r}, which changes nothing without {' or '.join(others)}; give both")
 
 
 #: Keys that may change when a training resumes: no number of the training depends on them.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class PixArtNBError(ValueError):
@@ -20,6 +22,21 @@ class WriteError(PixArtNBError, OSError):
 
 class FolderInUseError(PixArtNBError):
     """A folder that another process is writing into."""
+
+
+def check_number(name: str, value: object, least: float = -math.inf, whole: bool = False) -> None:
+    """Raise an error unless ``value`` is a finite number, Python's or NumPy's, of at least ``least``.
+
+    >>> check_number("guidance_scale", "4")
+    Traceback (most recent call last):
+        ...
+    pixart_nb.core.errors.PixArtNBError: guidance_scale is '4'; expected a finite number
+    """
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if number and -math.inf < value < math.inf and value >= least:
+        return
+    bound = f" of at least {least}" if least > -math.inf else ""
+    raise PixArtNBError(f"{name} is {value!r}; expected a {'whole' if whole else 'finite'} number{bound}")
 
 
 def did_you_mean(name: object, names: Iterable[str]) -> str:

@@ -93,6 +93,7 @@ def test_a_key_like_no_other_gets_the_list_of_known_ones():
         ("t5_max_length", 77, "t5_max_length: given 77 (int); expected 0, 120 or 300"),
         ("prompt", 3, "prompt: given 3 (int); expected a list"),
         ("prompt", ["a cup", 3], "prompt.1: given 3 (int); expected a string"),
+        ("kv_compress_layer", [0, "27-14"], "kv_compress_layer.1: given '27-14' (str); expected an integer"),
         ("seed", -1, "seed: given -1 (int); expected a number greater than or equal to 0"),
         ("negative_prompt", None, "negative_prompt: given nothing; expected a string or a list of strings"),
     ],
@@ -104,7 +105,7 @@ def test_a_wrong_value_says_the_key_what_was_given_and_what_was_expected(key, va
 
 
 def test_empty_prompts_are_refused():
-    with pytest.raises(ConfigError, match=r"prompt\.0: given ''"):
+    with pytest.raises(ConfigError, match=r"prompt\.0: given '' \(str\); expected at least 1 character"):
         check_config(MINIMAL | {"prompt": [""]})
 
 
@@ -123,6 +124,9 @@ def test_all_problems_are_named_at_once():
         ({"prompt": []}, "either prompt"),
         ({"kv_compress": True}, "at least one layer in kv_compress_layer"),
         ({"use_resolution_binning": False, "image_height": 100}, "are 100 and 96; expected multiples of 16"),
+        ({"strength": 0.3}, "strength is 0.3, which changes nothing without image or upscale_from; give both"),
+        ({"pag_adaptive_scale": 0.1}, "pag_adaptive_scale is 0.1, which changes nothing without pag_scale"),
+        ({"control_guidance_end": 0.5}, "control_guidance_end is 0.5, which changes nothing without controlnet"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(change, message):

@@ -88,6 +88,7 @@ def test_an_unknown_key_names_the_nearest():
         ({"kv_compress": True, "kv_compress_layer": [1]}, "kv_compress_scale_factor above 1"),
         ({"visualize": True, "validation_prompts": []}, "at least one text in validation_prompts"),
         ({"validation_prompts": ["a"], "validation_negative_prompts": ["b", "c"]}, "2 validation_negative"),
+        ({"use_dora": True}, "use_dora is True, which changes nothing without lora_rank; give both"),
         ({"lora_rank": 4, "from_scratch": True}, "exclude each other"),
         ({"hsdp_optimizer_level": "level3"}, "given 'level3' .*expected 'level1'"),
         ({"sample_size": 17}, "even number"),

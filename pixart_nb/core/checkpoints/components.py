@@ -20,27 +20,43 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_tensors, write_json
+from pixart_nb.core.models.low_precision import QuantizedLinear
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.schedulers import Scheduler, scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
 
+#: Options of ``from_pretrained`` that go to the hub.
+HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 
-def component_paths(source: str | Path, names: Sequence[str], revision: str | None = None) -> dict[str, Path]:
+
+def source_of(folder_or_hub_id: str | Path | None, other_name: str | Path | None) -> str | Path:
+    """Return the folder or hub id, which diffusers calls ``pretrained_model_name_or_path``."""
+    source = other_name if folder_or_hub_id is None else folder_or_hub_id
+    if not isinstance(source, str | Path) or not str(source):
+        raise PixArtNBError(f"the model is {source!r}; give its folder, or the id of a model on a hub, owner/name")
+    return source
+
+
+def component_paths(source: str | Path, names: Sequence[str], **hub: Any) -> dict[str, Path]:
     """Return the paths of the components of a pipeline.
 
     ``source``: a folder in the layout of diffusers, or in that of mindone's example (a checkpoint beside the folders
     vae, text_encoder and tokenizer, or in a folder ``models`` with or beside them); the checkpoint in such a folder, if
-    there are several; or a hub id, with ``revision``. mindone's layout has no scheduler, which is then left out.
+    there are several; or a hub id, with options of it. mindone's layout has no scheduler, which is then left out; so
+    are components of which ``model_index.json`` says that the pipeline has none.
     Raises ``CheckpointError``.
     """
     path = bundled_path(source)
     if path.is_file():
         return _mindone_paths(path.parent, names, path)
-    folder = path if path.is_dir() else _from_hub(str(source), names, revision)
-    if not (folder / "model_index.json").is_file():
+    folder = path if path.is_dir() else _from_hub(str(source), names, hub)
+    index = folder / "model_index.json"
+    if not index.is_file():
         return _mindone_paths(folder, names)
+    absent = [name for name, value in read_json(index).items() if value == [None, None]]
+    names = [name for name in names if name not in absent or (folder / name).is_dir()]
     missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
         raise CheckpointError(f"{folder} lacks the folders {missing}; give those components, or None if not needed")
@@ -50,7 +66,7 @@ def component_paths(source: str | Path, names: Sequence[str], revision: str | No
 def pipeline_class(source: str | Path) -> str:
     """Return the class name in the ``model_index.json`` of a folder or hub id; empty if there is none."""
     path = bundled_path(source)
-    folder = path.parent if path.is_file() else path if path.is_dir() else _from_hub(str(source), [], None)
+    folder = path.parent if path.is_file() else path if path.is_dir() else _from_hub(str(source), [], {})
     index = folder / "model_index.json"
     return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
 
@@ -77,7 +93,7 @@ def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None =
     return {name: paths[name] for name in names if name in paths}
 
 
-def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
+def _from_hub(source: str, names: Sequence[str], hub: Mapping[str, Any]) -> Path:
     """Return the folder of a snapshot; a path that can only be a local one is not looked up."""
     path, files = Path(source).expanduser(), " and ".join(["model_index.json", *names])
     local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
@@ -93,7 +109,7 @@ def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
 
     patterns = ["model_index.json", *(f"{name}/*" for name in names)]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, **hub, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{source!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Download "
@@ -105,15 +121,16 @@ def _from_hub(source: str, names: Sequence[str], revision: str | None) -> Path:
 
 
 def load_components(
-    source: str | Path, names: Sequence[str], dtype: ms.Type, revision: str | None = None, **options
+    source: str | Path, names: Sequence[str], dtype: ms.Type, hub: Mapping[str, Any] | None = None, **options
 ) -> dict[str, Any]:
     """Load components of a pipeline, networks in ``dtype``.
 
-    ``source`` and ``revision`` as in ``component_paths``; ``options``: ``variant`` and ``use_safetensors`` of
-    ``open_checkpoint``.
+    ``source`` and ``hub`` as in ``component_paths``; components that the pipeline lacks are None. ``options``:
+    ``variant`` and ``use_safetensors`` of ``open_checkpoint``.
     """
-    paths = component_paths(source, names, revision)
-    return {name: LOADERS[name](path, dtype, **options) for name, path in paths.items()}
+    paths = component_paths(source, names, **(hub or {}))
+    absent = {name: None for name in names if name not in paths and name != "scheduler"}
+    return absent | {name: LOADERS[name](path, dtype, **options) for name, path in paths.items()}
 
 
 def _load_scheduler(folder: Path, dtype: ms.Type, **options) -> Scheduler:
@@ -139,15 +156,15 @@ class T5EncoderModel:
 
     @staticmethod
     def from_pretrained(
-        folder_or_hub_id: str | Path,
-        subfolder: str = "",
+        folder_or_hub_id: str | Path | None = None,
+        subfolder: str | None = "",
         mindspore_dtype: Any = None,
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
         stream: bool = False,
         device_map: str | None = None,
-        revision: str | None = None,
         torch_dtype: Any = None,
+        pretrained_model_name_or_path: str | Path | None = None,
         **options,
     ) -> T5Encoder | StreamedT5Encoder:
         """Load the T5 encoder of a folder, or of the ``subfolder`` of a pipeline's folder or hub id.
@@ -155,12 +172,14 @@ class T5EncoderModel:
         ``mindspore_dtype``, or ``torch_dtype``: float32 by default. ``load_in_8bit`` keeps the projections of every
         layer as int8 with a scale for each row, ``load_in_4bit`` as NF4 with a scale for 64 weights; both are computed
         in float32. ``stream`` reads a layer when it is computed and drops it afterwards: memory of one layer, but the
-        files are read for every prompt. ``device_map`` has no effect, as there is one device. ``options``: ``variant``
-        and ``use_safetensors``.
+        files are read for every prompt. ``device_map`` has no effect, as there is one device. ``options``: ``variant``,
+        ``use_safetensors``, and those of the hub.
         """
-        folder = Path(folder_or_hub_id).expanduser()
+        source = source_of(folder_or_hub_id, pretrained_model_name_or_path)
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        folder = Path(source).expanduser()
         if subfolder:
-            folder = component_paths(folder_or_hub_id, [subfolder], revision)[subfolder]
+            folder = component_paths(source, [subfolder], **hub)[subfolder]
         if load_in_8bit + load_in_4bit + stream > 1:
             raise PixArtNBError("expected at most one of load_in_8bit, load_in_4bit and stream")
         dtype = dtype_from_name(mindspore_dtype or torch_dtype or ms.float32)
@@ -211,8 +230,16 @@ def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = 
 WRITERS = {"transformer": write_transformer, "vae": write_vae, "text_encoder": write_text_encoder}
 
 
-def write_index(folder: Path, scheduler: Scheduler, class_name: str = "PixArtSigmaPipeline") -> None:
-    """Write ``model_index.json`` and the scheduler's configuration of a pipeline."""
+def is_whole(net: Any) -> bool:
+    """Return whether a network is in memory in floating point, so that it can be written."""
+    cells = net.cells_and_names() if hasattr(net, "cells_and_names") else [("", None)]
+    return not any(cell is None or isinstance(cell, QuantizedLinear) for _, cell in cells)
+
+
+def write_index(
+    folder: Path, scheduler: Scheduler | None, class_name: str = "PixArtSigmaPipeline", absent: Sequence[str] = ()
+) -> None:
+    """Write ``model_index.json`` and the scheduler's configuration of a pipeline without the ``absent`` components."""
     parts = {
         "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "T5EncoderModel"],
@@ -220,5 +247,7 @@ def write_index(folder: Path, scheduler: Scheduler, class_name: str = "PixArtSig
         "transformer": ["diffusers", "PixArtTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    parts |= {name: [None, None] for name in absent}
     write_json(folder / "model_index.json", {"_class_name": class_name, **parts})
-    write_json(folder / "scheduler" / "scheduler_config.json", dict(scheduler.config))
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,12 @@ def path_inside(folder: Path, path: object) -> Path:
         os.fsencode(path)
     except UnicodeEncodeError:
         raise DataError(f"path is {shortened(path)}, which no file can be named") from None
-    return folder / normal
+    file = folder / normal
+    if not normal.isascii() and not os.path.exists(file):
+        # macOS writes the names of files decomposed, label files hold them composed, or the reverse
+        others = (folder / unicodedata.normalize(form, normal) for form in ("NFC", "NFD"))
+        file = next((other for other in others if os.path.exists(other)), file)
+    return file
 
 
 def read_text(path: Path, max_bytes: int = 2**30) -> str:
@@ -186,7 +192,9 @@ def _json_line(line: str) -> object:
 
 def _csv_entries(name: str, text: str) -> Iterator[PlacedEntry]:
     header = text.split("\n", 1)[0]
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    separator = max(",;\t", key=header.count)
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, delimiter=separator, strict=True, skipinitialspace=True)
     try:
         columns = reader.fieldnames or []
         if columns and not (set(PATHS) & set(columns) and set(PROMPTS) & set(columns)):

@@ -117,8 +117,8 @@ def _read(
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(_too_large(name, f"{image.height}x{image.width} pixels"))
             return function(image)
-    except ImageError:
-        raise
+    except ImageError as error:
+        raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from None
     except FileNotFoundError:
         link = " (a link whose target is missing)" if os.path.islink(source) else ""
         raise ImageError(f"{name}: does not exist{link}") from None
@@ -137,6 +137,8 @@ def _read(
 def _check_file(status: os.stat_result, name: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ImageError(f"{name}: is a folder, pipe or device; expected an image file")
+    if not status.st_size:
+        raise ImageError(f"{name}: is no image but empty, 0 bytes; copy it again or leave it out")
     if status.st_size > MAX_BYTES:
         raise ImageError(f"{name}: has {status.st_size} bytes; expected at most {MAX_BYTES}")
 
@@ -180,7 +182,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"channels of 32 bits (mode {image.mode}); expected 8 or 16")
+        raise ImageError(f"has channels of 32 bits (mode {image.mode}); expected 8 or 16: convert it or leave it out")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

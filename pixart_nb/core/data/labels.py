@@ -141,7 +141,7 @@ def check_entries(
 
 def prompts_of(entry: dict) -> list[object]:
     """Return the prompts of an entry, of any type: those of the first key for a prompt, and of its plurals."""
-    values = [entry[key] for key in PROMPTS if key in entry][:1]
+    values = [entry[key] for key in PROMPTS if entry.get(key) is not None][:1]
     values += [entry[f"{key}s"] for key in PROMPTS if isinstance(entry.get(f"{key}s"), list)]
     prompts: list[object] = []
     for prompt in chain.from_iterable(value if isinstance(value, list) else [value] for value in values):
@@ -154,12 +154,12 @@ def caption_problem(key: str, value: object) -> str | None:
     """Return what is wrong with a caption, or None."""
     if not isinstance(value, str):
         return f"{key} is {shortened(value)}; expected a text"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return f"{key} is {shortened(value)}, with half of a character; save the file as UTF-8"
     if not any(character.isprintable() and not character.isspace() for character in value):
         return f"{key} is empty; expected a caption"
     if len(value) > MAX_CHARACTERS:
         return f"{key} has {len(value)} characters; expected at most {MAX_CHARACTERS}"
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        return f"{key} is {shortened(value)}, with half of a character; save the file as UTF-8"
     return None
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.sampling.editing import ImageInput, encode_image, image_array, resized
 from pixart_nb.core.sampling.images import PipelineOutput
@@ -30,9 +28,9 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
             self.transformer = controlnet.base_model
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: Any, *args: Any, controlnet: PixArtControlNet, **options: Any):
+    def from_pretrained(cls, *args: Any, controlnet: PixArtControlNet, **options: Any):
         """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, with the transformer of ``controlnet``."""
-        pipe = super().from_pretrained(folder_or_hub_id, *args, **{"transformer": controlnet.base_model} | options)
+        pipe = super().from_pretrained(*args, **{"transformer": controlnet.base_model} | options)
         pipe.controlnet = controlnet
         return pipe
 
@@ -56,10 +54,11 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
 
     def set_control(self, image: ImageInput | None, scale: float = 1.0, start: float = 0.0, end: float = 1.0) -> None:
         """Set the condition of the next runs, also those of ``sample``: the arguments of ``__call__`` in its order."""
+        check_number("control_guidance_start", start)
+        check_number("control_guidance_end", end)
+        check_number("controlnet_conditioning_scale", scale)
         if not 0 <= start < end <= 1:
             raise PixArtNBError(f"control goes from {start} to {end} of the steps; expected 0 <= start < end <= 1")
-        if not np.isfinite(scale):
-            raise PixArtNBError(f"controlnet_conditioning_scale is {scale}; expected a finite number")
         if self.controlnet is None or self.vae is None:
             missing = "ControlNet" if self.controlnet is None else "VAE"
             raise PixArtNBError(f"this pipeline has no {missing}, which the condition image needs")

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_output_type, to_uint8
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, repeated
@@ -61,6 +61,7 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
         """Return images (N, H, W, 3) of the drawn size, or latents, from pixels and a mask (1 or N, H, W) or None."""
         if self.vae is None:
             raise PixArtNBError("this pipeline has no VAE, which the image needs")
+        check_number("strength", strength)
         steps = call.get("num_inference_steps", self.sampling_defaults["num_inference_steps"])
         if 0 < strength <= 1 and call.get("timesteps") is None and int(steps * strength) < 1:
             raise PixArtNBError(
@@ -196,8 +197,7 @@ def resized(images: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def crop_box(mask: np.ndarray, padding: int, ratio: float) -> tuple[int, int, int, int]:
     """Return top, left, bottom, right of the part around a mask (H, W), of this ratio of height to width if it fits."""
-    if padding < 0:
-        raise PixArtNBError(f"padding_mask_crop is {padding}; expected at least 0 pixels")
+    check_number("padding_mask_crop", padding, 0, whole=True)
     spans = []
     for axis in (1, 0):
         lines = np.flatnonzero(mask.any(axis))

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from pixart_nb.config import MOST_SIDE
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock
 
@@ -157,6 +158,8 @@ def _filled(config: Any, height: int | None, width: int | None) -> tuple[int, in
     for side in sides:
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
             raise PixArtNBError(f"height and width are {height!r} and {width!r}; expected whole numbers of pixels")
+        if side > MOST_SIDE:
+            raise PixArtNBError(f"height and width are {height!r} and {width!r}; expected at most {MOST_SIDE} pixels")
     return tuple(sides)
 
 

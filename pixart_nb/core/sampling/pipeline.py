@@ -13,7 +13,7 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
 from pixart_nb.core.sampling.images import (
     PipelineOutput,
@@ -117,7 +117,8 @@ class PixArtSigmaPipeline(PipelineBase):
             if isinstance(part, list):
                 adapters = getattr(self.transformer, "adapters", None)
                 warn_of_lost_words(self.tokenizer, part, clean, adapters is not None and bool(adapters.active))
-                part = embed(self.tokenizer, self.text_encoder, part, clean, length or self.max_sequence_length, trim)
+                length = self.max_sequence_length if length is None else length
+                part = embed(self.tokenizer, self.text_encoder, part, clean, length, trim)
             parts += (None, None) if part is None else repeat_rows(*part, copies)
         if isinstance(positive, list):
             texts = tuple(prepare_prompt(text, clean) for text in positive for _ in range(copies))
@@ -144,6 +145,9 @@ class PixArtSigmaPipeline(PipelineBase):
         if unknown := sorted(arguments.keys() - defaults.keys()):
             raise TypeError(f"sample() got unexpected arguments: {', '.join(unknown)}; it takes {', '.join(defaults)}")
         call = SimpleNamespace(**defaults | arguments)
+        check_number("guidance_scale", call.guidance_scale)
+        check_number("guidance_rescale", call.guidance_rescale)
+        check_number("num_images_per_prompt", call.num_images_per_prompt, 1, whole=True)
         perturbation = self._perturbation(call.pag_scale, call.pag_adaptive_scale)
         height, width = self.check_size(call.height, call.width)
         schedule, scheduler = self.plan(call.num_inference_steps, call.timesteps, call.sigmas, call.eta), self.scheduler
@@ -152,8 +156,6 @@ class PixArtSigmaPipeline(PipelineBase):
         negatives = (call.negative_prompt_embeds, call.negative_prompt_attention_mask)
         inputs = self._text_inputs(prompt, call.negative_prompt, embeddings, negatives, guided)
         copies = call.num_images_per_prompt
-        if copies < 1:
-            raise PixArtNBError(f"num_images_per_prompt is {copies}; expected at least 1")
         if call.mask is not None and call.image_latents is None:
             raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
         rows = _rows(inputs[0]) * copies
@@ -164,7 +166,7 @@ class PixArtSigmaPipeline(PipelineBase):
             start = scheduler.noised(clean, noise, schedule)
         hooks = self.transformer.hook_manager
         if hooks is not None:
-            length = call.max_sequence_length or self.max_sequence_length
+            length = self.max_sequence_length if call.max_sequence_length is None else call.max_sequence_length
             hooks.on_plan(schedule.timesteps, rows, guided, height // 8, width // 8, length)
 
         network = self._network(schedule, rows, height, width)
@@ -205,8 +207,7 @@ class PixArtSigmaPipeline(PipelineBase):
 
     def _perturbation(self, scale: float, adaptive: float) -> Perturbation | None:
         for name, value in (("pag_scale", scale), ("pag_adaptive_scale", adaptive)):
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-                raise PixArtNBError(f"{name} is {value!r}; expected a number of at least 0")
+            check_number(name, value, 0)
         if not scale or not self.pag_applied_layers:
             return None
         layers = perturbed_layers(self.transformer.config.depth, self.pag_applied_layers)
@@ -237,9 +238,11 @@ class PixArtSigmaPipeline(PipelineBase):
         shape = (rows, self.transformer.config.in_channels, height // 8, width // 8)
         if latents is None:
             return draw_noise(shape, generator)
-        latents = np.asarray(latents.asnumpy() if isinstance(latents, ms.Tensor) else latents, np.float32)
+        latents = _as_array(latents, "latents")
         if latents.shape != shape:
             raise PixArtNBError(f"latents have shape {latents.shape}; expected {shape} for {height}x{width} pixels")
+        if not np.isfinite(latents).all():
+            raise PixArtNBError("latents hold values that are not finite; expected unit noise")
         return latents
 
     def decode_latents(self, latents: Array) -> np.ndarray:
@@ -294,7 +297,8 @@ class PixArtSigmaPipeline(PipelineBase):
         """
         call = {name: value for name, value in locals().items() if name in self.sampling_defaults}
         call |= {name: options.pop(name) for name in [*options] if name in self.sampling_defaults}
-        _check_results(output_type, callback_steps, callback_on_step_end_tensor_inputs)
+        check_output_type(output_type)
+        _check_callbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         ignore_options("the pipeline", options, parameters_of(self.__call__))
         drawn = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
         steps = self.sample(prompt, **call | dict(zip(("height", "width"), drawn, strict=True)))
@@ -314,8 +318,17 @@ class PixArtSigmaPipeline(PipelineBase):
 
     def _replace_latents(self, step: Step, callback: Callable[..., dict[str, Any] | None]) -> None:
         """Call ``callback_on_step_end``; what it returns goes into the array with which the sampler continues."""
-        changed = callback(self, step.index, step.timestep, {"latents": step.latents}) or {}
-        step.latents[...] = changed.get("latents", step.latents)
+        changed = callback(self, step.index, step.timestep, {"latents": step.latents})
+        if changed is not None and not (isinstance(changed, dict) and changed.keys() <= {"latents"}):
+            keys = sorted(map(str, changed)) if isinstance(changed, dict) else f"a {type(changed).__name__}"
+            raise PixArtNBError(f"callback_on_step_end returned {keys}; expected {{'latents': ...}} or None")
+        if changed:
+            latents = _as_array(changed["latents"], "latents of callback_on_step_end")
+            if latents.shape != step.latents.shape:
+                raise PixArtNBError(
+                    f"callback_on_step_end returned latents of shape {latents.shape}; expected {step.latents.shape}"
+                )
+            step.latents[...] = latents
 
 
 _NOT_SAMPLING = """self prompt output_type return_dict callback callback_steps use_resolution_binning options
@@ -349,11 +362,9 @@ class PixArtSigmaPAGPipeline(PixArtSigmaPipeline):
         self.set_pag_applied_layers(pag_applied_layers)
 
     @classmethod
-    def from_pretrained(
-        cls, folder_or_hub_id: Any, *args: Any, pag_applied_layers: str | Sequence[str] = "blocks.1", **options: Any
-    ):
+    def from_pretrained(cls, *args: Any, pag_applied_layers: str | Sequence[str] = "blocks.1", **options: Any):
         """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, and choose the perturbed layers."""
-        pipe = super().from_pretrained(folder_or_hub_id, *args, **options)
+        pipe = super().from_pretrained(*args, **options)
         pipe.set_pag_applied_layers(pag_applied_layers)
         return pipe
 
@@ -376,9 +387,18 @@ def _rows(texts: TextInput) -> int:
     return len(texts) if isinstance(texts, list) else texts[0].shape[0]
 
 
-def _check_results(output_type: str, steps: int | None, tensors: Sequence[str]) -> None:
-    check_output_type(output_type)
-    if steps is not None and steps < 1:
-        raise PixArtNBError(f"callback_steps is {steps}; expected at least 1")
-    if list(tensors) != ["latents"]:
+def _as_array(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values.asnumpy() if isinstance(values, ms.Tensor) else values, np.float32)
+    except (TypeError, ValueError):
+        raise PixArtNBError(f"{name} are of {type(values).__name__}; expected an array of numbers") from None
+
+
+def _check_callbacks(callback: Any, steps: int | None, on_step_end: Any, tensors: Sequence[str] | None) -> None:
+    for name, function in (("callback", callback), ("callback_on_step_end", on_step_end)):
+        if function is not None and not callable(function):
+            raise PixArtNBError(f"{name} is {function!r}; expected a function")
+    if steps is not None:
+        check_number("callback_steps", steps, 1, whole=True)
+    if tensors is not None and list(tensors) not in ([], ["latents"]):
         raise PixArtNBError(f"callback_on_step_end_tensor_inputs is {tensors!r}; expected ['latents']")

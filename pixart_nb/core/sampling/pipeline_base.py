@@ -135,11 +135,11 @@ class PipelineBase(LoraLoaderMixin):
 
     def __init__(
         self,
-        tokenizer: TextTokenizer | None,
-        text_encoder: T5Encoder | None,
-        vae: AutoencoderKL | None,
-        transformer: PixArt | None,
-        scheduler: Scheduler | str | None,
+        tokenizer: TextTokenizer | None = None,
+        text_encoder: T5Encoder | None = None,
+        vae: AutoencoderKL | None = None,
+        transformer: PixArt | None = None,
+        scheduler: Scheduler | str | None = None,
     ):
         self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
         self.transformer, self._scheduler = transformer, as_scheduler(scheduler)
@@ -160,9 +160,10 @@ class PipelineBase(LoraLoaderMixin):
     @classmethod
     def from_pretrained(
         cls,
-        folder_or_hub_id: str | Path,
+        folder_or_hub_id: str | Path | None = None,
         mindspore_dtype: Any = None,
         *,
+        pretrained_model_name_or_path: str | Path | None = None,
         transformer: PixArt | None = _LOAD,
         text_encoder: T5Encoder | None = _LOAD,
         tokenizer: TextTokenizer | None = _LOAD,
@@ -171,7 +172,6 @@ class PipelineBase(LoraLoaderMixin):
         torch_dtype: Any = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
-        revision: str | None = None,
         **options: Any,
     ):
         """Load a pipeline from a folder or the hub.
@@ -179,9 +179,11 @@ class PipelineBase(LoraLoaderMixin):
         Reads the layout that diffusers publishes, and that of mindone's example: a checkpoint and the folders vae,
         text_encoder and tokenizer (of several checkpoints, give the path of one). A component that is given is used as
         it is; None leaves it out: a pipeline without a text encoder takes embeddings, one without a transformer only
-        encodes, one without a VAE returns latents. Weights are cast to ``mindspore_dtype``, float32 by default
+        encodes, one without a VAE returns latents. ``pretrained_model_name_or_path`` is another name of the first
+        argument. Weights are cast to ``mindspore_dtype``, float32 by default
         (``torch_dtype`` is its other name). With bfloat16 on a CPU the linear layers keep bfloat16 weights, and the
-        rest is float32. ``variant``, such as fp16, chooses the files.
+        rest is float32. ``variant``, such as fp16, chooses the files; ``revision``, ``cache_dir``,
+        ``local_files_only``, ``force_download`` and ``token`` go to the hub.
 
         Raises ``CheckpointError`` for a folder that is missing or incomplete and for a hub that cannot be reached.
         """
@@ -190,17 +192,26 @@ class PipelineBase(LoraLoaderMixin):
         )
         names = [name for name, part in parts.items() if part is _LOAD]
         dtype = as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype)
-        ignore_options("from_pretrained", options, parameters_of(cls.from_pretrained))
-        files = {"revision": revision, "variant": variant, "use_safetensors": use_safetensors}
-        loaded = components.load_components(folder_or_hub_id, names, dtype, **files) if names else {}
+        hub = {name: options.pop(name) for name in components.HUB_OPTIONS if name in options}
+        ignore_options("from_pretrained", options, parameters_of(PipelineBase.from_pretrained))
+        files = {"variant": variant, "use_safetensors": use_safetensors}
+        loaded = {}
+        if names:
+            source = components.source_of(folder_or_hub_id, pretrained_model_name_or_path)
+            loaded = components.load_components(source, names, dtype, hub, **files)
         if "scheduler" in names:
             loaded.setdefault("scheduler", "dpm++")  # mindone's layout has none
         return cls(**parts | loaded)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the components that are loaded into a folder that ``from_pretrained`` and diffusers read."""
+        """Write the components that are loaded into a folder that ``from_pretrained`` and diffusers read.
+
+        Raises ``PixArtNBError`` for a text encoder in 8 or 4 bits or one that is streamed, and ``WriteError``.
+        """
         ignore_options("save_pretrained", options, ())
         folder = Path(save_directory).expanduser()
+        if self.text_encoder is not None and not components.is_whole(self.text_encoder):
+            raise PixArtNBError("the text encoder is streamed or in 8 or 4 bits, so it cannot be saved; load it whole")
         for name, write in components.WRITERS.items():
             net = getattr(self, name)
             if net is not None:
@@ -208,8 +219,8 @@ class PipelineBase(LoraLoaderMixin):
                 write(folder / name, net, np.float16 if half else np.float32)
         if self.tokenizer is not None and self.tokenizer.folder.resolve() != (folder / "tokenizer").resolve():
             shutil.copytree(self.tokenizer.folder, folder / "tokenizer", dirs_exist_ok=True)
-        if self.scheduler is not None:
-            components.write_index(folder, self.scheduler, type(self).__name__)
+        absent = [name for name, part in self.components.items() if part is None]
+        components.write_index(folder, self.scheduler, type(self).__name__, absent)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -218,8 +229,16 @@ class PipelineBase(LoraLoaderMixin):
 
     @classmethod
     def from_pipe(cls, pipeline: PipelineBase, **components: Any):
-        """Make a pipeline of this class that shares the components of another one, with replacements."""
-        return cls(**pipeline.components | components)
+        """Make a pipeline of this class that shares the components of another one, with replacements.
+
+        Options of diffusers without a meaning here are named; another dtype than that of the weights is an error.
+        """
+        own = {*COMPONENTS, *inspect.signature(cls.__init__).parameters} - {"self", "components", "named"}
+        dtypes = [components.pop(name) for name in ("mindspore_dtype", "torch_dtype") if name in components]
+        options = {name: components.pop(name) for name in [*components] if name not in own}
+        ignore_options("from_pipe", options, own)
+        pipe = cls(**pipeline.components | components)
+        return pipe.to(*(dtype for dtype in dtypes if dtype is not None))
 
     # ---- progress
 
@@ -239,6 +258,11 @@ class PipelineBase(LoraLoaderMixin):
     # ---- devices and memory, as diffusers names them
 
     @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image to a side of a latent cell: 8 for the published VAE."""
+        return 8 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
     def device(self) -> str:
         """Name of the device in use, "CPU" or "Ascend"; ``PIXART_NB_DEVICE`` chooses it."""
         return device_name()
@@ -252,6 +276,8 @@ class PipelineBase(LoraLoaderMixin):
     def to(self, *args: Any, **options: Any):
         """Return the pipeline. Devices have no meaning here; another dtype than that of the weights is an error."""
         for value in (*args, *options.values()):
+            if value is None or isinstance(value, bool):
+                continue
             if _is_device(value):
                 if str(value).split(":")[0].lower() != self.device.lower():
                     warnings.warn(f"to({value!r}) has no effect: this is {self.device}", stacklevel=2)
@@ -292,6 +318,8 @@ _NO_EFFECT = {
     "disable_xformers": _CHUNKS,
     "enable_model_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
     "enable_sequential_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
+    "enable_group_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
+    "reset_device_map": "there is one device",
     "maybe_free_model_hooks": "there are no offloading hooks to remove",
     "remove_all_hooks": "there are no offloading hooks to remove",
 }
@@ -299,7 +327,7 @@ _NO_EFFECT = {
 
 def _is_device(value: Any) -> bool:
     name = str(value).split(":")[0].lower()
-    return value is None or isinstance(value, bool) or name in ("cpu", "cuda", "npu", "ascend", "gpu", "mps")
+    return name in ("cpu", "cuda", "npu", "ascend", "gpu", "mps")
 
 
 def ignore_options(function: str, options: Mapping[str, Any], parameters: Any) -> None:

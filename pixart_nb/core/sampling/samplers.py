@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.sampling.noise_schedule import RespacedSchedule
 
 #: Standard deviation of the data that LCM's boundary condition assumes (Luo et al. 2023).
@@ -75,6 +75,7 @@ class StepSchedule:
 
 def steps_taken(count: int, strength: float) -> int:
     """Return how many of ``count`` steps image-to-image runs. Raises an error for a strength outside 0..1."""
+    check_number("strength", strength)
     if not 0 < strength <= 1:
         raise PixArtNBError(f"strength is {strength!r}; expected above 0 (keeps the image) to 1 (all steps)")
     return max(1, int(count * strength))

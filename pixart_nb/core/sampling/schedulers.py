@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import read_json
+from pixart_nb.core.errors import PixArtNBError, check_number
+from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.sampling import samplers, sigma_samplers
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule, check_count, check_sigmas, check_timesteps
 from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, scales
@@ -146,9 +146,16 @@ class Scheduler(BaseModel):
         return cls(**{key: value for key, value in options.items() if value is not None} | overrides)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, subfolder: str = "", **overrides: Any) -> Scheduler:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = "", **overrides: Any
+    ) -> Scheduler:
         """Make a scheduler of this class with the options of a local folder's ``scheduler_config.json``."""
-        return cls.from_config(read_json(Path(folder) / subfolder / "scheduler_config.json"), **overrides)
+        folder = Path(pretrained_model_name_or_path).expanduser() / (subfolder or "")
+        return cls.from_config(read_json(folder / "scheduler_config.json"), **overrides)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``scheduler_config.json`` into a folder."""
+        write_json(Path(save_directory).expanduser() / "scheduler_config.json", dict(self.config))
 
     # ---- steps of a run
 
@@ -230,7 +237,8 @@ class Scheduler(BaseModel):
 
 def check_eta(eta: float) -> None:
     """Raise an error for an ``eta`` outside 0..1."""
-    if not isinstance(eta, (int, float, np.number)) or not 0 <= eta <= 1:
+    check_number("eta", eta)
+    if not 0 <= eta <= 1:
         raise PixArtNBError(f"eta is {eta!r}; expected 0 (no noise) to 1 (as much as DDPM)")
 
 

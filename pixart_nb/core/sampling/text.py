@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.io import CheckpointError, check_file, read_json
 from pixart_nb.core.models.attention import check_mask
 from pixart_nb.core.models.t5 import T5Encoder
@@ -69,6 +69,8 @@ LAST_RULES = [
 ]
 _SPECIAL_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _JOINED = re.compile(r"(?:-|_)")
+#: Most tokens of a prompt; the published models read 120 or 300.
+_MOST_TOKENS = 2**14
 #: Characters of a model card that are read for its vocabulary.
 _LONGEST_CARD = 2**18
 
@@ -223,8 +225,9 @@ class TextTokenizer:
 
         Warns of the text that is cut off a prompt that is too long, and of words that the tokenizer does not know.
         """
-        if max_length < 1:
-            raise PixArtNBError(f"max_sequence_length is {max_length}; expected at least 1")
+        check_number("max_sequence_length", max_length, 1, whole=True)
+        if max_length > _MOST_TOKENS:
+            raise PixArtNBError(f"max_sequence_length is {max_length}; expected at most {_MOST_TOKENS}")
         full = [self.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
         self._warn(prompts, full, max_length)
         end = self.tokenizer.eos_token_id
@@ -295,15 +298,25 @@ class Conditioning:
 
 def as_list(prompt: str | Sequence[str] | None) -> list[str]:
     """Return one prompt or several as a list. No prompt is an error."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-    if not prompts or not all(isinstance(text, str) for text in prompts):
+    prompts = _texts(prompt)
+    if not prompts:
         raise PixArtNBError(f"prompt is {prompt!r}; expected a text or a list of at least one text")
     return prompts
 
 
+def _texts(prompt: Any) -> list[str] | None:
+    """Return a text, or a list, tuple or array of texts, as a list; None for anything else."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple | np.ndarray) or not all(isinstance(text, str) for text in prompts):
+        return None
+    return [str(text) for text in prompts]
+
+
 def per_prompt(negative: str | Sequence[str] | None, count: int) -> list[str]:
     """Return a negative prompt for each of ``count`` prompts; None is the empty one."""
-    negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else list(negative)
+    negatives = [negative or ""] * count if negative is None or isinstance(negative, str) else _texts(negative)
+    if negatives is None:
+        raise PixArtNBError(f"negative_prompt is {negative!r}; expected a text, or a list with one for each prompt")
     if len(negatives) != count:
         raise PixArtNBError(f"{len(negatives)} negative prompts for {count} prompts; give one text, or one for each")
     return negatives

@@ -91,8 +91,14 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
 
 def test_channels_of_32_bits_are_refused(tmp_path):
     path = saved(tmp_path / "a.tif", np.ones((4, 4), np.float32))
-    with pytest.raises(ImageError, match="32 bits"):
+    with pytest.raises(ImageError, match=r"a\.tif: has channels of 32 bits \(mode F\); expected 8 or 16"):
         load_image(path)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ImageError, match=r"a\.png: is no image but empty, 0 bytes"):
+        read_image_size(tmp_path / "a.png")
 
 
 def test_an_animation_gives_its_first_frame(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def test_an_image_that_is_named_again_gets_more_captions(folder):
         ('[{"path": "a.png", "prompt": ["a cat", "a pet", "a cat"]}]', ("a cat", "a pet")),
         ('[{"path": "a.png", "prompt": "a cat", "captions": ["a cat", "a pet"]}]', ("a cat", "a pet")),
         ('[{"path": "a.png", "prompts": ["a cat"], "sharegpt4v": null}]', ("a cat",)),
+        ('[{"path": "a.png", "prompt": null, "text": "a cat"}]', ("a cat",)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*name an image again")
@@ -164,6 +166,21 @@ def test_labels_as_people_write_them_are_read(folder, text, prompts):
     assert label.prompts == prompts
     with_captions = [label.as_json()]
     assert load(folder, with_captions) == [label]
+
+
+def test_a_table_may_have_spaces_after_its_commas(folder):
+    (folder.parent / "t.csv").write_text('path, prompt\na.png, "a cat, asleep"\n')
+    (label,) = load_labels(folder.parent / "t.csv", folder)
+    assert label.prompts == ("a cat, asleep",)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_a_name_with_accents_is_found_in_both_forms_of_unicode(folder, stored):
+    name = "\u00e9t\u00e9 \U0001f600.png"
+    (folder / "a.png").rename(folder / unicodedata.normalize(stored, name))
+    for form in ("NFC", "NFD"):
+        (label,) = load(folder, [entry(unicodedata.normalize(form, name))])
+        assert label.file.is_file()
 
 
 @pytest.mark.parametrize("content", ['["' + '\\"' * 200_000, "[" + ", " * 400_000, '[{"a": ' * 50_000])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from reference_data import diffusers, relative_error
 
-from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
+from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPAGPipeline, PixArtSigmaPipeline, T5EncoderModel
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import PixArtNBError
 
 FOLDER = diffusers("sigma")[0]
 CALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
@@ -154,6 +155,111 @@ def test_devices_have_no_meaning_and_another_dtype_is_an_error(pipe, recwarn):
         pipe.enable_model_cpu_offload()
     pipe.enable_vae_tiling()
     pipe.disable_vae_tiling()
+
+
+def test_a_device_given_with_other_options_is_named_once(pipe):
+    with pytest.warns(UserWarning, match="no effect") as named:
+        assert pipe.to(device="cuda", dtype=None, non_blocking=True, silence_dtype_warnings=True) is pipe
+    assert [str(warning.message) for warning in named] == ["to('cuda') has no effect: this is CPU"]
+
+
+def test_a_model_is_named_as_in_diffusers_and_options_of_the_hub_go_there(monkeypatch):
+    calls = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append(k) or str(FOLDER))
+    parts = dict.fromkeys(("transformer", "text_encoder", "vae", "tokenizer"))
+    options = {"revision": "v1", "cache_dir": "cache", "local_files_only": True}
+    for cls in (PixArtSigmaPipeline, PixArtSigmaPAGPipeline):
+        pipe = cls.from_pretrained(pretrained_model_name_or_path="owner/name", **parts, **options)
+        assert type(pipe.scheduler) is type(PixArtSigmaPipeline.from_pretrained(FOLDER, **parts).scheduler)
+        assert calls.pop() == options | {"allow_patterns": ["model_index.json", "scheduler/*"]}
+    assert T5EncoderModel.from_pretrained(pretrained_model_name_or_path=FOLDER, subfolder="text_encoder")
+    with pytest.raises(PixArtNBError, match="the model is None; give its folder"):
+        PixArtSigmaPipeline.from_pretrained()
+
+
+def test_a_pipeline_without_some_components_is_saved_and_loaded_without_them(pipe, tmp_path):
+    part = PixArtSigmaPipeline(transformer=pipe.transformer, scheduler=pipe.scheduler)
+    part.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["text_encoder"] == index["tokenizer"] == index["vae"] == [None, None]
+    again = PixArtSigmaPipeline.from_pretrained(tmp_path)
+    assert again.text_encoder is again.tokenizer is again.vae is None
+    assert again.scheduler == pipe.scheduler and again.transformer is not None
+
+
+@pytest.mark.parametrize("option", ["load_in_8bit", "load_in_4bit", "stream"])
+def test_a_text_encoder_that_is_not_whole_is_not_saved(tmp_path, option):
+    encoder = T5EncoderModel.from_pretrained(FOLDER, subfolder="text_encoder", **{option: True})
+    with pytest.raises(PixArtNBError, match="text encoder is streamed or in 8 or 4 bits"):
+        PixArtSigmaPipeline(text_encoder=encoder).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_other_names_and_dtypes_of_from_pipe_are_named(pipe):
+    with pytest.warns(UserWarning, match="from_pipe: no meaning here, ignored: safety_checker"):
+        other = PixArtSigmaPAGPipeline.from_pipe(pipe, safety_checker=1, torch_dtype="float32", pag_applied_layers="1.")
+    assert other.pag_applied_layers == ["1."]
+    with pytest.raises(PixArtNBError, match="the weights are Float32"):
+        PixArtSigmaPipeline.from_pipe(pipe, torch_dtype="float16")
+    with pytest.raises(PixArtNBError, match="no parameter 'transformers'; did you mean 'transformer'"):
+        PixArtSigmaPipeline.from_pipe(pipe, transformers=None)
+
+
+def test_a_scheduler_is_saved_and_loaded(pipe, tmp_path):
+    pipe.scheduler.save_pretrained(tmp_path / "scheduler")
+    assert type(pipe.scheduler).from_pretrained(tmp_path, subfolder="scheduler") == pipe.scheduler
+    assert type(pipe.scheduler).from_pretrained(tmp_path / "scheduler", subfolder=None) == pipe.scheduler
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("guidance_scale", "4.5", "guidance_scale is '4.5'; expected a finite number"),
+        ("guidance_scale", float("nan"), "guidance_scale is nan; expected a finite number"),
+        ("guidance_scale", None, "guidance_scale is None; expected a finite number"),
+        ("guidance_rescale", "x", "guidance_rescale is 'x'; expected a finite number"),
+        ("guidance_rescale", float("inf"), "guidance_rescale is inf; expected a finite number"),
+        ("num_images_per_prompt", 2.0, "num_images_per_prompt is 2.0; expected a whole number of at least 1"),
+        ("num_images_per_prompt", None, "num_images_per_prompt is None; expected a whole number of at least 1"),
+        ("num_images_per_prompt", 0, "num_images_per_prompt is 0; expected a whole number of at least 1"),
+        ("max_sequence_length", 0, "max_sequence_length is 0; expected a whole number of at least 1"),
+        ("max_sequence_length", "3", "max_sequence_length is '3'; expected a whole number of at least 1"),
+        ("max_sequence_length", 10**9, "max_sequence_length is 1000000000; expected at most 16384"),
+        ("height", 10**9, "height and width are 1000000000 and 64; expected at most 16384 pixels"),
+        ("eta", "x", "eta is 'x'; expected a finite number"),
+        ("prompt", 5, "prompt is 5; expected a text or a list of at least one text"),
+        ("prompt", {"a cat": 1}, "prompt is {'a cat': 1}; expected a text or a list"),
+        ("negative_prompt", 5, "negative_prompt is 5; expected a text, or a list with one for each prompt"),
+        ("negative_prompt", [None], r"negative_prompt is \[None\]; expected a text, or a list"),
+        ("latents", "x", "latents are of str; expected an array of numbers"),
+        ("latents", [[1], [1, 2]], "latents are of list; expected an array of numbers"),
+        ("latents", np.full((1, 4, 8, 8), np.nan), "latents hold values that are not finite"),
+        ("callback", 5, "callback is 5; expected a function"),
+        ("callback_steps", "x", "callback_steps is 'x'; expected a whole number of at least 1"),
+        ("callback_on_step_end_tensor_inputs", ["prompt_embeds"], r"expected \['latents'\]"),
+    ],
+)
+def test_a_wrong_argument_says_what_was_expected(pipe, argument, value, message):
+    with pytest.raises(PixArtNBError, match=message):
+        pipe(**{"prompt": "a cup"} | CALL | {argument: value})
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (np.zeros(3), "returned a ndarray; expected"),
+        ({"prompt_embeds": 1}, r"returned \['prompt_embeds'\]; expected"),
+        ({"latents": np.zeros((3, 3))}, r"latents of shape \(3, 3\); expected \(1, 4, 8, 8\)"),
+    ],
+)
+def test_what_a_callback_may_return_is_said(pipe, returned, message):
+    with pytest.raises(PixArtNBError, match=message):
+        drawn(pipe, callback_on_step_end=lambda *step: returned, callback_on_step_end_tensor_inputs=None)
+
+
+def test_numbers_and_lists_of_numpy_serve_as_arguments(pipe):
+    numpy = {"guidance_scale": np.float32(4.5), "height": np.int64(64), "num_images_per_prompt": np.int32(1)}
+    assert np.array_equal(drawn(pipe, np.array(["a red cup"]), **numpy), drawn(pipe, guidance_scale=4.5))
 
 
 # ---- what would be an image of nothing
