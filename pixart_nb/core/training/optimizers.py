@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from mindspore import mint, ops
@@ -18,6 +19,8 @@ from pixart_nb.core.models.operators import assign
 
 #: Images per update for which ``start_learning_rate`` is meant when ``auto_lr`` scales it.
 BASE_BATCH = 256
+#: Most elements of a stack of tensors that CAME updates together: 64 MB for each temporary of an update.
+STACK_ELEMENTS = 2**24
 _batch_matmul, _adam_step, _fused_adamw = ops.BatchMatMul(), ops.AdamWeightDecay(), FusedAdamW()
 
 
@@ -74,7 +77,11 @@ def clip_by_norm(
 
 
 class Optimizer:
-    """Base class: state tensors in groups such as ``exp_avg``, by parameter name."""
+    """Base class: state tensors in groups such as ``exp_avg``, by the first name of each stack of parameters.
+
+    Parameters of one shape with at most ``stack_elements`` together share their state tensors, one above the other
+    along the first axis; by default each parameter has its own.
+    """
 
     def __init__(
         self,
@@ -82,37 +89,70 @@ class Optimizer:
         betas: Sequence[float] = (0.9, 0.999),
         eps: float | Sequence[float] = 1e-8,
         weight_decay: float = 0.0,
+        stack_elements: int = 0,
     ):
         self.parameters, self.updates = dict(parameters), 0
         self.betas, self.eps, self.weight_decay = tuple(betas), eps, weight_decay
+        self.stacks = stacks({name: tuple(p.shape) for name, p in self.parameters.items()}, stack_elements)
         self.groups: dict[str, dict[str, ms.Parameter]] = {}
-        for name, parameter in self.parameters.items():
-            for group, shape in self.state_shapes(tuple(parameter.shape)).items():
-                zeros = ms.Parameter(ms.Tensor(np.zeros(shape, np.float32)), name=f"{group}.{name}")
-                self.groups.setdefault(group, {})[name] = zeros
+        for names in self.stacks:
+            for group, shape in self.state_shapes(tuple(self.parameters[names[0]].shape)).items():
+                zeros = np.zeros((len(names) * shape[0], *shape[1:]) if shape else (), np.float32)
+                self.groups.setdefault(group, {})[names[0]] = ms.Parameter(ms.Tensor(zeros), name=f"{group}.{names[0]}")
 
     @staticmethod
     def state_shapes(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Shapes of the state tensors of a parameter of this shape, by group."""
         return {"exp_avg": shape, "exp_avg_sq": shape}
 
-    def state(self) -> dict[str, ms.Parameter]:
+    def state(self) -> dict[str, ms.Tensor]:
         """State tensors by name, such as ``exp_avg/blocks.0.attn.qkv.weight``, without the number of updates."""
-        return {f"{group}/{name}": t for group, tensors in self.groups.items() for name, t in tensors.items()}
+        return {
+            f"{group}/{name}": part
+            for group, tensors in self.groups.items()
+            for names in self.stacks
+            if names[0] in tensors
+            for name, part in zip(names, _parts(tensors[names[0]], len(names)), strict=True)
+        }
 
     def restore(self, tensors: Mapping[str, np.ndarray], updates: int, source: object = "state") -> None:
         """Load what ``state`` returned. Raises ``CheckpointError`` for a missing tensor or another shape."""
-        own = self.state()
-        for name, parameter in own.items():
-            if name not in tensors or tensors[name].shape != tuple(parameter.shape):
-                shape = tensors[name].shape if name in tensors else "nothing"
-                raise CheckpointError(
-                    f"{source} holds {shape} for the optimizer state {name}; expected {tuple(parameter.shape)}. It was "
-                    "written with another optimizer or model"
-                )
-        for name, parameter in own.items():
-            parameter.set_data(ms.Tensor(tensors[name]))
+        for name, parameter in self.parameters.items():
+            for group, shape in self.state_shapes(tuple(parameter.shape)).items():
+                key = f"{group}/{name}"
+                if key not in tensors or tensors[key].shape != shape:
+                    raise CheckpointError(
+                        f"{source} holds {tensors[key].shape if key in tensors else 'nothing'} for the optimizer state "
+                        f"{key}; expected {shape}. It was written with another optimizer or model"
+                    )
+        for names in self.stacks:
+            for group, own in self.groups.items():
+                if names[0] in own:
+                    arrays = [tensors[f"{group}/{name}"] for name in names]
+                    own[names[0]].set_data(ms.Tensor(np.concatenate(arrays) if len(arrays) > 1 else arrays[0]))
         self.updates = updates
+
+
+def stacks(shapes: Mapping[str, tuple[int, ...]], elements: int) -> tuple[tuple[str, ...], ...]:
+    """Return the names in stacks of one shape, each with at most ``elements`` elements or with one tensor."""
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, shape in shapes.items():
+        by_shape.setdefault(shape, []).append(name)
+    result = []
+    for shape, names in by_shape.items():
+        count = max(1, elements // math.prod(shape)) if shape else 1
+        result += [tuple(names[i : i + count]) for i in range(0, len(names), count)]
+    return tuple(result)
+
+
+def _stacked(tensors: Sequence[ms.Tensor]) -> ms.Tensor:
+    """Return tensors of one shape one above the other, along the first axis."""
+    return ops.concat(tensors) if len(tensors) > 1 else tensors[0]
+
+
+def _parts(tensor: ms.Tensor, count: int) -> Sequence[ms.Tensor]:
+    """Return the tensors of a stack."""
+    return mint.split(tensor, tensor.shape[0] // count) if count > 1 else [tensor]
 
 
 class AdamW(Optimizer):
@@ -147,13 +187,20 @@ class CAME(Optimizer):
 
     Squared gradients and the instability of the update are kept as means over rows and columns. A tensor with more
     than two axes is a stack of matrices; a vector keeps its squares whole and has no confidence term. No bias
-    correction; decoupled weight decay. Nothing is read from the device.
+    correction; decoupled weight decay. Nothing is read from the device. Tensors of one shape are updated together,
+    up to ``stack_elements``, which takes far fewer operators and gives the same numbers within rounding.
     """
 
     def __init__(
-        self, parameters, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), weight_decay=0.0, clip_threshold: float = 1.0
+        self,
+        parameters,
+        betas=(0.9, 0.999, 0.9999),
+        eps=(1e-30, 1e-16),
+        weight_decay=0.0,
+        clip_threshold: float = 1.0,
+        stack_elements: int = STACK_ELEMENTS,
     ):
-        super().__init__(parameters, betas, tuple(eps), weight_decay)
+        super().__init__(parameters, betas, tuple(eps), weight_decay, stack_elements)
         self.clip_threshold = clip_threshold
 
     @staticmethod
@@ -168,40 +215,55 @@ class CAME(Optimizer):
     def update(self, gradients: Mapping[str, ms.Tensor], rate: float) -> None:
         """Update every parameter with its gradient (float32)."""
         self.updates += 1
-        for name, parameter in self.parameters.items():
-            step = self._step(name, gradients[name])
-            kept = parameter * (1 - self.weight_decay * rate) if self.weight_decay else parameter
-            assign(parameter, kept - step * rate)  # methods such as sub_ do nothing on the CPU
+        for names in self.stacks:
+            step = self._step(names, _stacked([gradients[name] for name in names])) * rate
+            kept = _stacked([self.parameters[name] for name in names])
+            kept = kept * (1 - self.weight_decay * rate) if self.weight_decay else kept
+            for name, value in zip(names, _parts(kept - step, len(names)), strict=True):
+                assign(self.parameters[name], value)  # methods such as sub_ do nothing on the CPU
 
-    def _step(self, name: str, gradient: ms.Tensor) -> ms.Tensor:
+    def _step(self, names: tuple[str, ...], gradient: ms.Tensor) -> ms.Tensor:
+        """Return the step of a stack, for a learning rate of 1, from its gradients."""
         first, second, third = self.betas
-        average, factored = self.groups["exp_avg"][name], gradient.ndim > 1
-        squares = gradient * gradient + self.eps[0]
-        if factored:
-            step = gradient * self._inverse_root("sq", name, squares, second)
-        else:
-            step = gradient * ops.rsqrt(_blend(self.groups["exp_avg_sq"][name], squares, second))
-        rms = ops.sqrt((step * step).mean())
-        step = step * (1.0 / mint.clamp(rms * (1.0 / self.clip_threshold), min=1.0))
+        average, squares = self.groups["exp_avg"][names[0]], gradient * gradient
+        if self.parameters[names[0]].ndim < 2:
+            step = gradient * ops.rsqrt(_blend(self.groups["exp_avg_sq"][names[0]], squares + self.eps[0], second))
+            steps = step.reshape(len(names), -1)
+            return _blend(average, (steps * self._shares(steps)).reshape(step.shape), first)
+        rows, columns = self._inverse_roots("sq", names, squares, second, self.eps[0])
+        step = gradient * _batch_matmul(rows, columns).reshape(gradient.shape)
+        shares = self._shares(step.reshape(len(names), -1)).reshape(len(names), 1, 1)
+        rows = (rows.reshape(len(names), -1, 1) * shares).reshape(rows.shape)
+        step = gradient * _batch_matmul(rows, columns).reshape(gradient.shape)  # on the CPU, broadcasting is slow
         _blend(average, step, first)
-        if not factored:
-            return average
         distance = step - average
-        return average * self._inverse_root("res", name, distance * distance + self.eps[1], third)
+        rows, columns = self._inverse_roots("res", names, distance * distance, third, self.eps[1])
+        return average * _batch_matmul(rows, columns).reshape(gradient.shape)
 
-    def _inverse_root(self, part: str, name: str, values: ms.Tensor, beta: float) -> ms.Tensor:
-        """1 / sqrt(R C / mean(R)) from the running means R and C of the rows and columns of ``values``."""
-        matrix = values.reshape(-1, *values.shape[-2:])  # (S, R, C)
-        count, rows, columns = matrix.shape
-        # means as matrix products: on the CPU, reducing any axis but the last is slow, and so is broadcasting
-        row_means = _batch_matmul(matrix, _full(count, columns, 1, 1.0 / columns))
-        column_means = _batch_matmul(_full(count, 1, rows, 1.0 / rows), matrix)
-        row, column = (self.groups[f"exp_avg_{part}_{axis}"][name] for axis in ("row", "col"))
+    def _shares(self, steps: ms.Tensor) -> ms.Tensor:
+        """Return the shares (n, 1) that bound the root mean square of steps (n, elements)."""
+        rms = ops.sqrt((steps * steps).mean(-1, keep_dims=True))
+        return 1.0 / mint.clamp(rms * (1.0 / self.clip_threshold), min=1.0)
+
+    def _inverse_roots(
+        self, part: str, names: tuple[str, ...], values: ms.Tensor, beta: float, eps: float
+    ) -> tuple[ms.Tensor, ms.Tensor]:
+        """Return the factors (S, R, 1) and (S, 1, C) of 1 / sqrt(r c / mean(r)).
+
+        r and c are the running means of the rows and columns of ``values`` plus ``eps``, a stack of S matrices.
+        """
+        rows, columns = self.parameters[names[0]].shape[-2:]
+        matrix = values.reshape(-1, rows, columns)
+        count = matrix.shape[0]
+        # means as matrix products: on the CPU, reducing any axis but the last is slow
+        row_means = _batch_matmul(matrix, _full(count, columns, 1, 1.0 / columns)) + eps
+        column_means = _batch_matmul(_full(count, 1, rows, 1.0 / rows), matrix) + eps
+        row, column = (self.groups[f"exp_avg_{part}_{axis}"][names[0]] for axis in ("row", "col"))
         _blend(row, row_means.reshape(row.shape), beta)
         _blend(column, column_means.reshape(column.shape), beta)
-        share = row / mint.mean(row, -1, True)
-        left = ops.rsqrt(share).reshape(count, rows, 1)
-        return _batch_matmul(left, ops.rsqrt(column).reshape(count, 1, columns)).reshape(values.shape)
+        share = row.reshape(count, rows)
+        share = share / mint.mean(share, -1, True)
+        return ops.rsqrt(share).reshape(count, rows, 1), ops.rsqrt(column).reshape(count, 1, columns)
 
 
 def _blend(average: ms.Parameter, values: ms.Tensor, beta: float) -> ms.Parameter:
@@ -210,6 +272,7 @@ def _blend(average: ms.Parameter, values: ms.Tensor, beta: float) -> ms.Paramete
     return average
 
 
+@lru_cache(maxsize=256)
 def _full(count: int, rows: int, columns: int, value: float) -> ms.Tensor:
     return ms.Tensor(np.full((count, rows, columns), value, np.float32))
 

@@ -7,7 +7,10 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.training.optimizers import CAME
 
-SHAPES = {"matrix": (6, 10), "wide": (3, 70), "vector": (7,), "kernel": (5, 2, 2, 3), "one": (4, 1)}
+SHAPES = {
+    "matrix": (6, 10), "wide": (3, 70), "vector": (7,), "kernel": (5, 2, 2, 3), "one": (4, 1),
+    "matrix 2": (6, 10), "vector 2": (7,), "kernel 2": (5, 2, 2, 3), "matrix 3": (6, 10), "number": (),
+}  # fmt: skip
 BETAS, EPS = (0.9, 0.999, 0.9999), (1e-30, 1e-16)
 
 
@@ -51,7 +54,7 @@ class Reference:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_matrices_and_vectors_follow_the_paper(decay):
     rng = np.random.default_rng(0)
-    weights = {name: p for name, p in parameters(rng).items() if len(SHAPES[name]) < 3}
+    weights = {name: p for name, p in parameters(rng).items() if len(SHAPES[name]) in (1, 2)}
     expected = {name: Reference(p.asnumpy(), decay) for name, p in weights.items()}
     optimizer = CAME(weights, BETAS, EPS, decay)
     for number in range(30):
@@ -63,6 +66,31 @@ def test_matrices_and_vectors_follow_the_paper(decay):
     for name, weight in weights.items():
         moved = np.linalg.norm(weight.asnumpy() - expected[name].theta) / np.linalg.norm(expected[name].theta)
         assert moved < 2e-6, name
+
+
+@pytest.mark.parametrize("elements", [0, 130, 10**6])
+def test_tensors_of_one_shape_that_are_updated_together_move_as_alone(elements):
+    """Their gradients have other sizes, so that some are clipped and some are not."""
+    alone, together = parameters(np.random.default_rng(6)), parameters(np.random.default_rng(6))
+    optimizers = (
+        CAME(alone, weight_decay=0.1, stack_elements=0),
+        CAME(together, weight_decay=0.1, stack_elements=elements),
+    )
+    assert len(optimizers[0].stacks) == len(SHAPES)
+    assert len(optimizers[1].stacks) == {0: 10, 130: 7, 10**6: 6}[elements]
+    for number in range(10):
+        rng = np.random.default_rng((7, number))
+        gradients = {
+            name: (10.0 ** rng.integers(-4, 2) * rng.standard_normal(shape)).astype(np.float32)
+            for name, shape in SHAPES.items()
+        }
+        for optimizer in optimizers:
+            optimizer.update({name: ms.Tensor(g.copy()) for name, g in gradients.items()}, 1e-3)
+    first, second = (optimizer.state() for optimizer in optimizers)
+    assert set(first) == set(second)
+    for ours, expected in ((together, alone), (second, first)):
+        for name, tensor in expected.items():
+            assert ours[name].asnumpy() == pytest.approx(tensor.asnumpy(), rel=1e-5, abs=1e-7), name
 
 
 def test_a_kernel_is_a_stack_of_matrices():
