@@ -52,7 +52,7 @@ def word_heat_maps(
         text = f"{word}\nup to {highest[word]:.3f}" if own_scale else word
         show_pixels(ax, overlay(image, heat, (0, highest[word]), threshold), text)
     if own_scale:
-        text = f"{SHARE}, from 0 (dark) to the number above the map (light)"
+        text = f"{SHARE}, from 0 (grey) to the number above the map (light)"
         figure.supxlabel(text, fontsize=SMALL)
     else:
         heat_bar(figure, axes, max(highest.values()), SHARE, image)

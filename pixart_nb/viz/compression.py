@@ -13,11 +13,13 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.viz import style
 from pixart_nb.viz.attention import draw_cells, image_axes, show_pixels
 from pixart_nb.viz.figures import require_as_many
-from pixart_nb.viz.overlay import as_float, heat_bar, overlay, shrunk
+from pixart_nb.viz.overlay import as_float, shrunk
 from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, for_curves, line_style, new_figure
 
 #: Operators that take the upper left token of a cell instead of all of them.
 PICKS = ("ave", "uniform")
+#: Colour map of what is lost, white for nothing: a loss is small nearly everywhere.
+LOST = "OrRd"
 #: Panels of ``cost_curves``: key of a record, name of the axis.
 COSTS = {"macs": "MACs of a step", "bytes": "bytes of keys and values", "seconds": "attention of a layer, measured, s"}
 
@@ -142,16 +144,20 @@ def similarity_by_layer(
     return figure
 
 
-def lost_maps(image: np.ndarray, similarities: Mapping[str, np.ndarray], columns: int = 6) -> Figure:
-    """Draw 1 - similarity (h, w) of each layer over the image, on one scale."""
+def lost_maps(image: np.ndarray, similarities: Mapping[str, np.ndarray], columns: int = 7) -> Figure:
+    """Draw the image and, for each layer, 1 - similarity (h, w), from white for nothing, on one scale."""
     lost = {name: 1 - np.nan_to_num(values, nan=0.0) for name, values in similarities.items()}
-    columns, image = min(columns, len(lost)), shrunk(image)
+    columns, image = min(columns, len(lost) + 1), shrunk(image)
     cell = min(2.0, (WIDTH - 0.9) / columns)
-    figure, axes = image_axes(-(-len(lost) // columns), columns, image, cell)
-    highest = max(float(values.max()) for values in lost.values())
-    for ax, (name, values) in zip(axes, lost.items(), strict=False):
-        show_pixels(ax, overlay(image, values, (0, highest)), name)
-    heat_bar(figure, axes, highest, "1 - cosine similarity", image)
+    figure, axes = image_axes(-(-(len(lost) + 1) // columns), columns, image, cell)
+    show_pixels(axes[0], as_float(image), "image")
+    extent = (0, image.shape[1], image.shape[0], 0)
+    look = {"cmap": LOST, "interpolation": "nearest", "extent": extent, "vmin": 0}
+    look["vmax"] = max(float(values.max()) for values in lost.values())
+    for ax, (name, values) in zip(axes[1:], lost.items(), strict=False):
+        heat = ax.imshow(values, **look)
+        ax.set_title(name, fontsize=TEXT)
+    style.colour_bar(figure, heat, axes, "1 - cosine similarity")
     return figure
 
 

@@ -37,17 +37,20 @@ def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithm
 def score_figure(sizes: Sequence[int], curves: Mapping[str, Sequence[float]], images: Sequence[int]) -> Figure:
     """Draw a curve of shares, 0 to 1, for each method over the image side in pixels; ``images`` were evaluated at each.
 
-    A method may end at a smaller size than others.
+    A method may end at a smaller size than others. The bars are 95% intervals.
     """
     require_as_many("numbers of images", images, len(sizes), "sizes")
     figure, ax = style.curve_axes(7, 3.4, "side in pixels, and images judged", "share right in all")
     for number, (name, shares) in enumerate(curves.items()):
-        ax.plot(range(len(shares)), shares, label=name, **line_style(number) | {"markersize": 5})
+        beside = np.arange(len(shares)) + 0.04 * (number - (len(curves) - 1) / 2)  # bars do not hide each other
+        ax.plot(beside, shares, label=name, **line_style(number) | {"markersize": 5})
+        middle, half = wilson_interval(np.asarray(shares, dtype=float), np.asarray(images[: len(shares)]))
+        ax.errorbar(beside, middle, yerr=half, **_bars(number))
     labels = [f"{size}\n{count}" for size, count in zip(sizes, images, strict=True)]
     ax.set_xticks(range(len(sizes)), [f"{label} images" if k == 0 else label for k, label in enumerate(labels)])
     ax.set_ylim(-0.04, 1.04)
     if curves:
-        legend(ax)
+        legend(ax, "above", ncols=len(curves))
     return figure
 
 
@@ -116,11 +119,15 @@ def _draw_intervals(ax: Axes, curves: Mapping[str, Curve], count: int) -> None:
     """Draw the interval of each share of ``count`` images in the colour of its curve."""
     for number, (steps, shares) in enumerate(curves.values()):
         middle, half = wilson_interval(np.asarray(shares, dtype=float), count)
-        look = {"fmt": "none", "ecolor": line_style(number)["color"], "elinewidth": 1.0, "capsize": 2, "alpha": 0.6}
-        ax.errorbar(np.asarray(steps, dtype=float), middle, yerr=half, **look)
+        ax.errorbar(np.asarray(steps, dtype=float), middle, yerr=half, **_bars(number))
 
 
-def wilson_interval(shares: np.ndarray, count: int, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+def _bars(number: int) -> dict[str, Any]:
+    """Look of the error bars of a curve."""
+    return {"fmt": "none", "ecolor": line_style(number)["color"], "elinewidth": 1.0, "capsize": 2, "alpha": 0.6}
+
+
+def wilson_interval(shares: np.ndarray, count: int | np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
     """Return the middle and half the length of the 95% intervals of shares of ``count`` (Wilson 1927)."""
     scale = 1 + z**2 / count
     half = z * np.sqrt(shares * (1 - shares) / count + z**2 / (4 * count**2)) / scale

@@ -61,11 +61,16 @@ def comparison_grid(
 ) -> Figure:
     """Draw images by two variables: a labelled row per value of one, a column per value of the other.
 
-    Images of different sizes are shown at one scale. Images as for ``image_grid``.
+    Images of different sizes are shown at one scale. Images as for ``image_grid``. A single column is laid out in rows
+    of up to five, with the labels above.
     """
     for label, images in rows.items():
         require_as_many(f"images in row {label!r}", images, len(columns), "columns")
     images = [as_image(image) for row in rows.values() for image in row]
+    if len(columns) == 1 and len(images) > 1:
+        figure = image_grid(_on_equal_ground(images), list(rows), min(5, len(images)), cell=cell)
+        figure.suptitle(_folded(columns[0], int(figure.get_figwidth() * 15.5)), fontsize=TEXT)
+        return figure
     titles = [*columns, *[""] * (len(images) - len(columns))]
     return image_grid(_on_equal_ground(images), titles, len(columns) or None, list(rows), cell)
 

@@ -16,7 +16,7 @@ from pixart_nb.viz.figures import as_share
 from pixart_nb.viz.style import DIFFERENCE, HEAT, heat_colours
 
 #: How much of a pixel is heat, where it is least and where it is most, and how bright the grey image below it is.
-COVER, DIMMED = (0.3, 0.75), 0.8
+COVER, DIMMED = (0.05, 0.85), 0.8
 #: Pixels of a side that a figure or a widget shows at most.
 SHOWN = 1024
 

@@ -136,10 +136,11 @@ def test_a_row_of_many_images_is_no_wider_than_a_notebook(columns):
     assert all(place.title.get_fontsize() == SMALL for place in figure.axes)
 
 
-def test_a_comparison_of_one_column_keeps_its_rows():
+def test_a_comparison_of_one_column_lies_in_a_row():
     figure = comparison_grid({"a": np.zeros((1, 4, 4, 3)), "b": np.zeros((1, 4, 4, 3))}, ["only"])
     layout = figure.axes[0].get_subplotspec().get_gridspec()
-    assert (layout.nrows, layout.ncols) == (2, 1)
+    assert (layout.nrows, layout.ncols) == (1, 2)
+    assert [place.get_title() for place in figure.axes] == ["a", "b"] and figure.get_suptitle() == "only"
 
 
 @pytest.mark.parametrize(
