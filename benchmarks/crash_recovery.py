@@ -43,6 +43,9 @@ from pixart_nb.core.sampling.schedulers import scheduler_named
 from pixart_nb.core.training import compress
 from pixart_nb.pixelart import autoencoder, batches, bundled_model, text_encoder
 from pixart_nb.pixelart.datasets import write_sample
+from pixart_nb.pixelart.world import autoencoder as world_autoencoder
+from pixart_nb.pixelart.world import pool, stages
+from pixart_nb.pixelart.world import text_encoder as world_text_encoder
 
 #: Imported before the processes are forked, so that a process starts in an instant.
 LOADED = (pixart_nb.core.training.run, diffusiondb, generate, compress)
@@ -120,17 +123,22 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
         "sample": LongCommand(["sample", "-c", tiny, "--model", model, *sizes, *sampling], out),
         "compress": LongCommand(["compress", "-s", model, "-t", out / "kv", "--model", model, *sizes, *adapt], out),
         "tiny": LongCommand(["tiny", "-o", out / "model", "--work_path", out / "work"], out),
+        "tiny stage": LongCommand(["tiny", "--stage", "256", "-o", out / "model", "--work_path", out / "work"], out),
     }
 
 
 def shorten_tiny() -> None:
-    """Let the training of the bundled model take seconds: few steps, few images."""
+    """Let the trainings of the bundled models take seconds: few steps, few images."""
     few = {"steps": 6, "save_every": 2, "log_every": 1, "warmup_steps": 1}
-    autoencoder.OPTIONS = replace(autoencoder.OPTIONS, **few)
-    text_encoder.OPTIONS = replace(text_encoder.OPTIONS, **few)
+    for module in (autoencoder, text_encoder, world_autoencoder, world_text_encoder):
+        module.OPTIONS = replace(module.OPTIONS, **few)
     bundled_model.STAGES = {name: replace(o, **few) for name, o in bundled_model.STAGES.items()}
     bundled_model.BATCH, text_encoder.BATCH, autoencoder.BATCH, batches.SHARD = 2, 4, 2, 32
     bundled_model.IMAGES = 64
+    pool.SHARD, world_autoencoder.SHARDS, world_autoencoder.BATCH, world_text_encoder.BATCH = 8, 4, 2, 4
+    stages.STAGES = tuple(
+        replace(stage, shards=3, batch=2, options=replace(stage.options, **few)) for stage in stages.STAGES[:2]
+    )
 
 
 def start(words: list[Any], log: Path) -> int:

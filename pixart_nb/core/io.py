@@ -189,9 +189,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle of a folder to sync
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return  # Windows has no handle of a folder to sync
+        raise
     try:
         os.fsync(handle)
     finally:

@@ -110,11 +110,22 @@ def _loss(reader: CaptionReader):
 
     def loss(ids: ms.Tensor, mask: ms.Tensor, attributes: ms.Tensor):
         logits, words = reader(ids, mask, buckets)
-        losses = [ops.cross_entropy(part, attributes[:, i]) for i, part in enumerate(logits)]
+        losses = [mean_cross_entropy(part, attributes[:, i]) for i, part in enumerate(logits)]
         attribute_loss = losses[0] + losses[1] + losses[2]
-        weight = mask.astype(ms.float32).reshape(-1)
-        each = ops.cross_entropy(words.reshape(-1, words.shape[-1]), ids.reshape(-1), reduction="none")
-        word_loss = (each * weight).sum() / weight.sum()
+        word_loss = mean_cross_entropy(words, ids - (1 - mask.astype(ms.int32)))
         return attribute_loss + word_loss, attribute_loss, word_loss
 
     return loss
+
+
+def mean_cross_entropy(logits: ms.Tensor, labels: ms.Tensor) -> ms.Tensor:
+    """Return the mean cross-entropy of logits (..., C) over the labels (...) that are not negative.
+
+    ``ops.cross_entropy`` gives other last bits in its first calls of a process than later, for few rows on the CPU, so
+    that a resumed training would log other losses than one that was never stopped.
+    """
+    flat = labels.reshape(-1)
+    weight = (flat >= 0).astype(ms.float32)
+    logarithms = ops.log_softmax(logits.reshape(-1, logits.shape[-1]), -1)
+    each = -ops.gather_elements(logarithms, 1, ops.relu(flat).reshape(-1, 1)).reshape(-1)
+    return (each * weight).sum() / (weight.sum() + 1e-6)

@@ -12,6 +12,7 @@ from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.text import TextTokenizer
+from pixart_nb.pixelart.text_encoder import mean_cross_entropy
 from pixart_nb.pixelart.world import autoencoder, pool, stages, text_encoder
 from pixart_nb.pixelart.world.captions import world_caption
 from pixart_nb.pixelart.world.pool import scene_codes, scene_of, scene_shard
@@ -38,6 +39,14 @@ def test_labels_of_words_name_their_thing(tokenizer):
     assert (labels.reshape(-1, 4).max(0) < text_encoder.SIZES).all()
     again = text_encoder.label_batches(tokenizer, 0)(3)
     assert all(np.array_equal(a, b) for a, b in zip((ids, mask, labels), again, strict=True))
+
+
+def test_the_loss_of_labels_is_the_same_in_every_call():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((4, 10)).astype(np.float32), np.array([3, -1, 0, 9], np.int32)
+    values = {float(mean_cross_entropy(ms.Tensor(logits), ms.Tensor(labels)).asnumpy()) for _ in range(12)}
+    chosen = logits[[0, 2, 3], [3, 0, 9]] - np.log(np.exp(logits[[0, 2, 3]]).sum(1))
+    assert len(values) == 1 and values.pop() == pytest.approx(-chosen.mean(), rel=1e-5)
 
 
 def test_codes_give_the_scene_back():

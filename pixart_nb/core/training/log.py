@@ -51,7 +51,7 @@ class CurveLog:
             with self.path.open(newline="", encoding="utf-8") as handle:
                 columns = next(csv.reader(handle))
         with self.path.open("a", newline="", encoding="utf-8") as handle:
-            writer = csv.DictWriter(handle, columns, extrasaction="ignore")
+            writer = csv.DictWriter(handle, columns, extrasaction="ignore", lineterminator="\n")
             if fresh:
                 writer.writeheader()
             writer.writerow(row)

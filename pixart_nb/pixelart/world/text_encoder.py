@@ -12,7 +12,7 @@ import string
 from pathlib import Path
 
 import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import atomic_write, write_json
@@ -21,6 +21,7 @@ from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import generator, set_weights
+from pixart_nb.pixelart.text_encoder import mean_cross_entropy
 from pixart_nb.pixelart.world.captions import INVERSE, caption_words, world_caption
 from pixart_nb.pixelart.world.objects import OBJECTS
 from pixart_nb.pixelart.world.scenes import COLOURS, RELATIONS
@@ -194,16 +195,8 @@ def _loss(reader: WorldCaptionReader):
 
     def loss(ids: ms.Tensor, mask: ms.Tensor, labels: ms.Tensor):
         logits = reader(ids, mask, buckets)
-        values = [_cross_entropy(part, labels[:, :, i]) for i, part in enumerate(logits[:-1])]
-        values.append(_cross_entropy(logits[-1], ids - (1 - mask.astype(ms.int32))))
+        values = [mean_cross_entropy(part, labels[:, :, i]) for i, part in enumerate(logits[:-1])]
+        values.append(mean_cross_entropy(logits[-1], ids - (1 - mask.astype(ms.int32))))
         return values[0] + values[1] + values[2] + values[3] + values[4], *values
 
     return loss
-
-
-def _cross_entropy(logits: ms.Tensor, labels: ms.Tensor) -> ms.Tensor:
-    """Return the mean cross-entropy over the labels that are not negative."""
-    flat = labels.reshape(-1)
-    weight = (flat >= 0).astype(ms.float32)
-    each = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), ops.relu(flat), reduction="none")
-    return (each * weight).sum() / (weight.sum() + 1e-6)
