@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import PurePath
 from typing import Annotated, Any
@@ -53,6 +54,9 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read ``--debug``, which is allowed before and after the command."""
+        for stream in (sys.stdout, sys.stderr):  # prompts and paths may have characters that a terminal or pipe lacks
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         ctx.meta["debug"] = "--debug" in args
         return super().parse_args(ctx, args)
 

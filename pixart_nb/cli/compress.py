@@ -49,13 +49,16 @@ def compress(
 
     Example: pixart-nb compress --source data/tiny-sigma --target outputs/kv.safetensors --model data/tiny-sigma
     """
+    from pixart_nb.core.checkpoints.convert import check_default_target
     from pixart_nb.core.training import compress as compression
 
     options = {key: value for key, value in options.items() if value not in (None, [])}
     keys = {key: value for key, value in options.items() if key in InferenceConfig.model_fields}
     settings = check_config(DEFAULTS, options=keys)
     start(settings)
-    target = target or compression.default_target(source, settings.kv_compress_scale_factor)
+    if target is None:
+        default = compression.default_target(source, settings.kv_compress_scale_factor)
+        target = check_default_target(default)
     adapt = {key: options[key] for key in ADAPTATION if key in options} | {"steps": adapt_steps}
     report = compression.compress(
         compression.CompressOptions(

@@ -58,7 +58,7 @@ def convert(
 
     if target is None and source.is_dir():
         raise PixArtNBError(f"{source} is a folder; give --target")
-    target = target or source.with_suffix(".ckpt")
+    target = target or conversion.check_default_target(source.with_suffix(".ckpt"), source)
     fields = read_config(config) if config else None
     conversion_plan = conversion.plan_conversion(source, target, fields, sample_size, dtype.value)
     typer.echo(f"{Table(conversion_plan.audit.rows())}\n\n{conversion_plan.audit}")

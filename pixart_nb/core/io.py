@@ -40,6 +40,8 @@ _MAX_JSON = 64 * 2**20
 CRC = "crc32"
 #: Folders in which this process has removed what dead writers left.
 _swept: set[Path] = set()
+#: Handles of the locks that this process holds.
+_held: set[int] = set()
 
 
 class CheckpointError(PixArtNBError):
@@ -60,6 +62,8 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
 def atomic_write_together(*paths: str | Path, sync: bool = True) -> Iterator[tuple[Path, ...]]:
     """Yield a temporary path for each of ``paths``; all replace their targets on success, none on any error.
 
+    The first appears last: where it is, the others are, whenever the process is killed.
+
     Each temporary file has the name of its target and is in a folder of its own beside it, so that a writer that
     makes further temporary files, as safetensors does, makes them there. Files get the mode that the umask gives.
     Folders that are missing are made, and removed on an error. ``sync=False`` leaves it to the system when the bytes
@@ -79,7 +83,7 @@ def atomic_write_together(*paths: str | Path, sync: bool = True) -> Iterator[tup
                 temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # the folder's mode obeys the umask
                 if sync:
                     _sync(temporary)
-            for temporary, path in zip(temporaries, targets, strict=True):
+            for temporary, path in reversed(list(zip(temporaries, targets, strict=True))):
                 os.replace(temporary, path)
             for folder in {path.parent for path in targets} if sync else ():
                 _sync(folder)
@@ -211,6 +215,7 @@ def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> 
     Makes the folder, checks that it can be written, and removes what dead writers left in it. The lock is the
     operating system's: it ends with the process, however that ends, and its file is removed. It is not reentrant. A
     command that writes a single file takes the name ``.FILE.lock``, so that others of the folder can be written.
+    Processes that are forked meanwhile do not hold it, so that none that outlives this one keeps the folder locked.
 
     ``wait``: wait until the other process has finished, instead of raising ``FolderInUseError``.
     Raises ``WriteError`` for a folder that cannot be written.
@@ -225,17 +230,35 @@ def folder_lock(folder: str | Path, name: str = ".lock", wait: bool = False) -> 
                     f"process {_holder(path)} is writing into {folder}; wait for it, stop it, or choose another folder"
                 )
             time.sleep(0.2)
+    _held.add(handle)
     try:
         remove_temporaries(folder)
         yield folder
     finally:
-        if fcntl is None:  # Windows, where an open file cannot be removed
-            os.close(handle)
-        with suppress(OSError):
-            path.unlink()  # elsewhere while the lock is held: see _try_lock
-        if fcntl is not None:
-            os.close(handle)
-        _remove_empty(made)
+        if handle in _held:  # not in a process that was forked inside of the block
+            _held.remove(handle)
+            _unlock(handle, path)
+            _remove_empty(made)
+
+
+def _unlock(handle: int, path: Path) -> None:
+    """Remove the file of a lock and release it."""
+    if fcntl is None:  # Windows, where an open file cannot be removed
+        os.close(handle)
+    with suppress(OSError):
+        path.unlink()  # elsewhere while the lock is held: see _try_lock
+    if fcntl is not None:
+        os.close(handle)
+
+
+def _forget_locks() -> None:
+    """Close the handles of locks that a forked process got from its parent, which keeps the locks."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _try_lock(path: Path) -> int | None:

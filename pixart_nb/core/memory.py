@@ -22,14 +22,12 @@ from pixart_nb.core.errors import PixArtNBError
 
 #: Seconds between two measurements of ``PeakMemory``.
 _INTERVAL = 0.005
-#: Files with the limit, the usage and the counters of a container, for cgroups version 2 and 1.
-_CGROUPS = tuple(
-    tuple(f"/sys/fs/cgroup/{path}" for path in paths)
-    for paths in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    )
+#: Folder of the control groups of memory, and the files of the limit and the usage of one, for versions 2 and 1.
+_CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
+_OWN_CGROUPS = "/proc/self/cgroup"
 _COMMAND = "import sys; from pixart_nb.core import memory; memory.answer(sys.argv[1])"
 
 
@@ -61,15 +59,29 @@ def available_on_host() -> int:
 
 
 def _free_in_containers() -> list[int]:
+    """Return what each limit leaves: that of the container, and those of a job or service inside of it."""
     free = []
-    for limit, usage, stat in _CGROUPS:
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            used = int(Path(usage).read_text())
-            counters = dict(line.split()[:2] for line in Path(stat).read_text().splitlines())
-            # the system drops cached pages of files before a process is refused memory
-            cached = int(counters.get("inactive_file", counters.get("total_inactive_file", 0)))
-            free.append(int(Path(limit).read_text()) - used + cached)
+    for root, limit, usage in _CGROUPS:
+        for group in _own_groups(Path(root)):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                used = int((group / usage).read_text())
+                counters = dict(line.split()[:2] for line in (group / "memory.stat").read_text().splitlines())
+                # the system drops cached pages of files before a process is refused memory
+                cached = int(counters.get("total_inactive_file", counters.get("inactive_file", 0)))
+                free.append(int((group / limit).read_text()) - used + cached)
     return free
+
+
+def _own_groups(root: Path) -> list[Path]:
+    """Return the folders of the control groups that this process is in, the outer first."""
+    groups = [root]
+    with suppress(OSError):
+        for line in Path(_OWN_CGROUPS).read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "" or "memory" in controllers.split(","):  # versions 2 and 1
+                own = root / path.lstrip("/")
+                groups += [group for group in (*own.parents, own) if root in group.parents]
+    return groups
 
 
 def release() -> None:

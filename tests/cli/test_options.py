@@ -2,8 +2,11 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from pixart_nb import __version__
@@ -143,6 +146,19 @@ def test_an_error_of_the_operating_system_is_one_line_and_a_bug_is_not(run, monk
     for error in (ValueError("bug"), KeyError("bug"), TypeError("bug")):
         monkeypatch.setattr(generate, "sample", lambda config, error=error: (_ for _ in ()).throw(error))
         assert RUN.invoke(app, ["sample"]).exception is error
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_characters_that_a_terminal_lacks_do_not_end_a_command(tmp_path, encoding):
+    folder = tmp_path / "数据"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (folder / "a.txt").write_text("红色的猫", encoding="utf-8")
+    words = [sys.executable, "-c", "from pixart_nb.cli import app; app()", "dataset", "folder", "-s", str(folder)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(words, capture_output=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert rb"\u6570\u636e" in done.stdout or "数据".encode() in done.stdout
 
 
 # ---- notebooks

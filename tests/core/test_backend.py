@@ -107,6 +107,36 @@ def test_another_library_may_import_protobuf_first(tmp_path):
     assert run.returncode == 0, run.stderr[-1000:]
 
 
+SETTINGS = """
+import csv, locale, logging, os, random, signal, sys, warnings
+import matplotlib, mindspore, numpy as np, PIL.Image, PIL.ImageFile, transformers
+def settings():
+    return [
+        {name: value for name, value in os.environ.items() if name != "GLOG_v"},  # of MindSpore, which reads it once
+        list(map(repr, warnings.filters)), np.geterr(), np.get_printoptions(), dict(matplotlib.rcParams),
+        str(np.random.get_state()), random.getstate(), locale.setlocale(locale.LC_ALL), list(sys.path),
+        PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, csv.field_size_limit(), os.getcwd(),
+        logging.getLogger().level, logging.getLogger().handlers[:], transformers.logging.get_verbosity(),
+        sys.getrecursionlimit(), sys.excepthook, signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),
+    ]
+before = settings()
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.viz.figures import image_grid
+pipe = PixArtSigmaPipeline.from_pretrained("data/tiny-sigma")
+image_grid([np.asarray(pipe("a red cup", num_inference_steps=1, height=64, width=64)[0][0])], ["a"])
+for one, other in zip(before, settings(), strict=True):
+    assert one == other, f"{one} became {other}"
+"""
+
+
+@pytest.mark.slow
+def test_drawing_an_image_leaves_the_settings_of_the_process_alone(project):
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    words = [sys.executable, "-W", "ignore", "-c", SETTINGS]
+    done = subprocess.run(words, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def started(code="from pixart_nb.core import backend; print(backend.device_name())", **environment):
     """What a process prints that opens the device."""
     variables = {name: value for name, value in os.environ.items() if name != "PIXART_NB_DEVICE"}

@@ -174,6 +174,30 @@ def test_the_file_of_a_lock_whose_holder_was_killed_is_removed_and_no_other(tmp_
     assert list(tmp_path.iterdir()) == [foreign]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs once the system can fork processes")
+def test_a_forked_process_neither_holds_nor_ends_the_lock_of_its_parent(tmp_path):
+    with folder_lock(tmp_path):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    with folder_lock(tmp_path):  # though the child lives
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        code = "import os, sys\nfrom pixart_nb.core.io import folder_lock\nwith folder_lock(sys.argv[1]):"
+        held = in_process(f"{code}\n    pass", tmp_path)
+        assert held.wait() == 1 and "is writing into" in held.stderr.read()
+    try:
+        with folder_lock(tmp_path):
+            if not (child := os.fork()):
+                raise SystemExit  # leaves the block
+            os.waitpid(child, 0)
+            with pytest.raises(FolderInUseError), folder_lock(tmp_path):
+                pass
+    except SystemExit:
+        os._exit(0)
+
+
 def test_a_lock_does_not_follow_a_link(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")

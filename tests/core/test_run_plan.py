@@ -77,13 +77,29 @@ def test_a_later_run_keeps_the_activation_memory_of_an_earlier_one():
     assert [row["size"] for row in rows[::3]] == ["512 x 512", "64 x 64"]
 
 
-def test_other_processes_of_a_container_reduce_the_available_memory(tmp_path, monkeypatch):
-    files = [tmp_path / name for name in ("max", "current", "stat")]
-    for path, text in zip(files, ("4000000000", "3500000000", "inactive_file 200000000\n"), strict=True):
-        path.write_text(text)
-    monkeypatch.setattr(memory, "_CGROUPS", [files])
+@pytest.mark.parametrize("version", [2, 1])
+def test_other_processes_of_a_container_reduce_the_available_memory(tmp_path, monkeypatch, version):
+    _, limit, usage = memory._CGROUPS[2 - version]
+    counter = "inactive_file" if version == 2 else "total_inactive_file"
+    own = tmp_path / "own"
+    own.write_text("0::/\n" if version == 2 else "3:cpu:/elsewhere\n4:memory:/\n")
+    monkeypatch.setattr(memory, "_CGROUPS", [(str(tmp_path), limit, usage)])
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", str(own))
+
+    def write(folder, most, used, cached):
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / usage).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"cache 1\n{counter} {cached}\n")
+
+    write(tmp_path, 4_000_000_000, 3_500_000_000, 200_000_000)
     assert memory.available() == 700_000_000
-    files[0].write_text("max\n")
+    write(tmp_path / "job" / "step", 1_000_000_000, 900_000_000, 0)
+    assert memory.available() == 700_000_000  # another job's
+    own.write_text("0::/job/step\n" if version == 2 else "4:hugetlb,memory:/job/step\n")
+    assert memory.available() == 100_000_000
+    write(tmp_path, "max", 3_500_000_000, 0)
+    write(tmp_path / "job" / "step", "max", 900_000_000, 0)
     assert memory.available() > 1e9
 
 

@@ -1,8 +1,11 @@
 """The recipe of the bundled models of the richer world, at toy sizes."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -10,6 +13,7 @@ from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import folder_lock
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.pixelart.text_encoder import mean_cross_entropy
@@ -60,6 +64,30 @@ def test_shards_hold_training_scenes_at_the_size_of_the_stage(monkeypatch):
     one, other = scene_shard(1, 32, 0), scene_shard(1, 32, 0)
     assert one["cells"].shape == (5, 32, 32, 3) and np.array_equal(one["cells"], other["cells"])
     assert not any(is_held_out(scene_of(codes)) for codes in one["scene"])
+
+
+DRAWING = """
+import os, sys, time
+from pathlib import Path
+from pixart_nb.core.io import folder_lock
+from pixart_nb.pixelart.world.pool import write_pool
+def draw(number):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+with folder_lock(sys.argv[1]):
+    write_pool(Path(sys.argv[1]), 4, draw, 2)
+"""
+
+
+def test_processes_that_draw_end_with_the_one_that_was_killed_and_hold_no_lock(tmp_path):
+    words = [sys.executable, "-c", DRAWING, str(tmp_path)]
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    with folder_lock(tmp_path):
+        pass
+    assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
 def test_every_stage_doubles_the_size_over_the_same_span_of_positions():

@@ -30,6 +30,7 @@ from pixart_nb.core.io import (
     atomic_write_together,
     ensure_writable,
     folder_lock,
+    read_json,
     write_json,
 )
 from pixart_nb.core.models.embeddings import sincos_positions
@@ -68,10 +69,25 @@ class ConversionPlan:
     @property
     def files(self) -> list[Path]:
         """Files that will be written: weights, configuration (of a folder), audit."""
-        audit = self.target.with_name(f"{self.target.name}.audit.json")
+        audit = audit_path(self.target)
         if self.target.suffix in WRITERS:
             return [self.target, audit]
         return [self.target / WEIGHTS, self.target / "config.json", audit]
+
+
+def audit_path(target: Path) -> Path:
+    """Return the path of the audit of a converted checkpoint."""
+    return target.with_name(f"{target.name}.audit.json")
+
+
+def check_default_target(target: Path, source: Path | None = None) -> Path:
+    """Return a target that nobody gave, unless it is a file that no conversion wrote, or one of another ``source``."""
+    audit = audit_path(target)
+    written = read_json(audit).get("source") if audit.is_file() else None
+    expected = str(transformer_folder(source.expanduser())) if source else written
+    if target.exists() and (written is None or written != expected):
+        raise CheckpointError(f"{target} exists and is not a conversion of this source; give --target to replace it")
+    return target
 
 
 def plan_conversion(

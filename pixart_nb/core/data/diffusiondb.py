@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -16,6 +17,8 @@ from pixart_nb.core.data.sources import SourceRow, open_source
 from pixart_nb.core.io import atomic_write_together, folder_lock, write_once
 
 LABELS, TEST_LABELS, IMAGES = "labels.json", "labels_test.json", "images"
+#: Paths that an import gives to images. No other file is removed, whatever a label file in the target names.
+_IMPORTED = re.compile(rf"{IMAGES}/[0-9a-f]{{16}}\.\w+")
 
 Entry = dict[str, object]
 
@@ -67,7 +70,7 @@ def import_diffusiondb(
             report.notes.append("the source has no NSFW scores, so nothing was filtered by them; look at the images")
         writer.write_labels(report)
         if overwrite:
-            for path in before.keys() - writer.entries.keys():
+            for path in filter(_IMPORTED.fullmatch, before.keys() - writer.entries.keys()):
                 (target / path).unlink(missing_ok=True)
     return report
 
@@ -76,10 +79,13 @@ class _ImageWriter:
     """Images of the rows of a source, written into ``target``, and their entries of the label files by path.
 
     ``expected``: entries of the label files in ``target``, which the new ones must equal; all are new if it is empty.
+    Where ``labels.json`` is missing, an import was killed between its two label files, or they are someone else's: the
+    new entries must hold the expected ones.
     """
 
     def __init__(self, target: Path, max_nsfw: float | None, expected: dict[str, Entry] | None):
         self.target, self.max_nsfw, self.expected = target, max_nsfw, expected
+        self.complete = (target / LABELS).is_file()
         self.entries: dict[str, Entry] = {}
         self.first_test: int | None = None
         self._report = ImportReport([])
@@ -108,7 +114,7 @@ class _ImageWriter:
         size = {"height": height, "width": width, "ratio": height / width}
         entry = {"path": path, "prompt": prompts[0], "sharegpt4v": "", **size}
         entry |= {"captions": prompts} if len(prompts) > 1 else {}
-        if self.expected and self.expected.get(path) != entry:
+        if self.expected and self.expected.get(path, None if self.complete else entry) != entry:
             self._refuse()
         write_once(self.target / path, content)
         self.entries[path] = entry
@@ -127,7 +133,8 @@ class _ImageWriter:
         entries = list(self.entries.values())
         parts = [entries[: report.training], entries[report.training :]]
         texts = [json.dumps(part, indent=1) + "\n" for part in parts]
-        if self.expected and (self.target / LABELS).read_text(encoding="utf-8") != texts[0]:
+        before = (self.target / LABELS).read_text(encoding="utf-8") if self.complete else texts[0]
+        if self.expected and (before != texts[0] or not self.expected.keys() <= self.entries.keys()):
             self._refuse()
         if hasattr(os, "sync"):
             os.sync()

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +23,8 @@ from pixart_nb.core.data.images import ENDINGS, MAX_BYTES
 MAX_JSON_BYTES = 64 * 2**20
 #: A column chunk of a table that unpacks to more than so many bytes and so many times its size is refused.
 _BOMB_BYTES, _BOMB_RATIO = 64 * 2**20, 200
+#: Archives that are open at once: a data set has thousands of parts.
+OPEN_ARCHIVES = 4
 #: Columns that are read. User names and times never are.
 IMAGE, NAME, SCORES = "image", "image_name", ("image_nsfw", "prompt_nsfw")
 
@@ -74,7 +76,8 @@ def open_source(source: str | os.PathLike[str]) -> DataSource:
     if source.is_file() and not metadata and source.suffix.lower() == ".parquet":
         raise DataError(f"{source} has the columns {', '.join(columns[source])}; expected {IMAGE} and text, or {NAME}")
     folder = source.parent if metadata and source.is_file() else source
-    parts = [_read_part(path.stem, _zip_files(path)) for path in _list(folder, ".zip")]
+    opened = lru_cache(maxsize=OPEN_ARCHIVES)(zipfile.ZipFile)
+    parts = [_read_part(path.stem, _zip_files(path, opened)) for path in _list(folder, ".zip")]
     if not parts and folder.is_dir():
         parts = [_read_part(folder.name, _folder_files(folder))]
     parts = [part for part in parts if any(path.lower().endswith(ENDINGS) for path in part.files)]
@@ -189,17 +192,19 @@ def _content(part: _Part, images: list[str]) -> bytes:
     return part.files[images[0]]()
 
 
-def _zip_files(path: Path) -> dict[str, Reader]:
+def _zip_files(path: Path, opened: Callable[[Path], zipfile.ZipFile]) -> dict[str, Reader]:
     """Return the files of a zip archive by their path in it. Nothing is unpacked to the disk."""
     try:
-        archive = zipfile.ZipFile(path)
+        archive = opened(path)
     except Exception as error:  # on damaged files zipfile raises nearly anything
+        if getattr(error, "filename", None):  # the system's, which did not open it
+            raise DataError(f"{path} cannot be read ({error.strerror})") from error
         raise DataError(f"{path} is no zip archive, or cut off: {error}. Download it again.") from error
 
     def read(entry: zipfile.ZipInfo) -> bytes:
         _check_size(entry.filename, entry.file_size)
         try:
-            return archive.read(entry)
+            return opened(path).read(entry)
         except Exception as error:  # zlib, lzma and zipfile have errors of their own
             raise DataError(f"cannot be unpacked: {error}") from error
 

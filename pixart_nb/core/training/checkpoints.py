@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors, save_tensors
+
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class CheckpointFolder:
         self._whole: dict[Path, tuple[int, int]] = {}  # size and time of change when a state was verified
 
     def paths(self) -> list[Path]:
-        """Return the states in the folder, oldest first."""
-        return sorted(self.folder.glob("step-*.safetensors"))
+        """Return the states in the folder, oldest first. Files of other names, such as copies, are no states."""
+        states = (path for path in self.folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
+        return sorted(states, key=_step)
 
     def path(self, step: int) -> Path:
         """Return the path of the state of a step."""
@@ -53,7 +57,7 @@ class CheckpointFolder:
 
     def remove_old(self, newest: Path) -> None:
         """Remove the states older than the newest ``keep`` whole ones, of which ``newest`` is the first."""
-        older = [other for other in reversed(self.paths()) if other.name < newest.name]
+        older = [other for other in reversed(self.paths()) if _step(other) < _step(newest)]
         if len(older) < self.keep:
             return  # nothing to read
         kept = 1
@@ -75,6 +79,10 @@ class CheckpointFolder:
             return None
         self._whole[path] = _version(path)
         return state
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def _crc(metadata: Mapping[str, str]) -> str:

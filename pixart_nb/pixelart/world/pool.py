@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -76,6 +79,16 @@ def _write(path: Path, number: int, draw: Callable[[int], dict[str, np.ndarray]]
         np.savez(file, **arrays)
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it has been killed; it would wait for tasks for ever."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def write_pool(
     folder: Path, count: int, draw: Callable[[int], dict[str, np.ndarray]], processes: int = 2
 ) -> list[Path]:
@@ -84,7 +97,7 @@ def write_pool(
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(processes) as executor:
+        with ProcessPoolExecutor(processes, initializer=_end_with_parent) as executor:
             tasks = [executor.submit(_write, paths[number], number, draw) for number in missing]
             for task in tqdm(tasks, desc=folder.name, unit="shard"):
                 task.result()

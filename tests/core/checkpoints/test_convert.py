@@ -354,10 +354,20 @@ def test_the_command_takes_mindones_short_options_and_its_default_target(sources
     result = run("-s", tmp_path / "mine.pth")
     assert result.exit_code == 0, result.output
     assert bits(tmp_path / "mine.ckpt") == bits(sources / "official.pth")
+    assert run("-s", tmp_path / "mine.pth").exit_code == 0  # its own conversion
     assert run("-s", tmp_path / "mine.pth", "-t", tmp_path / "b.pth").exit_code == 0
     result = run("-s", sources / "folder")
     assert result.exit_code == 2
     assert "give --target" in result.stderr
+
+
+def test_a_file_where_the_default_target_would_be_is_not_replaced(sources, tmp_path):
+    shutil.copy(sources / "official.pth", tmp_path / "mine.pth")
+    (tmp_path / "mine.ckpt").write_bytes(b"mindone's")
+    result = run("-s", tmp_path / "mine.pth")
+    assert result.exit_code == 2 and "give --target to replace it" in result.stderr
+    assert (tmp_path / "mine.ckpt").read_bytes() == b"mindone's"
+    assert run("-s", tmp_path / "mine.pth", "-t", tmp_path / "mine.ckpt").exit_code == 0
 
 
 def test_the_command_fails_where_verification_does(sources, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -236,6 +237,49 @@ def test_a_second_import_changes_nothing_and_another_filter_is_asked_for(publish
     kept = {path.name for path in (tmp_path / "images").iterdir()}
     assert kept == {Path(label["path"]).name for label in labels_in(tmp_path)} | {"mine.png"}
     assert 0 < report.training < len(rows) and not (tmp_path / "labels_test.json").exists()
+
+
+def test_a_data_set_of_many_parts_holds_few_files_open(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for number in range(60):
+        content = io.BytesIO()
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(content, "PNG")
+        with zipfile.ZipFile(raw / f"part-{number:06d}.zip", "w") as part:
+            part.writestr(f"{number}.png", content.getvalue())
+            part.writestr(f"{number}.json", json.dumps({f"{number}.png": {"p": f"image {number}"}}))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, before[1]))
+    try:
+        assert import_diffusiondb(raw, tmp_path / "out", test_count=0).training == 60
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_an_import_that_was_killed_between_its_label_files_is_completed(published, tmp_path):
+    folder, _ = published
+    import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "labels.json").unlink()
+    import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "labels.json").unlink()
+    (tmp_path / "labels_test.json").write_text('[{"path": "mine.png", "prompt": "mine"}]')
+    with pytest.raises(DataError, match="labels of another import"):
+        import_diffusiondb(folder, tmp_path, max_nsfw=1, test_count=3)
+
+
+def test_overwriting_removes_no_file_that_an_import_did_not_write(published, tmp_path):
+    folder, _ = published
+    target = tmp_path / "target"
+    mine = [tmp_path / "precious.png", target / "photos" / "a.png", target / "images" / "b.png"]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    paths = ["../precious.png", str(mine[0]), "photos/a.png", "images/b.png", "images/../../precious.png"]
+    (target / "labels.json").write_text(json.dumps([{"path": path, "prompt": "mine"} for path in paths]))
+    import_diffusiondb(folder, target, max_nsfw=1, test_count=0, overwrite=True)
+    assert [path.read_bytes() for path in mine] == [b"mine"] * 3
 
 
 def test_an_image_that_was_damaged_since_is_written_again(published, tmp_path):

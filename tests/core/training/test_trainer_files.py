@@ -119,6 +119,19 @@ def test_a_log_cut_anywhere_goes_on(tmp_path, left):
     assert len(rows) == 2 + ("1,0.5" in left)
 
 
+def test_copies_of_states_are_neither_removed_nor_resumed(tmp_path):
+    files = CheckpointFolder(tmp_path, keep=1)
+    files.save(10, TENSORS, {})
+    names = ("step-00000010-good.safetensors", "step-00000010 (1).safetensors", "step-best.safetensors")
+    for name in names:
+        (tmp_path / name).write_bytes(files.path(10).read_bytes())
+    files.save(20, TENSORS, {})
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "step-00000020.safetensors"}
+    assert files.newest().step == 20
+    files.save(10**8, TENSORS, {})  # more digits than names are padded to
+    assert files.newest().step == 10**8 and files.paths() == [files.path(10**8)]
+
+
 def test_what_a_killed_writer_left_is_cleared(tmp_path):
     half = tmp_path / f".step-00000010.safetensors.{os.getpid()}.tmp"
     run = trainer(tmp_path)
