@@ -21,8 +21,6 @@ Link = tuple[Sequence[str], Sequence[str], str]
 #: Inches. The letters all have one width, so that lines can begin where words end.
 _ROW, _INDENT, _LETTER, _GAP, _TOP = 0.185, 0.16, 0.602 * SMALL / 72, 0.06, 0.75
 _FONT = "DejaVu Sans Mono"
-#: Where nothing differs, the scale ends where single precision rounds.
-_ROUNDING = 2.0**-24
 _FAINT, _GREY = "0.65", "0.5"
 
 
@@ -136,7 +134,7 @@ def parity(expected: np.ndarray, actual: np.ndarray, labels: tuple[str, str] = (
     """Draw the first channel of two predictions (1, C, H, W), and the difference of all channels.
 
     The first two images share their colours. The third is the largest difference of any channel, in units of the
-    largest value; where everything is equal it says so.
+    largest value; if every value is equal, a text says so in its place.
     """
     if expected.shape != actual.shape:
         raise PixArtNBError(
@@ -151,9 +149,12 @@ def parity(expected: np.ndarray, actual: np.ndarray, labels: tuple[str, str] = (
         ax.set_title(label, size=TEXT)
     style.colour_bar(figure, image, axes[:2], "prediction, first channel")
     difference = np.abs(actual - expected)[0].max(0) / largest
-    image = axes[2].imshow(
-        difference, cmap=style.AMOUNT, vmin=0, vmax=difference.max() or _ROUNDING, interpolation="nearest"
-    )
-    axes[2].set_title("difference" if difference.any() else "difference: none, bit for bit", size=TEXT)
+    if not difference.any():
+        axes[2].set_title("difference: none, bit for bit", size=TEXT)
+        facts = f"{expected.size:,} predicted values,\neach the same in both"
+        axes[2].text(0.5, 0.5, facts, ha="center", va="center", size=TEXT + 2, transform=axes[2].transAxes)
+        return figure
+    image = axes[2].imshow(difference, cmap=style.AMOUNT, vmin=0, vmax=difference.max(), interpolation="nearest")
+    axes[2].set_title("difference", size=TEXT)
     style.colour_bar(figure, image, axes[2], "largest of all channels, relative")
     return figure

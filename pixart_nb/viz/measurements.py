@@ -98,9 +98,10 @@ def _time_shares(rows: Sequence[Any]) -> dict[str, tuple[float, float, float]]:
 
 
 def benchmark_figure(rows: Sequence[Any]) -> Figure:
-    """Draw the seconds of each benchmark and size, one bar per system, as a share of the slower system.
+    """Draw the seconds of each benchmark and size, one bar per system.
 
-    The seconds stand beside the bars; lines of both systems end with their ratio.
+    The seconds stand beside the bars. If there are two systems, a bar is the share of the slower one, and lines of both
+    end with their ratio.
     """
     lines = _seconds(rows)
     if not lines:
@@ -110,7 +111,7 @@ def benchmark_figure(rows: Sequence[Any]) -> Figure:
     for number, system in enumerate(names):
         own = [(line, values) for line, values in enumerate(lines.values()) if system in values]
         heights = [line + 0.36 * (number - (len(names) - 1) / 2) for line, _ in own]
-        widths = [values[system] / max(values.values()) for _, values in own]
+        widths = [values[system] / (max(values.values()) if len(names) > 1 else 1) for _, values in own]
         bars = axes.barh(heights, widths, 0.34, color=COLOURS[number], label=NAMES[system])
         texts = [f"{in_words(float(values[system]))} s" for _, values in own]
         axes.bar_label(bars, texts, fontsize=SMALL, padding=3)
@@ -118,8 +119,12 @@ def benchmark_figure(rows: Sequence[Any]) -> Figure:
         if set(NAMES) <= set(values):
             text = f"{values['diffusers'] / values['mindspore']:.2f} x as fast"
             axes.text(1.01, line, text, transform=axes.get_yaxis_transform(), va="center", fontsize=TEXT)
-    axes.set(xlim=(0, 1.15), xlabel="time, as a share of the slower system (lower is better)")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
+    if len(names) > 1:
+        axes.set(xlim=(0, 1.15), xlabel="time, as a share of the slower system (lower is better)")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
+    else:
+        axes.set(xlabel="seconds (lower is better)")
+        axes.margins(x=0.12)
     figure.legend(loc="outside upper left", ncols=2, fontsize=SMALL, frameon=False)
     return figure
 

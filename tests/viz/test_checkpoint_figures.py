@@ -92,7 +92,8 @@ def test_equal_predictions_say_so_and_others_show_where_they_differ():
     other = values.copy()
     other[0, 2, 1, 5] += 0.5
     same, apart = parity(values, values), parity(values, other)
-    assert same.axes[2].get_title() == "difference: none, bit for bit"
+    assert same.axes[2].get_title() == "difference: none, bit for bit" and not same.axes[2].images
+    assert same.axes[2].texts[0].get_text().startswith(f"{values.size:,} predicted values")
     shown = np.asarray(apart.axes[2].images[0].get_array())
     assert np.flatnonzero(shown).tolist() == [1 * 8 + 5]
     assert shown.max() == pytest.approx(0.5 / np.abs(values).max())
