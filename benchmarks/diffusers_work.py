@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import diffusers
@@ -26,20 +26,24 @@ def dtype_of(shapes: Shapes) -> torch.dtype:
 
 def transformer(shapes: Shapes) -> diffusers.PixArtTransformer2DModel:
     """Build the transformer with random weights."""
-    return (
-        diffusers.PixArtTransformer2DModel(
-            num_attention_heads=shapes.heads,
-            attention_head_dim=shapes.hidden_size // shapes.heads,
-            cross_attention_dim=shapes.hidden_size,
-            num_layers=shapes.depth,
-            sample_size=shapes.size // 8,
-            caption_channels=shapes.caption_channels,
-            interpolation_scale=shapes.pe_interpolation,
-            use_additional_conditions=False,
-        )
-        .to(dtype_of(shapes))
-        .eval()
+    net = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=shapes.heads,
+        attention_head_dim=shapes.hidden_size // shapes.heads,
+        cross_attention_dim=shapes.hidden_size,
+        num_layers=shapes.depth,
+        sample_size=shapes.size // 8,
+        caption_channels=shapes.caption_channels,
+        interpolation_scale=shapes.pe_interpolation,
+        use_additional_conditions=False,
     )
+    return compiled(net.to(dtype_of(shapes)).eval(), net.transformer_blocks, shapes)
+
+
+def compiled(net: torch.nn.Module, parts: Iterable[torch.nn.Module], shapes: Shapes) -> torch.nn.Module:
+    """Compile the ``parts`` of a network if ``shapes.compiled``: repeated parts one by one, as diffusers advises."""
+    for part in parts if shapes.compiled else ():
+        part.compile()
+    return net
 
 
 def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
@@ -54,20 +58,22 @@ def text_encoder(shapes: Shapes) -> transformers.T5EncoderModel:
         feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
     )
-    return transformers.T5EncoderModel(config).to(dtype_of(shapes)).eval()
+    net = transformers.T5EncoderModel(config).to(dtype_of(shapes)).eval()
+    return compiled(net, net.encoder.block, shapes)
 
 
 def autoencoder(shapes: Shapes) -> diffusers.AutoencoderKL:
     """Build the autoencoder with random weights."""
     widths = tuple(shapes.vae_widths)
-    return diffusers.AutoencoderKL(
+    net = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
         layers_per_block=2,
         norm_num_groups=min(32, widths[0]),
         scaling_factor=0.13025,
-    ).eval()
+    )
+    return compiled(net.eval(), [net.decoder], shapes)
 
 
 def padded_mask(shapes: Shapes, tokens: int) -> torch.Tensor:

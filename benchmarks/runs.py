@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from benchmarks.shapes import Shapes
 from benchmarks.worker import Worker
 from pixart_nb.core.io import write_text
 
+#: Name of diffusers with networks that ``torch.compile`` has compiled.
+COMPILED = "compiled"
 #: Denoising steps of an image in the published table.
 PUBLISHED_STEPS = 20
 #: CPU time of all threads, which other programs on the machine change less than the wall clock.
@@ -40,29 +43,32 @@ class Row:
 
     def __str__(self) -> str:
         work = f"{self.benchmark} {self.size}"
-        return f"{work:<18}{self.system:<11}{self.measure:<40}{self.value:>12.4g} {self.unit}"
+        return f"{work:<18}{self.system:<32}{self.measure:<40}{self.value:>12.4g} {self.unit}"
 
 
-def run(benchmark: str, shapes: Shapes, repeats: int, compare: bool) -> list[Row]:
+def run(
+    benchmark: str, shapes: Shapes, repeats: int, peers: Sequence[str] = (), dtypes: Sequence[str] = ()
+) -> list[Row]:
     """Run one benchmark at one size.
 
     Args:
         benchmark: ``denoise``, ``encode``, ``decode``, ``decode-tiled``, ``image``, ``train``, ``block``, ``pipeline``.
         repeats: Runs that count, after one that does not.
-        compare: Also run it in diffusers, in turns, where diffusers has the same benchmark.
+        peers: Other ``SYSTEMS`` that run it too, in turns, where they have the same benchmark.
+        dtypes: Run each system in each of these; by default in that of ``shapes``.
     """
+    runners = systems(shapes, () if benchmark == "decode-tiled" else peers, dtypes)
     if benchmark == "denoise":
-        return denoise(shapes, repeats, compare)
+        return denoise(runners, shapes, repeats)
     repeats = max(1, repeats)
     if benchmark == "block":
         return block(shapes, repeats)
     if benchmark == "pipeline":
         return pipeline(shapes)
     if benchmark == "train":
-        return train(shapes, repeats, compare)
-    if benchmark == "image":  # one system in memory at a time leaves room for more layers of T5
-        return compare_systems(benchmark, shapes, repeats, compare, one_at_a_time=True)
-    return compare_systems(benchmark, shapes, repeats, compare and benchmark != "decode-tiled")
+        return train(runners, shapes, repeats)
+    # one system in memory at a time leaves room for more layers of T5
+    return compare_systems(benchmark, runners, shapes, repeats, one_at_a_time=benchmark == "image")
 
 
 def alternate(workers: Sequence[Worker], repeats: int, warm_up: bool = True) -> dict[str, list[dict]]:
@@ -77,9 +83,25 @@ def alternate(workers: Sequence[Worker], repeats: int, warm_up: bool = True) -> 
     return answers
 
 
-def systems(compare: bool) -> tuple[str, ...]:
-    """Return the names of the systems that run."""
-    return ("mindspore", "diffusers") if compare else ("mindspore",)
+def systems(shapes: Shapes, peers: Sequence[str] = (), dtypes: Sequence[str] = ()) -> dict[str, Shapes]:
+    """Return the name of each system that runs, with its dtype if there are several, and its shapes."""
+    dtypes = dtypes or [shapes.dtype]
+    return {
+        f"{system} {dtype}" if len(dtypes) > 1 else system: replace(shapes, dtype=dtype, compiled=system == COMPILED)
+        for dtype in dtypes
+        for system in ("mindspore", *peers)
+    }
+
+
+def start_workers(stack: ExitStack, work: str, runners: Mapping[str, Shapes]) -> list[Worker]:
+    """Start a process for each of ``systems``, which ends with ``stack``."""
+    workers = []
+    for name, shapes in runners.items():
+        system = name.split()[0]
+        worker = stack.enter_context(Worker("diffusers" if system == COMPILED else system, work, shapes))
+        worker.system = name
+        workers.append(worker)
+    return workers
 
 
 def table(shapes: Shapes, sizes: Sequence[int], training_sizes: Sequence[int], repeats: int) -> list[Row]:
@@ -87,34 +109,43 @@ def table(shapes: Shapes, sizes: Sequence[int], training_sizes: Sequence[int], r
     rows: list[Row] = []
     for size in sizes:
         few = size >= FEW_REPEATS_FROM
-        rows += denoise(replace(shapes, size=size), 0 if few else repeats, False, profile=False)
+        sized = replace(shapes, size=size)
+        rows += denoise(systems(sized), sized, 0 if few else repeats, profile=False)
     for size in training_sizes:
-        rows += train(replace(shapes, size=size), repeats, False)
+        sized = replace(shapes, size=size)
+        rows += train(systems(sized), sized, repeats)
     return rows
 
 
 def speedup(rows: list[Row], measure: str) -> list[Row]:
-    """Return the seconds of diffusers divided by those of MindSpore, as a row; no row without both."""
-    by_system = {row.system: row for row in rows if row.measure == measure}
-    if set(by_system) != set(systems(True)):
-        return []
-    row, other = by_system["mindspore"], by_system["diffusers"]
-    return [replace(row, system="ratio", value=other.value / row.value, unit="x")]
+    """Return the seconds of each system divided by those of one before it, as rows.
+
+    Of systems in several dtypes, only those are compared that share the system or the dtype.
+    """
+    own = [row for row in rows if row.measure == measure]
+    return [
+        replace(row, system=f"{other.system} / {row.system}", value=other.value / row.value, unit="x")
+        for row, other in itertools.combinations(own, 2)
+        if " " not in row.system or set(row.system.split()) & set(other.system.split())
+    ]
 
 
-def compare_systems(work: str, shapes: Shapes, repeats: int, compare: bool, one_at_a_time: bool = False) -> list[Row]:
-    """Return medians of alternating repeats, and the ratio to diffusers.
+def compare_systems(
+    work: str, runners: Mapping[str, Shapes], shapes: Shapes, repeats: int, one_at_a_time: bool = False
+) -> list[Row]:
+    """Return medians of alternating repeats, and the ratios of the systems.
 
     Args:
+        runners: What ``systems`` returns.
         one_at_a_time: Run each repeat in a new process, so that only one system is in memory.
     """
     answers: dict[str, list[dict]] = {}
     about: dict[str, tuple[str, float]] = {}
-    groups = [(system,) for system in systems(compare)] if one_at_a_time else [systems(compare)]
+    groups = [{name: own} for name, own in runners.items()] if one_at_a_time else [runners]
     for _ in range(repeats if one_at_a_time else 1):
         for group in groups:
             with ExitStack() as stack:
-                workers = [stack.enter_context(Worker(system, work, shapes)) for system in group]
+                workers = start_workers(stack, work, group)
                 for system, runs in alternate(workers, 1 if one_at_a_time else repeats).items():
                     answers.setdefault(system, []).extend(runs)
                 about |= {worker.system: (worker.ready["versions"], worker.peak()) for worker in workers}
@@ -130,7 +161,7 @@ def compare_systems(work: str, shapes: Shapes, repeats: int, compare: bool, one_
     return rows + speedup(rows, "seconds") + speedup(rows, CPU_TIME)
 
 
-def denoise(shapes: Shapes, repeats: int, compare: bool, profile: bool = True) -> list[Row]:
+def denoise(runners: Mapping[str, Shapes], shapes: Shapes, repeats: int, profile: bool = True) -> list[Row]:
     """Return steps/s, seconds of 20 steps and, with ``profile``, the share of matrix products.
 
     A run takes ``shapes.steps`` steps; the median step stands for those that are missing to 20. With 0 ``repeats``
@@ -138,15 +169,16 @@ def denoise(shapes: Shapes, repeats: int, compare: bool, profile: bool = True) -
     """
     rows: list[Row] = []
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(system, "denoise", shapes)) for system in systems(compare)]
+        workers = start_workers(stack, "denoise", runners)
         first = {worker.system: [worker.run()] for worker in workers}
         answers = alternate(workers, repeats, warm_up=False) if repeats else first
         for worker in workers:
             rows += _denoise_rows(worker, shapes, answers[worker.system])
         rows += speedup(rows, f"{PUBLISHED_STEPS} steps") + speedup(rows, CPU_TIME)
-        versions = workers[0].ready["versions"]
-        delay = first["mindspore"][0]["steps"][0] - median_step(answers["mindspore"])
-        rows.append(Row("denoise", shapes.size, "mindspore", "first step minus a later one", delay, "s", versions))
+        for worker in workers:
+            delay = first[worker.system][0]["steps"][0] - median_step(answers[worker.system])
+            measure, versions = "first step minus a later one", worker.ready["versions"]
+            rows.append(Row("denoise", shapes.size, worker.system, measure, delay, "s", versions))
         rows += _profile_rows(workers[0], shapes) if profile else []
     return rows
 
@@ -184,12 +216,12 @@ def _profile_rows(worker: Worker, shapes: Shapes) -> list[Row]:
     return [Row(worker.work, shapes.size, "mindspore", *value, versions) for value in values]
 
 
-def train(shapes: Shapes, repeats: int, compare: bool) -> list[Row]:
+def train(runners: Mapping[str, Shapes], shapes: Shapes, repeats: int) -> list[Row]:
     """Return seconds of a training step of one image, and training images/s.
 
     Weights, gradients and optimizer moments of XL/2 take 12 GB, so only one system is in memory at a time.
     """
-    rows = compare_systems("train", shapes, repeats, compare, one_at_a_time=True)
+    rows = compare_systems("train", runners, shapes, repeats, one_at_a_time=True)
     speed = [
         replace(row, measure="images per second", value=1 / row.value, unit="1/s")
         for row in rows

@@ -24,6 +24,7 @@ class Shapes:
         dtype: ``fp32`` or ``bf16``, of transformer and T5.
         batch_size: Images of a training step.
         small: A transformer as small as those that come with the kit, instead of the sizes above.
+        compiled: Networks of the peer are compiled by ``torch.compile``.
     """
 
     size: int = 256
@@ -43,6 +44,7 @@ class Shapes:
     dtype: str = "fp32"
     batch_size: int = 1
     small: bool = False
+    compiled: bool = False
 
     def __post_init__(self):
         if self.small:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from enum import Enum
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +42,13 @@ def bench(
         bool,
         typer.Option("--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."),
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled",
+            help="Measure diffusers with blocks compiled by torch.compile, too. Needs PyTorch and a C++ compiler.",
+        ),
+    ] = False,
     repeats: Annotated[int, typer.Option(min=0, help="Number of measured runs, after one warm-up run.")] = 3,
     sampling_steps: Annotated[
         int, typer.Option(min=1, max=20, help="Number of measured steps; the rest of 20 is extrapolated.")
@@ -52,30 +61,38 @@ def bench(
         bool, typer.Option("--small", help="A transformer as small as the bundled ones (192 wide, 6 blocks), not XL/2.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 1,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16, for denoise and encode, in both systems.")] = "fp32",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, bf16 or both, for denoise and encode, in every system. \\[default: fp32]"),
+    ] = None,
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
     ] = Path("outputs/bench"),
 ) -> None:
     """Measure PixArt-Sigma XL/2 with random weights, and write the numbers as CSV and as a figure.
 
-    Each system runs in a process of its own. Times are medians of alternating runs.
+    Each system runs in a process of its own. Times are medians of alternating runs; every two systems are compared.
 
-    Example: pixart-nb bench denoise --size 256 512 --peer
+    Example: pixart-nb bench denoise --size 256 512 --peer --compiled --dtype fp32 bf16
     """
     from pixart_nb.viz.figures import save_figure
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
-    _check(what, with_diffusers, dtype)
+    dtypes = dtype or ["fp32"]
+    peers = (["diffusers"] if with_diffusers else []) + (["compiled"] if compiled else [])
+    _check(what, peers, dtypes)
     start()
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
-    shapes = shapes_class(steps=sampling_steps, dtype=dtype, batch_size=batch_size, small=small, **sizes)
+    shapes = shapes_class(steps=sampling_steps, dtype=dtypes[0], batch_size=batch_size, small=small, **sizes)
     shapes_by_size = [replace(shapes, size=side) for side in size or [256]]  # all are validated first
+    for name in dtypes:
+        replace(shapes, dtype=name)
+    typer.echo(runs.machine())
     if what is Benchmark.table:
         parts = [runs.table(shapes, [s.size for s in shapes_by_size], training_size or [], repeats)]
     else:
-        parts = (runs.run(what.value, each, repeats, with_diffusers) for each in shapes_by_size)
+        parts = (runs.run(what.value, each, repeats, peers, dtypes) for each in shapes_by_size)
     rows = []
     for part in parts:  # those of each size are written before the next one runs
         rows += part
@@ -88,11 +105,20 @@ def bench(
         typer.echo(figure)
 
 
-def _check(what: Benchmark, with_diffusers: bool, dtype: str) -> None:
-    if with_diffusers and not all(find_spec(name) for name in ("torch", "diffusers")):
-        raise PixArtNBError("--peer needs PyTorch and diffusers: pip install -e '.[reference]'")
-    if dtype != "fp32" and what not in (Benchmark.denoise, Benchmark.encode):
-        raise PixArtNBError(f"--dtype {dtype} is measured by denoise and encode; {what.value} is measured in fp32")
+def _check(what: Benchmark, peers: list[str], dtypes: list[str]) -> None:
+    if peers and not all(find_spec(name) for name in ("torch", "diffusers")):
+        raise PixArtNBError("--peer and --compiled need PyTorch and diffusers: pip install -e '.[reference]'")
+    if "compiled" in peers and not has_compiler():
+        raise PixArtNBError("--compiled needs a C++ compiler for torch.compile: install g++, or set CXX to another one")
+    if dtypes != ["fp32"] and what not in (Benchmark.denoise, Benchmark.encode):
+        raise PixArtNBError(
+            f"--dtype {' '.join(dtypes)} is measured by denoise and encode; {what.value} is measured in fp32"
+        )
+
+
+def has_compiler() -> bool:
+    """Return True if there is a C++ compiler, which torch.compile needs: that of ``CXX``, g++ or clang++."""
+    return any(map(which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
 
 
 def load_benchmarks() -> tuple[Any, type]:

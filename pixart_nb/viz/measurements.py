@@ -14,7 +14,7 @@ from pixart_nb.viz.tables import Table, in_words
 
 #: Measures that a bar shows: the first that a benchmark has.
 SECONDS = ("20 steps", "seconds")
-NAMES = {"mindspore": "PixArt-NB, MindSpore", "diffusers": "diffusers, PyTorch"}
+NAMES = {"mindspore": "PixArt-NB, MindSpore", "diffusers": "diffusers, PyTorch", "compiled": "diffusers, torch.compile"}
 #: Published steps/s on one and training images/s on four Ascend 910* (mindone, MindSpore 2.3), by size in pixels.
 PUBLISHED = {256: (18.04, 88.1), 512: (15.95, 33.5), 1024: (4.96, 6.8), 2048: (0.57, 0.5)}
 PUBLISHED_NAMES = ("published steps/s, one Ascend 910*", "published training images/s, four Ascend 910*")
@@ -100,27 +100,29 @@ def _time_shares(rows: Sequence[Any]) -> dict[str, tuple[float, float, float]]:
 def benchmark_figure(rows: Sequence[Any]) -> Figure:
     """Draw the seconds of each benchmark and size, one bar per system.
 
-    The seconds stand beside the bars. If there are two systems, a bar is the share of the slower one, and lines of both
-    end with their ratio.
+    The seconds stand beside the bars. If there are several systems, a bar is the share of the slowest one, and lines
+    with diffusers end with its ratio.
     """
     lines = _seconds(rows)
     if not lines:
         raise PixArtNBError("there are no seconds to draw; run a benchmark first")
-    figure, axes = _lines_of_bars(0.9 + 0.55 * len(lines), list(lines))
-    names = [name for name in NAMES if any(name in values for values in lines.values())]
+    names = list(dict.fromkeys(name for values in lines.values() for name in values))
+    step = 0.72 / max(2, len(names))
+    figure, axes = _lines_of_bars(0.9 + 0.2 / step * len(lines), list(lines))
     for number, system in enumerate(names):
         own = [(line, values) for line, values in enumerate(lines.values()) if system in values]
-        heights = [line + 0.36 * (number - (len(names) - 1) / 2) for line, _ in own]
+        heights = [line + step * (number - (len(names) - 1) / 2) for line, _ in own]
         widths = [values[system] / (max(values.values()) if len(names) > 1 else 1) for _, values in own]
-        bars = axes.barh(heights, widths, 0.34, color=COLOURS[number], label=NAMES[system])
+        label = " ".join([NAMES[system.split()[0]], *system.split()[1:]])
+        bars = axes.barh(heights, widths, 0.94 * step, color=COLOURS[number], label=label)
         texts = [f"{in_words(float(values[system]))} s" for _, values in own]
         axes.bar_label(bars, texts, fontsize=SMALL, padding=3)
     for line, values in enumerate(lines.values()):
-        if set(NAMES) <= set(values):
+        if {"mindspore", "diffusers"} <= set(values):
             text = f"{values['diffusers'] / values['mindspore']:.2f} x as fast"
             axes.text(1.01, line, text, transform=axes.get_yaxis_transform(), va="center", fontsize=TEXT)
     if len(names) > 1:
-        axes.set(xlim=(0, 1.15), xlabel="time, as a share of the slower system (lower is better)")
+        axes.set(xlim=(0, 1.15), xlabel="time, as a share of the slowest system (lower is better)")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
     else:
         axes.set(xlabel="seconds (lower is better)")
@@ -133,7 +135,7 @@ def _seconds(rows: Sequence[Any]) -> dict[str, dict[str, float]]:
     """Return label -> system -> seconds, in the order of the rows."""
     lines: dict[str, dict[str, float]] = {}
     for row in rows:
-        if row.measure in SECONDS and row.system in NAMES:
+        if row.measure in SECONDS and row.unit == "s":
             work = "20 steps" if row.benchmark == "denoise" else row.benchmark
             lines.setdefault(f"{work}, {row.size} px", {})[row.system] = row.value
     return lines

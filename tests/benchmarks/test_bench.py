@@ -32,7 +32,7 @@ def value(rows, measure, system="mindspore"):
 
 
 def test_denoising_reports_steps_first_step_and_share_of_matrix_products():
-    rows = runs.run("denoise", SMALL, 2, False)
+    rows = runs.run("denoise", SMALL, 2)
     assert value(rows, "steps per second") == pytest.approx(1 / value(rows, "step"))
     assert value(rows, "20 steps") > 17 * value(rows, "step")
     assert 0 < value(rows, "share of matrix products") < 1
@@ -71,9 +71,11 @@ def test_training_holds_one_system_in_memory_at_a_time(monkeypatch):
             alive.remove(self.system)
 
     monkeypatch.setattr(runs, "Worker", Twin)
-    rows = runs.run("train", SMALL, 2, True)
+    rows = runs.run("train", SMALL, 2, ["diffusers"])
     assert history == [["mindspore"], ["diffusers"]] * 2
-    assert value(rows, "seconds", "ratio") == value(rows, "seconds", "diffusers") / value(rows, "seconds")
+    assert value(rows, "seconds", "diffusers / mindspore") == value(rows, "seconds", "diffusers") / value(
+        rows, "seconds"
+    )
     assert value(rows, "images per second", "diffusers") == 1 / value(rows, "seconds", "diffusers")
 
 
@@ -89,8 +91,28 @@ def test_streamed_text_encoder_gives_the_embeddings_of_the_whole_one(tmp_path):
 
 def test_the_ratio_divides_the_seconds_of_diffusers_by_ours():
     (ratio,) = runs.speedup([ROW, replace(ROW, system="diffusers", value=3.0)], "20 steps")
-    assert (ratio.system, ratio.value, ratio.unit) == ("ratio", 1.5, "x")
+    assert (ratio.system, ratio.value, ratio.unit) == ("diffusers / mindspore", 1.5, "x")
     assert runs.speedup([ROW], "20 steps") == []
+
+
+def test_every_two_systems_of_a_run_are_compared():
+    rows = [replace(ROW, system=name, value=time) for name, time in runs_of(["fp32"]).items()]
+    assert {row.system: row.value for row in runs.speedup(rows, "20 steps")} == {
+        "diffusers / mindspore": 2.0, "compiled / mindspore": 3.0, "compiled / diffusers": 1.5,
+    }  # fmt: skip
+    rows = [replace(ROW, system=name, value=time) for name, time in runs_of(["fp32", "bf16"]).items()]
+    ratios = {row.system for row in runs.speedup(rows, "20 steps")}
+    assert {"mindspore bf16 / mindspore fp32", "compiled bf16 / mindspore bf16"} < ratios
+    assert "diffusers bf16 / mindspore fp32" not in ratios
+    (axes,) = benchmark_figure(rows).axes
+    assert len(axes.patches) == 6
+
+
+def runs_of(dtypes):
+    """The systems of a run with all peers, and seconds for them."""
+    runners = runs.systems(SMALL, ["diffusers", "compiled"], dtypes)
+    assert [shapes.compiled for shapes in runners.values()] == [False, False, True] * len(dtypes)
+    return {name: float(number + 1) for number, name in enumerate(runners)}
 
 
 def test_rows_come_back_from_their_file(tmp_path):
@@ -133,6 +155,18 @@ def test_a_missing_diffusers_is_named(monkeypatch):
     result = CliRunner().invoke(app, ["bench", "decode", "--peer"])
     assert result.exit_code != 0
     assert "[reference]" in result.output
+
+
+def test_a_missing_compiler_is_named_and_a_part_without_bfloat16(monkeypatch):
+    monkeypatch.setattr("pixart_nb.cli.bench.find_spec", lambda name: True)
+    monkeypatch.setattr("pixart_nb.cli.bench.which", lambda name: None)
+    for words, message in (
+        (["denoise", "--compiled"], "install g++, or set CXX"),
+        (["decode", "--dtype", "fp32", "bf16"], "decode is measured in fp32"),
+    ):
+        result = CliRunner().invoke(app, ["bench", *words])
+        assert result.exit_code != 0
+        assert message in " ".join(result.output.split())
 
 
 @pytest.mark.slow
