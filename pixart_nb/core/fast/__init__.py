@@ -1,6 +1,7 @@
 """Fast paths behind one entry for each task: the numbers of ``models/`` with fewer operations.
 
-``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, and ``fast_group_norms`` the norms of the VAE.
+``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, ``fast_group_norms`` the norms of the VAE, and
+``decode_fine`` the second part of its decoder for large images.
 ``cpu_training.use_fast_blocks`` is the entry for a training.
 """
 
@@ -21,7 +22,10 @@ from pixart_nb.core.models.transformer import PixArt
 
 if TYPE_CHECKING:
     from pixart_nb.core.models.controlnet import Controlled
+    from pixart_nb.core.models.vae_blocks import Decoder, VAEConfig
 
+#: Pixels from which on the CPU decodes an image by rows, and the fewest channels of a decoder for which that is fast.
+LARGE_IMAGE, FEWEST_CHANNELS = 2**18, 64
 #: ``denoise(latents (B, C, H, W), timestep) -> (B, out_channels, H, W)``, one timestep for the whole batch.
 Denoiser = Callable[[Any, float], Any]
 
@@ -51,6 +55,19 @@ def denoiser(
 
         denoise = LayerDenoiser(net, caption, mask)
     return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
+
+
+def decodes_by_rows(config: VAEConfig, height: int, width: int) -> bool:
+    """Return True if a whole image of these pixels is decoded by ``decode_fine``."""
+    large = height * width >= LARGE_IMAGE and min(config.block_out_channels) >= FEWEST_CHANNELS
+    return large and not backend.on_ascend()
+
+
+def decode_fine(decoder: Decoder, x: ms.Tensor) -> ms.Tensor:
+    """Compute ``decoder.fine`` on a CPU, with rounding of its own, in less memory: (N, C, h, w) -> (N, C', H, W)."""
+    from pixart_nb.core.fast import cpu_decoder  # only large images need it
+
+    return cpu_decoder.decode_fine(decoder, x)
 
 
 def fast_group_norms(norms: Sequence[GroupNorm]) -> AbstractContextManager[None]:

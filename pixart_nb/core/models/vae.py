@@ -10,7 +10,7 @@ from mindspore import mint, nn, ops
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.fast import fast_group_norms
+from pixart_nb.core.fast import decode_fine, decodes_by_rows, fast_group_norms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.tiling import TileMap
@@ -141,9 +141,16 @@ class AutoencoderKL(nn.Cell):
             if self.use_tiling and max(x.shape[2:]) // stage.downscale > stage.tile:
                 x = ms.Tensor(stage(_array(x))).astype(self.dtype)
             else:
-                with fast_group_norms(stage.norms):
-                    x = stage.function(x)
+                x = self._whole(stage, x)
         return x
+
+    def _whole(self, stage: TileMap, x: ms.Tensor) -> ms.Tensor:
+        """Run a stage without tiles."""
+        height, width = (side * stage.upscale for side in x.shape[2:])
+        if stage.upscale > 1 and x.dtype == ms.float32 and decodes_by_rows(self.config, height, width):
+            return decode_fine(self.decoder, x)
+        with fast_group_norms(stage.norms):
+            return stage.function(x)
 
     def _stage(self, function: Callable, cell: nn.Cell, upscale: int = 1, downscale: int = 1) -> TileMap:
         """Return a part of the autoencoder that can be computed in tiles; ``cell`` holds its norms."""
