@@ -51,7 +51,7 @@ def random_inputs(channels: int, cells: int) -> Arrays:
 
 
 def bundled_inputs() -> Arrays:
-    """Return the embeddings of ``PROMPTS`` and of the empty prompt by the bundled model, and the noise of two images."""
+    """Return the embeddings of ``PROMPTS`` and of the empty prompt by the bundled model, and the noise."""
     from pixart_nb import PixArtSigmaPipeline
 
     pipe = PixArtSigmaPipeline.from_pretrained(BUNDLED, transformer=None, vae=None)

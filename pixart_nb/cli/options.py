@@ -210,9 +210,11 @@ def _dtype(settings: ModelKeys | None) -> str:
 
     if settings is None or settings.dtype == "fp32" or backend.on_ascend():
         return settings.dtype if settings else ""
+    if isinstance(settings, TrainConfig):
+        return "fp16 (slow on a CPU; fp32 is faster)" if settings.dtype == "fp16" else "bf16 computed in fp32"
     from pixart_nb.core.models import low_precision
 
-    only_float32 = isinstance(settings, TrainConfig) or low_precision.unsupported()
-    if settings.dtype == "fp16":
-        return f"fp16 (slow on a CPU; {'fp32 is' if only_float32 else 'bf16 and fp32 are'} faster)"
-    return "bf16 computed in fp32" if only_float32 else "bf16"
+    warnings.filterwarnings("ignore", low_precision.REPLACED)  # this line says it
+    chosen, reason = low_precision.inference_dtype_name(settings.dtype), low_precision.unsupported()
+    said = f" computed in {chosen}" + (f" ({reason})" if reason else "")
+    return settings.dtype + (said if chosen != settings.dtype else "")

@@ -34,6 +34,8 @@ from mindspore import ops
 
 #: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20
+#: Long names of the dtypes by those in configurations.
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 #: Devices that the kit computes on.
 DEVICES = ("CPU", "Ascend")
 #: Parts of the names of supported Ascend devices: Atlas A2 and A3. Older ones have no flash attention.
@@ -242,11 +244,10 @@ def supported_dtype(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
 
 def dtype_from_name(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
     """Return the MindSpore dtype of a name (``fp32``, ``fp16``, ``bf16``, a long name) or of a dtype of any library."""
-    names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
     name = str(name).lower().rpartition(".")[2]
-    name = names.get(name, name)
-    if name not in names.values():
+    name = DTYPE_NAMES.get(name, name)
+    if name not in DTYPE_NAMES.values():
         raise PixArtNBError(
             f"dtype {dtype!r} is unknown; expected float32, float16 or bfloat16 (or fp32, fp16, bf16), as a name, a "
             "NumPy dtype or a MindSpore dtype"

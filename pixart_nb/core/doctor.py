@@ -60,12 +60,15 @@ def device_checks() -> Iterator[Check]:
     """
     from pixart_nb.core import backend
     from pixart_nb.core.memory import available
+    from pixart_nb.core.models.low_precision import unsupported
 
     cann, accepted = backend.cann_versions()
     if cann:
         yield Check("CANN", f"{cann}; MindSpore accepts {', '.join(accepted)}", cann in accepted)
     name = backend.ms.hal.get_device_name(0)
     yield _attempt("device", lambda: backend.check_device() or (f"{backend.device_name()} ({name})", True))
+    if not backend.on_ascend():
+        yield Check("bfloat16 products", unsupported() or "on this processor")
     yield Check("free memory", f"{available() / 1e9:.1f} GB")
     dtypes = list(TOLERANCES) if backend.on_ascend() else ["fp32", "fp16"]
     for dtype in dtypes:

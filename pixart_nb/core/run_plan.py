@@ -15,10 +15,12 @@ from pixart_nb.core import backend, cost
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.fast import decodes_by_rows
 from pixart_nb.core.fast.cpu import transposed_elements
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.ascend_operators import flash_supports, padded_size
 from pixart_nb.core.models.attention import chunk_shape
+from pixart_nb.core.models.low_precision import inference_dtype_name
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.tiling import sample_windows, tile_starts
 from pixart_nb.core.models.transformer import PixArtConfig
@@ -312,8 +314,9 @@ def _text_encoder_bytes(config: T5Config, run: RunSettings) -> float:
 def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     """Return the bytes of the activations of each stage at its worst moment."""
     config, text, tokens = networks.transformer, networks.text_encoder, run.tokens(networks.transformer)
-    # the largest weight of T5 is upcast for its product
-    upcast = text.d_model * text.d_ff if run.dtype != "fp32" or run.t5_load in QUANTIZED else 0
+    # the largest weight of T5 is upcast for its product, but for bfloat16 on a CPU
+    in_half = run.dtype != "fp32" and backend.on_ascend()
+    upcast = text.d_model * text.d_ff if in_half or run.t5_load in QUANTIZED else 0
     values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
     heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
@@ -322,16 +325,19 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     if config.copy_blocks_num and not backend.on_ascend():  # its layers compute whole batches
         token = 4.0 * CONTROLLED_TOKEN
     channels = networks.vae.block_out_channels
+    fine = PIXEL * max(channels[:2])
+    if not run.tile and decodes_by_rows(networks.vae, run.height, run.width):  # one image at a time
+        fine = (2.0 * channels[0] + max(channels[:2])) / run.batch
     return {
         "encode": max(4.0 * (values + upcast), _vae_bytes(networks.vae, run, run.images, ENCODED_PIXEL * channels[0])),
         "denoise": token * run.rows * tokens * config.hidden_size + SCORE * scores,
-        "decode": _vae_bytes(networks.vae, run, run.batch, PIXEL * max(channels[:2])),
+        "decode": _vae_bytes(networks.vae, run, run.batch, fine),
     }
 
 
 def _activation_size(dtype: str) -> int:
-    """Return the bytes of an activation: beside bfloat16 weights, a CPU keeps float32."""
-    return BYTES[dtype] if dtype != "bf16" or backend.on_ascend() else 4
+    """Return the bytes of an activation: a CPU keeps float32."""
+    return BYTES[dtype] if backend.on_ascend() else 4
 
 
 def _vae_bytes(config: VAEConfig, run: RunSettings, images: int, fine: float) -> float:
@@ -434,6 +440,8 @@ def smaller_runs(plan: RunPlan) -> Iterator[tuple[tuple[str, ...], RunPlan]]:
     for count in range(len(options) + 1):
         for choice in itertools.combinations(options, count):
             changes = {name: value for change, _ in choice for name, value in change.items()}
+            if "dtype" in changes:
+                changes["dtype"] = inference_dtype_name(changes["dtype"])
             if all(getattr(run, name) != value for name, value in changes.items()):
                 smaller = plan_run(plan.networks, replace(run, **changes), process=plan.process)
                 yield tuple(option for _, option in choice), smaller

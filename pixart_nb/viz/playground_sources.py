@@ -109,7 +109,7 @@ class ControlNets:
         if self.key != key:
             self.key, self.net = (), None  # one at a time in memory
             base = None if holds_base_model(path) else pipe.transformer
-            self.key, self.net = key, load_controlnet(path, None, pipe.transformer.dtype, base)
+            self.key, self.net = key, load_controlnet(path, None, pipe.dtype, base)
         return self.net
 
 

@@ -32,8 +32,9 @@ def stderr(monkeypatch, project):
     ("words", "dtype"),
     [
         (("sample",), "fp32"),
-        (("sample", "--dtype", "fp16", "--device_target", "CPU"), "fp16 (slow on a CPU; fp32 is faster)"),
-        (("sample", "--dtype", "bf16"), "bf16 computed in fp32"),
+        (("sample", "--dtype", "fp16", "--device_target", "CPU"), "fp16 computed in fp32 (no products)"),
+        (("train", "-c", "configs/train/tiny.yaml", "--dtype", "fp16"), "fp16 (slow on a CPU; fp32 is faster)"),
+        (("sample", "--dtype", "bf16"), "bf16 computed in fp32 (no products)"),
         (("train", "-c", "configs/train/tiny.yaml", "--dtype", "bf16"), "bf16 computed in fp32"),
         (("plan", "--no-timed"), "fp32"),
     ],
@@ -61,6 +62,7 @@ def test_a_device_target_of_a_file_without_its_device_is_one_sentence_in_a_new_p
 
 def test_bfloat16_is_named_as_such_where_the_processor_computes_it(stderr, monkeypatch):
     monkeypatch.setattr(low_precision, "unsupported", lambda: "")
+    assert "Device: CPU, fp16 computed in bf16, MindSpore" in stderr("sample", "--dtype", "fp16")
     assert "Device: CPU, bf16, MindSpore" in stderr("sample", "--dtype", "bf16")
     training = stderr("train", "-c", "configs/train/tiny.yaml", "--dtype", "bf16")  # bfloat16 has no gradient there
     assert "Device: CPU, bf16 computed in fp32, MindSpore" in training

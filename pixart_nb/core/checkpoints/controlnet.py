@@ -18,6 +18,7 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, stacked
 from pixart_nb.core.checkpoints.load import build_transformer, init_empty, load_into
 from pixart_nb.core.io import CheckpointError, atomic_write, write_json
 from pixart_nb.core.models.controlnet import PixArtControlNet
+from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
 _BASE = "base_model."
@@ -47,7 +48,13 @@ def load_controlnet(
         base_model = build_transformer(view.complete | view.rest, describe(view, path, config).config, path, dtype)
     elif copies >= base_model.config.depth:
         raise CheckpointError(f"{path} copies {copies} blocks; this transformer has {base_model.config.depth}")
-    net = init_empty(lambda: PixArtControlNet(base_model, copies), dtype)
+
+    def build() -> PixArtControlNet:
+        net = PixArtControlNet(base_model, copies)
+        for_inference(net.controlnet, dtype)
+        return net
+
+    net = init_empty(build, dtype)
     load_into(net, _control_tensors(checkpoint.tensors, control), path, prefix="controlnet.")
     return net.set_train(False)
 

@@ -23,7 +23,7 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.config_fields import named_source
 from pixart_nb.core.models.layers import Linear
-from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear, QuantizedLinear, for_inference
+from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear, QuantizedLinear, for_inference, inference_dtype
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -35,12 +35,15 @@ POSITIONS = "SelfAttention.relative_attention_bias.weight"
 
 
 def init_empty(build: Callable[[], nn.Cell], dtype: ms.Type) -> nn.Cell:
-    """Build a network whose parameters have a dtype but no memory yet, to be loaded without a second set of weights."""
+    """Build a network whose parameters have no memory yet, to be loaded without a second set of weights.
+
+    Their dtype is that in which this device keeps ``dtype`` for inference.
+    """
     with no_init_parameters():
         net = build()
     for parameter in net.get_parameters():
         if parameter.has_init and parameter.dtype != ms.bfloat16:  # those of bfloat16 layers stay
-            parameter.set_dtype(backend.supported_dtype(dtype))
+            parameter.set_dtype(backend.supported_dtype(inference_dtype(dtype)))
     return net
 
 
@@ -257,7 +260,7 @@ class StreamedT5Encoder:
     """
 
     def __init__(self, path: Path, dtype: ms.Type, **options):
-        self.files, self.dtype = _T5Files(path, **options), backend.supported_dtype(dtype)
+        self.files, self.dtype = _T5Files(path, **options), inference_dtype(dtype)
         self.config = self.files.config
         self.net = init_empty(lambda: for_inference(T5Encoder(replace(self.config, num_layers=1)), dtype), dtype)
         self.files.fill(self.net, LAST_NORM, LAST_NORM)
@@ -272,7 +275,7 @@ class StreamedT5Encoder:
             if bias is None:  # the first layer's table serves all
                 bias = self.net.position_bias(self.net.buckets(ids.shape[1]))
             x = self.net.encoder.block[0](x, seen, bias)
-        out = self.net.encoder.final_layer_norm(x).astype(self.dtype)
+        out = self.net.encoder.final_layer_norm(x).astype(backend.supported_dtype(self.dtype))
         check_finite(out, "the text encoder")
         return out
 

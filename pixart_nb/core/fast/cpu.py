@@ -60,10 +60,7 @@ class CPUDenoiser:
         if net.hook_manager is not None:
             net.hook_manager.on_step(ms.Tensor(np.full(batch, timestep, np.float32)), *grid)
         plan = self.plan = self._plan(grid[0] * grid[1])
-        outer = [slice(0, batch * plan.tokens)]
-        if net.dtype == ms.float16:  # its sums and products take many times their own memory on the CPU
-            outer = [tokens for tokens, _ in plan.micro_batches]
-        x = self._embed(latents, outer)
+        x = self._embed(latents)
         t = self._embed_timestep(timestep, net.micro_conditions(latents))
         t0 = net.t_block[1](silu(t)).reshape(6, -1)
         for number, block in enumerate(net.blocks):
@@ -76,7 +73,7 @@ class CPUDenoiser:
             parts = self._add_projected(number, x, attended, gate)
             del attended
             x = self._cross_attention_and_mlp(number, parts, *mlp)
-        out = self._final(x, net.final_layer.scale_shift_table + t, outer)
+        out = self._final(x, net.final_layer.scale_shift_table + t)
         out = net.unpatchify(out.reshape(batch, plan.tokens, -1), *grid)
         return self.finish(out, timestep)
 
@@ -93,13 +90,13 @@ class CPUDenoiser:
         largest = max(batch.tokens.stop - batch.tokens.start for batch in batches)
         return StepPlan(tokens, batches, attentions, [BlockLinears.of(block, largest) for block in net.blocks])
 
-    def _embed(self, latents: ms.Tensor, outer: list[slice]) -> ms.Tensor:
+    def _embed(self, latents: ms.Tensor) -> ms.Tensor:
         """Latents (B, C, H, W) -> tokens with their positions, (B N, D)."""
         net, (batch, _, height, width) = self.net, latents.shape
         tokens = net.x_embedder(latents.astype(net.dtype))
         positions = repeat_batch(net.positions(height, width), batch)
         x, positions = (rows.reshape(-1, rows.shape[-1]) for rows in (tokens, positions))
-        return _concat([_rows(x, part) + _rows(positions, part) for part in outer])
+        return x + positions
 
     def _embed_timestep(self, timestep: float, micro: ms.Tensor | None) -> ms.Tensor:
         """Return the embedding that all images share: (1, D)."""
@@ -163,10 +160,10 @@ class CPUDenoiser:
         out = attention(q, *keys_values[number], mask, hook_point=layer.hook_point)
         return layer.proj(merge_heads(out)) if self.net.hook_manager.changed else None
 
-    def _final(self, x: ms.Tensor, modulation: ms.Tensor, outer: list[slice]) -> ms.Tensor:
+    def _final(self, x: ms.Tensor, modulation: ms.Tensor) -> ms.Tensor:
         """Predict all patches: x (B N, D), modulation (2, D) -> (B N, p p out_channels)."""
         layer, (shift, scale) = self.net.final_layer, (modulation[i] for i in range(2))
-        return _concat([layer.linear(modulate(layer.pre_norm, _rows(x, p), shift, scale)) for p in outer])
+        return layer.linear(modulate(layer.pre_norm, x, shift, scale))
 
 
 def _heads(layer: SelfAttention, index: int, qkv: list[ms.Tensor], batch: int, height: int, width: int) -> ms.Tensor:

@@ -23,6 +23,8 @@ from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.operators import linear
 
+#: Pattern of the warnings of ``for_inference``.
+REPLACED = "b?float16 weights are (rounded to bfloat16|kept and computed in float32)"
 #: Elements that are rounded at a time: they stay in the cache.
 _PART = 2**15
 #: Rows or columns below which a product is not split further among the threads.
@@ -85,6 +87,9 @@ def _rounded(x: np.ndarray) -> np.ndarray:
     for start in range(0, x.size, _PART):
         part = slice(start, start + _PART)
         out[part] = (bits[part] + np.uint32(0x8000)).view(np.uint16)[1::2]
+        values = bits[part].view(np.float32)
+        if np.isnan(values.max(initial=-np.inf)):  # some would become numbers
+            out[part][np.isnan(values)] = 0x7FC0
     return out.reshape(x.shape)
 
 
@@ -138,17 +143,34 @@ class BFloat16Embedding(Embedding):
         return ms.Tensor.from_numpy(_upcast(_bits(self.weight)[ids.asnumpy()]))
 
 
-def for_inference(net: nn.Cell, dtype: ms.Type) -> nn.Cell:
-    """Give a network bfloat16 layers if ``dtype`` is bfloat16, on a CPU that has the products; else it stays as it is.
+def inference_dtype(dtype: str | ms.Type) -> ms.Type:
+    """Return the dtype that the weights of a network are kept in where ``dtype`` is asked for. Training keeps its own.
 
-    A warning tells why a CPU computes in float32 instead.
+    On a CPU, float16 would be slower than float32: there both half precisions are bfloat16 on a processor that
+    multiplies it, and float32 on others.
     """
-    if dtype != ms.bfloat16 or backend.on_ascend():
-        return net
-    if unsupported():
-        warnings.warn(f"bfloat16 weights are kept and computed in float32: {unsupported()}", stacklevel=2)
-        return net
-    return to_bfloat16(net)
+    dtype = backend.dtype_from_name(dtype)
+    if dtype == ms.float32 or backend.on_ascend():
+        return dtype
+    return ms.float32 if unsupported() else ms.bfloat16
+
+
+def inference_dtype_name(dtype: str | ms.Type) -> str:
+    """Return ``inference_dtype`` by its name in configurations: fp32, fp16 or bf16."""
+    return next(name for name in backend.DTYPE_NAMES if backend.dtype_from_name(name) == inference_dtype(dtype))
+
+
+def for_inference(net: nn.Cell, dtype: ms.Type) -> nn.Cell:
+    """Give a network bfloat16 layers where ``inference_dtype`` is bfloat16 on a CPU; else it stays as it is.
+
+    A warning tells what a CPU computes in instead of ``dtype``, and why.
+    """
+    chosen, name = inference_dtype(dtype), str(dtype).lower()
+    if chosen == ms.float32 != dtype:
+        warnings.warn(f"{name} weights are kept and computed in float32: {unsupported()}", stacklevel=1)
+    elif chosen != dtype:
+        warnings.warn(f"{name} weights are rounded to bfloat16, which this processor multiplies faster", stacklevel=1)
+    return to_bfloat16(net) if chosen == ms.bfloat16 and not backend.on_ascend() else net
 
 
 def to_bfloat16(net: nn.Cell) -> nn.Cell:

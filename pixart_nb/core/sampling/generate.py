@@ -23,6 +23,7 @@ from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, compo
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import ensure_writable, write_json
+from pixart_nb.core.models.low_precision import inference_dtype_name
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.run_plan import QUANTIZED
 from pixart_nb.core.sampling.images import read_parameters, save_elsewhere, to_uint8, write_new_image
@@ -123,7 +124,8 @@ def sample(config: InferenceConfig) -> list[Path]:
         names = [path.name for path in paths]
         if workers > 1:
             names = list(dict.fromkeys(file_name(config, request) for request in requests_of(config)))
-        summary = {"files": names, "seconds_from_cold_start": seconds_of_this_process()}
+        computed = {"computed_dtype": inference_dtype_name(config.dtype)}
+        summary = computed | {"files": names, "seconds_from_cold_start": seconds_of_this_process()}
         write_json(paths[0].with_name("sample.json"), config.model_dump() | summary)
     return paths
 
@@ -352,7 +354,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
         "sampling_method": _chosen_method(config),
         **{f"lora {text}": fingerprint(Path(split_weight(text)[0])) for text in config.lora},
         **({"pag_applied_layers": ", ".join(config.pag_applied_layers)} if config.pag_scale else {}),
-        "dtype": config.dtype,
+        "dtype": inference_dtype_name(config.dtype),
         "sd_scale_factor": str(config.sd_scale_factor),
         "t5_quantized": config.t5_load if config.t5_load in QUANTIZED else "",
         "device": device_name(),
@@ -383,6 +385,7 @@ def parameters(config: InferenceConfig, request: ImageRequest) -> dict[str, Any]
         "first_image": request.stream,
         "use_parallel": False,
         "overwrite": False,
+        "computed_dtype": inference_dtype_name(config.dtype),
     }
     if config.model and Path(config.model) in [bundled_path(model) for model in BUNDLED_MODELS]:
         values["model"] = next(model for model in BUNDLED_MODELS if bundled_path(model) == Path(config.model))

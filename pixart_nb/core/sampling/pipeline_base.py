@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import device_name, dtype_from_name, ms, supported_dtype
+from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models.low_precision import inference_dtype
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -180,10 +182,10 @@ class PipelineBase(LoraLoaderMixin):
         text_encoder and tokenizer (of several checkpoints, give the path of one). A component that is given is used as
         it is; None leaves it out: a pipeline without a text encoder takes embeddings, one without a transformer only
         encodes, one without a VAE returns latents. ``pretrained_model_name_or_path`` is another name of the first
-        argument. Weights are cast to ``mindspore_dtype``, float32 by default
-        (``torch_dtype`` is its other name). With bfloat16 on a CPU the linear layers keep bfloat16 weights, and the
-        rest is float32. ``variant``, such as fp16, chooses the files; ``revision``, ``cache_dir``,
-        ``local_files_only``, ``force_download`` and ``token`` go to the hub.
+        argument. Weights are cast to ``mindspore_dtype``, float32 by default (``torch_dtype`` is its other name). With
+        float16 or bfloat16 on a CPU the linear layers of transformer and text encoder keep bfloat16 weights, and the
+        rest is float32; on a processor without bfloat16 products all is. ``variant``, such as fp16, chooses the files;
+        ``revision``, ``cache_dir``, ``local_files_only``, ``force_download`` and ``token`` go to the hub.
 
         Raises ``CheckpointError`` for a folder that is missing or incomplete and for a hub that cannot be reached.
         """
@@ -206,7 +208,8 @@ class PipelineBase(LoraLoaderMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the components that are loaded into a folder that ``from_pretrained`` and diffusers read.
 
-        Raises ``PixArtNBError`` for a text encoder in 8 or 4 bits or one that is streamed, and ``WriteError``.
+        Weights are written in float16 if they are float16, else in float32: bfloat16 exactly. Raises ``PixArtNBError``
+        for a text encoder in 8 or 4 bits or one that is streamed, and ``WriteError``.
         """
         ignore_options("save_pretrained", options, ())
         folder = Path(save_directory).expanduser()
@@ -269,9 +272,14 @@ class PipelineBase(LoraLoaderMixin):
 
     @property
     def dtype(self) -> ms.Type:
-        """Dtype of the transformer, or of the text encoder without one."""
+        """Dtype of the weights of the transformer, or of the text encoder without one (see ``from_pretrained``)."""
         net = self.transformer or self.text_encoder or self.vae
-        return ms.float32 if net is None else next(iter(net.get_parameters())).dtype
+        if net is None:
+            return ms.float32
+        if isinstance(net, nn.Cell):
+            dtypes = [parameter.dtype for parameter in net.get_parameters()]
+            return ms.bfloat16 if ms.bfloat16 in dtypes else dtypes[0]
+        return net.dtype
 
     def to(self, *args: Any, **options: Any):
         """Return the pipeline. Devices have no meaning here; another dtype than that of the weights is an error."""
@@ -281,7 +289,7 @@ class PipelineBase(LoraLoaderMixin):
             if _is_device(value):
                 if str(value).split(":")[0].lower() != self.device.lower():
                     warnings.warn(f"to({value!r}) has no effect: this is {self.device}", stacklevel=2)
-            elif supported_dtype(as_dtype(value)) != self.dtype:
+            elif inference_dtype(as_dtype(value)) != self.dtype:
                 raise PixArtNBError(
                     f"to({value!r}): the weights are {self.dtype}; use from_pretrained(..., mindspore_dtype=)"
                 )

@@ -16,7 +16,7 @@ from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.load import t5_config, vae_config
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.memory import available, in_use, run_in_subprocess
-from pixart_nb.core.models.low_precision import unsupported
+from pixart_nb.core.models.low_precision import inference_dtype_name
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
@@ -184,7 +184,7 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
         batch=1 if config.stages_path else min(config.batch_size, images),
         steps=steps,
         guided=config.guidance_scale > 1,
-        dtype=_computed_dtype(config.dtype),
+        dtype=inference_dtype_name(config.dtype),
         t5_load=config.t5_load,
         tile=config.tile_size or (TILE if config.stages_path else 0),
         sequential=bool(config.stages_path),
@@ -199,11 +199,6 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
 def _tokens(text: str, config: InferenceConfig) -> int:
     """Estimate the tokens of a text, with the one that ends it."""
     return min(-(-len(text) // _LETTERS_PER_TOKEN) + 1, config.t5_max_length or 300)
-
-
-def _computed_dtype(dtype: str) -> str:
-    """Return the dtype of the weights on this device."""
-    return "fp32" if dtype == "bf16" and not on_ascend() and unsupported() else dtype
 
 
 def check_memory(config: InferenceConfig) -> None:
@@ -240,7 +235,7 @@ def plan_config(
     """
     networks, notes = networks_of(config)
     run = run_settings(config, networks)
-    speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(_computed_dtype, dtypes)])
+    speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(inference_dtype_name, dtypes)])
     if timed:
         speeds = {
             dtype: run_in_subprocess("measures the speed", measure_speed, networks, replace(run, dtype=dtype))

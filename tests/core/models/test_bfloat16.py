@@ -11,13 +11,15 @@ from safetensors.numpy import load_file
 from test_transformer import inputs, small_net
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core import load_transformer
+from pixart_nb.core import load_controlnet, load_transformer, trace
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.controlnet import save_controlnet
 from pixart_nb.core.checkpoints.load import load_t5
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models import low_precision
+from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.transformer import PixArt
 
@@ -44,6 +46,17 @@ def copied(source, target):
     return target.set_train(False)
 
 
+BUNDLED = Path(__file__).parents[3] / "data/tiny-sigma"
+
+
+def predicted(net):
+    """Predict the noise of fixed latents and captions, by the denoiser."""
+    rng = np.random.default_rng(1)
+    caption = ms.Tensor(rng.standard_normal((2, 5, net.config.caption_channels), dtype=np.float32))
+    latents = ms.Tensor(rng.standard_normal((2, 4, 16, 16), dtype=np.float32))
+    return denoiser(net, caption, None)(latents, 500.0).asnumpy()
+
+
 @needs_products
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 300), st.booleans())
@@ -64,6 +77,14 @@ def test_infinity_and_nan_are_passed_on():
     assert np.isinf(out[0, 0])
     assert np.isnan(out[1, 0])
     assert out[2, 0] == 2
+
+
+@needs_products
+def test_no_bits_of_nan_become_a_number_and_large_values_stay_finite():
+    x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000], np.uint32).view(np.float32).reshape(-1, 1)
+    assert np.isnan(low_precision.product(x, bits(np.ones((2, 1), np.float32)))).all()
+    beyond_float16 = low_precision.product(np.full((2, 1), 1e6, np.float32), bits(np.full((2, 1), 1e6, np.float32)))
+    np.testing.assert_allclose(beyond_float16, 1e12, rtol=1e-2)
 
 
 @needs_products
@@ -134,6 +155,77 @@ def test_a_processor_without_the_products_computes_in_float32_and_says_so(monkey
     assert {parameter.dtype for parameter in net.get_parameters()} == {ms.float32}
 
 
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_half_precision_without_the_products_is_float32_bit_for_bit(monkeypatch, dtype):
+    monkeypatch.setattr(low_precision, "unsupported", lambda: "no products")
+    with pytest.warns(
+        UserWarning, match=rf"{str(dtype).lower()} weights are kept and computed in float32: no products"
+    ):
+        pipe = PixArtSigmaPipeline.from_pretrained(BUNDLED, dtype, text_encoder=None, tokenizer=None, vae=None)
+    assert pipe.dtype == ms.float32
+    exact = load_transformer(BUNDLED / "transformer")
+    assert np.array_equal(predicted(pipe.transformer), predicted(exact))
+
+
+@needs_products
+def test_float16_on_a_cpu_is_computed_in_bfloat16_and_says_so():
+    with pytest.warns(UserWarning, match="float16 weights are rounded to bfloat16, which this processor multiplies"):
+        pipe = PixArtSigmaPipeline.from_pretrained(BUNDLED, ms.float16, text_encoder=None, tokenizer=None, vae=None)
+    assert pipe.dtype == ms.bfloat16
+    assert pipe.to(ms.float16) is pipe
+    assert pipe.to(ms.bfloat16) is pipe
+    with pytest.raises(ValueError, match="the weights are BFloat16"):
+        pipe.to(ms.float32)
+    same = load_transformer(BUNDLED / "transformer", dtype=ms.bfloat16)
+    assert np.array_equal(predicted(pipe.transformer), predicted(same))
+
+
+@needs_products
+def test_a_trace_of_bfloat16_changes_nothing_and_has_the_maps_of_float32():
+    latents, maps = [], []
+    for dtype in ("fp32", "fp16"):
+        pipe = PixArtSigmaPipeline.from_pretrained(BUNDLED, mindspore_dtype=dtype, vae=None)
+        options = {"prompt": "a red mushroom on grass", "num_inference_steps": 2, "guidance_scale": 1.0}
+        *_, plain = pipe.sample(**options, generator=np.random.default_rng(1))
+        with trace(pipe, [0, 1]) as recorded:
+            *_, last = pipe.sample(**options, generator=np.random.default_rng(1))
+        assert relative_error(last.latents, plain.latents) < 1e-5
+        maps.append(recorded.rows(recorded.names[0], recorded.steps[0], 0))
+        latents.append(last.latents)
+    assert relative_error(*maps[::-1]) < 3e-2
+    assert relative_error(*latents[::-1]) < 5e-2
+
+
+@needs_products
+def test_a_controlnet_in_half_precision_keeps_its_copies_in_bfloat16(tmp_path):
+    rng, outputs = np.random.default_rng(1), []
+    net = PixArtControlNet.from_transformer(load_transformer(BUNDLED / "transformer"), 2)
+    weights = {
+        name: (p.asnumpy() + 0.02 * rng.standard_normal(p.shape)).astype(np.float32)
+        for name, p in net.parameters_and_names()
+        if name.startswith("controlnet.")
+    }
+    save_controlnet(tmp_path, weights)
+    control = ms.Tensor(rng.standard_normal((1, 4, 16, 16), dtype=np.float32))
+    for dtype in (ms.float16, ms.float32):
+        base = load_transformer(BUNDLED / "transformer", dtype=dtype)
+        controlled = load_controlnet(tmp_path, None, dtype, base)
+        outputs.append(predicted(Controlled(controlled, control, np.ones(1), np.ones(1))))
+        kept = {p.dtype for name, p in controlled.parameters_and_names() if name.endswith("after_proj.weight")}
+        assert kept == {ms.bfloat16 if dtype == ms.float16 else ms.float32}
+    assert 1e-5 < relative_error(*outputs) < 3e-2
+    assert relative_error(predicted(base), outputs[1]) > 3e-2
+
+
+@needs_products
+def test_a_pipeline_with_damaged_weights_names_the_stage():
+    pipe = PixArtSigmaPipeline.from_pretrained(BUNDLED, mindspore_dtype="bf16", vae=None)
+    weight = pipe.transformer.blocks[0].mlp.fc1.weight
+    weight.set_data(ms.Tensor(np.full(weight.shape, np.nan, np.float32)).astype(ms.bfloat16))
+    with pytest.raises(PixArtNBError, match="the output of the transformer at timestep"):
+        pipe("a red mushroom on grass", num_inference_steps=1, output_type="latent")
+
+
 @needs_products
 def test_a_pipeline_in_bfloat16_draws_the_image_of_float32_and_is_saved_for_everyone(tmp_path):
     bundled = Path(__file__).parents[3] / "data/tiny-sigma"
@@ -154,13 +246,6 @@ def test_a_pipeline_in_bfloat16_draws_the_image_of_float32_and_is_saved_for_ever
 def test_an_adapter_works_beside_bfloat16_weights_and_leaves_them_as_they_were(config):
     bundled = Path(__file__).parents[3] / "data/tiny-sigma/transformer"
     exact, net = (load_transformer(bundled, dtype=dtype) for dtype in (ms.float32, ms.bfloat16))
-    rng = np.random.default_rng(1)
-    caption = ms.Tensor(rng.standard_normal((2, 5, exact.config.caption_channels), dtype=np.float32))
-    latents = ms.Tensor(rng.standard_normal((2, 4, 16, 16), dtype=np.float32))
-
-    def predicted(each):
-        return denoiser(each, caption, None)(latents, 500.0).asnumpy()
-
     before, results = predicted(net), []
     for each in (exact, net):
         adapters = Adapters.of(each)

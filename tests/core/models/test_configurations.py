@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from reference_data import diffusers
 
+from benchmarks.ascend_stand_ins import ascend
 from pixart_nb.core import PixArtConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS
@@ -120,4 +121,7 @@ def test_a_vae_without_a_scaling_factor_has_that_of_the_first_stable_diffusion(v
 
 @pytest.mark.parametrize(("upcast", "dtype"), [(True, ms.float32), ("absent", ms.float32), (False, ms.float16)])
 def test_a_vae_that_must_be_upcast_computes_in_float32(vae_folder, upcast, dtype):
-    assert LOADERS["vae"](vae_folder(force_upcast=upcast), ms.float16).dtype == dtype
+    folder = vae_folder(force_upcast=upcast)
+    assert LOADERS["vae"](folder, ms.float16).dtype == ms.float32  # a CPU has no other convolutions
+    with ascend():
+        assert LOADERS["vae"](folder, ms.float16).dtype == dtype

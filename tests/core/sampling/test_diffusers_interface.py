@@ -9,6 +9,8 @@ from reference_data import diffusers, relative_error
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPAGPipeline, PixArtSigmaPipeline, T5EncoderModel
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.models import low_precision
+from pixart_nb.core.models.low_precision import inference_dtype
 
 FOLDER = diffusers("sigma")[0]
 CALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
@@ -110,9 +112,10 @@ def test_the_progress_bar_shows_the_steps_and_can_be_switched_off(capsys):
 @pytest.mark.parametrize("dtype", ["float16", "fp16", np.float16, np.dtype("float16"), ms.float16])
 def test_a_dtype_is_given_in_any_way(dtype):
     pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, dtype, text_encoder=None, tokenizer=None, vae=None)
-    assert pipe.dtype == ms.float16
+    assert pipe.dtype == inference_dtype(ms.float16)
     pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, torch_dtype=dtype, text_encoder=None, tokenizer=None, vae=None)
-    assert pipe.dtype == ms.float16
+    assert pipe.dtype == inference_dtype(ms.float16)
+    assert pipe.to("cpu", dtype) is pipe  # as it was asked for
 
 
 def test_options_of_from_pretrained_without_a_meaning_are_named():
@@ -143,14 +146,16 @@ def test_pipelines_share_components(pipe):
     assert np.array_equal(drawn(PixArtSigmaPipeline(**pipe.components)), drawn(pipe))
 
 
-def test_devices_have_no_meaning_and_another_dtype_is_an_error(pipe, recwarn):
+def test_devices_have_no_meaning_and_another_dtype_is_an_error(pipe, recwarn, monkeypatch):
     assert pipe.to(pipe.device) is pipe
     assert pipe.to(ms.float32) is pipe
     assert not recwarn
     with pytest.warns(UserWarning, match=r"to\('cuda'\) has no effect"):
         assert pipe.to("cuda") is pipe
-    with pytest.raises(ValueError, match="the weights are Float32"):
-        pipe.to(ms.float16)
+    monkeypatch.setattr(low_precision, "unsupported", lambda: "")
+    for half in (ms.float16, ms.bfloat16):
+        with pytest.raises(ValueError, match="the weights are Float32"):
+            pipe.to(half)
     with pytest.warns(UserWarning, match="resumable stages"):
         pipe.enable_model_cpu_offload()
     pipe.enable_vae_tiling()

@@ -8,10 +8,12 @@ import pytest
 from lora_models import trained
 from reference_data import diffusers, official
 
+from benchmarks.ascend_stand_ins import ascend
 from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.models.low_precision import inference_dtype
 from pixart_nb.core.sampling.generate import like, load_pipeline, sample
 from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.sampling.planning import architecture_of, max_sequence_length
@@ -102,8 +104,11 @@ def test_a_size_that_the_folder_contradicts_is_refused():
         load_pipeline(check_config(SIZE | PARTS | {"sample_size": 64}))
 
 
-def test_weights_are_in_the_dtype_that_was_asked_for():
-    pipe = load_pipeline(check_config(SIZE | {"model": str(FOLDER), "dtype": "fp16"}))
+def test_weights_are_in_the_dtype_that_the_device_computes_in():
+    config = check_config(SIZE | {"model": str(FOLDER), "dtype": "fp16"})
+    assert load_pipeline(config).dtype == inference_dtype("fp16") != ms.float16
+    with ascend():
+        pipe = load_pipeline(config)
     assert {p.dtype for p in pipe.transformer.get_parameters()} == {ms.float16}
 
 
