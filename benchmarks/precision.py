@@ -1,7 +1,7 @@
 """Errors of bfloat16 against float32, in this kit and in diffusers: one forward pass, and the latents after 20 steps.
 
-    python benchmarks/precision.py                               # the bundled model, with prompts of its own
-    python benchmarks/precision.py --depth 28 --size 256         # XL/2 with random weights
+    python -m benchmarks.precision                               # the bundled model, with prompts of its own
+    python -m benchmarks.precision --depth 28 --size 256         # XL/2 with random weights
 
 Both systems load the same weights in the same layout and draw from the same noise. Each is compared with itself in
 float32. Needs PyTorch and diffusers: pip install -e '.[reference]'.
@@ -20,7 +20,6 @@ import numpy as np
 
 from pixart_nb.core.memory import run_in_subprocess
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 BUNDLED = Path(__file__).resolve().parents[1] / "data/tiny-sigma"
 PROMPTS = ("a red mushroom on grass", "a blue cup in the desert")
 #: Timesteps of the forward passes.

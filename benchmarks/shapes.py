@@ -24,7 +24,7 @@ class Shapes:
         dtype: ``fp32`` or ``bf16``, of transformer and T5.
         batch_size: Images of a training step.
         small: A transformer as small as those that come with the kit, instead of the sizes above.
-        compiled: Networks of the peer are compiled by ``torch.compile``.
+        compiled: Networks of diffusers are compiled by ``torch.compile``.
     """
 
     size: int = 256

@@ -30,6 +30,21 @@ What = Annotated[
         "T5 streamed."
     ),
 ]
+Peer = Annotated[
+    bool,
+    typer.Option("--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."),
+]
+Compiled = Annotated[
+    bool,
+    typer.Option(
+        "--compiled",
+        help="Measure diffusers with blocks compiled by torch.compile, too. Needs PyTorch and a C++ compiler.",
+    ),
+]
+Dtypes = Annotated[
+    list[str] | None,
+    typer.Option(help="fp32, bf16 or both, for denoise and encode, in every system. \\[default: fp32]"),
+]
 
 
 def bench(
@@ -38,17 +53,8 @@ def bench(
     training_size: Annotated[
         list[int] | None, typer.Option(help="Sides in pixels at which table measures a training step.")
     ] = None,
-    with_diffusers: Annotated[
-        bool,
-        typer.Option("--peer", help="Measure diffusers too, in turns. Needs PyTorch: pip install -e '.\\[reference]'."),
-    ] = False,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compiled",
-            help="Measure diffusers with blocks compiled by torch.compile, too. Needs PyTorch and a C++ compiler.",
-        ),
-    ] = False,
+    with_diffusers: Peer = False,
+    compiled: Compiled = False,
     repeats: Annotated[int, typer.Option(min=0, help="Number of measured runs, after one warm-up run.")] = 3,
     sampling_steps: Annotated[
         int, typer.Option(min=1, max=20, help="Number of measured steps; the rest of 20 is extrapolated.")
@@ -61,10 +67,7 @@ def bench(
         bool, typer.Option("--small", help="A transformer as small as the bundled ones (192 wide, 6 blocks), not XL/2.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 1,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="fp32, bf16 or both, for denoise and encode, in every system. \\[default: fp32]"),
-    ] = None,
+    dtype: Dtypes = None,
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
     ] = Path("outputs/bench"),
@@ -114,6 +117,11 @@ def _check(what: Benchmark, peers: list[str], dtypes: list[str]) -> None:
         raise PixArtNBError(
             f"--dtype {' '.join(dtypes)} is measured by denoise and encode; {what.value} is measured in fp32"
         )
+    if "bf16" in dtypes:
+        from pixart_nb.core.models.low_precision import inference_dtype_name, unsupported
+
+        if inference_dtype_name("bf16") != "bf16":
+            raise PixArtNBError(f"--dtype bf16 would be computed in float32: {unsupported()}")
 
 
 def has_compiler() -> bool:

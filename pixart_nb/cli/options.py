@@ -216,5 +216,6 @@ def _dtype(settings: ModelKeys | None) -> str:
 
     warnings.filterwarnings("ignore", low_precision.REPLACED)  # this line says it
     chosen, reason = low_precision.inference_dtype_name(settings.dtype), low_precision.unsupported()
-    said = f" computed in {chosen}" + (f" ({reason})" if reason else "")
-    return settings.dtype + (said if chosen != settings.dtype else "")
+    if chosen == settings.dtype:
+        return chosen
+    return f"{settings.dtype} computed in {chosen}" + (f" ({reason})" if reason else "")

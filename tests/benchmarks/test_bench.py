@@ -17,6 +17,7 @@ from benchmarks.worker import Worker
 from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
+from pixart_nb.core.models import low_precision
 from pixart_nb.viz.measurements import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(
@@ -160,9 +161,11 @@ def test_a_missing_diffusers_is_named(monkeypatch):
 def test_a_missing_compiler_is_named_and_a_part_without_bfloat16(monkeypatch):
     monkeypatch.setattr("pixart_nb.cli.bench.find_spec", lambda name: True)
     monkeypatch.setattr("pixart_nb.cli.bench.which", lambda name: None)
+    monkeypatch.setattr(low_precision, "unsupported", lambda: "no products")
     for words, message in (
         (["denoise", "--compiled"], "install g++, or set CXX"),
         (["decode", "--dtype", "fp32", "bf16"], "decode is measured in fp32"),
+        (["denoise", "--dtype", "bf16"], "--dtype bf16 would be computed in float32: no products"),
     ):
         result = CliRunner().invoke(app, ["bench", *words])
         assert result.exit_code != 0
