@@ -1,4 +1,4 @@
-"""A checkpoint in the published layout: 28 layers, 16 heads and XL/2's names, but narrow and with random weights."""
+"""A checkpoint in the published layout: XL/2's names and 16 heads, but narrow and with random weights."""
 
 from pathlib import Path
 
@@ -10,18 +10,14 @@ from pixart_nb.core.checkpoints.components import write_transformer
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
 
-def published_parameters(project: Path, folder: Path, **changes) -> dict:
+#: XL/2 at 256 pixels, but narrow; and a small one that the notebooks with trainings can run on.
+DEEP = dict(class_name="PixArt", hidden_size=128, depth=28, input_size=32, pe_interpolation=0.5)
+SMALL = dict(class_name="PixArtMS", hidden_size=64, depth=2, input_size=8, pe_interpolation=0.125)
+
+
+def published_parameters(project: Path, folder: Path, network: dict = DEEP, **changes) -> dict:
     """Write the checkpoint, and return the published 256 configuration with its paths pointing there."""
-    config = PixArtConfig(
-        class_name="PixArt",
-        hidden_size=128,
-        num_heads=16,
-        depth=28,
-        caption_channels=128,
-        input_size=32,
-        pe_interpolation=0.5,
-    )
-    net = PixArt(config)
+    net = PixArt(PixArtConfig(num_heads=16, caption_channels=128, **network))
     rng = np.random.default_rng(0)
     net.initialize(rng, zero_cross_attention=False)
     output = net.final_layer.linear.weight  # zero at the start of a training: then nothing would be predicted
