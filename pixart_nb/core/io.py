@@ -322,6 +322,12 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file atomically; the copy has the mode that the umask gives."""
+    with atomic_write(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def write_json(path: str | Path, content) -> None:
     """Write a JSON file atomically, indented."""
     write_text(path, json.dumps(content, indent=2) + "\n")

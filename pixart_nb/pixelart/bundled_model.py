@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.io import atomic_write, folder_lock
+from pixart_nb.core.io import copy_file, folder_lock
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -121,9 +120,3 @@ def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Enco
     components.write_index(folder, DPMSolverMultistepScheduler())
     small_images_card().write(folder)
     tqdm.write(f"wrote {folder}")
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file in one step."""
-    with atomic_write(target) as temporary:
-        shutil.copyfile(source, temporary)

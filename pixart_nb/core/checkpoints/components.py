@@ -195,6 +195,16 @@ def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
     return {name: p.asnumpy().astype(dtype) for name, p in net.parameters_and_names()}
 
 
+def weights_path(folder: Path, name: str = "transformer") -> Path:
+    """Return the path that the weights of a component are written to.
+
+    Raises ``CheckpointError`` for a folder with the index of other weights, which would be read in place of them.
+    """
+    if indices := sorted(path.name for path in folder.glob("*.safetensors.index.json")):
+        raise CheckpointError(f"{folder} holds other weights ({indices[0]} and its files); choose an empty folder")
+    return folder / ("model.safetensors" if name == "text_encoder" else WEIGHTS)
+
+
 def write_transformer(
     folder: Path, net: PixArt, dtype: type[np.floating] = np.float32, weights: Mapping[str, np.ndarray] | None = None
 ) -> None:
@@ -204,14 +214,14 @@ def write_transformer(
     """
     weights = _weights(net, dtype) if weights is None else weights
     tensors = {n: LazyTensor.of(value, n) for n, value in weights.items() if n not in key_maps.OPTIONAL}
-    with atomic_write(folder / WEIGHTS) as temporary:
+    with atomic_write(weights_path(folder)) as temporary:
         write_safetensors(temporary, to_layout(tensors, "diffusers"))
     write_json(folder / "config.json", diffusers_config(net.config))
 
 
 def write_vae(folder: Path, net: AutoencoderKL, dtype: type[np.floating] = np.float32) -> None:
     """Write an autoencoder in the diffusers layout."""
-    save_tensors(folder / WEIGHTS, _weights(net, dtype), {"format": "pt"})
+    save_tensors(weights_path(folder), _weights(net, dtype), {"format": "pt"})
     config = asdict(net.config)
     blocks = len(net.config.block_out_channels)
     extra = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
@@ -220,7 +230,7 @@ def write_vae(folder: Path, net: AutoencoderKL, dtype: type[np.floating] = np.fl
 
 def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = np.float32) -> None:
     """Write a T5 encoder in the layout of transformers."""
-    save_tensors(folder / "model.safetensors", _weights(net, dtype), {"format": "pt"})
+    save_tensors(weights_path(folder, "text_encoder"), _weights(net, dtype), {"format": "pt"})
     extra = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
     extra |= {"dense_act_fn": "gelu_new", "is_gated_act": True, "eos_token_id": 1, "pad_token_id": 0}
     write_json(folder / "config.json", {**extra, **asdict(net.config)})

@@ -17,7 +17,7 @@ import numpy as np
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.audit import Audit, AuditEntry, sentences_on
-from pixart_nb.core.checkpoints.configuration import describe, diffusers_config
+from pixart_nb.core.checkpoints.configuration import describe, diffusers_config, read_config
 from pixart_nb.core.checkpoints.files import WEIGHTS, open_checkpoint, write_safetensors
 from pixart_nb.core.checkpoints.key_maps import TransformerTensors, init_compression, to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
@@ -155,6 +155,8 @@ def _layout_of(source: Path, target: Path) -> str:
         raise CheckpointError(f"{target}: expected a file that ends in {endings}, or a folder (without a dot)")
     if (target / "model_index.json").is_file():
         raise CheckpointError(f"{target} is a whole pipeline; give its transformer folder, {target / 'transformer'}")
+    if (target / "config.json").is_file():
+        read_config(target / "config.json")  # refuses that of another network
     others = [p.name for p in target.glob("*") if p.name != WEIGHTS and p.suffix in (".bin", ".safetensors")]
     others += [p.name for p in target.glob("*.index.json")]
     if others:

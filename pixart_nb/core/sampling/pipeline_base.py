@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import copy_file
 from pixart_nb.core.models.low_precision import inference_dtype
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
@@ -209,19 +209,23 @@ class PipelineBase(LoraLoaderMixin):
         """Write the components that are loaded into a folder that ``from_pretrained`` and diffusers read.
 
         Weights are written in float16 if they are float16, else in float32: bfloat16 exactly. Raises ``PixArtNBError``
-        for a text encoder in 8 or 4 bits or one that is streamed, and ``WriteError``.
+        for a text encoder in 8 or 4 bits or one that is streamed and for a folder with other weights in shards, and
+        ``WriteError``.
         """
         ignore_options("save_pretrained", options, ())
         folder = Path(save_directory).expanduser()
         if self.text_encoder is not None and not components.is_whole(self.text_encoder):
             raise PixArtNBError("the text encoder is streamed or in 8 or 4 bits, so it cannot be saved; load it whole")
-        for name, write in components.WRITERS.items():
+        loaded = {name: write for name, write in components.WRITERS.items() if getattr(self, name) is not None}
+        for name in loaded:
+            components.weights_path(folder / name, name)  # before anything is written
+        for name, write in loaded.items():
             net = getattr(self, name)
-            if net is not None:
-                half = next(iter(net.get_parameters())).dtype == ms.float16
-                write(folder / name, net, np.float16 if half else np.float32)
+            half = next(iter(net.get_parameters())).dtype == ms.float16
+            write(folder / name, net, np.float16 if half else np.float32)
         if self.tokenizer is not None and self.tokenizer.folder.resolve() != (folder / "tokenizer").resolve():
-            shutil.copytree(self.tokenizer.folder, folder / "tokenizer", dirs_exist_ok=True)
+            for path in filter(Path.is_file, self.tokenizer.folder.iterdir()):
+                copy_file(path, folder / "tokenizer" / path.name)
         absent = [name for name, part in self.components.items() if part is None]
         components.write_index(folder, self.scheduler, type(self).__name__, absent)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import ConfigError
-from pixart_nb.core.io import atomic_write, read_json, remove_temporaries, write_json
+from pixart_nb.core.io import copy_file, read_json, remove_temporaries, write_json
 
 #: File that says which training wrote a result folder.
 MARK = "training.json"
@@ -30,6 +29,15 @@ def check_result(folder: Path, sources: Iterable[Path]) -> None:
         raise ConfigError(
             f"{folder} exists and was not written by this version of `pixart-nb train`, which would write its result "
             "there; move it, or choose another output_path"
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse to train in a folder whose ``config.json`` is not that of a training. Raises ``ConfigError``."""
+    path = folder / "config.json"
+    if path.is_file() and "output_path" not in read_json(path):
+        raise ConfigError(
+            f"{path} was not written by `pixart-nb train`, which would write its own there; choose another output_path"
         )
 
 
@@ -65,5 +73,4 @@ def add_files(source: Path, target: Path) -> None:
         try:
             os.link(path.resolve(), copy)
         except OSError:  # another file system, or one without hard links
-            with atomic_write(copy) as temporary:
-                shutil.copyfile(path, temporary)
+            copy_file(path, copy)

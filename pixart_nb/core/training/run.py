@@ -36,7 +36,7 @@ from pixart_nb.core.training.loss import min_snr_weights
 from pixart_nb.core.training.networks import FrozenNetworks, vae_encoder
 from pixart_nb.core.training.objectives import ControlObjective, Objective
 from pixart_nb.core.training.options import check_overflow_mode, steps_per_epoch, trainer_options
-from pixart_nb.core.training.result import add_files, check_result, write_result
+from pixart_nb.core.training.result import add_files, check_folder, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal
 from pixart_nb.core.training.validation import MAX_HELD_OUT, Validation, mean_loss, psnr, reconstruct, require_disjoint
 from pixart_nb.core.training.weak_to_strong import START_BATCHES, Start, start_from_config, start_report
@@ -62,6 +62,7 @@ class Training:
         objective = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]
         self.result = self.folder / ("lora" if config.lora_rank else objective.result)
         check_result(self.result, self.networks.paths.values())
+        check_folder(self.folder)
         checkpoint = self.networks.paths["transformer"]
         self.start: Start = start_from_config(config, checkpoint, self.networks.max_length)
         self.net, self.report = self.start.net, {}

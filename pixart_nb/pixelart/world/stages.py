@@ -18,7 +18,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import folder_lock, load_tensors, save_tensors
+from pixart_nb.core.io import copy_file, folder_lock, load_tensors, save_tensors
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -27,7 +27,6 @@ from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training.loss import diffusion_loss
 from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import CaptionPool, diffusion_batches, generator, set_weights, trained_parameters
-from pixart_nb.pixelart.bundled_model import copy_file
 from pixart_nb.pixelart.world.autoencoder import train_autoencoder
 from pixart_nb.pixelart.world.captions import world_caption
 from pixart_nb.pixelart.world.pool import scene_of, scene_shard, write_pool

@@ -361,6 +361,15 @@ def test_the_command_takes_mindones_short_options_and_its_default_target(sources
     assert "give --target" in result.stderr
 
 
+def test_the_folder_of_another_network_is_not_a_target(project, sources, tmp_path):
+    for name in ("vae", "text_encoder"):
+        folder = shutil.copytree(project / "data" / "tiny-sigma" / name, tmp_path / name)
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        result = run("-s", sources / "official.pth", "-t", folder, "--sample_size", 16)
+        assert result.exit_code == 2 and str(folder) in result.stderr
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_file_where_the_default_target_would_be_is_not_replaced(sources, tmp_path):
     shutil.copy(sources / "official.pth", tmp_path / "mine.pth")
     (tmp_path / "mine.ckpt").write_bytes(b"mindone's")

@@ -138,6 +138,15 @@ def test_a_saved_pipeline_draws_the_same_and_keeps_its_class(tmp_path, name, cls
     assert index["_class_name"] == cls.__name__
 
 
+def test_a_pipeline_is_not_saved_beside_shards_that_would_be_read_in_its_place(pipe, tmp_path):
+    shards = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    shards.parent.mkdir()
+    shards.write_text('{"weight_map": {}}')
+    with pytest.raises(PixArtNBError, match=r"transformer holds other weights .*index\.json.*choose an empty folder"):
+        pipe.save_pretrained(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [shards]
+
+
 def test_pipelines_share_components(pipe):
     other = PixArtAlphaPipeline.from_pipe(pipe, scheduler="euler")
     assert other.transformer is pipe.transformer

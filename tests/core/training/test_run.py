@@ -87,6 +87,14 @@ def test_a_model_in_the_place_of_the_result_is_refused_and_unchanged(config, pro
     assert contents(tmp_path) == before
 
 
+def test_a_configuration_of_something_else_in_the_output_folder_is_not_replaced(config, project, tmp_path):
+    model = write_small_pipeline(tmp_path / "model", project)
+    before = contents(model)
+    with pytest.raises(ConfigError, match=r"config\.json was not written by `pixart-nb train`.*choose another"):
+        train(config(model / "transformer", model=str(model)))
+    assert contents(model) == before
+
+
 def test_a_result_that_is_complete_is_left_alone_and_a_longer_training_replaces_it(config, tmp_path):
     result = train(config(tmp_path / "out", steps=1))
     note, scheduler = result / "note.txt", result / "scheduler" / "scheduler_config.json"
