@@ -130,14 +130,17 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
 def shorten_tiny() -> None:
     """Let the trainings of the bundled models take seconds: few steps, few images."""
     few = {"steps": 6, "save_every": 2, "log_every": 1, "warmup_steps": 1}
-    for module in (autoencoder, text_encoder, world_autoencoder, world_text_encoder):
+    fewer = few | {"steps": 4}
+    for module in (autoencoder, text_encoder):
         module.OPTIONS = replace(module.OPTIONS, **few)
+    for module in (world_autoencoder, world_text_encoder):
+        module.OPTIONS = replace(module.OPTIONS, **fewer)
     bundled_model.STAGES = {name: replace(o, **few) for name, o in bundled_model.STAGES.items()}
     bundled_model.BATCH, text_encoder.BATCH, autoencoder.BATCH, batches.SHARD = 2, 4, 2, 32
     bundled_model.IMAGES = 64
     pool.SHARD, world_autoencoder.SHARDS, world_autoencoder.BATCH, world_text_encoder.BATCH = 8, 4, 2, 4
     stages.STAGES = tuple(
-        replace(stage, shards=3, batch=2, options=replace(stage.options, **few)) for stage in stages.STAGES[:2]
+        replace(stage, shards=3, batch=2, options=replace(stage.options, **fewer)) for stage in stages.STAGES[:2]
     )
 
 
@@ -234,15 +237,15 @@ def without_times(value: Any) -> Any:
     return [without_times(part) for part in value] if isinstance(value, list) else value
 
 
-def check(command: LongCommand, kills: int, rng: np.random.Generator, log: Path) -> dict[str, Any]:
-    """Run a command without kills, then with them; return what differs."""
+def check(command: LongCommand, kills: int, rng: np.random.Generator, log: Path, seconds: float) -> dict[str, Any]:
+    """Run a command without kills, then with them until so many seconds have passed; return what differs."""
     began = time.monotonic()
     wait(start(command.words, log), log)
     longest, expected = 1.3 * (time.monotonic() - began), snapshot(command.out)
     done, writing, runs, different, left = 0, 0, 0, set(), set()
-    while done < kills or temporary_files(command.out):
+    while (done < kills and time.monotonic() - began < seconds) or temporary_files(command.out):
         shutil.rmtree(command.out)
-        while done < kills:
+        while done < kills and time.monotonic() - began < seconds:
             process = start(command.words, log)
             if not kill(process, command.out, rng, done % 2 == 1, longest, log):
                 break
@@ -272,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30, help="kills of each command")
     parser.add_argument("--only", nargs="*", default=[], help="names of the commands; by default all")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop killing a command after so many minutes")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     shorten_tiny()
@@ -288,7 +292,7 @@ def main() -> None:
         for name in arguments.only or commands:
             (base / "out").mkdir(exist_ok=True)
             rng = np.random.default_rng(arguments.seed)
-            report = check(commands[name], arguments.kills, rng, base / f"{name}.log")
+            report = check(commands[name], arguments.kills, rng, base / f"{name}.log", 60 * arguments.minutes)
             print(json.dumps({"command": name, **report}), flush=True)
             failed |= bool(report["different"] or report["left"])
             shutil.rmtree(base / "out")

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.config.keys import ModelKeys
 from pixart_nb.core.data.labels import read_prompts
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, WriteError
 from pixart_nb.core.io import ensure_writable, folder_lock, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
-from pixart_nb.core.sampling.images import to_uint8, write_image
+from pixart_nb.core.sampling.images import save_elsewhere, to_uint8, write_image
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.sampling.text import card_vocabulary
 from pixart_nb.core.training.validation import psnr, reconstruct
@@ -85,7 +85,8 @@ def evaluate_and_write(
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a pipeline; write ``images.png`` and ``evaluation.json`` into the folder ``output``.
 
-    Returns the report and its path. If there are earlier ones, both names count up: ``evaluation-2.json``.
+    Returns the report and its path. If there are earlier ones, both names count up: ``evaluation-2.json``. What cannot
+    be written there goes into the system's temporary folder.
 
     ``vae``: measure the reconstruction of the drawn scenes by the VAE too. ``settings``: further entries of the report,
     such as the name of the model. ``sampling``: options of ``evaluate_model``.
@@ -97,13 +98,21 @@ def evaluate_and_write(
         kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
         report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
     report = {**(settings or {}), **sampling, **report}
+    sheet = contact_sheet(images, _SHEET_COLUMNS)
+    try:
+        return report, _write_new(folder, sheet, report)
+    except WriteError as error:  # the disk is full: the work is not lost, and the image holds the report
+        return report, save_elsewhere("images.png", sheet, report, error)
+
+
+def _write_new(folder: Path, sheet: np.ndarray, report: Mapping[str, Any]) -> Path:
     with folder_lock(folder, ".evaluation.lock", wait=True):
         suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
         names = ((folder / f"images{suffix}.png", folder / f"evaluation{suffix}.json") for suffix in suffixes)
-        sheet, path = next(pair for pair in names if not any(map(Path.exists, pair)))
-        write_image(sheet, contact_sheet(images, _SHEET_COLUMNS), report)
+        image, path = next(pair for pair in names if not any(map(Path.exists, pair)))
+        write_image(image, sheet, report)
         write_json(path, report)
-    return report, path
+    return path
 
 
 def score_table(report: Mapping[str, Any]) -> RichTable:

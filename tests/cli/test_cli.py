@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,9 @@ from typer.testing import CliRunner
 from pixart_nb.cli import app
 from pixart_nb.core import backend
 from pixart_nb.core.checkpoints.load import load_transformer
+from pixart_nb.core.errors import WriteError
 from pixart_nb.core.sampling import generate as sample
+from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, short_caption
 from pixart_nb.pixelart.evaluation import agreement, evaluate_model, held_out_scenes
@@ -215,6 +218,20 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     run("evaluate", *words, "--seed", 2)
     assert json.loads((tmp_path / "evaluation-2.json").read_text())["seed"] == 1
     assert json.loads((tmp_path / "evaluation-3.json").read_text())["seed"] == 2
+
+
+def test_an_evaluation_that_cannot_be_saved_is_printed_and_saved_elsewhere(run, painter, tmp_path, monkeypatch):
+    def full(path, report):
+        raise WriteError(f"{path} could not be written (No space left on device).")
+
+    monkeypatch.setattr("pixart_nb.pixelart.evaluation.write_json", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"No space left on device.*saved as"):
+        result = run("evaluate", "--count", 2, "--sampling_steps", 1, "-o", tmp_path / "out")
+    assert result.exit_code == 0 and re.search(r"object\W+100\.0%", result.stdout)
+    path = result.stdout.splitlines()[-1]
+    assert not path.startswith(str(tmp_path / "out"))
+    assert read_parameters(path)["accuracy"]["all"] == 1.0
 
 
 def test_evaluate_draws_the_captions_of_a_label_file(run, painter, tmp_path):

@@ -1,6 +1,7 @@
 """The shipped configurations hold the published values, and mindone's files and command lines work unchanged."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,9 @@ def test_mindones_readme_runs_from_conversion_to_training(project, tmp_path, mon
         model_max_length=300,
     )  # fmt: skip
     write_random(folder / "PixArt-Sigma-XL-2-512-MS.pth", small)
+    compression = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": list(range(14, 28))}
+    changes = {"depth": 28, "input_size": 256, "pe_interpolation": 4.0, "kv_compress_config": compression}
+    write_random(folder / "PixArt-Sigma-XL-2-2K-MS-KV.pth", replace(small, **changes))
     monkeypatch.chdir(tmp_path)
     checkpoint = "models/PixArt-Sigma-XL-2-512-MS"
     labels = f"--json_path {project}/data/pixelart/labels.json --image_dir {project}/data/pixelart"
@@ -200,8 +204,12 @@ def test_mindones_readme_runs_from_conversion_to_training(project, tmp_path, mon
         "--validation_prompts magic",
         f"sample.py -c {MINDONE}/inference-512.yaml --prompt magic --sampling_steps 1 -o trained --checkpoint "
         "run/step-00000001.safetensors",
+        f"sample.py -c {MINDONE}/inference-2K-KV-Compress.yaml --prompt magic --sampling_steps 1 -o compressed "
+        "--checkpoint models/PixArt-Sigma-XL-2-2K-MS-KV.pth --image_height 256 --image_width 256 "
+        "--use_resolution_binning False",
     ):
         result = CliRunner().invoke(app, line.split())
         assert result.exit_code == 0, result.output
-    assert len(list(Path("images").glob("*.png"))) == len(list(Path("trained").glob("*.png"))) == 1
+    for drawn in ("images", "trained", "compressed"):
+        assert len(list(Path(drawn).glob("*.png"))) == 1
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()
