@@ -78,6 +78,7 @@ def bench(
 
     Example: pixart-nb bench denoise --size 256 512 --peer --compiled --dtype fp32 bf16
     """
+    from pixart_nb.core.io import ensure_writable
     from pixart_nb.viz.figures import save_figure
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
@@ -85,6 +86,7 @@ def bench(
     peers = (["diffusers"] if with_diffusers else []) + (["compiled"] if compiled else [])
     _check(what, peers, dtypes)
     start()
+    ensure_writable(output_path)
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
     shapes = shapes_class(steps=sampling_steps, dtype=dtypes[0], batch_size=batch_size, small=small, **sizes)

@@ -33,9 +33,11 @@ def plan(
     """
     settings = load_config(config, "inference", options)
     start(settings)
-    from pixart_nb.core.io import write_json
+    from pixart_nb.core.io import ensure_writable, write_json
     from pixart_nb.core.sampling.planning import RATIOS, SIZES, plan_config
 
+    if output_path:
+        ensure_writable(output_path.parent)
     planned = plan_config(settings, sizes or SIZES, ratios or RATIOS, timed=timed)
     typer.echo(report(planned))
     if output_path:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.io import copy_file, folder_lock
+from pixart_nb.core.io import copy_file, ensure_writable, folder_lock
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -71,7 +71,7 @@ def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
     Intermediate results are stored in ``work``: an interrupted training resumes from there. Scenes held out by
     ``split_scenes`` are never shown.
     """
-    folder, work = Path(folder), Path(work)
+    folder, work = ensure_writable(folder), Path(work)
     scenes = split_scenes()[0]
     with folder_lock(work):
         vae = train_autoencoder(scenes, work / "vae", seed)

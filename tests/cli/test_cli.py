@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +100,29 @@ def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, words, message):
     errors = [line for line in result.stderr.splitlines() if line.startswith("pixart-nb: ")]
     assert len(errors) == 1
     assert result.stderr.splitlines()[-1] == errors[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root cannot write")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "sample -c configs/inference/tiny.yaml -o /proc/out",
+        "evaluate --count 1 -o /proc/out",
+        "train -c configs/train/tiny.yaml --feature_cache {tmp} --output_path /proc/out",
+        "upscale -o /proc/out --image_height 256 --image_width 256",
+        "tiny -o /proc/out --work_path {tmp}",
+        "tiny --stage 128 -o /proc/out --work_path {tmp}",
+        "compress -s data/tiny-sigma -t /proc/out.ckpt",
+        "convert -s data/tiny-sigma/transformer -t /proc/out.ckpt",
+        "plan -c configs/inference/tiny.yaml -o /proc/out.json",
+        "bench denoise --small -o /proc/out",
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line_before_any_work(run, painter, tmp_path, words):
+    result = run(*words.format(tmp=tmp_path / "work").split())
+    assert result.exit_code == 2, result.output
+    assert re.search(r"^pixart-nb: /proc\S* could not be written", result.stderr.splitlines()[-1])
+    assert not painter.calls and not (tmp_path / "work").exists()
 
 
 def test_an_error_of_another_kind_is_not_hidden(run, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import ConfigError
-from pixart_nb.core.io import copy_file, read_json, remove_temporaries, write_json
+from pixart_nb.core.io import copy_file, ensure_writable, read_json, remove_temporaries, write_json
 
 #: File that says which training wrote a result folder.
 MARK = "training.json"
@@ -33,8 +33,11 @@ def check_result(folder: Path, sources: Iterable[Path]) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse to train in a folder whose ``config.json`` is not that of a training. Raises ``ConfigError``."""
-    path = folder / "config.json"
+    """Refuse to train in a folder that cannot be written, or whose ``config.json`` is not that of a training.
+
+    Raises ``WriteError`` or ``ConfigError``.
+    """
+    path = ensure_writable(folder) / "config.json"
     if path.is_file() and "output_path" not in read_json(path):
         raise ConfigError(
             f"{path} was not written by `pixart-nb train`, which would write its own there; choose another output_path"

@@ -62,7 +62,8 @@ class Training:
         objective = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]
         self.result = self.folder / ("lora" if config.lora_rank else objective.result)
         check_result(self.result, self.networks.paths.values())
-        check_folder(self.folder)
+        if self.workers.is_main:
+            check_folder(self.folder)
         checkpoint = self.networks.paths["transformer"]
         self.start: Start = start_from_config(config, checkpoint, self.networks.max_length)
         self.net, self.report = self.start.net, {}

@@ -18,7 +18,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.data.images import to_signed
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.io import copy_file, folder_lock, load_tensors, save_tensors
+from pixart_nb.core.io import copy_file, ensure_writable, folder_lock, load_tensors, save_tensors
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -86,7 +86,7 @@ def train_world(folder: Path, work: Path, last: str = "256", seed: int = 0, proc
     names = [stage.name for stage in STAGES]
     if last not in names:
         raise PixArtNBError(f"last is {last!r}; expected one of {', '.join(names)}")
-    folder, work = Path(folder), Path(work)
+    folder, work = ensure_writable(folder), Path(work)
     with folder_lock(work):
         tokenizer = TextTokenizer(train_tokenizer(work / "tokenizer", seed))
         encoder = train_text_encoder(tokenizer, work / "text_encoder", seed)
