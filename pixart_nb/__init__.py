@@ -7,9 +7,27 @@ the bundled model).
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
 __version__ = "0.2.0"
+
+
+def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> tuple:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported on first use.
+
+    ``modules``: module of the package -> its public names.
+    """
+    public = {name: f"{package}.{module}" for module, names in modules.items() for name in names}
+
+    def load(name: str):
+        if name not in public:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(public[name]), name)
+
+    return load, lambda: sorted({*vars(sys.modules[package]), *public}), list(public)
+
 
 _MODULES = {
     # pipelines, their components and schedulers
@@ -61,15 +79,5 @@ _MODULES = {
     "viz.attention_explorer": ("AttentionExplorer",),
     "viz.compression_explorer": ("CompressionExplorer",),
 }
-_PUBLIC = {name: f"pixart_nb.{module}" for module, names in _MODULES.items() for name in names}
-__all__ = [*_PUBLIC, "__version__"]
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)
+__all__ += ["__version__"]

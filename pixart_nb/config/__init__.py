@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import os
 import reprlib
 import sys
@@ -22,7 +21,7 @@ from pixart_nb.config.keys import SAMPLING_METHODS as SAMPLING_METHODS
 from pixart_nb.config.keys import SAMPLING_STEPS as SAMPLING_STEPS
 from pixart_nb.config.keys import bundled_path as bundled_path
 from pixart_nb.config.keys import training_identity as training_identity
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, did_you_mean
 
 CONFIG_TYPES: dict[str, type[ModelKeys]] = {"inference": InferenceConfig, "train": TrainConfig}
 _COMMANDS = {"inference": "sample", "train": "train"}
@@ -181,9 +180,8 @@ def _problem(error: Mapping[str, Any], keys: list[str]) -> str:
     for pydantic, words in _WORDS.items():
         expected = expected.replace(pydantic, words)
     if error["type"] == "literal_error" and isinstance(error["input"], str):
-        choices = error["ctx"]["expected"].replace(" or ", ", ").split(", ")
-        match = difflib.get_close_matches(repr(error["input"]), choices, n=1, cutoff=0.5)
-        expected += f"; did you mean {match[0]}?" if match else ""
+        choices = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        expected += did_you_mean(error["input"], choices)
     return f"{key}: given {_shown(error['input'])}; {expected}"
 
 
@@ -194,8 +192,7 @@ def _shown(value: Any) -> str:
 def closest(name: str, names: Iterable[str]) -> str:
     """Return the question for the closest valid name, or the list of all."""
     names = list(names)
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"valid: {', '.join(names)}"
+    return did_you_mean(name, names).removeprefix("; ") or f"valid: {', '.join(names)}"
 
 
 # ---- notebooks

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from pixart_nb import lazy_names
 
-_PUBLIC = {
-    "PixArtConfig": "pixart_nb.core.models.transformer",
-    "PixArt": "pixart_nb.core.models.transformer",
-    "load_transformer": "pixart_nb.core.checkpoints.load",
-    "PixArtControlNet": "pixart_nb.core.models.controlnet",
-    "load_controlnet": "pixart_nb.core.checkpoints.controlnet",
-    "training_losses": "pixart_nb.core.training.loss",
-    "trace": "pixart_nb.core.hooks.recorder",
-    "Trace": "pixart_nb.core.hooks.trace",
-    "TraceTooLargeError": "pixart_nb.core.hooks.recorder",
-    "ablate_heads": "pixart_nb.core.hooks.interventions",
-    "reweight_token": "pixart_nb.core.hooks.interventions",
-    "replace_compression": "pixart_nb.core.hooks.interventions",
-    "swap_prompt": "pixart_nb.core.hooks.interventions",
-    "compression_loss": "pixart_nb.core.hooks.compression_loss",
+_MODULES = {
+    "models.transformer": ("PixArtConfig", "PixArt"),
+    "checkpoints.load": ("load_transformer",),
+    "models.controlnet": ("PixArtControlNet",),
+    "checkpoints.controlnet": ("load_controlnet",),
+    "training.loss": ("training_losses",),
+    "hooks.recorder": ("trace", "TraceTooLargeError"),
+    "hooks.trace": ("Trace",),
+    "hooks.interventions": ("ablate_heads", "reweight_token", "replace_compression", "swap_prompt"),
+    "hooks.compression_loss": ("compression_loss",),
 }
-__all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC})
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

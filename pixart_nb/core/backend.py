@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -137,6 +137,18 @@ def numpy_threads() -> ThreadPoolExecutor:
                 os.sched_setaffinity(threading.get_native_id(), {next(free)})
 
     return ThreadPoolExecutor(len(cores), thread_name_prefix="numpy", initializer=pin)
+
+
+def in_threads(work: Callable, jobs: Sequence) -> None:
+    """Call ``work`` for every job, on all of ``numpy_threads``."""
+    threads = numpy_threads()
+    list(map(work, jobs) if len(jobs) == 1 or threads._max_workers == 1 else threads.map(work, jobs))
+
+
+def thread_slices(length: int, least: int = 1) -> list[slice]:
+    """Split ``length`` rows evenly among ``numpy_threads``, if each gets at least ``least``."""
+    count = min(numpy_threads()._max_workers, max(1, length // least))
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
 @contextmanager

@@ -341,16 +341,21 @@ def write_once(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def is_pointer(path: str | os.PathLike[str]) -> bool:
+    """Return True for a file that is only a pointer of Git LFS to the real one."""
+    with open(path, "rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
 def check_file(path: Path, expected: str) -> None:
     """Refuse a file that is missing, or only a pointer of Git LFS to the real one. ``expected``: what it should be."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; expected {expected}")
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_POINTER))
+        pointer = is_pointer(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if start == _POINTER:
+    if pointer:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder, or download the file"
         )

@@ -10,6 +10,7 @@ from typing import Any
 from pixart_nb.core.checkpoints.configuration import FAMILIES, Description
 from pixart_nb.core.checkpoints.key_maps import TransformerTensors, general_name
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.errors import first_few
 from pixart_nb.core.models.transformer import PixArtConfig
 
 Shape = tuple[int, ...]
@@ -117,8 +118,7 @@ class Audit:
         ]
         for outcome, count in self.counts.items():
             names = [name for entry in self.of(outcome) for name in entry.source or entry.target]
-            listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            listed = f": {listed}" if outcome != "mapped" and count else ""
+            listed = f": {first_few(names)}" if outcome != "mapped" and count else ""
             lines.append(f"{count:6d} {outcome} - {OUTCOMES[outcome]}{listed}")
         if self.dtypes[0] != self.dtypes[1]:
             lines.append(f"- The values are rounded: {self.dtypes[0]} became {self.dtypes[1]}.")

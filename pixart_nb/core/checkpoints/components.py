@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, write_safetensors
 from pixart_nb.core.checkpoints.key_maps import to_layout
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, did_you_mean
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_tensors, write_json
 from pixart_nb.core.models.low_precision import QuantizedLinear
 from pixart_nb.core.models.t5 import T5Encoder
@@ -99,10 +98,9 @@ def _from_hub(source: str, names: Sequence[str], hub: Mapping[str, Any]) -> Path
     local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
     if local or path.parent.is_dir():
         beside = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise CheckpointError(
-            f"{source} does not exist.{hint} Give a folder with {files}, or the id of a model on a hub, owner/name."
+            f"{source} does not exist{did_you_mean(path.name, beside)}. Give a folder with {files}, or the id of a "
+            "model on a hub, owner/name."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

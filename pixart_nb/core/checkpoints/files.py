@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.checkpoints.lazy_tensor import DTYPES, FP8, LazyTensor, check_count, checksum, map_file
+from pixart_nb.core.errors import first_few
 from pixart_nb.core.io import CRC, CheckpointError, check_file, check_sums, crc_seed, open_tensors, read_json
 
 Keep = Callable[[str], bool]
@@ -71,7 +72,7 @@ def open_checkpoint(
         from pixart_nb.core.checkpoints.mindspore_file import open_mindspore
 
         tensors, others = open_mindspore(path)
-        notes = [f"Not tensors, left out: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''}."]
+        notes = [f"Not tensors, left out: {first_few(others)}."]
     else:
         from pixart_nb.core.checkpoints.torch_file import find_weights, read_torch
 

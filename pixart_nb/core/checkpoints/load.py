@@ -20,6 +20,7 @@ from pixart_nb.core.checkpoints.configuration import describe
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.errors import counted
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.config_fields import named_source
 from pixart_nb.core.models.layers import Linear
@@ -78,12 +79,7 @@ def load_into(
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    parts = [
-        f"{len(names)} {problem} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        for problem, names in problems.items()
-        if names
-    ]
-    if parts:
+    if parts := counted(problems):
         raise CheckpointError(
             f"{source} does not fit the model: {'; '.join(parts)}. Check that the configuration is this checkpoint's."
         )

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.core.data.files import DataError
+from pixart_nb.core.io import is_pointer
 
 #: Formats that Pillow may read. Others are refused: some of them start programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
@@ -125,7 +126,7 @@ def _read(
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name, str(error))) from None
     except Image.UnidentifiedImageError:
-        if not isinstance(source, io.BytesIO) and _is_lfs_pointer(source):
+        if not isinstance(source, io.BytesIO) and is_pointer(source):
             raise ImageError(f"{name}: is a Git LFS pointer; run `git lfs pull`") from None
         raise ImageError(f"{name}: is no image; expected {', '.join(FORMATS)}") from None
     except Exception as error:  # on damaged files Pillow raises nearly anything
@@ -141,11 +142,6 @@ def _check_file(status: os.stat_result, name: str) -> None:
         raise ImageError(f"{name}: is no image but empty, 0 bytes; copy it again or leave it out")
     if status.st_size > MAX_BYTES:
         raise ImageError(f"{name}: has {status.st_size} bytes; expected at most {MAX_BYTES}")
-
-
-def _is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
-    with open(path, "rb") as file:
-        return file.read(24) == b"version https://git-lfs."
 
 
 def _too_large(name: str, size: str) -> str:

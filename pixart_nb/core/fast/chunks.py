@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,12 +35,6 @@ def chunks_of(images: int, tokens: int) -> list[Chunk]:
     ends = [tokens * i // count for i in range(count + 1)]
     pieces = [(image, piece) for image in range(images) for piece in range(count)]
     return [Chunk(slice(i, i + 1), slice(ends[p], ends[p + 1]), p) for i, p in pieces]
-
-
-def in_threads(work: Callable, jobs: Sequence) -> None:
-    """Call ``work`` for every job, on all threads."""
-    threads = backend.numpy_threads()
-    list(map(work, jobs) if len(jobs) == 1 or threads._max_workers == 1 else threads.map(work, jobs))
 
 
 def rows_of(x: np.ndarray, chunk: Chunk) -> np.ndarray:
@@ -89,10 +82,7 @@ def weight_gradient(dout: np.ndarray, inputs: np.ndarray) -> np.ndarray:
     """Return the gradient of a weight, (out, in), from dout (B, N, out) and inputs (B, N, in) of its product."""
     dout, inputs = dout.reshape(-1, dout.shape[-1]), inputs.reshape(-1, inputs.shape[-1])
     gradient = np.empty((dout.shape[1], inputs.shape[1]), np.float32)
-    count = min(backend.numpy_threads()._max_workers, len(gradient))
-    ends = [len(gradient) * i // count for i in range(count + 1)]
-    slices = [slice(ends[i], ends[i + 1]) for i in range(count)]
-    in_threads(lambda s: multiply(dout[:, s].T, inputs, gradient[s]), slices)
+    backend.in_threads(lambda s: multiply(dout[:, s].T, inputs, gradient[s]), backend.thread_slices(len(gradient)))
     return gradient
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pixart_nb.core import backend
-from pixart_nb.core.fast.chunks import in_threads
+from pixart_nb.core.backend import in_threads
 from pixart_nb.core.onednn import multiply
 
 #: Scores that are computed at a time by each thread.

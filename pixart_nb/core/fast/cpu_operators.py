@@ -9,7 +9,6 @@ Heads are split and merged by gathering rows, which is ten times as fast as tran
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -27,6 +26,7 @@ PART = 2**15
 FAR = 30.0
 #: Elements of a part of the rows.
 _ROWS_PART = 2**16
+_GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481627260025)
 
 
 class ImageStatistics:
@@ -93,14 +93,10 @@ def cell_rows(
     return [_indices(grid[:, n // ratio :: ratio, n % ratio :: ratio]) for n in range(count)]
 
 
-def _by_parts(work: Callable[[slice], None], shape: tuple[int, int]) -> None:
-    """Call ``work`` for all rows of a matrix of this shape, in parts, on all threads."""
+def _parts(shape: tuple[int, int]) -> list[slice]:
+    """Split the rows of a matrix into parts of about ``_ROWS_PART`` elements."""
     step = max(1, _ROWS_PART // shape[1])
-    parts = [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
-    if len(parts) == 1:
-        work(parts[0])
-    else:
-        list(backend.numpy_threads().map(work, parts))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _array(x: ms.Tensor) -> np.ndarray:
@@ -112,23 +108,47 @@ def _tensor(values: np.ndarray, dtype: ms.Type) -> ms.Tensor:
     return tensor if dtype == ms.float32 else tensor.astype(dtype)
 
 
+def _gelu_divisor(x: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """Write ``1 + exp(-x (a + b x^2))`` to ``out``: x divided by it is the tanh approximation of GELU."""
+    np.multiply(x, x, out=out)
+    out *= -_GELU_CUBE
+    out -= _GELU_LINEAR
+    out *= x
+    with np.errstate(over="ignore"):
+        np.exp(out, out=out)
+    out += np.float32(1)
+    return out
+
+
+def gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tanh approximation of GELU, x g, and g = sigmoid(x (a + b x^2))."""
+    gate = _gelu_divisor(x, np.empty_like(x))
+    np.reciprocal(gate, out=gate)
+    return x * gate, gate
+
+
+def gelu_gradient(x: np.ndarray, dout: np.ndarray) -> np.ndarray:
+    """Return GELU of x, and multiply dout by its derivative: g + u' x g (1 - g), with u' = a + 3 b x^2."""
+    out, gate = gelu(x)
+    slope = x * x
+    slope *= 3 * _GELU_CUBE
+    slope += _GELU_LINEAR
+    slope *= out
+    slope *= 1 - gate
+    slope += gate
+    dout *= slope
+    return out
+
+
 def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
-    """Return the tanh approximation of GELU of x (M, D), as ``x / (1 + exp(-2 u))``."""
+    """Return the tanh approximation of GELU of x (M, D)."""
     values = _array(x)
     out = np.empty_like(values)
 
     def work(rows: slice) -> None:
-        v, u = values[rows], out[rows]
-        np.multiply(v, v, out=u)
-        u *= np.float32(-0.07135481627260025)
-        u -= np.float32(1.5957691216057308)
-        u *= v
-        with np.errstate(over="ignore"):
-            np.exp(u, out=u)
-        u += np.float32(1)
-        np.divide(v, u, out=u)
+        np.divide(values[rows], _gelu_divisor(values[rows], out[rows]), out=out[rows])
 
-    _by_parts(work, values.shape)
+    backend.in_threads(work, _parts(values.shape))
     return _tensor(out, x.dtype)
 
 
@@ -145,7 +165,7 @@ def modulate(norm: LayerNorm, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) 
         result *= gain
         result += offset
 
-    _by_parts(work, values.shape)
+    backend.in_threads(work, _parts(values.shape))
     return _tensor(out, x.dtype)
 
 
@@ -158,5 +178,5 @@ def add_gated(x: ms.Tensor, gate: ms.Tensor, change: ms.Tensor) -> ms.Tensor:
         np.multiply(changes[rows], factor, out=out[rows])
         out[rows] += values[rows]
 
-    _by_parts(work, values.shape)
+    backend.in_threads(work, _parts(values.shape))
     return _tensor(out, x.dtype)

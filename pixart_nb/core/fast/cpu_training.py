@@ -16,18 +16,10 @@ from mindspore import nn
 from mindspore.common._grad_function import _Function
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.chunks import (
-    Chunk,
-    ModulatedNorm,
-    Sums,
-    chunks_of,
-    in_threads,
-    rows_of,
-    weight_gradient,
-    write_linear,
-)
+from pixart_nb.core.backend import in_threads, ms
+from pixart_nb.core.fast.chunks import Chunk, ModulatedNorm, Sums, chunks_of, rows_of, weight_gradient, write_linear
 from pixart_nb.core.fast.cpu_attention import attention_forward, attention_gradient
+from pixart_nb.core.fast.cpu_operators import gelu, gelu_gradient
 from pixart_nb.core.models.attention import MASKED_SCORE
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import split_parts
@@ -36,7 +28,6 @@ from pixart_nb.core.onednn import multiply
 
 #: Largest weight of a layer with an adapter. In a large one, the gradient of the whole matrix costs more than it gains.
 SMALL_WEIGHT = 2**18
-_GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481627260025)
 
 
 def use_fast_blocks(network: nn.Cell, fast: bool) -> None:
@@ -211,14 +202,14 @@ class AddLinear(_Function):
             _add_gated(chunk, x, gate, product, out)
 
         in_threads(work, chunks_of(*x.shape[:2]))
-        ctx.saved, ctx.row, ctx.count = (a, weight, gate, product), row, row is None or modulation.shape[1]
+        ctx.saved, ctx.row, ctx.count = (a, weight, gate, product), row, 0 if row is None else modulation.shape[1]
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
         (dout,), (a, weight, gate, product) = _arrays(dout), ctx.saved
         chunks = chunks_of(*dout.shape[:2])
-        sums, bias = (Sums(chunks, len(dout), count, len(weight)) for count in (int(ctx.count), 1))
+        sums, bias = Sums(chunks, len(dout), ctx.count, len(weight)), Sums(chunks, len(dout), 1, len(weight))
         da, dproduct = np.empty_like(a), dout if gate is None else np.empty_like(dout)
 
         def work(chunk: Chunk) -> None:
@@ -265,7 +256,7 @@ class AddMLP(_Function):
         def work(chunk: Chunk) -> None:
             inner = rows_of(hidden, chunk)
             write_linear(norm.forward(chunk), weights[0], weights[1], inner)
-            write_linear(_gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
+            write_linear(gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
             _add_gated(chunk, x, gate, product, out)
 
         in_threads(work, chunks_of(*x.shape[:2]))
@@ -285,7 +276,7 @@ class AddMLP(_Function):
             rows, dinner = rows_of(dproduct, chunk), rows_of(dhidden, chunk)
             bias2.add(chunk, 0, rows)
             multiply(rows, weights[2], dinner)
-            rows_of(activated, chunk)[...] = _gelu_gradient(rows_of(hidden, chunk), dinner)
+            rows_of(activated, chunk)[...] = gelu_gradient(rows_of(hidden, chunk), dinner)
             bias1.add(chunk, 0, dinner)
             rows_of(inputs, chunk)[...] = norm.modulated(chunk)
             dm = np.empty((len(rows), size), np.float32)
@@ -297,32 +288,6 @@ class AddMLP(_Function):
         dweight1 = weight_gradient(dhidden, inputs) if needed[2] else None
         dweight2 = weight_gradient(dproduct, activated) if needed[4] else None
         return *_tensors(dx, sums.rows, dweight1, bias1.total, dweight2, bias2.total), None, None
-
-
-def _gelu(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tanh approximation of GELU, x g, and g = sigmoid(x (a + b x^2))."""
-    gate = x * x
-    gate *= -_GELU_CUBE
-    gate -= _GELU_LINEAR
-    gate *= x
-    with np.errstate(over="ignore"):
-        np.exp(gate, out=gate)
-    gate += np.float32(1)
-    np.reciprocal(gate, out=gate)
-    return x * gate, gate
-
-
-def _gelu_gradient(x: np.ndarray, dout: np.ndarray) -> np.ndarray:
-    """Return GELU of x, and multiply dout by its derivative: g + u' x g (1 - g), with u' = a + 3 b x^2."""
-    out, gate = _gelu(x)
-    slope = x * x
-    slope *= 3 * _GELU_CUBE
-    slope += _GELU_LINEAR
-    slope *= out
-    slope *= 1 - gate
-    slope += gate
-    dout *= slope
-    return out
 
 
 class Attention(_Function):

@@ -5,13 +5,7 @@ Names are imported on first use: a pipeline without LoRAs does not need them.
 
 from __future__ import annotations
 
-from importlib import import_module
+from pixart_nb import lazy_names
 
-_PUBLIC = {"Adapter": "adapters", "Adapters": "adapters", "LoraConfig": "config"}
-__all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+_MODULES = {"adapters": ("Adapter", "Adapters"), "config": ("LoraConfig",)}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -14,7 +14,7 @@ from mindspore import nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, counted
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.lora.config import LayerTargets, LoraConfig, Target, check_overlap
 from pixart_nb.core.lora.files import DeltaModule, LoraFile, LoraModule, write_lora
@@ -205,12 +205,7 @@ class Adapters:
                 sizes = (module.shape_on(shape), (target.stop - target.start, *shape[1:]))
                 text = f"{name}: LoRA {sizes[0]}, model {sizes[1]}"
                 problems["are of another shape"] += [text] if sizes[0] != sizes[1] else []
-        if any(problems.values()):
-            parts = [
-                f"{len(names)} {problem} ({'; '.join(names[:4])}{'; ...' if len(names) > 4 else ''})"
-                for problem, names in problems.items()
-                if names
-            ]
+        if parts := counted(problems):
             config = self.net.config
             raise CheckpointError(
                 f"{file.source} is a LoRA for another model: of its {len(file.modules)} modules {' and '.join(parts)}. "

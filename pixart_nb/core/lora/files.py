@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, first_few
 from pixart_nb.core.io import CheckpointError, atomic_write_together, save_tensors, write_json
 from pixart_nb.core.lora.peft_config import METADATA, PEFT_CONFIG, PeftConfig, alpha_of, peft_config
 
@@ -147,7 +147,7 @@ def _lora_of(tensors: Mapping[str, np.ndarray], config: PeftConfig, source: str)
     if unknown or not parts_of:
         reason = "it is empty" if not tensors else "it holds no part of a transformer"
         if unknown:
-            reason = f"{len(unknown)} tensors are no part of one ({_some(unknown)})"
+            reason = f"{len(unknown)} tensors are no part of one ({first_few(unknown, 3)})"
         raise CheckpointError(
             f"{source} is no LoRA of linear layers: {reason}; expected pairs of lora_A.weight and lora_B.weight, or of "
             "lora_down.weight and lora_up.weight, or the factors of LoKr or LoHa; without the Tucker decompositions of "
@@ -174,13 +174,13 @@ def _lora_of(tensors: Mapping[str, np.ndarray], config: PeftConfig, source: str)
         raise CheckpointError(f"{source} is described as a DoRA, but holds no lora_magnitude_vector")
     if silent:
         warnings.warn(
-            f"{source} holds no alpha for {len(silent)} modules ({_some(silent)}); their scale is taken to be 1",
+            f"{source} holds no alpha for {len(silent)} modules ({first_few(silent, 3)}); their scale is taken to be 1",
             stacklevel=3,
         )
     if others:
         warnings.warn(
-            f"{source}: the {len(others)} tensors of text encoders or embeddings ({_some(others)}) were left out; only "
-            "the LoRA of the transformer is loaded",
+            f"{source}: the {len(others)} tensors of text encoders or embeddings ({first_few(others, 3)}) were left "
+            "out; only the LoRA of the transformer is loaded",
             stacklevel=3,
         )
     return LoraFile(modules, source)
@@ -263,10 +263,6 @@ def _factor(parts: Mapping[str, np.ndarray], name: str) -> np.ndarray | None:
         return None
     second = second.astype(np.float64).reshape(len(second), -1)
     return first.astype(np.float64) @ second if len(first) * second.shape[1] <= _MAX_DELTA else None
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(f"{name:.200}" for name in names[:count]) + (", ..." if len(names) > count else "")
 
 
 # ---- writing

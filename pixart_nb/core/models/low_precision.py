@@ -8,7 +8,6 @@ library that it ships has one. Inputs are rounded to bfloat16, sums and outputs 
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from functools import cache
 from pathlib import Path
@@ -55,20 +54,15 @@ def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
     """Return ``x @ weight.T + bias`` in float32: x (M, K) float32, weight (N, K) uint16 bits of bfloat16, bias (N,)."""
     out = np.empty((len(x), len(weight)), np.float32)
     by_rows = len(x) >= len(weight) or len(x) >= 256
-    total = len(x) if by_rows else len(weight)
-    pool = backend.numpy_threads()
-    parts = min(pool._max_workers, max(1, total // _SMALLEST_PART))
-    ends = [total * i // parts for i in range(parts + 1)]
-    slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
-    if by_rows:
-        jobs = [lambda s=s: _multiply(_rounded(x[s]), weight, bias, out[s]) for s in slices]
-    else:
-        rounded = _rounded(x)
-        jobs = [lambda s=s: _multiply(rounded, weight[s], None if bias is None else bias[s], out[:, s]) for s in slices]
-    if len(jobs) == 1:
-        jobs[0]()
-    else:
-        list(pool.map(lambda job: job(), jobs))
+    rounded = None if by_rows else _rounded(x)
+
+    def work(part: slice) -> None:
+        if by_rows:
+            _multiply(_rounded(x[part]), weight, bias, out[part])
+        else:
+            _multiply(rounded, weight[part], None if bias is None else bias[part], out[:, part])
+
+    backend.in_threads(work, backend.thread_slices(len(x) if by_rows else len(weight), _SMALLEST_PART))
     return out
 
 

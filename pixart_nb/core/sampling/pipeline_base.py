@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, did_you_mean
 from pixart_nb.core.io import copy_file
 from pixart_nb.core.models.low_precision import inference_dtype
 from pixart_nb.core.models.t5 import T5Encoder
@@ -345,9 +344,8 @@ def _is_device(value: Any) -> bool:
 def ignore_options(function: str, options: Mapping[str, Any], parameters: Any) -> None:
     """Name in one warning the options that have no meaning here. One that resembles a parameter is an error."""
     for name in options:
-        near = difflib.get_close_matches(name, parameters, 1, 0.8)
-        if near:
-            raise PixArtNBError(f"{function} has no parameter {name!r}; did you mean {near[0]!r}?")
+        if hint := did_you_mean(name, parameters, 0.8):
+            raise PixArtNBError(f"{function} has no parameter {name!r}{hint}")
     names = [name for name, value in options.items() if value is not None]
     if names:
         warnings.warn(f"{function}: no meaning here, ignored: {', '.join(names)}", stacklevel=3)

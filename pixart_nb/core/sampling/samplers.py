@@ -93,10 +93,11 @@ def scales(sigma: float) -> tuple[float, float]:
     return float(signal), float(sigma * signal)
 
 
-def denoise(latents: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
-    """Return the clean latents that latents (N, C, H, W) contain if their noise is ``noise``."""
+def denoise(latents: np.ndarray, noise: np.ndarray, sigma: float, clip: float | None = None) -> np.ndarray:
+    """Return the clean latents, within -clip..clip, that latents (N, C, H, W) contain if their noise is ``noise``."""
     signal_scale, noise_scale = scales(sigma)
-    return (latents - noise_scale * noise) / signal_scale
+    denoised = (latents - noise_scale * noise) / signal_scale
+    return denoised if clip is None else denoised.clip(-clip, clip)
 
 
 # ---- random numbers
@@ -287,9 +288,7 @@ def ddim(predict, latents, schedule, generator=None, *, eta: float = 0.0, clip: 
     """
     for index, timestep, sigma, sigma_next in schedule:
         noise = predict(latents, timestep).noise
-        denoised = denoise(latents, noise, sigma)
-        if clip is not None:
-            denoised = denoised.clip(-clip, clip)
+        denoised = denoise(latents, noise, sigma, clip)
         (signal_next, scale_next), (signal, scale) = scales(sigma_next), scales(sigma)
         spread = eta * scale_next / scale * np.sqrt(max(0.0, 1.0 - (signal / signal_next) ** 2))
         latents = signal_next * denoised + float(np.sqrt(scale_next**2 - spread**2)) * noise
@@ -343,9 +342,7 @@ def ddpm(
     No noise is drawn at timestep 0.
     """
     for index, timestep, sigma, sigma_next in schedule:
-        denoised = denoise(latents, predict(latents, timestep).noise, sigma)
-        if clip is not None:
-            denoised = denoised.clip(-clip, clip)
+        denoised = denoise(latents, predict(latents, timestep).noise, sigma, clip)
         (signal, _), (signal_next, _) = scales(sigma), scales(sigma_next)
         kept = signal**2 / signal_next**2
         beta, rest, rest_next = 1.0 - kept, 1.0 - signal**2, 1.0 - signal_next**2
@@ -372,9 +369,7 @@ def lcm(
     the steps is the result of the jump.
     """
     for index, timestep, sigma, sigma_next in schedule:
-        denoised = denoise(latents, predict(latents, timestep).noise, sigma)
-        if clip is not None:
-            denoised = denoised.clip(-clip, clip)
+        denoised = denoise(latents, predict(latents, timestep).noise, sigma, clip)
         skip, out = boundary_scalings(timestep, timestep_scaling)
         denoised = out * denoised + skip * latents
         latents = denoised

@@ -2,12 +2,11 @@
 
 A class has the name, the options and the defaults of diffusers, but for the noise schedule, whose defaults are
 PixArt's. To add one, write its sampler in ``samplers``, then the class with its options, ``spaced``, ``sampler`` and
-``sampler_options``, and add it to ``CLASSES``.
+``sampler_options``, and add it to ``SAMPLING_METHODS``.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pixart_nb.core.errors import PixArtNBError, check_number
+from pixart_nb.core.errors import PixArtNBError, check_number, did_you_mean
 from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.sampling import samplers, sigma_samplers
 from pixart_nb.core.sampling.noise_schedule import LINEAR, NoiseSchedule, check_count, check_sigmas, check_timesteps
@@ -102,7 +101,7 @@ class Scheduler(BaseModel):
     def _problem(cls, error: Mapping[str, Any]) -> str:
         name, value, problem = error["loc"][0], error["input"], error["type"]
         if problem == "extra_forbidden":
-            hint = nearest(name, cls.model_fields) or "; it has " + ", ".join(cls.model_fields)
+            hint = did_you_mean(name, cls.model_fields) or "; it has " + ", ".join(cls.model_fields)
             return f"has no option {name!r} (given {value!r}){hint}"
         types = {"int_type": "a whole number", "float_type": "a number", "finite_number": "a number"}
         types["bool_type"] = "True or False"
@@ -140,7 +139,7 @@ class Scheduler(BaseModel):
                 continue
             if key in cls.model_fields or key in cls.fixed.split():
                 options[key] = cls.replaced.get(key, {}).get(value, value) if isinstance(value, str) else value
-            elif hint := nearest(key, cls.model_fields, 0.85):
+            elif hint := did_you_mean(key, cls.model_fields, 0.85):
                 warnings.warn(f"{cls.__name__} has no option {key!r} and ignores it{hint}", stacklevel=2)
         # null stands for the default
         return cls(**{key: value for key, value in options.items() if value is not None} | overrides)
@@ -242,12 +241,6 @@ def check_eta(eta: float) -> None:
         raise PixArtNBError(f"eta is {eta!r}; expected 0 (no noise) to 1 (as much as DDPM)")
 
 
-def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return "; did you mean NAME?" with the closest of ``names``, or nothing."""
-    near = difflib.get_close_matches(name, [*names], 1, cutoff)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 # ---- the schedulers of diffusers
 
 
@@ -264,6 +257,17 @@ class _Curved(BaseModel):
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
+
+
+class _Clipped(BaseModel):
+    """Options that limit the clean latents."""
+
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+
+    @property
+    def clip(self) -> float | None:
+        return self.clip_sample_range if self.clip_sample else None
 
 
 class _DiffusersScheduler(Scheduler):
@@ -328,14 +332,15 @@ class _SigmaScheduler(_DiffusersScheduler):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
+        _ = self.curve  # validates its options
+
+    @cached_property
+    def curve(self) -> str:
+        """Option that chooses the sigmas, or an empty text."""
         names = [name for name in _CURVES if getattr(self, name, False)]
         if len(names) > 1:
             raise PixArtNBError(f"{type(self).__name__}: {' and '.join(names)} exclude each other; choose one")
-
-    @property
-    def curve(self) -> str:
-        """Option that chooses the sigmas, or an empty text."""
-        return next((name for name in _CURVES if getattr(self, name, False)), "")
+        return "".join(names)
 
     def at_timesteps(self, timesteps: np.ndarray) -> StepSchedule:
         if self.curve:
@@ -354,6 +359,8 @@ class _SolverScheduler(_SigmaScheduler, _Curved):
 
     fixed: ClassVar = Scheduler.fixed + " thresholding use_flow_sigmas use_dynamic_shifting"
     rounded: ClassVar = ("use_karras_sigmas", "use_lu_lambdas")
+    #: With so many steps the last ones keep their order.
+    many_steps: ClassVar[float] = math.inf
     solver_order: Literal[1, 2, 3] = 2
     lower_order_final: bool = True
 
@@ -367,18 +374,16 @@ class _SolverScheduler(_SigmaScheduler, _Curved):
         return self._ending(timesteps.round() if self.curve in self.rounded else np.floor(timesteps + 1e-6), sigmas)
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        return {"order": self.solver_order, "lower_order_final": self.lower_order_final}
+        lower = self.lower_order_final and len(schedule) < self.many_steps
+        return {"order": self.solver_order, "lower_order_final": lower}
 
 
-class DPMSolverMultistepScheduler(_SolverScheduler, _Spaced):
-    """DPM-Solver++ 2M, PixArt's default, 3M and SDE-DPM-Solver++. See ``samplers.dpm_solver``."""
+class _DPMSolver(_SolverScheduler):
+    """Options of DPM-Solver++."""
 
-    sampler = staticmethod(samplers.dpm_solver)
-    fixed: ClassVar = _SolverScheduler.fixed + " variance_type lambda_min_clipped rescale_betas_zero_snr"
+    fixed: ClassVar = _SolverScheduler.fixed + " variance_type lambda_min_clipped"
     algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
-    euler_at_final: bool = False
-    use_lu_lambdas: bool = False
     final_sigmas_type: Final = "zero"
 
     replaced: ClassVar = {
@@ -386,27 +391,30 @@ class DPMSolverMultistepScheduler(_SolverScheduler, _Spaced):
         "solver_type": dict.fromkeys(("logrho", "bh1", "bh2"), "midpoint"),
     }
 
+    @property
+    def variant(self) -> dict[str, bool]:
+        """Options that choose the form of a step."""
+        return {"heun": self.solver_type == "heun", "stochastic": self.algorithm_type == "sde-dpmsolver++"}
+
+
+class DPMSolverMultistepScheduler(_DPMSolver, _Spaced):
+    """DPM-Solver++ 2M, PixArt's default, 3M and SDE-DPM-Solver++. See ``samplers.dpm_solver``."""
+
+    sampler = staticmethod(samplers.dpm_solver)
+    fixed: ClassVar = _DPMSolver.fixed + " rescale_betas_zero_snr"
+    many_steps: ClassVar = 15
+    euler_at_final: bool = False
+    use_lu_lambdas: bool = False
+
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        return {
-            "order": self.solver_order,
-            "lower_order_final": self.lower_order_final and len(schedule) < 15,
-            "euler_at_final": self.euler_at_final,
-            "heun": self.solver_type == "heun",
-            "stochastic": self.algorithm_type == "sde-dpmsolver++",
-        }
+        return super().sampler_options(schedule, eta) | self.variant | {"euler_at_final": self.euler_at_final}
 
 
-class DPMSolverSinglestepScheduler(_SolverScheduler):
+class DPMSolverSinglestepScheduler(_DPMSolver):
     """DPM-Solver++ single-step, 2S and 3S. See ``samplers.dpm_solver_singlestep``."""
 
     sampler = staticmethod(samplers.dpm_solver_singlestep)
-    fixed: ClassVar = _SolverScheduler.fixed + " variance_type lambda_min_clipped"
     lower_order_final: bool = False
-    algorithm_type: Literal["dpmsolver++", "sde-dpmsolver++"] = "dpmsolver++"
-    solver_type: Literal["midpoint", "heun"] = "midpoint"
-    final_sigmas_type: Final = "zero"
-
-    replaced: ClassVar = DPMSolverMultistepScheduler.replaced
 
     def orders(self, count: int) -> list[int]:
         """Return the order of each of ``count`` steps: 1, 2, ... again and again, and lower ones at the end."""
@@ -423,14 +431,15 @@ class DPMSolverSinglestepScheduler(_SolverScheduler):
         return orders
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        stochastic = self.algorithm_type == "sde-dpmsolver++"
-        return {"orders": self.orders(len(schedule)), "heun": self.solver_type == "heun", "stochastic": stochastic}
+        return self.variant | {"orders": self.orders(len(schedule))}
 
 
 class DEISMultistepScheduler(_SolverScheduler, _Spaced):
     """DEIS of first to third order. See ``sigma_samplers.deis``. It ends at the least noise of the table."""
 
     sampler = staticmethod(sigma_samplers.deis)
+    many_steps: ClassVar = 15
+    final_sigmas_type: ClassVar = "sigma_min"
     algorithm_type: Literal["deis"] = "deis"
     solver_type: Literal["logrho"] = "logrho"
 
@@ -438,12 +447,6 @@ class DEISMultistepScheduler(_SolverScheduler, _Spaced):
         "algorithm_type": dict.fromkeys(("dpmsolver", "dpmsolver++"), "deis"),
         "solver_type": dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     }
-
-    def _ending(self, timesteps: np.ndarray, sigmas: np.ndarray) -> StepSchedule:
-        return StepSchedule.chained(timesteps, np.append(sigmas, self.schedule.sigmas[0]))
-
-    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        return {"order": self.solver_order, "lower_order_final": self.lower_order_final and len(schedule) < 15}
 
 
 class UniPCMultistepScheduler(_SolverScheduler, _Spaced):
@@ -508,15 +511,13 @@ class EulerAncestralDiscreteScheduler(_SigmaSpaceScheduler):
         return {"ancestral": True}
 
 
-class HeunDiscreteScheduler(_SigmaSpaceScheduler, _Curved):
+class HeunDiscreteScheduler(_SigmaSpaceScheduler, _Curved, _Clipped):
     """Heun steps, of two predictions each. See ``sigma_samplers.heun``."""
 
     sampler = staticmethod(sigma_samplers.heun)
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        return {"clip": self.clip_sample_range if self.clip_sample else None}
+        return {"clip": self.clip}
 
 
 class KDPM2DiscreteScheduler(_SigmaSpaceScheduler, _Curved):
@@ -524,14 +525,16 @@ class KDPM2DiscreteScheduler(_SigmaSpaceScheduler, _Curved):
 
     sampler = staticmethod(sigma_samplers.dpm_solver_2)
     rounded: ClassVar = ("use_karras_sigmas",)
+    ancestral: ClassVar = False
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        ancestral = isinstance(self, KDPM2AncestralDiscreteScheduler)
-        return {"timestep_of": lambda sigma: float(self.schedule.timestep_of(sigma)), "ancestral": ancestral}
+        return {"timestep_of": lambda sigma: float(self.schedule.timestep_of(sigma)), "ancestral": self.ancestral}
 
 
 class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """DPM-Solver-2 with ancestral noise. See ``sigma_samplers.dpm_solver_2``."""
+
+    ancestral: ClassVar = True
 
 
 class LMSDiscreteScheduler(_SigmaSpaceScheduler, _Curved):
@@ -563,7 +566,7 @@ class _DiffusionScheduler(_DiffusersScheduler, _Spaced):
         return 0.0 if getattr(self, "set_alpha_to_one", True) else float(self.schedule.sigmas[0])
 
 
-class DDIMScheduler(_DiffusionScheduler):
+class DDIMScheduler(_DiffusionScheduler, _Clipped):
     """DDIM as in diffusers, whose defaults clip the clean latents to -1..1 and end without noise.
 
     Latent diffusion wants ``clip_sample=False, set_alpha_to_one=False``. See ``samplers.ddim``.
@@ -571,27 +574,24 @@ class DDIMScheduler(_DiffusionScheduler):
 
     sampler = staticmethod(samplers.ddim)
     clip_sample: bool = True
-    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        return {"eta": eta, "clip": self.clip_sample_range if self.clip_sample else None}
+        return {"eta": eta, "clip": self.clip}
 
 
-class DDPMScheduler(_DiffusionScheduler):
+class DDPMScheduler(_DiffusionScheduler, _Clipped):
     """Ancestral sampling with a fixed variance; the defaults clip as those of DDIM. See ``samplers.ddpm``."""
 
     sampler = staticmethod(samplers.ddpm)
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large"] = "fixed_small"
     clip_sample: bool = True
-    clip_sample_range: float = 1.0
 
     def spaced(self, count: int) -> StepSchedule:
         return self.at_timesteps(self.spaced_timesteps(count).round())
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        clip = self.clip_sample_range if self.clip_sample else None
-        return {"large_variance": self.variance_type == "fixed_large", "clip": clip}
+        return {"large_variance": self.variance_type == "fixed_large", "clip": self.clip}
 
 
 class PNDMScheduler(_DiffusionScheduler):
@@ -610,15 +610,13 @@ class PNDMScheduler(_DiffusionScheduler):
         return {"warm_up": tuple(map(float, self.schedule.sigma_at(np.array([earlier, second]))))}
 
 
-class LCMScheduler(Scheduler):
+class LCMScheduler(Scheduler, _Clipped):
     """Sampling of latent consistency models. See ``samplers.lcm``."""
 
     sampler = staticmethod(samplers.lcm)
     fixed: ClassVar = Scheduler.fixed + " thresholding rescale_betas_zero_snr"
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
-    clip_sample: bool = False
-    clip_sample_range: float = 1.0
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -634,8 +632,7 @@ class LCMScheduler(Scheduler):
         return self.at_timesteps(distilled[np.floor(np.linspace(0, original, count, endpoint=False)).astype(np.int64)])
 
     def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
-        clip = self.clip_sample_range if self.clip_sample else None
-        return {"timestep_scaling": self.timestep_scaling, "clip": clip}
+        return {"timestep_scaling": self.timestep_scaling, "clip": self.clip}
 
 
 class DMDScheduler(LCMScheduler):
@@ -705,7 +702,9 @@ class DPMSolverContinuousScheduler(_ContinuousScheduler):
     sampler = staticmethod(samplers.dpm_solver)
     solver_order: Literal[1, 2] = 2
     lower_order_final: bool = True
-    sampler_options = _SolverScheduler.sampler_options
+
+    def sampler_options(self, schedule: StepSchedule, eta: float) -> dict[str, Any]:
+        return {"order": self.solver_order, "lower_order_final": self.lower_order_final}
 
 
 class SASolverScheduler(_ContinuousScheduler):
@@ -744,31 +743,6 @@ class SASolverScheduler(_ContinuousScheduler):
 # ---- names
 
 
-#: Class name -> class.
-CLASSES: dict[str, type[Scheduler]] = {
-    cls.__name__: cls
-    for cls in (
-        DPMSolverMultistepScheduler,
-        DDIMScheduler,
-        EulerDiscreteScheduler,
-        UniPCMultistepScheduler,
-        LCMScheduler,
-        DMDScheduler,
-        IDDPMScheduler,
-        OfficialDDIMScheduler,
-        DPMSolverContinuousScheduler,
-        SASolverScheduler,
-        DPMSolverSinglestepScheduler,
-        DEISMultistepScheduler,
-        EulerAncestralDiscreteScheduler,
-        HeunDiscreteScheduler,
-        KDPM2DiscreteScheduler,
-        KDPM2AncestralDiscreteScheduler,
-        LMSDiscreteScheduler,
-        DDPMScheduler,
-        PNDMScheduler,
-    )
-}
 #: Value of ``sampling_method`` -> class and options. iddpm, ddim and dpm are what mindone's example means by them.
 SAMPLING_METHODS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {}),
@@ -794,12 +768,14 @@ SAMPLING_METHODS: dict[str, tuple[type[Scheduler], dict[str, Any]]] = {
     "kdpm2-a": (KDPM2AncestralDiscreteScheduler, {}),
     "ddpm": (DDPMScheduler, {"clip_sample": False}),
 }
+#: Class name -> class.
+CLASSES: dict[str, type[Scheduler]] = {cls.__name__: cls for cls, _ in SAMPLING_METHODS.values()}
 
 
 def scheduler_named(name: str, schedule: NoiseSchedule = LINEAR) -> Scheduler:
     """Return the scheduler of a name of ``SAMPLING_METHODS`` or of a class name, with a noise schedule."""
     if name not in SAMPLING_METHODS and name not in CLASSES:
-        hint = nearest(str(name), CLASSES, 0.8) or nearest(str(name).lower(), SAMPLING_METHODS, 0.4)
+        hint = did_you_mean(name, CLASSES, 0.8) or did_you_mean(str(name).lower(), SAMPLING_METHODS, 0.4)
         raise PixArtNBError(
             f"scheduler {name!r} is not known; expected one of {', '.join((*SAMPLING_METHODS, *CLASSES))}{hint}"
         )
@@ -813,7 +789,7 @@ def scheduler_from_config(config: Mapping[str, Any]) -> Scheduler:
     name = config.get("_class_name") if isinstance(config, Mapping) else None
     if not isinstance(name, str) or name not in CLASSES:
         raise PixArtNBError(
-            f"_class_name is {name!r}; expected one of {', '.join(CLASSES)}{nearest(str(name), CLASSES)}. Give "
+            f"_class_name is {name!r}; expected one of {', '.join(CLASSES)}{did_you_mean(name, CLASSES)}. Give "
             "another scheduler by name, for example scheduler='dpm++' (a DMD checkpoint wants 'dmd')"
         )
     return CLASSES[name].from_config(config)

@@ -23,6 +23,7 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import ms
+from pixart_nb.core.errors import differences
 from pixart_nb.core.io import (
     CheckpointError,
     folder_lock,
@@ -76,15 +77,10 @@ class StageFiles:
             return
         remove_temporaries(self.folder)
         stored = read_json(path)
-        differences = [
-            f"{key}: {stored.get(key, 'nothing')!r} there, {self.identity.get(key, 'nothing')!r} now"
-            for key in sorted({*stored, *self.identity})
-            if stored.get(key) != self.identity.get(key)
-        ]
-        if differences:
+        if other := differences(stored, self.identity):
             raise CheckpointError(
-                f"{self.folder} belongs to another run ({'; '.join(differences)}). Give the values it was started with "
-                "to resume it, or another folder to start a new one."
+                f"{self.folder} belongs to another run ({other}). Give the values it was started with to resume it, or "
+                "another folder to start a new one."
             )
 
     def path(self, name: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pixart_nb.core.errors import differences
 from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors, save_tensors
 
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -120,14 +121,8 @@ def check_fits(
         if actual != shape:
             raise CheckpointError(f"{state.path} is of another model: {name} is {actual}, expected {shape}")
     before, now = json.loads(state.metadata.get("identity", "{}")), json.loads(json.dumps(identity))
-    keys = sorted({*before, *now}) if before and now else []
-    differences = [
-        f"{key}: {before.get(key, 'nothing')!r} there, {now.get(key, 'nothing')!r} here"
-        for key in keys
-        if before.get(key) != now.get(key)
-    ]
-    if differences:
+    if before and now and (other := differences(before, now)):
         raise CheckpointError(
-            f"{state.path} is of a run with another configuration: {'; '.join(differences)}. Use the same "
-            "configuration, or another output folder"
+            f"{state.path} is of a run with another configuration: {other}. Use the same configuration, or another "
+            "output folder"
         )

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn
 
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, first_few
 from pixart_nb.core.fast.cpu_training import layer_by_layer
 
 
@@ -34,17 +34,13 @@ def find_divergence(
         if rows := _bad_rows(tensor):
             return f"{name} of the batch is not finite in rows {rows[:8]}"
     if weights := [name for name, parameter in parameters.items() if _bad_rows(parameter)]:
-        return f"the weights {_few(weights)} are not finite"
+        return f"the weights {first_few(weights, 3)} are not finite"
     if network is not None and (layer := _first_layer(loss, tensors, network)):
         return f"the first output that is not finite is that of layer {layer}"
     if wrong := [name for name, gradient in gradients.items() if _bad_rows(gradient)]:
         # gradients are computed from the last layer to the first
-        return f"every layer's output is finite, the gradients of {_few(wrong[::-1])} are not"
+        return f"every layer's output is finite, the gradients of {first_few(wrong[::-1], 3)} are not"
     return "every layer's output and every gradient is finite, their sums are not"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bad_rows(tensor: ms.Tensor) -> list[int]:

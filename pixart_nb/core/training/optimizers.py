@@ -72,7 +72,7 @@ def clip_by_norm(
         return wide if scale == 1.0 else [gradient * scale for gradient in wide]
     arrays, factor = [gradient.asnumpy() for gradient in wide], np.float32(scale)
     separate = {array.__array_interface__["data"][0]: array for array in arrays}  # two gradients may be one tensor
-    list(backend.numpy_threads().map(lambda array: np.multiply(array, factor, out=array), separate.values()))
+    backend.in_threads(lambda array: np.multiply(array, factor, out=array), list(separate.values()))
     return wide
 
 

@@ -22,6 +22,7 @@ from pixart_nb.core.data.features import fingerprint
 from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import FeatureReader, LiveFeatures
+from pixart_nb.core.errors import first_few
 from pixart_nb.core.io import folder_lock, write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
@@ -191,7 +192,7 @@ class Training:
 
     def _describe_batch(self, number: int) -> str:
         names = [self.labels[i].path for i in self.sampler.batch(number)[1]]
-        return f"batch {number} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+        return f"batch {number} ({first_few(names, 8)})"
 
     # ---- running
 

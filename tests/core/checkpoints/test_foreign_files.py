@@ -146,8 +146,8 @@ def test_a_local_path_that_does_not_exist_is_never_looked_up_on_a_hub(folder, mo
     (folder.parent / "data" / "tiny-sigma").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("looked up"))
     for path, hint in (
-        ("data/tiny-sigm", r"Did you mean data/tiny-sigma\?"),
-        ("./pipelin", r"Did you mean pipeline\?"),
+        ("data/tiny-sigm", r"did you mean 'tiny-sigma'\?"),
+        ("./pipelin", r"did you mean 'pipeline'\?"),
         ("~/nowhere", "does not exist"),
         ("a/b/c", "does not exist"),
         ("models/PixArt-Sigma.pth", "does not exist"),

@@ -133,7 +133,7 @@ def test_options_of_a_newer_diffusers_that_are_off_are_passed_over():
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("dpm+", "did you mean 'dpm++'?"), ("Euler", "did you mean 'euler'?"), ("", "PNDMScheduler")]
+    ("name", "hint"), [("dpm+", "did you mean 'dpm++'?"), ("Euler", "did you mean 'euler'?"), ("", "DDPMScheduler")]
 )
 def test_an_unknown_name_lists_all_and_the_nearest(name, hint):
     with pytest.raises(ValueError, match="is not known; expected one of") as caught:

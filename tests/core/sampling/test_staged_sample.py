@@ -90,7 +90,7 @@ def test_the_command_refuses_the_folder_of_another_run_in_one_line(tmp_path):
     assert command(*words, "--prompt", "a red cup")[0] == 0
     code, said = command(*words, "--prompt", "a blue cup")
     assert code == 2
-    assert "prompt: 'a red cup' there, 'a blue cup' now" in said
+    assert "prompt: 'a red cup' there, 'a blue cup' here" in said
     assert "Traceback" not in said
 
 

@@ -167,10 +167,10 @@ def test_several_pictures_load_each_component_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prompt": "a blue cup"}, "prompt: 'a red mushroom on grass' there, 'a blue cup' now"),
-        ({"steps": 7}, "steps: 6 there, 7 now"),
-        ({"seed": (1, 0)}, r"seed: \[0, 0\] there, \[1, 0\] now"),
-        ({"models": {"transformer": "other"}}, "transformer: 'nothing' there, 'other' now"),
+        ({"prompt": "a blue cup"}, "prompt: 'a red mushroom on grass' there, 'a blue cup' here"),
+        ({"steps": 7}, "steps: 6 there, 7 here"),
+        ({"seed": (1, 0)}, r"seed: \[0, 0\] there, \[1, 0\] here"),
+        ({"models": {"transformer": "other"}}, "transformer: 'nothing' there, 'other' here"),
     ],
 )
 def test_the_folder_of_another_run_is_refused_with_the_differences(tmp_path, change, said):
