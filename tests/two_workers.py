@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from line_training import batch, trainer
 
-from pixart_nb.core.training.distributed import Workers, join
+from pixart_nb.core.backend import join_workers
+from pixart_nb.core.training.distributed import Workers
 
 CAME = {"optimizer": "came", "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}
 RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}, "small": {"shard_threshold": 3}}
@@ -39,4 +40,4 @@ def main(folder: Path, workers: Workers) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), join())
+    main(Path(sys.argv[1]), Workers(*join_workers()))

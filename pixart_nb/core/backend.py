@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -246,6 +247,21 @@ def cann_versions() -> tuple[str, list[str]]:
 
         return match[1] if match else "", list(AscendEnvChecker("").version)
     return match[1] if match else "", []
+
+
+def to_numpy(x: ms.Tensor) -> np.ndarray:
+    """Return a tensor as an array, float32."""
+    return x.astype(ms.float32).asnumpy()
+
+
+def as_array(x: Any) -> np.ndarray:
+    """Return a tensor, or what NumPy takes for an array, as an array of its own dtype."""
+    return np.asarray(x.asnumpy() if isinstance(x, ms.Tensor) else x)
+
+
+def as_tensor(x: ms.Tensor | np.ndarray) -> ms.Tensor:
+    """Return an array as a tensor; a tensor stays as it is."""
+    return x if isinstance(x, ms.Tensor) else ms.Tensor(x)
 
 
 def supported_dtype(dtype: str | type | np.dtype | ms.Type) -> ms.Type:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from pixart_nb.viz.pixels import enlarged, png_bytes
 from pixart_nb.viz.style import Figure
 
 
-class AttentionExplorer:
+class AttentionExplorer(parts.Explorer):
     """Widget that shows the attention of one run. Put it on the last line of a cell.
 
     Click a patch of the image to see what it attends to, or select a word to see which patches attend to it. Sliders
@@ -47,7 +46,7 @@ class AttentionExplorer:
             raise PixArtNBError(f"by_step has {len(by_step)} images, the trace keeps {len(trace.steps)} steps")
         self.trace, self.row, self.image = trace, row, as_float(shrunk(image))
         self._by_step = None if by_step is None else dict(zip(trace.steps, by_step, strict=True))
-        self._quiet, self.seconds = False, 0.0
+        self.seconds = 0.0
         self._make_controls()
         self.widget = self._laid_out()
         for control in (self.layer, self.head, self.step, self.threshold):
@@ -84,14 +83,6 @@ class AttentionExplorer:
             lengths = [0 if word.is_special else len(word.text) for word in words]
             return Choice(word=lengths.index(max(lengths)))
         return Choice(patch=(self.trace.grid[0] // 2, self.trace.grid[1] // 2))
-
-    @contextmanager
-    def _without_drawing(self):
-        before, self._quiet = self._quiet, True
-        try:
-            yield
-        finally:
-            self._quiet = before
 
     # ---- controls
 
@@ -133,9 +124,6 @@ class AttentionExplorer:
 
     # ---- events
 
-    def _changed(self, _: Any) -> None:
-        self._draw()
-
     def _word_chosen(self, change: Mapping[str, Any]) -> None:
         if self._quiet or change["new"] is None:
             return
@@ -169,8 +157,6 @@ class AttentionExplorer:
     # ---- drawing
 
     def _draw(self) -> None:
-        if self._quiet:
-            return
         started = time.perf_counter()
         self._offer_layers(self.choice.attention)
         choice = self.choice
@@ -212,6 +198,3 @@ class AttentionExplorer:
     def export(self, path: str | Path) -> Path:
         """Write the explorer as one HTML file that needs neither Python nor a network, and return the path."""
         return export_attention(path, self.trace, self._image(self.choice.step), self.choice, self.row)
-
-    def _repr_mimebundle_(self, **options: Any):
-        return self.widget._repr_mimebundle_(**options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import traitlets
 from matplotlib import colormaps
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.viz import widget_parts as parts
 from pixart_nb.viz.attention import full_against_compressed
 from pixart_nb.viz.compression import error_by_timestep
@@ -21,7 +22,7 @@ from pixart_nb.viz.event_loop import KernelLoop, giving_way
 from pixart_nb.viz.explorers import Choice, compressed_view, view_pixels
 from pixart_nb.viz.figures import image_differences
 from pixart_nb.viz.html_export import export_compression
-from pixart_nb.viz.pixels import as_bytes, enlarged, png_bytes, tiles, with_cells
+from pixart_nb.viz.pixels import enlarged, png_bytes, tiles, with_cells
 from pixart_nb.viz.style import HEAT, Figure
 from pixart_nb.viz.tables import Table
 
@@ -37,7 +38,7 @@ PANEL, WIDTH = 266, 830
 PATCH = -1
 
 
-class CompressionExplorer:
+class CompressionExplorer(parts.Explorer):
     """Widget that shows what KV compression changes. Put it on the last line of a cell.
 
     Click a patch, or select a word, to see where it looks among the full keys, among the compressed keys, and the
@@ -59,7 +60,7 @@ class CompressionExplorer:
         start: tuple[Sequence[int], int, str] | None = None,
         row: int = 0,
     ):
-        self.study, self.row, self.seconds, self._quiet, self._cancelled = study, row, 0.0, False, False
+        self.study, self.row, self.seconds, self._cancelled = study, row, 0.0, False
         self._drawn = None  # the outcome whose images are shown
         self._loop, depth, grid = KernelLoop(), len(study.layers), study.trace.grid
         layers, ratio, operator = start or (range(depth // 2, depth), 2, operators[0])
@@ -168,19 +169,7 @@ class CompressionExplorer:
             self.panels[0].cell = value.patch or ()
         self._draw()
 
-    @contextmanager
-    def _without_drawing(self):
-        before, self._quiet = self._quiet, True
-        try:
-            yield
-        finally:
-            self._quiet = before
-
     # ---- events
-
-    def _changed(self, _: Any) -> None:
-        if not self._quiet:
-            self._draw()
 
     def _word_chosen(self, change: Any) -> None:
         if not self._quiet:
@@ -285,7 +274,7 @@ class CompressionExplorer:
         cells = []
         for full, small in list(zip(self.study.images, outcome.images, strict=True))[:3]:
             differences = colormaps[HEAT](np.abs(small - full).mean(2))[..., :3]
-            plain = [enlarged(as_bytes(pixels), 256) for pixels in (small, differences)]
+            plain = [enlarged(to_uint8(pixels), 256) for pixels in (small, differences)]
             cells += [with_cells(full, self.study.trace.grid, outcome.ratio), *plain]
         return tiles(cells, 3, 6)
 
@@ -325,9 +314,6 @@ class CompressionExplorer:
         """Write all outcomes as one HTML file that needs neither Python nor a network, and return the path."""
         current = self.study.outcome(*self.choice)
         return export_compression(path, self.study, self.study.outcomes, self.study.outcomes.index(current))
-
-    def _repr_mimebundle_(self, **options: Any):
-        return self.widget._repr_mimebundle_(**options)
 
 
 def _name(outcome: Any) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.viz.attention import check_patch, patch_attention, word_heat_maps
 from pixart_nb.viz.overlay import as_float, overlay, overlay_differences, shrunk, spread_cells
-from pixart_nb.viz.pixels import as_bytes, tiled, with_cells
+from pixart_nb.viz.pixels import tiled, with_cells
 from pixart_nb.viz.style import Figure
 
 #: Scores that the overview of all layers and heads may compute at once; above it is left out.
@@ -237,11 +238,11 @@ def view_pixels(image: np.ndarray, view: CompressedView) -> list[np.ndarray]:
 
 def map_pixels(image: np.ndarray, shown: Shown, threshold: float = 0.0) -> np.ndarray:
     """Return a map over the image, (H, W, 3) uint8."""
-    return as_bytes(overlay(image, shown.heat, None, threshold or None, shown.ratio, shown.grid))
+    return to_uint8(overlay(image, shown.heat, None, threshold or None, shown.ratio, shown.grid))
 
 
 def overview_pixels(maps: np.ndarray, image: np.ndarray, most: int = 96) -> np.ndarray:
     """Return maps (layers, heads, h, w) over small copies of the image in a grid, uint8, each on its own scale."""
     small = as_float(shrunk(image, most))
-    rows = [[as_bytes(overlay(small, heat)) for heat in layer] for layer in maps]
+    rows = [[to_uint8(overlay(small, heat)) for heat in layer] for layer in maps]
     return tiled(rows, max(1, min(small.shape[:2]) // 16))

@@ -16,9 +16,10 @@ from matplotlib import colormaps
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
+from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.viz.explorers import Choice, check_choice, layers_of
 from pixart_nb.viz.overlay import COVER, DIMMED, as_float, bar_colours, shrunk
-from pixart_nb.viz.pixels import as_bytes, image_url, with_cells
+from pixart_nb.viz.pixels import image_url, with_cells
 from pixart_nb.viz.style import HEAT
 from pixart_nb.viz.widget_parts import STATIC
 
@@ -64,7 +65,7 @@ def export_attention(
     data = {
         "title": trace.text(row).prompt or "attention",
         "notes": _notes(trace, kept),
-        "image": image_url(as_bytes(image)),
+        "image": image_url(to_uint8(image)),
         "grid": list(trace.grid),
         "words": trace.words(row) if layers_of(trace, "cross") else [],
         "heads": kept.heads,
@@ -72,8 +73,8 @@ def export_attention(
         "cross": _word_maps(trace, kept, row),
         "self": _patch_maps(trace, kept, row),
         "patches": kept.patches,
-        "colours": _text(as_bytes(colormaps[HEAT](np.arange(256))[:, :3])),
-        "bar": _text(as_bytes(bar_colours(image))),
+        "colours": _text(to_uint8(colormaps[HEAT](np.arange(256))[:, :3])),
+        "bar": _text(to_uint8(bar_colours(image))),
         "blend": {"cover": list(COVER), "dimmed": DIMMED},
         "start": _start(choice, kept.steps),
     }
@@ -170,7 +171,7 @@ def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], st
     data = {
         "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
         "timesteps": [float(t) for t in study.timesteps],
-        "full": {"images": [image_url(as_bytes(p)) for p in study.images], "cost": vars(study.cost)},
+        "full": {"images": [image_url(to_uint8(p)) for p in study.images], "cost": vars(study.cost)},
         "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
         "start": start,
     }
@@ -181,7 +182,7 @@ def _outcome(outcome: Any, study: Any, grid: tuple[int, int]) -> dict[str, Any]:
     return {
         "name": f"{outcome.operator} {outcome.ratio}, layers {', '.join(map(str, outcome.layers)) or 'none'}",
         "cells": [image_url(with_cells(p, grid, outcome.ratio)) for p in study.images],
-        "images": [image_url(as_bytes(p)) for p in outcome.images],
+        "images": [image_url(to_uint8(p)) for p in outcome.images],
         "errors": [float(error) for error in outcome.errors],
         "imageError": outcome.image_error,
         "cost": vars(outcome.cost),

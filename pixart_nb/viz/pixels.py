@@ -9,12 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.viz.overlay import as_float
-
-
-def as_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Convert float in [0, 1] to uint8."""
-    return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
 
 
 def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
@@ -25,7 +21,7 @@ def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
 
 def with_cells(image: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256) -> np.ndarray:
     """Return the enlarged image with white lines around cells of R x R tokens, uint8. Ratio 1 draws none."""
-    pixels = enlarged(as_bytes(as_float(image)), least)
+    pixels = enlarged(to_uint8(as_float(image)), least)
     if ratio == 1 or max(grid) // ratio > 64:
         return pixels
     for axis, (side, tokens) in enumerate(zip(pixels.shape[:2], grid, strict=True)):

@@ -21,6 +21,7 @@ from pixart_nb.viz.playground_parameters import Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
 from pixart_nb.viz.playground_sources import adapters_of, edges_of, opened
 from pixart_nb.viz.playground_view import View, make_controls, size_name
+from pixart_nb.viz.widget_parts import say
 
 
 class Playground:
@@ -144,7 +145,7 @@ class Playground:
             values = ", ".join(f"{getattr(entry.parameters, name)}" for entry in entries)
             caption = f"{entries[0].parameters.prompt}: {name} {values}, in reading order. Each is in the history."
             self.session.show(None, np.stack([entry.images[0] for entry in entries]))
-            self.view.say_below(caption)
+            say(self.view.caption, caption)
             self.view.say("")
         return entries
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.images import write_new_image
+from pixart_nb.core.sampling.images import file_stem, to_uint8, write_new_image
 from pixart_nb.viz.event_loop import give_way, giving_way
 from pixart_nb.viz.figures import image_grid
-from pixart_nb.viz.pixels import as_bytes, tiles
+from pixart_nb.viz.pixels import tiles
 from pixart_nb.viz.playground_parameters import HISTORY, Parameters
 from pixart_nb.viz.playground_sources import ControlNets, arguments, kept_outside, write_source
 from pixart_nb.viz.style import Figure
@@ -160,8 +159,7 @@ class Session:
         return latents
 
     def _decode(self, latents: np.ndarray) -> np.ndarray:
-        images = self.pipe.decode_latents(np.ascontiguousarray(latents))
-        return as_bytes(images)
+        return to_uint8(self.pipe.decode_latents(np.ascontiguousarray(latents)))
 
     def _remembered(self, parameters: Parameters, images: np.ndarray, seconds: float) -> dict[str, Any]:
         """Return the changes when images are finished."""
@@ -208,8 +206,7 @@ def save_entry(entry: Entry, folder: str | Path, others: Mapping[str, Any] | Non
 
     A file that exists is never replaced by another image.
     """
-    words = re.sub(r"[^a-z0-9]+", "-", entry.parameters.prompt.lower()).strip("-")[:60] or "image"
-    paths, stem = [], f"{words}_seed-{entry.parameters.seed}"
+    paths, stem = [], f"{file_stem(entry.parameters.prompt) or 'image'}_seed-{entry.parameters.seed}"
     others = dict(others or {}) | write_source(Path(folder) / f"{stem}.png", entry.parameters)
     for number, pixels in enumerate(entry.images):
         parameters = others | entry.parameters.configuration(number)

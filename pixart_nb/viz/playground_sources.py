@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.images import write_new_image
-from pixart_nb.viz.pixels import as_bytes
+from pixart_nb.core.sampling.images import to_uint8, write_new_image
 from pixart_nb.viz.playground_parameters import CONTROL, Parameters
 
 
@@ -123,7 +122,7 @@ def kept_outside(images: np.ndarray, parameters: Parameters) -> np.ndarray:
     from pixart_nb.core.sampling.editing import painted
 
     pixels, mask = source(parameters)
-    return images if mask is None else painted(as_bytes(pixels), images, mask)
+    return images if mask is None else painted(to_uint8(pixels), images, mask)
 
 
 def write_source(path: Path, parameters: Parameters) -> dict[str, Any]:
@@ -131,11 +130,11 @@ def write_source(path: Path, parameters: Parameters) -> dict[str, Any]:
     files, keys = {}, {}
     if parameters.image:
         pixels, mask = source(parameters)
-        files, keys = {"image": as_bytes(pixels[0])}, {"strength": parameters.strength}
+        files, keys = {"image": to_uint8(pixels[0])}, {"strength": parameters.strength}
         if mask is not None:
-            files["mask"] = np.repeat(as_bytes(mask[0, ..., None]), 3, 2)
+            files["mask"] = np.repeat(to_uint8(mask[0, ..., None]), 3, 2)
     if parameters.control_image:
-        files["control_image"] = as_bytes(condition(parameters)[0])
+        files["control_image"] = to_uint8(condition(parameters)[0])
         keys |= {name: getattr(parameters, name) for name in CONTROL}
     written = {n: str(write_new_image(path.with_stem(f"{path.stem}_{n}"), f, {})) for n, f in files.items()}
     return written | keys

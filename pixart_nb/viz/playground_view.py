@@ -156,10 +156,6 @@ class View:
         self._listed = tuple(history)
         self.cards.children = [entries.get(entry) or _card(entry, act(entry)) for entry in reversed(history)]
 
-    def say_below(self, text: str) -> None:
-        """Describe the images that are shown."""
-        say(self.caption, text)
-
     def say(self, text: str, wrong: bool = False) -> None:
         """Show a message; ``wrong`` marks an error."""
         say(self.message, text, wrong)

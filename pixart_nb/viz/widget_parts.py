@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import ipywidgets as widgets
@@ -68,6 +70,29 @@ class PaintedImage(anywidget.AnyWidget):
     brush = traitlets.Int(15).tag(sync=True)
     width = traitlets.Int(288).tag(sync=True)
     label = traitlets.Unicode("image to paint over").tag(sync=True)
+
+
+class Explorer:
+    """Base class of the explorers: ``_draw`` shows what the controls of ``widget`` select."""
+
+    widget: widgets.Widget
+    _quiet = False
+
+    @contextmanager
+    def _without_drawing(self) -> Iterator[None]:
+        """Set controls inside the block without an effect."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _changed(self, _: Any) -> None:
+        if not self._quiet:
+            self._draw()
+
+    def _repr_mimebundle_(self, **options: Any):
+        return self.widget._repr_mimebundle_(**options)
 
 
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
+from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.viz.html_export import page_of
 from pixart_nb.viz.style import MARK, SMALL, TEXT, Figure, for_image
 
@@ -89,7 +90,7 @@ def as_pixels(image: np.ndarray | str | Path) -> np.ndarray:
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise PixArtNBError(f"an image has shape (H, W, 3), got {pixels.shape}")
-    return pixels if pixels.dtype == np.uint8 else (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return pixels if pixels.dtype == np.uint8 else to_uint8(pixels)
 
 
 def zoom_figure(

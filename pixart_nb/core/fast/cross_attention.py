@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import ops
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_array, ms, to_numpy
 from pixart_nb.core.fast.cpu_operators import gather, head_rows, merge_heads
 from pixart_nb.core.models.attention import MASKED_SCORE, attention
 from pixart_nb.core.models.operators import repeat_tokens
@@ -43,9 +43,9 @@ class CaptionGroup:
 
 def caption_groups(caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None) -> list[CaptionGroup]:
     """Group neighbours with the same tokens, without padding: caption (B, T, C), mask (B, T) bool or None."""
-    values = caption.astype(ms.float32).asnumpy()
+    values = to_numpy(caption)
     mask = np.ones(values.shape[:2], bool) if mask is None else mask
-    mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask, bool)
+    mask = as_array(mask).astype(bool)
     rows = [row[keep] for row, keep in zip(values, mask, strict=True)]
     starts = [0] + [i for i in range(1, len(rows)) if not np.array_equal(rows[i - 1], rows[i])] + [len(rows)]
     return [_padded_group(a, b, [rows[a]], caption.dtype) for a, b in itertools.pairwise(starts)]
@@ -78,7 +78,7 @@ def merge_small_groups(groups: list[CaptionGroup], tokens: int, head_size: int, 
 
 
 def _merge(groups: list[CaptionGroup]) -> CaptionGroup:
-    captions = [group.caption.astype(ms.float32).asnumpy()[0] for group in groups]
+    captions = [to_numpy(group.caption)[0] for group in groups]
     return _padded_group(groups[0].start, groups[-1].stop, captions, groups[0].caption.dtype)
 
 
@@ -107,7 +107,7 @@ class ShortCaptionAttention:
         self.captions, self.tokens, _ = caption.shape
         q_matrix = layer.q_linear.matrix().astype(ms.float32).reshape(heads, size // heads, size)
         q_bias = layer.q_linear.bias.astype(ms.float32).reshape(heads, -1, 1)
-        out = layer.proj.matrix().astype(ms.float32).asnumpy().reshape(size, heads, size // heads)
+        out = to_numpy(layer.proj.matrix()).reshape(size, heads, size // heads)
         k, v = (self._by_head(x) for x in layer.keys_values(caption))  # (H, G T, d)
         k = k * (size // heads) ** -0.5
         keys, bias = (self._by_caption(_batched(k, x)) for x in (q_matrix, q_bias))
@@ -119,7 +119,7 @@ class ShortCaptionAttention:
 
     def _by_head(self, x: ms.Tensor) -> ms.Tensor:
         """(G, H, T, d) -> (H, G T, d) float32."""
-        array = x.astype(ms.float32).asnumpy().transpose(1, 0, 2, 3)
+        array = to_numpy(x).transpose(1, 0, 2, 3)
         return ms.Tensor(np.ascontiguousarray(array).reshape(array.shape[0], -1, array.shape[3]))
 
     def _by_caption(self, x: ms.Tensor) -> np.ndarray:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.backend import ms
-from pixart_nb.core.cost import StepCost, step_cost, with_compression
+from pixart_nb.core.backend import ms, to_numpy
+from pixart_nb.core.cost import StepCost, key_count, step_cost, with_compression
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.attention_maps import softmax_rows
 from pixart_nb.core.hooks.compression_loss import CompressionLoss, compression_loss
 from pixart_nb.core.hooks.hook_points import attached
-from pixart_nb.core.hooks.interventions import CompressionReplacement, check_ratio, compressions_of
+from pixart_nb.core.hooks.interventions import CompressionReplacement, compressions_of
 from pixart_nb.core.hooks.recorder import TraceTooLargeError, trace
 from pixart_nb.core.hooks.selection import Numbers, layer_names
 from pixart_nb.core.hooks.trace import Trace
@@ -170,13 +170,13 @@ class CompressionStudy:
         """Return keys (H, M, d) float32."""
         key = (name, step, ratio, operator, row)
         if key not in self._keys:
-            check_ratio(ratio, self.trace.grid)
+            key_count(self.trace.grid, ratio)  # refuses a ratio that leaves no key
             compress = compressions_of(self.pipe.transformer, [name], ratio, operator)[name]
             full = self.trace.records[name, step].keys.unpacked(row, np.arange(len(self.trace.heads)))
             heads, tokens, size = full.shape
             rows = ms.Tensor(full.transpose(1, 0, 2).reshape(1, tokens, heads * size).astype(np.float32))
             small = compress(rows.astype(self.pipe.transformer.blocks[0].attn.qkv.dtype), *self.trace.grid)
-            small = small.astype(ms.float32).asnumpy().reshape(-1, heads, size).transpose(1, 0, 2)
+            small = to_numpy(small).reshape(-1, heads, size).transpose(1, 0, 2)
             self._keys = dict(list(self._keys.items())[1 - REMEMBERED_KEYS :]) | {key: small}
         return self._keys[key]
 

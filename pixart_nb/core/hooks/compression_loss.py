@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
+from pixart_nb.core.cost import key_count
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, LayerCompression, attached, transformer_of
-from pixart_nb.core.hooks.interventions import CompressionReplacement, check_ratio, compressions_of
+from pixart_nb.core.hooks.interventions import CompressionReplacement, compressions_of
 from pixart_nb.core.hooks.selection import Layers, Numbers, as_list, layer_names
 from pixart_nb.core.models.attention import attention, merge_heads, split_heads
 
@@ -98,7 +99,7 @@ class LossHook(Hook):
 
     def check(self, run: HookedRun) -> None:
         if self.ratio is not None:
-            check_ratio(self.ratio, run.grid)
+            key_count(run.grid, self.ratio)  # refuses a ratio that leaves no key
         else:
             self._check_compressed(run)
         self.result.grid = run.grid
@@ -135,11 +136,11 @@ class LossHook(Hook):
 
         def output(keys: ms.Tensor, values: ms.Tensor) -> np.ndarray:
             heads = [split_heads(part, layer.heads) for part in (keys, values)]
-            return _array(layer.proj(merge_heads(attention(q, *heads, None, call.scale))))
+            return to_numpy(layer.proj(merge_heads(attention(q, *heads, None, call.scale))))
 
         full, compressed = output(k, v), output(small_k, small_v)
-        keys = _array(k).reshape(count, *grid, -1)
-        cells = spread(_array(small_k), grid, compression.ratio)
+        keys = to_numpy(k).reshape(count, *grid, -1)
+        cells = spread(to_numpy(small_k), grid, compression.ratio)
         covered = ~np.isnan(cells[0, ..., 0])
         return LayerLoss(
             cosine(keys, cells),
@@ -168,7 +169,3 @@ def _row_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
     rows = (len(actual), -1)
     differences = np.linalg.norm((actual - expected).reshape(rows), axis=1)
     return differences / np.linalg.norm(expected.reshape(rows), axis=1)
-
-
-def _array(x: ms.Tensor) -> np.ndarray:
-    return x.astype(ms.float32).asnumpy()

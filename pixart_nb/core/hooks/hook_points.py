@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from mindspore import mint
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.selection import ATTENTION_MODULES, Numbers, Text, is_cross, step_numbers, text_of
 from pixart_nb.core.models.attention import SelfAttention, attention
@@ -247,7 +247,7 @@ class HookManager:
 
     def on_step(self, timestep: ms.Tensor, height: int, width: int) -> None:
         """Announce a call of the model with timestep (B,) on height x width tokens."""
-        values, run = timestep.astype(ms.float32).asnumpy(), self.run
+        values, run = to_numpy(timestep), self.run
         continues = run is not None and (run.batch, run.grid) == (len(values), (height, width))
         if not continues or (run.timesteps is not None and run.index + 1 >= len(run.timesteps)):
             self.run = HookedRun(None, len(values), False, (height, width), self.net.config.model_max_length)

@@ -16,6 +16,7 @@ import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.cost import key_count
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks import selection
 from pixart_nb.core.hooks.hook_points import (
@@ -171,18 +172,10 @@ class CompressionReplacement(Hook):
         self.ratio, self.compressions = ratio, compressions_of(net, names, ratio, operator)
 
     def check(self, run: HookedRun) -> None:
-        check_ratio(self.ratio, run.grid)
+        key_count(run.grid, self.ratio)  # refuses a ratio that leaves no key
 
     def compression(self, name: str, run: HookedRun) -> LayerCompression | None:
         return self.compressions[name] if self.applies(name, run) else None
-
-
-def check_ratio(ratio: int, grid: tuple[int, int]) -> None:
-    """Refuse a ratio that leaves no key of a token grid."""
-    if ratio > min(grid):
-        raise PixArtNBError(
-            f"compression ratio {ratio} leaves no key of {grid[0]}x{grid[1]} tokens; it may be 1 to {min(grid)}"
-        )
 
 
 def compressions_of(net: PixArt, names: Sequence[str], ratio: int, operator: str | None) -> dict[str, LayerCompression]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.hook_points import transformer_of
 from pixart_nb.core.models.embeddings import sincos_positions
@@ -32,8 +32,8 @@ def modulation(model: Any, timesteps: Sequence[float]) -> np.ndarray:
     if net.config.micro_condition:
         raise PixArtNBError("the modulation of a model with micro conditions depends on the image's size too")
     t = net.t_embedder(ms.Tensor(np.asarray(timesteps, np.float32)))
-    shared = net.t_block[1](silu(t)).reshape(len(timesteps), 1, 6, -1).astype(ms.float32).asnumpy()
-    tables = np.stack([block.scale_shift_table.astype(ms.float32).asnumpy() for block in net.blocks])
+    shared = to_numpy(net.t_block[1](silu(t)).reshape(len(timesteps), 1, 6, -1))
+    tables = np.stack([to_numpy(block.scale_shift_table) for block in net.blocks])
     return shared + tables[None]
 
 
@@ -43,5 +43,5 @@ def learned_kernels(model: Any) -> dict[str, np.ndarray]:
     kernels = {}
     for number, block in enumerate(net.blocks):
         if block.attn.sr is not None:
-            kernels[f"blocks.{number}.attn"] = block.attn.sr.weight.astype(ms.float32).asnumpy()[:, 0].copy()
+            kernels[f"blocks.{number}.attn"] = to_numpy(block.attn.sr.weight)[:, 0].copy()
     return kernels

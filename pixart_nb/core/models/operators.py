@@ -14,7 +14,7 @@ from mindspore import mint, nn, ops
 from mindspore.ops.operations._grad_ops import SigmoidGrad
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
 
@@ -70,7 +70,7 @@ def assign(parameter: ms.Parameter, value: ms.Tensor) -> None:
 
 def check_finite(x: ms.Tensor | np.ndarray, stage: str) -> None:
     """Refuse a result with NaN or infinite values; ``stage`` names what computed it."""
-    values = x.astype(ms.float32).asnumpy() if isinstance(x, ms.Tensor) else x
+    values = to_numpy(x) if isinstance(x, ms.Tensor) else x
     if not np.isfinite(values).all():
         raise PixArtNBError(
             f"the output of {stage} is not finite: {values.size - np.isfinite(values).sum()} of {values.size} values. "

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import mint, nn
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_array, ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
 from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
@@ -187,8 +187,8 @@ class T5Encoder(nn.Cell):
     def validated(self, input_ids, mask) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 and mask bool, or refuse them. Outside of ``construct``, which a compiler parses."""
         backend.pin_threads()
-        ids = np.asarray(input_ids.asnumpy() if isinstance(input_ids, ms.Tensor) else input_ids)
-        mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
+        ids = as_array(input_ids)
+        mask = as_array(mask).astype(bool)
         if ids.ndim != 2 or ids.shape != mask.shape:
             raise PixArtNBError(f"input_ids have shape {ids.shape} and mask {mask.shape}; expected the same (N, T)")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:

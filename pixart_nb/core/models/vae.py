@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_tensor, ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import decode_fine, decodes_by_rows, fast_group_norms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
@@ -122,7 +122,7 @@ class AutoencoderKL(nn.Cell):
 
         ``return_dict`` is accepted for calls written for diffusers; the result is a tuple either way.
         """
-        z = z if isinstance(z, ms.Tensor) else ms.Tensor(z)
+        z = as_tensor(z)
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:
             raise PixArtNBError(
                 f"latents have shape {tuple(z.shape)}; expected (N, {self.config.latent_channels}, h, w)"
@@ -139,7 +139,7 @@ class AutoencoderKL(nn.Cell):
         x = x.astype(self.dtype)
         for stage in stages:
             if self.use_tiling and max(x.shape[2:]) // stage.downscale > stage.tile:
-                x = ms.Tensor(stage(_array(x))).astype(self.dtype)
+                x = ms.Tensor(stage(to_numpy(x))).astype(self.dtype)
             else:
                 x = self._whole(stage, x)
         return x
@@ -166,7 +166,7 @@ class AutoencoderKL(nn.Cell):
 
     def decode_coarse(self, z: np.ndarray) -> np.ndarray:
         """Run the first part of ``decode``, at the resolution of the latents: (1, C, h, w) -> (1, C', h, w) float32."""
-        return _array(self._run(ms.Tensor(z), self._stage(self._decode_coarse, self.decoder)))
+        return to_numpy(self._run(ms.Tensor(z), self._stage(self._decode_coarse, self.decoder)))
 
     def decode_fine(self) -> TileMap:
         """Return the second part of ``decode``, from the result of ``decode_coarse``, to be run by rows of tiles."""
@@ -203,7 +203,3 @@ def _initial_value(rng: np.random.Generator, name: str, shape: tuple[int, ...]) 
         return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
     value[:, :, 1, 1] = rng.standard_normal(shape[:2]) / np.sqrt(shape[1])
     return value
-
-
-def _array(x: ms.Tensor) -> np.ndarray:
-    return x.astype(ms.float32).asnumpy()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.images import PipelineOutput, check_output_type, to_output_type, to_uint8
@@ -141,7 +141,7 @@ def encode_image(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """Encode images (N, H, W, 3) in [0, 1] to the latents (N, C, H / 8, W / 8) that the transformer works on."""
     x = ms.Tensor(np.ascontiguousarray(images.transpose(0, 3, 1, 2) * 2 - 1, np.float32))
     z = vae.encode(x.astype(next(iter(vae.get_parameters())).dtype))[0].mode()
-    return vae.config.to_model(z.astype(ms.float32).asnumpy())
+    return vae.config.to_model(to_numpy(z))
 
 
 def image_array(image: ImageInput | None) -> np.ndarray:

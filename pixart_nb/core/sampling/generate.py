@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.low_precision import inference_dtype_name
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.run_plan import QUANTIZED
-from pixart_nb.core.sampling.images import read_parameters, save_elsewhere, to_uint8, write_new_image
+from pixart_nb.core.sampling.images import file_stem, read_parameters, save_elsewhere, to_uint8, write_new_image
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
 from pixart_nb.core.sampling.planning import (
@@ -403,9 +402,8 @@ def parameters(config: InferenceConfig, request: ImageRequest) -> dict[str, Any]
 
 def file_name(config: InferenceConfig, request: ImageRequest) -> str:
     """Return ``003_a-red-cup.png``, with the number of the copy where a prompt has several files."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:60]
     several = config.nrows * config.ncols > 1 and not config.imagegrid
-    return f"{request.index:03d}_{words}{f'_{request.copy:02d}' if several else ''}.png"
+    return f"{request.index:03d}_{file_stem(request.prompt)}{f'_{request.copy:02d}' if several else ''}.png"
 
 
 def contact_sheet(images: np.ndarray, columns: int) -> np.ndarray:

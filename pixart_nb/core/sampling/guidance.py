@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.models.attention import IdentityAttention
@@ -43,7 +43,7 @@ def guided_model(
         return ms.Tensor(np.concatenate([latents, latents]) if guided else latents)
 
     def split(out: ms.Tensor, timestep: float) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        out = out.astype(ms.float32).asnumpy()  # (N or 2N, C or 2C, H, W)
+        out = to_numpy(out)  # (N or 2N, C or 2C, H, W)
         check_finite(out, f"the transformer at timestep {timestep:g}")
         unconditional, conditional = np.split(out, 2) if guided else (out, out)
         variance = conditional[:, channels:] if out.shape[1] > channels else None
@@ -68,7 +68,7 @@ def guided_model(
     def predict(latents: np.ndarray, timestep: float) -> Prediction:
         unconditional, conditional, variance = first(latents, timestep)
         with identity_attention(net, perturbation.layers):
-            perturbed = second(latents, timestep).astype(ms.float32).asnumpy()[:, :channels]
+            perturbed = to_numpy(second(latents, timestep))[:, :channels]
         check_finite(perturbed, f"the transformer with perturbed attention at timestep {timestep:g}")
         scale = np.float32(perturbation.scale_at(timestep))
         return Prediction(guide(unconditional, conditional) + scale * (conditional - perturbed), variance)

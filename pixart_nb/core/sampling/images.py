@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -192,6 +193,15 @@ def _resize_axis(images: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 # ---- PNG files
+
+
+def file_stem(prompt: str) -> str:
+    """Return a prompt as a part of a file name; it may be empty.
+
+    >>> file_stem("A red cup, on snow!")
+    'a-red-cup-on-snow'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
 
 
 def write_image(path: str | Path, pixels: np.ndarray, parameters: Mapping[str, Any]) -> None:

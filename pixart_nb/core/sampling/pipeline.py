@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_array, ms
 from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
 from pixart_nb.core.sampling.images import (
@@ -371,7 +371,7 @@ class PixArtSigmaPAGPipeline(PixArtSigmaPipeline):
 
 def repeated(rows: np.ndarray | ms.Tensor, count: int) -> np.ndarray:
     """Return an array of ``count`` rows, each of the given ones repeated side by side if their number divides it."""
-    rows = np.asarray(rows.asnumpy() if isinstance(rows, ms.Tensor) else rows)
+    rows = as_array(rows)
     return rows if not len(rows) or count % len(rows) else np.repeat(rows, count // len(rows), 0)
 
 
@@ -389,7 +389,7 @@ def _rows(texts: TextInput) -> int:
 
 def _as_array(values: Any, name: str) -> np.ndarray:
     try:
-        return np.asarray(values.asnumpy() if isinstance(values, ms.Tensor) else values, np.float32)
+        return np.asarray(as_array(values), np.float32)
     except (TypeError, ValueError):
         raise PixArtNBError(f"{name} are of {type(values).__name__}; expected an array of numbers") from None
 

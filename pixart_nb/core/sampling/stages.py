@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import to_numpy
 from pixart_nb.core.errors import differences
 from pixart_nb.core.io import (
     CheckpointError,
@@ -260,7 +260,7 @@ def _encode(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int
     yield 0, len(texts)
     for done, (name, text) in enumerate(texts.items(), 1):
         embeds, mask = embed(pipe.tokenizer, pipe.text_encoder, [text], True, image.max_sequence_length, trim=True)
-        tensors |= {f"{name}_embeds": embeds.astype(ms.float32).asnumpy(), f"{name}_mask": mask}
+        tensors |= {f"{name}_embeds": to_numpy(embeds), f"{name}_mask": mask}
         if done == len(texts):
             image.files.save("embeddings", tensors)
         yield done, len(texts)
@@ -326,7 +326,7 @@ def _decode(pipe: PixArtSigmaPipeline, image: StagedImage) -> Iterator[tuple[int
         parts = (files.load(name)["values"] for name in files.names("rows-*"))
     else:
         yield 0, 1
-        parts = [vae.decode(z)[0].astype(ms.float32).asnumpy()]
+        parts = [to_numpy(vae.decode(z)[0])]
     files.save("pixels", {"pixels": _finished(parts, image)})
     for name in ("coarse", "rows-*"):
         files.remove(name)

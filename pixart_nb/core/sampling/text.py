@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_array, ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.io import CheckpointError, check_file, read_json
 from pixart_nb.core.models.attention import check_mask
@@ -358,7 +358,7 @@ def check_embeddings(
     if mask is None:
         raise PixArtNBError(f"{name}_embeds needs {name}_attention_mask, (N, T) with 1 for a token and 0 for padding")
     embeds = embeds if isinstance(embeds, ms.Tensor) else ms.Tensor(np.asarray(embeds, np.float32))
-    mask = np.asarray(mask.asnumpy() if isinstance(mask, ms.Tensor) else mask).astype(bool)
+    mask = as_array(mask).astype(bool)
     channels = channels or embeds.shape[-1]
     expected = (rows or embeds.shape[0], embeds.shape[1] if embeds.ndim == 3 else "T", channels)
     if embeds.ndim != 3 or tuple(embeds.shape) != expected:
@@ -374,6 +374,6 @@ def stack_rows(condition: Conditioning) -> tuple[ms.Tensor, np.ndarray]:
     parts = (condition.negative_embeds, condition.prompt_embeds)
     masks = (condition.negative_mask, condition.prompt_attention_mask)
     length = max(mask.shape[1] for mask in masks)
-    padded = [np.pad(p.astype(ms.float32).asnumpy(), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts]
+    padded = [np.pad(to_numpy(p), ((0, 0), (0, length - p.shape[1]), (0, 0))) for p in parts]
     mask = np.concatenate([np.pad(m, ((0, 0), (0, length - m.shape[1]))) for m in masks])
     return ms.Tensor(np.concatenate(padded)), mask

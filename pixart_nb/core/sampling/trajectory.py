@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.guidance import guided_model
@@ -92,7 +92,7 @@ def errors_on_noise(
 
     def outputs(part: PixArt) -> np.ndarray:
         inputs = [(ms.Tensor(latents), ms.Tensor(np.full(rows, t, np.float32))) for t in timesteps]
-        out = [part(*pair, ms.Tensor(caption)).astype(ms.float32).asnumpy() for pair in inputs]
+        out = [to_numpy(part(*pair, ms.Tensor(caption))) for pair in inputs]
         return np.stack([array[:, : config.in_channels] for array in out])
 
     return _relative(outputs(other), outputs(net))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import mint, ops
 
-from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 
 #: Flat buffers that tensors are summed in over the workers: few collectives, and no second copy of a whole model.
@@ -72,11 +71,6 @@ def _parts(tensors: Sequence[ms.Tensor]) -> Iterator[list[ms.Tensor]]:
     for number in range(BUFFERS):
         if part := [tensor for tensor, k in zip(tensors, which, strict=True) if k == number]:
             yield part
-
-
-def join() -> Workers:
-    """Join the workers that msrun started."""
-    return Workers(*backend.join_workers())
 
 
 def owners(sizes: Mapping[str, int], workers: int, threshold: int = 0) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from mindspore import mint, ops
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_array, ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
@@ -109,8 +109,7 @@ def training_losses(model, x_start, timestep, noise, schedule: NoiseSchedule = L
         ``{"mse", "vb", "loss"}``, each (N,): squared error of the noise, variational bound in bits per dimension, and
         their sum. The gradient of the bound reaches the variance only.
     """
-    steps = timestep.asnumpy() if isinstance(timestep, ms.Tensor) else np.asarray(timestep)
-    table = ms.Tensor(coefficients(steps.astype(np.int64), schedule))
+    table = ms.Tensor(coefficients(as_array(timestep).astype(np.int64), schedule))
     x_t = add_noise(x_start, noise, table)
     mse, vb = loss_terms(model(x_t, timestep), x_start, x_t, noise, table)
     return {"mse": mse, "vb": vb, "loss": mse + vb}

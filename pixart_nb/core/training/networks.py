@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.config import TrainConfig
-from pixart_nb.core.backend import dtype_from_name, ms
+from pixart_nb.core.backend import dtype_from_name, ms, to_numpy
 from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, pipeline_class
 from pixart_nb.core.checkpoints.components import component_paths as pipeline_paths
 from pixart_nb.core.checkpoints.load import vae_config
@@ -145,7 +145,7 @@ def vae_encoder(vae: AutoencoderKL) -> Encode:
 
     def encode(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         latents = vae.encode(ms.Tensor(pixels))[0]
-        mean, logvar = (part.astype(ms.float32).asnumpy() for part in (latents.mean, latents.logvar))
+        mean, logvar = (to_numpy(part) for part in (latents.mean, latents.logvar))
         return mean, np.exp(0.5 * logvar)
 
     return encode
@@ -156,6 +156,6 @@ def text_embedder(tokenizer, text_encoder, max_length: int, clean_caption: bool 
 
     def embed(captions: list[str]) -> tuple[np.ndarray, np.ndarray]:
         embeds, mask = embed_captions(tokenizer, text_encoder, captions, clean_caption, max_length, trim=True)
-        return embeds.astype(ms.float32).asnumpy(), mask
+        return to_numpy(embeds), mask
 
     return embed

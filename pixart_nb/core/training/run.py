@@ -30,7 +30,7 @@ from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.images import bins_for
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
 from pixart_nb.core.training.consistency import ConsistencyObjective
-from pixart_nb.core.training.distributed import SINGLE, join
+from pixart_nb.core.training.distributed import SINGLE, Workers
 from pixart_nb.core.training.distribution_matching import DistributionObjective
 from pixart_nb.core.training.log import CurveLog, read_curve
 from pixart_nb.core.training.loss import min_snr_weights
@@ -57,7 +57,7 @@ class Training:
 
     def __init__(self, config: TrainConfig):
         self.config, self.folder = config, Path(config.output_path)
-        self.workers = join() if config.use_parallel else SINGLE
+        self.workers = Workers(*backend.join_workers()) if config.use_parallel else SINGLE
         check_overflow_mode(config)
         self.networks = FrozenNetworks(config)
         objective = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import kept_memory, ms, pin_threads
+from pixart_nb.core.backend import as_tensor, kept_memory, ms, pin_threads, to_numpy
 from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.io import folder_lock
 from pixart_nb.core.models.operators import assign
@@ -215,7 +215,7 @@ class Trainer:
 
     def _tensors(self, number: int) -> list[ms.Tensor]:
         scale = [np.float32(self.scale.value)] if self.scale.used else []
-        return [a if isinstance(a, ms.Tensor) else ms.Tensor(a) for a in (*self.batch(number), *scale)]
+        return list(map(as_tensor, (*self.batch(number), *scale)))
 
     def _is_finite(self, row: Mapping[str, float], gradients: list[ms.Tensor]) -> bool:
         """Return False for an overflow of the scaled loss, which skips the step; raise if the loss diverged."""
@@ -253,7 +253,7 @@ class Trainer:
         for name, master in self.masters.items():
             value, parameter = values[name], self.parameters[name]
             if value is not master:
-                assign(master, value if isinstance(value, ms.Tensor) else ms.Tensor(value))
+                assign(master, as_tensor(value))
             if parameter is not master:
                 assign(parameter, master)
 
@@ -362,7 +362,7 @@ def _master(name: str, parameter: ms.Parameter, dtype: ms.Type) -> ms.Parameter:
     """Return the parameter itself, or a float32 copy if it is, or is cast here to, half precision."""
     if parameter.dtype == dtype == ms.float32:
         return parameter
-    master = ms.Parameter(ms.Tensor(np.array(parameter.astype(ms.float32).asnumpy())), name=f"master.{name}")
+    master = ms.Parameter(ms.Tensor(np.array(to_numpy(parameter))), name=f"master.{name}")
     if dtype != ms.float32:
         parameter.set_dtype(dtype)
     return master

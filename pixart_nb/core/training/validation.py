@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pixart_nb.config import TrainConfig
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_tensor, ms, to_numpy
 from pixart_nb.core.data.control import ControlImages
 from pixart_nb.core.data.features import Embed
 from pixart_nb.core.data.files import DataError
@@ -20,7 +19,7 @@ from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.controlnet import PixArtSigmaControlNetPipeline
-from pixart_nb.core.sampling.images import to_uint8, write_image
+from pixart_nb.core.sampling.images import file_stem, to_uint8, write_image
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.sampling.schedulers import Scheduler
@@ -80,8 +79,8 @@ class Validation:
 
     def paths(self, folder: Path, step: int) -> list[Path]:
         """Return the files of the images of a step, such as ``step-00000100/000_a-red-cup.png``."""
-        names = [re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in self.prompts]
-        return [folder / f"step-{step:08d}" / f"{n:03d}_{name}.png" for n, name in enumerate(names)]
+        names = [f"{n:03d}_{file_stem(prompt)}.png" for n, prompt in enumerate(self.prompts)]
+        return [folder / f"step-{step:08d}" / name for name in names]
 
     def write(self, folder: Path, step: int, images: np.ndarray) -> list[Path]:
         """Write the images of a step and return their paths."""
@@ -94,7 +93,7 @@ class Validation:
 
 def mean_loss(loss: Callable, batches: Sequence[Sequence[np.ndarray | ms.Tensor]]) -> float:
     """Return the mean of ``loss(*tensors)[0]`` over batches."""
-    tensors = ([p if isinstance(p, ms.Tensor) else ms.Tensor(p) for p in batch] for batch in batches)
+    tensors = (map(as_tensor, batch) for batch in batches)
     return float(np.mean([loss(*batch)[0].asnumpy() for batch in tensors]))
 
 
@@ -121,4 +120,4 @@ def reconstruct(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     A model cannot draw details better than its VAE reconstructs them.
     """
     decoded = vae.decode(vae.encode(ms.Tensor(to_signed(images)))[0].mode())[0]
-    return to_uint8(decoded.astype(ms.float32).asnumpy().transpose(0, 2, 3, 1) / 2 + 0.5)
+    return to_uint8(to_numpy(decoded).transpose(0, 2, 3, 1) / 2 + 0.5)

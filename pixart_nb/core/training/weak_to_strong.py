@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pixart_nb.config import TrainConfig
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_tensor, ms
 from pixart_nb.core.checkpoints.configuration import Description, describe, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.key_maps import init_compression, to_official_names
@@ -162,7 +162,7 @@ def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> d
         ||a - b|| / ||b|| of the outputs with and without compression.
     """
     net, previous = start.net, start.previous
-    tensors = [[part if isinstance(part, ms.Tensor) else ms.Tensor(part) for part in b] for b in batches]
+    tensors = [list(map(as_tensor, batch)) for batch in batches]
     report = {"loss": mean_loss(loss, tensors)}
     report["latent_std"] = float(np.std(np.concatenate([b[0].asnumpy().reshape(-1) for b in tensors])))
     if net.config.input_size != previous.input_size:
