@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import nbformat
+import numpy as np
 import papermill
+from PIL import Image
+
+from pixart_nb.config import read_yaml
 
 MOST_LINES = 25
 MOST_BYTES = 250 * 1024
@@ -138,6 +143,37 @@ def widgets_without_figure(executed: nbformat.NotebookNode) -> list[int]:
 
 def _is_bar(output: nbformat.NotebookNode) -> bool:
     return bool(re.search(r"\d+%\|| \?/s\]|\dit \[", output.get("data", {}).get("text/plain", "")))
+
+
+class SmokeRun(NamedTuple):
+    """A notebook that ran with its smoke configuration: its parameters, the folder and the numbers that it wrote."""
+
+    values: dict[str, Any]
+    folder: Path
+    numbers: dict[str, Any]
+
+
+def run_smoke(project: Path, name: str, tmp_path: Path, numbers: str) -> SmokeRun:
+    """Run ``notebooks/NAME.ipynb`` with ``configs/smoke/NAME.yaml``; every widget needs a figure beside it."""
+    values = read_yaml(project / "configs" / "smoke" / f"{name}.yaml") | {"output_path": str(tmp_path / "out")}
+    notebook = project / "notebooks" / f"{name}.ipynb"
+    assert widgets_without_figure(run_notebook(notebook, values, tmp_path / "executed.ipynb", project)) == []
+    path = tmp_path / "out" / numbers
+    return SmokeRun(values, path.parent, json.loads(path.read_text()) if path.suffix == ".json" else {})
+
+
+def check_files(folder: Path, figures: Iterable[str], others: Iterable[str] = (), least: int = 80) -> None:
+    """A folder holds these figures, which show something, and other files and folders; nothing else."""
+    assert {path.name for path in folder.iterdir()} == {*figures, *others}
+    check_figures((folder / name for name in figures), least)
+
+
+def check_figures(paths: Iterable[Path], least: int = 80) -> None:
+    """Images are not empty and have more than ``least`` pixels a side."""
+    for path in paths:
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
+        assert min(pixels.shape[:2]) > least
+        assert pixels.std() > 10, f"{path.name} shows nothing"
 
 
 def run_notebook(path: Path, parameters: Mapping[str, Any], output: Path, folder: Path) -> nbformat.NotebookNode:

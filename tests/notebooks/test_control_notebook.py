@@ -1,13 +1,10 @@
 """The notebook on control and editing runs whole, and its files and numbers are what it says."""
 
-import json
-
 import numpy as np
 import pytest
-from notebook_contract import run_notebook, widgets_without_figure
-from PIL import Image
+from notebook_contract import check_files, run_smoke
 
-from pixart_nb.config import check_config, read_yaml
+from pixart_nb.config import check_config
 from pixart_nb.core import load_controlnet, load_transformer
 
 FIGURES = [
@@ -24,25 +21,10 @@ SETTINGS = ["scale 0", "scale 0.5", "scale 1", "scale 1.5", "first half", "secon
 
 @pytest.mark.notebook
 def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values = read_yaml(project / "configs" / "smoke" / "10_control_and_editing.yaml")
-    values["output_path"] = str(tmp_path / "out")
-    notebook = project / "notebooks" / "10_control_and_editing.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(executed) == []
-    numbers = json.loads((tmp_path / "out" / "control.json").read_text())
-    check_files(tmp_path / "out")
+    values, folder, numbers = run_smoke(project, "10_control_and_editing", tmp_path, "control.json")
+    check_files(folder, FIGURES, ["control.json", "features", "images", "run"])
     check_controlnet(numbers["controlnet"], project / values["model"], values)
     check_numbers(numbers, values)
-
-
-def check_files(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [*FIGURES, "control.json", "features", "images", "run"]
-    )
-    for name in FIGURES:
-        pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 80
-        assert pixels.std() > 10, f"{name} shows nothing"
 
 
 def check_controlnet(folder, model, values):

@@ -1,12 +1,9 @@
 """The notebooks that look inside run whole, and their files and numbers are what they say."""
 
-import json
-
 import nbformat
 import numpy as np
 import pytest
-from notebook_contract import run_notebook, undeclared_keys, widgets_without_figure
-from PIL import Image
+from notebook_contract import check_figures, run_notebook, run_smoke, undeclared_keys
 from published_layout import published_parameters
 
 from pixart_nb.config import read_yaml
@@ -55,30 +52,16 @@ def test_they_take_the_configuration_of_the_bundled_model(project, name):
     assert undeclared_keys(notebook, values) == []
 
 
-def executed(project, name, tmp_path):
-    """Run a notebook with its smoke configuration: its parameters, the folder that it wrote, and its numbers."""
-    values = read_yaml(project / "configs" / "smoke" / f"{name}.yaml")
-    values["output_path"] = str(tmp_path / "out")
-    notebook = project / "notebooks" / f"{name}.ipynb"
-    done = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(done) == []
-    numbers = json.loads((tmp_path / "out" / f"{name.split('_', 1)[1]}.json").read_text())
-    assert all(value > 0 for value in numbers["seconds"].values())
-    return values, tmp_path / "out", numbers
-
-
-def check_figures(folder, names):
+def check_shown(folder, names):
     assert {path.stem for path in folder.glob("*.png")} == names
-    for path in folder.glob("*.png"):
-        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 100
-        assert pixels.std() > 10, f"{path.name} shows nothing"
+    check_figures(folder.glob("*.png"), least=100)
 
 
 @pytest.mark.notebook
 def test_attention_maps_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values, folder, numbers = executed(project, "03_attention_maps", tmp_path)
-    check_figures(folder, ATTENTION)
+    values, folder, numbers = run_smoke(project, "03_attention_maps", tmp_path, "attention_maps.json")
+    check_shown(folder, ATTENTION)
+    assert all(value > 0 for value in numbers["seconds"].values())
     assert (folder / "explorer.html").stat().st_size > 100_000
     assert (folder / "trace.safetensors").stat().st_size >= numbers["trace_bytes"]
     assert numbers["overlaps"]["count"] == values["scenes"]
@@ -91,8 +74,9 @@ def test_attention_maps_runs_whole_and_writes_what_it_says(project, tmp_path):
 
 @pytest.mark.notebook
 def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values, folder, numbers = executed(project, "04_token_compression", tmp_path)
-    check_figures(folder, COMPRESSION)
+    values, folder, numbers = run_smoke(project, "04_token_compression", tmp_path, "token_compression.json")
+    check_shown(folder, COMPRESSION)
+    assert all(value > 0 for value in numbers["seconds"].values())
     assert (folder / "explorer.html").stat().st_size > 10_000
     expected = {f"{operator} {ratio}" for operator in values["operators"] for ratio in values["ratios"]}
     assert set(numbers["operators"]) == expected
@@ -125,6 +109,6 @@ def test_they_run_on_a_checkpoint_of_the_published_layout(project, tmp_path, nam
     """28 layers and 16 heads with a published configuration; what needs the drawn scenes is skipped by name."""
     values = published_parameters(project, tmp_path, sampling_steps=3, output_path=str(tmp_path / "out"), **changes)
     done = run_notebook(project / "notebooks" / f"{name}.ipynb", values, tmp_path / "executed.ipynb", project)
-    check_figures(tmp_path / "out", (ATTENTION if "03" in name else COMPRESSION) - missing)
+    check_shown(tmp_path / "out", (ATTENTION if "03" in name else COMPRESSION) - missing)
     printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", ()))
     assert 'Skipped: "' in printed

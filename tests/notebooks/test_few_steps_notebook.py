@@ -1,14 +1,10 @@
 """The notebook on few steps runs whole, and its files and numbers are what it says."""
 
-import json
-
 import numpy as np
 import pytest
-from notebook_contract import run_notebook, widgets_without_figure
-from PIL import Image
+from notebook_contract import check_files, run_smoke
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.config import read_yaml
 from pixart_nb.core.lora.files import read_lora
 
 METHODS = [
@@ -25,25 +21,11 @@ METHODS = [
 
 @pytest.mark.notebook
 def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values = read_yaml(project / "configs" / "smoke" / "11_few_steps.yaml")
-    values["output_path"] = str(tmp_path / "out")
-    notebook = project / "notebooks" / "11_few_steps.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(executed) == []
-    numbers = json.loads((tmp_path / "out" / "few_steps.json").read_text())
-    check_files(tmp_path / "out")
-    check_models(numbers, tmp_path / "out", values)
-    check_numbers(numbers, values)
-
-
-def check_files(folder):
+    values, folder, numbers = run_smoke(project, "11_few_steps", tmp_path, "few_steps.json")
     figures = ["accuracy.png", "contact_sheet.png", "steps.png"]
-    written = sorted(path.name for path in folder.iterdir())
-    assert written == sorted([*figures, "dmd", "features", "few_steps.json", "lcm"])
-    for name in figures:
-        pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 80
-        assert pixels.std() > 10, f"{name} shows nothing"
+    check_files(folder, figures, ["dmd", "features", "few_steps.json", "lcm"])
+    check_models(numbers, folder, values)
+    check_numbers(numbers, values)
 
 
 def check_models(numbers, folder, values):

@@ -1,14 +1,11 @@
 """The notebook on finetuning runs whole, from published files to a pipeline; its files and numbers are what it says."""
 
-import json
-
 import numpy as np
 import pytest
 import yaml
-from notebook_contract import run_notebook, widgets_without_figure
-from PIL import Image
+from notebook_contract import check_files, run_smoke
 
-from pixart_nb.config import check_config, read_yaml
+from pixart_nb.config import check_config
 from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.data.labels import load_labels
 
@@ -18,25 +15,11 @@ FOLDERS = ["data", "data_from_parts", "features", "raw", "run"]
 
 @pytest.mark.notebook
 def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values = read_yaml(project / "configs" / "smoke" / "05_finetune_pixelart.yaml")
-    values["output_path"] = str(tmp_path / "out")
-    notebook = project / "notebooks" / "05_finetune_pixelart.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(executed) == []
-    check_files(tmp_path / "out")
-    check_data(tmp_path / "out" / "data", values)
-    check_training(tmp_path / "out" / "run", project, values)
-    check_numbers(json.loads((tmp_path / "out" / "finetune.json").read_text()), values)
-
-
-def check_files(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [*FIGURES, *FOLDERS, "finetune.json", "finetune.yaml"]
-    )
-    for name in FIGURES:
-        pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 80
-        assert pixels.std() > 10, f"{name} shows nothing"
+    values, folder, numbers = run_smoke(project, "05_finetune_pixelart", tmp_path, "finetune.json")
+    check_files(folder, FIGURES, [*FOLDERS, "finetune.json", "finetune.yaml"])
+    check_data(folder / "data", values)
+    check_training(folder / "run", project, values)
+    check_numbers(numbers, values)
     assert check_config(yaml.safe_load((folder / "finetune.yaml").read_text()), "train").use_ema
 
 

@@ -1,19 +1,24 @@
 """Notebooks keep their contract, and run whole with their smoke configuration."""
 
 import ast
-import json
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from notebook_contract import declared_parameters, run_notebook, undeclared_keys, violations, widgets_without_figure
-from PIL import Image
+from notebook_contract import (
+    check_files,
+    declared_parameters,
+    run_notebook,
+    run_smoke,
+    undeclared_keys,
+    violations,
+    widgets_without_figure,
+)
 
 from pixart_nb.config import check_config, read_yaml
 
@@ -191,23 +196,10 @@ def test_an_undeclared_parameter_stops_the_notebook(tmp_path, parameters, messag
 
 @pytest.mark.notebook
 def test_quickstart_runs_whole_and_writes_what_it_says(project, tmp_path):
-    given = read_yaml(project / "configs" / "smoke" / "00_quickstart.yaml")
-    values = given | {"output_path": str(tmp_path / "out")}
-    config = check_config(values)
-    notebook = project / "notebooks" / "00_quickstart.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(executed) == []
-    check_quickstart_pictures(tmp_path / "out", config)
-    check_quickstart_numbers(json.loads((tmp_path / "out" / "quickstart.json").read_text()), config)
-
-
-def check_quickstart_pictures(folder, config):
-    written = sorted(path.name for path in folder.iterdir())
-    assert written == ["film_strip.png", "guidance.png", "images.png", "quickstart.json", "steps.png"]
-    for path in folder.glob("*.png"):
-        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 100
-        assert pixels.std() > 10, f"{path.name} shows nothing"
+    values, folder, numbers = run_smoke(project, "00_quickstart", tmp_path, "quickstart.json")
+    figures = ["film_strip.png", "guidance.png", "images.png", "steps.png"]
+    check_files(folder, figures, ["quickstart.json"], least=100)
+    check_quickstart_numbers(numbers, check_config(values))
 
 
 def check_quickstart_numbers(numbers, config):

@@ -1,13 +1,10 @@
 """The notebook on pictures of 4096 x 4096 runs whole, at a small size, and its files and numbers are what it says."""
 
-import json
-
 import numpy as np
 import pytest
-from notebook_contract import run_notebook, widgets_without_figure
+from notebook_contract import check_figures, run_smoke
 from PIL import Image
 
-from pixart_nb.config import read_yaml
 from pixart_nb.core.checkpoints.load import load_transformer
 
 FIGURES = ["compared", "compress", "details", "scores", "tile_artifacts", "sizes", "stages", "ways"]
@@ -17,21 +14,14 @@ REST = ["kv.safetensors", "kv.safetensors.adapt", "kv.safetensors.errors.json", 
 
 @pytest.mark.notebook
 def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values = read_yaml(project / "configs" / "smoke" / "06_sampling_4k.yaml")
-    values["output_path"] = str(tmp_path / "out")
-    notebook = project / "notebooks" / "06_sampling_4k.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(executed) == []
-    check_files(tmp_path / "out", values)
-    check_numbers(json.loads((tmp_path / "out" / "sampling_4k.json").read_text()), values)
+    values, folder, numbers = run_smoke(project, "06_sampling_4k", tmp_path, "sampling_4k.json")
+    check_files(folder, values)
+    check_numbers(numbers, values)
 
 
 def check_files(folder, values):
     assert {*FILES, *REST} <= {path.name for path in folder.iterdir()}
-    for name in FIGURES:
-        pixels = np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 80
-        assert pixels.std() > 10, f"{name} shows nothing"
+    check_figures(folder / f"{name}.png" for name in FIGURES)
     picture = Image.open(folder / "image.png")
     assert picture.size == (values["image_width"], values["image_height"])
     assert np.asarray(picture, dtype=float).std() > 10

@@ -1,13 +1,9 @@
 """The notebook from weak to strong runs whole, and its files and numbers are what it says."""
 
-import json
-
 import numpy as np
 import pytest
-from notebook_contract import run_notebook, widgets_without_figure
-from PIL import Image
+from notebook_contract import check_files, run_smoke
 
-from pixart_nb.config import read_yaml
 from pixart_nb.core.checkpoints.load import load_transformer
 
 FIGURES = [
@@ -25,22 +21,10 @@ FOLDERS = [*RUNS, "features-larger", "features-largest", "images-larger", "image
 
 @pytest.mark.notebook
 def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
-    values = read_yaml(project / "configs" / "smoke" / "07_weak_to_strong.yaml")
-    values["output_path"] = str(tmp_path / "out")
-    notebook = project / "notebooks" / "07_weak_to_strong.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project)
-    assert widgets_without_figure(executed) == []
-    check_files(tmp_path / "out")
-    check_stages(tmp_path / "out")
-    check_numbers(json.loads((tmp_path / "out" / "weak_to_strong.json").read_text()), values)
-
-
-def check_files(folder):
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FIGURES, *FOLDERS, "weak_to_strong.json"])
-    for name in FIGURES:
-        pixels = np.asarray(Image.open(folder / name).convert("RGB"), dtype=float)
-        assert min(pixels.shape[:2]) > 80
-        assert pixels.std() > 10, f"{name} shows nothing"
+    values, folder, numbers = run_smoke(project, "07_weak_to_strong", tmp_path, "weak_to_strong.json")
+    check_files(folder, FIGURES, [*FOLDERS, "weak_to_strong.json"])
+    check_stages(folder)
+    check_numbers(numbers, values)
 
 
 def check_stages(folder):
