@@ -185,6 +185,15 @@ class ModelKeys(BaseModel):
     use_parallel: bool = _machine(False, "Divide the work among the processes that msrun started.")
 
 
+    @property
+    def kv_compress_config(self) -> dict[str, Any] | None:
+        """Compression of keys and values as ``PixArtConfig`` takes it, or None."""
+        if not self.kv_compress:
+            return None
+        sampling, ratio, layers = self.kv_compress_sampling, self.kv_compress_scale_factor, self.kv_compress_layer
+        return {"sampling": sampling, "scale_factor": ratio, "kv_compress_layer": layers}
+
+
 class InferenceConfig(ModelKeys):
     """Configuration of ``pixart-nb sample``: the keys of ``configs/inference/*.yaml``."""
 

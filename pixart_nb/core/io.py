@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -386,13 +386,13 @@ def save_tensors(
         save_file(contiguous, temporary, {**(metadata or {}), CRC: json.dumps(sums)})
 
 
-def load_tensors(path: str | Path, keep: Callable[[str], bool] = lambda name: True) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file whose names ``keep`` accepts.
+def load_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file, compared with the checksums that ``save_tensors`` wrote.
 
-    Checksums that ``save_tensors`` wrote are compared. Raises ``CheckpointError`` for a damaged file.
+    Raises ``CheckpointError`` for a damaged file.
     """
     with open_tensors(path) as content:
-        tensors = {name: content.get_tensor(name) for name in content.keys() if keep(name)}  # noqa: SIM118
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         sums = (content.metadata() or {}).get(CRC)
     if sums is not None:
         check_sums(path, sums, {name: tensor_crc(value) for name, value in tensors.items()})

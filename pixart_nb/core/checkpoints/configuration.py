@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.checkpoints.key_maps import TransformerTensors
+from pixart_nb.core.checkpoints.key_maps import COMPRESSED, TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.config_fields import refuse_others
@@ -26,7 +26,6 @@ _HINTS = {
     "kv_compress_config": " The compressed layers and their ratio are those that the weights were trained for.",
 }
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
-_COMPRESSED = re.compile(r"blocks\.(\d{1,4})\.attn\.sr\.weight")
 #: Names of the published files, and the latent side (image side / 8) of their training size.
 _PUBLISHED = re.compile(r"PixArt-(Sigma-)?XL-2-(?:SAM-)?(256x256|512x512|512-MS|1024-MS|2K-MS)")
 _SIDES = {"256x256": 32, "512x512": 64, "512-MS": 64, "1024-MS": 128, "2K-MS": 256}
@@ -189,7 +188,7 @@ def shown_by(tensors: Mapping[str, LazyTensor], source: str | Path = "checkpoint
     }
     if "y_embedder.y_embedding" in tensors:
         shown["model_max_length"] = shape("y_embedder.y_embedding", 2)[0]
-    ratios = {int(match[1]): shape(match[0], 4)[2] for match in map(_COMPRESSED.fullmatch, tensors) if match}
+    ratios = {int(match[1]): shape(match[0], 4)[2] for match in map(COMPRESSED.fullmatch, tensors) if match}
     if ratios:
         layers = sorted(ratios)
         ratio = ratios[layers[0]]

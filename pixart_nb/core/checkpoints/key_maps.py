@@ -61,7 +61,8 @@ _WRAPPER = re.compile(
 #: MindSpore's names of the parameters of a normalization.
 _NORM = re.compile(r"(?<=norm\.)(gamma|beta)$")
 _NORM_NAMES = {"gamma": "weight", "beta": "bias"}
-_COMPRESSED = re.compile(r"blocks\.(\d{1,4})\.attn\.sr\.weight")
+#: Name of the convolution of a compressed layer.
+COMPRESSED = re.compile(r"blocks\.(\d{1,4})\.attn\.sr\.weight")
 
 
 def general_name(name: str) -> str:
@@ -201,7 +202,7 @@ def init_compression(
 
     For the layers whose convolution exists (mindone's has no bias, and its norm no parameters), and for ``layers``.
     """
-    convolutions = [match for name in tensors if (match := _COMPRESSED.fullmatch(name))]
+    convolutions = [match for name in tensors if (match := COMPRESSED.fullmatch(name))]
     shapes = {int(match[1]): tensors[match[0]].shape for match in convolutions}
     shapes = {layer: shape for layer, shape in shapes.items() if len(shape) == 4}
     first = tensors.get("x_embedder.proj.weight")

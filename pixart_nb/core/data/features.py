@@ -61,7 +61,7 @@ class MadeBy:
             raise DataError(f"dtype of the features is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
-def fingerprint(*paths: str | os.PathLike[str], blocks: int = 64, block: int = 65_536) -> str:
+def fingerprint(*paths: str | os.PathLike[str]) -> str:
     """Return a short text that distinguishes networks by the files in their folders, wherever the folders are.
 
     It depends on names, sizes and evenly spaced blocks of every file: training changes weights everywhere.
@@ -73,7 +73,7 @@ def fingerprint(*paths: str | os.PathLike[str], blocks: int = 64, block: int = 6
             raise DataError(f"{folder} holds no files; expected the folder of a network")
         for path in files:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            for content in _blocks(path, blocks, block):
+            for content in _blocks(path, 64, 65_536):
                 digest.update(content)
     return digest.hexdigest()[:16]
 

@@ -72,10 +72,10 @@ def listed(problems: Sequence[str], shown: int = SHOWN) -> str:
     return "\n".join(lines + [f"  and {more} more"] * (more > 0))
 
 
-def shortened(value: object, longest: int = 80) -> str:
+def shortened(value: object) -> str:
     """Return a value and its type on one printable line, for an error message."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return f"{text if len(text) <= longest else text[:longest] + '...'} ({type(value).__name__})"
+    return f"{text if len(text) <= 80 else text[:80] + '...'} ({type(value).__name__})"
 
 
 def is_hidden(name: str) -> bool:

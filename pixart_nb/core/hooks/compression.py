@@ -20,8 +20,7 @@ from pixart_nb.core.hooks.interventions import CompressionReplacement, compressi
 from pixart_nb.core.hooks.recorder import TraceTooLargeError, trace
 from pixart_nb.core.hooks.selection import Numbers, layer_names
 from pixart_nb.core.hooks.trace import Trace
-from pixart_nb.core.sampling.guidance import guided_model
-from pixart_nb.core.sampling.trajectory import Trajectory, follow, predictions
+from pixart_nb.core.sampling.trajectory import Trajectory, follow, predicted_noise, predictions, relative_errors
 
 #: Compressed keys that a study remembers, one entry for each layer, step, ratio, operator and row.
 REMEMBERED_KEYS = 8
@@ -189,7 +188,7 @@ class CompressionStudy:
             total, seconds, noises = 2 * len(self.timesteps), 0.0, []
             names = layer_names(len(self.layers), layers, "self")
             hook = CompressionReplacement(self.pipe.transformer, names, ratio, operator)
-            for noise, _ in self._hooked(hook, self._predicted):
+            for noise, _ in self._hooked(hook, lambda: predicted_noise(self.pipe, self.reference)):
                 noises.append(noise)
                 yield len(noises), total
             predicted = np.stack(noises)
@@ -214,12 +213,6 @@ class CompressionStudy:
                 return
             yield record, time.perf_counter() - start
 
-    def _predicted(self) -> Iterator[np.ndarray]:
-        run, net = self.reference, self.pipe.transformer
-        predict = guided_model(net, run.condition, run.guidance_scale, run.height, run.width)
-        for latents, timestep in zip(run.latents[:-1], run.timesteps, strict=True):
-            yield predict(latents, float(timestep)).noise
-
     def _steps(self) -> Iterator[Any]:
         """Return the generator of the reference run, from the same noise."""
         run, generator = self.reference, np.random.default_rng(self.seed)
@@ -236,11 +229,3 @@ class CompressionStudy:
     def _cost(self, config: Any) -> StepCost:
         run = self.reference
         return step_cost(config, run.height, run.width, int(run.condition.prompt_attention_mask.sum(1).max()))
-
-
-def relative_errors(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return ||predicted - reference|| / ||reference|| of each step, (S, ...) -> (S,); finite for a zero reference."""
-    rows = (len(predicted), -1)
-    differences = np.linalg.norm((predicted - reference).reshape(rows).astype(np.float64), axis=1)
-    norms = np.linalg.norm(reference.reshape(rows).astype(np.float64), axis=1)
-    return differences / np.where(norms == 0, 1, norms)

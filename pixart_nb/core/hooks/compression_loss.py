@@ -16,6 +16,7 @@ from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, Lay
 from pixart_nb.core.hooks.interventions import CompressionReplacement, compressions_of
 from pixart_nb.core.hooks.selection import Layers, Numbers, as_list, layer_names
 from pixart_nb.core.models.attention import attention, merge_heads, split_heads
+from pixart_nb.core.sampling.trajectory import relative_errors
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ class LossHook(Hook):
         return LayerLoss(
             cosine(keys, cells),
             cosine(full, compressed).reshape(-1, *grid),
-            _row_errors(cells[:, covered], keys[:, covered]),
-            _row_errors(compressed, full),
+            relative_errors(cells[:, covered], keys[:, covered]),
+            relative_errors(compressed, full),
         )
 
 
@@ -163,9 +164,3 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the cosine between vectors of the last axis; 0 where one of them is zero."""
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.einsum("...d,...d->...", a, b) / np.where(norms == 0, 1, norms)
-
-
-def _row_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    rows = (len(actual), -1)
-    differences = np.linalg.norm((actual - expected).reshape(rows), axis=1)
-    return differences / np.linalg.norm(expected.reshape(rows), axis=1)

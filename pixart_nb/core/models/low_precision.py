@@ -99,14 +99,11 @@ def _bits(parameter: ms.Tensor) -> np.ndarray:
 class BFloat16Linear(Linear):
     """``Linear`` with a bfloat16 weight: (..., in) float32 -> (..., out) float32. For inference only."""
 
+    dtype = ms.float32
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
         self.weight.set_dtype(ms.bfloat16)
-
-    @property
-    def dtype(self) -> ms.Type:
-        """Dtype of the input."""
-        return ms.float32
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         if self.training:
@@ -124,14 +121,11 @@ class BFloat16Linear(Linear):
 class BFloat16Embedding(Embedding):
     """``Embedding`` with a bfloat16 table: integers (...) -> (..., size) float32."""
 
+    dtype = ms.float32
+
     def __init__(self, count: int, size: int):
         super().__init__(count, size)
         self.weight.set_dtype(ms.bfloat16)
-
-    @property
-    def dtype(self) -> ms.Type:
-        """Dtype of the vectors."""
-        return ms.float32
 
     def construct(self, ids: ms.Tensor) -> ms.Tensor:
         return ms.Tensor.from_numpy(_upcast(_bits(self.weight)[ids.asnumpy()]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 
 import numpy as np
 from mindspore import mint, nn
 
-from pixart_nb.core.backend import ms
+from pixart_nb.core.backend import as_array, ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
 from pixart_nb.core.models.config_fields import bounded, check_fields
@@ -302,6 +304,17 @@ def _initial_value(rng, name: str, shape: tuple[int, ...], size: int, zero_cross
     return normal(rng, shape) if any(part in name for part in embedder) else xavier_uniform(rng, shape)
 
 
+@contextmanager
+def compression_kept(net: PixArt) -> Iterator[None]:
+    """Restore ratio and operator of every self-attention after the block. Not inside compiled graphs."""
+    before = [(block.attn, block.attn.ratio, block.attn.operator) for block in net.blocks]
+    try:
+        yield
+    finally:
+        for layer, ratio, operator in before:
+            layer.ratio, layer.operator = ratio, operator
+
+
 def repeat_batch(x: ms.Tensor, count: int) -> ms.Tensor:
     """Repeat (1, N, D) to (count, N, D) in memory."""
     return mint.tile(x, (count, 1, 1))
@@ -313,7 +326,7 @@ def trim_caption(caption: ms.Tensor, mask) -> tuple[ms.Tensor, ms.Tensor | None]
     caption (N, T, C), mask (N, T) bool -> (N, L, C) and (N, L) or None; L is the position after the longest row's last
     token.
     """
-    keep = mask.asnumpy().astype(bool) if isinstance(mask, ms.Tensor) else np.asarray(mask, bool)
+    keep = as_array(mask).astype(bool)
     check_mask(keep)
     length = int(np.flatnonzero(keep.any(axis=0))[-1]) + 1
     keep = keep[:, :length]

@@ -34,10 +34,10 @@ from pixart_nb.core.sampling.planning import (
     check_memory,
     drawn_size,
     max_sequence_length,
-    negative_prompts_of,
     prompts_of,
 )
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
+from pixart_nb.core.sampling.text import per_prompt
 
 _WITH_ROOT = ("vae", "text_encoder", "tokenizer")
 #: Models that come with the package. An image may name them.
@@ -71,7 +71,7 @@ class ImageRequest:
 def requests_of(config: InferenceConfig, rank: int = 0, workers: int = 1) -> list[ImageRequest]:
     """Return the images that worker ``rank`` of ``workers`` draws: whole prompts, every ``workers``-th of them."""
     prompts, copies = prompts_of(config), config.nrows * config.ncols
-    negatives = negative_prompts_of(config, len(prompts))
+    negatives = per_prompt(config.negative_prompt, len(prompts))
     return [
         ImageRequest(prompts[index], negatives[index], index, copy, config.first_image + index * copies + copy)
         for index in range(rank, len(prompts), workers)

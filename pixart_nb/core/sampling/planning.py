@@ -36,6 +36,7 @@ from pixart_nb.core.run_plan import (
 from pixart_nb.core.sampling.guidance import perturbed_layers
 from pixart_nb.core.sampling.images import binned_size, bins_for, checked_size
 from pixart_nb.core.sampling.samplers import active_steps, steps_taken
+from pixart_nb.core.sampling.text import per_prompt
 
 #: Default side in pixels of the tiles that runs in stages decode.
 TILE = 512
@@ -62,15 +63,6 @@ def prompts_of(config: InferenceConfig) -> list[str]:
     return prompts
 
 
-def negative_prompts_of(config: InferenceConfig, prompts: int) -> list[str]:
-    """Return the negative prompt of each of ``prompts`` prompts."""
-    negative = config.negative_prompt
-    texts = [negative] if isinstance(negative, str) else negative or [""]
-    if len(texts) not in (1, prompts):
-        raise ConfigError(f"{len(texts)} negative prompts for {prompts} prompts; expected one, or one for each")
-    return texts * prompts if len(texts) == 1 else list(texts)
-
-
 def max_sequence_length(config: InferenceConfig) -> int:
     """Return the number of prompt tokens: ``t5_max_length``, or that of the model's pipeline class."""
     if config.t5_max_length or not config.model:
@@ -88,11 +80,7 @@ def architecture_of(config: InferenceConfig) -> dict[str, Any]:
     if config.sample_size:
         fields |= positions_of(config.sample_size, FAMILIES.get(tokens, ""))
     if config.kv_compress:
-        fields["kv_compress_config"] = {
-            "sampling": config.kv_compress_sampling,
-            "scale_factor": config.kv_compress_scale_factor,
-            "kv_compress_layer": config.kv_compress_layer,
-        }
+        fields["kv_compress_config"] = config.kv_compress_config
     return fields
 
 
@@ -173,7 +161,7 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
     """Return the settings of the run that a configuration describes."""
     height, width = drawn_size(config, networks.transformer)
     prompts = prompts_of(config)
-    negative = negative_prompts_of(config, len(prompts))
+    negative = per_prompt(config.negative_prompt, len(prompts))
     images = len(prompts) * config.nrows * config.ncols
     steps = steps_taken(config.sampling_steps, config.strength if config.upscale_from or config.image else 1)
     layers = config.pag_applied_layers if config.pag_scale else ()
@@ -222,11 +210,7 @@ def memory_limit(config: InferenceConfig) -> float:
 
 
 def plan_config(
-    config: InferenceConfig,
-    sizes: Sequence[int] = SIZES,
-    ratios: Sequence[int] = RATIOS,
-    dtypes: Sequence[str] = ("fp32", "fp16"),
-    timed: bool = True,
+    config: InferenceConfig, sizes: Sequence[int] = SIZES, ratios: Sequence[int] = RATIOS, timed: bool = True
 ) -> ConfigPlan:
     """Plan a configuration, with an overview of every size, compression ratio and dtype.
 
@@ -235,7 +219,7 @@ def plan_config(
     """
     networks, notes = networks_of(config)
     run = run_settings(config, networks)
-    speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(inference_dtype_name, dtypes)])
+    speeds: dict[str, Speed | None] = dict.fromkeys([run.dtype, *map(inference_dtype_name, ("fp32", "fp16"))])
     if timed:
         speeds = {
             dtype: run_in_subprocess("measures the speed", measure_speed, networks, replace(run, dtype=dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +50,23 @@ def follow(pipe: Any, prompt: str | Sequence[str], generator: Any = None, **call
     return Trajectory(timesteps, latents, denoised, condition, scale, height, width)
 
 
-def predictions(
+def predicted_noise(
     pipe: Any, run: Trajectory, guidance_scale: float | None = None, transformer: PixArt | None = None
-) -> np.ndarray:
-    """Return the noise predicted at the start of every step of ``run``: (S, N, C, h, w).
+) -> Iterator[np.ndarray]:
+    """Yield the noise predicted at the start of every step of ``run``, (N, C, h, w).
 
     The latents are the run's own, so that two models can be compared at the same points. ``guidance_scale``: the run's
     own if None, 0 for the unconditional and 1 for the conditional prediction. ``transformer``: another than the pipe's.
     """
     scale = run.guidance_scale if guidance_scale is None else guidance_scale
     predict = guided_model(transformer or pipe.transformer, run.condition, scale, run.height, run.width)
-    pairs = zip(run.latents[:-1], run.timesteps, strict=True)
-    return np.stack([predict(latents, float(timestep)).noise for latents, timestep in pairs])
+    for latents, timestep in zip(run.latents[:-1], run.timesteps, strict=True):
+        yield predict(latents, float(timestep)).noise
+
+
+def predictions(pipe: Any, run: Trajectory, *choices: Any, **options: Any) -> np.ndarray:
+    """Return what ``predicted_noise`` yields, of all steps: (S, N, C, h, w)."""
+    return np.stack(list(predicted_noise(pipe, run, *choices, **options)))
 
 
 def guidance_directions(pipe: Any, run: Trajectory) -> np.ndarray:
@@ -76,7 +81,7 @@ def guidance_directions(pipe: Any, run: Trajectory) -> np.ndarray:
 
 def errors_along(pipe: Any, run: Trajectory, other: PixArt) -> np.ndarray:
     """Return ||other - own|| / ||own|| of the guided noise at every step of a run: (S,)."""
-    return _relative(predictions(pipe, run, transformer=other), predictions(pipe, run))
+    return relative_errors(predictions(pipe, run, transformer=other), predictions(pipe, run))
 
 
 def errors_on_noise(
@@ -95,10 +100,11 @@ def errors_on_noise(
         out = [to_numpy(part(*pair, ms.Tensor(caption))) for pair in inputs]
         return np.stack([array[:, : config.in_channels] for array in out])
 
-    return _relative(outputs(other), outputs(net))
+    return relative_errors(outputs(other), outputs(net))
 
 
-def _relative(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return the norm of the difference over that of the reference, for each entry of the first axis."""
+def relative_errors(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return ||values - reference|| / ||reference|| for each entry of the first axis; finite for a zero reference."""
     values, reference = (part.reshape(len(part), -1).astype(np.float64) for part in (values, reference))
-    return np.linalg.norm(values - reference, axis=1) / np.linalg.norm(reference, axis=1)
+    norms = np.linalg.norm(reference, axis=1)
+    return np.linalg.norm(values - reference, axis=1) / np.where(norms == 0, 1, norms)

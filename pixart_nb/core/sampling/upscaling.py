@@ -9,7 +9,6 @@ query always has as many keys. Positions span the same coordinates at any size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS, InferenceConfig
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.tiling import tile_starts
-from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig, compression_kept
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.images import resize_latents
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
@@ -112,16 +111,6 @@ def compress_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
         layer.ratio, layer.operator = ratio, operator
 
 
-@contextmanager
-def _compression_kept(net: PixArt) -> Iterator[None]:
-    before = [(block.attn.ratio, block.attn.operator) for block in net.blocks]
-    try:
-        yield
-    finally:
-        for block, (ratio, operator) in zip(net.blocks, before, strict=True):
-            block.attn.ratio, block.attn.operator = ratio, operator
-
-
 def upscale_latents(
     pipe: Any,
     prompts: Sequence[str],
@@ -136,7 +125,7 @@ def upscale_latents(
     The pipeline is left as it was.
     """
     latents = None
-    with _compression_kept(pipe.transformer):
+    with compression_kept(pipe.transformer):
         for size, count in zip(sizes, counts or [len(prompts)] * len(sizes), strict=True):
             compress_keys(pipe.transformer, size.ratio)
             source = None

@@ -64,14 +64,14 @@ def _means(output, latents, x_t, noise, table, weights) -> tuple[ms.Tensor, ms.T
     return (weighted + vb).mean(), mse.mean(), vb.mean()
 
 
-def min_snr_weights(gamma: float, schedule: NoiseSchedule = LINEAR) -> Callable[[np.ndarray], np.ndarray]:
+def min_snr_weights(gamma: float) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from timesteps (N,) to weights of the squared error (N,): min(SNR, gamma) / SNR.
 
     Hang et al. 2023 (arXiv 2303.09556), section 3.4, with SNR = alpha_bar / (1 - alpha_bar).
     """
     if gamma <= 0:
         raise PixArtNBError(f"snr_gamma is {gamma}; expected a number above 0 (5 in the paper)")
-    ratio = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    ratio = LINEAR.alphas_cumprod / (1 - LINEAR.alphas_cumprod)
     table = np.minimum(ratio, gamma) / ratio
     return lambda timesteps: table[np.asarray(timesteps, np.int64)]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import build_transformer
 from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models.embeddings import sincos_positions
-from pixart_nb.core.models.transformer import PixArt, PixArtConfig
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig, compression_kept
 from pixart_nb.core.training.loss import POSITIONS, add_noise
 from pixart_nb.core.training.validation import mean_loss
 
@@ -72,12 +71,7 @@ class Start:
 
 def start_from_config(config: TrainConfig, checkpoint: Path, tokens: int) -> Start:
     """Return the start of the stage that a training configuration describes, with ``tokens`` per caption."""
-    compression = {
-        "sampling": config.kv_compress_sampling,
-        "scale_factor": config.kv_compress_scale_factor,
-        "kv_compress_layer": config.kv_compress_layer,
-    }
-    compression = compression if config.kv_compress else None
+    compression = config.kv_compress_config
     stage = TrainingStage(config.sample_size, config.pe_interpolation, compression, config.kv_compress_init)
     if config.from_scratch:
         return start_from_scratch(checkpoint, stage, tokens, config.seed, config.zero_cross_attention)
@@ -175,7 +169,9 @@ def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> d
         micro = rest[-1] if net.config.micro_condition else None
         inputs = (add_noise(latents, noise, table), timesteps, embeddings, mask, positions, micro)
         compressed = net.forward(*inputs).asnumpy()
-        with uncompressed(net, start.new_layers):
+        with compression_kept(net):
+            for layer in start.new_layers:
+                net.blocks[layer].attn.ratio = 1
             report["loss_without_compression"] = mean_loss(loss, tensors)
             exact = net.forward(*inputs).asnumpy()
         report["compression_error"] = float(np.linalg.norm(compressed - exact) / np.linalg.norm(exact))
@@ -188,16 +184,3 @@ def _with_positions(net: PixArt, batch: Sequence[ms.Tensor], interpolation: floa
     height, width = (side // patch for side in batch[0].shape[2:])
     grid = sincos_positions(config.hidden_size, height, width, config.input_size // patch, interpolation)
     return [*batch[:POSITIONS], ms.Tensor(grid[None]), *batch[POSITIONS + 1 :]]
-
-
-@contextmanager
-def uncompressed(net: PixArt, layers: Sequence[int]) -> Iterator[None]:
-    """Let some layers attend to all keys and values for a while. Not inside compiled graphs."""
-    ratios = [net.blocks[layer].attn.ratio for layer in layers]
-    try:
-        for layer in layers:
-            net.blocks[layer].attn.ratio = 1
-        yield
-    finally:
-        for layer, ratio in zip(layers, ratios, strict=True):
-            net.blocks[layer].attn.ratio = ratio

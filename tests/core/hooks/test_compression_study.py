@@ -9,11 +9,11 @@ from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import PixArtConfig, cost, memory, replace_compression, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import cost_by_size, measure_self_attention, step_cost, with_compression
-from pixart_nb.core.hooks.compression import CompressionStudy, relative_errors
+from pixart_nb.core.hooks.compression import CompressionStudy
 from pixart_nb.core.hooks.weights import learned_kernels, modulation, positions
 from pixart_nb.core.models.transformer import modulation_rows
 from pixart_nb.core.sampling.samplers import denoise
-from pixart_nb.core.sampling.trajectory import follow, guidance_directions, predictions
+from pixart_nb.core.sampling.trajectory import follow, guidance_directions, predictions, relative_errors
 
 SIZE = {"height": 64, "width": 96, "num_inference_steps": 3, "max_sequence_length": 16}
 
