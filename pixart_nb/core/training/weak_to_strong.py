@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,13 +170,20 @@ def start_report(start: Start, loss: Callable, batches: Sequence[Sequence]) -> d
         micro = rest[-1] if net.config.micro_condition else None
         inputs = (add_noise(latents, noise, table), timesteps, embeddings, mask, positions, micro)
         compressed = net.forward(*inputs).asnumpy()
-        with compression_kept(net):
-            for layer in start.new_layers:
-                net.blocks[layer].attn.ratio = 1
+        with uncompressed(net, start.new_layers):
             report["loss_without_compression"] = mean_loss(loss, tensors)
             exact = net.forward(*inputs).asnumpy()
         report["compression_error"] = float(np.linalg.norm(compressed - exact) / np.linalg.norm(exact))
     return report
+
+
+@contextmanager
+def uncompressed(net: PixArt, layers: Sequence[int]) -> Iterator[None]:
+    """Let some layers attend to all keys and values for a while. Not inside compiled graphs."""
+    with compression_kept(net):
+        for layer in layers:
+            net.blocks[layer].attn.ratio = 1
+        yield
 
 
 def _with_positions(net: PixArt, batch: Sequence[ms.Tensor], interpolation: float) -> list[ms.Tensor]:
