@@ -295,11 +295,10 @@ class PixArtSigmaPipeline(PipelineBase):
         step, timestep, {"latents": latents})`` after each: latents that it returns replace those of the step, and
         ``pipe._interrupt = True`` ends the run. Options without a meaning here are named in one warning.
         """
-        call = {name: value for name, value in locals().items() if name in self.sampling_defaults}
-        call |= {name: options.pop(name) for name in [*options] if name in self.sampling_defaults}
+        call = {name: value for name, value in (locals() | options).items() if name in self.sampling_defaults}
         check_output_type(output_type)
         _check_callbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        ignore_options("the pipeline", options, parameters_of(self.__call__))
+        ignore_options("the pipeline", {n: options[n] for n in options if n not in call}, parameters_of(self.__call__))
         drawn = (self.binned_size if use_resolution_binning else self.check_size)(height, width)
         steps = self.sample(prompt, **call | dict(zip(("height", "width"), drawn, strict=True)))
         self._interrupt = False
