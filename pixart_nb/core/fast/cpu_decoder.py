@@ -13,8 +13,7 @@ from threading import local
 import numpy as np
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.chunks import in_threads
+from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.cpu_operators import FAR
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.vae_blocks import Decoder, ResnetBlock
