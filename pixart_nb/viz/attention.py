@@ -173,7 +173,7 @@ def overview_grid(
                 ax.imshow(overlay(image, heat, limits), interpolation="nearest")
             ax.set_title(f"head {head}" if row == 0 else "", fontsize=SMALL)
         axes[row, 0].set_ylabel(f"layer {layer}", fontsize=SMALL)
-    figure.supxlabel(f"{label}: each map from its smallest (dark) to its largest value", fontsize=SMALL)
+    figure.supxlabel(f"{label}: each map from its smallest (grey) to its largest value", fontsize=SMALL)
     return figure
 
 
