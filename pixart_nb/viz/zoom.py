@@ -114,14 +114,14 @@ def zoom_figure(
     figure = Figure(figsize=(width, height), dpi=DPI)
     left = figure.add_axes((0, 0, wide / width, whole / height))
     for_image(left).imshow(_shrunk(pixels, int(whole * DPI)), extent=(0, pixels.shape[1], pixels.shape[0], 0))
-    left.set_title(f"{pixels.shape[1]} x {pixels.shape[0]}, and details at 100%", fontsize=TEXT)
+    left.set_title(f"{pixels.shape[0]} x {pixels.shape[1]} pixels, and details at 100%", fontsize=TEXT)
     for number, (top, start) in enumerate(details):
         x = wide + gap + number // 2 * (inches + gap)
         y = (1 - number % 2) * (inches + gap)
         ax = figure.add_axes((x / width, y / height, inches / width, inches / height))
         for_image(ax).imshow(pixels[top : top + size, start : start + size], interpolation="none")
         left.add_patch(Rectangle((start, top), size, size, fill=False, edgecolor=MARK, linewidth=1.2))
-        left.text(start, top, str(number + 1), va="bottom", **_LABEL)
+        left.text(start, top, str(number + 1), va="top", **_LABEL)
         ax.text(4, 4, str(number + 1), va="top", **_LABEL)
     return figure
 
