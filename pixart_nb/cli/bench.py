@@ -78,15 +78,13 @@ def bench(
 
     Example: pixart-nb bench denoise --size 256 512 --peer --compiled --dtype fp32 bf16
     """
-    from pixart_nb.core.io import ensure_writable
     from pixart_nb.viz.figures import save_figure
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
     dtypes = dtype or ["fp32"]
     peers = (["diffusers"] if with_diffusers else []) + (["compiled"] if compiled else [])
-    _check(what, peers, dtypes)
+    _check(what, peers, dtypes, output_path)
     start()
-    ensure_writable(output_path)
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
     shapes = shapes_class(steps=sampling_steps, dtype=dtypes[0], batch_size=batch_size, small=small, **sizes)
@@ -110,7 +108,10 @@ def bench(
         typer.echo(figure)
 
 
-def _check(what: Benchmark, peers: list[str], dtypes: list[str]) -> None:
+def _check(what: Benchmark, peers: list[str], dtypes: list[str], output: Path) -> None:
+    from pixart_nb.core.io import ensure_writable
+
+    ensure_writable(output)
     if peers and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer and --compiled need PyTorch and diffusers: pip install -e '.[reference]'")
     if "compiled" in peers and not has_compiler():
