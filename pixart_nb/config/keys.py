@@ -184,7 +184,6 @@ class ModelKeys(BaseModel):
     mode: Literal[0, 1] = _machine(1, "MindSpore execution mode: 0 compiles graphs (sampling: on Ascend only), 1 is PyNative.")
     use_parallel: bool = _machine(False, "Divide the work among the processes that msrun started.")
 
-
     @property
     def kv_compress_config(self) -> dict[str, Any] | None:
         """Compression of keys and values as ``PixArtConfig`` takes it, or None."""

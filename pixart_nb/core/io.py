@@ -343,7 +343,7 @@ def write_once(path: Path, content: bytes) -> None:
 
 def is_pointer(path: str | os.PathLike[str]) -> bool:
     """Return True for a file that is only a pointer of Git LFS to the real one."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
 

@@ -353,7 +353,7 @@ def test_a_lora_for_another_model_is_refused_with_what_differs(net):
     text = str(error.value)
     assert "flux.safetensors is a LoRA for another model: of its 4 modules 1 are of another shape" in text
     assert "transformer_blocks.0.attn1.to_v: LoRA (1152, 1152), model (24, 24)" in text
-    assert "2 are not in the model (transformer_blocks.27.attn1.to_q; single_transformer_blocks" in text
+    assert "2 are not in the model (transformer_blocks.27.attn1.to_q, single_transformer_blocks" in text
     assert "3 blocks of width 24" in text
     assert list(adapters.adapters) == ["kept"] and np.array_equal(run(net), kept)
     adapters.clear()

@@ -252,7 +252,7 @@ def test_a_picture_is_enlarged_from_another_ones_latents_as_the_pipeline_does_it
         strength=0.5,
     )
     assert np.array_equal(large.files.load("latents")["latents"], list(steps)[-1].latents)
-    with pytest.raises(CheckpointError, match=r"strength: 0\.5 there, 0\.9 now"):
+    with pytest.raises(CheckpointError, match=r"strength: 0\.5 there, 0\.9 here"):
         next(run_stages([replace(large, strength=0.9)], load))
 
 
