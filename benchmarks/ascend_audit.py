@@ -13,8 +13,8 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,7 +41,8 @@ OTHER_CASES = (
     "VAE part=decoder", "VAE part=decoder dtype=float16", "VAE part=decoder tile=64",
     "VAE part=encoder", "VAE part=encoder tile=64",
     "training depth=1", "training depth=2", "training optimizer=came", "training dtype=float32",
-    "training lora=1 dora=1",
+    "training lora=1 dora=1", "training objective=lcm", "training objective=lcm lora=1", "training objective=dmd",
+    "training depth=2 copies=1", "update optimizer=adamw", "update optimizer=came",
     "denoise dtype=float32", "denoise traced=1",
 )  # fmt: skip
 #: Names in the log that are no kernel: views of a tensor, and conversions that call Cast.
@@ -94,11 +95,11 @@ def aclnn_kernels() -> frozenset[str]:
     return frozenset(name.removesuffix("Ascend") for name in names if name.endswith("Ascend"))
 
 
-def parse(log: str) -> dict[str, Section]:
-    """Return the sections of a log, by name."""
+def parse(log: Iterable[str]) -> dict[str, Section]:
+    """Return the sections of a log, by name, from its lines."""
     sections: dict[str, Section] = {}
     section, within = Section(), False
-    for line in log.splitlines():
+    for line in log:
         match = _LINE.search(line)
         if match is None:
             continue
@@ -118,14 +119,22 @@ def parse(log: str) -> dict[str, Section]:
 def sections_of(cases: Sequence[str]) -> dict[str, Section]:
     """Run cases in a process of their own and return what each dispatched."""
     environment = os.environ | {"GLOG_v": "0", "PIXART_NB_PIN_THREADS": "0", "PIXART_NB_DEVICE": "CPU"}
-    command = [sys.executable, "-m", "benchmarks.ascend_cases", *cases]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, errors="replace", cwd=Path(__file__).parents[1]
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]
-        raise RuntimeError("the cases failed:\n" + "\n".join(lines[-30:]))
-    return parse(done.stderr)
+    command, last = [sys.executable, "-m", "benchmarks.ascend_cases", *cases], deque(maxlen=30)
+
+    def lines(log: Iterable[str]) -> Iterator[str]:  # the log of all cases has gigabytes
+        for line in log:
+            if not line.startswith("["):
+                last.append(line)
+            yield line
+
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
+        cwd=Path(__file__).parents[1],
+    ) as process:  # fmt: skip
+        sections = parse(lines(process.stderr))
+    if process.returncode:
+        raise RuntimeError("the cases failed:\n" + "".join(last))
+    return sections
 
 
 @dataclass(frozen=True)

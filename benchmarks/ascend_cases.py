@@ -12,13 +12,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from mindspore import nn, ops
 
 from benchmarks.ascend_stand_ins import STAND_INS, ascend
+from pixart_nb.config import check_config
 from pixart_nb.core.backend import ms
+from pixart_nb.core.data.reader import FeatureBatch
 from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
@@ -29,9 +32,12 @@ from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model
 from pixart_nb.core.sampling.text import Conditioning
-from pixart_nb.core.training import optimizers
-from pixart_nb.core.training.loss import NAMES, coefficients, diffusion_loss
-from pixart_nb.core.training.trainer import Trainer, TrainerOptions
+from pixart_nb.core.training.batches import DiffusionBatches, Noise
+from pixart_nb.core.training.objectives import ControlObjective
+from pixart_nb.core.training.optimizers import EMA, STACK_ELEMENTS, clip_by_norm, global_norm
+from pixart_nb.core.training.run import OBJECTIVES
+from pixart_nb.core.training.trainer import OPTIMIZERS, Trainer, TrainerOptions
+from pixart_nb.core.training.weak_to_strong import EMPTY
 
 
 def mark(text: str) -> None:
@@ -71,7 +77,8 @@ KERNELS = {
     "layer_norm": ("LayerNormExt", "LayerNormGradExt"), "rms_norm": ("RmsNorm", "RmsNormGrad"),
     "gelu_tanh": ("GeluExt", "GeluGradExt"), "addcmul": ("AddcmulExt", "AddcmulExt"),
     "conv2d": ("Conv2DExt", "ConvolutionGrad"), "pad": ("ConstantPadND", "ConstantPadND"),
-    "embedding": ("Embedding", "EmbeddingDenseBackward"),
+    "embedding": ("Embedding", "EmbeddingDenseBackward"), "copy_into": ("InplaceCopy", "InplaceCopy"),
+    "fused_adamw": ("AdamW", ""),
     "flash_attention_score": ("FlashAttentionScore", "FlashAttentionScoreGrad"),
 }  # fmt: skip
 
@@ -150,25 +157,52 @@ def _autoencoder(part: str, tile: int = 0, dtype: str = "float32") -> Case:
         vae.encode(ms.Tensor(np.ones((1, 3, 128, 128), np.float32)))
 
 
-def _train(depth: int = 1, optimizer: str = "adamw", dtype: str = "float16", lora: int = 0, dora: int = 0) -> Case:
-    """The second step of a trainer: loss, gradients, clipping, update, averages; of all weights or of a LoRA."""
-    optimizers._fused_adamw = lambda *arguments: [mark("KERNEL AdamW"), mark("END")]  # not registered on a CPU
-    rng, net = np.random.default_rng(0), _small_net(depth, dtype=dtype)
-    parameters = {k: p for k, p in net.parameters_and_names() if k != "y_embedder.y_embedding"}
+@dataclass
+class _Features:
+    """Two rows of features, with a control image for a ControlNet."""
+
+    control: bool
+
+    def batch(self, number: int) -> FeatureBatch:
+        mean, std, control = np.random.default_rng(number).random((3, 2, 4, 16, 16), dtype=np.float32)
+        mask = np.arange(20)[None] < np.array([[20], [5]])
+        embeds = np.ones((2, 20, 64), np.float32)
+        return FeatureBatch(mean, std, embeds, mask, np.arange(2), control if self.control else None)
+
+
+def _options(optimizer: str) -> dict:
+    came = optimizer == "came"
+    return {"betas": (0.9, 0.999, 0.9999)[: 3 if came else 2], "eps": (1e-30, 1e-16) if came else 1e-8}
+
+
+def _train(
+    depth: int = 1, optimizer: str = "adamw", dtype: str = "float16", objective: str = "diffusion", copies: int = 0,
+    lora: int = 0, dora: int = 0,
+) -> Case:  # fmt: skip
+    """The second step of a trainer: loss, gradients, clipping, update, averages.
+
+    All weights are trained, or a LoRA, or a ControlNet of some copies.
+    """
+    values = {"model": "-", "json_path": "-", "image_dir": "-", "objective": objective, "copy_blocks_num": copies}
+    config, net = check_config(values | {"lora_rank": 4 * lora}, "train"), _small_net(depth, dtype="float32")
+    task = (ControlObjective if copies else OBJECTIVES[objective])(config, net)
+    parameters = task.parameters()
     if lora:
         parameters = Adapters.of(net).add("style", LoraConfig(r=4, use_dora=bool(dora))).parameters()
-    net.set_train(True)
-    x, caption = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 16, 16), (2, 20, 64)))
-    mask, timesteps = np.arange(20)[None] < np.array([[20], [5]]), np.array([5.0, 7.0], np.float32)
-    table, weights = coefficients(np.array([5, 7])), np.ones(2, np.float32)
-    batch = x, x, table, timesteps, caption, mask, weights, net.positions(16, 16)
+    task.network.set_train(True)
+    for cell in (*task.frozen, *([net] if lora else [])):
+        for parameter in cell.get_parameters():
+            parameter.set_dtype(getattr(ms, dtype))
+    empty = np.ones((3, 64), np.float32)
+    noise = Noise(0, spacing=task.spacing)
+    batches = DiffusionBatches(_Features(copies > 0), noise, net, 1.0, empty, extras=task.extras)
     options = TrainerOptions(
-        steps=3, optimizer=optimizer, betas=(0.9, 0.999, 0.9999)[: 3 if optimizer == "came" else 2],
-        eps=(1e-30, 1e-16) if optimizer == "came" else 1e-8, loss_scale=1024.0, dynamic_loss_scale=True,
-    )  # fmt: skip
+        steps=3, optimizer=optimizer, loss_scale=1024.0, dynamic_loss_scale=True, **_options(optimizer)
+    )
+    dtype = ms.float32 if lora else getattr(ms, dtype)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            diffusion_loss(net), parameters, lambda n: batch, options, folder, NAMES, dtype=getattr(ms, dtype)
+            task.loss(empty), parameters, batches, options, folder, task.names, dtype=dtype, averages=task.averages
         )
         with closing(trainer.steps()) as steps:
             next(steps)
@@ -177,8 +211,27 @@ def _train(depth: int = 1, optimizer: str = "adamw", dtype: str = "float16", lor
             yield
 
 
+def _update(optimizer: str = "adamw") -> Case:
+    """What follows the gradients of XL/2 in a step: norm, clipping, update, averages, of tensors 16 times narrower.
+
+    CAME's stacks have as many tensors as those of XL/2.
+    """
+    rng, more = np.random.default_rng(0), {}
+    parameters = {name: p for name, p in _small_net(28, dtype="float32").parameters_and_names() if name != EMPTY}
+    gradients = [ms.Tensor(rng.standard_normal(p.shape).astype(np.float32)) for p in parameters.values()]
+    if optimizer == "came":
+        more["stack_elements"] = STACK_ELEMENTS // 16**2
+    own, average = OPTIMIZERS[optimizer](parameters, **_options(optimizer), **more), EMA(parameters, 0.9999)
+    for _ in range(2):
+        clipped = clip_by_norm(gradients, global_norm(gradients), 1.0, 1 / 1024)
+        own.update(dict(zip(parameters, clipped, strict=True)), 1e-4)
+        average.update()
+        yield
+
+
 CASES: dict[str, Callable[..., Case]] = {
-    "denoise": _denoise, "T5": _encode_text, "VAE": _autoencoder, "training": _train
+    "denoise": _denoise, "T5": _encode_text, "VAE": _autoencoder, "training": _train,
+    "update": _update,
 }  # fmt: skip
 
 

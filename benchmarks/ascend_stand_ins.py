@@ -107,6 +107,28 @@ def embedding(table, ids):
     return ops.gather(table, ids, 0)
 
 
+def copy_into(parameter, value):
+    """InplaceCopy: without broadcasting, which the kit never asks for."""
+    _floats(parameter)
+    _floats(value)
+    require(parameter.shape == value.shape, f"{value.shape} into {parameter.shape}")
+    ops.assign(parameter, value.astype(parameter.dtype))
+
+
+def fused_adamw(var, m, v, max_v, gradient, step, lr, beta1, beta2, decay, eps, amsgrad, maximize):
+    """AdamW, in float64: ``step`` (1,) counts from 0, and ``max_v`` is for amsgrad alone."""
+    _floats(var, m, v, gradient)
+    numbers = lr, beta1, beta2, decay, eps
+    require(max_v is v and not amsgrad and not maximize, "max_v is v without amsgrad")
+    require(step.shape == (1,) and all(type(number) is float for number in numbers), f"step {step}, {numbers}")
+    t = step.asnumpy()[0] + 1.0
+    value, first, second, g = (tensor.asnumpy().astype(np.float64) for tensor in (var, m, v, gradient))
+    first, second = beta1 * first + (1 - beta1) * g, beta2 * second + (1 - beta2) * g**2
+    value = value * (1 - lr * decay) - lr * first / (1 - beta1**t) / (np.sqrt(second / (1 - beta2**t)) + eps)
+    for parameter, new in ((var, value), (m, first), (v, second)):
+        ops.assign(parameter, ms.Tensor(new.astype(np.float32)))
+
+
 def flash_attention_score(q, k, v, heads, discard, scale, layout, dtypes=FLASH_DTYPES):
     """FlashAttentionScore: half precision, heads of a multiple of 16 up to 256; 1 in a mask means discard."""
     require(layout in FLASH_LAYOUTS, f"layout {layout!r}")
@@ -143,8 +165,11 @@ def _checked_mask(discard, batch: int, heads: int, queries: int, keys: int) -> m
 
 #: Names in ``models.ascend_operators`` and their stand-ins.
 STAND_INS: dict[str, Callable] = {
-    f.__name__: f for f in (layer_norm, rms_norm, gelu_tanh, addcmul, conv2d, pad, embedding, flash_attention_score)
-}
+    f.__name__: f
+    for f in (
+        layer_norm, rms_norm, gelu_tanh, addcmul, conv2d, pad, embedding, copy_into, flash_attention_score, fused_adamw,
+    )
+}  # fmt: skip
 
 
 @contextmanager

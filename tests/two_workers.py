@@ -2,16 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from line_training import batch, trainer
 
-from pixart_nb.core.backend import join_workers
+from pixart_nb.core.backend import join_workers, ms
 from pixart_nb.core.training.distributed import Workers
 
 CAME = {"optimizer": "came", "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16)}
-RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}, "small": {"shard_threshold": 3}}
+RUNS = {"adamw": {}, "came": CAME, "parts": {"accumulate": 2}, "small": {"shard_threshold": 3}, "fused": {}}
+#: Gradients that are averaged.
+GRADIENTS = 100
 
 
 def share(workers):
@@ -19,10 +22,22 @@ def share(workers):
     return lambda number: tuple(np.split(part, workers.size)[workers.rank] for part in batch(number))
 
 
+def average(workers: Workers) -> None:
+    """Average many gradients in flat buffers, and by collectives that MindSpore joins."""
+    rng = np.random.default_rng(workers.rank)
+    arrays = [rng.standard_normal((64, 64 + k % 3)).astype((np.float32, np.float16)[k % 2]) for k in range(GRADIENTS)]
+    gradients = [ms.Tensor(array) for array in arrays]
+    expected = workers.mean(gradients)
+    for ours, theirs in zip(replace(workers, fused=True).mean(gradients), expected, strict=True):
+        assert ours.dtype == ms.float32
+        assert np.array_equal(ours.asnumpy(), theirs.asnumpy())
+
+
 def main(folder: Path, workers: Workers) -> None:
     """Train each way, stop in the middle, go on; tell what this worker keeps."""
     kept = {}
     for name, options in RUNS.items():
+        workers = replace(workers, fused=name == "fused")
         options = dict(steps=8, save_every=3, start_learning_rate=0.01) | options
         start = trainer(folder / name, share(workers), more={"workers": workers}, **options)
         if workers.rank:  # workers that start apart end up together
@@ -40,4 +55,5 @@ def main(folder: Path, workers: Workers) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Workers(*join_workers()))
+    joined = Workers(*join_workers())
+    average(joined) if sys.argv[1] == "average" else main(Path(sys.argv[1]), joined)

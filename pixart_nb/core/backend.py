@@ -313,3 +313,8 @@ def join_workers() -> tuple[int, int]:
     except RuntimeError as error:
         raise WorkerError(error) from error
     return communication.get_rank(), communication.get_group_size()
+
+
+def fuse_collectives() -> None:
+    """Let MindSpore join the AllReduce operators of a compiled graph that have the same ``fusion`` number."""
+    ms.set_auto_parallel_context(comm_fusion={"allreduce": {"mode": "auto", "config": None}})

@@ -1,4 +1,4 @@
-"""Checks of an installation: versions, device, products in each dtype, small networks against stored numbers."""
+"""Checks of an installation: versions, device, products in each dtype, small networks and updates by stored numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ import numpy as np
 #: Packages whose versions are shown; CANN imports the second group.
 PACKAGES = ("pixart-nb", "mindspore", "numpy", "transformers", "safetensors")
 CANN_PACKAGES = ("decorator", "sympy", "absl-py", "attrs", "protobuf")
+#: Environment variables that are shown where they are set.
+VARIABLES = (
+    "PIXART_NB_DEVICE", "ASCEND_HOME_PATH", "ASCEND_RT_VISIBLE_DEVICES", "MS_ASCEND_CHECK_OVERFLOW_MODE",
+)  # fmt: skip
 #: Largest relative error of a network in each dtype.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 #: Numbers that each network gives, on a CPU in float32 (MindSpore 2.8): the root mean square and six values.
@@ -23,6 +28,8 @@ EXPECTED = {
     "transformer, KV compression": (1.889927, 1.520058, -1.482792, 0.4549207, 1.194067, -1.654789, 1.395192),
     "transformer, compiled": (1.814302, 0.8470544, 0.1175996, -1.979676, -0.9688976, 0.5296594, 0.09519696),
     "gradient": (0.05754565, -0.02975346, -0.04512173, -0.004251127, -0.02319176, 0.02472707, -0.07115859),
+    "update, AdamW": (0.7957603, 0.1581612, -0.01913718, 0.07505809, -0.1152355, -0.5032901, -1.632903),
+    "update, CAME": (2.049821, 2.735972, 0.2050686, 0.9756386, -0.2170727, 0.936566, 1.486493),
     "text encoder": (1.006679, 1.898983, -0.6845232, -0.2664637, -1.730308, -0.03030691, -0.6571827),
     "VAE decoder": (0.6882519, -0.2607359, 0.01947491, -0.4050479, -0.3512804, -0.3032004, -0.1113237),
     "VAE decoder, tiles": (0.655857, -0.2729266, 0.01535103, -0.4102567, -0.3772277, -0.3198275, -0.1214823),
@@ -39,12 +46,16 @@ class Check(NamedTuple):
 
 def environment() -> list[Check]:
     """Return the versions of the system and the packages. MindSpore is not imported, as that may fail."""
-    on_host = bool(os.environ.get("ASCEND_HOME_PATH"))
+    devices = sorted(path.name for path in Path("/dev").glob("davinci[0-9]*"))
+    on_host = bool(os.environ.get("ASCEND_HOME_PATH") or devices)
     names = (*PACKAGES, *(CANN_PACKAGES if on_host else ()))
     system = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver()) or 'libc unknown'}"
     checks = [Check("system", system), Check("Python", f"{platform.python_version()} at {sys.executable}")]
-    variables = {name: os.environ[name] for name in ("PIXART_NB_DEVICE", "ASCEND_HOME_PATH") if name in os.environ}
-    checks += [Check(name, value) for name, value in variables.items()]
+    checks += [Check(name, os.environ[name]) for name in VARIABLES if name in os.environ]
+    if devices:
+        checks.append(Check("Ascend devices", ", ".join(devices)))
+    if devices and "ASCEND_HOME_PATH" not in os.environ:
+        checks.append(Check("CANN's environment", "not set; source CANN's set_env.sh, then run this again", False))
     for name in names:
         try:
             checks.append(Check(name, version(name)))
@@ -187,6 +198,24 @@ def _text_encoder(dtype):
     return net(np.arange(40).reshape(2, 20), np.arange(20)[None] < np.array([[20], [3]]))
 
 
+def _update(dtype, name: str):
+    """Weights and their averages after three updates: two matrices and two vectors, which CAME updates together."""
+    from mindspore import ops
+
+    from pixart_nb.core.backend import ms
+    from pixart_nb.core.training.optimizers import CAME, EMA, AdamW
+
+    shapes = {"matrix": (6, 8), "matrix 2": (6, 8), "vector": (8,), "vector 2": (8,)}
+    weights = {key: ms.Parameter(_random(*shape, seed=i), name=key) for i, (key, shape) in enumerate(shapes.items())}
+    optimizer, average = {"AdamW": AdamW, "CAME": CAME}[name](weights, weight_decay=0.1), EMA(weights, 0.5)
+    for number in range(3):
+        gradients = [_random(*shape, seed=10 * number + i) for i, shape in enumerate(shapes.values())]
+        gradients = [gradient.astype(dtype).astype(ms.float32) for gradient in gradients]
+        optimizer.update(dict(zip(shapes, gradients, strict=True)), 0.1)
+        average.update()
+    return ops.concat([tensor.reshape(-1) for tensor in (*weights.values(), *average.averages.values())])
+
+
 def _decoder(dtype, tile: int = 0):
     from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 
@@ -202,6 +231,8 @@ NETWORKS: dict[str, Callable] = {
     "transformer, KV compression": lambda dtype: _denoise(dtype, "conv"),
     "transformer, compiled": lambda dtype: _denoise(dtype, compiled=True),
     "gradient": _gradient,
+    "update, AdamW": lambda dtype: _update(dtype, "AdamW"),
+    "update, CAME": lambda dtype: _update(dtype, "CAME"),
     "text encoder": _text_encoder,
     "VAE decoder": _decoder,
     "VAE decoder, tiles": lambda dtype: _decoder(dtype, 64),

@@ -45,6 +45,16 @@ def test_the_ascend_path_gives_the_stored_numbers(checks, monkeypatch, dtype, ne
     assert [name for name, check in results.items() if check.passed is False] == []
 
 
+def test_an_ascend_host_without_the_environment_of_cann_is_told_so(monkeypatch):
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    monkeypatch.setattr(doctor.Path, "glob", lambda path, pattern: [path / "davinci1", path / "davinci0"])
+    results = {check.name: check for check in doctor.environment()}
+    assert results["Ascend devices"].result == "davinci0, davinci1"
+    assert results["CANN's environment"].passed is False
+    assert "source CANN's set_env.sh" in results["CANN's environment"].result
+    assert set(doctor.CANN_PACKAGES) <= set(results)
+
+
 def test_what_fails_is_named_and_the_rest_is_still_checked(monkeypatch):
     def broken(dtype):
         raise RuntimeError("\n---\nthe kernel is missing\nC++ call stack")

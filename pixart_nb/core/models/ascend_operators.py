@@ -7,10 +7,13 @@ asks for. **Not run on Ascend.**
 from __future__ import annotations
 
 from mindspore import mint, ops
+from mindspore.ops.auto_generate import AdamW
 
 from pixart_nb.core.backend import ms
 
 _functional = mint.nn.functional
+#: AdamW in place: (parameter, its two averages, the second again, gradient, step (1,) from 0, numbers, two flags).
+fused_adamw = AdamW()
 #: Head sizes of flash attention are multiples of HEAD_MULTIPLE, up to HEAD_LIMIT.
 HEAD_MULTIPLE, HEAD_LIMIT = 16, 256
 #: Dtypes of flash attention.
@@ -52,6 +55,11 @@ def pad(x: ms.Tensor, padding: tuple[int, ...]) -> ms.Tensor:
 def embedding(table: ms.Tensor, ids: ms.Tensor) -> ms.Tensor:
     """Return the rows ``ids`` (...,) of a table (count, size): Embedding."""
     return _functional.embedding(ids, table)
+
+
+def copy_into(parameter: ms.Parameter, value: ms.Tensor) -> None:
+    """Copy a tensor, or a part of one, into a parameter of its shape, in the parameter's dtype: InplaceCopy."""
+    parameter.copy_(value)
 
 
 def flash_attention_score(

@@ -63,7 +63,7 @@ def assign(parameter: ms.Parameter, value: ms.Tensor) -> None:
     ``Assign`` has no aclnn kernel. On the CPU, ``copy_`` refuses a part of another tensor (MindSpore 2.8).
     """
     if backend.on_ascend():
-        parameter.copy_(value)
+        ascend_operators.copy_into(parameter, value)
     else:
         ops.assign(parameter, value.astype(parameter.dtype))
 

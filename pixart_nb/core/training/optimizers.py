@@ -9,19 +9,19 @@ from functools import lru_cache
 
 import numpy as np
 from mindspore import mint, ops
-from mindspore.ops.auto_generate import AdamW as FusedAdamW
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.operators import assign
 
 #: Images per update for which ``start_learning_rate`` is meant when ``auto_lr`` scales it.
 BASE_BATCH = 256
 #: Most elements of a stack of tensors that CAME updates together: 64 MB for each temporary of an update.
 STACK_ELEMENTS = 2**24
-_batch_matmul, _adam_step, _fused_adamw = ops.BatchMatMul(), ops.AdamWeightDecay(), FusedAdamW()
+_batch_matmul, _adam_step = ops.BatchMatMul(), ops.AdamWeightDecay()
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int, shape: str = "cosine", end: float = 0.0) -> float:
@@ -51,10 +51,14 @@ def scaled_rate(rate: float, images: int, rule: str) -> float:
 def global_norm(gradients: Sequence[ms.Tensor]) -> float:
     """Return the Euclidean norm over all gradients; not finite if any element is not."""
     if backend.on_ascend():  # the gradients stay on the device. Not run on Ascend
-        squares = [(wide := gradient.astype(ms.float32)).mul(wide).sum() for gradient in gradients]
+        squares = [wide.mul(wide).sum() for wide in map(_wide, gradients)]
         return math.sqrt(float(sum(squares[1:], squares[0]).asnumpy()))
     flat = (gradient.asnumpy().reshape(-1).astype(np.float32, copy=False) for gradient in gradients)
     return math.sqrt(sum(float(np.dot(part, part)) for part in flat))
+
+
+def _wide(gradient: ms.Tensor) -> ms.Tensor:
+    return gradient if gradient.dtype == ms.float32 else gradient.astype(ms.float32)
 
 
 def clip_by_norm(
@@ -67,7 +71,7 @@ def clip_by_norm(
     """
     if max_norm is not None:
         scale *= min(1.0, max_norm / (scale * norm + 1e-6))
-    wide = [gradient.astype(ms.float32) for gradient in gradients]
+    wide = list(map(_wide, gradients))
     if scale == 1.0 or backend.on_ascend():
         return wide if scale == 1.0 else [gradient * scale for gradient in wide]
     arrays, factor = [gradient.asnumpy() for gradient in wide], np.float32(scale)
@@ -172,7 +176,7 @@ class AdamW(Optimizer):
             numbers = [float(number) for number in (rate, first, second, self.weight_decay, self.eps)]
             for name, parameter in self.parameters.items():
                 state = averages[name], squares[name], squares[name]
-                _fused_adamw(parameter, *state, gradients[name], step, *numbers, False, False)
+                ascend_operators.fused_adamw(parameter, *state, gradients[name], step, *numbers, False, False)
             return
         root = math.sqrt(1 - second**self.updates)
         corrected = rate * root / (1 - first**self.updates)
@@ -242,7 +246,7 @@ class CAME(Optimizer):
 
     def _shares(self, steps: ms.Tensor) -> ms.Tensor:
         """Return the shares (n, 1) that bound the root mean square of steps (n, elements)."""
-        rms = ops.sqrt((steps * steps).mean(-1, keep_dims=True))
+        rms = ops.sqrt(mint.mean(steps * steps, -1, True))
         return 1.0 / mint.clamp(rms * (1.0 / self.clip_threshold), min=1.0)
 
     def _inverse_roots(

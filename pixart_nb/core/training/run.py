@@ -57,7 +57,8 @@ class Training:
 
     def __init__(self, config: TrainConfig):
         self.config, self.folder = config, Path(config.output_path)
-        self.workers = Workers(*backend.join_workers()) if config.use_parallel else SINGLE
+        fused = backend.on_ascend()
+        self.workers = Workers(*backend.join_workers(), fused) if config.use_parallel else SINGLE
         check_overflow_mode(config)
         self.networks = FrozenNetworks(config)
         objective = ControlObjective if config.copy_blocks_num else OBJECTIVES[config.objective]

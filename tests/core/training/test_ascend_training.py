@@ -1,17 +1,19 @@
 """Training on Ascend, as far as a CPU can prove it: graphs, accumulation, averages and updates on the device."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from line_training import batch, trainer
 
+from benchmarks.ascend_stand_ins import ascend as ascend_stand_ins
 from pixart_nb.config import ConfigError
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.reader import FeatureBatch
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
-from pixart_nb.core.training import distributed, optimizers
+from pixart_nb.core.training import distributed
 from pixart_nb.core.training.batches import LENGTH_STEP, DiffusionBatches, Noise, caption_multiple
 from pixart_nb.core.training.distributed import Workers
 from pixart_nb.core.training.loss import NAMES, diffusion_loss
@@ -112,21 +114,8 @@ def test_an_update_and_the_averages_read_nothing_from_the_device(monkeypatch, op
     average.update()
 
 
-def test_adamw_on_ascend_is_the_fused_operator_with_the_same_steps(monkeypatch):
+def test_adamw_on_ascend_is_the_fused_operator_with_the_same_steps():
     """The stand-in has the contract of MindSpore's ``AdamW`` operator, whose step counts from 0, in float64."""
-
-    def fused(var, m, v, max_v, gradient, step, lr, beta1, beta2, decay, eps, amsgrad, maximize):
-        assert max_v is v and not amsgrad and not maximize and step.shape == (1,)
-        assert all(type(number) is float for number in (lr, beta1, beta2, decay, eps))
-        t = step.asnumpy()[0] + 1.0
-        value, first, second, g = (tensor.asnumpy().astype(np.float64) for tensor in (var, m, v, gradient))
-        first, second = beta1 * first + (1 - beta1) * g, beta2 * second + (1 - beta2) * g**2
-        value = value * (1 - lr * decay)
-        value = value - lr * first / (1 - beta1**t) / (np.sqrt(second / (1 - beta2**t)) + eps)
-        for parameter, new in ((var, value), (m, first), (v, second)):
-            parameter.set_data(ms.Tensor(new.astype(np.float32)))
-
-    monkeypatch.setattr(optimizers, "_fused_adamw", fused)
     rng = np.random.default_rng(0)
     start = rng.standard_normal((5, 7)).astype(np.float32)
     weights = [ms.Parameter(ms.Tensor(start.copy()), name="w") for _ in range(2)]
@@ -134,10 +123,26 @@ def test_adamw_on_ascend_is_the_fused_operator_with_the_same_steps(monkeypatch):
     for _ in range(10):
         gradient = {"w": ms.Tensor(rng.standard_normal((5, 7)).astype(np.float32))}
         steps[0].update(gradient, 1e-2)
-        with monkeypatch.context() as device:
-            device.setattr(backend, "on_ascend", lambda: True)
+        with ascend_stand_ins():
             steps[1].update(gradient, 1e-2)
     assert np.abs(weights[0].asnumpy() - weights[1].asnumpy()).max() < 2e-6
+
+
+def test_came_and_the_averages_on_ascend_are_those_of_the_cpu():
+    rng = np.random.default_rng(1)
+    shapes = {"matrix": (6, 10), "matrix 2": (6, 10), "vector": (7,), "vector 2": (7,)}
+    starts = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    sides = [{n: ms.Parameter(ms.Tensor(a.copy()), name=n) for n, a in starts.items()} for _ in range(2)]
+    updates, averages = [CAME(weights, weight_decay=0.1) for weights in sides], [EMA(w, 0.9) for w in sides]
+    for _ in range(5):
+        gradients = {n: ms.Tensor(rng.standard_normal(s).astype(np.float32)) for n, s in shapes.items()}
+        for side, device in enumerate((nullcontext(), ascend_stand_ins())):
+            with device:
+                updates[side].update(gradients, 1e-2)
+                averages[side].update()
+    for name in shapes:
+        assert np.array_equal(sides[0][name].asnumpy(), sides[1][name].asnumpy())
+        assert np.array_equal(*(average.averages[name].asnumpy() for average in averages))
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("SATURATION_MODE", "bf16"), ("INFNAN_MODE", "fp16"), ("", "fp16")])

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from line_training import losses, trainer
 from small_pipeline import train_options, write_small_pipeline
-from two_workers import RUNS
+from two_workers import GRADIENTS, RUNS
 
 from pixart_nb.core.io import load_tensors
 
@@ -64,6 +64,18 @@ def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
         expected = alone.state()
         assert set(whole) == set(expected)  # one state, as one worker writes it
         assert all(np.allclose(whole[key], value, atol=1e-4) for key, value in expected.items())
+
+
+@needs_msrun
+def test_mindspore_joins_the_collectives_of_many_gradients_with_the_same_means(tmp_path):
+    command, environment = msrun(tmp_path / "log", Path(__file__).parents[2] / "two_workers.py", "average")
+    graphs = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path / "graphs")}
+    done = subprocess.run(command, env=environment | graphs, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-1000:] + logs(tmp_path / "log")
+    counts = {path.name: path.read_text().count(" AllReduce(%") for path in (tmp_path / "graphs/rank_0").glob("*.ir")}
+    assert max(counts.values()) == GRADIENTS
+    (final,) = (count for name, count in counts.items() if name.startswith("graph_build") or "_graph_build" in name)
+    assert final == 3
 
 
 @needs_msrun
