@@ -95,7 +95,7 @@ def test_a_crop_is_the_part_around_the_mask():
         (PIXELS[..., 0], 0.5, "image is of ndarray"),
         (PIXELS.astype(float), 0.5, "image goes from 0 to 255"),
         ([PIXELS, PIXELS[:32]], 0.5, "the images have sizes"),
-        (PIXELS, 0.1, "strength 0.1 of 4 steps leaves no step; give more steps, or at least 0.25"),
+        (PIXELS, 0.1, "strength 0.1 of 4 steps leaves no step; give more steps, or a strength of at least 0.25"),
         (PIXELS, 0, "strength is 0; expected above 0"),
         ([PIXELS] * 3, 0.5, "latents have shape"),
     ],
