@@ -65,7 +65,8 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
         steps = call.get("num_inference_steps", self.sampling_defaults["num_inference_steps"])
         if 0 < strength <= 1 and call.get("timesteps") is None and int(steps * strength) < 1:
             raise PixArtNBError(
-                f"strength {strength} of {steps} steps leaves no step; give more steps, or a strength of at least {1 / steps:.3g}"
+                f"strength {strength} of {steps} steps leaves no step; give more steps, or a strength of at least "
+                f"{1 / steps:.3g}"
             )
         unit = 8 * self.transformer.config.patch_size if self.transformer else 1
         whole = tuple(max(unit, round(side / unit) * unit) for side in size)
