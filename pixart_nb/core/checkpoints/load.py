@@ -128,7 +128,9 @@ def load_vae(path: Path, dtype: ms.Type, **options) -> AutoencoderKL:
     """Load the autoencoder of a folder in the diffusers layout, or of one file with diffusers' or LDM's names."""
     tensors = key_maps.rename_vae(read_tensors(path, **options))
     config = vae_config(path, tensors)
-    net = init_empty(lambda: AutoencoderKL(config), config.compute_dtype(dtype))
+    chosen = inference_dtype(config.compute_dtype(dtype))
+    net = init_empty(lambda: AutoencoderKL(config), chosen)
+    net.multiplies_bfloat16 = chosen == ms.bfloat16 and not backend.on_ascend()
     load_into(net, tensors, path)
     return net.set_train(False)
 

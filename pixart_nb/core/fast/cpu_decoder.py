@@ -2,7 +2,7 @@
 
 An image is an array (H, W, C). A 3x3 convolution is a sum of nine products of oneDNN, of one band of rows at a time,
 whose norm and SiLU are computed in the cache just before. Nothing else is as large as an image than the input, the
-hidden layer and the output of one residual block.
+hidden layer and the output of one residual block. The products are of float32, or of bfloat16 with sums in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.cpu_operators import FAR
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
+from pixart_nb.core.models.low_precision import rounded_bits
 from pixart_nb.core.models.vae_blocks import Decoder, ResnetBlock
-from pixart_nb.core.onednn import multiply
+from pixart_nb.core.onednn import SGEMM, multiply
 
 #: Elements of the rows that a convolution of a band reads.
 BAND = 2**21
@@ -36,38 +37,38 @@ class Image:
     sums: np.ndarray
 
 
-def decode_fine(decoder: Decoder, x: ms.Tensor) -> ms.Tensor:
-    """Compute ``decoder.fine`` of x (N, C, h, w): images (N, C', H, W)."""
-    images = [_decoded(decoder, np.ascontiguousarray(values.transpose(1, 2, 0))) for values in x.asnumpy()]
+def decode_fine(decoder: Decoder, x: ms.Tensor, gemm: str = SGEMM) -> ms.Tensor:
+    """Compute ``decoder.fine`` of x (N, C, h, w): images (N, C', H, W). ``gemm``: oneDNN's function of the products."""
+    images = [_decoded(decoder, np.ascontiguousarray(values.transpose(1, 2, 0)), gemm) for values in x.asnumpy()]
     return ms.Tensor.from_numpy(np.stack(images))
 
 
-def _decoded(decoder: Decoder, values: np.ndarray) -> np.ndarray:
+def _decoded(decoder: Decoder, values: np.ndarray, gemm: str) -> np.ndarray:
     image = Image(values, sum(_sums(row) for row in values))
     for stage in decoder.up_blocks:
         for block in stage.resnets:
-            image = _residual(block, image)
+            image = _residual(block, image, gemm)
         for layer in stage.upsamplers:
-            image = Convolution(layer.conv, image, upscale=2)()
-    out = Convolution(decoder.conv_out, image, decoder.conv_norm_out)().values
+            image = Convolution(layer.conv, image, gemm, upscale=2)()
+    out = Convolution(decoder.conv_out, image, gemm, decoder.conv_norm_out)().values
     return np.ascontiguousarray(out.transpose(2, 0, 1))
 
 
-def _residual(block: ResnetBlock, image: Image) -> Image:
+def _residual(block: ResnetBlock, image: Image, gemm: str) -> Image:
     """Compute a residual block. ``image`` is overwritten if the number of channels stays."""
-    hidden = Convolution(block.conv1, image, block.norm1)()
-    return Convolution(block.conv2, hidden, block.norm2)(image.values, block.conv_shortcut)
+    hidden = Convolution(block.conv1, image, gemm, block.norm1)()
+    return Convolution(block.conv2, hidden, gemm, block.norm2)(image.values, block.conv_shortcut)
 
 
 class Convolution:
     """A 3x3 convolution of an image, after norm and SiLU if there is a norm, or after doubling rows and columns."""
 
-    def __init__(self, conv: Conv2d, image: Image, norm: GroupNorm | None = None, upscale: int = 1):
-        self.image, self.upscale, self.memory = image, upscale, local()
+    def __init__(self, conv: Conv2d, image: Image, gemm: str, norm: GroupNorm | None = None, upscale: int = 1):
+        self.image, self.gemm, self.upscale, self.memory = image, gemm, upscale, local()
         weight, self.bias = conv.weight.asnumpy(), conv.bias.asnumpy()
         self.phases = {
             (a, b): [
-                (dy, dx, np.ascontiguousarray(weight[:, :, ky][..., kx].sum((2, 3)).T))
+                (dy, dx, self._operand(np.ascontiguousarray(weight[:, :, ky][..., kx].sum((2, 3)).T)))
                 for dy, ky in rows
                 for dx, kx in columns
             ]
@@ -97,7 +98,7 @@ class Convolution:
         """Compute the rows of a band, and the sums of the result."""
         count, (_, width, channels) = band.stop - band.start, self.image.values.shape
         pitch, scale = width + 2, self.upscale
-        padded = self._buffer("padded", (count + 2, pitch, channels))
+        padded = self._buffer("padded", (count + 2, pitch, channels), np.float32 if self.gemm == SGEMM else np.uint16)
         self._fill(padded, band)
         flat, out = padded.reshape(-1, channels), self.out[band.start * scale : band.stop * scale]
         accumulated = self._buffer("accumulated", (count * pitch, len(self.bias)))
@@ -105,7 +106,7 @@ class Convolution:
             for number, (dy, dx, matrix) in enumerate(taps):
                 first = dy * pitch + dx
                 own = slice(first, first + count * pitch - 2)  # the last two columns of a row are beyond the image
-                multiply(flat[own], matrix, accumulated[: count * pitch - 2], add=number > 0)
+                multiply(flat[own], matrix, accumulated[: count * pitch - 2], add=number > 0, gemm=self.gemm)
             result = accumulated.reshape(count, pitch, -1)[:, :width]
             result += self.bias
             if self.out is self.source:
@@ -126,30 +127,32 @@ class Convolution:
         for target, row in zip(padded[:, 1:-1], range(band.start - 1, band.stop + 1), strict=True):
             if not 0 <= row < len(values):
                 target[...] = 0
-            elif self.affine is None:
-                target[...] = values[row]
             else:
-                gain, shift = self.affine
-                np.multiply(values[row], gain, out=target)
-                target += shift
-                _silu(target, self._buffer("row", target.shape))
+                target[...] = self._operand(values[row] if self.affine is None else self._activated(values[row]))
 
-    def _buffer(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _activated(self, row: np.ndarray) -> np.ndarray:
+        """Return a row (W, C) after norm and SiLU, ``x / (1 + exp(-x))``."""
+        x, buffer = (self._buffer(name, row.shape) for name in ("row", "exponentials"))
+        np.multiply(row, self.affine[0], out=x)
+        x += self.affine[1]
+        np.negative(x, out=buffer)
+        with np.errstate(over="ignore"):
+            np.exp(buffer, out=buffer)
+        buffer += np.float32(1)
+        x /= buffer
+        return x
+
+    def _operand(self, x: np.ndarray) -> np.ndarray:
+        """Return a matrix as ``gemm`` multiplies it."""
+        return x if self.gemm == SGEMM else rounded_bits(x)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: type[np.number] = np.float32) -> np.ndarray:
         """Return memory of this thread, which keeps it from band to band."""
         size, held = int(np.prod(shape)), getattr(self.memory, name, None)
         if held is None or held.size < size:
-            held = np.empty(size, np.float32)
+            held = np.empty(size, dtype)
             setattr(self.memory, name, held)
         return held[:size].reshape(shape)
-
-
-def _silu(x: np.ndarray, buffer: np.ndarray) -> None:
-    """Replace x by ``x / (1 + exp(-x))``."""
-    np.negative(x, out=buffer)
-    with np.errstate(over="ignore"):
-        np.exp(buffer, out=buffer)
-    buffer += np.float32(1)
-    x /= buffer
 
 
 def _sums(rows: np.ndarray) -> np.ndarray:

@@ -42,9 +42,9 @@ def unsupported() -> str:
         return f"MindSpore {ms.__version__} ships no oneDNN library with {onednn.BF16}"
     rng = np.random.default_rng(0)
     x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((48, 64), (32, 64)))
-    exact = _upcast(_rounded(x)) @ _upcast(_rounded(weight)).T
+    exact = _upcast(rounded_bits(x)) @ _upcast(rounded_bits(weight)).T
     try:
-        error = np.abs(product(x, _rounded(weight)) - exact).max()
+        error = np.abs(product(x, rounded_bits(weight)) - exact).max()
     except PixArtNBError as failed:
         return str(failed)
     return "" if error < 1e-3 else f"oneDNN's bfloat16 product is wrong by {error:.2g} in a test of 48 x 64 x 32"
@@ -54,11 +54,11 @@ def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
     """Return ``x @ weight.T + bias`` in float32: x (M, K) float32, weight (N, K) uint16 bits of bfloat16, bias (N,)."""
     out = np.empty((len(x), len(weight)), np.float32)
     by_rows = len(x) >= len(weight) or len(x) >= 256
-    rounded = None if by_rows else _rounded(x)
+    rounded = None if by_rows else rounded_bits(x)
 
     def work(part: slice) -> None:
         if by_rows:
-            _multiply(_rounded(x[part]), weight, bias, out[part])
+            _multiply(rounded_bits(x[part]), weight, bias, out[part])
         else:
             _multiply(rounded, weight[part], None if bias is None else bias[part], out[:, part])
 
@@ -75,7 +75,7 @@ def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: n
     onednn.multiply(x, weight.T, out, add=bias is not None, gemm=onednn.BF16)
 
 
-def _rounded(x: np.ndarray) -> np.ndarray:
+def rounded_bits(x: np.ndarray) -> np.ndarray:
     """Round float32 to the nearest bfloat16, halves away from zero: its bits, uint16."""
     bits, out = x.reshape(-1).view(np.uint32), np.empty(x.size, np.uint16)
     for start in range(0, x.size, _PART):

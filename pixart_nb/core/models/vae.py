@@ -50,6 +50,7 @@ class AutoencoderKL(nn.Cell):
         self.quant_conv = Conv2d(2 * latents, 2 * latents, 1) if config.use_quant_conv else None
         self.post_quant_conv = Conv2d(latents, latents, 1) if config.use_post_quant_conv else None
         self.use_slicing = self.use_tiling = False
+        self.multiplies_bfloat16 = False  # of large images on the CPU, where half precision is asked for
         self.tile_sample_min_size, self.tile_overlap_factor = min(config.sample_size, 512), 0.25
 
     def enable_slicing(self) -> None:
@@ -148,7 +149,7 @@ class AutoencoderKL(nn.Cell):
         """Run a stage without tiles."""
         height, width = (side * stage.upscale for side in x.shape[2:])
         if stage.upscale > 1 and x.dtype == ms.float32 and decodes_by_rows(self.config, height, width):
-            return decode_fine(self.decoder, x)
+            return decode_fine(self.decoder, x, self.multiplies_bfloat16)
         with fast_group_norms(stage.norms):
             return stage.function(x)
 

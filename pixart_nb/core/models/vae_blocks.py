@@ -34,6 +34,7 @@ class VAEConfig:
     """Fields of diffusers' ``vae/config.json``; the defaults are SDXL's.
 
     With ``force_upcast`` the autoencoder computes in float32 where half precision is asked for (``compute_dtype``).
+    Without, on a CPU, the convolutions of large decoded images multiply bfloat16, and the rest is float32.
     """
 
     in_channels: int = bounded(3, 1, 1024)

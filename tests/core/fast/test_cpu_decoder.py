@@ -8,8 +8,11 @@ from reference_data import relative_error
 
 from pixart_nb.core import fast, onednn
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.components import write_vae
+from pixart_nb.core.checkpoints.load import load_vae
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import cpu_decoder
+from pixart_nb.core.models.low_precision import unsupported
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 
 
@@ -77,9 +80,24 @@ def test_large_images_are_decoded_by_rows_and_others_as_before(monkeypatch):
     assert not fast.decodes_by_rows(VAEConfig(block_out_channels=(32, 64)), 4096, 4096)
 
 
-def _counted(calls, function, decoder, x):
+def _counted(calls, function, decoder, x, gemm):
     calls.append(x.shape)
-    return function(decoder, x)
+    return function(decoder, x, gemm)
+
+
+@pytest.mark.skipif(bool(unsupported()), reason=f"needs bfloat16 products: {unsupported()}")
+def test_a_vae_without_force_upcast_multiplies_bfloat16_where_half_precision_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "LARGE_IMAGE", 1)
+    latents, images = np.random.default_rng(1).standard_normal((1, 4, 6, 9), dtype=np.float32), {}
+    for upcast in (True, False):
+        write_vae(tmp_path / str(upcast), autoencoder(64, 64, force_upcast=upcast))
+        for dtype in (ms.float16, ms.bfloat16, ms.float32):
+            images[upcast, dtype] = load_vae(tmp_path / str(upcast), dtype).decode(latents)[0].asnumpy()
+    exact = images[True, ms.float32]
+    assert all(np.array_equal(images[True, dtype], exact) for dtype in (ms.float16, ms.bfloat16))
+    assert np.array_equal(images[False, ms.float32], exact)
+    assert np.array_equal(images[False, ms.float16], images[False, ms.bfloat16])
+    assert 1e-4 < relative_error(images[False, ms.float16], exact) < 3e-2
 
 
 def test_damaged_weights_are_an_error(monkeypatch):
