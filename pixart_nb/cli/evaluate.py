@@ -38,6 +38,7 @@ def evaluate(
 
     Example: pixart-nb evaluate --model data/tiny-sigma --count 48
     """
+    from pixart_nb.core.models.low_precision import inference_dtype_name
     from pixart_nb.core.sampling import generate
     from pixart_nb.pixelart.captions import short_caption
     from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
@@ -47,6 +48,8 @@ def evaluate(
     config = check_config(DEFAULTS | prompts, options=options)
     start(config)
     settings = {"model": config.model, "dtype": config.dtype}
+    computed = inference_dtype_name(config.dtype)
+    settings |= {"computed_dtype": computed} if computed != config.dtype else {}
     settings |= {"lora": config.lora} if config.lora else {}
     report, path = evaluate_and_write(
         generate.load_pipeline(config),

@@ -1,5 +1,6 @@
 """bfloat16 layers on the CPU: the products of the rounded inputs, in float32."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file
 from test_transformer import inputs, small_net
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.core import load_controlnet, load_transformer, trace
+from pixart_nb.core import load_controlnet, load_transformer, onednn, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.controlnet import save_controlnet
 from pixart_nb.core.checkpoints.load import load_t5
@@ -224,6 +225,23 @@ def test_a_pipeline_with_damaged_weights_names_the_stage():
     weight.set_data(ms.Tensor(np.full(weight.shape, np.nan, np.float32)).astype(ms.bfloat16))
     with pytest.raises(PixArtNBError, match="the output of the transformer at timestep"):
         pipe("a red mushroom on grass", num_inference_steps=1, output_type="latent")
+
+
+@pytest.mark.parametrize(
+    ("flags", "function", "reason"),
+    [
+        ("sse avx2", None, "this processor has neither AVX512-BF16 nor AMX-BF16"),
+        ("sse avx512_bf16", None, "ships no oneDNN library with dnnl_gemm_bf16bf16f32"),
+        ("amx_bf16", lambda *arguments: 3, r"oneDNN refused a product of \d+ x 64 x \d+ \(status 3\)"),
+        ("avx512_bf16", lambda *arguments: 0, "oneDNN's bfloat16 product is wrong by .* in a test"),
+    ],
+)
+def test_the_reason_why_a_machine_has_no_products_is_a_sentence(monkeypatch, tmp_path, flags, function, reason):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(low_precision, "Path", lambda name: tmp_path / "cpuinfo")
+    monkeypatch.setattr(onednn, "function", lambda name: function)
+    monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, 7, dtype))
+    assert re.search(reason, low_precision.unsupported.__wrapped__())
 
 
 @needs_products
