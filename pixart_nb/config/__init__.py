@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from pixart_nb.config.keys import GUIDANCE_SCALE as GUIDANCE_SCALE
 from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ROOTS, InferenceConfig, ModelKeys, TrainConfig
 from pixart_nb.config.keys import MOST_SIDE as MOST_SIDE
+from pixart_nb.config.keys import NEEDS as NEEDS
 from pixart_nb.config.keys import SAMPLING_METHOD as SAMPLING_METHOD
 from pixart_nb.config.keys import SAMPLING_METHODS as SAMPLING_METHODS
 from pixart_nb.config.keys import SAMPLING_STEPS as SAMPLING_STEPS
@@ -73,6 +74,8 @@ def check_config(
     described: dict[str, list[str]] = {}
     for problem in problems:
         origin = COMMAND_LINE if problem["loc"] and problem["loc"][0] in options else source
+        if options and not problem["loc"]:  # several keys together, which may come from both
+            origin = f"{source} with the {COMMAND_LINE}"
         described.setdefault(origin, []).append(_problem(problem, list(CONFIG_TYPES[config_type].model_fields)))
     raise ConfigError("; ".join(f"{origin}: {'; '.join(dict.fromkeys(texts))}" for origin, texts in described.items()))
 

@@ -255,7 +255,7 @@ class InferenceConfig(ModelKeys):
             raise ValueError("controlnet goes neither with image nor with stages_path nor with pag_scale")
         if self.control_guidance_start >= self.control_guidance_end:
             raise ValueError("control_guidance_start must be below control_guidance_end")
-        _require_used(self, _NEEDS)
+        _require_used(self, NEEDS)
         if self.image and self.stages_path:
             raise ValueError("image and stages_path exclude each other; draw from an image without stages")
         if self.upscale_from and not self.stages_path:
@@ -417,7 +417,7 @@ def _require_weights(config: ModelKeys) -> None:
 
 _CONTROL_KEYS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 #: Keys of sampling and of training that change nothing unless one of others is given.
-_NEEDS = {
+NEEDS = {
     "strength": ("image", "upscale_from"), "pag_adaptive_scale": ("pag_scale",), "pag_applied_layers": ("pag_scale",),
 } | dict.fromkeys(_CONTROL_KEYS, ("controlnet",))  # fmt: skip
 _LORA_NEEDS = dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora"), ("lora_rank",))

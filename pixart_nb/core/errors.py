@@ -42,11 +42,12 @@ def check_number(name: str, value: object, least: float = -math.inf, whole: bool
 def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean 'x'?" with the closest of ``names``, or nothing if none is as close as ``cutoff``.
 
-    >>> did_you_mean("guidence", ["guidance", "steps"]), did_you_mean("x", ["guidance"])
-    ("; did you mean 'guidance'?", '')
+    >>> did_you_mean("guidence", ["guidance", "steps"]), did_you_mean("DDIM", ["ddim"]), did_you_mean("x", ["guidance"])
+    ("; did you mean 'guidance'?", "; did you mean 'ddim'?", '')
     """
-    match = difflib.get_close_matches(str(name), list(names), n=1, cutoff=cutoff)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    of_lower = {choice.lower(): choice for choice in names}
+    match = difflib.get_close_matches(str(name).lower(), list(of_lower), n=1, cutoff=cutoff)
+    return f"; did you mean {of_lower[match[0]]!r}?" if match else ""
 
 
 def first_few(names: Sequence[str], count: int = 4) -> str:

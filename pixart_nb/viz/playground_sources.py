@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pixart_nb.core.data.images import ImageError, load_image
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import to_uint8, write_new_image
 from pixart_nb.viz.playground_parameters import CONTROL, Parameters
@@ -32,9 +32,8 @@ def source(parameters: Parameters) -> tuple[np.ndarray, np.ndarray | None]:
 def opened(content: bytes, mode: str = "RGB") -> Image.Image:
     """Return the image in the bytes of a file. Raises an error for bytes that are no image."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return Image.fromarray(load_image(content, "black" if mode == "L" else "white")).convert(mode)
+    except ImageError as error:
         raise PixArtNBError(f"the image cannot be read ({error}); expected a PNG, JPEG or WebP file") from error
 
 

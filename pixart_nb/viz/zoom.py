@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from pixart_nb.core.data.images import load_image
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.core.sampling.images import to_uint8
@@ -85,8 +86,7 @@ class ZoomViewer:
 def as_pixels(image: np.ndarray | str | Path) -> np.ndarray:
     """Return an image file or array, uint8 or float in [0, 1], as (H, W, 3) uint8."""
     if isinstance(image, str | Path):
-        with Image.open(image) as file:
-            return np.asarray(file.convert("RGB"))
+        return load_image(image)
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise PixArtNBError(f"an image has shape (H, W, 3), got {pixels.shape}")

@@ -18,6 +18,7 @@ from pixart_nb.config import (
     read_yaml,
 )
 from pixart_nb.core.checkpoints.components import component_paths
+from pixart_nb.core.sampling.planning import prompts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -290,3 +291,20 @@ def test_the_examples_in_the_docstrings_hold():
     result = doctest.testmod(config)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_prompt_file_is_read_as_editors_write_it(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\r\n  a dog\u2028asleep \r\n".encode())
+    config = check_config(MINIMAL | {"prompt": [], "prompt_path": str(path)})
+    assert prompts_of(config) == ["a cat", "a dog\u2028asleep"]
+    path.write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"prompts\.txt: cannot be read as text .*save it as UTF-8"):
+        prompts_of(config)
+
+
+def test_values_of_file_and_command_line_that_do_not_go_together_name_both(tmp_path):
+    with pytest.raises(ConfigError, match=r"some\.yaml with the command line: 2 negative prompts for 1 prompts"):
+        load_config(write(tmp_path, MINIMAL), options={"negative_prompt": ["a", "b"]})
+    with pytest.raises(ConfigError, match=r"given 'DDIM' .*did you mean 'ddim'\?"):
+        check_config(MINIMAL | {"sampling_method": "DDIM"})

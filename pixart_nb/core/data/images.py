@@ -55,13 +55,14 @@ def read_image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return _read(path, _upright_size)
 
 
-def load_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Return the upright image as (height, width, 3) uint8.
+def load_image(source: str | os.PathLike[str] | bytes, background: str = "white") -> np.ndarray:
+    """Return the upright image of a file, or of the bytes of one, as (height, width, 3) uint8.
 
-    Palettes, greys, CMYK and 16-bit channels become 8-bit RGB; transparency is composed over white; an animation
-    gives its first frame. Raises ``ImageError`` as ``read_image_size`` does, and for a file that is cut or damaged.
+    Palettes, greys, CMYK and 16-bit channels become 8-bit RGB; transparency is composed over ``background``; an
+    animation gives its first frame. Raises ``ImageError`` as ``read_image_size`` does, and for a file that is cut.
     """
-    return _read(path, lambda image: np.asarray(_upright(image)))
+    name, source = ("the image", io.BytesIO(source)) if isinstance(source, bytes) else ("", source)
+    return _read(source, lambda image: np.asarray(_upright(image, background)), name)
 
 
 def check_image(content: bytes, name: str) -> tuple[str, int, int]:
@@ -166,14 +167,14 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, background: str = "white") -> Image.Image:
     transpose = _TRANSPOSE.get(_orientation(image))
     image.load()
-    rgb = _to_rgb(image)
+    rgb = _to_rgb(image, background)
     return rgb if transpose is None else rgb.transpose(transpose)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
@@ -181,5 +182,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ImageError(f"has channels of 32 bits (mode {image.mode}); expected 8 or 16: convert it or leave it out")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba).convert("RGB")
     return image.convert("RGB")

@@ -24,10 +24,13 @@ from pixart_nb.core.lora.peft_config import METADATA, PEFT_CONFIG, PeftConfig, a
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 LAYOUTS = ("diffusers", "peft")
-#: Prefixes of module names; the longest that matches is removed.
+#: Prefixes of module names, which are removed one after the other.
 PREFIXES = (
+    "module.",
+    "_orig_mod.",
     "base_model.model.",
-    "unet.base_model.model.",
+    "unet.",
+    "model.",
     "transformer.",
     "diffusion_model.",
     "lora_transformer_",
@@ -46,6 +49,7 @@ _PARTS = {
 _FACTORS = tuple(f"{family}_w{n}{side}" for family in ("lokr", "hada") for n in "12" for side in ("", "_a", "_b"))
 _PARTS |= {name: rf"\.{name}(?:\.default)?" for name in _FACTORS}
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<{part}>{ending})" for part, ending in _PARTS.items()) + ")")
+_OF_PROCESSOR = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.")
 _MAX_NAME = 500
 #: Elements of the largest update that factors may make: a layer of 4096 to 16384.
 _MAX_DELTA = 2**26
@@ -138,8 +142,10 @@ def _weights_file(path: Path, weight_name: str | None) -> Path:
 
 
 def _plain_name(name: str) -> str:
-    matching = [prefix for prefix in PREFIXES if name.startswith(prefix)]
-    return name.removeprefix(max(matching, key=len, default=""))
+    """Return the name of a tensor without prefixes; a layer of a processor, as diffusers once wrote, has its own."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return _OF_PROCESSOR.sub(lambda match: f".{match[1]}{'.0' * (match[1] == 'to_out')}.lora.", name)
 
 
 def _lora_of(tensors: Mapping[str, np.ndarray], config: PeftConfig, source: str) -> LoraFile:

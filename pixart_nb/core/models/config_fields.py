@@ -28,7 +28,8 @@ def check_fields(config: Any) -> None:
         low, high = item.metadata.get("bounds", (-math.inf, math.inf))
         expected = None
         if annotation.startswith(("int", "tuple[int")):
-            if not all(_is_number(n, Integral) and low <= n <= high for n in numbers) or not numbers:
+            valid = all(_is_number(n, Integral) and low <= n <= high for n in numbers)
+            if not numbers or not valid or isinstance(value, tuple) != annotation.startswith("tuple"):
                 expected = f"{'whole numbers' if 'tuple' in annotation else 'a whole number'} from {low} to {high}"
         elif annotation.startswith("float"):
             if not (_is_number(value, Real) and low <= value <= high):

@@ -66,8 +66,9 @@ class VAEConfig:
         Keys that change the result are honoured or refused with a ``PixArtNBError`` that names ``source``.
         """
         values = DIFFUSERS_DEFAULTS | {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        if isinstance(values["sample_size"], tuple):
-            values["sample_size"] = max(values["sample_size"], default=0)
+        size = values["sample_size"]
+        if isinstance(size, tuple) and size and all(isinstance(side, int) for side in size):
+            values["sample_size"] = max(size)
         block_types = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
         with named_source(source):
             refuse_others(values, IMPLEMENTED)

@@ -14,7 +14,7 @@ import psutil
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pixart_nb.config import ConfigError, InferenceConfig, bundled_path, check_config
+from pixart_nb.config import NEEDS, ConfigError, InferenceConfig, bundled_path, check_config
 from pixart_nb.config.keys import ROOTS, split_weight
 from pixart_nb.core import backend
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
@@ -147,6 +147,9 @@ def like(image: str | Path, /, **changes: Any) -> InferenceConfig:
             f"{image} was drawn with {names}. Paths are not taken from an image; give "
             f"{' '.join(f'--{key}' for key in weights)}, or an empty value to do without"
         )
+    for key, others in NEEDS.items():  # what an image is drawn without, its other keys do not matter
+        if not any((values | changes).get(name) for name in others):
+            values.pop(key, None)
     return check_config(values, source=str(image), options=changes)
 
 
@@ -204,11 +207,13 @@ def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
 
 
 def _opened(path: str, mode: str) -> Image.Image:
+    """Return an image file, read as a training reads it, or a mask (mode L), of which transparent parts are black."""
+    from pixart_nb.core.data.images import ImageError, load_image  # needed only with an image
+
     try:
-        with Image.open(path) as file:
-            return file.convert(mode)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path}: cannot be read as an image ({error})") from error
+        return Image.fromarray(load_image(path, "black" if mode == "L" else "white")).convert(mode)
+    except ImageError as error:
+        raise ConfigError(f"it cannot be read as an image: {error}") from error
 
 
 def edited_image(config: InferenceConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.errors import PixArtNBError, did_you_mean
+from pixart_nb.core.errors import PixArtNBError, check_number, did_you_mean
 from pixart_nb.core.io import copy_file
 from pixart_nb.core.models.low_precision import inference_dtype
 from pixart_nb.core.models.t5 import T5Encoder
@@ -57,13 +57,15 @@ class LoraLoaderMixin:
         pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Any],
         adapter_name: str | None = None,
         weight_name: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
     ) -> None:
         """Load a LoRA or DoRA and activate it alone; ``set_adapters`` combines several.
 
-        From a file, a folder (``weight_name``: the file in it) or a mapping of tensors, in the layout of diffusers, of
-        PEFT or of kohya's scripts. Its name is ``default_0``, ``default_1``, ... by default. Parts of a text encoder
-        and bundled embeddings are left out with a warning. Raises ``CheckpointError`` for a file that is damaged or
-        made for another model; nothing is changed then.
+        From a file, a folder (``subfolder`` and ``weight_name``: the file in it) or a mapping of tensors, in the layout
+        of diffusers, of PEFT or of kohya's scripts. Its name is ``default_0``, ``default_1``, ... by default. Parts of
+        a text encoder and bundled embeddings are left out with a warning. Raises ``CheckpointError`` for a file that is
+        damaged or made for another model; nothing is changed then.
         """
         adapters = self._adapters
         if adapter_name is None:
@@ -71,7 +73,10 @@ class LoraLoaderMixin:
             adapter_name = next(name for name in names if name not in adapters.adapters)
         from pixart_nb.core.lora.files import read_lora
 
-        adapters.load(adapter_name, read_lora(pretrained_model_name_or_path_or_dict, weight_name))
+        ignore_options("load_lora_weights", options, parameters_of(self.load_lora_weights))
+        source = pretrained_model_name_or_path_or_dict
+        source = Path(source) / subfolder if subfolder else source
+        adapters.load(adapter_name, read_lora(source, weight_name))
 
     def save_lora_weights(
         self, save_directory: str | Path, adapter_name: str | None = None, layout: str = "diffusers"
@@ -109,15 +114,18 @@ class LoraLoaderMixin:
     def enable_lora(self) -> None:
         self._adapters.enable(True)
 
-    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None, **options: Any) -> None:
         """Add the active adapters (or ``adapter_names`` of them) to the weights: sampling then costs nothing more.
 
         After ``unload_lora_weights`` the fused weights stay for good.
         """
+        ignore_options("fuse_lora", options, parameters_of(self.fuse_lora))
+        check_number("lora_scale", lora_scale)
         self._adapters.fuse(lora_scale, None if adapter_names is None else _as_list(adapter_names))
 
-    def unfuse_lora(self) -> None:
+    def unfuse_lora(self, **options: Any) -> None:
         """Take fused adapters out again: the weights are restored bit for bit."""
+        ignore_options("unfuse_lora", options, ())
         self._adapters.unfuse()
 
     def unload_lora_weights(self) -> None:
@@ -331,6 +339,7 @@ _NO_EFFECT = {
     "enable_sequential_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
     "enable_group_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
     "reset_device_map": "there is one device",
+    "set_lora_device": "there is one device",
     "maybe_free_model_hooks": "there are no offloading hooks to remove",
     "remove_all_hooks": "there are no offloading hooks to remove",
 }

@@ -54,9 +54,10 @@ def prompts_of(config: InferenceConfig) -> list[str]:
     if not config.prompt_path:
         return list(config.prompt)
     try:
-        lines = Path(config.prompt_path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt_path {config.prompt_path}: cannot be read as text ({error})") from error
+        lines = Path(config.prompt_path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        reason = f"{error.strerror}" if isinstance(error, OSError) else f"{error}; save it as UTF-8"
+        raise ConfigError(f"prompt_path {config.prompt_path}: cannot be read as text ({reason})") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"prompt_path {config.prompt_path} holds no prompt; expected one on each line")

@@ -223,6 +223,8 @@ RATIO = {"sampling": "conv", "scale_factor": 10**9, "kv_compress_layer": [0]}
         ("transformer", {"kv_compress_config": [1]}, "expected a mapping"),
         ("vae", {"layers_per_block": 10**6}, "layers_per_block is 1000000; expected a whole number from 1 to 64"),
         ("vae", {"act_fn": "relu"}, "act_fn is 'relu'"),
+        ("vae", {"block_out_channels": 32}, "block_out_channels is 32; expected whole numbers"),
+        ("vae", {"sample_size": [None, None]}, "sample_size is .*expected a whole number"),
         ("text_encoder", {"num_layers": 10**9}, "num_layers is 1000000000; expected a whole number from 0 to 1000"),
         ("text_encoder", {"d_ff": 10**400}, "d_ff is 1000.*expected a whole number"),
         ("text_encoder", {"feed_forward_proj": "relu"}, "feed_forward_proj is 'relu'"),

@@ -44,6 +44,16 @@ LAYOUTS = {
         "lora_unet_transformer_blocks_0_attn1_to_q.lora_up.weight": UP,
         "lora_unet_transformer_blocks_0_attn1_to_q.alpha": np.array(3.0, np.float16),
     },
+    "attention processors": {
+        f"unet.{TO_Q.replace('to_q', 'processor.to_q_lora')}.down.weight": DOWN,
+        f"unet.{TO_Q.replace('to_q', 'processor.to_q_lora')}.up.weight": UP,
+        f"{TO_Q}.alpha": np.array(3, np.int64),
+    },
+    "compiled": {
+        f"module._orig_mod.{TO_Q}.lora_A.weight": DOWN,
+        f"module._orig_mod.{TO_Q}.lora_B.weight": UP,
+        f"model.diffusion_model.{TO_Q}.alpha": np.array(3, np.int64),
+    },
     "onetrainer": {
         "lora_transformer_transformer_blocks_0_attn1_to_q.lora_down.weight": DOWN,
         "lora_transformer_transformer_blocks_0_attn1_to_q.lora_up.weight": UP,

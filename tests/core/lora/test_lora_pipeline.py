@@ -121,6 +121,20 @@ def test_a_lora_for_another_model_leaves_the_pipeline_as_it_was(pipe):
     assert pipe.get_list_adapters() == {"transformer": ["a"]} and np.array_equal(picture(pipe), before)
 
 
+def test_options_of_diffusers_calls_are_honoured_or_named(pipe, tmp_path):
+    (tmp_path / "style").symlink_to(PEFT)
+    with pytest.warns(UserWarning, match="load_lora_weights: no meaning here, ignored: low_cpu_mem_usage"):
+        pipe.load_lora_weights(tmp_path, subfolder="style", low_cpu_mem_usage=True)
+    with pytest.warns(UserWarning, match="fuse_lora: no meaning here, ignored: components, safe_fusing"):
+        pipe.fuse_lora(components=["transformer"], safe_fusing=True)
+    with pytest.warns(UserWarning, match="unfuse_lora: no meaning here, ignored: unfuse_text_encoder"):
+        pipe.unfuse_lora(unfuse_text_encoder=True)
+    with pytest.raises(ValueError, match="lora_scale is 'x'; expected a finite number"):
+        pipe.fuse_lora("x")
+    with pytest.warns(UserWarning, match="set_lora_device: there is one device"):
+        pipe.set_lora_device(["default_0"], "cuda")
+
+
 def test_a_pipeline_without_a_transformer_says_so():
     pipe = PixArtSigmaPipeline(None, None, None, None, None)
     with pytest.raises(ValueError, match="no transformer"):

@@ -9,6 +9,7 @@ from pixart_nb import PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, Pi
 from pixart_nb.config import check_config
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.editing import crop_box, encode_image, image_array, latent_mask, mask_array
+from pixart_nb.core.sampling.images import write_image
 
 FOLDER = diffusers("sigma")[0]
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
@@ -133,6 +134,28 @@ def test_a_configuration_begins_with_an_image_and_keeps_what_the_mask_leaves(tmp
         check_config(values | {"mask": "mask.png"})
     with pytest.raises(ValueError, match="cannot be read as an image"):
         generate.sample(check_config(values | {"image": str(tmp_path / "none.png")}))
+
+
+def test_image_files_are_read_as_in_training_and_no_program_is_started_for_them(tmp_path):
+    values = {"model": "m", "image_height": 8, "image_width": 4, "prompt": ["a"], "use_resolution_binning": True}
+    paths = {"image": str(tmp_path / "photo.png"), "mask": str(tmp_path / "mask.png")}
+    turned = Image.Exif()
+    turned[0x112] = 6  # stored lying, to be shown upright
+    Image.new("RGBA", (8, 4), (255, 0, 0, 0)).save(paths["image"], exif=turned)
+    Image.fromarray(np.array([[[255, 255], [255, 0]]] * 2, np.uint8), "LA").save(paths["mask"])
+    images = generate.edited_image(check_config(values | paths))
+    assert (np.asarray(images["image"]) == np.full((8, 4, 3), 255)).all()  # what is transparent is white
+    assert np.asarray(images["mask_image"]).tolist() == [[255, 0]] * 2  # and black in a mask
+    (tmp_path / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 8\nshowpage\n")
+    with pytest.raises(ValueError, match=r"program\.eps: is no image"):
+        generate.edited_image(check_config(values | {"image": str(tmp_path / "program.eps")}))
+
+
+def test_what_an_image_was_drawn_from_can_be_left_out(tmp_path):
+    stored = {"model": str(FOLDER), "image_height": 64, "image_width": 64, "prompt": ["a"]}
+    write_image(tmp_path / "like.png", np.zeros((4, 4, 3), np.uint8), stored | {"image": "x.png", "strength": 0.7})
+    assert generate.like(tmp_path / "like.png", model=str(FOLDER), image="").strength == 0.5
+    assert generate.like(tmp_path / "like.png", model=str(FOLDER), image="y.png").strength == 0.7
 
 
 def test_the_plain_pipeline_is_as_before(pipe):
