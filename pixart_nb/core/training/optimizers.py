@@ -71,9 +71,11 @@ def clip_by_norm(
     """
     if max_norm is not None:
         scale *= min(1.0, max_norm / (scale * norm + 1e-6))
-    wide = list(map(_wide, gradients))
-    if scale == 1.0 or backend.on_ascend():
-        return wide if scale == 1.0 else [gradient * scale for gradient in wide]
+    if backend.on_ascend():
+        return [wide if scale == 1.0 else wide * scale for wide in map(_wide, gradients)]
+    wide = [gradient.astype(ms.float32) for gradient in gradients]  # also makes parts of other tensors contiguous
+    if scale == 1.0:
+        return wide
     arrays, factor = [gradient.asnumpy() for gradient in wide], np.float32(scale)
     separate = {array.__array_interface__["data"][0]: array for array in arrays}  # two gradients may be one tensor
     backend.in_threads(lambda array: np.multiply(array, factor, out=array), list(separate.values()))

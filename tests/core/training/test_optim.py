@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from mindspore import mint
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.training.optimizers import (
@@ -50,6 +51,15 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction():
     clipped = clip_by_norm(gradients, norm, 1.0)
     assert global_norm(clipped) == pytest.approx(1.0, abs=1e-5)
     assert clipped[0].asnumpy() == pytest.approx([0.6, 0.0], abs=1e-5)
+
+
+def test_a_gradient_that_is_a_part_of_another_tensor_is_clipped_and_leaves_that_as_it_was():
+    whole = ms.Tensor(np.arange(12, dtype=np.float32).reshape(3, 4))
+    for part in (mint.transpose(whole, 0, 1), mint.split(whole, 2, 1)[1], whole[1:]):
+        before = part.asnumpy().copy()
+        (clipped,) = clip_by_norm([part], float(np.linalg.norm(before)), 1.0)
+        np.testing.assert_allclose(clipped.asnumpy(), before / np.linalg.norm(before), rtol=1e-5)
+        np.testing.assert_array_equal(whole.asnumpy().reshape(-1), np.arange(12))
 
 
 def test_a_tensor_that_is_the_gradient_of_two_parameters_is_clipped_once():
