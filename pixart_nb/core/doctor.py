@@ -13,20 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pixart_nb import __version__
+
 #: Packages whose versions are shown; CANN imports the second group.
-PACKAGES = ("pixart-nb", "mindspore", "numpy", "transformers", "safetensors")
+PACKAGES = ("mindspore", "numpy", "transformers", "safetensors")
 CANN_PACKAGES = ("decorator", "sympy", "absl-py", "attrs", "protobuf")
 #: Environment variables that are shown where they are set.
 VARIABLES = (
     "PIXART_NB_DEVICE", "ASCEND_HOME_PATH", "ASCEND_RT_VISIBLE_DEVICES", "MS_ASCEND_CHECK_OVERFLOW_MODE",
 )  # fmt: skip
+#: Check that compiles graphs on Ascend.
+COMPILED = "transformer, compiled"
 #: Largest relative error of a network in each dtype.
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 8e-2}
 #: Numbers that each network gives, on a CPU in float32 (MindSpore 2.8): the root mean square and six values.
 EXPECTED = {
     "transformer": (1.814302, 0.8470544, 0.1175996, -1.979676, -0.9688976, 0.5296594, 0.09519696),
     "transformer, KV compression": (1.889927, 1.520058, -1.482792, 0.4549207, 1.194067, -1.654789, 1.395192),
-    "transformer, compiled": (1.814302, 0.8470544, 0.1175996, -1.979676, -0.9688976, 0.5296594, 0.09519696),
+    COMPILED: (1.814302, 0.8470544, 0.1175996, -1.979676, -0.9688976, 0.5296594, 0.09519696),
     "gradient": (0.05754565, -0.02975346, -0.04512173, -0.004251127, -0.02319176, 0.02472707, -0.07115859),
     "update, AdamW": (0.7957603, 0.1581612, -0.01913718, 0.07505809, -0.1152355, -0.5032901, -1.632903),
     "update, CAME": (2.049821, 2.735972, 0.2050686, 0.9756386, -0.2170727, 0.936566, 1.486493),
@@ -50,7 +54,11 @@ def environment() -> list[Check]:
     on_host = bool(os.environ.get("ASCEND_HOME_PATH") or devices)
     names = (*PACKAGES, *(CANN_PACKAGES if on_host else ()))
     system = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver()) or 'libc unknown'}"
-    checks = [Check("system", system), Check("Python", f"{platform.python_version()} at {sys.executable}")]
+    checks = [
+        Check("pixart-nb", __version__),
+        Check("system", system),
+        Check("Python", f"{platform.python_version()} at {sys.executable}"),
+    ]
     checks += [Check(name, os.environ[name]) for name in VARIABLES if name in os.environ]
     if devices:
         checks.append(Check("Ascend devices", ", ".join(devices)))
@@ -77,7 +85,7 @@ def device_checks() -> Iterator[Check]:
     if cann:
         yield Check("CANN", f"{cann}; MindSpore accepts {', '.join(accepted)}", cann in accepted)
     name = backend.ms.hal.get_device_name(0)
-    yield _attempt("device", lambda: backend.check_device() or (f"{backend.device_name()} ({name})", True))
+    yield _attempt("device", lambda: backend.check_device() or (_device(name), True))
     if not backend.on_ascend():
         yield Check("bfloat16 products", unsupported() or "on this processor")
     yield Check("free memory", f"{available() / 1e9:.1f} GB")
@@ -85,8 +93,16 @@ def device_checks() -> Iterator[Check]:
     for dtype in dtypes:
         yield _attempt(f"matrix product, {dtype}", lambda dtype=dtype: _product(dtype))
     for network in NETWORKS:
+        if network == COMPILED and not backend.on_ascend():
+            continue  # a CPU compiles nothing
         for dtype in dtypes:
             yield _attempt(f"{network}, {dtype}", lambda network=network, dtype=dtype: _compare(network, dtype))
+
+
+def _device(name: str) -> str:
+    from pixart_nb.core import backend
+
+    return backend.device_name() + (f" ({name})" if name != backend.device_name() else "")
 
 
 def _attempt(name: str, check: Callable[[], tuple[str, bool]]) -> Check:
@@ -229,7 +245,7 @@ def _decoder(dtype, tile: int = 0):
 NETWORKS: dict[str, Callable] = {
     "transformer": _denoise,
     "transformer, KV compression": lambda dtype: _denoise(dtype, "conv"),
-    "transformer, compiled": lambda dtype: _denoise(dtype, compiled=True),
+    COMPILED: lambda dtype: _denoise(dtype, compiled=True),
     "gradient": _gradient,
     "update, AdamW": lambda dtype: _update(dtype, "AdamW"),
     "update, CAME": lambda dtype: _update(dtype, "CAME"),
