@@ -22,7 +22,7 @@ class Workers:
     """Rank of this worker and number of workers. The methods are collectives: every worker has to call them.
 
     With ``fused``, means are one compiled graph whose collectives MindSpore joins, for Ascend: a call takes one
-    dispatch in place of six for each tensor. The others go through flat buffers, and means without it.
+    dispatch in place of five for each tensor. The others go through flat buffers, and means without it.
     """
 
     rank: int = 0
