@@ -68,6 +68,11 @@ class PixArtConfig:
             raise PixArtNBError(f"micro_condition needs a hidden_size divisible by 3, not {self.hidden_size}")
         check_compression(self.kv_compress_config or {}, self.depth)
 
+    @property
+    def sample_size(self) -> int:
+        """Latent side of the training resolution, under diffusers' name."""
+        return self.input_size
+
     def is_set(self, name: str) -> bool:
         """Return True if the field was given rather than left at its default."""
         return name in self._set

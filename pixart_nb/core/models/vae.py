@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from mindspore import mint, nn, ops
@@ -37,6 +38,18 @@ class DiagonalGaussian:
     def mode(self) -> ms.Tensor:
         """Return the most likely latents: the mean."""
         return self.mean
+
+
+class EncoderOutput(NamedTuple):
+    """Result of ``encode``: the tuple ``(latent_dist,)``."""
+
+    latent_dist: DiagonalGaussian
+
+
+class DecoderOutput(NamedTuple):
+    """Result of ``decode``: the tuple ``(sample,)``, images (N, 3, 8h, 8w)."""
+
+    sample: ms.Tensor
 
 
 class AutoencoderKL(nn.Cell):
@@ -105,8 +118,8 @@ class AutoencoderKL(nn.Cell):
     def _decode_coarse(self, z: ms.Tensor) -> ms.Tensor:
         return self.decoder.coarse(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
-    def encode(self, x: ms.Tensor) -> tuple[DiagonalGaussian]:
-        """Images (N, 3, H, W) in -1..1 -> ``(DiagonalGaussian,)``; both sides must be multiples of ``factor``."""
+    def encode(self, x: ms.Tensor, return_dict: bool = True) -> EncoderOutput:
+        """Images (N, 3, H, W) in -1..1 -> ``(latent_dist,)``; both sides must be multiples of ``factor``."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise PixArtNBError(f"images have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
@@ -116,10 +129,10 @@ class AutoencoderKL(nn.Cell):
         fine = self._stage(self.encoder.fine, self.encoder, downscale=self.factor)
         moments = self._run(x, fine, self._stage(self._encode_coarse, self.encoder))
         check_finite(moments, "the VAE's encoder")
-        return (DiagonalGaussian(moments),)
+        return EncoderOutput(DiagonalGaussian(moments))
 
-    def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False) -> tuple[ms.Tensor]:
-        """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(images,)``, (N, 3, 8h, 8w).
+    def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False) -> DecoderOutput:
+        """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(sample,)``, (N, 3, 8h, 8w).
 
         ``return_dict`` is accepted for calls written for diffusers; the result is a tuple either way.
         """
@@ -130,7 +143,7 @@ class AutoencoderKL(nn.Cell):
             )
         images = self._run(z, self._stage(self._decode_coarse, self.decoder), self.decode_fine())
         check_finite(images, "the VAE's decoder")
-        return (images,)
+        return DecoderOutput(images)
 
     def _run(self, x: ms.Tensor, *stages: TileMap) -> ms.Tensor:
         """Run the stages one after another, in slices and tiles as enabled."""

@@ -41,7 +41,7 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
         """
         check_output_type(output_type)
         pixels = image_array(image)
-        size = (height or pixels.shape[1], width or pixels.shape[2])
+        size = _size(pixels, height, width)
         images = self._redrawn(prompt, pixels, strength, size, use_resolution_binning, output_type == "latent", call)
         if output_type == "latent":
             return PipelineOutput(images)
@@ -63,7 +63,9 @@ class PixArtSigmaImg2ImgPipeline(PixArtSigmaPipeline):
             raise PixArtNBError("this pipeline has no VAE, which the image needs")
         check_number("strength", strength)
         steps = call.get("num_inference_steps", self.sampling_defaults["num_inference_steps"])
-        if 0 < strength <= 1 and call.get("timesteps") is None and int(steps * strength) < 1:
+        if steps is not None:
+            check_number("num_inference_steps", steps, 1, whole=True)
+        if steps and 0 < strength <= 1 and call.get("timesteps") is None and int(steps * strength) < 1:
             raise PixArtNBError(
                 f"strength {strength} of {steps} steps leaves no step; give more steps, or a strength of at least "
                 f"{1 / steps:.3g}"
@@ -102,13 +104,12 @@ class PixArtSigmaInpaintPipeline(PixArtSigmaImg2ImgPipeline):
         check_output_type(output_type)
         pixels = image_array(image)
         mask = mask_array(mask_image, pixels.shape[1:3])
+        size = _size(pixels, height, width)
         box = (0, 0, *pixels.shape[1:3])
         if padding_mask_crop is not None:
-            ratio = (height or pixels.shape[1]) / (width or pixels.shape[2])
-            box = crop_box(mask.any(0), padding_mask_crop, ratio)
+            box = crop_box(mask.any(0), padding_mask_crop, size[0] / size[1])
         top, left, bottom, right = box
         part, region = pixels[:, top:bottom, left:right], mask[:, top:bottom, left:right]
-        size = (height or pixels.shape[1], width or pixels.shape[2])
         latents = output_type == "latent"
         images = self._redrawn(prompt, part, strength, size, use_resolution_binning, latents, call, region)
         if latents:
@@ -120,6 +121,16 @@ class PixArtSigmaInpaintPipeline(PixArtSigmaImg2ImgPipeline):
 
 
 # ---- images and masks
+
+
+def _size(pixels: np.ndarray, height: int | None, width: int | None) -> tuple[int, int]:
+    """Return the size that was asked for, by default that of the images (N, H, W, 3)."""
+    for name, side in (("height", height), ("width", width)):
+        if side is not None:
+            check_number(name, side, 1, whole=True)
+    return tuple(
+        own if side is None else int(side) for side, own in zip((height, width), pixels.shape[1:], strict=False)
+    )
 
 
 def starting_point(
@@ -172,7 +183,11 @@ def mask_array(mask: Any, size: tuple[int, int]) -> np.ndarray:
         raise PixArtNBError("mask_image is None; expected an image of the image's size, white where to paint")
     parts = mask if isinstance(mask, list | tuple) else [mask]
     arrays = [np.asarray(part.convert("L") if isinstance(part, Image.Image) else part) for part in parts]
-    array = np.concatenate([part[None] if part.ndim == 2 else part.reshape(part.shape[:3]) for part in arrays])
+    arrays = [part[..., 0] if part.ndim == 4 and part.shape[-1] == 1 else part for part in arrays]
+    if not arrays or not all(part.ndim in (2, 3) and part.dtype.kind in "buif" for part in arrays):
+        shapes = ", ".join(f"{part.shape} {part.dtype}" for part in arrays) or "an empty list"
+        raise PixArtNBError(f"mask_image is {shapes}; expected a PIL image, or numbers (H, W) or (N, H, W)")
+    array = np.concatenate([part[None] if part.ndim == 2 else part for part in arrays])
     if array.shape[1:] != size:
         raise PixArtNBError(f"mask_image is {array.shape[1:]} pixels, the image {size}; expected the same size")
     white = array >= {"u": 128, "i": 128}.get(array.dtype.kind, 0.5)

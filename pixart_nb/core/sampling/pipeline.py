@@ -74,6 +74,7 @@ class PixArtSigmaPipeline(PipelineBase):
         embeddings are not encoded, only repeated.
         """
         ignore_options("encode_prompt", options, parameters_of(self.encode_prompt))
+        check_number("num_images_per_prompt", num_images_per_prompt, 1, whole=True)
         embeddings = (prompt_embeds, prompt_attention_mask)
         negatives = (negative_prompt_embeds, negative_prompt_attention_mask)
         prompt = None if prompt_embeds is not None else prompt
@@ -159,6 +160,8 @@ class PixArtSigmaPipeline(PipelineBase):
         if call.mask is not None and call.image_latents is None:
             raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
         rows = _rows(inputs[0]) * copies
+        if call.mask is not None and (not len(call.mask) or rows % len(call.mask)):
+            raise PixArtNBError(f"{len(call.mask)} masks were given for {rows} images; expected 1 or {rows}")
         start = noise = self.initial_latents(rows, height, width, call.generator, call.latents)
         if call.image_latents is not None:
             schedule = schedule.last(call.strength)
@@ -190,7 +193,10 @@ class PixArtSigmaPipeline(PipelineBase):
         As in diffusers, a part of a name is enough, and ``blocks.1`` also names the blocks 10 to 19; ``blocks.1.`` does
         not. Raises an error for a name without a layer.
         """
-        names = [pag_applied_layers] if isinstance(pag_applied_layers, str) else list(pag_applied_layers)
+        names = [pag_applied_layers] if isinstance(pag_applied_layers, str) else pag_applied_layers
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise PixArtNBError(f"pag_applied_layers is {names!r}; expected names such as blocks.1")
+        names = list(names)
         if self.transformer is not None:
             perturbed_layers(self.transformer.config.depth, names)
         self.pag_applied_layers = names

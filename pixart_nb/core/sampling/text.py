@@ -357,8 +357,14 @@ def check_embeddings(
     """
     if mask is None:
         raise PixArtNBError(f"{name}_embeds needs {name}_attention_mask, (N, T) with 1 for a token and 0 for padding")
-    embeds = embeds if isinstance(embeds, ms.Tensor) else ms.Tensor(np.asarray(embeds, np.float32))
-    mask = as_array(mask).astype(bool)
+    try:
+        embeds = embeds if isinstance(embeds, ms.Tensor) else ms.Tensor(np.asarray(embeds, np.float32))
+        values = as_array(mask).astype(np.float32)
+    except (TypeError, ValueError):
+        raise PixArtNBError(f"{name}_embeds and {name}_attention_mask must be arrays of numbers") from None
+    mask = values == 1
+    if not (mask | (values == 0)).all():
+        raise PixArtNBError(f"{name}_attention_mask holds other values than 1 for a token and 0 for padding")
     channels = channels or embeds.shape[-1]
     expected = (rows or embeds.shape[0], embeds.shape[1] if embeds.ndim == 3 else "T", channels)
     if embeds.ndim != 3 or tuple(embeds.shape) != expected:

@@ -272,6 +272,34 @@ def test_what_a_callback_may_return_is_said(pipe, returned, message):
         drawn(pipe, callback_on_step_end=lambda *step: returned, callback_on_step_end_tensor_inputs=None)
 
 
+def test_results_of_the_autoencoder_and_sizes_have_diffusers_names(pipe):
+    z = np.zeros((1, 4, 2, 2), np.float32)
+    images = pipe.vae.decode(z).sample
+    assert np.array_equal(images.asnumpy(), pipe.vae.decode(z, return_dict=False)[0].asnumpy())
+    assert pipe.vae.encode(images).latent_dist.mode().shape == (1, 4, 2, 2)
+    assert pipe.transformer.config.sample_size * pipe.vae_scale_factor == 8 * pipe.transformer.config.input_size
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[0.0, -1e4]], "prompt_attention_mask holds other values than 1 for a token and 0 for padding"),
+        ([[1, float("nan")]], "prompt_attention_mask holds other values"),
+        ("x", "must be arrays of numbers"),
+    ],
+)
+def test_masks_of_another_form_are_refused(pipe, mask, message):
+    embeds = np.zeros((1, 2, pipe.transformer.config.caption_channels))
+    with pytest.raises(PixArtNBError, match=message):
+        drawn(pipe, None, prompt_embeds=embeds, prompt_attention_mask=mask)
+
+
+@pytest.mark.parametrize("layers", [5, None, [5]])
+def test_names_of_perturbed_layers_are_texts(pipe, layers):
+    with pytest.raises(PixArtNBError, match="expected names such as"):
+        PixArtSigmaPAGPipeline.from_pipe(pipe).set_pag_applied_layers(layers)
+
+
 def test_numbers_and_lists_of_numpy_serve_as_arguments(pipe):
     numpy = {"guidance_scale": np.float32(4.5), "height": np.int64(64), "num_images_per_prompt": np.int32(1)}
     assert np.array_equal(drawn(pipe, np.array(["a red cup"]), **numpy), drawn(pipe, guidance_scale=4.5))

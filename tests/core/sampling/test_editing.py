@@ -7,6 +7,7 @@ from reference_data import diffusers
 
 from pixart_nb import PixArtSigmaImg2ImgPipeline, PixArtSigmaInpaintPipeline, PixArtSigmaPipeline
 from pixart_nb.config import check_config
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.editing import crop_box, encode_image, image_array, latent_mask, mask_array
 from pixart_nb.core.sampling.images import write_image
@@ -134,6 +135,27 @@ def test_a_configuration_begins_with_an_image_and_keeps_what_the_mask_leaves(tmp
         check_config(values | {"mask": "mask.png"})
     with pytest.raises(ValueError, match="cannot be read as an image"):
         generate.sample(check_config(values | {"image": str(tmp_path / "none.png")}))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"num_inference_steps": "2"}, "num_inference_steps is '2'; expected a whole number of at least 1"),
+        ({"num_inference_steps": None}, "give num_inference_steps, timesteps or sigmas"),
+        ({"height": "64"}, "height is '64'; expected a whole number"),
+        ({"height": 0}, "height is 0; expected a whole number of at least 1"),
+        ({"width": 64.5}, "width is 64.5; expected a whole number"),
+        ({"mask_image": "x"}, r"mask_image is \(\) <U1; expected"),
+        ({"mask_image": []}, "mask_image is an empty list; expected"),
+        ({"mask_image": np.ones((1, 1, 64, 96))}, r"mask_image is \(1, 1, 64, 96\) float64; expected"),
+        ({"mask_image": [MASK, MASK]}, "2 masks were given for 1 images; expected 1 or 1"),
+    ],
+)
+def test_wrong_arguments_of_inpainting_are_named(pipe, argument, message):
+    paint = PixArtSigmaInpaintPipeline.from_pipe(pipe)
+    paint.set_progress_bar_config(disable=True)
+    with pytest.raises(PixArtNBError, match=message):
+        paint("a", **{"image": PIXELS, "mask_image": MASK, "num_inference_steps": 2} | argument)
 
 
 def test_image_files_are_read_as_in_training_and_no_program_is_started_for_them(tmp_path):
