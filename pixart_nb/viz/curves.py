@@ -80,10 +80,9 @@ def loss_and_score(
                 _mark_step(ax, step, name if ax is loss else "")
     _draw_levels(share, levels or {})
     share.set_ylim(-0.03, 1.03)
-    if not scores and not levels:
-        share.set_axis_off()  # a model whose images cannot be read
-    if losses or share.lines:
-        style.legend_below(figure, share if share.lines else loss)
+    share.set_visible(bool(scores or levels))  # there are no scores of a model whose images cannot be read
+    if losses or scores:
+        style.legend_below(figure, share if scores or levels else loss)
     return figure
 
 
