@@ -91,10 +91,8 @@ def _environment_fix() -> str:
     """Return what makes MindSpore find CANN."""
     if os.environ.get("ASCEND_HOME_PATH"):
         return "CANN's environment is set; compare its version with docs/ascend.md and run pixart-nb doctor"
-    roots, toolkits = (
-        (Path("/usr/local/Ascend"), Path.home() / "Ascend"),
-        ("ascend-toolkit", "cann"),
-    )  # cann from 8.5 on
+    toolkits = ("ascend-toolkit", "cann")  # the second from CANN 8.5 on
+    roots = Path("/usr/local/Ascend"), Path.home() / "Ascend"
     scripts = [root / toolkit / "set_env.sh" for root in roots for toolkit in toolkits]
     script = next((path for path in scripts if path.is_file()), scripts[0])
     return f"Run `source {script}` in this shell first, before Python starts"
