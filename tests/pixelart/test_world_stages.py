@@ -66,13 +66,13 @@ def test_shards_hold_training_scenes_at_the_size_of_the_stage(monkeypatch):
     assert not any(is_held_out(scene_of(codes)) for codes in one["scene"])
 
 
-DRAWING = """
+DRAWING = r"""
 import os, sys, time
 from pathlib import Path
 from pixart_nb.core.io import folder_lock
 from pixart_nb.pixelart.world.pool import write_pool
 def draw(number):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\n" % os.getpid())
     time.sleep(600)
 with folder_lock(sys.argv[1]):
     write_pool(Path(sys.argv[1]), 4, draw, 2)
