@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+PYTEST := python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The first supported Python by its usual names; 3.11 is the version that most tests ran with.
 IS_SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
@@ -14,13 +15,14 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3 python; d
 export PATH := $(BIN):$(PATH)
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help demo test test-fast lint format lab docs structure tiny ascend-audit
+.PHONY: help demo test test-fast test-long lint format lab docs structure tiny ascend-audit
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       images from the bundled model, by notebooks/00_quickstart.ipynb"
-	@echo "make test       lint and all tests, notebooks included"
+	@echo "make test       lint and tests, notebooks included, without the few that make test-long runs"
 	@echo "make test-fast  tests without notebooks, browsers and other slow parts"
+	@echo "make test-long  tests that train or draw until a result shows"
 	@echo "make lint       ruff on code and notebooks; notebooks are stored without outputs"
 	@echo "make format     apply what make lint asks for"
 	@echo "make lab        JupyterLab in notebooks/"
@@ -42,10 +44,13 @@ demo: $(STAMP)
 	@echo "Images: outputs/demo/*.png   Notebook with its outputs: outputs/demo/00_quickstart.ipynb"
 
 test: lint
-	python -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST) -m "not long"
 
 test-fast: $(STAMP)
-	python -m pytest -n $(WORKERS) --dist loadfile -m "not notebook and not slow"
+	$(PYTEST) -m "not notebook and not slow and not long"
+
+test-long: $(STAMP)
+	$(PYTEST) -m long
 
 lint: $(STAMP)
 	ruff check .

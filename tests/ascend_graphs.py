@@ -27,10 +27,10 @@ CASES = (
 
 
 def network(dtype: ms.Type, operator: str | None) -> PixArt:
-    """A transformer of two blocks with heads of 72."""
-    compression = dict(sampling=operator, scale_factor=2, kv_compress_layer=[1])
+    """A transformer of one block with heads of 72."""
+    compression = dict(sampling=operator, scale_factor=2, kv_compress_layer=[0])
     config = PixArtConfig(
-        hidden_size=144, num_heads=2, depth=2, caption_channels=64, input_size=16,
+        hidden_size=144, num_heads=2, depth=1, caption_channels=64, input_size=16,
         kv_compress_config=compression if operator else None,
     )  # fmt: skip
     net = PixArt(config)
@@ -73,10 +73,10 @@ def infer(dtype: str, operator: str) -> None:
     net = network(ms.float16, operator if compressed else None)
     caption = ms.Tensor(np.zeros((2, 20, 144), np.float16))
     tensors = [ms.Tensor(np.zeros((2, 64, 144), np.float16)), *[ms.Tensor(np.zeros(144, np.float16))] * 6]
-    weights = block_tensors(net.blocks[1], caption, True, operator == "identity")
+    weights = block_tensors(net.blocks[0], caption, True, operator == "identity")
     dtype = dtype_from_name(dtype)
     tensors, weights = ([x if x is None else x.astype(dtype) for x in part] for part in (tensors, weights))
-    function = block_function(BlockOptions.of(net.config, 1, (8, 8), True), True)
+    function = block_function(BlockOptions.of(net.config, 0, (8, 8), True), True)
     function(*tensors, ms.Tensor(np.zeros((2, 1, 64, 20), np.uint8)), *weights)
 
 

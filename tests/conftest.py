@@ -1,6 +1,7 @@
 """What every test may rely on."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def own_cores() -> None:
 
 
 own_cores()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let several test processes begin with the files that have most heavy tests, so that none works alone at the end.
+
+    xdist by itself begins with the files that have most tests; its option ``--no-loadscope-reorder`` leaves it to this.
+    """
+    heavy = Counter(item.path for item in items if any(map(item.get_closest_marker, ("notebook", "slow"))))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: -heavy[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -91,10 +91,10 @@ TORCH = types.SimpleNamespace(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the tokenizer", "ignore:from_pretrained", "ignore:to\\(")
 @pytest.mark.parametrize(
-    "example",
-    [pytest.param(MINDONE, id="mindone"), pytest.param(DIFFUSERS, id="diffusers, under 8 GB", marks=pytest.mark.slow)],
+    "example", [pytest.param(MINDONE, id="mindone"), pytest.param(DIFFUSERS, id="diffusers, under 8 GB")]
 )
 def test_an_example_runs_with_another_import(example, project, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -80,6 +80,7 @@ def start(folder, solver):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["dpm++", "sa-solver"])
 def test_a_run_that_is_killed_twice_ends_with_the_same_picture(tmp_path, solver):
     """Once in the middle of the steps, with a solver that remembers and one that draws noise, once between tiles."""
