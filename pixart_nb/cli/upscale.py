@@ -24,8 +24,11 @@ def upscale(
         list[float] | None, typer.Option(help="Share of the denoising steps at each size but the first.")
     ] = None,
     keys: Annotated[
-        int, typer.Option(min=1, help="Number of keys per side that self-attention is compressed to at every size.")
-    ] = 8,
+        int,
+        typer.Option(
+            min=0, help="Number of keys per side that self-attention is compressed to. 0: as many as in the training."
+        ),
+    ] = 0,
     **options: Any,
 ) -> None:
     """Generate a large image by progressive upscaling: small first, then upscaled and denoised again.

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write
-from pixart_nb.viz.style import HEAT, SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_image, new_figure
+from pixart_nb.viz.style import HEAT, LARGE, SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_image, new_figure
 
-#: Inches beside and above the images of a grid.
+#: Inches beside the images of a grid.
 _MARGIN = 0.3
 
 
@@ -31,7 +31,8 @@ def image_grid(
         titles: One for each image.
         columns: Images per row; by default about as many as rows.
         row_labels: One for each row, at its left.
-        cell: Width of an image in inches; less if the row would be wider than a notebook, which shrinks its labels.
+        cell: Width of an image in inches; less if the row would be wider than a notebook. Labels of wide images are
+            larger.
     """
     images = [as_image(image) for image in images]
     if not images:
@@ -41,18 +42,21 @@ def image_grid(
     cell = min(cell, (WIDTH - _MARGIN) / columns)
     rows = -(-len(images) // columns)
     require_as_many("row labels", row_labels, rows, "rows")
-    titles = [_folded(title, int(cell * 15.5)) for title in titles or [""] * len(images)]
+    points = float(np.clip(5 * cell, SMALL, LARGE))
+    titles = [_folded(title, int(cell * 124 / points)) for title in titles or [""] * len(images)]
     lines = [max(title.count("\n") + bool(title) for title in titles[k * columns :][:columns]) for k in range(rows)]
-    title_rooms = sum(0.16 + 0.14 * count if count else 0.08 for count in lines)
+    title_rooms = sum(0.16 + 0.0175 * points * count if count else 0.08 for count in lines)
     aspect = max(image.shape[0] / image.shape[1] for image in images)
-    figure = new_figure(columns * cell + _MARGIN, rows * cell * aspect + title_rooms + _MARGIN)
+    figure = new_figure(columns * cell + _MARGIN, rows * cell * aspect + title_rooms + 0.1)
     axes = [for_image(ax) for ax in figure.subplots(rows, columns, squeeze=False).ravel()]
     for ax, image, title in zip(axes, images, titles, strict=False):
         limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
-        ax.imshow(image, interpolation="nearest", **(limits if image.ndim == 2 else {}))
-        ax.set_title(title, fontsize=SMALL)
+        # averages where the figure has fewer pixels than the image
+        ax.imshow(image, interpolation="antialiased", **(limits if image.ndim == 2 else {}))
+        ax.set_title(title, fontsize=points)
+        ax.set_anchor("S")  # titles have the room that is left
     for number, label in enumerate(row_labels or ()):
-        axes[number * columns].set_ylabel(_folded(label, max(8, int(cell * aspect * 14))), fontsize=SMALL)
+        axes[number * columns].set_ylabel(_folded(label, max(8, int(cell * aspect * 112 / points))), fontsize=points)
     return figure
 
 

@@ -1,8 +1,8 @@
 """Progressive upscaling: large images of a model that was trained at a small size.
 
-A model that sees 64 tokens in training fails at 65,536. Two things keep it close to its training. Each size starts from
-the previous image, upscaled, with noise added (SDEdit, Meng et al. 2022), so that the composition is decided at the
-model's own size. And the compression of keys and values (PixArt-Sigma, section 3.2) grows with the image, so that a
+A model that sees 64 tokens in training fails at 65,536. Two things keep it close to its training. Each size starts
+from the previous image, upscaled, with noise added (SDEdit, Meng et al. 2022), so that the composition is decided at
+the model's own size. And the compression of keys and values (PixArt-Sigma, section 3.2) grows with the image, so that a
 query always has as many keys. Positions span the same coordinates at any size.
 """
 
@@ -24,8 +24,6 @@ from pixart_nb.core.sampling.images import resize_latents
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.core.sampling.stages import StagedImage
 
-#: Default number of keys per side: what the bundled model was trained with.
-KEYS = 8
 #: Default strengths of the sizes after the first; the last one holds for all after it.
 STRENGTHS = (0.5, 0.3, 0.25, 0.2)
 #: Pixels of a latent cell.
@@ -71,12 +69,13 @@ def upscale_sizes(
     width: int,
     factors: Sequence[int] = (),
     strengths: Sequence[float] = (),
-    keys: int = KEYS,
+    keys: int = 0,
 ) -> list[UpscaleSize]:
     """Return the sizes of an image of height x width that is drawn smaller by each of ``factors`` (32, 16, ... 1).
 
-    ``strengths``: of every size but the first. ``keys``: about the highest number of keys along a side. Factors and
-    strengths that are not given have defaults.
+    ``strengths``: of every size but the first. ``keys``: about the highest number of keys along a side, by default
+    that of the model's training; a model that has learned to compress keeps its ratio. Factors and strengths that are
+    not given have defaults.
     """
     factors = list(factors) or default_factors(config, height, width)
     strengths = list(strengths) or default_strengths(len(factors))
@@ -85,6 +84,7 @@ def upscale_sizes(
     if len(strengths) != len(factors) - 1:
         raise PixArtNBError(f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first")
     unit, sizes = CELL * config.patch_size, []
+    keys = keys or (max(height, width) if config.kv_layers else config.input_size // config.patch_size)
     for factor, strength in zip(factors, [1.0, *strengths], strict=True):
         steps_taken(1, strength)
         if height % (unit * factor) or width % (unit * factor):

@@ -37,6 +37,15 @@ def test_sizes_grow_and_so_does_the_ratio():
     assert upscale_sizes(PixArtConfig(), 4096, 4096, [1], [], keys=1000) == [UpscaleSize(4096, 4096)]
 
 
+def test_a_query_has_as_many_keys_as_in_training_unless_asked_otherwise():
+    assert [size.ratio for size in upscale_sizes(PixArtConfig(input_size=32), 1024, 1024)] == [1, 2, 4]
+    assert [size.ratio for size in upscale_sizes(PixArtConfig(input_size=128), 1024, 2048)] == [1]
+    compressed = PixArtConfig(
+        input_size=128, kv_compress_config={"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [14]}
+    )
+    assert [size.ratio for size in upscale_sizes(compressed, 4096, 4096, [4, 1], [0.4])] == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("factors", "strengths", "said"),
     [
