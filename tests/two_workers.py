@@ -1,4 +1,4 @@
-"""Run by msrun in two processes: small trainings in which each worker has its share of every batch."""
+"""Run by msrun in two processes: small trainings in which each worker has its share of every batch, and averages."""
 
 import json
 import sys
@@ -56,4 +56,5 @@ def main(folder: Path, workers: Workers) -> None:
 
 if __name__ == "__main__":
     joined = Workers(*join_workers())
-    average(joined) if sys.argv[1] == "average" else main(Path(sys.argv[1]), joined)
+    main(Path(sys.argv[1]), joined)
+    average(joined)

@@ -1,11 +1,12 @@
 """Consistency distillation: its solver, its boundary, a case with a known solution, and trainings of a small model."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 from mindspore import nn
-from small_pipeline import training_config, write_training_data
+from small_pipeline import CONFIG, training_config, write_training_data
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import ConfigError
@@ -108,7 +109,8 @@ def test_the_student_of_a_gaussian_teacher_learns_the_solution_of_its_ode(tmp_pa
     gains = np.sqrt(1 - a[GRID]) / (a[GRID] * spread**2 + 1 - a[GRID])
     student, target = Student(gains), Student(gains, "average")
     loss = consistency_loss(student, Gaussian(spread), target, EMPTY + 1, huber)
-    options = TrainerOptions(600, 0.02, schedule="cosine", ema_rate=0.9, max_grad_norm=None, save_every=1000)
+    options = {"schedule": "cosine", "betas": (0.0, 0.99), "max_grad_norm": None, "ema_rate": 0.5, "save_every": 1000}
+    options = TrainerOptions(150, 0.02, **options)
     batches = lambda step: arrays(GRID, seed=step)  # noqa: E731
     parameters, averages = {"gains": student.gains}, {"gains": target.gains}
     trainer = Trainer(loss, parameters, batches, options, tmp_path, ("mse",), averages=averages)
@@ -136,7 +138,7 @@ def test_the_student_of_a_gaussian_teacher_learns_the_solution_of_its_ode(tmp_pa
 @pytest.fixture(scope="module")
 def config(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lcm")
-    write_training_data(folder, project, 6, final_layer=0.1)
+    write_training_data(folder, project, 6, final_layer=0.1, config=replace(CONFIG, depth=1))
 
     def make(output, **changes):
         values = {"objective": "lcm", "steps": 4, "w_max": 8.0, "ema_rate": 0.9}
@@ -211,7 +213,7 @@ def latents_of(pipe, steps, guidance):
     return np.asarray(pipe(PROMPTS, generator=image_generators(0, range(4)), **options, height=128, width=128)[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_short_distillation_brings_four_steps_closer_to_twenty_steps_of_the_teacher(config, project, tmp_path):
     """The bundled model, with guidance; its own four steps are those of the scheduler, and those of DPM-Solver++."""
     changes = {"model": str(project / "data/tiny-sigma"), "feature_cache": "", "w_min": 3.5, "w_max": 3.5}

@@ -1,6 +1,5 @@
 """Several workers train what one would; real processes that msrun starts."""
 
-import csv
 import json
 import os
 import shutil
@@ -17,7 +16,9 @@ import pytest
 from line_training import losses, trainer
 from small_pipeline import train_options, write_small_pipeline
 from two_workers import GRADIENTS, RUNS
+from typer.testing import CliRunner
 
+from pixart_nb.cli import app
 from pixart_nb.core.io import load_tensors
 
 BIN = str(Path(sys.executable).parent)
@@ -41,18 +42,26 @@ def logs(folder):
     return "".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("worker_*.log"))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folder of what two workers trained and averaged, and of the graphs that MindSpore compiled, in ``graphs``."""
+    folder = tmp_path_factory.mktemp("two_workers")
+    command, environment = msrun(folder / "log", Path(__file__).parents[2] / "two_workers.py", folder)
+    graphs = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(folder / "graphs")}
+    done = subprocess.run(command, env=environment | graphs, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-1000:] + logs(folder / "log")
+    return folder
+
+
 @needs_msrun
-def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
-    command, environment = msrun(tmp_path / "log", Path(__file__).parents[2] / "two_workers.py", tmp_path)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-1000:] + logs(tmp_path / "log")
-    kept = [json.loads((tmp_path / f"keeps-{rank}.json").read_text()) for rank in (0, 1)]
+def test_two_workers_with_half_the_batch_are_one_with_the_whole(trained, tmp_path):
+    kept = [json.loads((trained / f"keeps-{rank}.json").read_text()) for rank in (0, 1)]
     for name, options in RUNS.items():
         options = dict(steps=8, save_every=3, start_learning_rate=0.01) | options
-        alone = trainer(tmp_path / "alone" / name, **options)
+        alone = trainer(tmp_path / name, **options)
         alone.run()
-        assert np.allclose(losses(tmp_path / name), losses(tmp_path / "alone" / name), rtol=1e-5)
-        weights = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert np.allclose(losses(trained / name), losses(tmp_path / name), rtol=1e-5)
+        weights = [json.loads((trained / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
         assert weights[0] == weights[1]  # the same weights, bit for bit
         for parameter, master in alone.masters.items():
             assert np.allclose(weights[0][parameter], master.asnumpy(), atol=1e-5)
@@ -60,57 +69,54 @@ def test_two_workers_with_half_the_batch_are_one_with_the_whole(tmp_path):
             assert "map.bias" in kept[0][name] and "map.bias" in kept[1][name]
         assert set(kept[0][name] + kept[1][name]) == set(alone.masters)
         assert sum(map(len, (kept[0][name], kept[1][name]))) == 2 + ("shard_threshold" in options)
-        whole = load_tensors(tmp_path / name / "step-00000008.safetensors")
+        whole = load_tensors(trained / name / "step-00000008.safetensors")
         expected = alone.state()
         assert set(whole) == set(expected)  # one state, as one worker writes it
         assert all(np.allclose(whole[key], value, atol=1e-4) for key, value in expected.items())
 
 
 @needs_msrun
-def test_mindspore_joins_the_collectives_of_many_gradients_with_the_same_means(tmp_path):
-    command, environment = msrun(tmp_path / "log", Path(__file__).parents[2] / "two_workers.py", "average")
-    graphs = {"MS_DEV_SAVE_GRAPHS": "1", "MS_DEV_SAVE_GRAPHS_PATH": str(tmp_path / "graphs")}
-    done = subprocess.run(command, env=environment | graphs, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-1000:] + logs(tmp_path / "log")
-    counts = {path.name: path.read_text().count(" AllReduce(%") for path in (tmp_path / "graphs/rank_0").glob("*.ir")}
+def test_mindspore_joins_the_collectives_of_many_gradients_with_the_same_means(trained):
+    counts = {path.name: path.read_text().count(" AllReduce(%") for path in (trained / "graphs/rank_0").glob("*.ir")}
     assert max(counts.values()) == GRADIENTS
-    (final,) = (count for name, count in counts.items() if name.startswith("graph_build") or "_graph_build" in name)
-    assert final == 3
+    final = [count for name, count in counts.items() if name.startswith("graph_build") or "_graph_build" in name]
+    assert max(final) == 3  # a graph of the trainings has two gradients
+
+
+SCRIPT = Path(sys.executable).with_name("pixart-nb")
+COMMON = {"tensorboard": False, "feature_dtype": "fp32"}
+
+
+def train_alone(*task, **changes):
+    """Train with one worker, in this process, and the whole batch; return the losses."""
+    result = CliRunner().invoke(app, ["train", *train_options(*task, batch_size=4, **COMMON | changes)])
+    assert result.exit_code == 0, result.output
+    return losses(task[-1])
 
 
 @needs_msrun
-@pytest.mark.parametrize("objective", ["diffusion", "lcm"])
-def test_the_command_trains_with_two_workers_what_it_trains_with_one(project, tmp_path, objective):
+def test_the_command_distils_with_two_workers_what_it_distils_with_one(project, tmp_path):
     """The target of a distillation, a moving average, is on both workers."""
-    model = write_small_pipeline(tmp_path / "model", project, final_layer=0.1 * (objective != "diffusion"))
-    script = Path(sys.executable).with_name("pixart-nb")
-    common = {"tensorboard": False, "feature_dtype": "fp32", "objective": objective, "w_max": 8.0}
-    cache = {name: tmp_path / f"features-{name}" for name in ("one", "two")}
-    whole = train_options(project, model, tmp_path / "one", batch_size=4, feature_cache=cache["one"], **common)
-    halves = train_options(project, model, tmp_path / "two", batch_size=2, feature_cache=cache["two"], **common)
-    one = [script, "train", *whole]
-    two, environment = msrun(tmp_path / "log", script, "train", *halves, "--use_parallel", "True")
-    for command in (list(map(str, one)), two):
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=1800)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + logs(tmp_path / "log")
-    assert np.allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=2e-4)
+    model = write_small_pipeline(tmp_path / "model", project, final_layer=0.1)
+    changes = {"objective": "lcm", "w_max": 8.0, "feature_cache": tmp_path / "features"}
+    halves = train_options(project, model, tmp_path / "two", batch_size=2, **COMMON | changes)
+    command, environment = msrun(tmp_path / "log", SCRIPT, "train", *halves, "--use_parallel", "True")
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + logs(tmp_path / "log")
     assert (tmp_path / "two" / "pipeline" / "model_index.json").is_file()
-    assert len(list(cache["two"].iterdir())) == 2  # the latents are of one worker, the captions of the other
+    assert len(list((tmp_path / "features").iterdir())) == 2  # latents of one worker, captions of the other
     assert "features" in (tmp_path / "log" / "worker_1.log").read_text()
-
-
-def curve(folder):
-    with (folder / "curve.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
+    one = train_alone(project, model, tmp_path / "one", **changes | {"feature_cache": tmp_path / "features-one"})
+    assert np.allclose(losses(tmp_path / "two"), one, rtol=2e-4)
 
 
 @needs_msrun
-def test_a_killed_worker_ends_the_run_with_a_message_and_leaves_a_whole_checkpoint(project, tmp_path):
+def test_two_workers_train_what_one_does_and_leave_a_whole_checkpoint_when_one_is_killed(project, tmp_path):
+    """The run ends with a message."""
     model = write_small_pipeline(tmp_path / "model", project)
-    script = Path(sys.executable).with_name("pixart-nb")
     output = tmp_path / "out"
-    options = train_options(project, model, output, batch_size=2, steps=100_000, tensorboard=False)
-    command, environment = msrun(tmp_path / "log", script, "train", *options, "--use_parallel", "True")
+    options = train_options(project, model, output, batch_size=2, steps=100_000, **COMMON)
+    command, environment = msrun(tmp_path / "log", SCRIPT, "train", *options, "--use_parallel", "True")
     with (tmp_path / "output.log").open("w") as log:
         run = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
     try:
@@ -128,6 +134,8 @@ def test_a_killed_worker_ends_the_run_with_a_message_and_leaves_a_whole_checkpoi
     newest = sorted(output.glob("step-*.safetensors"))[-1]
     assert load_tensors(newest)
     assert "another worker" in message
+    one = train_alone(project, model, tmp_path / "one")
+    assert np.allclose(losses(output)[: len(one)], one, rtol=2e-4)
 
 
 def wait_for(condition, run, seconds=1800):
