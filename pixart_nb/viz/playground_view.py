@@ -79,7 +79,8 @@ def size_name(height: int, width: int) -> str:
 class View:
     """Controls at the left, progress and history below them, the image at the right. ``widget`` holds all of them."""
 
-    def __init__(self, controls: dict[str, widgets.ValueWidget]):
+    def __init__(self, controls: dict[str, widgets.ValueWidget], suggestions: Sequence[str] = ()):
+        self.suggested = _suggestions(suggestions, controls["prompt"])
         self.sample = button("Sample", "Draw with these parameters", "play", "primary")
         self.cancel = button("Cancel", "End after the step that is being computed", "stop")
         self.save = button("Save", "Write the images as PNG files that carry their parameters", "save")
@@ -113,7 +114,12 @@ class View:
             for parts in ([self.swept, self.values, self.sweep], [self.sample, self.cancel, self.save, self.load])
         )
         rest = [control for name, control in controls.items() if name not in ("seed", "strength", *CONTROL)]
-        pages = [widgets.VBox([*rest, seed]), self.source.widget, self.control.widget, self.adapters.widget]
+        pages = [
+            widgets.VBox([rest[0], self.suggested, *rest[1:], seed]),
+            self.source.widget,
+            self.control.widget,
+            self.adapters.widget,
+        ]
         tabs = widgets.Tab(children=pages, titles=["Prompt", "Image", "Control", "Adapters"])
         left = column([tabs, buttons, sweep, self.progress, self.message, self.cards], "400px")
         frame = widgets.Box([self.image], layout=widgets.Layout(width=f"{IMAGE}px", max_width="100%"))
@@ -258,6 +264,21 @@ class AdapterView:
     def value(self, pairs: Sequence[tuple[str, float]]) -> None:
         for name, slider in self.sliders.items():
             slider.value = dict(pairs).get(name, 0)
+
+
+def _suggestions(prompts: Sequence[str], prompt: widgets.Textarea) -> widgets.Dropdown:
+    """Return a menu of prompts that sets ``prompt``; hidden without any."""
+    menu = widgets.Dropdown(options=[("choose a prompt", ""), *((text, text) for text in prompts)])
+    menu.description, menu.tooltip = "Examples", "Prompts that this model can draw"
+    menu.layout = widgets.Layout(width="auto", display="" if prompts else "none")
+    menu.style.description_width = "88px"
+
+    def choose(change: dict) -> None:
+        if change["new"]:
+            prompt.value, menu.value = change["new"], ""
+
+    menu.observe(choose, "value")
+    return menu
 
 
 def _card(entry: Entry, clicked: Callable) -> widgets.VBox:
