@@ -1,11 +1,12 @@
 """Distribution matching: a Gaussian case with a known solution, and a training of a small model that resumes."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 import pytest
 from mindspore import nn, ops
-from small_pipeline import training_config, write_training_data
+from small_pipeline import CONFIG, training_config, write_training_data
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import ConfigError, check_config
@@ -79,7 +80,7 @@ def test_the_generator_of_a_gaussian_teacher_draws_its_distribution(tmp_path, ga
 @pytest.fixture(scope="module")
 def config(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dmd")
-    write_training_data(folder, project, 4, final_layer=0.1)
+    write_training_data(folder, project, 4, final_layer=0.1, config=replace(CONFIG, depth=1))
 
     def make(output, **changes):
         values = {"objective": "dmd", "steps": 3}

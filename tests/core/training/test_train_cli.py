@@ -155,6 +155,9 @@ def test_a_training_that_blows_up_names_layer_and_images_and_keeps_its_checkpoin
         {"dtype": "fp16", "init_loss_scale": 1024.0, "use_ema": False, "recompute": True},
         {
             "mode": 0,
+            "kv_compress": True,
+            "kv_compress_scale_factor": 2,
+            "kv_compress_layer": 1,
             "recompute": True,
             "scheduler": "cosine_decay",
             "auto_lr": "sqrt",
