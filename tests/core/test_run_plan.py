@@ -260,7 +260,7 @@ from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
 part, tile, dtype, copies = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-side = 64 if tile else 96
+side = 48 if tile else 96
 
 def zero_network(config):
     net = empty_network(config, dtype_from_name(dtype))
@@ -319,7 +319,7 @@ def test_memory_is_within_a_quarter_of_the_plan(part, tile, dtype, copies):
         T5Config(vocab_size=64, num_layers=1),
         VAEConfig(block_out_channels=(64 if "rows" in part else 32, 64, 128, 128), norm_num_groups=8),
     )
-    images, side = int(part == "encode an image"), 512 if tile else 768
+    images, side = int(part == "encode an image"), 384 if tile else 768
     plan = plan_run(networks, RunSettings(side, side, tile=tile, caption_tokens=20, dtype=dtype, images=images))
     stage = next(stage for stage in plan.stages if stage.name == part.split()[0])
     weights = plan.stages[2].weights if images else stage.weights
