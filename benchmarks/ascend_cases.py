@@ -225,11 +225,10 @@ def _update(optimizer: str = "adamw") -> Case:
     if optimizer == "came":
         more["stack_elements"] = STACK_ELEMENTS // 16**2
     own, average = OPTIMIZERS[optimizer](parameters, **_options(optimizer), **more), EMA(parameters, 0.9999)
-    for _ in range(2):
-        clipped = clip_by_norm(gradients, global_norm(gradients), 1.0, 1 / 1024)
-        own.update(dict(zip(parameters, clipped, strict=True)), 1e-4)
-        average.update()
-        yield
+    yield
+    clipped = clip_by_norm(gradients, global_norm(gradients), 1.0, 1 / 1024)
+    own.update(dict(zip(parameters, clipped, strict=True)), 1e-4)
+    average.update()
 
 
 CASES: dict[str, Callable[..., Case]] = {
