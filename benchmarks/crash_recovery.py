@@ -9,7 +9,7 @@ enough kills. Every completed run must leave the same files, no temporary file a
 not compared, nor are TensorBoard's files. Prints one JSON line per command; exit code 1 if anything differs.
 
 Measured on CPU cores that other programs used too: 30 kills each of train, train lora, features, import, convert,
-sample, compress and tiny, and 8 of "tiny stage"; nothing differed and nothing was left.
+sample, compress, tiny and "tiny stage"; nothing differed and nothing was left.
 """
 
 from __future__ import annotations
