@@ -19,8 +19,6 @@ from PIL import Image
 
 from pixart_nb.config import read_yaml
 
-#: Notebooks whose smoke run compiles no graphs, which takes longer than their few steps; the others train as in use.
-EAGER = ("07_weak_to_strong", "08_lora")
 MOST_LINES = 25
 MOST_BYTES = 250 * 1024
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -159,8 +157,7 @@ def run_smoke(project: Path, name: str, tmp_path: Path, numbers: str) -> SmokeRu
     """Run ``notebooks/NAME.ipynb`` with ``configs/smoke/NAME.yaml``; every widget needs a figure beside it."""
     values = read_yaml(project / "configs" / "smoke" / f"{name}.yaml") | {"output_path": str(tmp_path / "out")}
     notebook = project / "notebooks" / f"{name}.ipynb"
-    executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project, compiled=name not in EAGER)
-    assert widgets_without_figure(executed) == []
+    assert widgets_without_figure(run_notebook(notebook, values, tmp_path / "executed.ipynb", project)) == []
     path = tmp_path / "out" / numbers
     return SmokeRun(values, path.parent, json.loads(path.read_text()) if path.suffix == ".json" else {})
 

@@ -65,7 +65,9 @@ def explorer_of_compression():
 WIDGETS = {
     "attention": lambda: AttentionExplorer(traced(), IMAGE),
     "compression": explorer_of_compression,
-    "playground": lambda: Playground(Pipe(), [(32, 48)], ["own"], prompt=PROMPT, negative_prompt=PROMPT, steps=2),
+    "playground": lambda: Playground(
+        Pipe(), [(32, 48)], ["own"], prompt=PROMPT, negative_prompt=PROMPT, steps=2, examples=[PROMPT]
+    ),
     "table": lambda: Table([{"caption": text, text: text} for text in TEXTS], PROMPT),
     "zoom": lambda: ZoomViewer(IMAGE, PROMPT),
 }

@@ -26,7 +26,7 @@ def upscale(
     keys: Annotated[
         int,
         typer.Option(
-            min=0, help="Number of keys per side that self-attention is compressed to. 0: as many as in the training."
+            min=0, help="Number of keys per side that self-attention is compressed to; 0 for as many as in training."
         ),
     ] = 0,
     **options: Any,
@@ -66,8 +66,8 @@ def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -
         check_fits(plan, planning.memory_limit(config))
     ensure_writable(config.output_path, needed=3 * height * width)
     images = upscaling.upscale(config, sizes)
-    steps = {"factors": [sizes[-1].height // size.height for size in sizes], "keys": keys}
-    steps |= {"strengths": [size.strength for size in sizes[1:]]}
+    steps = {"factors": [sizes[-1].height // size.height for size in sizes]}
+    steps |= {"strengths": [size.strength for size in sizes[1:]], "ratios": [size.ratio for size in sizes]}
     path = Path(config.output_path) / "image.png"
     path = write_new_image(path, images[-1].pixels(), config.model_dump() | steps, config.overwrite)
     page = path.with_name(f"{path.stem.replace('image', 'zoom')}.html")

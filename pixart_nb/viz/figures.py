@@ -15,6 +15,8 @@ from pixart_nb.viz.style import HEAT, LARGE, SMALL, TEXT, WIDTH, Figure, axes_gr
 
 #: Inches beside the images of a grid.
 _MARGIN = 0.3
+#: Letters per inch of a title and of a row label, and inches per line of a title, in a font of one point.
+_TITLE_LETTERS, _ROW_LETTERS, _TITLE_LINE = 124, 112, 0.0175
 
 
 def image_grid(
@@ -43,9 +45,9 @@ def image_grid(
     rows = -(-len(images) // columns)
     require_as_many("row labels", row_labels, rows, "rows")
     points = float(np.clip(5 * cell, SMALL, LARGE))
-    titles = [_folded(title, int(cell * 124 / points)) for title in titles or [""] * len(images)]
+    titles = [_folded(title, int(cell * _TITLE_LETTERS / points)) for title in titles or [""] * len(images)]
     lines = [max(title.count("\n") + bool(title) for title in titles[k * columns :][:columns]) for k in range(rows)]
-    title_rooms = sum(0.16 + 0.0175 * points * count if count else 0.08 for count in lines)
+    title_rooms = sum(0.16 + _TITLE_LINE * points * count if count else 0.08 for count in lines)
     aspect = max(image.shape[0] / image.shape[1] for image in images)
     figure = new_figure(columns * cell + _MARGIN, rows * cell * aspect + title_rooms + 0.1)
     axes = [for_image(ax) for ax in figure.subplots(rows, columns, squeeze=False).ravel()]
@@ -56,7 +58,9 @@ def image_grid(
         ax.set_title(title, fontsize=points)
         ax.set_anchor("S")  # titles have the room that is left
     for number, label in enumerate(row_labels or ()):
-        axes[number * columns].set_ylabel(_folded(label, max(8, int(cell * aspect * 112 / points))), fontsize=points)
+        axes[number * columns].set_ylabel(
+            _folded(label, max(8, int(cell * aspect * _ROW_LETTERS / points))), fontsize=points
+        )
     return figure
 
 

@@ -36,7 +36,7 @@ class Playground:
         schedulers: Short names to select from.
         folder: Folder that Save writes to.
         others: Further parameters of a saved image, such as ``{"model": "..."}``.
-        suggestions: Prompts to choose from in a menu.
+        examples: Prompts to choose from in a menu.
         start: Initial parameters by name (see ``Parameters``); size and scheduler default to the first ones.
     """
 
@@ -47,14 +47,14 @@ class Playground:
         schedulers: Sequence[str] = ("dpm++",),
         folder: str | Path = "outputs/playground",
         others: Mapping[str, Any] | None = None,
-        suggestions: Sequence[str] = (),
+        examples: Sequence[str] = (),
         **start: Any,
     ):
         if not sizes or not schedulers:
             raise PixArtNBError(f"need a size and a scheduler to choose from, got {sizes} and {schedulers}")
         parameters = dict(zip(("height", "width"), sizes[0], strict=True)) | {"scheduler": schedulers[0]}
         self.controls = make_controls(Parameters(**{"prompt": ""} | parameters | start), sizes, schedulers)
-        self.view = View(self.controls, suggestions)
+        self.view = View(self.controls, examples)
         self.session = Session(pipe, self._render)
         self.folder, self._others = Path(folder), dict(others or {})
         self._loop, self._rendered = KernelLoop(), None

@@ -79,8 +79,8 @@ def size_name(height: int, width: int) -> str:
 class View:
     """Controls at the left, progress and history below them, the image at the right. ``widget`` holds all of them."""
 
-    def __init__(self, controls: dict[str, widgets.ValueWidget], suggestions: Sequence[str] = ()):
-        self.suggested = _suggestions(suggestions, controls["prompt"])
+    def __init__(self, controls: dict[str, widgets.ValueWidget], examples: Sequence[str] = ()):
+        self.examples = _example_menu(examples, controls["prompt"])
         self.sample = button("Sample", "Draw with these parameters", "play", "primary")
         self.cancel = button("Cancel", "End after the step that is being computed", "stop")
         self.save = button("Save", "Write the images as PNG files that carry their parameters", "save")
@@ -113,9 +113,10 @@ class View:
             widgets.HBox(parts)
             for parts in ([self.swept, self.values, self.sweep], [self.sample, self.cancel, self.save, self.load])
         )
-        rest = [control for name, control in controls.items() if name not in ("seed", "strength", *CONTROL)]
+        elsewhere = ("prompt", "seed", "strength", *CONTROL)
+        rest = [control for name, control in controls.items() if name not in elsewhere]
         pages = [
-            widgets.VBox([rest[0], self.suggested, *rest[1:], seed]),
+            widgets.VBox([controls["prompt"], self.examples, *rest, seed]),
             self.source.widget,
             self.control.widget,
             self.adapters.widget,
@@ -266,10 +267,10 @@ class AdapterView:
             slider.value = dict(pairs).get(name, 0)
 
 
-def _suggestions(prompts: Sequence[str], prompt: widgets.Textarea) -> widgets.Dropdown:
+def _example_menu(prompts: Sequence[str], prompt: widgets.Textarea) -> widgets.Dropdown:
     """Return a menu of prompts that sets ``prompt``; hidden without any."""
     menu = widgets.Dropdown(options=[("choose a prompt", ""), *((text, text) for text in prompts)])
-    menu.description, menu.tooltip = "Examples", "Prompts that this model can draw"
+    menu.description, menu.tooltip = "Examples", "Example prompts; choosing one replaces the prompt"
     menu.layout = widgets.Layout(width="auto", display="" if prompts else "none")
     menu.style.description_width = "88px"
 

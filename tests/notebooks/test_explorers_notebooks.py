@@ -43,12 +43,6 @@ COMPRESSION = {
     "operators_trained",
     "outputs_by_layer",
 }
-#: Half the side that the published checkpoint is for, which is a quarter of the tokens, and few steps.
-HALF = {"image_height": 128, "image_width": 128}
-LIGHT = {
-    "03_attention_maps": HALF | {"sampling_steps": 3, "trace_layers": [0, 9, 18, 27]},
-    "04_token_compression": HALF | {"sampling_steps": 2},
-}
 
 
 @pytest.mark.parametrize("name", ["03_attention_maps", "04_token_compression"])
@@ -113,7 +107,7 @@ def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path)
 )
 def test_they_run_on_a_checkpoint_of_the_published_layout(project, tmp_path, name, changes, missing):
     """28 layers and 16 heads with a published configuration; what needs the drawn scenes is skipped by name."""
-    values = published_parameters(project, tmp_path, output_path=str(tmp_path / "out"), **LIGHT[name] | changes)
+    values = published_parameters(project, tmp_path, sampling_steps=3, output_path=str(tmp_path / "out"), **changes)
     done = run_notebook(project / "notebooks" / f"{name}.ipynb", values, tmp_path / "executed.ipynb", project)
     check_shown(tmp_path / "out", (ATTENTION if "03" in name else COMPRESSION) - missing)
     printed = "".join(output.get("text", "") for cell in done.cells for output in cell.get("outputs", ()))

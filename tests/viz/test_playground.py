@@ -67,15 +67,15 @@ def test_the_controls_are_the_parameters_both_ways():
     assert playground.controls["guidance"].value == 7.25
 
 
-def test_a_suggested_prompt_becomes_the_prompt_and_can_be_chosen_again():
-    playground = Playground(Pipe(), [(32, 48)], suggestions=["a red cup", "a blue fish"], prompt="x")
+def test_an_example_becomes_the_prompt_and_can_be_chosen_again():
+    playground = Playground(Pipe(), [(32, 48)], examples=["a red cup", "a blue fish"], prompt="x")
     view, prompt = playground.view, playground.controls["prompt"]
     for _ in range(2):
-        view.suggested.value = "a blue fish"
-        assert [prompt.value, view.suggested.value] == ["a blue fish", ""]
+        view.examples.value = "a blue fish"
+        assert [prompt.value, view.examples.value] == ["a blue fish", ""]
         prompt.value = "edited"
-    assert view.suggested.layout.display == ""
-    assert Playground(Pipe(), [(32, 48)]).view.suggested.layout.display == "none"
+    assert view.examples.layout.display == ""
+    assert Playground(Pipe(), [(32, 48)]).view.examples.layout.display == "none"
 
 
 def test_parameters_beyond_the_controls_are_refused_and_not_bent():

@@ -1,8 +1,8 @@
 """Progressive upscaling: large images of a model that was trained at a small size.
 
-A model that sees 64 tokens in training fails at 65,536. Two things keep it close to its training. Each size starts
-from the previous image, upscaled, with noise added (SDEdit, Meng et al. 2022), so that the composition is decided at
-the model's own size. And the compression of keys and values (PixArt-Sigma, section 3.2) grows with the image, so that a
+A model that sees 64 tokens in training fails at 65,536. Two things keep it close to its training. Each size starts from
+the previous image, upscaled, with noise added (SDEdit, Meng et al. 2022), so that the composition is decided at the
+model's own size. And the compression of keys and values (PixArt-Sigma, section 3.2) grows with the image, so that a
 query always has as many keys. Positions span the same coordinates at any size.
 """
 
@@ -84,13 +84,15 @@ def upscale_sizes(
     if len(strengths) != len(factors) - 1:
         raise PixArtNBError(f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first")
     unit, sizes = CELL * config.patch_size, []
-    keys = keys or (max(height, width) if config.kv_layers else config.input_size // config.patch_size)
+    keeps_ratio = bool(config.kv_layers) and not keys
+    keys = keys or config.input_size // config.patch_size
     for factor, strength in zip(factors, [1.0, *strengths], strict=True):
         steps_taken(1, strength)
         if height % (unit * factor) or width % (unit * factor):
             raise PixArtNBError(f"{height}x{width} divided by {factor} is no multiple of {unit} pixels")
         sides = height // factor, width // factor
-        sizes.append(UpscaleSize(*sides, strength, max(1, min(sides) // unit // keys)))
+        ratio = 1 if keeps_ratio else max(1, min(sides) // unit // keys)
+        sizes.append(UpscaleSize(*sides, strength, ratio))
     return sizes
 
 
