@@ -19,6 +19,7 @@ from pixart_nb.core.backend import device_name, dtype_from_name, kept_memory, ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder
 from pixart_nb.core.fast import denoiser
 from pixart_nb.core.fast.cpu_training import use_fast_blocks
+from pixart_nb.core.fast.recompute import recompute_activations
 from pixart_nb.core.io import save_tensors, write_json
 from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
@@ -172,6 +173,7 @@ class Train:
 
         net, side, rng = transformer(shapes).set_train(True), shapes.size // 8, np.random.default_rng(1)
         use_fast_blocks(net, True)
+        recompute_activations(net.blocks if shapes.recompute else ())
         count, timesteps = shapes.batch_size, np.full(shapes.batch_size, 500)
         arrays = [rng.standard_normal((count, 4, side, side), np.float32) for _ in range(2)]
         arrays += [coefficients(timesteps), timesteps.astype(np.float32)]

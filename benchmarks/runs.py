@@ -21,6 +21,8 @@ from pixart_nb.core.io import write_text
 
 #: Name of diffusers with networks that ``torch.compile`` has compiled.
 COMPILED = "compiled"
+#: Name of this kit with gradient checkpointing.
+RECOMPUTE = "recompute"
 #: Denoising steps of an image in the published table.
 PUBLISHED_STEPS = 20
 #: CPU time of all threads, which other programs on the machine change less than the wall clock.
@@ -87,7 +89,9 @@ def systems(shapes: Shapes, peers: Sequence[str] = (), dtypes: Sequence[str] = (
     """Return the name of each system that runs, with its dtype if there are several, and its shapes."""
     dtypes = dtypes or [shapes.dtype]
     return {
-        f"{system} {dtype}" if len(dtypes) > 1 else system: replace(shapes, dtype=dtype, compiled=system == COMPILED)
+        f"{system} {dtype}" if len(dtypes) > 1 else system: replace(
+            shapes, dtype=dtype, compiled=system == COMPILED, recompute=system == RECOMPUTE
+        )
         for dtype in dtypes
         for system in ("mindspore", *peers)
     }
@@ -98,7 +102,8 @@ def start_workers(stack: ExitStack, work: str, runners: Mapping[str, Shapes]) ->
     workers = []
     for name, shapes in runners.items():
         system = name.split()[0]
-        worker = stack.enter_context(Worker("diffusers" if system == COMPILED else system, work, shapes))
+        program = {COMPILED: "diffusers", RECOMPUTE: "mindspore"}.get(system, system)
+        worker = stack.enter_context(Worker(program, work, shapes))
         worker.system = name
         workers.append(worker)
     return workers

@@ -67,6 +67,9 @@ def bench(
         bool, typer.Option("--small", help="A transformer as small as the bundled ones (192 wide, 6 blocks), not XL/2.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 1,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Measure a training step with gradient checkpointing, too.")
+    ] = False,
     dtype: Dtypes = None,
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
@@ -84,6 +87,9 @@ def bench(
     dtypes = dtype or ["fp32"]
     peers = (["diffusers"] if with_diffusers else []) + (["compiled"] if compiled else [])
     _check(what, peers, dtypes, output_path)
+    if recompute and what is not Benchmark.train:
+        raise PixArtNBError(f"--recompute is measured by train; {what.value} computes no gradients")
+    peers = (["recompute"] if recompute else []) + peers
     start()
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}

@@ -14,7 +14,10 @@ from pixart_nb.viz.tables import Table, in_words
 
 #: Measures that a bar shows: the first that a benchmark has.
 SECONDS = ("20 steps", "seconds")
-NAMES = {"mindspore": "PixArt-NB, MindSpore", "diffusers": "diffusers, PyTorch", "compiled": "diffusers, torch.compile"}
+NAMES = {
+    "mindspore": "PixArt-NB, MindSpore", "recompute": "PixArt-NB, gradient checkpointing",
+    "diffusers": "diffusers, PyTorch", "compiled": "diffusers, torch.compile",
+}  # fmt: skip
 #: Published steps/s on one and training images/s on four Ascend 910* (mindone, MindSpore 2.3), by size in pixels.
 PUBLISHED = {256: (18.04, 88.1), 512: (15.95, 33.5), 1024: (4.96, 6.8), 2048: (0.57, 0.5)}
 PUBLISHED_NAMES = ("published steps/s, one Ascend 910*", "published training images/s, four Ascend 910*")

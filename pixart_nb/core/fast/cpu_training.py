@@ -7,8 +7,9 @@ hand, and sums are added in an order that does not depend on the threads. Not in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,27 +70,48 @@ class TrainingBlock:
         return LinearLayer.apply(caption, layer.matrix(), layer.bias), None
 
     def __call__(self, x, kv, _, mask, t0, height: int, width: int) -> ms.Tensor:
+        split = partial(self._split, height=height, width=width)
+        return block_steps(_apply, split, x, kv, *self.inputs(mask, t0))
+
+    def inputs(self, mask: ms.Tensor | None, t0: ms.Tensor) -> tuple:
+        """Return what ``block_steps`` takes after x and kv: modulation (B, 6, D), 12 weights and biases, settings."""
         block, attn, cross, mlp = self.block, self.block.attn, self.block.cross_attn, self.block.mlp
         modulation = block.scale_shift_table.reshape(1, 6, -1) + t0
         column = None if mask is None else np.where(mask.asnumpy(), 0, MASKED_SCORE).astype(np.float32)
-        qkv = ModulatedLinear.apply(x, modulation, attn.qkv.matrix(), attn.qkv.bias, (0, 1), block.pre_norm.eps)
-        attended = Attention.apply(*self._split(qkv, height, width), None, attn.heads)
-        x = AddLinear.apply(x, attended, modulation, attn.proj.matrix(), attn.proj.bias, 2)
-        q = LinearLayer.apply(x, cross.q_linear.matrix(), cross.q_linear.bias)
-        attended = Attention.apply(q, kv, None, column, cross.heads)
-        x = AddLinear.apply(x, attended, None, cross.proj.matrix(), cross.proj.bias, None)
-        weights = mlp.fc1.matrix(), mlp.fc1.bias, mlp.fc2.matrix(), mlp.fc2.bias
-        return AddMLP.apply(x, modulation, *weights, (3, 4, 5), block.pre_norm.eps)
+        layers = attn.qkv, attn.proj, cross.q_linear, cross.proj, mlp.fc1, mlp.fc2
+        weights = [tensor for layer in layers for tensor in (layer.matrix(), layer.bias)]
+        return modulation, *weights, (column, attn.heads, cross.heads, block.pre_norm.eps)
+
+    def has_plain_attention(self) -> bool:
+        """Return whether queries are not normalized and keys not compressed."""
+        return self.block.attn.q_norm is None and self.block.attn.ratio == 1
 
     def _split(self, qkv: ms.Tensor, height: int, width: int) -> tuple[ms.Tensor | None, ...]:
         """Return queries (B, N, D), keys and values (B, M, D), or all of them in one (B, N, 3 D), None and None."""
-        attn = self.block.attn
-        if attn.q_norm is None and attn.ratio == 1:
+        if self.has_plain_attention():
             return qkv, None, None
+        attn = self.block.attn
         q, k, v = (chunk.reshape(*qkv.shape[:2], attn.size) for chunk in split_parts(qkv, 3, 1))
         if attn.q_norm is not None:
             q, k = attn.q_norm(q), attn.k_norm(k)
         return q, attn.compress(k, height, width), attn.compress(v, height, width)
+
+
+def _apply(step: type[_Function], *values: Any) -> ms.Tensor:
+    return step.apply(*values)
+
+
+def block_steps(run: Callable, split: Callable, x, kv, modulation, *rest) -> ms.Tensor:
+    """Compute a block step by step: ``run(step, *values)`` runs a function of this module.
+
+    ``split`` gives queries, keys and values, as ``Attention`` takes them. ``rest`` is that of ``TrainingBlock.inputs``.
+    """
+    *weights, (column, heads, cross_heads, eps) = rest
+    qkv = run(ModulatedLinear, x, modulation, *weights[:2], (0, 1), eps)
+    x = run(AddLinear, x, run(Attention, *split(qkv), None, heads), modulation, *weights[2:4], 2)
+    q = run(LinearLayer, x, *weights[4:6])
+    x = run(AddLinear, x, run(Attention, q, kv, None, column, cross_heads), None, *weights[6:8], None)
+    return run(AddMLP, x, modulation, *weights[8:], (3, 4, 5), eps)
 
 
 class TrainingFinalLayer:
@@ -243,20 +265,22 @@ def _gate_gradient(chunk: Chunk, dout, gate, product, dproduct, sums: Sums, row:
 class AddMLP(_Function):
     """``x + gate mlp(norm(x) (1 + scale) + shift)``: x (B, N, D), modulation (B, count, D).
 
-    ``rows`` are the numbers of shift, scale and gate in the modulation.
+    ``rows`` are the numbers of shift, scale and gate in the modulation. ``known`` is the output of the MLP (B, N, D),
+    when the forward pass runs for the gradient alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, modulation, weight1, bias1, weight2, bias2, rows: tuple[int, int, int], eps: float):
+    def forward(ctx: Any, x, modulation, weight1, bias1, weight2, bias2, rows: tuple[int, ...], eps: float, known=None):
         x, modulation, *weights = _arrays(x, modulation, weight1, bias1, weight2, bias2)
         norm, gate = ModulatedNorm(x, modulation, rows[:2], eps), modulation[:, None, rows[2]]
         hidden = np.empty((*x.shape[:2], len(weights[0])), np.float32)
-        product, out = np.empty_like(x), np.empty_like(x)
+        product, out = np.empty_like(x) if known is None else known, np.empty_like(x)
 
         def work(chunk: Chunk) -> None:
             inner = rows_of(hidden, chunk)
             write_linear(norm.forward(chunk), weights[0], weights[1], inner)
-            write_linear(gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
+            if known is None:
+                write_linear(gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
             _add_gated(chunk, x, gate, product, out)
 
         in_threads(work, chunks_of(*x.shape[:2]))

@@ -23,6 +23,7 @@ from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import FeatureReader, LiveFeatures
 from pixart_nb.core.errors import first_few
+from pixart_nb.core.fast.recompute import recompute_activations
 from pixart_nb.core.io import folder_lock, write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
@@ -163,9 +164,7 @@ class Training:
         recompute = config.recompute and (config.mode == 0 or dtype == ms.float32)
         if config.recompute and not recompute:  # MindSpore's backward pass mixes dtypes there
             tqdm.write("recompute is left out: in half precision it needs compiled graphs (mode 0)")
-        for block in objective.blocks if recompute else ():
-            block.recompute()
-        return Trainer(
+        trainer = Trainer(
             objective.loss(self.empty),
             self.adapter.parameters() if self.adapter else objective.parameters(),
             self.batches,
@@ -180,6 +179,8 @@ class Training:
             dtype=ms.float32 if self.adapter else dtype,
             averages=objective.averages,
         )
+        recompute_activations(objective.blocks if recompute else ())
+        return trainer
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed training has to share: settings, data, networks and architecture."""

@@ -9,6 +9,7 @@ from pixart_nb.core import onednn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast import chunks, cpu_attention
 from pixart_nb.core.fast.cpu_training import use_fast_blocks
+from pixart_nb.core.fast.recompute import RecomputedBlock, recompute_activations
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
@@ -72,14 +73,25 @@ def test_gradients_of_a_controlnet_are_those_of_mindspores_operators():
     assert_same_training(control_loss(net), net, [*tensors, tensors[1]])
 
 
-def test_gradients_with_recomputed_activations_are_the_same():
-    net, plain = network(), network()
-    for block in net.blocks:
-        block.recompute()
-    for each in (net, plain):
-        use_fast_blocks(each, True)
-    (loss, found), (other, expected) = (gradients(diffusion_loss(n), n, batch(n)) for n in (net, plain))
+def trained_with_recomputed(recompute, lora=False, **changes):
+    """Return loss and gradients of the network, or of a LoRA."""
+    net = network(**changes)
+    adapter = Adapters.of(net).add("style", LoraConfig(target_modules=["qkv", "fc2"]), seed=1) if lora else None
+    use_fast_blocks(net.set_train(True), True)
+    recompute_activations(net.blocks if recompute else ())
+    assert isinstance(net.blocks[0].fast, RecomputedBlock) == (recompute and not changes)
+    if not lora:
+        return gradients(diffusion_loss(net), net, batch(net))
+    parameters = adapter.parameters()
+    values, found = ms.value_and_grad(diffusion_loss(net), None, list(parameters.values()), has_aux=True)(*batch(net))
+    return float(values[0].asnumpy()), {name: g.asnumpy() for name, g in zip(parameters, found, strict=True)}
+
+
+@pytest.mark.parametrize("case", [{}, {"lora": True}, QK_NORM_AND_COMPRESSION], ids=["plain", "lora", "compressed"])
+def test_gradients_with_recomputed_activations_are_the_same(case):
+    (loss, found), (other, expected) = (trained_with_recomputed(recompute, **case) for recompute in (True, False))
     assert loss == other
+    assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         np.testing.assert_array_equal(found[name], gradient, err_msg=name)
 
