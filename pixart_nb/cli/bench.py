@@ -19,6 +19,8 @@ from pixart_nb.config import SAMPLING_STEPS, project_folder
 from pixart_nb.core.errors import PixArtNBError
 
 _PARTS = ("table", "denoise", "encode", "decode", "decode-tiled", "image", "train", "block", "pipeline")
+#: Systems beside the kit as it is, in the order in which they run.
+_PEERS = ("recompute", "diffusers", "compiled")
 Benchmark = Enum("Benchmark", {name.replace("-", "_"): name for name in _PARTS}, type=str)
 
 What = Annotated[
@@ -40,6 +42,9 @@ Compiled = Annotated[
         "--compiled",
         help="Measure diffusers with blocks compiled by torch.compile, too. Needs PyTorch and a C++ compiler.",
     ),
+]
+Recompute = Annotated[
+    bool, typer.Option("--recompute", help="Measure a training step with gradient checkpointing, too.")
 ]
 Dtypes = Annotated[
     list[str] | None,
@@ -67,9 +72,7 @@ def bench(
         bool, typer.Option("--small", help="A transformer as small as the bundled ones (192 wide, 6 blocks), not XL/2.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a training step.")] = 1,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Measure a training step with gradient checkpointing, too.")
-    ] = False,
+    recompute: Recompute = False,
     dtype: Dtypes = None,
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", metavar="folder", help="Folder for the CSV file and the figure.")
@@ -85,11 +88,8 @@ def bench(
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
     dtypes = dtype or ["fp32"]
-    peers = (["diffusers"] if with_diffusers else []) + (["compiled"] if compiled else [])
+    peers = [name for name, wanted in zip(_PEERS, (recompute, with_diffusers, compiled), strict=True) if wanted]
     _check(what, peers, dtypes, output_path)
-    if recompute and what is not Benchmark.train:
-        raise PixArtNBError(f"--recompute is measured by train; {what.value} computes no gradients")
-    peers = (["recompute"] if recompute else []) + peers
     start()
     runs, shapes_class = load_benchmarks()
     sizes = {"depth": depth, "caption_tokens": caption_tokens, "text_layers": text_layers, "ratio": ratio}
@@ -118,7 +118,9 @@ def _check(what: Benchmark, peers: list[str], dtypes: list[str], output: Path) -
     from pixart_nb.core.io import ensure_writable
 
     ensure_writable(output)
-    if peers and not all(find_spec(name) for name in ("torch", "diffusers")):
+    if "recompute" in peers and what is not Benchmark.train:
+        raise PixArtNBError(f"--recompute is measured by train; {what.value} computes no gradients")
+    if set(peers) - {"recompute"} and not all(find_spec(name) for name in ("torch", "diffusers")):
         raise PixArtNBError("--peer and --compiled need PyTorch and diffusers: pip install -e '.[reference]'")
     if "compiled" in peers and not has_compiler():
         raise PixArtNBError("--compiled needs a C++ compiler for torch.compile: install g++, or set CXX to another one")

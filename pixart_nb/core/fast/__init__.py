@@ -2,7 +2,8 @@
 
 ``denoiser`` runs the transformer, by ``cpu.py`` or ``ascend.py``, ``fast_group_norms`` the norms of the VAE, and
 ``decode_fine`` the second part of its decoder for large images.
-``cpu_training.use_fast_blocks`` is the entry for a training.
+``cpu_training.use_fast_blocks`` is the entry for a training, and ``recompute.recompute_activations`` for gradient
+checkpointing in it.
 """
 
 from __future__ import annotations

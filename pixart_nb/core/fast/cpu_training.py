@@ -70,8 +70,8 @@ class TrainingBlock:
         return LinearLayer.apply(caption, layer.matrix(), layer.bias), None
 
     def __call__(self, x, kv, _, mask, t0, height: int, width: int) -> ms.Tensor:
-        split = partial(self._split, height=height, width=width)
-        return block_steps(_apply, split, x, kv, *self.inputs(mask, t0))
+        split, run = partial(self._split, height=height, width=width), lambda step, *values: step.apply(*values)
+        return block_steps(run, split, x, kv, *self.inputs(mask, t0))
 
     def inputs(self, mask: ms.Tensor | None, t0: ms.Tensor) -> tuple:
         """Return what ``block_steps`` takes after x and kv: modulation (B, 6, D), 12 weights and biases, settings."""
@@ -97,14 +97,10 @@ class TrainingBlock:
         return q, attn.compress(k, height, width), attn.compress(v, height, width)
 
 
-def _apply(step: type[_Function], *values: Any) -> ms.Tensor:
-    return step.apply(*values)
-
-
 def block_steps(run: Callable, split: Callable, x, kv, modulation, *rest) -> ms.Tensor:
-    """Compute a block step by step: ``run(step, *values)`` runs a function of this module.
+    """Compute a block: x (B, N, D) -> (B, N, D). ``run(step, *values)`` runs a function of this module.
 
-    ``split`` gives queries, keys and values, as ``Attention`` takes them. ``rest`` is that of ``TrainingBlock.inputs``.
+    ``split`` gives what ``Attention`` takes. ``modulation`` and ``rest`` are those of ``TrainingBlock.inputs``.
     """
     *weights, (column, heads, cross_heads, eps) = rest
     qkv = run(ModulatedLinear, x, modulation, *weights[:2], (0, 1), eps)
@@ -265,21 +261,23 @@ def _gate_gradient(chunk: Chunk, dout, gate, product, dproduct, sums: Sums, row:
 class AddMLP(_Function):
     """``x + gate mlp(norm(x) (1 + scale) + shift)``: x (B, N, D), modulation (B, count, D).
 
-    ``rows`` are the numbers of shift, scale and gate in the modulation. ``known`` is the output of the MLP (B, N, D),
-    when the forward pass runs for the gradient alone.
+    ``rows`` are the numbers of shift, scale and gate in the modulation. An ``mlp_output`` (B, N, D) of an earlier
+    forward pass is not computed again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, modulation, weight1, bias1, weight2, bias2, rows: tuple[int, ...], eps: float, known=None):
+    def forward(
+        ctx: Any, x, modulation, weight1, bias1, weight2, bias2, rows: tuple[int, ...], eps: float, mlp_output=None
+    ):
         x, modulation, *weights = _arrays(x, modulation, weight1, bias1, weight2, bias2)
         norm, gate = ModulatedNorm(x, modulation, rows[:2], eps), modulation[:, None, rows[2]]
         hidden = np.empty((*x.shape[:2], len(weights[0])), np.float32)
-        product, out = np.empty_like(x) if known is None else known, np.empty_like(x)
+        product, out = np.empty_like(x) if mlp_output is None else mlp_output, np.empty_like(x)
 
         def work(chunk: Chunk) -> None:
             inner = rows_of(hidden, chunk)
             write_linear(norm.forward(chunk), weights[0], weights[1], inner)
-            if known is None:
+            if mlp_output is None:
                 write_linear(gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
             _add_gated(chunk, x, gate, product, out)
 

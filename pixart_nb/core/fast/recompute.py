@@ -1,6 +1,6 @@
 """Gradient checkpointing of a block on the CPU: the backward pass computes its activations again.
 
-Kept of each block are its input and the output of its MLP, so that the last and largest product is not computed twice.
+The input of each block and the output of its MLP are kept, so that the last matrix product is not computed twice.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pixart_nb.core.models.transformer import Block
 
 
 def recompute_activations(blocks: Iterable[Block]) -> None:
-    """Let blocks keep little for the backward pass and compute it again there: less memory, more time.
+    """Enable gradient checkpointing of blocks: less memory, more time. Call it after ``use_fast_blocks``.
 
-    Blocks that this module does not serve are recomputed by MindSpore, which computes all of them again.
+    Blocks with compressed keys or normalized queries, and those that ``TrainingBlock`` does not support, are recomputed
+    whole by MindSpore (``Cell.recompute``).
     """
     for block in blocks:
         fast = block.fast
@@ -37,7 +38,7 @@ def recompute_activations(blocks: Iterable[Block]) -> None:
 
 
 class RecomputedBlock(TrainingBlock):
-    """``TrainingBlock`` with neither normalized queries nor compressed keys, whose activations are not kept."""
+    """``TrainingBlock`` with gradient checkpointing, for attention without normalized queries or compressed keys."""
 
     def __call__(self, x, kv, _, mask, t0, height: int, width: int) -> ms.Tensor:
         return RecomputedSteps.apply(x, kv, *self.inputs(mask, t0))
@@ -51,11 +52,11 @@ class RecomputedSteps(_Function):
         contexts: list[_Context] = []
 
         def run(step: type[_Function], *values: Any) -> ms.Tensor:
-            contexts[:] = [_Context()]  # nothing is kept but what the last step keeps
+            contexts[:] = [_Context()]  # that of the step before is freed
             return step.forward(contexts[0], *values)
 
-        out = block_steps(run, _together, *inputs)
-        ctx.inputs, ctx.product = inputs, contexts[0].saved[-1]
+        out = block_steps(run, _fused_qkv, *inputs)
+        ctx.inputs, ctx.mlp_output = inputs, contexts[0].saved[-1]
         return out
 
     @staticmethod
@@ -65,10 +66,10 @@ class RecomputedSteps(_Function):
 
         def run(step: type[_Function], *values: Any) -> ms.Tensor:
             contexts.append(_Context([needed.get(id(value), True) for value in values]))
-            known = (ctx.product,) if step is AddMLP else ()
-            return step.forward(contexts[-1], *values, *known)
+            kept = (ctx.mlp_output,) if step is AddMLP else ()
+            return step.forward(contexts[-1], *values, *kept)
 
-        block_steps(run, _together, *ctx.inputs)
+        block_steps(run, _fused_qkv, *ctx.inputs)
         return *_gradients(contexts, dout), None
 
 
@@ -79,7 +80,7 @@ class _Context:
         self.needs_input_grad = needs_input_grad
 
 
-def _together(qkv: ms.Tensor) -> tuple[ms.Tensor, None, None]:
+def _fused_qkv(qkv: ms.Tensor) -> tuple[ms.Tensor, None, None]:
     return qkv, None, None
 
 
