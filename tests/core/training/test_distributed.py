@@ -29,13 +29,14 @@ needs_msrun = pytest.mark.skipif(
 
 
 def msrun(log, *task):
-    """The command that starts two workers, and its environment."""
+    """The command that starts two workers, and its environment; a worker that crashes logs where."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     start = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
     start += ["--cluster_time_out=600", f"--log_dir={log}"]
-    return [*start, *map(str, task)], os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return [*start, *map(str, task)], os.environ | {"PATH": path, "PYTHONFAULTHANDLER": "1"}
 
 
 def logs(folder):
