@@ -19,7 +19,7 @@ from pixart_nb.config import SAMPLING_STEPS, project_folder
 from pixart_nb.core.errors import PixArtNBError
 
 _PARTS = ("table", "denoise", "encode", "decode", "decode-tiled", "image", "train", "block", "pipeline")
-#: Systems beside the kit as it is, in the order in which they run.
+#: What is measured beside the kit without options, in the order of the runs.
 _PEERS = ("recompute", "diffusers", "compiled")
 Benchmark = Enum("Benchmark", {name.replace("-", "_"): name for name in _PARTS}, type=str)
 

@@ -29,7 +29,7 @@ needs_msrun = pytest.mark.skipif(
 
 
 def msrun(log, *task):
-    """The command that starts two workers, and its environment; a worker that crashes logs where."""
+    """The command that starts two workers, and its environment: a crash writes the Python stack to the log."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
