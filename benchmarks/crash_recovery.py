@@ -9,7 +9,7 @@ enough kills. Every completed run must leave the same files, no temporary file a
 not compared, nor are TensorBoard's files. Prints one JSON line per command; exit code 1 if anything differs.
 
 Measured on CPU cores that other programs used too: 30 kills each of train, train lora, features, import, convert,
-sample, compress, tiny and "tiny stage"; nothing differed and nothing was left.
+sample, compress and tiny; nothing differed and nothing was left.
 """
 
 from __future__ import annotations
@@ -41,11 +41,8 @@ from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.schedulers import scheduler_named
 from pixart_nb.core.training import compress
-from pixart_nb.pixelart import autoencoder, batches, bundled_model, text_encoder
+from pixart_nb.pixelart import autoencoder, bundled_model, pool, text_encoder
 from pixart_nb.pixelart.datasets import write_sample
-from pixart_nb.pixelart.world import autoencoder as world_autoencoder
-from pixart_nb.pixelart.world import pool, stages
-from pixart_nb.pixelart.world import text_encoder as world_text_encoder
 
 #: Imported before the processes are forked, so that a process starts in an instant.
 LOADED = (pixart_nb.core.training.run, diffusiondb, generate, compress)
@@ -123,24 +120,17 @@ def long_commands(base: Path) -> dict[str, LongCommand]:
         "sample": LongCommand(["sample", "-c", tiny, "--model", model, *sizes, *sampling], out),
         "compress": LongCommand(["compress", "-s", model, "-t", out / "kv", "--model", model, *sizes, *adapt], out),
         "tiny": LongCommand(["tiny", "-o", out / "model", "--work_path", out / "work"], out),
-        "tiny stage": LongCommand(["tiny", "--stage", "256", "-o", out / "model", "--work_path", out / "work"], out),
     }
 
 
 def shorten_tiny() -> None:
     """Let the trainings of the bundled models take seconds: few steps, few images."""
     few = {"steps": 6, "save_every": 2, "log_every": 1, "warmup_steps": 1}
-    fewer = few | {"steps": 4}
     for module in (autoencoder, text_encoder):
         module.OPTIONS = replace(module.OPTIONS, **few)
-    for module in (world_autoencoder, world_text_encoder):
-        module.OPTIONS = replace(module.OPTIONS, **fewer)
-    bundled_model.STAGES = {name: replace(o, **few) for name, o in bundled_model.STAGES.items()}
-    bundled_model.BATCH, text_encoder.BATCH, autoencoder.BATCH, batches.SHARD = 2, 4, 2, 32
-    bundled_model.IMAGES = 64
-    pool.SHARD, world_autoencoder.SHARDS, world_autoencoder.BATCH, world_text_encoder.BATCH = 8, 4, 2, 4
-    stages.STAGES = tuple(
-        replace(stage, shards=3, batch=2, options=replace(stage.options, **fewer)) for stage in stages.STAGES[:2]
+    pool.SHARD, autoencoder.SHARDS, autoencoder.BATCH, text_encoder.BATCH = 8, 4, 2, 4
+    bundled_model.STAGES = tuple(
+        replace(stage, shards=3, batch=2, options=replace(stage.options, **few)) for stage in bundled_model.STAGES[:2]
     )
 
 
@@ -285,7 +275,7 @@ def main() -> None:
         prepare = os.fork()  # in a process of its own: this one must compute nothing before it is forked
         if not prepare:
             write_small_pipeline(base / "model")
-            write_sample(base / "raw", 40, 64)
+            write_sample(base / "raw", 40, 128)
             os._exit(0)
         os.waitpid(prepare, 0)
         commands = long_commands(base)

@@ -124,7 +124,7 @@ class Damage:
         self.names = write_images(self.sound)
         self.labels = entries(self.names)
         self.json = folder / "labels.json"
-        self.rows = sample_rows(6, side=16)
+        self.rows = sample_rows(6, side=128)
 
     def run(self, kind: str, rng: np.random.Generator) -> str:
         try:

@@ -11,7 +11,7 @@ from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
 #: XL/2 at 256 pixels, but narrow; and a small one that the notebooks with trainings can run on.
 DEEP = dict(class_name="PixArt", hidden_size=128, depth=28, input_size=32, pe_interpolation=0.5)
-SMALL = dict(class_name="PixArtMS", hidden_size=64, depth=2, input_size=8, pe_interpolation=0.125)
+SMALL = dict(class_name="PixArtMS", hidden_size=64, depth=2, input_size=16, pe_interpolation=0.25)
 
 
 def published_parameters(project: Path, folder: Path, network: dict = DEEP, **changes) -> dict:

@@ -26,7 +26,7 @@ def sample(
         Path, typer.Option("--output-path", "-o", "--target", help="Folder for the published files.")
     ],
     count: Annotated[int, typer.Option(min=4, max=10000, help="Number of scenes.")] = 120,
-    side: Annotated[int, typer.Option(min=16, max=4096, help="Height of the images in pixels.")] = 128,
+    side: Annotated[int, typer.Option(min=128, max=4096, help="Height of the images in pixels.")] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:
     """Write a sample of drawn scenes in the published forms of diffusiondb-pixelart.
@@ -118,7 +118,7 @@ def features(
     Only missing features are computed; those of other data or networks are
     kept. The same command resumes.
 
-    Example: pixart-nb dataset features -c configs/train/tiny-256.yaml
+    Example: pixart-nb dataset features -c configs/train/tiny-512.yaml
     """
     settings = load_config(config, "train")
     start(settings)

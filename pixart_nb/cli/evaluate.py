@@ -12,7 +12,7 @@ from pixart_nb.cli.options import config_options, start
 from pixart_nb.config import InferenceConfig, check_config
 
 DEFAULTS = {
-    "model": "data/tiny-sigma", "image_height": 128, "image_width": 128, "batch_size": 24,
+    "model": "data/tiny-sigma", "image_height": 256, "image_width": 256, "batch_size": 24,
     "use_resolution_binning": False, "output_path": "outputs/evaluation",
 }  # fmt: skip
 KEYS = (
@@ -24,6 +24,7 @@ KEYS = (
 @config_options(InferenceConfig, only=KEYS)
 def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Number of held-out scenes to generate.")] = 240,
+    things: Annotated[int, typer.Option(min=1, max=2, help="Objects in each scene: one or two.")] = 1,
     labels: Annotated[
         Path | None,
         typer.Option(metavar="file", help="Label file of drawn scenes, whose captions are generated in place of them."),
@@ -31,7 +32,8 @@ def evaluate(
     vae: Annotated[bool, typer.Option("--vae", help="Measure the reconstruction by the VAE too.")] = False,
     **options: Any,
 ) -> None:
-    """Generate scenes that training never shows, and count how many show the right object, colour and setting.
+    """Generate scenes that training never shows, and count how many show the right object, colour and setting
+    (and relation, with two objects).
 
     Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and images.png; their
     names count up.
@@ -43,7 +45,7 @@ def evaluate(
     from pixart_nb.pixelart.captions import short_caption
     from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
 
-    scenes = requested_scenes(count, labels)
+    scenes = requested_scenes(count, things, labels)
     prompts = {"prompt": [short_caption(scene) for scene in scenes]}
     config = check_config(DEFAULTS | prompts, options=options)
     start(config)

@@ -20,20 +20,13 @@ def tiny(
     stage: Annotated[
         str,
         typer.Option(
-            metavar="size",
-            help="Train on the richer drawn world instead, from weak to strong up to this image size: 128, 256, 512 or "
-            "1024. Choose another output and work path for it.",
+            metavar="stage", help="Stage to train up to, from weak to strong: 128, objects, 256, 512 or 1024."
         ),
-    ] = "",
+    ] = "256",
 ) -> None:
     """Train the bundled model from scratch on drawn pixel art. The same command resumes a stopped training."""
     start()
-    if stage:
-        from pixart_nb.pixelart.world.stages import train_world
+    from pixart_nb.pixelart.bundled_model import train_tiny
 
-        train_world(folder=output_path, work=work_path, last=stage)
-    else:
-        from pixart_nb.pixelart.bundled_model import train_tiny
-
-        train_tiny(folder=output_path, work=work_path)
+    train_tiny(output_path, work_path, stage)
     typer.echo(output_path)

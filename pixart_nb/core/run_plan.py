@@ -459,7 +459,8 @@ def size_warnings(config: PixArtConfig, run: RunSettings) -> list[str]:
             f"finetune it at this one (sample_size {side}, pe_interpolation {scale:.3g})."
         )
     usual = config.input_size / 64
-    if config.input_size in (64, 128, 256, 512) and config.pe_interpolation != usual:
+    published = config.hidden_size == PixArtConfig().hidden_size and config.input_size in (64, 128, 256, 512)
+    if published and config.pe_interpolation != usual:
         sentences.append(
             f"pe_interpolation is {config.pe_interpolation:g} for latents of {config.input_size}; the published models "
             f"have size / 512, which is {usual:g}. A wrong value spoils every image."

@@ -19,11 +19,12 @@ from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.training.loss import NAMES, add_noise, diffusion_loss, loss_terms
 from pixart_nb.core.training.trainer import Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, draw_scenes, generator, trained_parameters
-from pixart_nb.pixelart.scenes import Scene, split_scenes
+from pixart_nb.pixelart.scenes import Scene
+from pixart_nb.pixelart.split import held_out_scenes, training_scene
 from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS
 
 #: Images that are encoded at once.
-ENCODED = 32
+ENCODED = 8
 #: Key of the random numbers of held-out batches.
 HELD_OUT = 1
 
@@ -34,11 +35,11 @@ class CompressionAdaptation:
     The copy starts with the pipeline's weights; a ``conv`` starts as the average of each cell, its norm as ones.
 
     Args:
-        pipe: pipeline of the bundled model, or one that draws 128 x 128 scenes; it is not changed.
+        pipe: pipeline of the bundled model, or one that draws scenes; it is not changed.
         layers, ratio, operator: what is compressed, and how.
         folder: where the state of the training is stored.
         steps: steps of the whole training; ``train`` goes to one of them.
-        images: number of drawn training images, of the scenes that the bundled model was trained with.
+        images: number of drawn training images, of scenes as the bundled model was trained with.
         batch, learning_rate: of a step; the rate rises over the first tenth of the steps, then stays.
         like: another adaptation, whose images are used instead of drawing and encoding them again.
     """
@@ -60,8 +61,10 @@ class CompressionAdaptation:
         self.pipe, self.net = copy.copy(pipe), compressed_copy(pipe.transformer, layers, ratio, operator)
         self.pipe.transformer = self.net
         if like is None:
-            self.batch = self._batches(split_scenes()[0], images, batch, seed)
-            self.held_out = self._batches(split_scenes()[1], batch * 2, batch * 2, (seed, HELD_OUT))
+            rng = np.random.default_rng(seed)
+            self.batch = self._batches([training_scene(rng) for _ in range(images)], batch, seed)
+            held_out = [*held_out_scenes(batch, 1), *held_out_scenes(batch, 2)]
+            self.held_out = self._batches(held_out, batch * 2, (seed, HELD_OUT))
         else:
             self.batch, self.held_out = like.batch, like.held_out
         options = TrainerOptions(
@@ -126,18 +129,17 @@ class CompressionAdaptation:
             errors.append(float(mse.mean().asnumpy()))
         return float(np.mean(errors))
 
-    def _batches(self, scenes: Sequence[Scene], images: int, size: int, seed: Any):
-        """Return batches of drawn images with captions padded to one length."""
+    def _batches(self, scenes: Sequence[Scene], size: int, seed: Any):
+        """Return batches of images of ``scenes``, with captions padded to one length."""
         rng, pipe = np.random.default_rng(seed), self.pipe
-        numbers = rng.permutation(np.resize(np.arange(len(scenes)), max(images, len(scenes))))[:images]
         side = 8 * self.net.config.input_size
         latents = []
-        for part in np.array_split(numbers, -(-images // ENCODED)):
-            drawn = to_signed(draw_scenes([scenes[k] for k in part], rng, side, side))
+        for first in range(0, len(scenes), ENCODED):
+            drawn = to_signed(draw_scenes(scenes[first : first + ENCODED], rng, side, side))
             latents.append(pipe.vae.encode(ms.Tensor(drawn))[0].mean.asnumpy())
         scaled = pipe.vae.config.to_model(np.concatenate(latents))
         first = int(generator(*np.atleast_1d(seed)).integers(2**31))
-        pool = caption_pool(scenes, numbers, pipe.tokenizer.tokenize, (CAPTION_TOKENS,), 1, first)
+        pool = caption_pool(scenes, pipe.tokenizer.tokenize, (CAPTION_TOKENS,), 1, generator(first, 6))
         empty = pipe.tokenizer.tokenize([""], CAPTION_TOKENS)
 
         def embed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:

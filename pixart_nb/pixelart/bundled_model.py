@@ -1,8 +1,15 @@
-"""Training of the bundled model from nothing: VAE, text encoder, transformer, and the folder that holds them."""
+"""Training of both bundled models from nothing, from weak to strong: every stage can be stopped and resumes.
+
+An image has a cell of 8 x 8 pixels at every size, so that a latent cell of the VAE of factor 8 is a cell of the scene:
+16 cells at 128 pixels, 32 at 256, 64 at 512 and 128 at 1024. A scene gains detail with its size, and the VAE has one
+colour to keep per latent cell, not several. Positions are interpolated over the same span at every size.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,113 +17,220 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.io import copy_file, ensure_writable, folder_lock
+from pixart_nb.core.data.images import to_signed
+from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import copy_file, ensure_writable, folder_lock, load_tensors, save_tensors
+from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.schedulers import DPMSolverMultistepScheduler
 from pixart_nb.core.sampling.text import TextTokenizer
-from pixart_nb.core.training.loss import diffusion_loss
-from pixart_nb.core.training.trainer import Trainer, TrainerOptions
+from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
 from pixart_nb.pixelart.autoencoder import train_autoencoder
-from pixart_nb.pixelart.batches import (
-    cached_latents,
-    caption_pool,
-    diffusion_batches,
-    generator,
-    set_weights,
-    trained_parameters,
+from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, generator, set_weights, trained_parameters
+from pixart_nb.pixelart.model_card import bundled_card
+from pixart_nb.pixelart.object_loss import (
+    NAMES,
+    cell_weights,
+    cut,
+    draw_timesteps,
+    name_head,
+    object_loss,
+    object_windows,
+    timestep_weights,
+    token_names,
 )
-from pixart_nb.pixelart.model_card import small_images_card
-from pixart_nb.pixelart.scenes import Scene, split_scenes
-from pixart_nb.pixelart.text_encoder import CAPTION_TOKENS, train_text_encoder, train_tokenizer
+from pixart_nb.pixelart.pool import SHARD, coded_scene, scene_shard, write_pool
+from pixart_nb.pixelart.scenes import CELL
+from pixart_nb.pixelart.text_encoder import train_text_encoder, train_tokenizer
 
-CONFIG = PixArtConfig(
-    hidden_size=192,
-    num_heads=6,
-    depth=6,
-    caption_channels=128,
-    input_size=16,
-    pe_interpolation=1.0,
-    model_max_length=300,
-)
-#: AdamW with a high rate that falls to zero; the output of the cross-attention is initialised at random.
+#: Position coordinates run from 0 to 16 at every size: ``pe_interpolation`` is 1 at 256 pixels, as it is 0.5 in the
+#: published models, whose sizes are twice as large.
+BASE = PixArtConfig(hidden_size=192, num_heads=6, depth=6, caption_channels=128, input_size=16, pe_interpolation=0.5)
+COMPRESSION = {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [3, 4, 5]}
 OPTIONS = TrainerOptions(
-    steps=5000,
+    steps=1_500,
     start_learning_rate=1.2e-3,
     warmup_steps=200,
     schedule="cosine",
     betas=(0.9, 0.95),
     ema_rate=0.998,
-    save_every=250,
+    save_every=100,
     log_every=10,
 )
-#: Folder and options of each stage; each starts from the averages of the one before.
-STAGES = {
-    "transformer": OPTIONS,
-    "transformer-2": replace(OPTIONS, steps=6000, start_learning_rate=8e-4, warmup_steps=100),
-    "transformer-3": replace(OPTIONS, steps=5000, start_learning_rate=6e-4, warmup_steps=100),
-}
-BATCH = 32
-IMAGES = 8 * 2160
 CAPTION_DROP = 0.1
 #: Padded caption lengths: few, so that few graphs are compiled.
-CAPTION_LENGTHS = (14, 24, CAPTION_TOKENS)
+CAPTION_LENGTHS = (14, 20, 34)
 CAPTIONS_PER_IMAGE = 2
 
 
-def train_tiny(folder: Path, work: Path, seed: int = 0) -> Path:
-    """Train the bundled model and write it to ``folder`` as a diffusers pipeline; return ``folder``.
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the transformer: cells of its scenes, shards of scenes, images per batch, options of the trainer.
 
-    Intermediate results are stored in ``work``: an interrupted training resumes from there. Scenes held out by
-    ``split_scenes`` are never shown.
+    ``deciding`` is the share of timesteps at which objects are decided; the others give the settings their texture.
+    With a ``window`` it sees squares of so many tokens, each near an object, at their places in the image. Objects are
+    learned from less than half of the tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
     """
+
+    name: str
+    cells: int
+    shards: int
+    batch: int
+    options: TrainerOptions
+    compression: dict | None = None
+    window: int = 0
+    deciding: float = 0.4
+
+    def config(self) -> PixArtConfig:
+        """Return the configuration of the transformer, whose latents have one cell per cell of the scene."""
+        changes = {"input_size": self.cells, "pe_interpolation": self.cells / 32}
+        return replace(BASE, **changes, kv_compress_config=self.compression)
+
+
+STAGES = (
+    Stage("128", 16, 48, 32, OPTIONS, deciding=0.7),
+    Stage("objects", 32, 48, 40, replace(OPTIONS, steps=4200, start_learning_rate=1e-3), window=10, deciding=0.7),
+    Stage("256", 32, 48, 16, replace(OPTIONS, steps=1200, start_learning_rate=5e-4, warmup_steps=100)),
+    Stage("512", 64, 12, 4, replace(OPTIONS, steps=1500, start_learning_rate=2e-4, warmup_steps=50)),
+    Stage("1024", 128, 4, 1, replace(OPTIONS, steps=800, start_learning_rate=1e-4, warmup_steps=50), COMPRESSION),
+)
+
+
+def train_tiny(folder: Path, work: Path, last: str = "256", seed: int = 0, processes: int = 2) -> Path:
+    """Train the stages up to ``last`` and write the model to ``folder`` as a diffusers pipeline; return ``folder``.
+
+    Everything in between is stored in ``work``: run again to resume, or to add further stages to finished ones.
+    """
+    names = [stage.name for stage in STAGES]
+    if last not in names:
+        raise PixArtNBError(f"last is {last!r}; expected one of {', '.join(names)}")
     folder, work = ensure_writable(folder), Path(work)
-    scenes = split_scenes()[0]
     with folder_lock(work):
-        vae = train_autoencoder(scenes, work / "vae", seed)
-        tokenizer = TextTokenizer(train_tokenizer(scenes, work / "tokenizer", seed))
-        encoder = train_text_encoder(scenes, tokenizer.tokenize, work / "text_encoder", seed)
-        transformer = train_transformer(scenes, vae, tokenizer, encoder, work, seed)
-        write_pipeline(folder, work, vae, encoder, transformer)
+        tokenizer = TextTokenizer(train_tokenizer(work / "tokenizer", seed))
+        encoder = train_text_encoder(tokenizer, work / "text_encoder", seed)
+        vae = train_autoencoder(work / "vae", seed, processes)
+        weights: dict[str, np.ndarray] = {}
+        used = STAGES[: names.index(last) + 1]
+        for number, stage in enumerate(used):
+            scenes = cached_latents(vae, work / f"latents-{CELL * stage.cells}", stage, seed, processes)
+            batch = stage_batches(stage, *scenes, tokenizer, encoder, seed + number)
+            net = train_stage(stage, batch, work / stage.name, weights, seed)
+            weights = {name: p.asnumpy().copy() for name, p in trained_parameters(net).items()}
+        write_model(folder, work, used, vae, encoder, net)
     return folder
 
 
-def train_transformer(
-    scenes: list[Scene], vae: AutoencoderKL, tokenizer: TextTokenizer, encoder: T5Encoder, work: Path, seed: int = 0
-) -> PixArt:
-    """Train, resume or load the transformer in ``work``; return it with its EMA weights."""
-    means, numbers = cached_latents(
-        lambda images: vae.encode(ms.Tensor(images))[0].mean.asnumpy(), scenes, work / "latents", IMAGES, seed
-    )
-    net = PixArt(CONFIG)
+def train_stage(stage: Stage, batch: Batch, work: Path, weights: dict[str, np.ndarray], seed: int) -> PixArt:
+    """Train, resume or load a stage that starts from ``weights``; return the transformer with its EMA weights.
+
+    Without weights it starts at random. Compression that they do not have starts as the average of R x R keys.
+    """
+    net, head = PixArt(stage.config()), name_head(BASE.hidden_size, seed)
     net.initialize(generator(seed, 5), zero_cross_attention=False)
     parameters = trained_parameters(net)
-    latents = vae.config.to_model(means)
-    pool = caption_pool(scenes, numbers, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_IMAGE, seed)
-    empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
-    positions = net.positions(CONFIG.input_size, CONFIG.input_size)
-    for number, (name, options) in enumerate(STAGES.items()):
-        batches = diffusion_batches(
-            latents, pool, lambda ids, mask: encoder(ids, mask).asnumpy(), empty, BATCH, CAPTION_DROP, seed + number
-        )
-        trainer = Trainer(
-            diffusion_loss(net, positions), parameters, batches, options, work / name, names=("mse", "vb"), network=net
-        )
-        trainer.run()
-        set_weights(parameters, trainer.weights())
+    set_weights(parameters, weights)
+    loss = object_loss(net, head, net.positions(stage.cells, stage.cells))
+    both = parameters | {f"head.{name}": p for name, p in head.parameters_and_names()}
+    trainer = Trainer(loss, both, batch, stage.options, work, names=NAMES, network=net)
+    trainer.run()
+    set_weights(both, trainer.weights())
     return net
 
 
-def write_pipeline(folder: Path, work: Path, vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt) -> None:
+def cached_latents(
+    vae: AutoencoderKL, folder: Path, stage: Stage, seed: int, processes: int = 2
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return scaled latents of drawn scenes (N, C, cells, cells) float16, and their codes and objects.
+
+    ``scene_codes`` are (N, 8); objects (N, cells, cells) int8, see ``scene_shard``. Scenes are drawn by several
+    processes. What exists in ``folder`` is not computed again.
+    """
+    draw = partial(scene_shard, cells=stage.cells, seed=seed)
+    drawn = write_pool(folder / "scenes", stage.shards, draw, processes)
+    means, codes, objects = [], [], []
+    for number, path in enumerate(tqdm(drawn, desc=folder.name, unit="shard")):
+        encoded = folder / f"latents-{number:04d}.safetensors"
+        if not encoded.is_file():
+            shard = np.load(path)
+            save_tensors(encoded, {"mean": _encode(vae, shard["cells"])} | {k: shard[k] for k in ("scene", "objects")})
+        tensors = load_tensors(encoded)
+        means.append(vae.config.to_model(tensors["mean"].astype(np.float32)).astype(np.float16))
+        codes.append(tensors["scene"])
+        objects.append(tensors["objects"])
+    return np.concatenate(means), np.concatenate(codes), np.concatenate(objects)
+
+
+def _encode(vae: AutoencoderKL, cells: np.ndarray) -> np.ndarray:
+    count = max(1, 4096 // cells.shape[1] ** 2)
+    parts = [cells[i : i + count] for i in range(0, len(cells), count)]
+    images = (to_signed(part.repeat(CELL, 1).repeat(CELL, 2)) for part in parts)
+    return np.concatenate([vae.encode(ms.Tensor(i))[0].mean.asnumpy().astype(np.float16) for i in images])
+
+
+def stage_batches(
+    stage: Stage,
+    latents: np.ndarray,
+    codes: np.ndarray,
+    objects: np.ndarray,
+    tokenizer: TextTokenizer,
+    encoder: T5Encoder,
+    seed: int,
+) -> Batch:
+    """Return the batches of a stage: latents, noise, timesteps, and captions in several wordings."""
+    scenes = [coded_scene(row) for row in codes]
+    pool = caption_pool(scenes, tokenizer.tokenize, CAPTION_LENGTHS, CAPTIONS_PER_IMAGE, generator(seed, 6))
+    empty = tokenizer.tokenize([""], CAPTION_LENGTHS[-1])
+
+    def embed(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return encoder(ids, mask).asnumpy()
+
+    times_of = partial(draw_timesteps, share=stage.deciding)
+    whole = diffusion_batches(
+        latents, pool, embed, empty, stage.batch, CAPTION_DROP, seed, times_of, lambda *numbers: numbers
+    )
+    config = stage.config()
+    positions = sincos_positions(
+        config.hidden_size, stage.cells // 2, stage.cells // 2, stage.cells // 2, config.pe_interpolation
+    ).reshape(stage.cells // 2, stage.cells // 2, -1)
+
+    def batch(step: int) -> tuple[np.ndarray, ...]:
+        start, noise, *rest, images, times = whole(step)
+        shown, side = objects[images], stage.window
+        if not side:
+            return start, noise, *rest, timestep_weights(times), cell_weights(shown), token_names(shown)
+        corners = object_windows(shown, side, generator(seed, step, 17))
+        start, noise, shown = (cut(grid, 2 * corners, 2 * side) for grid in (start, noise, shown))
+        own = np.stack([positions[y : y + side, x : x + side].reshape(side * side, -1) for y, x in corners])
+        return start, noise, *rest, timestep_weights(times), cell_weights(shown), token_names(shown), own
+
+    return batch
+
+
+def write_model(
+    folder: Path, work: Path, stages: Sequence[Stage], vae: AutoencoderKL, encoder: T5Encoder, transformer: PixArt
+) -> None:
     """Write the networks (float16 weights), the tokenizer, the scheduler, the training curves and the model card."""
     components.write_vae(folder / "vae", vae, np.float16)
     components.write_text_encoder(folder / "text_encoder", encoder, np.float16)
     components.write_transformer(folder / "transformer", transformer, np.float16)
     for name in ("spiece.model", "tokenizer_config.json"):
         copy_file(work / "tokenizer" / name, folder / "tokenizer" / name)
-    for part in ("vae", "text_encoder", *STAGES):
+    for part in ("vae", "text_encoder", *(stage.name for stage in stages)):
         copy_file(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
     components.write_index(folder, DPMSolverMultistepScheduler())
-    small_images_card().write(folder)
+    bundled_card(stages[-1].name, recipe(stages)).write(folder)
     tqdm.write(f"wrote {folder}")
+
+
+def recipe(stages: Sequence[Stage]) -> str:
+    """Return the sizes, steps and images of stages in words."""
+    return ", then ".join(map(_in_words, stages))
+
+
+def _in_words(stage: Stage) -> str:
+    size, window = CELL * stage.cells, stage.window
+    shown = f"squares of {window} x {window} tokens near an object, cut out of images" if window else "images"
+    scenes = f"({stage.shards * SHARD:,} scenes)"
+    return f"{stage.options.steps:,} steps of {stage.batch} {shown} of {size} x {size} pixels {scenes}"

@@ -1,13 +1,15 @@
-"""English captions of drawn scenes, in many wordings that all name the object, its colour and the setting."""
+"""English captions of scenes of one or two things, short and long, in several wordings."""
 
+from __future__ import annotations
+
+import re
 from collections.abc import Iterable
-from functools import lru_cache
-from itertools import product
+from dataclasses import replace
 
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene
+from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES, USUAL_PLACE, USUAL_SIZE, Scene, Thing
 
 #: Share of captions in which a synonym replaces the word: enough to learn it, too few to blur the ten colours.
 SYNONYM_SHARE = 0.05
@@ -37,27 +39,37 @@ WHERE: dict[str, tuple[str, ...]] = {
     "lava": ("near lava", "near hot lava", "above glowing lava", "in a dark volcano with lava below"),
 }
 
-SHORT_FORMS = (
-    "{a_colour} {object} {where}",
-    "{colour} {object} {where}",
-    "{colour} {object}, {setting}",
-    "{a_colour} {object} {where}, pixel art",
-    "pixel art of {a_colour} {object} {where}",
-    "pixel art, {colour} {object}, {setting}",
-    "a game icon: {a_colour} {object} {where}",
-    "a sprite of {a_colour} {object} {where}",
-    "a small {colour} {object} {where}",
-    "{setting}, {colour} {object}",
+#: The relation seen from the second thing, which some wordings name first.
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "in front of": "behind"}
+PHRASES = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "high above", "over"),
+    "below": ("below", "under", "beneath"),
+    "in front of": ("in front of", "before"),
+    "behind": ("behind", "at the back of"),
+}
+#: Phrases of where one thing is, the canonical one first.
+PLACE_PHRASES = {
+    "left": ("on the left", "at the left"),
+    "middle": ("in the middle", "in the centre"),
+    "right": ("on the right", "at the right"),
+}
+#: How often a caption names the usual size, or the usual place, of one thing.
+NAMED = 0.5
+FORMS = (
+    "{subject} {where}",
+    "{subject} {where}, pixel art",
+    "pixel art of {subject} {where}",
+    "{setting}: {subject}",
+    "{where}, {subject}",
+    "a detailed pixel art scene of {subject} {where}",
+    "a retro game scene with {subject} {where}, clean outlines and soft shading",
 )
 
-LONG_FORMS = (
-    "a small {colour} {object} {where}, 16-bit game sprite",
-    "a pixel art picture of {a_colour} {object} {where}, retro game style",
-    "{a_colour} {object} with a dark outline and a bright highlight, {where}, pixel art",
-    "a retro video game sprite of a single {colour} {object} {where}, seen in the middle of the picture",
-    "pixel art in which the {object} is {colour}, drawn {where} with a few flat shades",
-    "one {colour} {object} {where}, large square pixels, clean outline, 16-bit game item",
-)
+
+#: Thing in a canonical caption: article, size, colour, object.
+_THING = re.compile(rf"an? (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) (\w+)")
 
 
 def with_article(words: str) -> str:
@@ -65,55 +77,113 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def _word(name: str, synonyms: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
-    others = synonyms.get(name, ())
-    return str(rng.choice(others)) if others and rng.random() < SYNONYM_SHARE else name
-
-
-def _fill(form: str, scene: Scene, rng: np.random.Generator) -> str:
-    colour = _word(scene.colour, COLOUR_SYNONYMS, rng)
-    where = str(rng.choice(WHERE[scene.setting]))
-    return form.format(
-        colour=colour,
-        a_colour=with_article(colour),
-        object=_word(scene.object, OBJECT_SYNONYMS, rng),
-        setting=scene.setting,
-        where=where,
-    )
-
-
 def short_caption(scene: Scene) -> str:
-    """Return the canonical caption of a scene, such as ``a red mushroom on grass``."""
-    return f"{with_article(scene.colour)} {scene.object} {WHERE[scene.setting][0]}"
+    """Return the canonical caption, such as ``a red cat left of a blue boat on a beach``.
+
+    That of one thing names its size and place if the scene does: ``a large red cat on the left, on a beach``.
+    """
+    things = [with_article(_words(scene.size, thing.colour, thing.object)) for thing in scene.things]
+    subject = f" {scene.relation} ".join(things)
+    if scene.place:
+        subject += f" {PLACE_PHRASES[scene.place][0]},"
+    return f"{subject} {WHERE[scene.setting][0]}"
+
+
+def scene_of(caption: str) -> Scene | None:
+    """Return the scene of a canonical caption, unseen objects included, or None for any other text.
+
+    >>> scene_of("a red anchor on grass")
+    Scene(things=(Thing(object='anchor', colour='red'),), setting='grass', relation='', size='', place='')
+    """
+    setting = next((name for name, phrases in WHERE.items() if caption.endswith(f" {phrases[0]}")), "")
+    text = caption.removesuffix(WHERE[setting][0]).strip() if setting else ""
+    place = next((name for name in PLACES if text.endswith(f" {PLACE_PHRASES[name][0]},")), "")
+    text = text.removesuffix(f" {PLACE_PHRASES[place][0]},") if place else text
+    relation = next((name for name in RELATIONS if f" {name} " in text), "")
+    found = [_THING.fullmatch(part) for part in (text.split(f" {relation} ") if relation else [text])]
+    if not all(found):
+        return None
+    try:
+        scene = Scene(tuple(Thing(m[3], m[2]) for m in found), setting, relation, found[0][1] or "", place)
+    except PixArtNBError:  # an unknown object, or a size beside another thing
+        return None
+    return scene if short_caption(scene) == caption else None
 
 
 def named_scenes(captions: Iterable[str]) -> list[Scene]:
-    """Return the scenes that canonical captions name, in order; unseen objects are among them.
-
-    >>> named_scenes(["a red anchor on grass"])
-    [Scene(object='anchor', colour='red', setting='grass')]
+    """Return the scenes that canonical captions name, in order.
 
     Raises ``PixArtNBError`` that quotes the first that is no canonical caption.
     """
-    scenes, captions = scenes_by_caption(), list(captions)
-    for caption in captions:
-        if caption not in scenes:
-            raise PixArtNBError(f"{caption!r} names no scene; expected such as 'a red mushroom on grass'")
-    return [scenes[caption] for caption in captions]
-
-
-@lru_cache(maxsize=1)
-def scenes_by_caption() -> dict[str, Scene]:
-    """Return all scenes, unseen objects included, by their canonical captions."""
-    scenes = (Scene(*parts) for parts in product(OBJECTS + UNSEEN_OBJECTS, COLOURS, SETTINGS))
-    return {short_caption(scene): scene for scene in scenes}
-
-
-def long_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Return a caption of 9 to 25 words that also names the style."""
-    return _fill(str(rng.choice(LONG_FORMS)), scene, rng)
+    captions = list(captions)
+    scenes = [scene_of(caption) for caption in captions]
+    if None in scenes:
+        raise PixArtNBError(
+            f"{captions[scenes.index(None)]!r} names no scene; expected such as 'a red mushroom on grass' or "
+            "'a red cat left of a blue boat on a beach'"
+        )
+    return scenes
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Return a caption in one of many wordings, short or long; the same state of ``rng`` gives the same words."""
-    return _fill(str(rng.choice(SHORT_FORMS + LONG_FORMS)), scene, rng)
+    """Return a caption in one of many wordings; the same state of ``rng`` gives the same words.
+
+    A large thing, or one in the middle, may be told without its size or place.
+    """
+    return " ".join(word for word, _ in caption_words(as_told(scene, rng), rng))
+
+
+def long_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Return a caption that names everything that the scene has, and the style."""
+    return " ".join(word for word, _ in caption_words(scene, rng, form=str(rng.choice(FORMS[-2:]))))
+
+
+def as_told(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return a scene as a caption tells it: a usual size or place of its one thing is named in some captions only.
+
+    So the words of a caption, or their absence, always say how large a thing is and where it stands.
+    """
+    usual = {"size": USUAL_SIZE, "place": USUAL_PLACE}
+    silent = {key: "" for key, name in usual.items() if rng.random() > NAMED and getattr(scene, key) == name}
+    return replace(scene, **silent)
+
+
+def caption_words(
+    scene: Scene, rng: np.random.Generator, names: tuple[str, ...] | None = None, form: str = ""
+) -> list[tuple[str, int]]:
+    """Return the words of a caption, each with the number of the thing that it belongs to, or -1.
+
+    ``names`` replaces the objects' names, as new words would. ``form`` is one of ``FORMS``, drawn if it is "".
+    """
+    chosen = names or tuple(_word(thing.object, OBJECT_SYNONYMS, rng) for thing in scene.things)
+    things = [
+        (with_article(_words(scene.size, _word(thing.colour, COLOUR_SYNONYMS, rng), name)), number)
+        for number, (thing, name) in enumerate(zip(scene.things, chosen, strict=True))
+    ]
+    relation = scene.relation
+    if relation and rng.random() < 0.3:
+        things, relation = things[::-1], INVERSE[relation]
+    form = form or str(rng.choice(FORMS))
+    start, end = form.format(
+        subject="\n", where=rng.choice(WHERE[scene.setting]), setting=scene.setting
+    ).split("\n")  # fmt: skip
+    parts = [(start, -1), things[0]]
+    if relation:
+        parts += [(str(rng.choice(PHRASES[relation])), -1), things[1]]
+    if scene.place:
+        parts.append((str(rng.choice(PLACE_PHRASES[scene.place])), -1))
+        end = end if end.startswith(",") or not end else "," + end
+    words = [(word, number) for text, number in parts for word in text.split()]
+    if end.startswith(","):  # the comma belongs to the word before
+        words[-1] = (words[-1][0] + ",", words[-1][1])
+        end = end[1:]
+    return words + [(word, -1) for word in end.split()]
+
+
+def _words(*words: str) -> str:
+    return " ".join(word for word in words if word)
+
+
+def _word(name: str, synonyms: dict[str, tuple[str, ...]], rng: np.random.Generator) -> str:
+    others = synonyms.get(name, ())
+    return str(rng.choice(others)) if others and rng.random() < SYNONYM_SHARE else name

@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -18,10 +19,14 @@ from PIL import Image
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock, write_text
 from pixart_nb.pixelart.captions import long_caption, short_caption
-from pixart_nb.pixelart.scenes import COLOURS, OBJECTS, SETTINGS, UNSEEN_OBJECTS, Scene, draw, split_scenes
+from pixart_nb.pixelart.objects import OBJECTS, UNSEEN_OBJECTS
+from pixart_nb.pixelart.scenes import COLOURS, PLACES, Scene, draw, one
+from pixart_nb.pixelart.scenes import SIZES as THING_SIZES
+from pixart_nb.pixelart.settings import SETTINGS
+from pixart_nb.pixelart.split import training_scene
 
 #: (height, width) in pixels, taken in turn: mostly square, with some wide, high and large images.
-SIZES = ((128, 128),) * 3 + ((128, 192),) + ((128, 128),) * 3 + ((192, 128), (256, 256))
+SIZES = ((256, 256),) * 3 + ((256, 384),) + ((256, 256),) * 3 + ((384, 256), (512, 512))
 #: Files of the published layout.
 TABLE, METADATA = "2k_all/train/0000.parquet", "metadata.parquet"
 #: Key in the JSON of a zip part -> column of the table.
@@ -47,12 +52,19 @@ PublishedRow = dict[str, str | int | float | bytes]
 
 
 def write_dataset(folder: str | os.PathLike[str], count: int = 36, seed: int = 0) -> Path:
-    """Write ``count`` images of balanced scenes and their ``labels.json``; return the path of the latter."""
+    """Write ``count`` images of balanced scenes and their ``labels.json``; return the path of the latter.
+
+    In wide images the thing is in the middle, so that a training on squares keeps it.
+    """
     if count < 1:
         raise PixArtNBError(f"count must be at least 1, got {count}")
     rng = np.random.default_rng(seed)
-    names = zip(*(_balanced(part, count, rng) for part in (OBJECTS, COLOURS, SETTINGS)), strict=True)
-    return write_scenes(folder, [Scene(*parts) for parts in names], rng, SIZES)
+    names = zip(*(_balanced(part, count, rng) for part in map(tuple, (OBJECTS, COLOURS, SETTINGS))), strict=True)
+    where = zip(*(_balanced(tuple(part), count, rng) for part in (THING_SIZES, PLACES)), strict=True)
+    scenes = [one(*parts, *chosen) for parts, chosen in zip(names, where, strict=True)]
+    wide = [width > height for height, width in SIZES]
+    scenes = [replace(s, place="middle") if wide[k % len(SIZES)] else s for k, s in enumerate(scenes)]
+    return write_scenes(folder, scenes, rng, SIZES)
 
 
 def write_scenes(
@@ -81,7 +93,8 @@ def _write_image(
 ) -> dict[str, str | int | float]:
     """Draw and save one scene; return its entry of ``labels.json``."""
     height, width = size
-    name = f"{number:03d}_{scene.colour}_{scene.object}_{scene.setting}.png"
+    words = [word for thing in scene.things for word in (thing.colour, thing.object)]
+    name = f"{'_'.join([f'{number:03d}', *words, scene.setting])}.png"
     Image.fromarray(draw(scene, rng, height, width)).save(folder / name, optimize=True)
     return {
         "path": name,
@@ -102,14 +115,14 @@ def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> l
 # ---- the published forms of diffusiondb-pixelart
 
 
-def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 128, overwrite: bool = False) -> int:
+def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 256, overwrite: bool = False) -> int:
     """Write a sample in all published forms: ``count`` scenes, ``side`` pixels high; return the number of images.
 
     Two thirds of the scenes show an object that the bundled model was never trained on. The last quarter, meant for
     testing, is drawn once; each of the others four times, with different random details.
     """
-    if count < 4 or side < 16:
-        raise PixArtNBError(f"count is {count} and side is {side}; expected at least 4 scenes of 16 pixels")
+    if count < 4 or side < 128:
+        raise PixArtNBError(f"count is {count} and side is {side}; expected at least 4 scenes of 128 pixels")
     scenes = repeat_scenes(finetuning_scenes(count), count // 4, 4)
     with folder_lock(folder) as folder:
         existing = next((path for path in (folder / TABLE, folder / METADATA) if path.exists()), None)
@@ -118,17 +131,25 @@ def write_sample(folder: str | os.PathLike[str], count: int = 120, side: int = 1
         return len(write_published(folder, len(scenes), side=side, scenes=scenes))
 
 
-def finetuning_scenes(count: int, seed: int = 0, objects: Sequence[str] = UNSEEN_OBJECTS[:1]) -> list[Scene]:
+def finetuning_scenes(count: int, seed: int = 0, objects: Sequence[str] = tuple(UNSEEN_OBJECTS)[:1]) -> list[Scene]:
     """Return ``count`` different scenes in random order; two thirds show new ``objects``, as far as they suffice.
 
     The last scenes ask for combinations that the others do not show. The known objects keep a model from forgetting.
     """
     rng = np.random.default_rng(seed)
-    new = [Scene(*parts) for parts in product(objects, COLOURS, SETTINGS)]
+    new = [one(*parts) for parts in product(objects, COLOURS, SETTINGS)]
     chosen = [new[k] for k in rng.permutation(len(new))[: 2 * count // 3]]
-    old = split_scenes()[0]
-    chosen += [old[k] for k in rng.permutation(len(old))[: count - len(chosen)]]
+    chosen += _old_scenes(count - len(chosen), rng)
     return [chosen[k] for k in rng.permutation(len(chosen))]
+
+
+def _old_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
+    """Return ``count`` different scenes of one thing as the bundled model was trained with, without size and place."""
+    chosen: dict[Scene, None] = {}
+    while len(chosen) < count:
+        scene = training_scene(rng, 0)
+        chosen[replace(scene, size="", place="")] = None
+    return list(chosen)
 
 
 def repeat_scenes(scenes: Sequence[Scene], test_count: int, repeats: int) -> list[Scene]:
@@ -137,15 +158,16 @@ def repeat_scenes(scenes: Sequence[Scene], test_count: int, repeats: int) -> lis
     return [*scenes[:first]] * repeats + [*scenes[first:]]
 
 
-def sample_rows(count: int, seed: int = 0, side: int = 64, scenes: Sequence[Scene] | None = None) -> list[PublishedRow]:
+def sample_rows(
+    count: int, seed: int = 0, side: int = 128, scenes: Sequence[Scene] | None = None
+) -> list[PublishedRow]:
     """Rows of the table, each with its image as PNG bytes under ``png`` and that file's ``name``.
 
     Images are ``side`` pixels high and wide; every third is half as wide again. They show ``scenes`` in turn, by
     default training scenes chosen by ``seed``.
     """
     rng = np.random.default_rng(seed)
-    training = split_scenes()[0]
-    scenes = scenes or [training[i] for i in rng.permutation(len(training))]
+    scenes = scenes or _old_scenes(count, rng)
     return [_row(number, scenes[number % len(scenes)], rng, side) for number in range(count)]
 
 
@@ -160,7 +182,7 @@ def _row(number: int, scene: Scene, rng: np.random.Generator, side: int) -> Publ
 
 
 def write_published(
-    folder: Path, count: int = 20, seed: int = 0, side: int = 64, scenes: Sequence[Scene] | None = None
+    folder: Path, count: int = 20, seed: int = 0, side: int = 128, scenes: Sequence[Scene] | None = None
 ) -> list[PublishedRow]:
     """Write the whole published layout: the table, two zip parts and the metadata. Return the rows in order."""
     rows, half = sample_rows(count, seed, side, scenes), count // 2

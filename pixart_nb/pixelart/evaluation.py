@@ -23,20 +23,14 @@ from pixart_nb.core.sampling.images import save_elsewhere, to_uint8, write_image
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.sampling.text import card_vocabulary
 from pixart_nb.core.training.validation import psnr, reconstruct
-from pixart_nb.pixelart.captions import named_scenes, scenes_by_caption, short_caption
-from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.scenes import OBJECTS, Scene, draw, split_scenes
+from pixart_nb.pixelart.captions import named_scenes, scene_of, short_caption
+from pixart_nb.pixelart.evaluator import SceneEvaluator, accuracy_of
+from pixart_nb.pixelart.objects import OBJECTS
+from pixart_nb.pixelart.scenes import Scene, draw
+from pixart_nb.pixelart.split import held_out_scenes
 from pixart_nb.pixelart.textures import texture_ratios
 
-_SHEET_COLUMNS = 16
-
-
-def held_out_scenes(count: int) -> list[Scene]:
-    """Return ``count`` scenes that training never shows, spread evenly over all of them."""
-    scenes = split_scenes()[1]
-    if not 1 <= count <= len(scenes):
-        raise PixArtNBError(f"count must be between 1 and {len(scenes)}, got {count}")
-    return [scenes[k * len(scenes) // count] for k in range(count)]
+_SHEET_COLUMNS = 12
 
 
 def draws_scenes(config: ModelKeys) -> bool:
@@ -49,7 +43,7 @@ def draws_scenes(config: ModelKeys) -> bool:
 
 
 def agreement(images: np.ndarray, prompts: Sequence[str], read: bool = True) -> dict[str, float]:
-    """Return the shares of images whose object, colour, setting, and all three, are those of their prompts.
+    """Return the shares of images whose object, colour, setting, and everything, are those of their prompts.
 
     ``images`` is (N, H, W, 3) float in [0, 1] or uint8. Only the canonical captions of scenes can be evaluated
     (``a red mushroom on grass``); other prompts are left out, and without any the result is empty. It is empty too
@@ -57,22 +51,23 @@ def agreement(images: np.ndarray, prompts: Sequence[str], read: bool = True) -> 
     """
     if len(images) != len(prompts):
         raise PixArtNBError(f"need as many prompts as images, got {len(prompts)} for {len(images)}")
-    rows = [k for k, prompt in enumerate(prompts) if read and prompt in scenes_by_caption()]
-    if not rows:
+    scenes = {k: scene for k, prompt in enumerate(prompts) if read and (scene := scene_of(prompt))}
+    if not scenes:
         return {}
     pixels = images if images.dtype == np.uint8 else to_uint8(images)
-    scenes = named_scenes(prompts[k] for k in rows)
-    return evaluator_of(scenes).accuracy(pixels[rows], scenes)
+    chosen = list(scenes.values())
+    return evaluator_of(chosen).accuracy(pixels[list(scenes)], chosen)
 
 
-def evaluator_of(scenes: Sequence[Scene]) -> SpriteEvaluator:
+def evaluator_of(scenes: Sequence[Scene]) -> SceneEvaluator:
     """Return an evaluator that knows the objects of the bundled model and those of ``scenes``."""
-    return SpriteEvaluator(OBJECTS + tuple(sorted({scene.object for scene in scenes} - set(OBJECTS))))
+    named = {thing.object for scene in scenes for thing in scene.things}
+    return SceneEvaluator((*OBJECTS, *sorted(named - set(OBJECTS))))
 
 
-def requested_scenes(count: int, labels: str | os.PathLike[str] | None = None) -> list[Scene]:
-    """Return ``count`` held-out scenes, or those of the first ``count`` captions of a label file."""
-    return named_scenes(read_prompts(labels)[:count]) if labels else held_out_scenes(count)
+def requested_scenes(count: int, things: int = 1, labels: str | os.PathLike[str] | None = None) -> list[Scene]:
+    """Return ``count`` held-out scenes of one or two things, or those of the first captions of a label file."""
+    return named_scenes(read_prompts(labels)[:count]) if labels else held_out_scenes(count, things)
 
 
 def evaluate_and_write(
@@ -118,8 +113,8 @@ def _write_new(folder: Path, sheet: np.ndarray, report: Mapping[str, Any]) -> Pa
 def score_table(report: Mapping[str, Any]) -> RichTable:
     """Return the accuracies of a report of ``evaluate_and_write`` as a table for the terminal."""
     table = RichTable("part", "accuracy")
-    for part in ("object", "colour", "setting", "all"):
-        table.add_row(part, f"{report['accuracy'][part]:.1%}")
+    for part, share in report["accuracy"].items():
+        table.add_row(part, f"{share:.1%}")
     return table
 
 
@@ -142,8 +137,8 @@ def evaluate_model(
     guidance_scale: float = GUIDANCE_SCALE,
     batch_size: int = 24,
     seed: int = 0,
-    height: int = 128,
-    width: int = 128,
+    height: int = 256,
+    width: int = 256,
     negative_prompt: str = "",
     read: bool = True,
 ) -> dict[str, Any]:
@@ -160,9 +155,10 @@ def evaluate_model(
         read: False leaves the shares and ratios empty, for a model that does not draw scenes.
 
     Returns:
-        ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all``; ``object_accuracy``,
-        the share of right objects among the images of each; ``texture_ratios`` (see ``textures``) to drawn images;
-        ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
+        ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all`` (see
+        ``SceneEvaluator.accuracy``); ``object_accuracy``, the share of images that show each object among those that
+        should; ``texture_ratios`` (see ``textures``) to drawn images; ``seconds_per_image``; ``images`` (N, H, W, 3)
+        uint8.
     """
     started = time.perf_counter()
     size = {"height": height, "width": width}
@@ -173,8 +169,9 @@ def evaluate_model(
     result = {"count": len(scenes), "accuracy": {}, "object_accuracy": {}, "texture_ratios": {}}
     if read:
         evaluator, drawn = evaluator_of(scenes), (drawn_images(scenes, seed + k, height, width) for k in range(2))
-        result["accuracy"] = evaluator.accuracy(images, scenes)
-        result["object_accuracy"] = _object_accuracy(evaluator, images, scenes)
+        read_scenes = evaluator.scenes(images, scenes)
+        result["accuracy"] = accuracy_of(read_scenes, scenes)
+        result["object_accuracy"] = _object_accuracy(read_scenes, scenes)
         result["texture_ratios"] = texture_ratios(images, *drawn)
     return {**result, "seconds_per_image": seconds, "images": images}
 
@@ -187,7 +184,7 @@ def evaluate_latents(
     Returns the shares of right ``object``, ``colour``, ``setting`` and ``all``, and the images (H, W, 3) uint8.
     """
     images = [to_uint8(pipe.decode_latents(row[None]))[0] for row in latents]
-    return SpriteEvaluator().accuracy(images, list(scenes[: len(images)])), images
+    return evaluator_of(scenes).accuracy(images, list(scenes[: len(images)])), images
 
 
 def draw_prompts(pipe: Any, prompts: Sequence[str], batch_size: int = 24, seed: int = 0, **call: Any) -> np.ndarray:
@@ -210,10 +207,13 @@ def draw_prompts(pipe: Any, prompts: Sequence[str], batch_size: int = 24, seed: 
     return np.concatenate(drawn)
 
 
-def _object_accuracy(evaluator: SpriteEvaluator, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+def _object_accuracy(read: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return by object the share of the scenes with it in which it was read."""
     right: dict[str, list[bool]] = {}
-    for verdict, scene in zip(evaluator.evaluate_many(images), scenes, strict=True):
-        right.setdefault(scene.object, []).append(verdict.object == scene.object)
+    for found, scene in zip(read, scenes, strict=True):
+        shown = {thing.object for thing in found.things}
+        for thing in scene.things:
+            right.setdefault(thing.object, []).append(thing.object in shown)
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}
 
 
@@ -224,7 +224,7 @@ def drawn_images(scenes: Sequence[Scene], seed: int, height: int, width: int) ->
 
 
 def reconstruction_psnr(
-    vae: Any, scenes: Sequence[Scene], *, batch_size: int = 24, seed: int = 0, height: int = 128, width: int = 128
+    vae: Any, scenes: Sequence[Scene], *, batch_size: int = 24, seed: int = 0, height: int = 256, width: int = 256
 ) -> float:
     """Return the mean PSNR in dB of drawn scenes after encoding and decoding them."""
     images = drawn_images(scenes, seed, height, width)

@@ -1,236 +1,228 @@
-"""Reads object, colour and setting from an image of a drawn scene, with a score of how certain that is.
+"""Reads the things, their colours, their relation and the setting of an image of a drawn scene, at any size.
 
-The image is averaged to its cells. The setting is the one whose colours explain the border best. Then every object, in
-every colour, orientation and position, competes with the background alone: the best explains the most squared colour
-error of the cells that it covers. Nothing is learned.
+Analysis by synthesis: the image is averaged to a grid of 16 to 32 cells. The setting is the one whose colours explain
+the cells best. Then every object, in every colour, size, orientation and position, competes with the background: the
+best explains the most squared colour error of the cells that it covers. A second thing is found in what the first
+leaves unexplained, and both are fitted again with either in front. Nothing is learned.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.backgrounds import BACKGROUNDS
+from pixart_nb.pixelart.fits import MOST_CELLS, STRAY, Fit, Search
+from pixart_nb.pixelart.objects import DRAWINGS, OBJECTS
 from pixart_nb.pixelart.scenes import (
+    CELL,
     COLOURS,
-    JITTER,
-    OBJECTS,
-    SETTINGS,
-    UNSEEN_OBJECTS,
+    GROUND,
+    LIGHTS,
+    PLACES,
+    SHADOW,
+    SIZES,
     Placement,
     Scene,
-    grid_mask,
-    grid_size,
+    Thing,
     resize_nearest,
-    sprite_colours,
-    sprite_mask,
 )
-from pixart_nb.pixelart.shapes import MIRRORED, SHAPE_SIZE
+from pixart_nb.pixelart.settings import SETTINGS, draw_setting
 
-#: Sample points inside a cell, as fractions of its side: its edges may be blurred into the neighbours.
-SAMPLES = np.array([0.3, 0.43, 0.57, 0.7])
-
-#: An image shows a scene when its object explains at least this share of the covered cells' deviation from the
-#: background, and border and object fit with at most these root mean square errors (0..255 per channel).
-LEAST_SCORE = 0.5
-MOST_SETTING_ERROR = 40.0
-MOST_OBJECT_ERROR = 40.0
-
-#: Largest squared error per channel of one border cell when the setting is chosen.
-STRAY = 80.0**2
-
-BATCH = 32
-
-Images = Sequence[np.ndarray] | np.ndarray
+#: Scale of the squared error at which a colour counts as another, in the density of a setting's colours.
+KERNEL = 70.0
+#: Distances, in shares of the image, from which two things are beside or above each other.
+BESIDE, ABOVE = 0.32, 0.36
+_SEEDS, _COLOURS_PER_ROW = 24, 256
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Content of an image.
+class Reading:
+    """Content of an image: the scene, where its things are, how well each fits (0 to 1), and visible masks (H, W)."""
 
-    ``object_score`` is the share, 0 to 1, of the covered cells' deviation from the background that the object
-    explains, and ``runner_up_score`` that of the next best object. The errors are root mean squares in 0..255 per
-    channel. ``mask`` is (H, W) bool. ``confident`` is False for an image that shows no scene; the names are then those
-    of the nearest scene.
+    scene: Scene
+    placements: tuple[Placement, ...]
+    scores: tuple[float, ...]
+    masks: tuple[np.ndarray, ...]
+
+
+@lru_cache(maxsize=16)
+def _palettes(height: int, width: int, detail: int) -> np.ndarray:
+    """Colours that each row of each setting may have: (settings, height, P, 3) float32."""
+    rng, palettes = np.random.default_rng(0), []
+    for setting in SETTINGS:
+        drawn = [draw_setting(setting, height * detail, width * detail, seed) for seed in range(_SEEDS)]
+        cells = [d.reshape(height, detail, width, detail, 3).mean((1, 3)) for d in drawn]
+        rows = np.concatenate(cells, 1)
+        ground = rows[int(GROUND * height) :]
+        rows = np.concatenate([rows, np.concatenate([rows[: -len(ground)], SHADOW * ground])], 1)
+        palettes.append(rows[:, rng.permutation(rows.shape[1])[:_COLOURS_PER_ROW]])
+    return np.array(palettes, np.float32)
+
+
+def to_cells(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Average an image (H, W, 3) uint8 to a grid (height, width, 3) float32 in 0..255."""
+    if (image.shape[0] % height, image.shape[1] % width) == (0, 0):
+        blocks = image.reshape(height, image.shape[0] // height, width, image.shape[1] // width, 3)
+        return blocks.mean((1, 3), dtype=np.float32)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BOX), np.float32)
+
+
+class SceneEvaluator:
+    """Reads images of the drawn world, of any size from 16 cells.
+
+    ``objects``: names to choose from, by default those that the bundled model knows. ``cell``: pixels of a cell; larger
+    images than ``MOST_CELLS`` cells are read reduced.
     """
 
-    object: str
-    colour: str
-    setting: str
-    object_score: float
-    runner_up_score: float
-    object_error: float
-    setting_error: float
-    confident: bool
-    placement: Placement
-    mask: np.ndarray
-
-    @property
-    def scene(self) -> Scene:
-        """Scene of these names."""
-        return Scene(self.object, self.colour, self.setting)
-
-
-def cell_means(images: np.ndarray) -> np.ndarray:
-    """Average the middles of the cells: (N, H, W, 3) uint8 -> (N, gh, gw, 3) float32 in 0..255."""
-    count, height, width, _ = images.shape
-    grid_height, grid_width = grid_size(height, width)
-    rows = _sample_positions(grid_height, height)
-    columns = _sample_positions(grid_width, width)
-    samples = images[:, rows][:, :, columns].astype(np.float32)
-    return samples.reshape(count, grid_height, SAMPLES.size, grid_width, SAMPLES.size, 3).mean(axis=(2, 4))
-
-
-def _sample_positions(cells: int, pixels: int) -> np.ndarray:
-    return ((np.arange(cells)[:, None] + SAMPLES) * pixels / cells).astype(int).ravel()
-
-
-@lru_cache(maxsize=32)
-def _row_palettes(grid_height: int) -> np.ndarray:
-    """Colours that each row of each setting may have: (settings, gh, P, 3) float32, short lists repeated."""
-    palettes = [_rows_of(setting, grid_height) for setting in SETTINGS]
-    longest = max(len(row) for rows in palettes for row in rows)
-    return np.array([[np.resize(row, (longest, 3)) for row in rows] for rows in palettes], dtype=np.float32)
-
-
-def _rows_of(setting: str, grid_height: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    drawn = np.concatenate([BACKGROUNDS[setting](rng, grid_height, 16) for _ in range(64)], axis=1)
-    return [np.unique(row, axis=0) for row in drawn]
-
-
-def _background_errors(cells: np.ndarray) -> np.ndarray:
-    """Squared error per channel of each cell under each setting: (N, gh, gw, 3) -> (N, settings, gh, gw)."""
-    palettes = _row_palettes(cells.shape[1])
-    off = cells[:, None, :, :, None] - palettes[None, :, :, None]
-    return np.square(off).mean(axis=-1).min(axis=-1)
-
-
-def _border(grid_height: int, grid_width: int) -> np.ndarray:
-    """Cells that no object ever covers: (gh, gw) bool."""
-    reach = SHAPE_SIZE // 2 + JITTER
-    border = np.ones((grid_height, grid_width), dtype=bool)
-    middle, centre = grid_height // 2, grid_width // 2
-    border[middle - reach : middle + reach + 1, centre - reach : centre + reach + 1] = False
-    return border
-
-
-@lru_cache(maxsize=8)
-def _templates(objects: tuple[str, ...]) -> tuple[list[tuple[str, bool]], np.ndarray, np.ndarray]:
-    """Shapes and whether they are mirrored, their masks (S, 144) and colours (S, colours, 144 * 3), float32."""
-    shapes = [(name, side) for name in objects for side in ((False, True) if name in MIRRORED else (False,))]
-    masks = np.array([sprite_mask(*shape).ravel() for shape in shapes], dtype=np.float32)
-    colours = np.array([[sprite_colours(n, colour, m).ravel() for colour in COLOURS] for n, m in shapes])
-    return shapes, masks, colours
-
-
-def _windows(cells: np.ndarray) -> np.ndarray:
-    """All 12 x 12 windows: (N, gh, gw, ...) -> (N, rows, columns, 144 * ...)."""
-    views = np.lib.stride_tricks.sliding_window_view(cells, (SHAPE_SIZE, SHAPE_SIZE), axis=(1, 2))
-    views = np.moveaxis(views, (-2, -1), (3, 4))
-    return views.reshape(*views.shape[:3], -1)
-
-
-def _object_errors(cells: np.ndarray, objects: tuple[str, ...]) -> np.ndarray:
-    """Squared error of every candidate over its mask: (N, gh, gw, 3) -> (N, rows, columns, S, colours)."""
-    _, masks, colours = _templates(objects)
-    energy = _windows(np.square(cells).sum(axis=-1)) @ masks.T
-    correlations = _windows(cells) @ colours.reshape(-1, colours.shape[-1]).T
-    correlations = correlations.reshape(*energy.shape, len(COLOURS))
-    return (energy[..., None] - 2 * correlations + np.square(colours).sum(axis=-1)) / 3
-
-
-class SpriteEvaluator:
-    """Reads the scene of images of any size from 16 x 16 pixels.
-
-    ``objects``: names to choose from, by default those that the bundled model knows.
-    """
-
-    def __init__(self, objects: Sequence[str] = OBJECTS):
-        unknown = [name for name in objects if name not in OBJECTS + UNSEEN_OBJECTS]
+    def __init__(self, objects: Sequence[str] = tuple(OBJECTS), cell: int = CELL):
+        unknown = [name for name in objects if name not in DRAWINGS]
         if unknown or not objects:
-            raise PixArtNBError(f"objects are {list(objects)}; expected some of {OBJECTS + UNSEEN_OBJECTS}")
-        self.objects = tuple(objects)
+            raise PixArtNBError(f"objects are {list(objects)}; expected some of {list(DRAWINGS)}")
+        self.objects, self.cell = tuple(objects), cell
 
-    def evaluate(self, image: np.ndarray) -> Verdict:
-        """Read one image, (H, W, 3) uint8."""
-        return self.evaluate_many([image])[0]
-
-    def evaluate_many(self, images: Images) -> list[Verdict]:
-        """Read images of (H, W, 3) uint8, of one size or of several; return a verdict for each, in order."""
-        by_size: dict[tuple[int, ...], list[int]] = {}
-        for number, image in enumerate(images):
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise PixArtNBError(f"an image must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
-            by_size.setdefault(image.shape, []).append(number)
-        verdicts: dict[int, Verdict] = {}
-        for numbers in by_size.values():
-            for first in range(0, len(numbers), BATCH):
-                part = numbers[first : first + BATCH]
-                verdicts |= zip(part, _judge(np.stack([images[k] for k in part]), self.objects), strict=True)
-        return [verdicts[number] for number in range(len(images))]
-
-    def accuracy(self, images: Images, scenes: Sequence[Scene]) -> dict[str, float]:
-        """Return the shares of images whose object, colour, setting and all three are those of ``scenes``."""
-        if len(images) != len(scenes) or not len(scenes):
+    def read(self, image: np.ndarray, things: int | None = None) -> Reading:
+        """Read one image, (H, W, 3) uint8, with one thing, two, or as many as are found."""
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 16 * self.cell:
             raise PixArtNBError(
-                f"need one scene per image and at least one, got {len(images)} images and {len(scenes)} scenes"
+                f"image is {image.shape} {image.dtype}; expected (H, W, 3) uint8 of {16 * self.cell} pixels and more"
             )
-        read = [verdict.scene for verdict in self.evaluate_many(images)]
-        pairs = list(zip(read, scenes, strict=True))
-        shares = {
-            part: float(np.mean([getattr(a, part) == getattr(b, part) for a, b in pairs]))
-            for part in ("object", "colour", "setting")
-        }
-        return shares | {"all": float(np.mean([a == b for a, b in pairs]))}
+        if things not in (None, 1, 2):
+            raise PixArtNBError(f"things is {things}; expected 1, 2 or None")
+        shorter = min(image.shape[:2])
+        detail = max(1, min(4, shorter // self.cell // MOST_CELLS))
+        side = min(MOST_CELLS, shorter // self.cell)
+        height, width = (round(n * side / shorter) for n in image.shape[:2])
+        cells = to_cells(image, height, width)
+        setting, ground = _setting(cells, detail)
+        lit = cells / np.array(LIGHTS.get(setting, (1.0, 1.0, 1.0)), np.float32)
+        search = Search(lit, ground, side, detail, self.objects)
+        fits = search.fit(things)
+        return _reading(fits, setting, search, image.shape[:2])
+
+    def read_for(self, image: np.ndarray, scene: Scene) -> Reading:
+        """Read an image that should show ``scene``: as many things, in the order of those that they agree with.
+
+        The scene of the reading is told from its first thing if its relation can be, else as it was read.
+        """
+        reading = self.read(image, len(scene.things))
+        found = reading.scene.things
+        if _agreement(found[::-1], scene.things) <= _agreement(found, scene.things):
+            return reading
+        parts = (reading.placements[::-1], reading.scores[::-1], reading.masks[::-1])
+        return Reading(_swapped(reading.scene) or reading.scene, *parts)
+
+    def accuracy(self, images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, float]:
+        """Return the shares of images in which each part of their scene is right, and in which all are.
+
+        ``object``, ``colour`` and, for pairs, ``relation`` are those of both things; the number of things is given.
+        ``size`` and ``place`` count where a scene names them.
+        """
+        return accuracy_of(self.scenes(images, scenes), scenes)
+
+    def scenes(self, images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[Scene]:
+        """Return the scene that each image shows, with as many things as the one that it should show."""
+        if len(images) != len(scenes) or not len(scenes):
+            raise PixArtNBError(f"need one scene per image and at least one, got {len(images)} and {len(scenes)}")
+        return [self.read(image, len(scene.things)).scene for image, scene in zip(images, scenes, strict=True)]
 
 
-def _judge(images: np.ndarray, objects: tuple[str, ...]) -> list[Verdict]:
-    """Return the verdicts of (N, H, W, 3) uint8 images, over these objects."""
-    cells = cell_means(images)
-    errors = _background_errors(cells)
-    outside = np.minimum(errors[..., _border(*cells.shape[1:3])], STRAY).mean(axis=-1)
-    settings = outside.argmin(axis=1)
-    ground = errors[np.arange(len(cells)), settings]
-    covered = (_windows(ground) @ _templates(objects)[1].T)[..., None]
-    misfits = _object_errors(cells, objects)
-    setting_errors = np.sqrt(outside.min(axis=1))
-    size = images.shape[1:3]
-    return [
-        _verdict(size, SETTINGS[setting], float(error), *candidates, objects)
-        for setting, error, *candidates in zip(settings, setting_errors, covered, misfits, strict=True)
+def accuracy_of(read: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Return the shares of scenes in which each part, and everything, was read as it should be."""
+    rows = [compare(found, scene) for found, scene in zip(read, scenes, strict=True)]
+    keys = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key == "all")
+    return {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}
+
+
+def compare(read: Scene, scene: Scene) -> dict[str, bool]:
+    """Return which parts of a scene are right, where ``read`` was read."""
+    result = _ordered(read, scene)
+    pairs = list(zip(result.things, scene.things, strict=False))
+    row = {
+        "object": len(result.things) == len(scene.things) and all(a.object == b.object for a, b in pairs),
+        "colour": len(result.things) == len(scene.things) and all(a.colour == b.colour for a, b in pairs),
+        "setting": result.setting == scene.setting,
+    }
+    for part in ("relation", "size", "place"):
+        if getattr(scene, part):
+            row[part] = getattr(result, part) == getattr(scene, part)
+    return row | {"all": all(row.values())}
+
+
+def _ordered(read: Scene, scene: Scene) -> Scene:
+    """Return the reading with its things in the order that agrees best with ``scene``."""
+    swapped = _swapped(read)
+    if swapped is None:
+        return read
+    agreement = [
+        _agreement(told.things, scene.things) + 0.5 * (told.relation == scene.relation) for told in (read, swapped)
     ]
+    return swapped if agreement[1] > agreement[0] else read
 
 
-def _verdict(
-    size: tuple[int, int],
-    setting: str,
-    setting_error: float,
-    covered: np.ndarray,
-    misfits: np.ndarray,
-    objects: tuple[str, ...],
-) -> Verdict:
-    """Choose the best candidate by errors of (rows, columns, S, 1) and (rows, columns, S, colours)."""
-    shapes, masks, _ = _templates(objects)
-    gains = covered - misfits
-    row, column, shape, colour = np.unravel_index(gains.argmax(), gains.shape)
-    name, mirrored = shapes[shape]
-    scale = max(float(covered[row, column, shape, 0]), 1e-6)
-    score = max(float(gains[row, column, shape, colour]) / scale, 0.0)
-    others = gains[:, :, [other != name for other, _ in shapes]].max()
-    error = float(np.sqrt(max(misfits[row, column, shape, colour], 0) / masks[shape].sum()))
-    placement = Placement(int(row), int(column), mirrored)
-    return Verdict(
-        object=name,
-        colour=COLOURS[colour],
-        setting=setting,
-        object_score=score,
-        runner_up_score=max(float(others) / scale, 0.0),
-        object_error=error,
-        setting_error=setting_error,
-        confident=score >= LEAST_SCORE and error <= MOST_OBJECT_ERROR and setting_error <= MOST_SETTING_ERROR,
-        placement=placement,
-        mask=resize_nearest(grid_mask(name, placement, *grid_size(*size)), *size),
+def _agreement(things: Sequence[Thing], others: Sequence[Thing]) -> int:
+    """Return how many objects and colours are the same, in order."""
+    return sum((a.object == b.object) + (a.colour == b.colour) for a, b in zip(things, others, strict=False))
+
+
+def _swapped(scene: Scene) -> Scene | None:
+    """Return the same scene told from its second thing, if its relation has an inverse that is a relation."""
+    inverse = {"left of": "right of", "right of": "left of"}.get(scene.relation)
+    return Scene(scene.things[::-1], scene.setting, inverse) if inverse else None
+
+
+def _setting(cells: np.ndarray, detail: int) -> tuple[str, np.ndarray]:
+    """Return the setting that explains the cells best, and the squared error per channel of each cell."""
+    palettes = _palettes(*cells.shape[:2], min(2, detail))
+    norms = np.square(palettes).sum(-1)  # (settings, H, P)
+    correlations = np.einsum("hwc,shpc->shwp", cells, palettes, optimize=True)
+    squares = np.maximum(np.square(cells).sum(-1)[..., None] - 2 * correlations + norms[:, :, None], 0) / 3
+    least = squares.min(-1, keepdims=True)
+    errors = least[..., 0] - KERNEL * np.log(np.exp((least - squares) / KERNEL).mean(-1))
+    best = int(np.minimum(errors, STRAY).mean((1, 2)).argmin())
+    return list(SETTINGS)[best], errors[best]
+
+
+def _reading(fits: list[Fit], setting: str, search: Search, size: tuple[int, int]) -> Reading:
+    """Return the reading of one fit, or of two from front to back."""
+    placements, masks = [fit.placement for fit in fits], []
+    hidden = np.zeros(search.ground.shape, bool)
+    for fit in fits:
+        mask = np.zeros_like(hidden)
+        mask[fit.window] = fit.mask
+        masks.append(mask & ~hidden)
+        hidden |= mask
+    things = tuple(Thing(fit.name, COLOURS[fit.colour]) for fit in fits)
+    order, relation = _relation(placements)
+    where = _size_and_place(placements[0], size[1] / min(size)) if len(things) == 1 else ()
+    scene = Scene(tuple(things[k] for k in order), setting, relation, *where)
+    return Reading(
+        scene,
+        tuple(placements[k] for k in order),
+        tuple(search.score(fits[k]) for k in order),
+        tuple(resize_nearest(masks[k], *size) for k in order),
     )
+
+
+def _size_and_place(at: Placement, wide: float) -> tuple[str, str]:
+    """Return the nearest size and place of a thing in an image that is ``wide`` times its shorter side."""
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - at.size))
+    share = (at.x - at.size / 2) / max(wide - at.size, 1e-6)
+    return size, min(PLACES, key=lambda name: abs(PLACES[name] - share))
+
+
+def _relation(placements: Sequence[Placement]) -> tuple[tuple[int, ...], str]:
+    """Return the order in which the things are named, and the relation of the first to the second."""
+    if len(placements) == 1:
+        return (0,), ""
+    front, back = placements
+    across, down = back.x - front.x, back.y - front.y
+    if abs(across) > BESIDE:
+        return (0, 1), "left of" if across > 0 else "right of"
+    if abs(down) > ABOVE:
+        return ((0, 1) if down > 0 else (1, 0)), "above"
+    return ((0, 1) if front.y >= back.y else (1, 0)), "in front of"

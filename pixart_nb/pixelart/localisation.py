@@ -17,9 +17,11 @@ from pixart_nb.core.hooks.selection import Layers, Numbers
 from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.pixelart.batches import generator
 from pixart_nb.pixelart.captions import short_caption
-from pixart_nb.pixelart.evaluator import SpriteEvaluator
-from pixart_nb.pixelart.scenes import Scene, draw_with_mask, split_scenes
+from pixart_nb.pixelart.evaluation import evaluator_of
+from pixart_nb.pixelart.scenes import Scene, draw_with_masks
+from pixart_nb.pixelart.split import training_scene
 
 #: Position of the threshold of a map between its minimum and its maximum.
 THRESHOLD = 0.5
@@ -27,22 +29,39 @@ THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class LocatedWords:
-    """An image (H, W, 3) uint8, the mask (H, W) bool of its object, and the words of its prompt.
+    """An image (H, W, 3) uint8, the masks (H, W) bool of its one or two things, and the words of its prompt.
 
-    ``maps`` (words, h, w) are the words' maps in tokens; ``overlaps`` (words,) are the overlaps (IoU, 0 to 1) of the
-    thresholded maps with the object.
+    ``maps`` (words, h, w) are the words' maps in tokens; ``overlaps`` (words, things) are the overlaps (IoU, 0 to 1) of
+    the thresholded maps with each thing.
     """
 
     scene: Scene
     image: np.ndarray
-    mask: np.ndarray
+    masks: tuple[np.ndarray, ...]
     words: tuple[str, ...]
     maps: np.ndarray
     overlaps: np.ndarray
 
-    def overlap_of(self, word: str) -> float:
-        """Return the overlap of a word of the prompt with the object."""
-        return float(self.overlaps[self.words.index(word)])
+    @property
+    def mask(self) -> np.ndarray:
+        """Mask of the first thing."""
+        return self.masks[0]
+
+    def overlap_of(self, word: str, thing: int = 0) -> float:
+        """Return the overlap of a word of the prompt with a thing."""
+        return float(self.overlaps[self.words.index(word), thing])
+
+    def prefers_its_own(self, part: str = "object") -> list[bool]:
+        """Return for the noun (or the ``colour``) of each of two things whether its map overlaps its own thing more.
+
+        A colour that both things have is left out.
+        """
+        names = [getattr(thing, part) for thing in self.scene.things]
+        return [
+            self.overlap_of(name, k) > self.overlap_of(name, 1 - k)
+            for k, name in enumerate(names)
+            if names.count(name) == 1
+        ]
 
 
 def locate_words(
@@ -51,10 +70,10 @@ def locate_words(
     *,
     sampling_steps: int = SAMPLING_STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
-    batch_size: int = 12,
+    batch_size: int = 8,
     seed: int = 0,
-    height: int = 128,
-    width: int = 128,
+    height: int = 256,
+    width: int = 256,
     layers: Layers = None,
     kept_steps: Numbers = None,
     threshold: float = THRESHOLD,
@@ -82,36 +101,40 @@ def locate_words(
             with trace(pipe, layers, attention="cross", steps=kept_steps, announce=None) as t:
                 drawn = pipe(prompts, generator=rngs, use_resolution_binning=False, output_type="np", **call)[0]
             images = to_uint8(drawn)
-            verdicts = SpriteEvaluator().evaluate_many(images)
-            for row, (scene, verdict) in enumerate(zip(batch, verdicts, strict=True)):
-                located.append(_located(t, row, scene, images[row], verdict.mask, threshold))
+            reader = evaluator_of(scenes)
+            for row, scene in enumerate(batch):
+                masks = reader.read_for(images[row], scene).masks
+                located.append(_located(t, row, scene, images[row], masks, threshold))
             bar.update(len(batch))
     return located
 
 
-def _located(t: Trace, row: int, scene: Scene, image: np.ndarray, mask: np.ndarray, threshold: float) -> LocatedWords:
+def _located(
+    t: Trace, row: int, scene: Scene, image: np.ndarray, masks: tuple[np.ndarray, ...], threshold: float
+) -> LocatedWords:
     maps = t.word_maps(row=row)
-    overlaps = np.array([overlap(thresholded(part, mask.shape, threshold), mask) for part in maps])
-    return LocatedWords(scene, image, mask, tuple(t.words(row)), maps, overlaps)
+    found = [thresholded(part, image.shape[:2], threshold) for part in maps]
+    overlaps = np.array([[overlap(one, mask) for mask in masks] for one in found])
+    return LocatedWords(scene, image, masks, tuple(t.words(row)), maps, overlaps)
 
 
-def position_prior(height: int = 128, width: int = 128, count: int = 240, seed: int = 0) -> np.ndarray:
+def position_prior(height: int = 256, width: int = 256, count: int = 240, seed: int = 0) -> np.ndarray:
     """Return the mean mask (H, W) float64 of the objects of ``count`` training scenes: a map that needs no model."""
-    rng, (scenes, _) = np.random.default_rng(seed), split_scenes()
-    chosen = rng.choice(len(scenes), min(count, len(scenes)), replace=False)
-    return np.mean([draw_with_mask(scenes[number], rng, height, width).mask for number in chosen], axis=0)
+    rng = generator(seed, 16)
+    return np.mean([draw_with_masks(training_scene(rng, 0), rng, height, width).masks[0] for _ in range(count)], axis=0)
 
 
 def overlaps_by_word(located: Sequence[LocatedWords], prior: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Return the overlap (IoU) with the object in each image, by word: arrays (images that have the word,).
+    """Return the overlap (IoU) with the first thing in each image, by word: arrays (images that have the word,).
 
     ``object``, ``colour`` and ``setting`` stand for the words of the scene; other words, such as "on" and the end mark,
     for themselves. ``position prior`` is the overlap of the thresholded ``prior`` (H, W), a baseline without a model.
     """
     values: dict[str, list[float]] = {"object": [], "colour": [], "setting": []}
     for one in located:
-        roles = {one.scene.object: "object", one.scene.colour: "colour", one.scene.setting: "setting"}
-        for word, value in zip(one.words, one.overlaps, strict=True):
+        thing = one.scene.things[0]
+        roles = {thing.object: "object", thing.colour: "colour", one.scene.setting: "setting"}
+        for word, value in zip(one.words, one.overlaps[:, 0], strict=True):
             values.setdefault(roles.get(word, word), []).append(float(value))
     if prior is not None and located:
         mask = thresholded(prior, prior.shape)
@@ -127,7 +150,11 @@ def mean_overlaps(located: Sequence[LocatedWords], prior: np.ndarray | None = No
     """
     by_word = overlaps_by_word(located, prior)
     wrong = [
-        [one.overlap_of(word) for word in one.words if word not in (one.scene.object, one.scene.colour)]
+        [
+            one.overlap_of(word)
+            for word in one.words
+            if word not in (one.scene.things[0].object, one.scene.things[0].colour)
+        ]
         for one in located
     ]
     roles = [role for role in ("object", "colour", "setting", "position prior") if role in by_word]

@@ -1,22 +1,16 @@
-"""Pixel-art scenes drawn by code: one coloured object in a setting, seeded and free of rights (CC0).
+"""Scenes of one or two coloured objects in a setting, drawn at any size; the seed decides what the setting shows."""
 
-An image is a coarse grid of 16 cells along its shorter side, whose cells are enlarged to pixels. At 128 x 128 a cell
-has 8 x 8 pixels, as many as a latent cell of an autoencoder of factor 8.
-"""
+from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
-from itertools import combinations, product
 
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.backgrounds import BACKGROUNDS
-from pixart_nb.pixelart.shapes import LETTERS, MIRRORED, RAMP_LETTERS, SECONDARY, SHAPE_SIZE, SHAPES, UNSEEN_SHAPES
-
-GRID = 16
-JITTER = 1
-COLOUR_VARIATION = 0.03
+from pixart_nb.pixelart.objects import DRAWINGS
+from pixart_nb.pixelart.render import Rendered, render
+from pixart_nb.pixelart.settings import SETTINGS, draw_setting
 
 #: Outline, dark, middle, light and highlight shade of each colour. The middle shades are far apart.
 RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
@@ -31,107 +25,89 @@ RAMPS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "brown": ((42, 22, 10), (96, 56, 28), (140, 86, 46), (178, 124, 78), (238, 214, 184)),
     "white": ((58, 62, 82), (170, 176, 196), (224, 228, 236), (242, 244, 248), (255, 255, 255)),
 }
-
-OBJECTS: tuple[str, ...] = tuple(SHAPES)
-#: Objects that can be drawn but are in no training set of the bundled model.
-UNSEEN_OBJECTS: tuple[str, ...] = tuple(UNSEEN_SHAPES)
-_ALL_SHAPES = SHAPES | UNSEEN_SHAPES
 COLOURS: tuple[str, ...] = tuple(RAMPS)
-SETTINGS: tuple[str, ...] = tuple(BACKGROUNDS)
+RELATIONS = ("left of", "right of", "above", "in front of")
+#: Sides of one thing, as shares of the shorter side of the image, and how far right of the left edge it stands.
+SIZES = {"small": 0.375, "medium-sized": 0.5, "large": 0.625}
+PLACES = {"left": 0.0, "middle": 0.5, "right": 1.0}
+#: Those of a thing of which nothing is said.
+USUAL_SIZE, USUAL_PLACE = "large", "middle"
+#: Corners of things stand on multiples of a share of the image: a transformer learns a few places sooner than all.
+STEPS = 8
+#: Height on which things stand, and sides of two things: beside or above each other, or the one behind.
+FLOOR, PAIR_SIZE, BACK_SIZE = 7, 0.5, 0.625
+#: Pixels of a cell of images of 128 to 4096 pixels: a scene has more detail, not larger cells, in a larger image.
+CELL, MIN_CELLS, MAX_CELLS = 8, 16, 512
+#: Share of each colour channel of the objects that a dark setting leaves.
+LIGHTS = {"night": (0.8, 0.82, 0.95), "cave": (0.9, 0.88, 0.92), "forest": (0.93, 0.95, 0.9), "lava": (1.0, 0.91, 0.87)}
+#: Height from which on every setting is ground, and how much of it a shadow leaves.
+GROUND, SHADOW = 0.72, 0.7
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object and its colour."""
+
+    object: str
+    colour: str
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of an image: an object, its colour and the setting behind it."""
+    """One thing, or two in a relation (the first is ``relation`` the second), in a setting.
 
-    object: str
-    colour: str
+    ``size`` and ``place`` are those of one thing; "" is the usual one.
+    """
+
+    things: tuple[Thing, ...]
     setting: str
+    relation: str = ""
+    size: str = ""
+    place: str = ""
 
     def __post_init__(self) -> None:
-        valid = {"object": OBJECTS + UNSEEN_OBJECTS, "colour": COLOURS, "setting": SETTINGS}
-        for field, names in valid.items():
-            if getattr(self, field) not in names:
-                raise PixArtNBError(f"unknown {field} {getattr(self, field)!r}; valid ones: {', '.join(names)}")
+        pair = len(self.things) == 2
+        if len(self.things) not in (1, 2) or (self.relation in RELATIONS) is not pair:
+            raise PixArtNBError(
+                f"a scene has one object, or two and a relation of {', '.join(RELATIONS)}; got {len(self.things)} and "
+                f"{self.relation!r}"
+            )
+        valid = {"object": tuple(DRAWINGS), "colour": COLOURS}
+        values = [(key, getattr(thing, key), names) for thing in self.things for key, names in valid.items()]
+        values.append(("setting", self.setting, tuple(SETTINGS)))
+        values += [("size", self.size, ("", *SIZES)[: 1 if pair else None])]
+        values += [("place", self.place, ("", *PLACES)[: 1 if pair else None])]
+        for key, value, names in values:
+            if value not in names:
+                raise PixArtNBError(f"unknown {key} {value!r}; valid ones: {', '.join(names)}")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Position of a 12 x 12 shape in the grid: its top row and left column in cells, and whether it is mirrored."""
+    """Square of an object: its centre and its side, as shares of the shorter side of the image."""
 
-    row: int
-    column: int
-    mirrored: bool
+    x: float
+    y: float
+    size: float
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn scene: pixels (H, W, 3) uint8, mask (H, W) bool of the object's pixels, and its placement."""
+    """A drawn scene: ``pixels`` (H, W, 3) uint8, the visible mask (H, W) bool of each thing, and their placements."""
 
     pixels: np.ndarray
-    mask: np.ndarray
-    placement: Placement
+    masks: tuple[np.ndarray, ...]
+    placements: tuple[Placement, ...]
 
 
-@cache
-def sprite_colours(name: str, colour: str, mirrored: bool = False) -> np.ndarray:
-    """Return the colours of an object's cells as (12, 12, 3) float32 in 0..255; black where it is empty."""
-    by_letter = dict(zip(RAMP_LETTERS, RAMPS[colour], strict=True)) | SECONDARY | {".": (0, 0, 0)}
-    palette = np.array([by_letter[letter] for letter in LETTERS], dtype=np.float32)
-    shape = _ALL_SHAPES[name]
-    return _read_only(palette[shape[:, ::-1] if mirrored else shape])
-
-
-@cache
-def sprite_mask(name: str, mirrored: bool = False) -> np.ndarray:
-    """Return the cells that an object covers as (12, 12) bool."""
-    shape = _ALL_SHAPES[name]
-    return _read_only((shape[:, ::-1] if mirrored else shape) > 0)
-
-
-def _read_only(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
-    return array
+def one(object: str, colour: str, setting: str, size: str = "", place: str = "") -> Scene:
+    """Return the scene of one thing."""
+    return Scene((Thing(object, colour),), setting, "", size, place)
 
 
 def grid_size(height: int, width: int) -> tuple[int, int]:
-    """Return the rows and columns of the cell grid of an image of ``height`` x ``width`` pixels."""
-    shorter = min(height, width)
-    if shorter < GRID:
-        raise PixArtNBError(f"height and width must be at least {GRID} pixels, got {height}x{width}")
-    return round(height * GRID / shorter), round(width * GRID / shorter)
-
-
-def _random_placement(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int) -> Placement:
-    down, right = rng.integers(-JITTER, JITTER + 1, size=2)
-    mirrored = bool(rng.random() < 0.5) and scene.object in MIRRORED
-    top, left = (grid_height - SHAPE_SIZE) // 2, (grid_width - SHAPE_SIZE) // 2
-    return Placement(int(top + down), int(left + right), mirrored)
-
-
-def _compose(scene: Scene, rng: np.random.Generator, grid_height: int, grid_width: int) -> tuple[np.ndarray, Placement]:
-    """Return the (gh, gw, 3) uint8 grid of a scene, and the placement of its object."""
-    if min(grid_height, grid_width) < GRID:
-        raise PixArtNBError(f"a grid needs at least {GRID}x{GRID} cells, got {grid_height}x{grid_width}")
-    placement = _random_placement(scene, rng, grid_height, grid_width)
-    shade = 1 + rng.uniform(-COLOUR_VARIATION, COLOUR_VARIATION, size=(2, 3)).astype(np.float32)
-    grid = BACKGROUNDS[scene.setting](rng, grid_height, grid_width) * shade[0]
-    sprite = sprite_colours(scene.object, scene.colour, placement.mirrored) * shade[1]
-    np.copyto(_window(grid, placement), sprite, where=sprite_mask(scene.object, placement.mirrored)[..., None])
-    return np.clip(grid, 0, 255).astype(np.uint8), placement
-
-
-def _window(grid: np.ndarray, placement: Placement) -> np.ndarray:
-    """Return a view of the cells that a placed shape occupies."""
-    rows = slice(placement.row, placement.row + SHAPE_SIZE)
-    return grid[rows, placement.column : placement.column + SHAPE_SIZE]
-
-
-def grid_mask(name: str, placement: Placement, grid_height: int, grid_width: int) -> np.ndarray:
-    """Return the cells (gh, gw) bool that a placed object covers."""
-    mask = np.zeros((grid_height, grid_width), dtype=bool)
-    _window(mask, placement)[:] = sprite_mask(name, placement.mirrored)
-    return mask
+    """Return the rows and columns of the grid of cells of an image of ``height`` x ``width`` pixels."""
+    return round(height / CELL), round(width / CELL)
 
 
 def resize_nearest(grid: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -141,51 +117,86 @@ def resize_nearest(grid: np.ndarray, height: int, width: int) -> np.ndarray:
     return grid.take(columns, axis=1).take(rows, axis=0)
 
 
-def draw_grid(scene: Scene, rng: np.random.Generator, grid_height: int = GRID, grid_width: int = GRID) -> np.ndarray:
-    """Draw a scene with one value per cell: (grid_height, grid_width, 3) uint8."""
-    return _compose(scene, rng, grid_height, grid_width)[0]
-
-
-def draw(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> np.ndarray:
+def draw(scene: Scene, rng: np.random.Generator, height: int = 256, width: int = 256) -> np.ndarray:
     """Draw a scene as (height, width, 3) uint8; the same state of the generator gives the same bytes."""
-    return resize_nearest(draw_grid(scene, rng, *grid_size(height, width)), height, width)
+    return draw_with_masks(scene, rng, height, width).pixels
 
 
-def draw_with_mask(scene: Scene, rng: np.random.Generator, height: int = 128, width: int = 128) -> Drawing:
-    """Draw the same pixels as ``draw``, with the object's mask and placement."""
-    cells = grid_size(height, width)
-    grid, placement = _compose(scene, rng, *cells)
-    mask = grid_mask(scene.object, placement, *cells)
-    return Drawing(resize_nearest(grid, height, width), resize_nearest(mask, height, width), placement)
+def draw_with_masks(scene: Scene, rng: np.random.Generator, height: int = 256, width: int = 256) -> Drawing:
+    """Draw the same pixels as ``draw``, with the masks and placements of the things."""
+    drawing = draw_cells(scene, rng, *grid_size(height, width))
+    pixels, *masks = (resize_nearest(grid, height, width) for grid in (drawing.pixels, *drawing.masks))
+    return Drawing(pixels, tuple(masks), drawing.placements)
 
 
-def all_scenes() -> list[Scene]:
-    """Return every combination of object, colour and setting, in a fixed order."""
-    return [Scene(*names) for names in product(OBJECTS, COLOURS, SETTINGS)]
+def place_things(scene: Scene, aspect: float = 1.0) -> tuple[Placement, ...]:
+    """Place the things of a scene; x and y run to 1, along the longer side further."""
+    wide, high = round(STEPS * max(aspect, 1.0)), round(STEPS * max(1 / aspect, 1.0))
+    floor = (high - STEPS) // 2 + FLOOR  # in the square in the middle of a high image
+    if not scene.relation:
+        size, share = SIZES[scene.size or USUAL_SIZE], PLACES[scene.place or USUAL_PLACE]
+        return (_placement(share * (wide - STEPS * size), floor - STEPS * size, size),)
+    first = second = PAIR_SIZE
+    middle = (wide - STEPS * PAIR_SIZE) / 2
+    below = floor - STEPS * PAIR_SIZE
+    if scene.relation in ("left of", "right of"):
+        sides = (0, wide - STEPS * PAIR_SIZE)
+        corners = [(x, below) for x in (sides if scene.relation == "left of" else sides[::-1])]
+    elif scene.relation == "above":
+        corners = [(middle, floor - FLOOR), (middle, floor + 1 - STEPS * PAIR_SIZE)]
+    else:  # the first hides a part of the second, which is larger, higher and further right
+        first, second = SIZES["small"], BACK_SIZE
+        x = (wide - STEPS * BACK_SIZE) / 2
+        corners = [(x - 1, floor - STEPS * first), (x, floor - 1 - STEPS * BACK_SIZE)]
+    (x1, y1), (x2, y2) = corners
+    return _placement(x1, y1, first), _placement(x2, y2, second)
 
 
-def _pairs(scene: Scene) -> list[tuple[str, str]]:
-    return list(combinations((scene.object, scene.colour, scene.setting), 2))
+def _placement(left: float, top: float, size: float) -> Placement:
+    """Return the placement whose corner is nearest to ``left`` and ``top``, in steps."""
+    x, y = (math.floor(corner + 0.5) / STEPS + size / 2 for corner in (left, top))
+    return Placement(x, y, size)
 
 
-def split_scenes(seed: int = 0, held_out: int = 240) -> tuple[list[Scene], list[Scene]]:
-    """Return the scenes to train on and the held-out scenes, the same for the same arguments.
+def draw_cells(scene: Scene, rng: np.random.Generator, height: int, width: int) -> Drawing:
+    """Draw a scene with one value per cell; the same state of ``rng`` gives the same image at every size."""
+    if not (min(height, width) >= MIN_CELLS and max(height, width) <= MAX_CELLS):
+        raise PixArtNBError(f"{height}x{width} cells; expected {MIN_CELLS} to {MAX_CELLS} a side")
+    seed = int(rng.integers(2**31))
+    placements = place_things(scene, width / height)
+    side = min(height, width)
+    grid = draw_setting(scene.setting, height, width, seed)
+    masks = [np.zeros((height, width), bool) for _ in scene.things]
+    light = np.array(LIGHTS.get(scene.setting, (1.0, 1.0, 1.0)), np.float32)
+    for at in placements:
+        _cast_shadow(grid, at, side)
+    for number in reversed(range(len(scene.things))):  # the first is in front
+        thing, at = scene.things[number], placements[number]
+        rows, columns, rendered = _render(thing, at, side, height, width)
+        view = grid[rows, columns]
+        colours = rendered.colours(np.array(RAMPS[thing.colour], float))
+        view[rendered.mask] = colours[rendered.mask] * light
+        for mask in masks:
+            mask[rows, columns] &= ~rendered.mask
+        masks[number][rows, columns] = rendered.mask
+    return Drawing(np.clip(grid, 0, 255).astype(np.uint8), tuple(masks), placements)
 
-    Every pair (object, colour), (object, setting) and (colour, setting) occurs in training, so that a held-out scene
-    asks for a new combination of known pairs.
-    """
-    scenes = all_scenes()
-    remaining: dict[tuple[str, str], int] = {}
-    for pair in (pair for scene in scenes for pair in _pairs(scene)):
-        remaining[pair] = remaining.get(pair, 0) + 1
-    chosen: set[Scene] = set()
-    for index in np.random.default_rng(seed).permutation(len(scenes)):
-        pairs = _pairs(scenes[index])
-        if len(chosen) < held_out and all(remaining[pair] > 1 for pair in pairs):
-            chosen.add(scenes[index])
-            remaining.update({pair: remaining[pair] - 1 for pair in pairs})
-    if len(chosen) < held_out:
-        raise PixArtNBError(
-            f"held_out is {held_out}; expected at most {len(chosen)}, so that every pair is in training"
-        )
-    return [s for s in scenes if s not in chosen], [s for s in scenes if s in chosen]
+
+def _render(thing: Thing, at: Placement, side: int, height: int, width: int) -> tuple[slice, slice, Rendered]:
+    """Draw a thing on the part of the grid that holds it; return its rows and columns too."""
+    size = at.size * side
+    x, y = at.x * side - size / 2, at.y * side - size / 2
+    first, left = (max(0, int(v) // 4 * 4 - 4) for v in (y, x))  # dithering has a period of 4
+    last, right = min(height, int(y + size) + 3), min(width, int(x + size) + 3)
+    rendered = render(DRAWINGS[thing.object], last - first, right - left, x - left, y - first, size)
+    return slice(first, last), slice(left, right), rendered
+
+
+def _cast_shadow(grid: np.ndarray, at: Placement, side: int) -> None:
+    """Darken the ground below an object that stands on it."""
+    foot = at.y + 0.47 * at.size
+    if foot * side / grid.shape[0] < GROUND:
+        return
+    y, x = (np.arange(n, dtype=np.float32) + 0.5 for n in grid.shape[:2])
+    distance = ((x / side - at.x) / (0.42 * at.size)) ** 2 + ((y[:, None] / side - foot) / (0.07 * at.size)) ** 2
+    grid[distance < 1] *= SHADOW

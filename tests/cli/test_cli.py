@@ -21,12 +21,12 @@ from pixart_nb.core.errors import WriteError
 from pixart_nb.core.sampling import generate as sample
 from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.training.validation import psnr, reconstruct
-from pixart_nb.pixelart.captions import named_scenes, short_caption
-from pixart_nb.pixelart.evaluation import agreement, evaluate_model, held_out_scenes
-from pixart_nb.pixelart.scenes import UNSEEN_OBJECTS, Scene, all_scenes, draw, split_scenes
+from pixart_nb.pixelart.captions import scene_of
+from pixart_nb.pixelart.evaluation import agreement, evaluate_model
+from pixart_nb.pixelart.objects import OBJECTS
+from pixart_nb.pixelart.scenes import draw, one
 
 CONFIG = "configs/inference/tiny.yaml"
-SCENES = {short_caption(scene): scene for scene in all_scenes()}
 
 
 class Painter:
@@ -42,7 +42,7 @@ class Painter:
         self.calls.append({"prompts": prompts, "height": height, "width": width, **call})
         for step in range(call["num_inference_steps"] if callback else 0):
             callback(step, 0, prompts)
-        scenes = [self.always or SCENES[prompt] for prompt in prompts]
+        scenes = [self.always or scene_of(prompt) for prompt in prompts]
         drawn = [draw(scene, rng, height, width) for scene, rng in zip(scenes, generator, strict=True)]
         return (np.stack(drawn) / 255.0,)
 
@@ -89,7 +89,7 @@ def test_help_loads_no_mindspore():
         (["sample", "-c", CONFIG, "--image_height", "0"], "command line: image_height: given 0 (int)"),
         (["sample", "-c", CONFIG, "--prompt", ""], "prompt.0: given '' (str)"),
         (["sample", "-c", CONFIG, "--model", "/no/such/model"], "/no/such/model"),
-        (["evaluate", "--count", "241"], "count must be between 1 and 240, got 241"),
+        (["evaluate", "--count", "241"], "241 scenes of one thing; expected 1 to 240"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, words, message):
@@ -138,20 +138,20 @@ def test_sample_draws_the_prompts_of_the_configuration(run, painter, tmp_path):
     assert paths == [str(tmp_path / name) for name in written["files"]]
     assert time.endswith(" s from the cold start of this command")
     assert float(time.split()[0]) == pytest.approx(written["seconds_from_cold_start"], abs=1)
-    assert written["files"][0] == "000_a-red-mushroom-in-a-forest.png"
+    assert written["files"][0] == "000_a-large-pink-dragon-on-the-left-in-a-cave.png"
     pictures = np.stack([np.asarray(Image.open(tmp_path / name)) for name in written["files"]])
     assert agreement(pictures, written["prompt"])["all"] == 1.0
 
 
 def test_sample_options_replace_the_values_of_the_configuration(run, painter, tmp_path):
-    words = ["--prompt", "a blue cup at night", "--image_height", 64, "--image-width", 96]
+    words = ["--prompt", "a blue cup at night", "--image_height", 128, "--image-width", 192]
     words += ["--sampling_steps", 3, "--guidance_scale", 2, "--negative_prompt", "blur", "--seed", 5]
     result = run("sample", "-c", CONFIG, *words, "-o", tmp_path)
     assert result.exit_code == 0, result.output
     call = painter.calls[0]
-    assert (call["prompts"], call["height"], call["width"]) == (["a blue cup at night"], 64, 96)
+    assert (call["prompts"], call["height"], call["width"]) == (["a blue cup at night"], 128, 192)
     assert (call["num_inference_steps"], call["guidance_scale"], call["negative_prompt"]) == (3, 2.0, ["blur"])
-    assert Image.open(tmp_path / "000_a-blue-cup-at-night.png").size == (96, 64)
+    assert Image.open(tmp_path / "000_a-blue-cup-at-night.png").size == (192, 128)
     assert json.loads((tmp_path / "sample.json").read_text())["seed"] == 5
 
 
@@ -168,9 +168,9 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(run, painter, tmp_pa
 def test_a_picture_is_repeated_from_itself(run, painter, tmp_path):
     words = ["--ncols", 2, "--batch_size", 3, "--seed", 4, "-o", tmp_path / "first"]
     assert run("sample", "-c", CONFIG, *words).exit_code == 0
-    picture = tmp_path / "first" / "003_a-blue-fish-in-the-snow_01.png"
+    picture = tmp_path / "first" / "003_a-green-umbrella-at-night_01.png"
     assert run("sample", "--like", picture, "-o", tmp_path / "again").exit_code == 0
-    assert np.array_equal(Image.open(tmp_path / "again" / "000_a-blue-fish-in-the-snow.png"), Image.open(picture))
+    assert np.array_equal(Image.open(tmp_path / "again" / "000_a-green-umbrella-at-night.png"), Image.open(picture))
     changed = run("sample", "--like", picture, "--sampling_steps", 7, "-o", tmp_path / "changed")
     assert changed.exit_code == 0
     assert painter.calls[-1]["num_inference_steps"] == 7
@@ -187,7 +187,7 @@ def test_a_grid_holds_all_the_pictures_of_a_prompt(run, painter, tmp_path):
     words = ["--prompt", "a red cup at night", "--imagegrid", "--nrows", 2, "--ncols", 3, "--batch_size", 4]
     assert run("sample", "-c", CONFIG, *words, "-o", tmp_path).exit_code == 0
     path = tmp_path / "000_a-red-cup-at-night.png"
-    assert Image.open(path).size == (3 * 128, 2 * 128)
+    assert Image.open(path).size == (3 * 256, 2 * 256)
     assert json.loads((tmp_path / "sample.json").read_text())["files"] == [path.name]
     assert run("sample", "--like", path, "-o", tmp_path / "again").exit_code == 0
     assert np.array_equal(Image.open(tmp_path / "again" / path.name), Image.open(path))
@@ -230,9 +230,10 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert re.search(r"object\W+100\.0%", result.stdout)
     assert "10 held-out scenes" in result.stdout
     report = json.loads((tmp_path / "evaluation.json").read_text())
-    assert report["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "all": 1.0}
+    parts = ("object", "colour", "setting", "size", "place", "all")
+    assert report["accuracy"] == dict.fromkeys(parts, 1.0)
     assert (report["count"], report["sampling_steps"], report["guidance_scale"]) == (10, 4, 3.0)
-    assert Image.open(tmp_path / "images.png").size == (10 * 128, 128)
+    assert Image.open(tmp_path / "images.png").size == (10 * 256, 256)
     again = run("evaluate", *words, "--seed", 1)
     assert again.stdout.splitlines()[-1] == str(tmp_path / "evaluation-2.json")
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
@@ -287,35 +288,21 @@ def test_evaluate_applies_loras_with_their_weights(run, tmp_path):
     assert json.loads((tmp_path / "0.5" / "evaluation.json").read_text())["lora"][0].endswith(":0.5")
 
 
-def test_scenes_are_read_back_from_their_captions():
-    scenes = [*all_scenes(), *(Scene(name, "red", "snow") for name in UNSEEN_OBJECTS)]
-    assert named_scenes(map(short_caption, scenes)) == scenes
-
-
 def test_wrong_pictures_are_counted_as_wrong():
-    scenes = [scene for scene in all_scenes() if scene.setting == "snow" and scene.colour == "red"][:4]
+    scenes = [one(name, "red", "snow") for name in list(OBJECTS)[:4]]
     report = evaluate_model(Painter(always=scenes[0]), scenes, sampling_steps=1)
     assert report["accuracy"] == {"object": 0.25, "colour": 1.0, "setting": 1.0, "all": 0.25}
-    assert report["object_accuracy"][scenes[0].object] == 1.0
-    assert report["object_accuracy"][scenes[1].object] == 0.0
-    assert report["images"].shape == (4, 128, 128, 3)
+    assert report["object_accuracy"][scenes[0].things[0].object] == 1.0
+    assert report["object_accuracy"][scenes[1].things[0].object] == 0.0
+    assert report["images"].shape == (4, 256, 256, 3)
 
 
 def test_agreement_leaves_out_prompts_that_it_cannot_judge():
-    picture = draw(SCENES["a red cup at night"], np.random.default_rng(0))
+    picture = draw(one("cup", "red", "night"), np.random.default_rng(0))
     assert agreement(np.stack([picture, picture]), ["a red cup at night", "a cathedral"])["all"] == 1.0
     assert agreement(picture[None], ["a cathedral"]) == {}
     with pytest.raises(ValueError, match="as many prompts as images, got 1 for 2"):
         agreement(np.stack([picture, picture]), ["a cathedral"])
-
-
-def test_held_out_scenes_are_never_trained_on_and_spread_over_the_objects():
-    trained = set(split_scenes()[0])
-    scenes = held_out_scenes(30)
-    assert len(set(scenes)) == 30
-    assert not trained.intersection(scenes)
-    assert len({scene.object for scene in scenes}) >= 20
-    assert held_out_scenes(240) == split_scenes()[1]
 
 
 def test_psnr_is_that_of_the_mean_square_error():

@@ -41,7 +41,7 @@ def command(project, tmp_path_factory):
 
 
 def test_sample_evaluate_plan_and_train_find_their_configuration_and_model(command):
-    small = ("--image_height", 32, "--image_width", 32, "--sampling_steps", 1)
+    small = ("--image_height", 128, "--image_width", 128, "--sampling_steps", 1)
     command("sample", "--prompt", "a red mushroom on grass", *small, "-o", "images")
     assert list((command.folder / "images").glob("*.png"))
     assert "_bundled" in json.loads((command.folder / "images" / "sample.json").read_text())["model"]

@@ -166,6 +166,8 @@ def test_a_checkpoint_at_another_size_than_its_own_is_warned_of():
     assert "sample_size 512, pe_interpolation 8" in sentence
     (sentence,) = size_warnings(PixArtConfig(input_size=64, pe_interpolation=2.0), RunSettings(512, 512))
     assert "pe_interpolation is 2 for latents of 64" in sentence
+    other = PixArtConfig(hidden_size=192, num_heads=6, input_size=64, pe_interpolation=2.0)
+    assert size_warnings(other, RunSettings(512, 512)) == []  # a model of another kind has a scale of its own
 
 
 def test_time_is_estimated_from_one_step_and_one_tile():
@@ -225,7 +227,7 @@ def test_the_plan_of_a_configuration_has_its_sizes_and_batch(project, monkeypatc
     networks, notes = networks_of(config)
     run = run_settings(config, networks)
     assert notes == []
-    assert (run.height, run.width, run.batch, run.rows, run.sequential) == (128, 128, 8, 16, False)
+    assert (run.height, run.width, run.batch, run.rows, run.sequential) == (256, 256, 8, 16, False)
     stages = run_settings(config.model_copy(update={"stages_path": "state"}), networks)
     assert (stages.batch, stages.tile, stages.sequential) == (1, 512, True)
     perturbed = run_settings(config.model_copy(update={"pag_scale": 3.0}), networks)

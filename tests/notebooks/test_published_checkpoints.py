@@ -4,14 +4,14 @@ import pytest
 from notebook_contract import run_notebook
 from published_layout import SMALL, published_parameters
 
-SIDE = {"image_height": 64, "image_width": 64, "sample_size": 8, "sampling_steps": 2}
+SIDE = {"image_height": 128, "image_width": 128, "sample_size": 16, "sampling_steps": 2}
 TRAINING = {"steps": 2, "batch_size": 2}
 NOTEBOOKS = {
     "00_quickstart": {},
-    "02_sampling": {"schedulers": ["dpm++", "ddim"], "seeds": 2, "sizes": [[64, 96]]},
+    "02_sampling": {"schedulers": ["dpm++", "ddim"], "seeds": 2, "sizes": [[128, 192]]},
     "05_finetune_pixelart": TRAINING
     | {"scene_count": 8, "drawings": 1, "test_count": 3, "judged": 2, "visualize_steps": 2, "ckpt_save_steps": 2},
-    "06_sampling_4k": {"image_height": 128, "image_width": 128, "tile_size": 64},
+    "06_sampling_4k": {"image_height": 256, "image_width": 256, "tile_size": 64},
     "07_weak_to_strong": TRAINING
     | {"images": 2, "compression_steps": 1, "largest_images": 1, "largest_steps": 1, "judged": 2},
     "08_lora": TRAINING | {"images": 3, "judged": 3},

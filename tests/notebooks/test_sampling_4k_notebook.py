@@ -7,7 +7,7 @@ from PIL import Image
 
 from pixart_nb.core.checkpoints.load import load_transformer
 
-FIGURES = ["compared", "compress", "details", "scores", "tile_artifacts", "sizes", "stages", "ways"]
+FIGURES = ["compared", "compress", "detail", "details", "scores", "tile_artifacts", "sizes", "stages", "ways"]
 FILES = [f"{name}.png" for name in [*FIGURES, "image"]] + ["sampling_4k.json", "zoom.html"]
 REST = ["kv.safetensors", "kv.safetensors.adapt", "kv.safetensors.errors.json", "stages", "training"]
 
@@ -34,7 +34,7 @@ def check_numbers(numbers, values):
     assert [size["ratio"] for size in sizes] == [1, 2]
     assert [row["steps"] for row in numbers["planned"]] == [4, 2]
     assert numbers["planned"][1]["estimated seconds, all keys"] > 0
-    assert set(numbers["measured"]) == {"128 x 96", "256 x 192"}
+    assert set(numbers["measured"]) == {"160 x 128", "320 x 256"}
     for stages in [*numbers["measured"].values(), *numbers["compared"].values()]:
         assert list(stages) == ["encode", "denoise", "decode"]
         assert all(stage["seconds"] > 0 and stage["peak_bytes"] > 1e8 for stage in stages.values())

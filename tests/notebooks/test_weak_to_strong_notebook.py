@@ -30,8 +30,8 @@ def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
 def check_stages(folder):
     """Every stage left a model of its size, with the compression that it was given."""
     configs = [load_transformer(folder / run / "pipeline" / "transformer").config for run in RUNS]
-    assert [config.input_size for config in configs] == [32, 32, 32, 32, 64]
-    assert [config.pe_interpolation for config in configs] == [2.0, 2.0, 2.0, 2.0, 4.0]
+    assert [config.input_size for config in configs] == [48, 48, 48, 48, 64]
+    assert [config.pe_interpolation for config in configs] == [1.5, 1.5, 1.5, 1.5, 2.0]
     assert [tuple(config.kv_layers) for config in configs] == [(), (), (4, 5), (4, 5), (4, 5)]
 
 

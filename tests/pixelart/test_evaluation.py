@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from pixart_nb.config import check_config
-from pixart_nb.pixelart.evaluation import agreement, draws_scenes, evaluate_model
-from pixart_nb.pixelart.scenes import Scene, draw
+from pixart_nb.pixelart.captions import short_caption
+from pixart_nb.pixelart.evaluation import agreement, draws_scenes, evaluate_model, requested_scenes
+from pixart_nb.pixelart.scenes import draw, one
 
-SIZE = {"prompt": ["a"], "image_height": 128, "image_width": 128}
+SIZE = {"prompt": ["a"], "image_height": 256, "image_width": 256}
 ROOTS = {f"{name}_root": f"data/tiny-sigma/{name}" for name in ("vae", "text_encoder", "tokenizer")}
 
 
@@ -26,10 +27,22 @@ def test_a_model_draws_scenes_if_its_card_has_their_words_and_its_transformer_is
 
 
 def test_images_of_other_models_are_drawn_and_not_read():
-    scene = Scene("cup", "red", "night")
+    scene = one("cup", "red", "night")
     image = draw(scene, np.random.default_rng(0)) / 255.0
     result = evaluate_model(lambda prompts, **_: (np.stack([image] * len(prompts)),), [scene] * 3, read=False)
     assert (result["accuracy"], result["object_accuracy"], result["texture_ratios"]) == ({}, {}, {})
     assert result["count"] == 3 and len(result["images"]) == 3 and result["seconds_per_image"] > 0
     assert agreement(image[None], ["a red cup at night"])["all"] == 1.0
     assert agreement(image[None], ["a red cup at night"], read=False) == {}
+
+
+def test_held_out_scenes_of_two_things_are_drawn_and_read():
+    scenes = requested_scenes(3, 2)
+    drawn = {short_caption(scene): scene for scene in scenes}
+
+    def pipe(prompts, *, generator, **rest):
+        return (np.stack([draw(drawn[p], rng) / 255.0 for p, rng in zip(prompts, generator, strict=True)]),)
+
+    result = evaluate_model(pipe, scenes)
+    assert result["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "relation": 1.0, "all": 1.0}
+    assert set(result["object_accuracy"].values()) == {1.0} and len(result["object_accuracy"]) >= 4

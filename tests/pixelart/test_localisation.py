@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from pixart_nb import PixArtSigmaPipeline
-from pixart_nb.pixelart.evaluation import held_out_scenes
 from pixart_nb.pixelart.localisation import (
     LocatedWords,
     locate_words,
@@ -17,7 +16,10 @@ from pixart_nb.pixelart.localisation import (
     position_prior,
     thresholded,
 )
-from pixart_nb.pixelart.scenes import Scene
+from pixart_nb.pixelart.scenes import Scene, Thing, one
+from pixart_nb.pixelart.split import held_out_scenes
+
+MUSHROOM = one("mushroom", "red", "grass")
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +36,20 @@ def test_the_noun_finds_the_object_and_a_wrong_word_does_not(found):
 
 
 def test_each_image_comes_with_its_words_and_their_maps(found):
-    for one in found:
-        assert one.words[-1] == "</s>" and {one.scene.object, one.scene.setting} <= set(one.words)
-        assert one.maps.shape == (len(one.words), 8, 8)
-        assert np.abs(one.maps.sum(0) - 1).max() < 1e-5
-        assert one.image.shape == (128, 128, 3) and one.mask.shape == (128, 128)
-        best = thresholded(one.maps[one.words.index(one.scene.object)], one.mask.shape)
-        assert one.overlap_of(one.scene.object) == overlap(best, one.mask)
+    for one_found in found:
+        name = one_found.scene.things[0].object
+        assert one_found.words[-1] == "</s>" and {name, one_found.scene.setting} <= set(one_found.words)
+        assert one_found.maps.shape == (len(one_found.words), 16, 16)
+        assert np.abs(one_found.maps.sum(0) - 1).max() < 1e-5
+        assert one_found.image.shape == (256, 256, 3) and one_found.mask.shape == (256, 256)
+        best = thresholded(one_found.maps[one_found.words.index(name)], one_found.mask.shape)
+        assert one_found.overlap_of(name) == overlap(best, one_found.mask)
 
 
 def test_words_that_name_neither_object_nor_colour_are_wrong_ones():
     words, nothing = ("a", "red", "mushroom", "on", "grass", "</s>"), np.zeros((8, 8))
     found = [
-        LocatedWords(Scene("mushroom", "red", "grass"), nothing, nothing, words, nothing, np.array(overlaps))
+        LocatedWords(MUSHROOM, nothing, (nothing,), words, nothing, np.array(overlaps)[:, None])
         for overlaps in ([0.1, 0.6, 0.5, 0.2, 0.0, 0.3], [0.1, 0.4, 0.7, 0.0, 0.1, 0.2])
     ]
     means = mean_overlaps(found)
@@ -55,11 +58,23 @@ def test_words_that_name_neither_object_nor_colour_are_wrong_ones():
     )
 
 
+def test_words_of_two_things_prefer_their_own():
+    words, nothing = ("a", "red", "cat", "above", "a", "blue", "boat"), np.zeros((8, 8))
+    overlaps = np.array([[0, 0], [0.5, 0.1], [0.6, 0.2], [0, 0], [0, 0], [0.4, 0.3], [0.1, 0.7]])
+    scene = Scene((Thing("cat", "red"), Thing("boat", "blue")), "snow", "above")
+    located = LocatedWords(scene, nothing, (nothing, nothing), words, nothing, overlaps)
+    assert located.prefers_its_own() == [True, True] and located.prefers_its_own("colour") == [True, False]
+    assert located.overlap_of("boat", 1) == 0.7
+    alike = Scene((Thing("cat", "red"), Thing("boat", "red")), "snow", "above")
+    same = LocatedWords(alike, nothing, (nothing, nothing), words, nothing, overlaps)
+    assert same.prefers_its_own("colour") == []
+
+
 def test_the_position_prior_is_the_mean_mask_of_training_scenes_and_a_baseline(found):
-    prior = position_prior(64, 64, count=20, seed=3)
-    assert prior.shape == (64, 64) and 0 <= prior.min() < 0.05 and prior.max() > 0.9
-    assert prior[16:48, 16:48].mean() > 3 * np.delete(prior, np.s_[16:48], axis=0).mean()  # objects are in the middle
-    np.testing.assert_array_equal(position_prior(64, 64, count=20, seed=3), prior)
+    prior = position_prior(128, 128, count=40, seed=3)
+    assert prior.shape == (128, 128) and 0 <= prior.min() < 0.05 and 0.3 < prior.max() <= 1
+    assert prior[:32].mean() < 0.3 * prior[64:112].mean()  # objects stand on the ground
+    np.testing.assert_array_equal(position_prior(128, 128, count=40, seed=3), prior)
     prior = position_prior()
     by_word = overlaps_by_word(found, prior)
     assert {"object", "colour", "setting", "</s>", "position prior"} <= set(by_word)

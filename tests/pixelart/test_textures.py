@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.scenes import draw, split_scenes
+from pixart_nb.pixelart.scenes import draw
+from pixart_nb.pixelart.split import training_scene
 from pixart_nb.pixelart.textures import enlarged, laplacian_pyramid, level_energies, sliced_wasserstein, texture_ratios
 
-SCENES = split_scenes()[0][::60]
+SCENES = [training_scene(np.random.default_rng(k)) for k in range(36)]
 
 
 def drawn(seed):
     rng = np.random.default_rng(seed)
-    return [draw(scene, rng, 64, 96) for scene in SCENES]
+    return [draw(scene, rng, 128, 192)[::2, ::2] for scene in SCENES]
 
 
 def coarse(image):

@@ -321,8 +321,8 @@ def compression_kept(net: PixArt) -> Iterator[None]:
 
 
 def repeat_batch(x: ms.Tensor, count: int) -> ms.Tensor:
-    """Repeat (1, N, D) to (count, N, D) in memory."""
-    return mint.tile(x, (count, 1, 1))
+    """Repeat (1, N, D) to (count, N, D) in memory; what has ``count`` rows is left."""
+    return x if x.shape[0] == count else mint.tile(x, (count, 1, 1))
 
 
 def trim_caption(caption: ms.Tensor, mask) -> tuple[ms.Tensor, ms.Tensor | None]:

@@ -146,7 +146,7 @@ def checked_size(config: Any, height: int | None, width: int | None) -> tuple[in
 def binned_size(config: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Return the published size with the nearest ratio of height to width, if the model's own size has a table.
 
-    A model of another size, such as the bundled one, draws at the requested size.
+    A model of a size that has no published table draws at the requested size.
     """
     bins, (height, width) = bins_for(8 * config.input_size), _filled(config, height, width)
     if not bins or height < 1 or width < 1:

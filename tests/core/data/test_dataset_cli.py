@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from pixart_nb.cli import app
 from pixart_nb.pixelart.datasets import write_published
 
-IMAGES = ("000_teal_boat_snow", "001_green_fish_desert", "002_yellow_star_forest", "003_blue_mushroom_lava")
+IMAGES = ("000_teal_fish_snow", "001_green_heart_desert", "002_yellow_snail_forest", "003_blue_flower_lava")
 ROOTS = {"model": "", "checkpoint": "data/none.pth", "vae_root": "a", "text_encoder_root": "b", "tokenizer_root": "c"}
 
 
@@ -78,7 +78,7 @@ def test_captions_may_be_the_names_of_the_files(run, tmp_path):
 
 
 def test_a_sample_is_written_and_imported(run, tmp_path):
-    assert "13 images" in run("sample", "-o", tmp_path / "raw", "--count", 4, "--side", 16).output
+    assert "13 images" in run("sample", "-o", tmp_path / "raw", "--count", 4, "--side", 128).output
     words = ("diffusiondb", "--source", tmp_path / "raw", "-o", tmp_path / "data")
     assert run(*words, "--test_count", 1).exit_code == 0
     result = run(*words, "--test_count", 2)
@@ -90,14 +90,14 @@ def test_check_tells_the_sizes(run, config):
     result = run("check", "-c", config())
     assert result.exit_code == 0, result.output
     assert "0 of them with a sharegpt4v caption" in result.output
-    assert "128x128: 4 images" in result.output
+    assert "256x256: 4 images" in result.output
     result = run("check", "-c", config(sample_size=32, multi_scale=True))
     assert "256x256: 3 images" in result.output and "208x304: 1 images, fewer than the 2 of a batch" in result.output
 
 
 def test_check_names_every_problem(run, config, tmp_path):
     path = config()
-    labels = [{"path": "../x.png", "prompt": "x"}, {"path": "000_teal_boat_snow.png", "prompt": ""}]
+    labels = [{"path": "../x.png", "prompt": "x"}, {"path": "000_teal_fish_snow.png", "prompt": ""}]
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     result = run("check", "-c", path)
     assert result.exit_code == 2
@@ -112,7 +112,7 @@ def test_check_names_every_problem(run, config, tmp_path):
     ("more", "expected"),
     [
         ({"batch_size": 5}, "but there are only 4"),
-        ({"multi_scale": True}, "no table of sizes was published for 128"),
+        ({"multi_scale": True, "sample_size": 16}, "no table of sizes was published for 128"),
         ({"json_path": "nothing.json"}, "cannot be read"),
         ({"jsonpath": "x"}, "did you mean 'json_path'"),
         (ROOTS, "not found"),

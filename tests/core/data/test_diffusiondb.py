@@ -37,7 +37,8 @@ from pixart_nb.pixelart.datasets import (
     write_published,
     write_table,
 )
-from pixart_nb.pixelart.scenes import UNSEEN_OBJECTS, split_scenes
+from pixart_nb.pixelart.objects import UNSEEN_OBJECTS
+from pixart_nb.pixelart.split import is_held_out
 
 COUNT = 12
 
@@ -206,8 +207,8 @@ def test_a_zip_part_whose_json_names_what_is_not_there(tmp_path):
 
 
 def test_a_bomb_in_a_zip_part_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pixart_nb.core.data.sources.MAX_BYTES", 10_000)
-    rows = sample_rows(2, side=32)
+    monkeypatch.setattr("pixart_nb.core.data.sources.MAX_BYTES", 100_000)
+    rows = sample_rows(2, side=128)
     path = write_part(tmp_path / "part-000001.zip", rows)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("bomb.png", bytes(10**7))
@@ -507,8 +508,8 @@ import_diffusiondb(sys.argv[1], sys.argv[2], 1, 3)
 def test_a_sample_to_finetune_on_shows_each_scene_once_and_keeps_the_held_out_ones():
     scenes = finetuning_scenes(60, seed=1)
     assert len(set(scenes)) == 60
-    assert sum(scene.object == UNSEEN_OBJECTS[0] for scene in scenes) == 40
-    assert not set(scenes) & set(split_scenes()[1])
+    assert sum(scene.things[0].object == next(iter(UNSEEN_OBJECTS)) for scene in scenes) == 40
+    assert not any(is_held_out(scene) for scene in scenes)
     assert finetuning_scenes(60, seed=1) == scenes != finetuning_scenes(60, seed=2)
     rows = repeat_scenes(scenes, 15, 3)
     assert len(rows) == 3 * 45 + 15

@@ -142,7 +142,7 @@ def test_the_bundled_networks_fill_a_cache(tmp_path, project):
     folder = project / "data" / "pixelart"
     labels = [
         Label(name, folder / name, text, "", 32, 32)
-        for name, text in (("000_teal_boat_snow.png", "A <b>teal</b> boat"), ("001_green_fish_desert.png", "a fish"))
+        for name, text in (("000_teal_fish_snow.png", "A <b>teal</b> fish"), ("001_green_heart_desert.png", "a heart"))
     ]
     cache = FeatureCache(tmp_path, labels, [(32, 48)] * 2, replace(MADE_BY, dtype="fp32"))
     cache.write(vae_encoder(pipe.vae), text_embedder(pipe.tokenizer, pipe.text_encoder, 300), batch_size=2)

@@ -15,7 +15,8 @@ from pixart_nb.core.models import tiling
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.core.training.validation import psnr
-from pixart_nb.pixelart.scenes import draw, split_scenes
+from pixart_nb.pixelart.scenes import draw
+from pixart_nb.pixelart.split import held_out_scenes
 
 TINY = Path(__file__).parents[3] / "data" / "tiny-sigma"
 
@@ -59,7 +60,7 @@ def test_slices_give_the_numbers_of_the_batch():
 
 
 def test_a_tiled_image_equals_the_whole_one_within_a_few_levels(trained):
-    scene = split_scenes()[1][5]
+    scene = held_out_scenes(8)[5]
     image = to_signed(draw(scene, np.random.default_rng(3), 256, 384)[None])
     latents = trained.encode(ms.Tensor(image))[0].mean
     whole = pixels(trained.decode(latents))
@@ -74,7 +75,7 @@ def test_a_tiled_image_equals_the_whole_one_within_a_few_levels(trained):
 
 def test_a_sample_of_the_tiles_leaves_no_seams(trained, monkeypatch):
     monkeypatch.setattr(tiling, "SAMPLE_CELLS", 2 * 128**2)
-    scene = split_scenes()[1][5]
+    scene = held_out_scenes(8)[5]
     image = to_signed(draw(scene, np.random.default_rng(3), 256, 384)[None])
     latents = trained.encode(ms.Tensor(image))[0].mean
     whole = pixels(trained.decode(latents)).astype(int)

@@ -102,5 +102,5 @@ def test_an_example_runs_with_another_import(example, project, tmp_path, monkeyp
         example = example.replace(theirs, ours.replace("MODEL", str(project / "data/tiny-sigma")))
     exec(compile(example, "example", "exec"), {"torch": TORCH})
     image = np.asarray(Image.open("cat.png"))
-    assert image.shape == (128, 128, 3)
+    assert image.shape == (256, 256, 3)
     assert image.std() > 10
