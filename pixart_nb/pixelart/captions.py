@@ -100,11 +100,11 @@ def scene_of(caption: str) -> Scene | None:
     place = next((name for name in PLACES if text.endswith(f" {PLACE_PHRASES[name][0]},")), "")
     text = text.removesuffix(f" {PLACE_PHRASES[place][0]},") if place else text
     relation = next((name for name in RELATIONS if f" {name} " in text), "")
-    found = [_THING.fullmatch(part) for part in (text.split(f" {relation} ") if relation else [text])]
-    if not all(found):
+    matches = [_THING.fullmatch(part) for part in (text.split(f" {relation} ") if relation else [text])]
+    if not all(matches):
         return None
     try:
-        scene = Scene(tuple(Thing(m[3], m[2]) for m in found), setting, relation, found[0][1] or "", place)
+        scene = Scene(tuple(Thing(m[3], m[2]) for m in matches), setting, relation, matches[0][1] or "", place)
     except PixArtNBError:  # an unknown object, or a size beside another thing
         return None
     return scene if short_caption(scene) == caption else None
@@ -128,7 +128,7 @@ def named_scenes(captions: Iterable[str]) -> list[Scene]:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return a caption in one of many wordings; the same state of ``rng`` gives the same words.
 
-    A large thing, or one in the middle, may be told without its size or place.
+    A large thing, or one in the middle, may be captioned without its size or place.
     """
     return " ".join(word for word, _ in caption_words(as_told(scene, rng), rng))
 

@@ -210,8 +210,8 @@ def draw_prompts(pipe: Any, prompts: Sequence[str], batch_size: int = 24, seed: 
 def _object_accuracy(read: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float]:
     """Return by object the share of the scenes with it in which it was read."""
     right: dict[str, list[bool]] = {}
-    for found, scene in zip(read, scenes, strict=True):
-        shown = {thing.object for thing in found.things}
+    for result, scene in zip(read, scenes, strict=True):
+        shown = {thing.object for thing in result.things}
         for thing in scene.things:
             right.setdefault(thing.object, []).append(thing.object in shown)
     return {name: float(np.mean(hits)) for name, hits in sorted(right.items())}

@@ -107,11 +107,11 @@ class SceneEvaluator:
     def read_for(self, image: np.ndarray, scene: Scene) -> Reading:
         """Read an image that should show ``scene``: as many things, in the order of those that they agree with.
 
-        The scene of the reading is told from its first thing if its relation can be, else as it was read.
+        The scene of the reading is described from its first thing if its relation can be, else as it was read.
         """
         reading = self.read(image, len(scene.things))
-        found = reading.scene.things
-        if _agreement(found[::-1], scene.things) <= _agreement(found, scene.things):
+        things = reading.scene.things
+        if _agreement(things[::-1], scene.things) <= _agreement(things, scene.things):
             return reading
         parts = (reading.placements[::-1], reading.scores[::-1], reading.masks[::-1])
         return Reading(_swapped(reading.scene) or reading.scene, *parts)
@@ -133,7 +133,7 @@ class SceneEvaluator:
 
 def accuracy_of(read: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float]:
     """Return the shares of scenes in which each part, and everything, was read as it should be."""
-    rows = [compare(found, scene) for found, scene in zip(read, scenes, strict=True)]
+    rows = [compare(result, scene) for result, scene in zip(read, scenes, strict=True)]
     keys = sorted(dict.fromkeys(key for row in rows for key in row), key=lambda key: key == "all")
     return {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}
 
@@ -159,7 +159,7 @@ def _ordered(read: Scene, scene: Scene) -> Scene:
     if swapped is None:
         return read
     agreement = [
-        _agreement(told.things, scene.things) + 0.5 * (told.relation == scene.relation) for told in (read, swapped)
+        _agreement(order.things, scene.things) + 0.5 * (order.relation == scene.relation) for order in (read, swapped)
     ]
     return swapped if agreement[1] > agreement[0] else read
 

@@ -113,8 +113,8 @@ def _located(
     t: Trace, row: int, scene: Scene, image: np.ndarray, masks: tuple[np.ndarray, ...], threshold: float
 ) -> LocatedWords:
     maps = t.word_maps(row=row)
-    found = [thresholded(part, image.shape[:2], threshold) for part in maps]
-    overlaps = np.array([[overlap(one, mask) for mask in masks] for one in found])
+    covered = [thresholded(part, image.shape[:2], threshold) for part in maps]
+    overlaps = np.array([[overlap(one, mask) for mask in masks] for one in covered])
     return LocatedWords(scene, image, masks, tuple(t.words(row)), maps, overlaps)
 
 
