@@ -24,7 +24,7 @@ KEYS = (
 @config_options(InferenceConfig, only=KEYS)
 def evaluate(
     count: Annotated[int, typer.Option(min=1, help="Number of held-out scenes to generate.")] = 240,
-    things: Annotated[int, typer.Option(min=1, max=2, help="Objects in each scene: one or two.")] = 1,
+    things: Annotated[int, typer.Option(min=1, max=2, help="Objects in each held-out scene: one or two.")] = 1,
     labels: Annotated[
         Path | None,
         typer.Option(metavar="file", help="Label file of drawn scenes, whose captions are generated in place of them."),
@@ -32,8 +32,7 @@ def evaluate(
     vae: Annotated[bool, typer.Option("--vae", help="Measure the reconstruction by the VAE too.")] = False,
     **options: Any,
 ) -> None:
-    """Generate scenes that training never shows, and count how many show the right object, colour and setting
-    (and relation, with two objects).
+    """Generate held-out scenes, and count how many show the right object, colour, setting and relation.
 
     Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and images.png; their
     names count up.

@@ -1,4 +1,4 @@
-"""Training of both bundled models from nothing, from weak to strong: every stage can be stopped and resumes.
+"""Training of the bundled model from scratch, from weak to strong. Every stage can be stopped and resumes.
 
 An image has a cell of 8 x 8 pixels at every size, so that a latent cell of the VAE of factor 8 is a cell of the scene:
 16 cells at 128 pixels, 32 at 256, 64 at 512 and 128 at 1024. A scene gains detail with its size, and the VAE has one

@@ -130,7 +130,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
     A large thing, or one in the middle, may be captioned without its size or place.
     """
-    return " ".join(word for word, _ in caption_words(as_told(scene, rng), rng))
+    return " ".join(word for word, _ in caption_words(as_captioned(scene, rng), rng))
 
 
 def long_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -138,8 +138,8 @@ def long_caption(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(word for word, _ in caption_words(scene, rng, form=str(rng.choice(FORMS[-2:]))))
 
 
-def as_told(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return a scene as a caption tells it: a usual size or place of its one thing is named in some captions only.
+def as_captioned(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Return a scene as a caption describes it: some captions leave out a usual size or place of one thing.
 
     So the words of a caption, or their absence, always say how large a thing is and where it stands.
     """

@@ -170,7 +170,7 @@ def _agreement(things: Sequence[Thing], others: Sequence[Thing]) -> int:
 
 
 def _swapped(scene: Scene) -> Scene | None:
-    """Return the same scene told from its second thing, if its relation has an inverse that is a relation."""
+    """Return the same scene described from its second thing, if its relation has an inverse that is a relation."""
     inverse = {"left of": "right of", "right of": "left of"}.get(scene.relation)
     return Scene(scene.things[::-1], scene.setting, inverse) if inverse else None
 

@@ -93,6 +93,7 @@ def locate_words(
     size = {"height": height, "width": width}
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
     located: list[LocatedWords] = []
+    reader = evaluator_of(scenes)
     with tqdm(total=len(scenes), desc="locate", unit="image") as bar:
         for first in range(0, len(scenes), batch_size):
             batch = scenes[first : first + batch_size]
@@ -101,7 +102,6 @@ def locate_words(
             with trace(pipe, layers, attention="cross", steps=kept_steps, announce=None) as t:
                 drawn = pipe(prompts, generator=rngs, use_resolution_binning=False, output_type="np", **call)[0]
             images = to_uint8(drawn)
-            reader = evaluator_of(scenes)
             for row, scene in enumerate(batch):
                 masks = reader.read_for(images[row], scene).masks
                 located.append(_located(t, row, scene, images[row], masks, threshold))

@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from mindspore import ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Linear, normal
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.noise_schedule import LINEAR
-from pixart_nb.core.training.loss import add_noise, variational_bound
+from pixart_nb.core.training.loss import add_noise, loss_terms
 from pixart_nb.pixelart.batches import generator
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.text_encoder import mean_cross_entropy
@@ -107,13 +106,10 @@ def object_loss(net: PixArt, head: Linear, positions: ms.Tensor | None = None) -
                 tokens = x
             x = block(x, k, v, mask, t0, height, width)
         output = net.unpatchify(net.final_layer(x, t), height, width)
-        predicted, variance = output[:, :channels], output[:, channels:]
-        error = noise - predicted
-        squared = error * error
-        mse = squared.mean()
-        weighted = ((squared * cells).mean((1, 2, 3)) * weights).mean()
-        vb = variational_bound(ops.stop_gradient(predicted), variance, latents, x_t, table).mean()
-        named = mean_cross_entropy(head(tokens), names)
-        return weighted + vb + HEAD_WEIGHT * named, mse, vb, named
+        mse, vb = loss_terms(output, latents, x_t, noise, table)
+        error = noise - output[:, :channels]
+        weighted = ((error * error * cells).mean((1, 2, 3)) * weights).mean()
+        named, vb = mean_cross_entropy(head(tokens), names), vb.mean()
+        return weighted + vb + HEAD_WEIGHT * named, mse.mean(), vb, named
 
     return loss

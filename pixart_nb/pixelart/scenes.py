@@ -30,7 +30,7 @@ RELATIONS = ("left of", "right of", "above", "in front of")
 #: Sides of one thing, as shares of the shorter side of the image, and how far right of the left edge it stands.
 SIZES = {"small": 0.375, "medium-sized": 0.5, "large": 0.625}
 PLACES = {"left": 0.0, "middle": 0.5, "right": 1.0}
-#: Those of a thing of which nothing is said.
+#: Size and place of one thing whose caption names none.
 USUAL_SIZE, USUAL_PLACE = "large", "middle"
 #: Corners of things stand on multiples of a share of the image: a transformer learns a few places sooner than all.
 STEPS = 8

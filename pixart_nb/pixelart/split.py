@@ -8,7 +8,7 @@ from itertools import combinations, product
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.captions import as_told
+from pixart_nb.pixelart.captions import as_captioned
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES, Scene, Thing, one
 from pixart_nb.pixelart.settings import SETTINGS
@@ -89,4 +89,4 @@ def held_out_scenes(count: int, things: int = 1) -> list[Scene]:
 
 def _with_place(name: str, colour: str, setting: str, rng: np.random.Generator) -> Scene:
     where = str(rng.choice(list(SIZES), p=SIZE_SHARES)), str(rng.choice(list(PLACES)))
-    return as_told(one(name, colour, setting, *where), rng)
+    return as_captioned(one(name, colour, setting, *where), rng)

@@ -21,7 +21,7 @@ from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.sampling.text import TextTokenizer
 from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import generator, set_weights
-from pixart_nb.pixelart.captions import INVERSE, as_told, caption, caption_words
+from pixart_nb.pixelart.captions import INVERSE, as_captioned, caption, caption_words
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES
 from pixart_nb.pixelart.settings import SETTINGS
@@ -165,7 +165,7 @@ def label_batches(tokenizer: TextTokenizer, seed: int) -> Batch:
 
 def _labelled(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[list[int], list[tuple[int, ...]]]:
     """Return the token ids of a random caption, ending with the end of text, and the labels of each."""
-    scene = as_told(training_scene(rng), rng)
+    scene = as_captioned(training_scene(rng), rng)
     renamed = rng.random() < RENAMED
     words = caption_words(scene, rng, tuple(_new_word(rng) for _ in scene.things) if renamed else None)
     objects, setting = list(OBJECTS), list(SETTINGS).index(scene.setting)

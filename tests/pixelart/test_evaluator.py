@@ -27,7 +27,7 @@ def drawn(count, cells, pair_share, seed, cell=8, width=None):
         pytest.param(32, 1, 60, 0.99, marks=pytest.mark.slow),
         pytest.param(32, 2, 40, 0.97, marks=pytest.mark.slow),
         pytest.param(64, 1, 24, 0.99, marks=pytest.mark.slow),
-        pytest.param(64, 2, 20, 0.95, marks=pytest.mark.slow),
+        pytest.param(64, 2, 40, 0.97, marks=pytest.mark.slow),
     ],
 )
 def test_everything_is_read_from_fresh_scenes(cells, things, count, least):

@@ -12,7 +12,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.captions import (
     COLOUR_SYNONYMS,
     OBJECT_SYNONYMS,
-    as_told,
+    as_captioned,
     caption,
     caption_words,
     named_scenes,
@@ -193,7 +193,7 @@ def test_captions_use_the_right_article():
 def test_a_canonical_caption_names_its_scene_and_no_other_text_does():
     rng = np.random.default_rng(4)
     for _ in range(300):
-        scene = as_told(training_scene(rng), rng)
+        scene = as_captioned(training_scene(rng), rng)
         assert scene_of(short_caption(scene)) == scene
     assert scene_of("a large red anchor on the left, on a beach") == one("anchor", "red", "beach", "large", "left")
     for text in ("a red hat", "red cat on grass", "a red cat  on grass", "a small red cat above a blue boat at night",

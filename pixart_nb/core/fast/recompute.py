@@ -74,7 +74,7 @@ class RecomputedSteps(_Function):
 
 
 class _Context:
-    """What a step keeps for its gradient, in place of MindSpore's context."""
+    """Tensors that a step keeps for its gradient, in place of MindSpore's context."""
 
     def __init__(self, needs_input_grad: Sequence[bool] = ()):
         self.needs_input_grad = needs_input_grad
