@@ -54,7 +54,7 @@ class CompressionAdaptation:
         steps: int,
         images: int = 512,
         batch: int = 16,
-        learning_rate: float = 3e-4,
+        learning_rate: float = 5e-5,
         seed: int = 0,
         like: CompressionAdaptation | None = None,
     ):

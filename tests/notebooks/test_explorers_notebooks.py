@@ -91,8 +91,8 @@ def test_token_compression_runs_whole_and_writes_what_it_says(project, tmp_path)
     held_out = numbers["adaptation"]["held_out"]
     assert next(iter(held_out)) == "0"
     assert list(held_out)[-1] == str(values["adaptation_steps"])
-    assert min(held_out.values()) > 0 < numbers["adaptation"]["target"]  # so few steps may recover nothing
-    assert numbers["adaptation"]["recovered"] < 1
+    assert held_out["0"] > held_out[str(values["adaptation_steps"])] > numbers["adaptation"]["target"]
+    assert 0 < numbers["adaptation"]["recovered"] < 1
     assert set(numbers["trained"]) == {"shallow", "middle", "deep", "uniform", "mean"}
     assert all(value > 0 for value in numbers["trained"].values())
 
