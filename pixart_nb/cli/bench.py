@@ -88,7 +88,7 @@ def bench(
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
     dtypes = dtype or ["fp32"]
-    peers = [name for name, wanted in zip(_PEERS, (recompute, with_diffusers, compiled), strict=True) if wanted]
+    peers = [name for name, asked in zip(_PEERS, (recompute, with_diffusers, compiled), strict=True) if asked]
     _check(what, peers, dtypes, output_path)
     start()
     runs, shapes_class = load_benchmarks()

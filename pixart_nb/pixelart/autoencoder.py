@@ -29,6 +29,10 @@ OPTIONS = TrainerOptions(
     save_every=50,
     log_every=10,
 )
+#: Options of the decoder's own training, after both parts were trained together.
+DECODER_OPTIONS = replace(OPTIONS, steps=6000, start_learning_rate=1e-3, ema_rate=0.995, save_every=100)
+#: Most noise on its latents, in their standard deviation. Sampled latents are not exact either.
+DECODER_NOISE = 0.08
 SHARDS = 24
 BATCH, CROP = 8, 64
 KL_WEIGHT = 1e-4
@@ -50,8 +54,21 @@ def train_autoencoder(work: Path, seed: int = 0, processes: int = 2) -> Autoenco
     trainer = Trainer(autoencoder_loss(net), parameters, batch, OPTIONS, work, names=("squared_error", "kl"))
     trainer.run()
     set_weights(parameters, trainer.weights())
+    _train_decoder(net, batch, work.with_name("decoder"))
     net.config = replace(CONFIG, scaling_factor=scaling_factor(net, drawn))
     return net
+
+
+def _train_decoder(net: AutoencoderKL, batch: Batch, work: Path) -> None:
+    """Train the decoder alone on noisy latents, for sharp edges and flat cells; the latents stay as they are.
+
+    The loss is the absolute error of the images and of their finest detail, see ``decoder_loss``.
+    """
+    parts = ("decoder.", "post_quant_conv.")
+    parameters = {name: p for name, p in net.parameters_and_names() if name.startswith(parts)}
+    trainer = Trainer(decoder_loss(net), parameters, batch, DECODER_OPTIONS, work, names=("squared_error", "detail"))
+    trainer.run()
+    set_weights(parameters, trainer.weights())
 
 
 def start_with_colours(net: AutoencoderKL, images: np.ndarray) -> None:
@@ -122,6 +139,24 @@ def autoencoder_loss(net: AutoencoderKL):
         mean, logvar = mint.chunk(moments, 2, 1)
         kl = 0.5 * (mean * mean + ops.exp(logvar) - 1.0 - logvar).mean()
         return squared + 0.1 * ops.abs(difference).mean() + KL_WEIGHT * kl, squared, kl
+
+    return loss
+
+
+def decoder_loss(net: AutoencoderKL):
+    """Return the decoder's loss of a batch: absolute error of images and of the differences of neighbouring pixels.
+
+    ``noise`` has the shape of the latents and is used at a different strength for each image, from none to
+    ``DECODER_NOISE`` of the standard deviation of the latents.
+    """
+
+    def loss(images: ms.Tensor, noise: ms.Tensor):
+        strength = DECODER_NOISE * ops.linspace(0.0, 1.0, len(noise)).reshape(-1, 1, 1, 1)
+        mean = ops.stop_gradient(mint.chunk(net.moments(images), 2, 1)[0])
+        difference = net.reconstruct(mean + strength * mean.std() * noise) - images
+        rows, columns = difference.diff(axis=2), difference.diff(axis=3)
+        detail = ops.abs(rows).mean() + ops.abs(columns).mean()
+        return ops.abs(difference).mean() + detail, (difference * difference).mean(), detail
 
     return loss
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES, USUAL_PLACE, USUAL_SIZE, Scene, Thing
+from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, RELATIONS, SIZES, USUAL_POSITION, USUAL_SIZE, Scene, Thing
 
 #: Share of captions in which a synonym replaces the word: enough to learn it, too few to blur the ten colours.
 SYNONYM_SHARE = 0.05
@@ -50,12 +50,12 @@ PHRASES = {
     "behind": ("behind", "at the back of"),
 }
 #: Phrases of where one thing is, the canonical one first.
-PLACE_PHRASES = {
+POSITION_PHRASES = {
     "left": ("on the left", "at the left"),
     "middle": ("in the middle", "in the centre"),
     "right": ("on the right", "at the right"),
 }
-#: How often a caption names the usual size, or the usual place, of one thing.
+#: How often a caption names the usual size, or the usual position, of one thing.
 NAMED = 0.5
 FORMS = (
     "{subject} {where}",
@@ -80,12 +80,12 @@ def with_article(words: str) -> str:
 def short_caption(scene: Scene) -> str:
     """Return the canonical caption, such as ``a red cat left of a blue boat on a beach``.
 
-    That of one thing names its size and place if the scene does: ``a large red cat on the left, on a beach``.
+    That of one thing names its size and position if the scene does: ``a large red cat on the left, on a beach``.
     """
     things = [with_article(_words(scene.size, thing.colour, thing.object)) for thing in scene.things]
     subject = f" {scene.relation} ".join(things)
-    if scene.place:
-        subject += f" {PLACE_PHRASES[scene.place][0]},"
+    if scene.position:
+        subject += f" {POSITION_PHRASES[scene.position][0]},"
     return f"{subject} {WHERE[scene.setting][0]}"
 
 
@@ -93,18 +93,18 @@ def scene_of(caption: str) -> Scene | None:
     """Return the scene of a canonical caption, unseen objects included, or None for any other text.
 
     >>> scene_of("a red anchor on grass")
-    Scene(things=(Thing(object='anchor', colour='red'),), setting='grass', relation='', size='', place='')
+    Scene(things=(Thing(object='anchor', colour='red'),), setting='grass', relation='', size='', position='')
     """
     setting = next((name for name, phrases in WHERE.items() if caption.endswith(f" {phrases[0]}")), "")
     text = caption.removesuffix(WHERE[setting][0]).strip() if setting else ""
-    place = next((name for name in PLACES if text.endswith(f" {PLACE_PHRASES[name][0]},")), "")
-    text = text.removesuffix(f" {PLACE_PHRASES[place][0]},") if place else text
+    position = next((name for name in POSITIONS if text.endswith(f" {POSITION_PHRASES[name][0]},")), "")
+    text = text.removesuffix(f" {POSITION_PHRASES[position][0]},") if position else text
     relation = next((name for name in RELATIONS if f" {name} " in text), "")
     matches = [_THING.fullmatch(part) for part in (text.split(f" {relation} ") if relation else [text])]
     if not all(matches):
         return None
     try:
-        scene = Scene(tuple(Thing(m[3], m[2]) for m in matches), setting, relation, matches[0][1] or "", place)
+        scene = Scene(tuple(Thing(m[3], m[2]) for m in matches), setting, relation, matches[0][1] or "", position)
     except PixArtNBError:  # an unknown object, or a size beside another thing
         return None
     return scene if short_caption(scene) == caption else None
@@ -128,7 +128,7 @@ def named_scenes(captions: Iterable[str]) -> list[Scene]:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """Return a caption in one of many wordings; the same state of ``rng`` gives the same words.
 
-    A large thing, or one in the middle, may be captioned without its size or place.
+    A large thing, or one in the middle, may be captioned without its size or position.
     """
     return " ".join(word for word, _ in caption_words(as_captioned(scene, rng), rng))
 
@@ -139,11 +139,11 @@ def long_caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def as_captioned(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Return a scene as a caption describes it: some captions leave out a usual size or place of one thing.
+    """Return a scene as a caption describes it: some captions leave out a usual size or position of one thing.
 
     So the words of a caption, or their absence, always say how large a thing is and where it stands.
     """
-    usual = {"size": USUAL_SIZE, "place": USUAL_PLACE}
+    usual = {"size": USUAL_SIZE, "position": USUAL_POSITION}
     silent = {key: "" for key, name in usual.items() if rng.random() > NAMED and getattr(scene, key) == name}
     return replace(scene, **silent)
 
@@ -170,8 +170,8 @@ def caption_words(
     parts = [(start, -1), things[0]]
     if relation:
         parts += [(str(rng.choice(PHRASES[relation])), -1), things[1]]
-    if scene.place:
-        parts.append((str(rng.choice(PLACE_PHRASES[scene.place])), -1))
+    if scene.position:
+        parts.append((str(rng.choice(POSITION_PHRASES[scene.position])), -1))
         end = end if end.startswith(",") or not end else "," + end
     words = [(word, number) for text, number in parts for word in text.split()]
     if end.startswith(","):  # the comma belongs to the word before

@@ -20,7 +20,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock, write_text
 from pixart_nb.pixelart.captions import long_caption, short_caption
 from pixart_nb.pixelart.objects import OBJECTS, UNSEEN_OBJECTS
-from pixart_nb.pixelart.scenes import COLOURS, PLACES, Scene, draw, one
+from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, Scene, draw, one
 from pixart_nb.pixelart.scenes import SIZES as THING_SIZES
 from pixart_nb.pixelart.settings import SETTINGS
 from pixart_nb.pixelart.split import training_scene
@@ -60,10 +60,10 @@ def write_dataset(folder: str | os.PathLike[str], count: int = 36, seed: int = 0
         raise PixArtNBError(f"count must be at least 1, got {count}")
     rng = np.random.default_rng(seed)
     names = zip(*(_balanced(part, count, rng) for part in map(tuple, (OBJECTS, COLOURS, SETTINGS))), strict=True)
-    where = zip(*(_balanced(tuple(part), count, rng) for part in (THING_SIZES, PLACES)), strict=True)
+    where = zip(*(_balanced(tuple(part), count, rng) for part in (THING_SIZES, POSITIONS)), strict=True)
     scenes = [one(*parts, *chosen) for parts, chosen in zip(names, where, strict=True)]
     wide = [width > height for height, width in SIZES]
-    scenes = [replace(s, place="middle") if wide[k % len(SIZES)] else s for k, s in enumerate(scenes)]
+    scenes = [replace(s, position="middle") if wide[k % len(SIZES)] else s for k, s in enumerate(scenes)]
     return write_scenes(folder, scenes, rng, SIZES)
 
 
@@ -144,11 +144,11 @@ def finetuning_scenes(count: int, seed: int = 0, objects: Sequence[str] = tuple(
 
 
 def _old_scenes(count: int, rng: np.random.Generator) -> list[Scene]:
-    """Return ``count`` different scenes of one thing as the bundled model was trained with, without size and place."""
+    """Return ``count`` different scenes of one thing that the bundled model was trained with, without their sizes."""
     chosen: dict[Scene, None] = {}
     while len(chosen) < count:
         scene = training_scene(rng, 0)
-        chosen[replace(scene, size="", place="")] = None
+        chosen[replace(scene, size="", position="")] = None
     return list(chosen)
 
 

@@ -23,7 +23,7 @@ from pixart_nb.pixelart.scenes import (
     COLOURS,
     GROUND,
     LIGHTS,
-    PLACES,
+    POSITIONS,
     SHADOW,
     SIZES,
     Placement,
@@ -120,7 +120,7 @@ class SceneEvaluator:
         """Return the shares of images in which each part of their scene is right, and in which all are.
 
         ``object``, ``colour`` and, for pairs, ``relation`` are those of both things; the number of things is given.
-        ``size`` and ``place`` count where a scene names them.
+        ``size`` and ``position`` count where a scene names them.
         """
         return accuracy_of(self.scenes(images, scenes), scenes)
 
@@ -147,7 +147,7 @@ def compare(read: Scene, scene: Scene) -> dict[str, bool]:
         "colour": len(result.things) == len(scene.things) and all(a.colour == b.colour for a, b in pairs),
         "setting": result.setting == scene.setting,
     }
-    for part in ("relation", "size", "place"):
+    for part in ("relation", "size", "position"):
         if getattr(scene, part):
             row[part] = getattr(result, part) == getattr(scene, part)
     return row | {"all": all(row.values())}
@@ -209,10 +209,10 @@ def _reading(fits: list[Fit], setting: str, search: Search, size: tuple[int, int
 
 
 def _size_and_place(at: Placement, wide: float) -> tuple[str, str]:
-    """Return the nearest size and place of a thing in an image that is ``wide`` times its shorter side."""
+    """Return the nearest size and position of a thing in an image that is ``wide`` times its shorter side."""
     size = min(SIZES, key=lambda name: abs(SIZES[name] - at.size))
     share = (at.x - at.size / 2) / max(wide - at.size, 1e-6)
-    return size, min(PLACES, key=lambda name: abs(PLACES[name] - share))
+    return size, min(POSITIONS, key=lambda name: abs(POSITIONS[name] - share))
 
 
 def _relation(placements: Sequence[Placement]) -> tuple[tuple[int, ...], str]:

@@ -1,4 +1,4 @@
-"""Fits drawings of objects to the cells of an image: object, colour, size and place that explain it best."""
+"""Fits drawings of objects to the cells of an image: object, colour, size and position that explain it best."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Search:
         return max(fits, key=lambda fit: fit.gain)
 
     def _coarse(self, t: _Templates, errors: np.ndarray, weights: np.ndarray) -> list[tuple]:
-        """Return (gain, name, colour, row, column, size) of the best place of every template."""
+        """Return (gain, name, colour, row, column, size) of the best position of every template."""
         shape = (len(t.names), len(COLOURS))
         weighted = weights[..., None] * self.cells
         energy = (errors + BONUS) * weights - (weighted * self.cells).sum(-1) / 3
@@ -171,7 +171,7 @@ class Search:
         ]
 
     def _fine(self, candidate: list, errors: np.ndarray, weights: np.ndarray) -> list[Fit]:
-        """Return the fits around a coarse candidate, by fractions of a cell of place and size, with limited errors."""
+        """Return the fits around a coarse candidate, by fractions of a cell, with limited errors."""
         name, colour, row, column, size = candidate
         (height, width), steps = errors.shape, self.steps
         changes, fits = range(-(steps // 2), steps // 2 + 1), []

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from pixart_nb.core.io import write_text
-from pixart_nb.pixelart.captions import COLOUR_SYNONYMS, FORMS, OBJECT_SYNONYMS, PHRASES, PLACE_PHRASES, WHERE
+from pixart_nb.pixelart.captions import COLOUR_SYNONYMS, FORMS, OBJECT_SYNONYMS, PHRASES, POSITION_PHRASES, WHERE
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.scenes import COLOURS, SIZES
 from pixart_nb.pixelart.settings import SETTINGS
@@ -86,7 +86,7 @@ def words_of(texts: Iterable[str]) -> set[str]:
 def caption_vocabulary() -> tuple[str, ...]:
     """Return all words that captions of scenes can have."""
     phrases = [*FORMS, *OBJECTS, *COLOURS, *SETTINGS, *SIZES, "a", "an"]
-    for table in (WHERE, OBJECT_SYNONYMS, COLOUR_SYNONYMS, PHRASES, PLACE_PHRASES):
+    for table in (WHERE, OBJECT_SYNONYMS, COLOUR_SYNONYMS, PHRASES, POSITION_PHRASES):
         phrases += [phrase for values in table.values() for phrase in values]
     return tuple(sorted(words_of(phrases)))
 
@@ -95,7 +95,7 @@ def caption_vocabulary() -> tuple[str, ...]:
 _SCORES: dict[str, str] = {
     "256": (
         "`pixart-nb evaluate --count 120`: 120 held-out scenes of one thing, 20 steps, guidance 4.5. Right: "
-        "object 100.0%, colour 98.3%, setting 100.0%, size 100.0% and place 100.0% where they are named, "
+        "object 100.0%, colour 98.3%, setting 100.0%, size 100.0% and position 100.0% where they are named, "
         "everything 98.3%. With `--things 2`: both objects 100.0%, both colours 100.0%, setting 99.2%, "
         "relation 100.0%, everything 99.2%. Distance of textures from drawn images, in that of other drawn "
         "images, by level of a Laplacian pyramid: 256 px 4.25, 128 px 3.45, 64 px 3.24, 32 px 2.26, 16 px "

@@ -4,7 +4,7 @@ The published models see millions of images; this one sees few. The plain loss o
 object is decided: at high noise, in a sixth of the cells. So (1) timesteps weigh as in velocity prediction (Salimans
 and Ho 2022, section 4: the squared error of the noise divided by alpha_bar), and most of them are drawn where objects
 appear; (2) cells of objects weigh more; (3) while it trains, a linear head on the tokens in the middle of the network
-names the object at each token, which ties words to places early.
+names the object at each token, which ties words to positions early.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.io import atomic_write
 from pixart_nb.pixelart.objects import OBJECTS
-from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES, Scene, Thing, draw_cells
+from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, RELATIONS, SIZES, Scene, Thing, draw_cells
 from pixart_nb.pixelart.settings import SETTINGS
 from pixart_nb.pixelart.split import training_scene
 from pixart_nb.pixelart.synthetic import synthetic_image
@@ -51,16 +51,16 @@ def autoencoder_shard(number: int, seed: int) -> dict[str, np.ndarray]:
 
 
 #: Names of what a scene has once; "" has the code -1.
-_NAMES = tuple(list(names) for names in (RELATIONS, SETTINGS, SIZES, PLACES))
+_NAMES = tuple(list(names) for names in (RELATIONS, SETTINGS, SIZES, POSITIONS))
 
 
 def scene_codes(scene: Scene) -> list[int]:
     """Return a scene as eight integers, -1 for none.
 
-    Object and colour of both things, relation, setting, size and place.
+    Object and colour of both things, relation, setting, size and position.
     """
     codes = [code for t in scene.things for code in (list(OBJECTS).index(t.object), COLOURS.index(t.colour))]
-    values = (scene.relation, scene.setting, scene.size, scene.place)
+    values = (scene.relation, scene.setting, scene.size, scene.position)
     once = [names.index(value) if value else -1 for names, value in zip(_NAMES, values, strict=True)]
     return [*codes, *[-1] * (4 - len(codes)), *once]
 
@@ -70,8 +70,8 @@ def coded_scene(codes: Sequence[int]) -> Scene:
     objects = list(OBJECTS)
     things = [Thing(objects[codes[k]], COLOURS[codes[k + 1]]) for k in (0, 2) if codes[k] >= 0]
     once = zip(_NAMES, codes[4:], strict=True)
-    relation, setting, size, place = (names[code] if code >= 0 else "" for names, code in once)
-    return Scene(tuple(things), setting, relation, size, place)
+    relation, setting, size, position = (names[code] if code >= 0 else "" for names, code in once)
+    return Scene(tuple(things), setting, relation, size, position)
 
 
 def scene_shard(number: int, cells: int, seed: int) -> dict[str, np.ndarray]:

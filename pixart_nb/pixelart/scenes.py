@@ -29,10 +29,10 @@ COLOURS: tuple[str, ...] = tuple(RAMPS)
 RELATIONS = ("left of", "right of", "above", "in front of")
 #: Sides of one thing, as shares of the shorter side of the image, and how far right of the left edge it stands.
 SIZES = {"small": 0.375, "medium-sized": 0.5, "large": 0.625}
-PLACES = {"left": 0.0, "middle": 0.5, "right": 1.0}
-#: Size and place of one thing whose caption names none.
-USUAL_SIZE, USUAL_PLACE = "large", "middle"
-#: Corners of things stand on multiples of a share of the image: a transformer learns a few places sooner than all.
+POSITIONS = {"left": 0.0, "middle": 0.5, "right": 1.0}
+#: Size and position of one thing whose caption names none.
+USUAL_SIZE, USUAL_POSITION = "large", "middle"
+#: Corners of things stand on multiples of a share of the image: a transformer learns a few positions sooner than all.
 STEPS = 8
 #: Height on which things stand, and sides of two things: beside or above each other, or the one behind.
 FLOOR, PAIR_SIZE, BACK_SIZE = 7, 0.5, 0.625
@@ -56,14 +56,14 @@ class Thing:
 class Scene:
     """One thing, or two in a relation (the first is ``relation`` the second), in a setting.
 
-    ``size`` and ``place`` are those of one thing; "" is the usual one.
+    ``size`` and ``position`` are those of one thing; "" is the usual one.
     """
 
     things: tuple[Thing, ...]
     setting: str
     relation: str = ""
     size: str = ""
-    place: str = ""
+    position: str = ""
 
     def __post_init__(self) -> None:
         pair = len(self.things) == 2
@@ -76,7 +76,7 @@ class Scene:
         values = [(key, getattr(thing, key), names) for thing in self.things for key, names in valid.items()]
         values.append(("setting", self.setting, tuple(SETTINGS)))
         values += [("size", self.size, ("", *SIZES)[: 1 if pair else None])]
-        values += [("place", self.place, ("", *PLACES)[: 1 if pair else None])]
+        values += [("position", self.position, ("", *POSITIONS)[: 1 if pair else None])]
         for key, value, names in values:
             if value not in names:
                 raise PixArtNBError(f"unknown {key} {value!r}; valid ones: {', '.join(names)}")
@@ -100,9 +100,9 @@ class Drawing:
     placements: tuple[Placement, ...]
 
 
-def one(object: str, colour: str, setting: str, size: str = "", place: str = "") -> Scene:
+def one(object: str, colour: str, setting: str, size: str = "", position: str = "") -> Scene:
     """Return the scene of one thing."""
-    return Scene((Thing(object, colour),), setting, "", size, place)
+    return Scene((Thing(object, colour),), setting, "", size, position)
 
 
 def grid_size(height: int, width: int) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def place_things(scene: Scene, aspect: float = 1.0) -> tuple[Placement, ...]:
     wide, high = round(STEPS * max(aspect, 1.0)), round(STEPS * max(1 / aspect, 1.0))
     floor = (high - STEPS) // 2 + FLOOR  # in the square in the middle of a high image
     if not scene.relation:
-        size, share = SIZES[scene.size or USUAL_SIZE], PLACES[scene.place or USUAL_PLACE]
+        size, share = SIZES[scene.size or USUAL_SIZE], POSITIONS[scene.position or USUAL_POSITION]
         return (_placement(share * (wide - STEPS * size), floor - STEPS * size, size),)
     first = second = PAIR_SIZE
     middle = (wide - STEPS * PAIR_SIZE) / 2

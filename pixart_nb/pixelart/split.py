@@ -10,7 +10,7 @@ import numpy as np
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.captions import as_captioned
 from pixart_nb.pixelart.objects import OBJECTS
-from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES, Scene, Thing, one
+from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, RELATIONS, SIZES, Scene, Thing, one
 from pixart_nb.pixelart.settings import SETTINGS
 
 HELD_OUT_TRIPLES = 240
@@ -55,10 +55,10 @@ def is_held_out(scene: Scene) -> bool:
 def training_scene(rng: np.random.Generator, pair_share: float = PAIR_SHARE) -> Scene:
     """Draw a scene that is not held out; one of two different objects with the probability ``pair_share``.
 
-    One of a single object has a size and a place.
+    One of a single object has a size and a position.
     """
     relation = str(rng.choice(RELATIONS)) if rng.random() < pair_share else ""
-    where = () if relation else (str(rng.choice(list(SIZES), p=SIZE_SHARES)), str(rng.choice(list(PLACES))))
+    where = () if relation else (str(rng.choice(list(SIZES), p=SIZE_SHARES)), str(rng.choice(list(POSITIONS))))
     while True:
         objects = rng.choice(list(OBJECTS), 2 if relation else 1, replace=False)
         things = tuple(Thing(str(name), str(rng.choice(COLOURS))) for name in objects)
@@ -70,7 +70,7 @@ def training_scene(rng: np.random.Generator, pair_share: float = PAIR_SHARE) -> 
 def held_out_scenes(count: int, things: int = 1) -> list[Scene]:
     """Return ``count`` held-out scenes of one thing, or of two, spread evenly; the same for the same arguments.
 
-    One thing has sizes and places as in training, of which captions of the training may not tell the usual ones.
+    One thing has sizes and positions as in training, of which captions of the training may not tell the usual ones.
     """
     if things not in (1, 2) or not 1 <= count <= HELD_OUT_TRIPLES:
         named = {1: "one thing"}.get(things, f"{things} things")
@@ -88,5 +88,5 @@ def held_out_scenes(count: int, things: int = 1) -> list[Scene]:
 
 
 def _with_place(name: str, colour: str, setting: str, rng: np.random.Generator) -> Scene:
-    where = str(rng.choice(list(SIZES), p=SIZE_SHARES)), str(rng.choice(list(PLACES)))
+    where = str(rng.choice(list(SIZES), p=SIZE_SHARES)), str(rng.choice(list(POSITIONS)))
     return as_captioned(one(name, colour, setting, *where), rng)

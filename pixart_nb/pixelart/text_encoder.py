@@ -1,6 +1,6 @@
 """Tokenizer and small T5 encoder of the bundled models: which thing a word belongs to, also for words never seen.
 
-The encoder is trained to tell at every word the thing that it belongs to (object, colour, place in the relation), the
+The encoder is trained to tell at every word the thing that it belongs to (object, colour, part in the relation), the
 setting, and the word itself. So colours are bound to their objects before the transformer reads them, and a word that
 no caption has, spelled in pieces or not, has an embedding of its own.
 """
@@ -23,7 +23,7 @@ from pixart_nb.core.training.trainer import Batch, Trainer, TrainerOptions
 from pixart_nb.pixelart.batches import generator, set_weights
 from pixart_nb.pixelart.captions import INVERSE, as_captioned, caption, caption_words
 from pixart_nb.pixelart.objects import OBJECTS
-from pixart_nb.pixelart.scenes import COLOURS, PLACES, RELATIONS, SIZES
+from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, RELATIONS, SIZES
 from pixart_nb.pixelart.settings import SETTINGS
 from pixart_nb.pixelart.split import training_scene
 
@@ -58,8 +58,8 @@ FURTHER_WORDS = tuple(_NEW_NAMES.split())
 RENAMED = 0.3
 #: Bias of attention heads at the start towards words on one side.
 DIRECTION = 3.0
-#: Labels of a word: object (the last is unknown), colour, place in the relation or the image, setting, size.
-ROLES = ("", *RELATIONS, "below", "behind", *PLACES)
+#: Labels of a word: object (the last is unknown), colour, position in the relation or the image, setting, size.
+ROLES = ("", *RELATIONS, "below", "behind", *POSITIONS)
 LABELS = (len(OBJECTS) + 1, len(COLOURS), len(ROLES), len(SETTINGS), len(SIZES) + 1)
 
 
@@ -128,7 +128,7 @@ def train_text_encoder(tokenizer: TextTokenizer, work: Path, seed: int = 0) -> T
     for head in reader.heads:
         head.weight.set_data(ms.Tensor(normal(rng, tuple(head.weight.shape))))
     parameters = dict(reader.parameters_and_names())
-    names = ("object", "colour", "place", "setting", "size", "word")
+    names = ("object", "colour", "position", "setting", "size", "word")
     trainer = Trainer(_loss(reader), parameters, label_batches(tokenizer, seed), OPTIONS, work, names=names)
     trainer.run()
     set_weights(parameters, trainer.weights())
@@ -169,7 +169,7 @@ def _labelled(tokenizer: TextTokenizer, rng: np.random.Generator) -> tuple[list[
     renamed = rng.random() < RENAMED
     words = caption_words(scene, rng, tuple(_new_word(rng) for _ in scene.things) if renamed else None)
     objects, setting = list(OBJECTS), list(SETTINGS).index(scene.setting)
-    roles = (ROLES.index(scene.relation or scene.place), ROLES.index(INVERSE.get(scene.relation, "")))
+    roles = (ROLES.index(scene.relation or scene.position), ROLES.index(INVERSE.get(scene.relation, "")))
     size = ("", *SIZES).index(scene.size)
     ids, labels = [], []
     for word, number in words:

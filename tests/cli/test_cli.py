@@ -230,7 +230,7 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert re.search(r"object\W+100\.0%", result.stdout)
     assert "10 held-out scenes" in result.stdout
     report = json.loads((tmp_path / "evaluation.json").read_text())
-    parts = ("object", "colour", "setting", "size", "place", "all")
+    parts = ("object", "colour", "setting", "size", "position", "all")
     assert report["accuracy"] == dict.fromkeys(parts, 1.0)
     assert (report["count"], report["sampling_steps"], report["guidance_scale"]) == (10, 4, 3.0)
     assert Image.open(tmp_path / "images.png").size == (10 * 256, 256)

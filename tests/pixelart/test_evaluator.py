@@ -33,7 +33,7 @@ def drawn(count, cells, pair_share, seed, cell=8, width=None):
 def test_everything_is_read_from_fresh_scenes(cells, things, count, least):
     scenes, images, _ = drawn(count, cells, things - 1, 1000 + cells + things)
     accuracy = SceneEvaluator().accuracy(images, scenes)
-    named = {"relation"} if things == 2 else {"size", "place"}
+    named = {"relation"} if things == 2 else {"size", "position"}
     assert set(accuracy) == {"object", "colour", "setting", "all"} | named
     assert accuracy["all"] >= least, accuracy
 
@@ -61,9 +61,9 @@ def test_number_places_and_masks_of_things_are_found():
     for scene, image, drawing in zip(scenes, images, drawings, strict=True):
         reading = SceneEvaluator().read(image)
         assert len(reading.scene.things) == len(scene.things) == len(reading.masks)
-        for thing, place, mask in zip(reading.scene.things, reading.placements, reading.masks, strict=True):
+        for thing, position, mask in zip(reading.scene.things, reading.placements, reading.masks, strict=True):
             number = scene.things.index(thing)
-            assert np.hypot(place.x - drawing.placements[number].x, place.y - drawing.placements[number].y) < 0.06
+            assert np.hypot(position.x - drawing.placements[number].x, position.y - drawing.placements[number].y) < 0.06
             own = drawing.masks[number].repeat(8, 0).repeat(8, 1)
             assert (mask & own).sum() / (mask | own).sum() > 0.75
 

@@ -1,4 +1,4 @@
-"""Drawn scenes: any size, seeded, places that vary, captions that name everything; the shipped images."""
+"""Drawn scenes: any size, seeded, positions that vary, captions that name everything; the shipped images."""
 
 import json
 from itertools import pairwise
@@ -27,7 +27,7 @@ from pixart_nb.pixelart.pool import PATCH, autoencoder_shard, write_pool
 from pixart_nb.pixelart.render import MATERIALS, TEXTURES
 from pixart_nb.pixelart.scenes import (
     COLOURS,
-    PLACES,
+    POSITIONS,
     RELATIONS,
     SIZES,
     Scene,
@@ -219,10 +219,10 @@ def test_a_caption_names_size_and_place_unless_they_are_the_usual_ones():
 
 def test_things_stand_where_their_scene_says():
     for size, share in SIZES.items():
-        for place, across in PLACES.items():
-            at = draw_cells(one("cat", "red", "cave", size, place), np.random.default_rng(0), 32, 32).placements[0]
+        for position, across in POSITIONS.items():
+            at = draw_cells(one("cat", "red", "cave", size, position), np.random.default_rng(0), 32, 32).placements[0]
             assert at.size == share and abs(at.x - share / 2 - across * (1 - share)) <= 1 / 16
-            wide = draw_cells(one("cat", "red", "cave", size, place), np.random.default_rng(0), 32, 64).placements[0]
+            wide = draw_cells(one("cat", "red", "cave", size, position), np.random.default_rng(0), 32, 64).placements[0]
             assert wide.y == at.y and abs(wide.x - share / 2 - across * (2 - share)) <= 1 / 16
 
 
