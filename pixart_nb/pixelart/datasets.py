@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -73,23 +73,30 @@ def write_scenes(
     rng: np.random.Generator,
     sizes: Sequence[tuple[int, int]] = SIZES[:1],
     labels_name: str = "labels.json",
+    caption: Callable[[Scene], str] = short_caption,
 ) -> Path:
     """Write an image of each scene, of ``sizes`` (height, width) in turn, and a label file; return the latter's path.
 
     The label file is replaced only when all images are complete. Another ``labels_name`` adds other scenes to a folder,
-    for validation.
+    for validation. ``caption`` returns the prompt of a scene.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     labels = [
-        _write_image(folder, number, scene, rng, sizes[number % len(sizes)]) for number, scene in enumerate(scenes)
+        _write_image(folder, number, scene, rng, sizes[number % len(sizes)], caption)
+        for number, scene in enumerate(scenes)
     ]
     write_text(folder / labels_name, json.dumps(labels, indent=1) + "\n")
     return folder / labels_name
 
 
 def _write_image(
-    folder: Path, number: int, scene: Scene, rng: np.random.Generator, size: tuple[int, int]
+    folder: Path,
+    number: int,
+    scene: Scene,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    caption: Callable[[Scene], str],
 ) -> dict[str, str | int | float]:
     """Draw and save one scene; return its entry of ``labels.json``."""
     height, width = size
@@ -98,7 +105,7 @@ def _write_image(
     Image.fromarray(draw(scene, rng, height, width)).save(folder / name, optimize=True)
     return {
         "path": name,
-        "prompt": short_caption(scene),
+        "prompt": caption(scene),
         "sharegpt4v": long_caption(scene, rng),
         "height": height,
         "width": width,
