@@ -17,7 +17,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_once
 from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
-from pixart_nb.viz.playground_parameters import Parameters
+from pixart_nb.viz.playground_parameters import LCM_LORA, Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
 from pixart_nb.viz.playground_sources import adapters_of, edges_of, opened
 from pixart_nb.viz.playground_view import View, make_controls, size_name
@@ -37,6 +37,7 @@ class Playground:
         folder: Folder that Save writes to.
         others: Further parameters of a saved image, such as ``{"model": "..."}``.
         examples: Prompts to choose from in a menu.
+        lcm_lora: LCM-LoRA of the pipeline, a file or folder. It adds a box that draws while one types, in four steps.
         start: Initial parameters by name (see ``Parameters``); size and scheduler default to the first ones.
     """
 
@@ -48,6 +49,7 @@ class Playground:
         folder: str | Path = "outputs/playground",
         others: Mapping[str, Any] | None = None,
         examples: Sequence[str] = (),
+        lcm_lora: str | Path = "",
         **start: Any,
     ):
         if not sizes or not schedulers:
@@ -62,8 +64,13 @@ class Playground:
         self.view.source.set(start.get("image", b""), start.get("mask", b""))
         self.view.control.png = start.get("control_image", b"")
         self.view.adapters.show(adapters_of(pipe))
-        if "adapters" in start:
-            self.view.adapters.value = start["adapters"]
+        self._retyped = self._drawing_typed = False
+        if lcm_lora:
+            self.load_lora(lcm_lora, LCM_LORA)
+            self.view.typing.layout.display = ""
+            self.controls["prompt"].observe(self._loop.on_loop(self._typed), "value")
+        if "adapters" in start or lcm_lora:
+            self.view.adapters.value = start.get("adapters", ())
         for button, act in (
             (self.view.sample, lambda: self._start(self.sample())),
             (self.view.sweep, lambda: self._start(self.sweep(self.view.swept.value, self.view.values.value))),
@@ -114,18 +121,31 @@ class Playground:
 
     async def sample(self) -> Entry | None:
         """Draw with the parameters as they are set; None if the run was cancelled. Errors are shown, and raised."""
+        return await self._draw(self.parameters)
+
+    async def _draw(self, parameters: Parameters, listed: bool = True) -> Entry | None:
         self.view.say("")
         try:
-            entry = await self.session.sample(self.parameters)
+            entry = await self.session.sample(parameters, listed)
         except Exception as error:
             self.view.say(_in_words(error), wrong=True)
             raise
-        if entry is None:
+        if entry is None and listed:
             progress = self.session.progress
             self.view.say(f"Cancelled after step {progress.done} of {progress.total}.")
         elif self.session.notes:
             self.view.say("; ".join(self.session.notes))
         return entry
+
+    async def _draw_typed(self) -> None:
+        """Draw the prompt in few steps, again and again until it is the one in the controls."""
+        self._drawing_typed = True
+        try:
+            while self._retyped and self.controls["prompt"].value.strip():
+                self._retyped = False
+                await self._draw(self.parameters.in_few_steps, listed=False)
+        finally:
+            self._drawing_typed = False
 
     async def sweep(self, name: str, values: str) -> list[Entry]:
         """Draw once with each of the values (separated by commas) of one parameter, and show them side by side.
@@ -240,6 +260,15 @@ class Playground:
             self._loop.start(run)
         else:
             run.close()
+
+    def _typed(self) -> None:
+        """Draw the new prompt if the box is ticked; a drawing of the prompt before ends after its current step."""
+        if self.view.typing.value:
+            self._retyped = True
+            if self._drawing_typed:
+                self.cancel()
+            else:
+                self._start(self._draw_typed())
 
     def _next_seed(self) -> None:
         self.controls["seed"].value += 1

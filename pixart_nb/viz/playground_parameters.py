@@ -15,6 +15,9 @@ from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 HISTORY = 24
 #: Parameters that can be swept, and the type of their values.
 SWEPT = {"guidance": float, "steps": int, "seed": int, "scheduler": str}
+#: Name of the LCM-LoRA that draws while one types, and the parameters that belong to it.
+LCM_LORA = "lcm"
+FEW_STEPS = {"scheduler": "lcm", "steps": 4, "guidance": 1.0, "negative_prompt": "", "count": 1}
 #: Parameters of a ControlNet, which have the names of their keys in a configuration.
 CONTROL = ("controlnet", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 
@@ -68,6 +71,12 @@ class Parameters:
     def taken(self) -> int:
         """Number of steps that a run takes."""
         return steps_taken(self.steps, self.strength) if self.image else self.steps
+
+    @property
+    def in_few_steps(self) -> Parameters:
+        """One image of the same prompt by the LCM-LoRA, in four steps without guidance."""
+        others = tuple(pair for pair in self.adapters if pair[0] != LCM_LORA)
+        return replace(self, **FEW_STEPS, adapters=((LCM_LORA, 1.0), *others))
 
     def call(self) -> dict[str, Any]:
         """Return the arguments of ``pipe.sample``. Image k of a seed does not depend on the images beside it."""

@@ -80,8 +80,10 @@ class Session:
         self._count, self._controlnets = 0, ControlNets()
         self._predicted: dict[int, list[np.ndarray]] = {}  # latents that each step of an entry predicted
 
-    async def sample(self, parameters: Parameters) -> Entry | None:
+    async def sample(self, parameters: Parameters, listed: bool = True) -> Entry | None:
         """Draw, giving way to other tasks between two steps; the new entry, or None if ``cancel`` came first.
+
+        An entry that is not ``listed`` is shown, but is not in the history.
 
         Raises:
             RuntimeError: a run is under way.
@@ -96,7 +98,7 @@ class Session:
         try:
             images = await self._run(parameters)
             if images is not None:
-                done = self._remembered(parameters, images, self._clock() - started)
+                done = self._remembered(Entry(self._count + 1, parameters, images, self._clock() - started), listed)
         finally:
             self._set(state=State.IDLE, **done)
         return self.entry
@@ -161,14 +163,14 @@ class Session:
     def _decode(self, latents: np.ndarray) -> np.ndarray:
         return to_uint8(self.pipe.decode_latents(np.ascontiguousarray(latents)))
 
-    def _remembered(self, parameters: Parameters, images: np.ndarray, seconds: float) -> dict[str, Any]:
+    def _remembered(self, entry: Entry, listed: bool) -> dict[str, Any]:
         """Return the changes when images are finished."""
-        self._count += 1
+        self._count += listed
         sizes = {number: sum(array.nbytes for array in arrays) for number, arrays in self._predicted.items()}
         while sum(sizes.values()) > KEPT_BYTES:
             del self._predicted[next(iter(sizes))], sizes[next(iter(sizes))]
-        entry = Entry(self._count, parameters, images, seconds)
-        return {"history": [*self.history, entry][-self._limit :], "entry": entry, "images": images}
+        history = [*self.history, entry][-self._limit :] if listed else self.history
+        return {"history": history, "entry": entry, "images": entry.images}
 
     def _set(self, **changes: Any) -> None:
         for name, value in changes.items():

@@ -81,6 +81,9 @@ class View:
 
     def __init__(self, controls: dict[str, widgets.ValueWidget], examples: Sequence[str] = ()):
         self.examples = _example_menu(examples, controls["prompt"])
+        self.typing = widgets.Checkbox(description="Draw while typing", indent=False)
+        self.typing.tooltip = "Draw the prompt as you type, in four steps by the LCM-LoRA; Sample draws it in full"
+        self.typing.layout = widgets.Layout(width="auto", margin="0 2px 0 96px", display="none")
         self.sample = button("Sample", "Draw with these parameters", "play", "primary")
         self.cancel = button("Cancel", "End after the step that is being computed", "stop")
         self.save = button("Save", "Write the images as PNG files that carry their parameters", "save")
@@ -116,7 +119,7 @@ class View:
         elsewhere = ("prompt", "seed", "strength", *CONTROL)
         rest = [control for name, control in controls.items() if name not in elsewhere]
         pages = [
-            widgets.VBox([controls["prompt"], self.examples, *rest, seed]),
+            widgets.VBox([controls["prompt"], self.typing, self.examples, *rest, seed]),
             self.source.widget,
             self.control.widget,
             self.adapters.widget,

@@ -62,7 +62,7 @@ def drawn(playground):
 
 def expected(cls, pipe, **call):
     call |= {"generator": np.random.default_rng((7, 0)), "output_type": "np"}
-    return (cls.from_pipe(pipe)("a red cat", **CALL, **call)[0] * 255).round().astype(np.uint8)
+    return (cls.from_pipe(pipe)("a red cat", **CALL | call)[0] * 255).round().astype(np.uint8)
 
 
 def test_an_image_is_where_a_run_starts(pipe, tmp_path):
@@ -269,3 +269,53 @@ def test_an_official_file_brings_its_own_base_model_to_which_no_adapter_belongs(
     view.load_lora(trained(transformer(), seed=1).save(tmp_path / "lora"), "one")
     with pytest.raises(ValueError, match="holds a base model of its own, which has no adapters"):
         drawn(view)
+
+
+def test_what_is_typed_is_drawn_in_few_steps_and_sample_draws_it_in_full(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    file = trained(transformer(), seed=1).save(tmp_path / "lcm")
+
+    async def type_and_sample():
+        widget = playground(pipe, tmp_path, lcm_lora=file)
+        prompt, shown = widget.controls["prompt"], []
+        prompt.value = "a blue cat"  # the box is not ticked yet
+        widget.view.typing.value = True
+        for text in ("a re", "a red", " ", "a red cat"):
+            prompt.value = text
+            await asyncio.sleep(0)
+        await asyncio.wait([widget._loop.task])
+        shown.append(widget.session.entry)
+        assert widget.history == []
+        prompt.value = " "
+        await asyncio.wait([widget._loop.task])
+        prompt.value = "a red cat"
+        await asyncio.wait([widget._loop.task])
+        shown.append(widget.session.entry)
+        widget.view.typing.value = False
+        prompt.value = "a red dog"
+        return widget, shown, await widget.sample()
+
+    widget, shown, full = asyncio.run(type_and_sample())
+    assert widget.view.typing.layout.display == ""
+    assert [entry.parameters.prompt for entry in shown] == ["a red cat", "a red cat"]
+    few = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    pipe.set_adapters(["lcm"], [1.0])
+    pipe.scheduler = "lcm"
+    typed = expected(PixArtSigmaPipeline, pipe, **few)
+    assert np.array_equal(shown[-1].images, typed)
+    assert widget.history == [full] and full.parameters.adapters == ()
+    assert playground(pipe, tmp_path).view.typing.layout.display == "none"
+
+
+def test_an_error_while_typing_is_a_line_in_the_widget(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    file = trained(transformer(), seed=1).save(tmp_path / "lcm")
+
+    async def type_badly():
+        widget = playground(pipe, tmp_path, lcm_lora=file, controlnet="missing")
+        widget.view.typing.value = True
+        widget.controls["prompt"].value = "a red cat with a hat"
+        await asyncio.wait([widget._loop.task])
+        return widget
+
+    assert "without its condition image" in asyncio.run(type_badly()).view.message.value
