@@ -15,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from tqdm.auto import tqdm
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock, write_text
-from pixart_nb.pixelart.captions import long_caption, short_caption
+from pixart_nb.pixelart.captions import as_captioned, long_caption, short_caption, unplaced_caption
 from pixart_nb.pixelart.objects import OBJECTS, UNSEEN_OBJECTS
 from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, Scene, draw, one
 from pixart_nb.pixelart.scenes import SIZES as THING_SIZES
@@ -111,6 +112,29 @@ def _write_image(
         "width": width,
         "ratio": height / width,
     }
+
+
+def write_training_scenes(
+    folder: str | os.PathLike[str],
+    count: int,
+    side: int,
+    pair_share: float = 0.5,
+    unplaced: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write training scenes of ``side`` x ``side`` pixels with a label file, and return its path.
+
+    ``unplaced`` captions do not name sizes and positions; others name them as in the training of the bundled model.
+    """
+    rng = np.random.default_rng(seed)
+    shown = [training_scene(rng, pair_share) for _ in range(count)]
+    shown = shown if unplaced else [as_captioned(scene, rng) for scene in shown]
+    with folder_lock(folder) as folder:
+        if (folder / "labels.json").exists() and not overwrite:
+            raise PixArtNBError(f"{folder / 'labels.json'} exists; choose another folder, or give --overwrite")
+        bar = tqdm(shown, desc="draw", unit="image")
+        return write_scenes(folder, bar, rng, [(side, side)], caption=unplaced_caption if unplaced else short_caption)
 
 
 def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> list[str]:

@@ -20,7 +20,7 @@ from pixart_nb.pixelart.captions import (
     short_caption,
     with_article,
 )
-from pixart_nb.pixelart.datasets import TABLE, write_dataset, write_sample, write_scenes
+from pixart_nb.pixelart.datasets import TABLE, write_dataset, write_sample, write_scenes, write_training_scenes
 from pixart_nb.pixelart.evaluator import SceneEvaluator
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.pool import PATCH, autoencoder_shard, write_pool
@@ -266,7 +266,7 @@ def test_a_written_dataset_has_complete_labels_and_nothing_unfinished(tmp_path):
 
 def test_an_interrupted_rewrite_leaves_the_old_labels(tmp_path, monkeypatch):
     old = write_dataset(tmp_path, count=2).read_bytes()
-    monkeypatch.setattr("pixart_nb.pixelart.datasets.short_caption", lambda scene: 1 / 0)
+    monkeypatch.setattr("pixart_nb.pixelart.datasets.long_caption", lambda scene, rng: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_dataset(tmp_path, count=3, seed=1)
     assert (tmp_path / "labels.json").read_bytes() == old
@@ -279,6 +279,18 @@ def test_a_sample_is_not_written_over_another_data_set(tmp_path):
         write_sample(tmp_path / "raw", count=8, side=128)
     assert (tmp_path / "raw" / TABLE).read_bytes() == before
     assert write_sample(tmp_path / "raw", count=8, side=128, overwrite=True) == 26
+
+
+def test_training_scenes_are_written_with_their_captions_and_none_is_held_out(tmp_path):
+    labels = json.loads(write_training_scenes(tmp_path / "a", 60, 128).read_text())
+    named = [scene_of(label["prompt"]) for label in labels]
+    assert not any(map(is_held_out, named)) and {len(scene.things) for scene in named} == {1, 2}
+    assert any(scene.size for scene in named)
+    labels = json.loads(write_training_scenes(tmp_path / "b", 20, 128, pair_share=0, unplaced=True).read_text())
+    assert all((scene.size, scene.position) == ("", "") for scene in (scene_of(label["prompt"]) for label in labels))
+    with pytest.raises(PixArtNBError, match="--overwrite"):
+        write_training_scenes(tmp_path / "b", 5, 128)
+    assert len(json.loads((tmp_path / "b" / "labels.json").read_text())) == 20
 
 
 def test_the_shipped_images_are_those_the_code_draws(tmp_path):
