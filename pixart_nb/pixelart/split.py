@@ -77,7 +77,7 @@ def held_out_scenes(count: int, things: int = 1) -> list[Scene]:
         raise PixArtNBError(f"{count} scenes of {named}; expected 1 to {HELD_OUT_TRIPLES} of one or two things")
     if things == 1:
         chosen = [k * HELD_OUT_TRIPLES // count for k in range(count)]
-        return [_with_place(*held_out_triples()[k], np.random.default_rng((3, k))) for k in chosen]
+        return [_with_position(*held_out_triples()[k], np.random.default_rng((3, k))) for k in chosen]
     rng, scenes = np.random.default_rng(2), []
     for number in range(count):
         pair = held_out_pairs()[number % HELD_OUT_PAIRS]
@@ -87,6 +87,6 @@ def held_out_scenes(count: int, things: int = 1) -> list[Scene]:
     return scenes
 
 
-def _with_place(name: str, colour: str, setting: str, rng: np.random.Generator) -> Scene:
+def _with_position(name: str, colour: str, setting: str, rng: np.random.Generator) -> Scene:
     where = str(rng.choice(list(SIZES), p=SIZE_SHARES)), str(rng.choice(list(POSITIONS)))
     return as_captioned(one(name, colour, setting, *where), rng)
