@@ -20,7 +20,8 @@ def tiny(
     stage: Annotated[
         str,
         typer.Option(
-            metavar="stage", help="Stage to train up to, from weak to strong: 128, objects, 256, 512 or 1024."
+            metavar="stage",
+            help="Stage to train up to, from weak to strong: 128, objects, layout, textures, 256, 512 or 1024.",
         ),
     ] = "256",
 ) -> None:

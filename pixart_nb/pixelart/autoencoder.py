@@ -30,7 +30,7 @@ OPTIONS = TrainerOptions(
     log_every=10,
 )
 #: Options of the decoder's own training, after both parts were trained together.
-DECODER_OPTIONS = replace(OPTIONS, steps=6000, start_learning_rate=1e-3, ema_rate=0.995, save_every=100)
+DECODER_OPTIONS = replace(OPTIONS, steps=4500, start_learning_rate=1e-3, ema_rate=0.995, save_every=100)
 #: Most noise on its latents, in their standard deviation. Sampled latents are not exact either.
 DECODER_NOISE = 0.08
 SHARDS = 24

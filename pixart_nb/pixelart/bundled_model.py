@@ -59,7 +59,6 @@ OPTIONS = TrainerOptions(
     save_every=100,
     log_every=10,
 )
-CAPTION_DROP = 0.1
 #: Padded caption lengths: few, so that few graphs are compiled.
 CAPTION_LENGTHS = (14, 20, 34)
 CAPTIONS_PER_IMAGE = 2
@@ -70,8 +69,10 @@ class Stage:
     """A stage of the transformer: cells of its scenes, shards of scenes, images per batch, options of the trainer.
 
     ``deciding`` is the share of timesteps at which objects are decided; the others give the settings their texture.
-    With a ``window`` it sees squares of so many tokens, each near an object, with their positions in the image. Objects
-    are learned from less than half of the tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
+    ``object_weight`` and ``most_weight`` are limits of ``cell_weights`` and ``timestep_weights``, ``caption_drop`` is
+    the share of empty captions. With a ``window`` it sees squares of so many tokens, each near an object, with their
+    positions in the image. Objects are learned from less than half of the tokens (Wang et al. 2023, Patch Diffusion,
+    arXiv 2304.12526).
     """
 
     name: str
@@ -82,6 +83,9 @@ class Stage:
     compression: dict | None = None
     window: int = 0
     deciding: float = 0.4
+    object_weight: float = 5.0
+    most_weight: float = 200.0
+    caption_drop: float = 0.1
 
     def config(self) -> PixArtConfig:
         """Return the configuration of the transformer, whose latents have one cell per cell of the scene."""
@@ -89,12 +93,21 @@ class Stage:
         return replace(BASE, **changes, kv_compress_config=self.compression)
 
 
+_WHOLE = replace(OPTIONS, start_learning_rate=5e-4, warmup_steps=100)
+_LATER = replace(OPTIONS, start_learning_rate=4e-4, warmup_steps=50)
+#: Weights of the stages that learn textures: objects are there, and every timestep counts.
+_TEXTURES = {"deciding": 0.2, "object_weight": 2.0, "most_weight": 4.0}
+#: The last stage at 256 pixels is half without captions. Guidance multiplies the difference between a prediction with a
+#: caption and one without. Where the noise is low the difference should be small; the errors of a prediction without a
+#: caption that is rarely trained are not.
 STAGES = (
     Stage("128", 16, 48, 32, OPTIONS, deciding=0.7),
     Stage("objects", 32, 48, 40, replace(OPTIONS, steps=4200, start_learning_rate=1e-3), window=10, deciding=0.7),
-    Stage("256", 32, 48, 16, replace(OPTIONS, steps=1200, start_learning_rate=5e-4, warmup_steps=100)),
-    Stage("512", 64, 12, 4, replace(OPTIONS, steps=1500, start_learning_rate=2e-4, warmup_steps=50)),
-    Stage("1024", 128, 4, 1, replace(OPTIONS, steps=800, start_learning_rate=1e-4, warmup_steps=50), COMPRESSION),
+    Stage("layout", 32, 48, 16, replace(_WHOLE, steps=1200)),
+    Stage("textures", 32, 48, 16, replace(_WHOLE, steps=4500), **_TEXTURES),
+    Stage("256", 32, 48, 16, replace(_LATER, steps=2000), caption_drop=0.5, **_TEXTURES),
+    Stage("512", 64, 12, 4, replace(_LATER, steps=1500, start_learning_rate=2e-4)),
+    Stage("1024", 128, 4, 1, replace(_LATER, steps=800, start_learning_rate=1e-4), COMPRESSION),
 )
 
 
@@ -188,7 +201,7 @@ def stage_batches(
 
     times_of = partial(draw_timesteps, share=stage.deciding)
     whole = diffusion_batches(
-        latents, pool, embed, empty, stage.batch, CAPTION_DROP, seed, times_of, lambda *numbers: numbers
+        latents, pool, embed, empty, stage.batch, stage.caption_drop, seed, times_of, lambda *numbers: numbers
     )
     config = stage.config()
     positions = sincos_positions(
@@ -197,13 +210,13 @@ def stage_batches(
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
         start, noise, *rest, images, times = whole(step)
-        shown, side = objects[images], stage.window
+        shown, side, weights = objects[images], stage.window, timestep_weights(times, stage.most_weight)
         if not side:
-            return start, noise, *rest, timestep_weights(times), cell_weights(shown), token_names(shown)
+            return start, noise, *rest, weights, cell_weights(shown, stage.object_weight), token_names(shown)
         corners = object_windows(shown, side, generator(seed, step, 17))
         start, noise, shown = (cut(grid, 2 * corners, 2 * side) for grid in (start, noise, shown))
         own = np.stack([positions[y : y + side, x : x + side].reshape(side * side, -1) for y, x in corners])
-        return start, noise, *rest, timestep_weights(times), cell_weights(shown), token_names(shown), own
+        return start, noise, *rest, weights, cell_weights(shown, stage.object_weight), token_names(shown), own
 
     return batch
 

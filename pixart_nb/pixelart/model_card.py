@@ -108,8 +108,8 @@ _SCORES: dict[str, str] = {
 _BESIDE = {
     "256": (
         " The shipped weights were trained while the recipe took shape: with 1,427 steps of 16 whole images before the "
-        "squares, with mirrored objects in the images of the first 1,734 steps of squares, and by two workers. The "
-        "recipe as it is now was not run from nothing."
+        "squares, with mirrored objects in the images of the first 1,734 steps of squares, and by two workers until "
+        "the last stage. The recipe as it is now was not run from nothing."
     )
 }
 
@@ -132,7 +132,7 @@ def bundled_card(stage: str, recipe: str) -> ModelCard:
         training=(
             f"Weak to strong, as the paper does: {recipe}. 240 of 2,400 combinations of object, colour and setting, "
             "and 45 of 435 pairs of objects, were held out. The VAE also saw synthetic images of other kinds, so that "
-            "it serves other images." + _BESIDE.get(stage, "")
+            "it serves other images; its decoder was then trained alone, for sharp cells." + _BESIDE.get(stage, "")
         ),
         command="pixart-nb tiny" if stage == "256" else f"pixart-nb tiny --stage {stage}",
         scores=_SCORES.get(stage, "Not evaluated."),

@@ -22,8 +22,8 @@ from pixart_nb.pixelart.batches import generator
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.text_encoder import mean_cross_entropy
 
-#: Weight of the cells of objects, those of settings have 1; largest weight of a timestep; weight of the head's loss.
-OBJECT_WEIGHT, MOST_WEIGHT, HEAD_WEIGHT = 5.0, 200.0, 0.1
+#: Weight of the loss of the head.
+HEAD_WEIGHT = 0.1
 #: Timesteps between which objects are decided.
 DECIDING = (450, 850)
 #: How far a window may be from the middle of its thing, in tokens.
@@ -38,14 +38,17 @@ def draw_timesteps(rng: np.random.Generator, count: int, share: float = 0.7) -> 
     return np.where(deciding, rng.integers(*DECIDING, count), rng.integers(0, 1000, count))
 
 
-def timestep_weights(timesteps: np.ndarray) -> np.ndarray:
-    """Return the weights of the squared error of the noise at timesteps (N,): 1 / alpha_bar, limited."""
-    return np.minimum(1 / LINEAR.alphas_cumprod[timesteps], MOST_WEIGHT).astype(np.float32)
+def timestep_weights(timesteps: np.ndarray, most: float = 200.0) -> np.ndarray:
+    """Return the weights of the squared error of the noise at timesteps (N,): 1 / alpha_bar, at ``most``."""
+    return np.minimum(1 / LINEAR.alphas_cumprod[timesteps], most).astype(np.float32)
 
 
-def cell_weights(objects: np.ndarray) -> np.ndarray:
-    """Return weights (N, 1, h, w) of mean 1 for the cells of ``objects`` (N, h, w), -1 where there is none."""
-    weights = np.where(objects >= 0, np.float32(OBJECT_WEIGHT), np.float32(1))[:, None]
+def cell_weights(objects: np.ndarray, weight: float = 5.0) -> np.ndarray:
+    """Return weights (N, 1, h, w) of mean 1 for the cells of ``objects`` (N, h, w), -1 where there is none.
+
+    Cells of objects have ``weight`` times the weight of the others.
+    """
+    weights = np.where(objects >= 0, np.float32(weight), np.float32(1))[:, None]
     return weights / weights.mean((1, 2, 3), keepdims=True)
 
 

@@ -102,17 +102,18 @@ def test_processes_that_draw_end_with_the_one_that_was_killed_and_hold_no_lock(t
 
 def test_stages_go_from_small_to_large_over_the_same_span_of_positions():
     configs = [stage.config() for stage in bundled_model.STAGES]
-    assert [c.input_size for c in configs] == [16, 32, 32, 64, 128]
+    assert [c.input_size for c in configs] == [16, 32, 32, 32, 32, 64, 128]
     assert len({c.input_size / c.pe_interpolation for c in configs}) == 1
-    assert [c.kv_ratio for c in configs] == [1, 1, 1, 1, 2] and configs[-1].kv_layers == (3, 4, 5)
+    assert [c.kv_ratio for c in configs] == [1, 1, 1, 1, 1, 1, 2] and configs[-1].kv_layers == (3, 4, 5)
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    with pytest.raises(PixArtNBError, match="expected one of 128, objects, 256, 512, 1024"):
+    expected = "expected one of 128, objects, layout, textures, 256, 512, 1024"
+    with pytest.raises(PixArtNBError, match=expected):
         bundled_model.train_tiny(tmp_path / "model", tmp_path / "work", "300")
     command = ["tiny", "--stage", "300", "-o", str(tmp_path / "model"), "--work-path", str(tmp_path / "work")]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code and "expected one of 128, objects, 256, 512, 1024" in f"{result.output}{result.exception}"
+    assert result.exit_code and expected in f"{result.output}{result.exception}"
 
 
 def test_the_vae_starts_with_colours_in_three_latents():
@@ -137,7 +138,7 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "OPTIONS", replace(autoencoder.OPTIONS, **few))
     monkeypatch.setattr(text_encoder, "OPTIONS", replace(text_encoder.OPTIONS, **few))
     options = replace(bundled_model.OPTIONS, **few)
-    small = [replace(s, shards=1, batch=2, options=options) for s in bundled_model.STAGES[:3]]
+    small = [replace(s, shards=1, batch=2, options=options) for s in bundled_model.STAGES[:5]]
     small.append(replace(small[2], name="compressed", compression=bundled_model.COMPRESSION))
     monkeypatch.setattr(bundled_model, "STAGES", tuple(small))
     folder, work = tmp_path / "model", tmp_path / "work"
@@ -192,6 +193,22 @@ def test_an_image_keeps_its_own_caption(captions, tokenizer):
         assert SCENES[number].things[0].object in words or SCENES[number].things[0].object in OBJECT_SYNONYMS
 
 
+def test_the_decoder_learns_alone_from_noisy_latents():
+    net = AutoencoderKL(autoencoder.CONFIG)
+    net.initialize(np.random.default_rng(0))
+    loss, rng = autoencoder.decoder_loss(net), np.random.default_rng(1)
+    images = ms.Tensor(to_signed(np.stack([pool.drawn_patches(rng)[0][:64, :64] for _ in range(4)])))
+    noise = rng.standard_normal((4, 4, 8, 8), np.float32)
+    names, parameters = zip(*net.parameters_and_names(), strict=True)
+    gradients = ms.grad(lambda *batch: loss(*batch)[0], None, list(parameters))(images, ms.Tensor(noise))
+    moved = {name for name, gradient in zip(names, gradients, strict=True) if np.abs(gradient.asnumpy()).max()}
+    assert moved and all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
+    exact, noisy = (float(loss(images, ms.Tensor(scale * noise))[1].asnumpy()) for scale in (0, 1))
+    decoded = net.decode(net.encode(images)[0].mean)[0]
+    assert exact == pytest.approx(np.square((decoded - images).asnumpy()).mean(), rel=1e-4)
+    assert noisy != exact
+
+
 def test_trained_weights_are_set_by_name():
     net = PixArt(bundled_model.BASE)
     parameters = batches.trained_parameters(net)
@@ -201,7 +218,7 @@ def test_trained_weights_are_set_by_name():
 
 
 def test_the_card_of_the_bundled_model_is_what_its_training_writes(project, tmp_path):
-    stages = bundled_model.STAGES[:3]
+    stages = bundled_model.STAGES[:5]
     bundled_card("256", bundled_model.recipe(stages)).write(tmp_path)
     assert (tmp_path / "README.md").read_text() == (project / "data/tiny-sigma/README.md").read_text()
 
