@@ -40,6 +40,7 @@ from pixart_nb.pixelart.object_loss import (
     object_windows,
     timestep_weights,
     token_names,
+    without_captions,
 )
 from pixart_nb.pixelart.pool import SHARD, coded_scene, scene_shard, write_pool
 from pixart_nb.pixelart.scenes import CELL
@@ -59,6 +60,7 @@ OPTIONS = TrainerOptions(
     save_every=100,
     log_every=10,
 )
+CAPTION_DROP = 0.1
 #: Padded caption lengths: few, so that few graphs are compiled.
 CAPTION_LENGTHS = (14, 20, 34)
 CAPTIONS_PER_IMAGE = 2
@@ -69,8 +71,8 @@ class Stage:
     """A stage of the transformer: cells of its scenes, shards of scenes, images per batch, options of the trainer.
 
     ``deciding`` is the share of timesteps at which objects are decided; the others give the settings their texture.
-    ``object_weight`` and ``most_weight`` are limits of ``cell_weights`` and ``timestep_weights``, ``caption_drop`` is
-    the share of empty captions. With a ``window`` it sees squares of so many tokens, each near an object, with their
+    ``object_weight`` and ``most_weight`` are limits of ``cell_weights`` and ``timestep_weights``. A ``paired`` stage sees each image with its caption and with the empty one, see
+    ``object_loss``. With a ``window`` it sees squares of so many tokens, each near an object, with their
     positions in the image. Objects are learned from less than half of the tokens (Wang et al. 2023, Patch Diffusion,
     arXiv 2304.12526).
     """
@@ -85,7 +87,7 @@ class Stage:
     deciding: float = 0.4
     object_weight: float = 5.0
     most_weight: float = 200.0
-    caption_drop: float = 0.1
+    paired: bool = False
 
     def config(self) -> PixArtConfig:
         """Return the configuration of the transformer, whose latents have one cell per cell of the scene."""
@@ -97,15 +99,12 @@ _WHOLE = replace(OPTIONS, start_learning_rate=5e-4, warmup_steps=100)
 _LATER = replace(OPTIONS, start_learning_rate=4e-4, warmup_steps=50)
 #: Weights of the stages that learn textures: objects are there, and every timestep counts.
 _TEXTURES = {"deciding": 0.2, "object_weight": 2.0, "most_weight": 4.0}
-#: The last stage at 256 pixels is half without captions. Guidance multiplies the difference between a prediction with a
-#: caption and one without. Where the noise is low the difference should be small; the errors of a prediction without a
-#: caption that is rarely trained are not.
 STAGES = (
     Stage("128", 16, 48, 32, OPTIONS, deciding=0.7),
     Stage("objects", 32, 48, 40, replace(OPTIONS, steps=4200, start_learning_rate=1e-3), window=10, deciding=0.7),
     Stage("layout", 32, 48, 16, replace(_WHOLE, steps=1200)),
     Stage("textures", 32, 48, 16, replace(_WHOLE, steps=4500), **_TEXTURES),
-    Stage("256", 32, 48, 16, replace(_LATER, steps=2000), caption_drop=0.5, **_TEXTURES),
+    Stage("256", 32, 48, 16, replace(_LATER, steps=2000), paired=True, **_TEXTURES),
     Stage("512", 64, 12, 4, replace(_LATER, steps=1500, start_learning_rate=2e-4)),
     Stage("1024", 128, 4, 1, replace(_LATER, steps=800, start_learning_rate=1e-4), COMPRESSION),
 )
@@ -144,7 +143,7 @@ def train_stage(stage: Stage, batch: Batch, work: Path, weights: dict[str, np.nd
     net.initialize(generator(seed, 5), zero_cross_attention=False)
     parameters = trained_parameters(net)
     set_weights(parameters, weights)
-    loss = object_loss(net, head, net.positions(stage.cells, stage.cells))
+    loss = object_loss(net, head, net.positions(stage.cells, stage.cells), stage.paired)
     both = parameters | {f"head.{name}": p for name, p in head.parameters_and_names()}
     trainer = Trainer(loss, both, batch, stage.options, work, names=NAMES, network=net)
     trainer.run()
@@ -200,16 +199,17 @@ def stage_batches(
         return encoder(ids, mask).asnumpy()
 
     times_of = partial(draw_timesteps, share=stage.deciding)
-    whole = diffusion_batches(
-        latents, pool, embed, empty, stage.batch, stage.caption_drop, seed, times_of, lambda *numbers: numbers
-    )
+    rows, drop = (stage.batch // 2, 0.0) if stage.paired else (stage.batch, CAPTION_DROP)
+    whole = diffusion_batches(latents, pool, embed, empty, rows, drop, seed, times_of, lambda *numbers: numbers)
+    uncaptioned = embed(*empty), empty[1]
     config = stage.config()
     positions = sincos_positions(
         config.hidden_size, stage.cells // 2, stage.cells // 2, stage.cells // 2, config.pe_interpolation
     ).reshape(stage.cells // 2, stage.cells // 2, -1)
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
-        start, noise, *rest, images, times = whole(step)
+        drawn = whole(step)
+        start, noise, *rest, images, times = without_captions(drawn, *uncaptioned) if stage.paired else drawn
         shown, side, weights = objects[images], stage.window, timestep_weights(times, stage.most_weight)
         if not side:
             return start, noise, *rest, weights, cell_weights(shown, stage.object_weight), token_names(shown)
@@ -230,7 +230,7 @@ def write_model(
     components.write_transformer(folder / "transformer", transformer, np.float16)
     for name in ("spiece.model", "tokenizer_config.json"):
         copy_file(work / "tokenizer" / name, folder / "tokenizer" / name)
-    for part in ("vae", "text_encoder", *(stage.name for stage in stages)):
+    for part in ("vae", "decoder", "text_encoder", *(stage.name for stage in stages)):
         copy_file(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
     components.write_index(folder, DPMSolverMultistepScheduler())
     bundled_card(stages[-1].name, recipe(stages)).write(folder)
