@@ -107,9 +107,10 @@ _SCORES: dict[str, str] = {
 #: What the training of the shipped weights had beside the recipe.
 _BESIDE = {
     "256": (
-        " The shipped weights were trained while the recipe took shape: with 1,427 steps of 16 whole images before the "
-        "squares, with mirrored objects in the images of the first 1,734 steps of squares, and by two workers until "
-        "the last stage, which had 885 steps with half of the captions empty and 1,400 of pairs. The recipe as it is now was not run from nothing."
+        " The shipped weights were trained while the recipe took shape: with 1,427 steps of 16 whole images "
+        "before the squares, with mirrored objects in the images of the first 1,734 steps of squares, and by "
+        "two workers until the last stage, which had 885 steps with half of the captions empty and 1,400 of "
+        "pairs. The recipe as it is now was not run from nothing."
     )
 }
 
