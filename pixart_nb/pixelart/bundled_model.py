@@ -72,9 +72,9 @@ class Stage:
 
     ``deciding`` is the share of timesteps at which objects are decided; the others give the settings their texture.
     ``object_weight`` and ``most_weight`` are limits of ``cell_weights`` and ``timestep_weights``. A ``paired`` stage
-    sees each image with its caption and the empty one, see ``object_loss``. With a ``window`` it sees squares of so many
-    tokens, each near an object, with their positions in the image. Objects are learned from less than half of the
-    tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
+    sees each image with its caption and the empty one, see ``object_loss``. With a ``window`` it sees squares of so
+    many tokens, each near an object, with their positions in the image. Objects are learned from less than half of
+    the tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
     """
 
     name: str
