@@ -246,4 +246,5 @@ def _in_words(stage: Stage) -> str:
     size, window = CELL * stage.cells, stage.window
     shown = f"squares of {window} x {window} tokens near an object, cut out of images" if window else "images"
     scenes = f"({stage.shards * SHARD:,} scenes)"
-    return f"{stage.options.steps:,} steps of {stage.batch} {shown} of {size} x {size} pixels {scenes}"
+    count, both = (stage.batch // 2, ", each with its caption and the empty one") if stage.paired else (stage.batch, "")
+    return f"{stage.options.steps:,} steps of {count} {shown} of {size} x {size} pixels{both} {scenes}"
