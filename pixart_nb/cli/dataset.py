@@ -46,9 +46,6 @@ def scenes(
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Number of scenes.")] = 2000,
     side: Annotated[int, typer.Option(min=128, max=4096, help="Sides of the images in pixels.")] = 256,
     pair_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the scenes with two objects.")] = 0.5,
-    unplaced: Annotated[
-        bool, typer.Option("--unplaced", help="Captions do not name sizes and positions, which vary.")
-    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same scenes.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the labels of another command.")] = False,
 ) -> None:
@@ -58,7 +55,7 @@ def scenes(
     """
     from pixart_nb.pixelart.datasets import write_training_scenes
 
-    labels = write_training_scenes(output_path, count, side, pair_share, unplaced, seed, overwrite)
+    labels = write_training_scenes(output_path, count, side, pair_share, seed, overwrite)
     typer.echo(f"wrote {count} images and {labels}")
 
 

@@ -89,11 +89,6 @@ def short_caption(scene: Scene) -> str:
     return f"{subject} {WHERE[scene.setting][0]}"
 
 
-def unplaced_caption(scene: Scene) -> str:
-    """Return the canonical caption without the size and the position, for images that tell them in another way."""
-    return short_caption(replace(scene, size="", position=""))
-
-
 def scene_of(caption: str) -> Scene | None:
     """Return the scene of a canonical caption, unseen objects included, or None for any other text.
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock, write_text
-from pixart_nb.pixelart.captions import as_captioned, long_caption, short_caption, unplaced_caption
+from pixart_nb.pixelart.captions import as_captioned, long_caption, short_caption
 from pixart_nb.pixelart.objects import OBJECTS, UNSEEN_OBJECTS
 from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, Scene, draw, one
 from pixart_nb.pixelart.scenes import SIZES as THING_SIZES
@@ -74,30 +74,23 @@ def write_scenes(
     rng: np.random.Generator,
     sizes: Sequence[tuple[int, int]] = SIZES[:1],
     labels_name: str = "labels.json",
-    caption: Callable[[Scene], str] = short_caption,
 ) -> Path:
     """Write an image of each scene, of ``sizes`` (height, width) in turn, and a label file; return the latter's path.
 
     The label file is replaced only when all images are complete. Another ``labels_name`` adds other scenes to a folder,
-    for validation. ``caption`` returns the prompt of a scene.
+    for validation.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     labels = [
-        _write_image(folder, number, scene, rng, sizes[number % len(sizes)], caption)
-        for number, scene in enumerate(scenes)
+        _write_image(folder, number, scene, rng, sizes[number % len(sizes)]) for number, scene in enumerate(scenes)
     ]
     write_text(folder / labels_name, json.dumps(labels, indent=1) + "\n")
     return folder / labels_name
 
 
 def _write_image(
-    folder: Path,
-    number: int,
-    scene: Scene,
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    caption: Callable[[Scene], str],
+    folder: Path, number: int, scene: Scene, rng: np.random.Generator, size: tuple[int, int]
 ) -> dict[str, str | int | float]:
     """Draw and save one scene; return its entry of ``labels.json``."""
     height, width = size
@@ -106,7 +99,7 @@ def _write_image(
     Image.fromarray(draw(scene, rng, height, width)).save(folder / name, optimize=True)
     return {
         "path": name,
-        "prompt": caption(scene),
+        "prompt": short_caption(scene),
         "sharegpt4v": long_caption(scene, rng),
         "height": height,
         "width": width,
@@ -119,22 +112,20 @@ def write_training_scenes(
     count: int,
     side: int,
     pair_share: float = 0.5,
-    unplaced: bool = False,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Write training scenes of ``side`` x ``side`` pixels with a label file, and return its path.
 
-    ``unplaced`` captions do not name sizes and positions; others name them as in the training of the bundled model.
+    The captions leave out a usual size or position as often as in the training of the bundled model.
     """
     rng = np.random.default_rng(seed)
-    shown = [training_scene(rng, pair_share) for _ in range(count)]
-    shown = shown if unplaced else [as_captioned(scene, rng) for scene in shown]
+    shown = [as_captioned(training_scene(rng, pair_share), rng) for _ in range(count)]
     with folder_lock(folder) as folder:
         if (folder / "labels.json").exists() and not overwrite:
             raise PixArtNBError(f"{folder / 'labels.json'} exists; choose another folder, or give --overwrite")
         bar = tqdm(shown, desc="draw", unit="image")
-        return write_scenes(folder, bar, rng, [(side, side)], caption=unplaced_caption if unplaced else short_caption)
+        return write_scenes(folder, bar, rng, [(side, side)])
 
 
 def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> list[str]:

@@ -286,8 +286,8 @@ def test_training_scenes_are_written_with_their_captions_and_none_is_held_out(tm
     named = [scene_of(label["prompt"]) for label in labels]
     assert not any(map(is_held_out, named)) and {len(scene.things) for scene in named} == {1, 2}
     assert any(scene.size for scene in named)
-    labels = json.loads(write_training_scenes(tmp_path / "b", 20, 128, pair_share=0, unplaced=True).read_text())
-    assert all((scene.size, scene.position) == ("", "") for scene in (scene_of(label["prompt"]) for label in labels))
+    labels = json.loads(write_training_scenes(tmp_path / "b", 20, 128, pair_share=0).read_text())
+    assert all(len(scene_of(label["prompt"]).things) == 1 for label in labels)
     with pytest.raises(PixArtNBError, match="--overwrite"):
         write_training_scenes(tmp_path / "b", 5, 128)
     assert len(json.loads((tmp_path / "b" / "labels.json").read_text())) == 20
