@@ -23,7 +23,7 @@ from pixart_nb.core.sampling.planning import prompts_of
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MINIMAL = {"model": "m", "image_height": 64, "image_width": 96, "prompt": ["a red cup at night"]}
-TRAINED = "data/tiny-sigma/"
+TRAINED = "data/tiny-sigma"
 MOST_BYTES = 1024 * 1024
 
 
