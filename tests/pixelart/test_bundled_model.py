@@ -136,10 +136,11 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "SHARD", 4)
     monkeypatch.setattr(autoencoder, "SHARDS", 1)
     monkeypatch.setattr(autoencoder, "OPTIONS", replace(autoencoder.OPTIONS, **few))
+    monkeypatch.setattr(autoencoder, "DECODER_OPTIONS", replace(autoencoder.DECODER_OPTIONS, **few))
     monkeypatch.setattr(text_encoder, "OPTIONS", replace(text_encoder.OPTIONS, **few))
     options = replace(bundled_model.OPTIONS, **few)
     small = [replace(s, shards=1, batch=2, options=options) for s in bundled_model.STAGES[:5]]
-    small.append(replace(small[2], name="compressed", compression=bundled_model.COMPRESSION))
+    small.append(replace(small[4], paired=False, name="compressed", compression=bundled_model.COMPRESSION))
     monkeypatch.setattr(bundled_model, "STAGES", tuple(small))
     folder, work = tmp_path / "model", tmp_path / "work"
     bundled_model.train_tiny(folder, work, "256", processes=1)
@@ -147,7 +148,8 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     bundled_model.train_tiny(folder, work, "compressed", processes=1)
     assert (work / "128" / "curve.csv").read_text() == curve
     assert {path.name for path in (folder / "curves").iterdir()} == {
-        "vae.csv", "text_encoder.csv", "128.csv", "objects.csv", "256.csv", "compressed.csv",
+        "vae.csv", "decoder.csv", "text_encoder.csv", "128.csv", "objects.csv", "layout.csv", "textures.csv", "256.csv",
+        "compressed.csv",
     }  # fmt: skip
     from pixart_nb import PixArtSigmaPipeline
 
