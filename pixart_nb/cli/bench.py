@@ -88,7 +88,7 @@ def bench(
     from pixart_nb.viz.measurements import SECONDS, benchmark_figure
 
     dtypes = dtype or ["fp32"]
-    peers = [name for name, asked in zip(_PEERS, (recompute, with_diffusers, compiled), strict=True) if asked]
+    peers = [name for name, chosen in zip(_PEERS, (recompute, with_diffusers, compiled), strict=True) if chosen]
     _check(what, peers, dtypes, output_path)
     start()
     runs, shapes_class = load_benchmarks()

@@ -31,7 +31,9 @@ from pixart_nb.pixelart.autoencoder import train_autoencoder
 from pixart_nb.pixelart.batches import caption_pool, diffusion_batches, generator, set_weights, trained_parameters
 from pixart_nb.pixelart.model_card import bundled_card
 from pixart_nb.pixelart.object_loss import (
+    MOST_WEIGHT,
     NAMES,
+    OBJECT_WEIGHT,
     cell_weights,
     cut,
     draw_timesteps,
@@ -71,7 +73,7 @@ class Stage:
     """A stage of the transformer: cells of its scenes, shards of scenes, images per batch, options of the trainer.
 
     ``deciding`` is the share of timesteps at which objects are decided; the others give the settings their texture.
-    ``object_weight`` and ``most_weight`` are limits of ``cell_weights`` and ``timestep_weights``. A ``paired`` stage
+    ``object_weight`` and ``most_weight`` go to ``cell_weights`` and ``timestep_weights``. A ``paired`` stage
     sees each image with its caption and the empty one, see ``object_loss``. With a ``window`` it sees squares of so
     many tokens, each near an object, with their positions in the image. Objects are learned from less than half of
     the tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
@@ -85,8 +87,8 @@ class Stage:
     compression: dict | None = None
     window: int = 0
     deciding: float = 0.4
-    object_weight: float = 5.0
-    most_weight: float = 200.0
+    object_weight: float = OBJECT_WEIGHT
+    most_weight: float = MOST_WEIGHT
     paired: bool = False
 
     def config(self) -> PixArtConfig:

@@ -37,7 +37,7 @@ have. It knows no photographs, people or text.
 
 ## Training
 
-{training} The same command makes it again from nothing: `{command}`. The losses are in `curves/`.
+{training} The same command makes it again from scratch: `{command}`. The losses are in `curves/`.
 
 ## Scores
 
@@ -112,7 +112,7 @@ _BESIDE = {
         " The shipped weights were trained while the recipe took shape: with 1,427 steps of 16 whole images "
         "before the squares, with mirrored objects in the images of the first 1,734 steps of squares, and by "
         "two workers until the last stage, which had 885 steps with half of the captions empty and 1,400 of "
-        "pairs. The recipe as it is now was not run from nothing."
+        "pairs. The recipe as it is now was not run from scratch."
     )
 }
 

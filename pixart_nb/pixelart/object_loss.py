@@ -23,8 +23,8 @@ from pixart_nb.pixelart.batches import generator
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.text_encoder import mean_cross_entropy
 
-#: Weight of the loss of the head.
-HEAD_WEIGHT = 0.1
+#: Weight of the cells of objects, those of settings have 1; largest weight of a timestep; weight of the head's loss.
+OBJECT_WEIGHT, MOST_WEIGHT, HEAD_WEIGHT = 5.0, 200.0, 0.1
 #: Timestep below which a prediction without a caption should be that with it, and the weight of the difference.
 UNGUIDED, UNGUIDED_WEIGHT = 500, 4.0
 #: Timesteps between which objects are decided.
@@ -41,12 +41,12 @@ def draw_timesteps(rng: np.random.Generator, count: int, share: float = 0.7) -> 
     return np.where(deciding, rng.integers(*DECIDING, count), rng.integers(0, 1000, count))
 
 
-def timestep_weights(timesteps: np.ndarray, most: float = 200.0) -> np.ndarray:
-    """Return the weights of the squared error of the noise at timesteps (N,): 1 / alpha_bar, at ``most``."""
+def timestep_weights(timesteps: np.ndarray, most: float = MOST_WEIGHT) -> np.ndarray:
+    """Return the weights of the squared error of the noise at timesteps (N,): 1 / alpha_bar, limited to ``most``."""
     return np.minimum(1 / LINEAR.alphas_cumprod[timesteps], most).astype(np.float32)
 
 
-def cell_weights(objects: np.ndarray, weight: float = 5.0) -> np.ndarray:
+def cell_weights(objects: np.ndarray, weight: float = OBJECT_WEIGHT) -> np.ndarray:
     """Return weights (N, 1, h, w) of mean 1 for the cells of ``objects`` (N, h, w), -1 where there is none.
 
     Cells of objects have ``weight`` times the weight of the others.
