@@ -1,27 +1,20 @@
 """Sampling by several processes that msrun starts."""
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msrun import logs, msrun
 from PIL import Image
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
 
 PROMPTS = ["a red mushroom on grass", "a blue fish in the snow", "a green tree at night"]
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -32,14 +25,11 @@ def test_two_workers_draw_what_one_would(project, tmp_path):
     words += ["--sampling_steps", 2, "--image_height", 64, "--image_width", 64]
     for prompt in PROMPTS:
         words += ["--prompt", prompt]
-    environment = os.environ | {"PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}"}
-    start = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--join=True"]
-    start += ["--cluster_time_out=60", f"--log_dir={tmp_path / 'log'}"]
-    command = [*start, script, *words, "--use_parallel", "True", "-o", tmp_path / "two"]
+    command, environment = msrun(tmp_path / "log", script, *words, "--use_parallel", "True", "-o", tmp_path / "two")
     done = subprocess.run(
-        list(map(str, command)), cwd=project, env=environment, capture_output=True, text=True, timeout=200
+        list(map(str, command)), cwd=project, env=environment, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:] + logs(tmp_path / "log")
     result = CliRunner().invoke(app, list(map(str, [*words, "-o", tmp_path / "one"])))
     assert result.exit_code == 0, result.output
     files = json.loads((tmp_path / "two" / "sample.json").read_text())["files"]

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from line_training import losses, trainer
+from msrun import BIN, logs, msrun
 from small_pipeline import train_options, write_small_pipeline
 from two_workers import GRADIENTS, RUNS
 from typer.testing import CliRunner
@@ -21,26 +21,10 @@ from typer.testing import CliRunner
 from pixart_nb.cli import app
 from pixart_nb.core.io import load_tensors
 
-BIN = str(Path(sys.executable).parent)
 pytestmark = pytest.mark.slow
 needs_msrun = pytest.mark.skipif(
     not (shutil.which("msrun", path=BIN) or shutil.which("msrun")), reason="runs once there is MindSpore's msrun"
 )
-
-
-def msrun(log, *task):
-    """The command that starts two workers, and its environment: a crash writes the Python stack to the log."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    start = ["msrun", "--worker_num=2", "--local_worker_num=2", f"--master_port={port}", "--join=True"]
-    start += ["--cluster_time_out=600", f"--log_dir={log}"]
-    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return [*start, *map(str, task)], os.environ | {"PATH": path, "PYTHONFAULTHANDLER": "1"}
-
-
-def logs(folder):
-    return "".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("worker_*.log"))
 
 
 @pytest.fixture(scope="module")
