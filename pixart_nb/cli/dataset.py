@@ -47,6 +47,12 @@ def scenes(
     side: Annotated[int, typer.Option(min=128, max=4096, help="Sides of the images in pixels.")] = 256,
     pair_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the scenes with two objects.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same scenes.")] = 0,
+    silent_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--silent-prompts", help="Leave sizes and positions out of the prompts, for a ControlNet to show them."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the labels of another command.")] = False,
 ) -> None:
     """Draw scenes that the bundled model was trained with, and their label file. No held-out scene is among them.
@@ -55,7 +61,7 @@ def scenes(
     """
     from pixart_nb.pixelart.datasets import write_training_scenes
 
-    labels = write_training_scenes(output_path, count, side, pair_share, seed, overwrite)
+    labels = write_training_scenes(output_path, count, side, pair_share, seed, silent_prompts, overwrite)
     typer.echo(f"wrote {count} images and {labels}")
 
 

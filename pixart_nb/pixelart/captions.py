@@ -89,6 +89,11 @@ def short_caption(scene: Scene) -> str:
     return f"{subject} {WHERE[scene.setting][0]}"
 
 
+def silent_caption(scene: Scene) -> str:
+    """Return the canonical caption without size and position."""
+    return short_caption(replace(scene, size="", position=""))
+
+
 def scene_of(caption: str) -> Scene | None:
     """Return the scene of a canonical caption, unseen objects included, or None for any other text.
 

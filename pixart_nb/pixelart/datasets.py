@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write, folder_lock, write_text
-from pixart_nb.pixelart.captions import as_captioned, long_caption, short_caption
+from pixart_nb.pixelart.captions import as_captioned, long_caption, short_caption, silent_caption
 from pixart_nb.pixelart.objects import OBJECTS, UNSEEN_OBJECTS
 from pixart_nb.pixelart.scenes import COLOURS, POSITIONS, Scene, draw, one
 from pixart_nb.pixelart.scenes import SIZES as THING_SIZES
@@ -74,6 +74,7 @@ def write_scenes(
     rng: np.random.Generator,
     sizes: Sequence[tuple[int, int]] = SIZES[:1],
     labels_name: str = "labels.json",
+    prompt_of: Callable[[Scene], str] = short_caption,
 ) -> Path:
     """Write an image of each scene, of ``sizes`` (height, width) in turn, and a label file; return the latter's path.
 
@@ -83,14 +84,15 @@ def write_scenes(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     labels = [
-        _write_image(folder, number, scene, rng, sizes[number % len(sizes)]) for number, scene in enumerate(scenes)
+        _write_image(folder, number, scene, prompt_of(scene), rng, sizes[number % len(sizes)])
+        for number, scene in enumerate(scenes)
     ]
     write_text(folder / labels_name, json.dumps(labels, indent=1) + "\n")
     return folder / labels_name
 
 
 def _write_image(
-    folder: Path, number: int, scene: Scene, rng: np.random.Generator, size: tuple[int, int]
+    folder: Path, number: int, scene: Scene, prompt: str, rng: np.random.Generator, size: tuple[int, int]
 ) -> dict[str, str | int | float]:
     """Draw and save one scene; return its entry of ``labels.json``."""
     height, width = size
@@ -99,7 +101,7 @@ def _write_image(
     Image.fromarray(draw(scene, rng, height, width)).save(folder / name, optimize=True)
     return {
         "path": name,
-        "prompt": short_caption(scene),
+        "prompt": prompt,
         "sharegpt4v": long_caption(scene, rng),
         "height": height,
         "width": width,
@@ -113,11 +115,13 @@ def write_training_scenes(
     side: int,
     pair_share: float = 0.5,
     seed: int = 0,
+    silent_prompts: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write training scenes of ``side`` x ``side`` pixels with a label file, and return its path.
 
     The captions leave out a usual size or position as often as in the training of the bundled model.
+    ``silent_prompts`` leave out all sizes and positions; the long captions do not.
     """
     rng = np.random.default_rng(seed)
     shown = [as_captioned(training_scene(rng, pair_share), rng) for _ in range(count)]
@@ -125,7 +129,8 @@ def write_training_scenes(
         if (folder / "labels.json").exists() and not overwrite:
             raise PixArtNBError(f"{folder / 'labels.json'} exists; choose another folder, or give --overwrite")
         bar = tqdm(shown, desc="draw", unit="image")
-        return write_scenes(folder, bar, rng, [(side, side)])
+        prompt_of = silent_caption if silent_prompts else short_caption
+        return write_scenes(folder, bar, rng, [(side, side)], prompt_of=prompt_of)
 
 
 def _balanced(names: tuple[str, ...], count: int, rng: np.random.Generator) -> list[str]:

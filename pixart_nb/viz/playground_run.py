@@ -83,7 +83,8 @@ class Session:
     async def sample(self, parameters: Parameters, listed: bool = True) -> Entry | None:
         """Draw, giving way to other tasks between two steps; the new entry, or None if ``cancel`` came first.
 
-        An entry that is not ``listed`` is shown, but is not in the history.
+        An entry that is not ``listed`` is shown, but is not in the history. The images before it stay until its first
+        preview, so that they do not flicker while somebody types.
 
         Raises:
             RuntimeError: a run is under way.
@@ -92,7 +93,8 @@ class Session:
         if self.state is not State.IDLE:
             raise RuntimeError("a run is under way; wait for it, or cancel it")
         parameters.check()
-        self._set(state=State.SAMPLING, progress=Progress(0, parameters.taken), entry=None, images=None)
+        images = None if listed else self.images
+        self._set(state=State.SAMPLING, progress=Progress(0, parameters.taken), entry=None, images=images)
         started = self._clock()
         done: dict[str, Any] = {}
         try:

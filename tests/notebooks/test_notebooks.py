@@ -207,7 +207,7 @@ def check_quickstart_numbers(numbers, config):
     assert numbers["config"] == config.model_dump() | {"use_resolution_binning": False}
     assert set(numbers["agreement"]["guidance"]) == {"1", "2", "4.5", "7"}
     assert list(numbers["agreement"]["steps"])[-1] == str(config.sampling_steps)
-    assert numbers["agreement"]["images"] == numbers["agreement"]["guidance"]["4.5"]
+    assert numbers["agreement"]["images"] == numbers["agreement"]["guidance"]["2"]
     assert all(0.5 < numbers["agreement"]["images"][part] <= 1 for part in ("object", "colour", "setting"))
     assert numbers["film_strip_distance"][0] > numbers["film_strip_distance"][-1] >= 0
     assert numbers["steps_distance"][str(config.sampling_steps)] < 0.01

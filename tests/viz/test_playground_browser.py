@@ -347,3 +347,38 @@ def test_a_controlnet_follows_edges_and_loras_have_a_slider_each(user, adapter_f
     user.photograph("14_adapters_dark")
     tab.click()
     user.photograph("15_control_dark")
+
+
+TYPING = """
+Playground(
+    pipe, sizes=[(256, 256)], folder=folder, lcm_lora="data/tiny-sigma-lcm-lora", others={{"model": model}},
+)
+"""
+
+
+def test_the_image_follows_the_prompt_while_one_types(server, browser, project):
+    """The preview comes within seconds of the last letter, also beside other tests; a quiet machine takes one."""
+    values = {"project": str(project), "model": "data/tiny-sigma", "folder": str(server[0] / "typed")}
+    page, complaints = watched_page(browser)
+    setup, cell = CELLS[1].split("Playground(")[0] + "from pixart_nb.viz.playground import Playground\n", TYPING
+    cells = [part.strip().format(**values) for part in (CELLS[0] + setup, cell)]
+    open_notebook(page, server, "typing.ipynb", cells, ".pixart-playground")
+    user = User(page)
+    user.widget.get_by_label("Draw while typing").check()
+    prompt = user.widget.get_by_label("Prompt", exact=True)
+    prompt.press_sequentially("a red mushroom on gras", delay=30)
+    user.sees_image(lambda pixels: pixels.shape == (256, 256, 3) and pixels.std() > 10)
+    seconds = []
+    for letters in ("s", " ", "at night"):
+        page.wait_for_timeout(5000)  # for what was typed before
+        before, started = user.image(), time.monotonic()
+        prompt.press_sequentially(letters)
+        user.sees_image(lambda pixels, before=before: pixels.std() > 10 and not np.array_equal(pixels, before))
+        seconds.append(time.monotonic() - started)
+    print("seconds from the last letter to an image:", [round(value, 2) for value in seconds])
+    page.wait_for_timeout(5000)
+    user.sees_everything()
+    user.photograph("16_typing")
+    page.close()
+    assert complaints == []
+    assert min(seconds) < 20
