@@ -46,7 +46,7 @@ def scenes(
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Number of scenes.")] = 2000,
     side: Annotated[int, typer.Option(min=128, max=4096, help="Sides of the images in pixels.")] = 256,
     pair_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the scenes with two objects.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same scenes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and their captions.")] = 0,
     silent_prompts: Annotated[
         bool,
         typer.Option(

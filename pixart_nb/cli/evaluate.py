@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 
 from pixart_nb.cli.options import config_options, start
-from pixart_nb.config import InferenceConfig, check_config
+from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
+from pixart_nb.config import InferenceConfig, check_config, read_yaml
 
-DEFAULTS = {
-    "model": "data/tiny-sigma", "image_height": 256, "image_width": 256, "batch_size": 24,
-    "use_resolution_binning": False, "output_path": "outputs/evaluation",
-}  # fmt: skip
+#: What a configuration file need not say, and what it says of other images.
+DEFAULTS = {"batch_size": 24, "use_resolution_binning": False}
+OWN = {"output_path": "outputs/evaluation"}
 KEYS = (
     "model", "lora", "checkpoint", "vae_root", "text_encoder_root", "tokenizer_root", "image_height", "image_width",
     "sampling_method", "sampling_steps", "guidance_scale", "seed", "batch_size", "dtype", "output_path",
@@ -23,6 +23,7 @@ KEYS = (
 
 @config_options(InferenceConfig, only=KEYS)
 def evaluate(
+    config: ConfigFile = INFERENCE_CONFIG,
     count: Annotated[int, typer.Option(min=1, help="Number of held-out scenes to generate.")] = 240,
     things: Annotated[int, typer.Option(min=1, max=2, help="Objects in each held-out scene: one or two.")] = 1,
     labels: Annotated[
@@ -34,8 +35,8 @@ def evaluate(
 ) -> None:
     """Generate held-out scenes, and count how many show the right object, colour, setting and relation.
 
-    Only for models of this project's pixel art, such as data/tiny-sigma. Writes evaluation.json and images.png; their
-    names count up.
+    Only for models of this project's pixel art, such as data/tiny-sigma. Sampling is that of the configuration file;
+    its prompts are not used. Writes evaluation.json and images.png; their names count up.
 
     Example: pixart-nb evaluate --model data/tiny-sigma --count 48
     """
@@ -45,25 +46,25 @@ def evaluate(
     from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
 
     scenes = requested_scenes(count, things, labels)
-    prompts = {"prompt": [short_caption(scene) for scene in scenes]}
-    config = check_config(DEFAULTS | prompts, options=options)
-    start(config)
-    settings = {"model": config.model, "dtype": config.dtype}
-    computed = inference_dtype_name(config.dtype)
-    settings |= {"computed_dtype": computed} if computed != config.dtype else {}
-    settings |= {"lora": config.lora} if config.lora else {}
+    options["prompt"] = [short_caption(scene) for scene in scenes]
+    chosen = check_config(DEFAULTS | read_yaml(config) | OWN, "inference", str(config), options)
+    start(chosen)
+    settings = {"model": chosen.model, "dtype": chosen.dtype}
+    computed = inference_dtype_name(chosen.dtype)
+    settings |= {"computed_dtype": computed} if computed != chosen.dtype else {}
+    settings |= {"lora": chosen.lora} if chosen.lora else {}
     report, path = evaluate_and_write(
-        generate.load_pipeline(config),
+        generate.load_pipeline(chosen),
         scenes,
-        config.output_path,
+        chosen.output_path,
         vae=vae,
         settings=settings | ({"labels": str(labels)} if labels else {}),
-        sampling_steps=config.sampling_steps,
-        guidance_scale=config.guidance_scale,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        height=config.image_height,
-        width=config.image_width,
+        sampling_steps=chosen.sampling_steps,
+        guidance_scale=chosen.guidance_scale,
+        batch_size=chosen.batch_size,
+        seed=chosen.seed,
+        height=chosen.image_height,
+        width=chosen.image_width,
     )
     Console().print(score_table(report))
     typer.echo(f"{score_summary(report)}\n{path}")

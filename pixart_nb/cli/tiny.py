@@ -21,7 +21,7 @@ def tiny(
         str,
         typer.Option(
             metavar="stage",
-            help="Stage to train up to, from weak to strong: 128, objects, layout, textures, 256, 512 or 1024.",
+            help="Stage to train up to, from weak to strong: 128, 256, 512 or 1024, or a stage between these.",
         ),
     ] = "256",
 ) -> None:

@@ -42,7 +42,6 @@ from pixart_nb.pixelart.object_loss import (
     object_windows,
     timestep_weights,
     token_names,
-    without_captions,
 )
 from pixart_nb.pixelart.pool import SHARD, coded_scene, scene_shard, write_pool
 from pixart_nb.pixelart.scenes import CELL
@@ -73,10 +72,9 @@ class Stage:
     """A stage of the transformer: cells of its scenes, shards of scenes, images per batch, options of the trainer.
 
     ``deciding`` is the share of timesteps at which objects are decided; the others give the settings their texture.
-    ``object_weight`` and ``most_weight`` go to ``cell_weights`` and ``timestep_weights``. A ``paired`` stage
-    sees each image with its caption and the empty one, see ``object_loss``. With a ``window`` it sees squares of so
-    many tokens, each near an object, with their positions in the image. Objects are learned from less than half of
-    the tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
+    ``object_weight`` and ``most_weight`` go to ``cell_weights`` and ``timestep_weights``. A stage with a ``window``
+    sees squares of so many tokens, each near an object, with their positions in the image. Objects are learned from
+    less than half of the tokens (Wang et al. 2023, Patch Diffusion, arXiv 2304.12526).
     """
 
     name: str
@@ -89,7 +87,6 @@ class Stage:
     deciding: float = 0.4
     object_weight: float = OBJECT_WEIGHT
     most_weight: float = MOST_WEIGHT
-    paired: bool = False
 
     def config(self) -> PixArtConfig:
         """Return the configuration of the transformer, whose latents have one cell per cell of the scene."""
@@ -105,10 +102,11 @@ STAGES = (
     Stage("128", 16, 48, 32, OPTIONS, deciding=0.7),
     Stage("objects", 32, 48, 40, replace(OPTIONS, steps=4200, start_learning_rate=1e-3), window=10, deciding=0.7),
     Stage("layout", 32, 48, 16, replace(_WHOLE, steps=1200)),
-    Stage("textures", 32, 48, 16, replace(_WHOLE, steps=4500), **_TEXTURES),
-    Stage("256", 32, 48, 16, replace(_LATER, steps=2000), paired=True, **_TEXTURES),
-    Stage("512", 64, 12, 4, replace(_LATER, steps=1500, start_learning_rate=2e-4)),
-    Stage("1024", 128, 4, 1, replace(_LATER, steps=800, start_learning_rate=1e-4), COMPRESSION),
+    Stage("256", 32, 48, 16, replace(_WHOLE, steps=4500), **_TEXTURES),
+    Stage("objects-512", 64, 8, 16, replace(_LATER, steps=1100, start_learning_rate=7e-4), window=16, deciding=0.7),
+    Stage("512", 64, 8, 4, replace(_LATER, steps=700, start_learning_rate=3e-4), **_TEXTURES),
+    Stage("objects-1024", 128, 2, 4, replace(_LATER, steps=1000), COMPRESSION, window=32, deciding=0.7),
+    Stage("1024", 128, 2, 1, replace(_LATER, steps=400, start_learning_rate=2e-4), COMPRESSION, **_TEXTURES),
 )
 
 
@@ -145,7 +143,7 @@ def train_stage(stage: Stage, batch: Batch, work: Path, weights: dict[str, np.nd
     net.initialize(generator(seed, 5), zero_cross_attention=False)
     parameters = trained_parameters(net)
     set_weights(parameters, weights)
-    loss = object_loss(net, head, net.positions(stage.cells, stage.cells), stage.paired)
+    loss = object_loss(net, head, net.positions(stage.cells, stage.cells))
     both = parameters | {f"head.{name}": p for name, p in head.parameters_and_names()}
     trainer = Trainer(loss, both, batch, stage.options, work, names=NAMES, network=net)
     trainer.run()
@@ -201,17 +199,16 @@ def stage_batches(
         return encoder(ids, mask).asnumpy()
 
     times_of = partial(draw_timesteps, share=stage.deciding)
-    rows, drop = (stage.batch // 2, 0.0) if stage.paired else (stage.batch, CAPTION_DROP)
-    whole = diffusion_batches(latents, pool, embed, empty, rows, drop, seed, times_of, lambda *numbers: numbers)
-    uncaptioned = embed(*empty), empty[1]
+    whole = diffusion_batches(
+        latents, pool, embed, empty, stage.batch, CAPTION_DROP, seed, times_of, lambda *numbers: numbers
+    )
     config = stage.config()
     positions = sincos_positions(
         config.hidden_size, stage.cells // 2, stage.cells // 2, stage.cells // 2, config.pe_interpolation
     ).reshape(stage.cells // 2, stage.cells // 2, -1)
 
     def batch(step: int) -> tuple[np.ndarray, ...]:
-        drawn = whole(step)
-        start, noise, *rest, images, times = without_captions(drawn, *uncaptioned) if stage.paired else drawn
+        start, noise, *rest, images, times = whole(step)
         shown, side, weights = objects[images], stage.window, timestep_weights(times, stage.most_weight)
         if not side:
             return start, noise, *rest, weights, cell_weights(shown, stage.object_weight), token_names(shown)
@@ -248,5 +245,4 @@ def _in_words(stage: Stage) -> str:
     size, window = CELL * stage.cells, stage.window
     shown = f"squares of {window} x {window} tokens near an object, cut out of images" if window else "images"
     scenes = f"({stage.shards * SHARD:,} scenes)"
-    count, both = (stage.batch // 2, ", each with its caption and the empty one") if stage.paired else (stage.batch, "")
-    return f"{stage.options.steps:,} steps of {count} {shown} of {size} x {size} pixels{both} {scenes}"
+    return f"{stage.options.steps:,} steps of {stage.batch} {shown} of {size} x {size} pixels {scenes}"

@@ -9,10 +9,9 @@ names the object at each token, which ties words to positions early.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-from mindspore import ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models.layers import Linear, normal
@@ -25,8 +24,6 @@ from pixart_nb.pixelart.text_encoder import mean_cross_entropy
 
 #: Weight of the cells of objects, those of settings have 1; largest weight of a timestep; weight of the head's loss.
 OBJECT_WEIGHT, MOST_WEIGHT, HEAD_WEIGHT = 5.0, 200.0, 0.1
-#: Timestep below which a prediction without a caption should be that with it, and the weight of the difference.
-UNGUIDED, UNGUIDED_WEIGHT = 500, 4.0
 #: Timesteps between which objects are decided.
 DECIDING = (450, 850)
 #: How far a window may be from the middle of its thing, in tokens.
@@ -93,27 +90,12 @@ def cut(grids: np.ndarray, corners: np.ndarray, side: int) -> np.ndarray:
     return np.stack([grid[..., y : y + side, x : x + side] for grid, (y, x) in zip(grids, corners, strict=True)])
 
 
-def without_captions(batch: Sequence[np.ndarray], embeddings: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """Return a batch of ``diffusion_batches`` with each of its rows once more, under the empty caption.
-
-    ``embeddings`` (1, tokens, C) and ``mask`` (1, tokens) are those of the empty caption.
-    """
-    latents, noise, table, timesteps, captions, masks, *further = (np.concatenate([rows, rows]) for rows in batch)
-    half, tokens = len(latents) // 2, masks.shape[1]
-    captions[half:], masks[half:] = embeddings[:, :tokens], mask[:, :tokens]
-    return [latents, noise, table, timesteps, captions, masks, *further]
-
-
-def object_loss(net: PixArt, head: Linear, positions: ms.Tensor | None = None, paired: bool = False) -> Callable:
+def object_loss(net: PixArt, head: Linear, positions: ms.Tensor | None = None) -> Callable:
     """Return the loss function for ``Trainer``.
 
     ``loss(latents, noise, table, timesteps, embeddings, mask, weights, cells, names, positions) -> (loss, mse, vb,
     names)``: the first six are those of ``diffusion_loss``, then ``timestep_weights``, ``cell_weights`` and
     ``token_names``. A batch may carry the positions of its windows, (N, tokens, D).
-
-    A ``paired`` batch is one of ``without_captions``. Where the noise is low, its second half learns the predictions of
-    its first half. The image tells what a caption would, so guidance should change nothing there (Kynkaanniemi et al.
-    2024, Applying Guidance in a Limited Interval, arXiv 2404.07724), but it multiplies every difference that is left.
     """
     own = positions
     middle, channels = net.config.depth // 2, net.config.in_channels
@@ -128,14 +110,7 @@ def object_loss(net: PixArt, head: Linear, positions: ms.Tensor | None = None, p
             x = block(x, k, v, mask, t0, height, width)
         output = net.unpatchify(net.final_layer(x, t), height, width)
         mse, vb = loss_terms(output, latents, x_t, noise, table)
-        predicted, target = output[:, :channels], noise
-        if paired:
-            half = noise.shape[0] // 2
-            unguided = ops.cat([timesteps[:half] < 0, timesteps[half:] < UNGUIDED])
-            taught = ops.tile(ops.stop_gradient(predicted[:half]), (2, 1, 1, 1))
-            target = ops.where(unguided.reshape(-1, 1, 1, 1), taught, noise)
-            weights = ops.where(unguided, UNGUIDED_WEIGHT * weights, weights)
-        error = target - predicted
+        error = noise - output[:, :channels]
         weighted = ((error * error * cells).mean((1, 2, 3)) * weights).mean()
         named, vb = mean_cross_entropy(head(tokens), names), vb.mean()
         return weighted + vb + HEAD_WEIGHT * named, mse.mean(), vb, named

@@ -102,13 +102,13 @@ def test_processes_that_draw_end_with_the_one_that_was_killed_and_hold_no_lock(t
 
 def test_stages_go_from_small_to_large_over_the_same_span_of_positions():
     configs = [stage.config() for stage in bundled_model.STAGES]
-    assert [c.input_size for c in configs] == [16, 32, 32, 32, 32, 64, 128]
+    assert [c.input_size for c in configs] == [16, 32, 32, 32, 64, 64, 128, 128]
     assert len({c.input_size / c.pe_interpolation for c in configs}) == 1
-    assert [c.kv_ratio for c in configs] == [1, 1, 1, 1, 1, 1, 2] and configs[-1].kv_layers == (3, 4, 5)
+    assert [c.kv_ratio for c in configs] == 6 * [1] + 2 * [2] and configs[-1].kv_layers == (3, 4, 5)
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
-    expected = "expected one of 128, objects, layout, textures, 256, 512, 1024"
+    expected = "expected one of 128, objects, layout, 256, objects-512, 512, objects-1024, 1024"
     with pytest.raises(PixArtNBError, match=expected):
         bundled_model.train_tiny(tmp_path / "model", tmp_path / "work", "300")
     command = ["tiny", "--stage", "300", "-o", str(tmp_path / "model"), "--work-path", str(tmp_path / "work")]
@@ -139,8 +139,8 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(autoencoder, "DECODER_OPTIONS", replace(autoencoder.DECODER_OPTIONS, **few))
     monkeypatch.setattr(text_encoder, "OPTIONS", replace(text_encoder.OPTIONS, **few))
     options = replace(bundled_model.OPTIONS, **few)
-    small = [replace(s, shards=1, batch=2, options=options) for s in bundled_model.STAGES[:5]]
-    small.append(replace(small[4], paired=False, name="compressed", compression=bundled_model.COMPRESSION))
+    small = [replace(s, shards=1, batch=2, options=options) for s in bundled_model.STAGES[:4]]
+    small.append(replace(small[3], name="compressed", compression=bundled_model.COMPRESSION))
     monkeypatch.setattr(bundled_model, "STAGES", tuple(small))
     folder, work = tmp_path / "model", tmp_path / "work"
     bundled_model.train_tiny(folder, work, "256", processes=1)
@@ -148,7 +148,7 @@ def test_the_recipe_runs_and_resumes(tmp_path, monkeypatch):
     bundled_model.train_tiny(folder, work, "compressed", processes=1)
     assert (work / "128" / "curve.csv").read_text() == curve
     assert {path.name for path in (folder / "curves").iterdir()} == {
-        "vae.csv", "decoder.csv", "text_encoder.csv", "128.csv", "objects.csv", "layout.csv", "textures.csv", "256.csv",
+        "vae.csv", "decoder.csv", "text_encoder.csv", "128.csv", "objects.csv", "layout.csv", "256.csv",
         "compressed.csv",
     }  # fmt: skip
     from pixart_nb import PixArtSigmaPipeline
@@ -220,7 +220,7 @@ def test_trained_weights_are_set_by_name():
 
 
 def test_the_card_of_the_bundled_model_is_what_its_training_writes(project, tmp_path):
-    stages = bundled_model.STAGES[:5]
+    stages = bundled_model.STAGES[:4]
     bundled_card("256", bundled_model.recipe(stages)).write(tmp_path)
     assert (tmp_path / "README.md").read_text() == (project / "data/tiny-sigma/README.md").read_text()
 
