@@ -111,16 +111,19 @@ _BESIDE = {
     "256": (
         " The shipped weights were trained while the recipe took shape: with 1,427 steps of 16 whole images "
         "before the squares, with mirrored objects in the images of the first 1,734 steps of squares, and by "
-        "two workers until the last stage, which had 885 steps with half of the captions empty and 1,400 of "
-        "pairs. The recipe as it is now was not run from scratch."
-    )
+        "two workers. The recipe as it is now was not run from scratch."
+    ),
+    "1024": (
+        " The shipped weights were trained while the recipe took shape. Beside what the card of tiny-sigma says, the "
+        "stage of 512 pixels began with weights that had 2,285 further steps at 256 pixels."
+    ),
 }
 
 
 def bundled_card(stage: str, recipe: str) -> ModelCard:
     """Return the card of the bundled model of a stage; ``recipe`` tells the steps of its transformer."""
     return ModelCard(
-        title="tiny-sigma" if stage == "256" else f"tiny-sigma-{stage}",
+        title={"256": "tiny-sigma", "1024": "tiny-sigma-1k"}.get(stage, f"tiny-sigma-{stage}"),
         about=(
             "A PixArt-Sigma pipeline of 11 MB in the layout of diffusers, so that everything in this repository runs "
             "on a CPU: a transformer (192 wide, 6 blocks, 6 heads, 3.9 M parameters), a VAE of factor 8, a T5 encoder "
