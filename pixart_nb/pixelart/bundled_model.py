@@ -105,8 +105,8 @@ STAGES = (
     Stage("256", 32, 48, 16, replace(_WHOLE, steps=4500), **_TEXTURES),
     Stage("objects-512", 64, 8, 16, replace(_LATER, steps=1100, start_learning_rate=7e-4), window=16, deciding=0.7),
     Stage("512", 64, 8, 4, replace(_LATER, steps=700, start_learning_rate=3e-4), **_TEXTURES),
-    Stage("objects-1024", 128, 2, 4, replace(_LATER, steps=1000), COMPRESSION, window=32, deciding=0.7),
-    Stage("1024", 128, 2, 1, replace(_LATER, steps=400, start_learning_rate=2e-4), COMPRESSION, **_TEXTURES),
+    Stage("objects-1024", 128, 1, 4, replace(_LATER, steps=1000), COMPRESSION, window=32, deciding=0.7),
+    Stage("1024", 128, 1, 1, replace(_LATER, steps=400, start_learning_rate=2e-4), COMPRESSION, **_TEXTURES),
 )
 
 
@@ -245,4 +245,5 @@ def _in_words(stage: Stage) -> str:
     size, window = CELL * stage.cells, stage.window
     shown = f"squares of {window} x {window} tokens near an object, cut out of images" if window else "images"
     scenes = f"({stage.shards * SHARD:,} scenes)"
-    return f"{stage.options.steps:,} steps of {stage.batch} {shown} of {size} x {size} pixels {scenes}"
+    count = f"{stage.batch} {shown}" if stage.batch > 1 else "one image"
+    return f"{stage.options.steps:,} steps of {count} of {size} x {size} pixels {scenes}"

@@ -219,10 +219,12 @@ def test_trained_weights_are_set_by_name():
     assert all((p.asnumpy() == 0.25).all() for p in parameters.values())
 
 
-def test_the_card_of_the_bundled_model_is_what_its_training_writes(project, tmp_path):
-    stages = bundled_model.STAGES[:4]
-    bundled_card("256", bundled_model.recipe(stages)).write(tmp_path)
-    assert (tmp_path / "README.md").read_text() == (project / "data/tiny-sigma/README.md").read_text()
+@pytest.mark.parametrize(("folder", "last"), [("tiny-sigma", "256"), ("tiny-sigma-1k", "1024")])
+def test_the_card_of_a_bundled_model_is_what_its_training_writes(project, tmp_path, folder, last):
+    names = [stage.name for stage in bundled_model.STAGES]
+    stages = bundled_model.STAGES[: names.index(last) + 1]
+    bundled_card(last, bundled_model.recipe(stages)).write(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (project / "data" / folder / "README.md").read_text()
 
 
 def test_the_card_knows_every_word_of_captions():

@@ -21,7 +21,7 @@ def pipe(project):
 
 
 def share_right(pipe, scenes, **call):
-    images = draw_prompts(pipe, [short_caption(scene) for scene in scenes], 12, 0, **call)
+    images = draw_prompts(pipe, [short_caption(scene) for scene in scenes], 4, 0, **call)
     return accuracy_of(evaluator_of(scenes).scenes(images, scenes), scenes)["all"]
 
 
@@ -29,6 +29,13 @@ def share_right(pipe, scenes, **call):
 def test_the_bundled_model_draws_held_out_scenes(pipe, things):
     call = {"num_inference_steps": 10, "guidance_scale": 2.0, "height": 256, "width": 256}
     assert share_right(pipe, held_out_scenes(12, things), **call) >= 11 / 12
+
+
+def test_the_model_of_1024_pixels_compresses_and_draws_held_out_scenes_at_512(project):
+    pipe = PixArtSigmaPipeline.from_pretrained(project / "data/tiny-sigma-1k")
+    assert pipe.transformer.config.kv_layers == (3, 4, 5) and pipe.transformer.config.kv_ratio == 2
+    call = {"num_inference_steps": 6, "guidance_scale": 2.0, "height": 512, "width": 512}
+    assert share_right(pipe, held_out_scenes(4), **call) >= 3 / 4
 
 
 def test_its_lcm_lora_draws_them_in_four_steps(pipe, project):
