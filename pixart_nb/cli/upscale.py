@@ -11,10 +11,12 @@ from pixart_nb.cli.options import config_options, start
 from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, load_config
 
+WITHOUT = (
+    "image", "mask", "upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size", "use_resolution_binning",
+)  # fmt: skip
 
-@config_options(
-    InferenceConfig, without=("image", "mask", "upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size")
-)
+
+@config_options(InferenceConfig, without=WITHOUT)
 def upscale(
     config: ConfigFile = INFERENCE_CONFIG,
     factors: Annotated[
@@ -33,7 +35,7 @@ def upscale(
 ) -> None:
     """Generate a large image by progressive upscaling: small first, then upscaled and denoised again.
 
-    Uses the first prompt. Works in resumable stages: the same command resumes
+    Uses the first prompt, and exactly the given size. Works in resumable stages: the same command resumes
     where it was stopped. Writes the image, and zoom.html to look around in it.
 
     Example: pixart-nb upscale --image_height 1024 --image_width 1024 --prompt "a red mushroom in a forest"
@@ -57,7 +59,7 @@ def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -
     from pixart_nb.viz.zoom import ZoomViewer
 
     stages = config.stages_path or str(Path(config.output_path) / "stages")
-    config = config.model_copy(update={"stages_path": stages})
+    config = config.model_copy(update={"stages_path": stages, "use_resolution_binning": False})
     networks, _ = planning.networks_of(config)
     height, width = drawn_size(config, networks.transformer)
     sizes = upscaling.upscale_sizes(networks.transformer, height, width, factors, strengths, keys)

@@ -121,6 +121,15 @@ def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
     assert "64 x 32" in result.output and "128 x 64" in result.output
 
 
+def test_the_command_draws_the_given_size_and_not_the_nearest_published_one(tmp_path, project):
+    model = project / "data/tiny-sigma-1k"  # of a size with published ratios
+    words = ["upscale", "--model", model, "--image-height", 64, "--image-width", 64]
+    words += ["--sampling-steps", 1, "--prompt", "a red cup", "--factors", 1, "--output-path", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "out" / "image.png").size == (64, 64)
+
+
 def test_stages_draw_what_growing_draws(tmp_path, pipe):
     config = check_config(
         {
