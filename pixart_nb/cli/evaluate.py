@@ -12,7 +12,7 @@ from pixart_nb.cli.options import config_options, start
 from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, check_config, read_yaml
 
-#: What a configuration file need not say, and what it says of other images.
+#: Values for keys that the configuration file does not have, and the output folder, which replaces that of the file.
 DEFAULTS = {"batch_size": 24, "use_resolution_binning": False}
 OWN = {"output_path": "outputs/evaluation"}
 KEYS = (

@@ -73,8 +73,7 @@ def test_attention_maps_runs_whole_and_writes_what_it_says(project, tmp_path):
     assert all(0 <= row["share"] <= 1 and 0 < row["scenes"] <= values["pair_scenes"] for row in binding.values())
     assert 0 < numbers["entropy"]["last"] < numbers["entropy"]["first"] <= np.log(256)
     assert len(numbers["moved"]) == 3
-    without_word, without_heads, other_prompt = numbers["moved"].values()
-    assert without_word > 1e-3 and min(without_heads, other_prompt) > 0.01  # the words beside it know the object, too
+    assert all(value > 0.01 for value in numbers["moved"].values())
 
 
 @pytest.mark.notebook

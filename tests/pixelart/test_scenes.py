@@ -289,7 +289,7 @@ def test_training_scenes_are_written_with_their_captions_and_none_is_held_out(tm
     labels = json.loads(write_training_scenes(tmp_path / "b", 20, 128, pair_share=0).read_text())
     assert all(len(scene_of(label["prompt"]).things) == 1 for label in labels)
     silent = json.loads(write_training_scenes(tmp_path / "c", 20, 128, pair_share=0, silent_prompts=True).read_text())
-    assert not any(scene_of(label["prompt"]).size for label in silent)
+    assert all((scene.size, scene.position) == ("", "") for scene in (scene_of(label["prompt"]) for label in silent))
     assert [label["sharegpt4v"] for label in silent] == [label["sharegpt4v"] for label in labels]
     with pytest.raises(PixArtNBError, match="--overwrite"):
         write_training_scenes(tmp_path / "b", 5, 128)

@@ -360,8 +360,8 @@ def test_the_image_follows_the_prompt_while_one_types(server, browser, project):
     """The preview comes within seconds of the last letter, also beside other tests; a quiet machine takes one."""
     values = {"project": str(project), "model": "data/tiny-sigma", "folder": str(server[0] / "typed")}
     page, complaints = watched_page(browser)
-    setup, cell = CELLS[1].split("Playground(")[0] + "from pixart_nb.viz.playground import Playground\n", TYPING
-    cells = [part.strip().format(**values) for part in (CELLS[0] + setup, cell)]
+    setup = CELLS[1].split("Playground(")[0]
+    cells = [part.strip().format(**values) for part in (CELLS[0] + setup, TYPING)]
     open_notebook(page, server, "typing.ipynb", cells, ".pixart-playground")
     user = User(page)
     user.widget.get_by_label("Draw while typing").check()
@@ -381,4 +381,4 @@ def test_the_image_follows_the_prompt_while_one_types(server, browser, project):
     user.photograph("16_typing")
     page.close()
     assert complaints == []
-    assert min(seconds) < 20
+    assert max(seconds) < 20
