@@ -76,7 +76,7 @@ def infer(dtype: str, operator: str) -> None:
     weights = block_tensors(net.blocks[0], caption, True, operator == "identity")
     dtype = dtype_from_name(dtype)
     tensors, weights = ([x if x is None else x.astype(dtype) for x in part] for part in (tensors, weights))
-    function = block_function(BlockOptions.of(net.config, 0, (8, 8), True), True)
+    function = block_function(BlockOptions.of(net.blocks[0], (8, 8), True), True)
     function(*tensors, ms.Tensor(np.zeros((2, 1, 64, 20), np.uint8)), *weights)
 
 

@@ -227,7 +227,7 @@ class InferenceConfig(ModelKeys):
 
     controlnet: InputPath = _model("", "ControlNet file or folder. Official files hold the base model too.")
     control_image: InputPath = _sampling("", "Condition image of the ControlNet, such as edges.")
-    control_edges: bool = _sampling(False, "Take the edges of control_image, as a ControlNet is trained on, as the condition.")
+    control_edges: bool = _sampling(False, "Take the edges of control_image, as this ControlNet was trained on, as the condition.")
     controlnet_conditioning_scale: Number = _sampling(1.0, "Scale of what the ControlNet adds.", ge=0, le=100)
     control_guidance_start: Number = _sampling(0.0, "Share of the steps from which the ControlNet acts.", ge=0, lt=1)
     control_guidance_end: Number = _sampling(1.0, "Share of the steps up to which the ControlNet acts.", gt=0, le=1)
@@ -332,6 +332,9 @@ class TrainConfig(ModelKeys):
 
     copy_blocks_num: int = _control(0, "Number of blocks that a ControlNet copies and trains in place of all weights, 13 in PixArt-delta. 0 trains the weights.", ge=0, lt=_MOST_LAYERS)
     control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
+    control_edge_sigma: Number = _control(1.0, "Standard deviation in pixels of the filter before edges are found. A larger one leaves out small details.", gt=0, le=100)
+    control_edge_threshold: Number = _control(0.1, "Step, in white, from which an edge begins.", gt=0, le=1)
+    control_edge_width: int = _control(1, "Width of the lines in pixels, an odd number. Wider ones survive a VAE better.", ge=1, le=31)
     validation_control_images: Paths = _control([], "Condition images of the validation prompts, one for each; without control_dir their edges are taken.")
 
     objective: Literal["diffusion", "lcm", "dmd"] = _distil("diffusion", "Diffusion loss, latent consistency distillation (LCM), or distribution matching to one step (DMD).")
@@ -392,6 +395,8 @@ class TrainConfig(ModelKeys):
             raise ValueError("copy_blocks_num goes neither with lora_rank nor with from_scratch: a ControlNet copies blocks of a trained model")
         if not self.copy_blocks_num and (self.control_dir or self.validation_control_images):
             raise ValueError("control_dir and validation_control_images are of a ControlNet; expected copy_blocks_num, the number of its blocks")
+        if self.control_edge_width % 2 == 0:
+            raise ValueError(f"control_edge_width is {self.control_edge_width}; expected an odd number of pixels")
         images, prompts = len(self.validation_control_images), len(self.validation_prompts)
         if self.copy_blocks_num and self.visualize and images != prompts:
             raise ValueError(f"{images} validation_control_images for {prompts} validation_prompts; expected one for each")
@@ -443,7 +448,7 @@ _FREE_KEYS = {
 _PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir"}
 #: Keys that are not named at their defaults, so that trainings from before there were such keys resume.
 _LATER_KEYS = {
-    "copy_blocks_num", "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
+    "copy_blocks_num", "control_edge_sigma", "control_edge_threshold", "control_edge_width", "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
 }  # fmt: skip
 
 

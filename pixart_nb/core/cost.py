@@ -44,7 +44,7 @@ def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
 
 def empty_network(config: PixArtConfig | T5Config | VAEConfig, dtype: ms.Type = ms.float32) -> nn.Cell:
     """Build the network of a configuration with parameters that hold no memory."""
-    build = _NETWORKS[type(config)]
+    build = next(build for kind, build in _NETWORKS.items() if isinstance(config, kind))
     in_bfloat16 = not isinstance(config, VAEConfig)
     return init_empty(lambda: for_inference(build(config), dtype) if in_bfloat16 else build(config), dtype)
 
@@ -119,7 +119,7 @@ def block_macs(config: PixArtConfig, grid: tuple[int, int], layer: int, caption_
     The keys and values of the caption are computed once per prompt: see ``caption_macs``.
     """
     tokens, channels, ratio = grid[0] * grid[1], config.hidden_size, config.layer_ratio(layer)
-    convolved = ratio > 1 and config.kv_operator == "conv"
+    convolved = config.layer_operator(layer) == "conv"
     return {
         "projections": 4 * tokens * channels**2,
         "self-attention": 2 * tokens * key_count(grid, ratio) * channels,

@@ -242,18 +242,34 @@ def _caption_macs(config: PixArtConfig, run: RunSettings) -> int:
     return sum(cost.caption_macs(config, count) for count in run.texts + second)
 
 
+@dataclass(frozen=True)
+class UpscaledConfig(PixArtConfig):
+    """A transformer whose layers compress by ``further`` besides their own ratio (``upscaling.compress_keys``)."""
+
+    further: int = 1
+
+    def layer_ratio(self, layer: int) -> int:
+        """Compression ratio of one layer."""
+        return self.further * super().layer_ratio(layer)
+
+    def layer_operator(self, layer: int) -> str:
+        """Compression operator of one layer."""
+        return self.kv_operator if super().layer_ratio(layer) > 1 else "mean"
+
+
 def plan_upscaling(
     networks: Networks, run: RunSettings, sizes: Sequence[Any], speed: Speed | None = None, process: float = PROCESS
 ) -> list[RunPlan]:
     """Plan every size of a progressive upscaling (``core.sampling.upscaling``), drawn in stages.
 
     Args:
-        sizes: Objects with ``height``, ``width``, ``strength`` and ``ratio`` (compression of all layers).
+        sizes: Objects with ``height``, ``width``, ``strength`` and ``ratio`` (compression of all layers, besides the
+            model's own).
     """
     config, run = networks.transformer, replace(run, batch=1, sequential=True)
     plans = []
     for size in sizes:
-        compressed = cost.with_compression(config, range(config.depth), size.ratio, "mean")
+        compressed = UpscaledConfig(**config.to_dict(), further=size.ratio) if size.ratio > 1 else config
         steps = steps_taken(run.steps, size.strength)
         settings = replace(run, height=size.height, width=size.width, steps=steps)
         plans.append(plan_run(replace(networks, transformer=compressed), settings, speed, process))

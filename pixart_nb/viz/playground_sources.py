@@ -61,11 +61,17 @@ def adapters_of(pipe: Any) -> list[str]:
 
 
 def edges_of(pixels: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """Return the edges of an image (H, W, 3) uint8, cut to the drawn size, as a condition: (height, width, 3) uint8."""
-    from pixart_nb.core.data.control import edges
+    """Return the edges of an image (H, W, 3) uint8, cut to the drawn size, as a condition: (height, width, 3) uint8.
+
+    They are drawn as the ControlNet was trained, if one is named.
+    """
+    from pixart_nb.core.checkpoints.controlnet import edge_options
+    from pixart_nb.core.data.control import EdgeOptions, edges
     from pixart_nb.core.data.images import fit
 
-    return edges(fit(pixels, parameters.height, parameters.width))
+    path = parameters.controlnet.strip()
+    options = edge_options(path) if path else EdgeOptions()
+    return edges(fit(pixels, parameters.height, parameters.width), options)
 
 
 def condition(parameters: Parameters) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,15 @@ from pixart_nb.core.checkpoints.files import WEIGHTS, open_checkpoint, write_saf
 from pixart_nb.core.checkpoints.key_maps import to_layout, to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, stacked
 from pixart_nb.core.checkpoints.load import build_transformer, init_empty, load_into
-from pixart_nb.core.io import CheckpointError, atomic_write, write_json
+from pixart_nb.core.data.control import EdgeOptions
+from pixart_nb.core.data.images import ImageError
+from pixart_nb.core.io import CheckpointError, atomic_write, read_json, write_json
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 
+#: Name in config.json of the options of the edges that a ControlNet was trained on.
+_EDGES = "control_edges"
 _BASE = "base_model."
 _CONTROL = re.compile(r"(?:.*\.)?(controlnet|controlnet_blocks)\.(\d{1,4})\.(.+)")
 _COPY = re.compile(r"(?:copied_block|transformer_block)\.(.+)")
@@ -59,8 +63,11 @@ def load_controlnet(
     return net.set_train(False)
 
 
-def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write the ``controlnet.`` weights of a ``PixArtControlNet`` as an adapter folder of diffusers."""
+def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray], edges: EdgeOptions | None = None) -> None:
+    """Write the ``controlnet.`` weights of a ``PixArtControlNet`` as an adapter folder of diffusers.
+
+    ``edges``, if it was trained on edges, are written into its config.json, where ``edge_options`` finds them.
+    """
     out = {}
     for name, value in weights.items():
         _, number, leaf = name.split(".", 2)
@@ -76,7 +83,18 @@ def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray]) -> None:
     with atomic_write(folder / WEIGHTS) as temporary:
         write_safetensors(temporary, out)
     copies = 1 + max(int(name.split(".")[1]) for name in weights)
-    write_json(folder / "config.json", {"_class_name": "PixArtControlNetAdapterModel", "num_layers": copies})
+    config = {"_class_name": "PixArtControlNetAdapterModel", "num_layers": copies}
+    write_json(folder / "config.json", config | ({_EDGES: asdict(edges)} if edges else {}))
+
+
+def edge_options(path: str | Path) -> EdgeOptions:
+    """Return how the edges of images were drawn for a ControlNet; the default if its folder does not say."""
+    file = Path(path).expanduser() / "config.json"
+    values = read_json(file).get(_EDGES, {}) if file.is_file() else {}
+    try:
+        return EdgeOptions(**values)
+    except (TypeError, ImageError) as error:
+        raise CheckpointError(f"{file}: {_EDGES} is {values}; expected sigma, threshold and width ({error})") from None
 
 
 def copied_blocks(path: str | Path) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,26 +15,54 @@ from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ENDINGS, ImageError, fit, load_image, read_image_size
 from pixart_nb.core.data.labels import Label
 
-#: Slopes, in white per pixel, from which an edge begins and down to which it is followed (a step of 0.2, and of 0.1).
-STRONG, WEAK = 0.08, 0.04
 #: Difference between the ratios of an image and its condition that rounding explains.
 _RATIO = 0.03
 #: Neighbours (row, column) across an edge whose gradient points to 0, 45, 90 and 135 degrees.
 _ACROSS = ((0, 1), (1, 1), (1, 0), (1, -1))
 
 
-def edges(image: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class EdgeOptions:
+    """How the edges of an image are found and drawn.
+
+    Details smaller than ``sigma``, the standard deviation in pixels of a Gaussian filter, have no edge. An edge begins
+    at a step of ``threshold``, in white, and is followed down to half of it. Lines are ``width`` pixels wide, an odd
+    number: some VAEs encode a line of one pixel as almost black.
+    """
+
+    sigma: float = 1.0
+    threshold: float = 0.1
+    width: int = 1
+
+    def __post_init__(self) -> None:
+        if not (0 < self.sigma <= 100 and 0 < self.threshold <= 1 and self.width in range(1, 32, 2)):
+            raise ImageError(
+                f"{self}: expected sigma above 0, threshold from 0 to 1, and width odd, from 1 to 31 pixels"
+            )
+
+    @property
+    def thin(self) -> EdgeOptions:
+        """The same edges as lines of one pixel."""
+        return replace(self, width=1)
+
+
+def edges(image: np.ndarray, options: EdgeOptions = EdgeOptions()) -> np.ndarray:
     """Return the edges of an image, white lines on black (Canny 1986): (H, W, 3) uint8 -> (H, W, 3) uint8."""
-    smooth = ndimage.gaussian_filter(image.astype(np.float32) / 255, (1, 1, 0), mode="nearest")
-    gradient = np.stack([ndimage.sobel(smooth, axis, mode="nearest") / 8 for axis in (0, 1)])  # (2, H, W, 3)
+    sigma = options.sigma
+    filters = (
+        ndimage.gaussian_filter1d(image / np.float32(255), sigma, axis, order=1, mode="nearest") for axis in (0, 1)
+    )
+    gradient = [ndimage.gaussian_filter1d(part, sigma, 1 - axis, mode="nearest") for axis, part in enumerate(filters)]
     slopes = np.hypot(*gradient)
     channel = slopes.argmax(-1)[..., None]  # the one with the largest slope
     slope = np.take_along_axis(slopes, channel, -1)[..., 0]
     down, right = (np.take_along_axis(part, channel, -1)[..., 0] for part in gradient)
     sector = np.round(np.arctan2(down, right) / (np.pi / 4)).astype(int) % 4
-    lines, connected = _ridges(slope, sector) & (slope >= WEAK), np.ones((3, 3))
-    numbers, _ = ndimage.label(lines, connected)
-    kept = np.isin(numbers, np.unique(numbers[lines & (slope >= STRONG)])) & lines
+    strong = options.threshold / (math.sqrt(2 * math.pi) * sigma)  # the largest slope of a filtered step
+    lines = _ridges(slope, sector) & (slope >= strong / 2)
+    numbers, _ = ndimage.label(lines, np.ones((3, 3)))
+    kept = np.isin(numbers, np.unique(numbers[lines & (slope >= strong)])) & lines
+    kept = ndimage.maximum_filter(kept, options.width)
     return np.repeat(kept[..., None], 3, -1).astype(np.uint8) * 255
 
 
@@ -69,10 +98,18 @@ class ControlImages:
     """Condition images of labels: files of the same names in ``folder`` (any image ending), or edges without one."""
 
     folder: Path | None = None
+    edges: EdgeOptions = EdgeOptions()
+
+    @property
+    def settings(self) -> list[object]:
+        """What the conditions depend on besides the files; caches from before there were options have their default."""
+        if self.folder is not None:
+            return []
+        return ["edges"] if self.edges == EdgeOptions() else ["edges", *astuple(self.edges)]
 
     def condition(self, image: np.ndarray) -> np.ndarray:
         """Return the condition that an image file given for it stands for: its edges, or the image itself."""
-        return edges(image) if self.folder is None else image
+        return edges(image, self.edges) if self.folder is None else image
 
     def pixels(self, label: Label, size: Size) -> np.ndarray:
         """Return the condition of an image at its training size: (height, width, 3) uint8."""

@@ -135,7 +135,7 @@ class FeatureCache:
         rows, made_by = self._rows(number), self.made_by
         if feature != CAPTIONS:
             files = [self.control.file(self.labels[i]) if feature == CONTROL else self.labels[i].file for i in rows]
-            edges = ["edges"] if feature == CONTROL and self.control.folder is None else []
+            edges = self.control.settings if feature == CONTROL else []
             images = [_image_hash(file) for file in files]
             return [images, [self.sizes[i] for i in rows], made_by.vae, made_by.dtype, *edges]
         settings = [made_by.text_encoder, made_by.max_length, made_by.clean_caption, made_by.dtype]

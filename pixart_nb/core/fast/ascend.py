@@ -22,7 +22,7 @@ from pixart_nb.core.models.attention import IdentityAttention, attention, merge_
 from pixart_nb.core.models.controlnet import Controlled, LayerDenoiser
 from pixart_nb.core.models.kv_compression import convolve_cells, mean_kernel
 from pixart_nb.core.models.operators import gelu_tanh, linear, silu
-from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, trim_caption
+from pixart_nb.core.models.transformer import Block, PixArt, trim_caption
 
 #: Epsilon of the norms before attention and MLP, of those of queries and keys, and of the one after compression.
 MODULATED_EPS, NORM_EPS = 1e-6, 1e-5
@@ -89,8 +89,8 @@ class AscendDenoiser:
         """
         net, (batch, _, height, width) = self.net, latents.shape
         if self._shape != latents.shape:
-            config, mask = net.config, self._caption_mask
-            options = [BlockOptions.of(config, layer, grid, self.fused) for layer in range(config.depth)]
+            mask = self._caption_mask
+            options = [BlockOptions.of(block, grid, self.fused) for block in net.blocks]
             functions = [block_function(of_layer, self.compiled) for of_layer in options]
             if mask is not None and self.fused:
                 mask = ascend_operators.discard_mask(mask, grid[0] * grid[1])
@@ -233,12 +233,11 @@ class BlockOptions(NamedTuple):
     fused: bool
 
     @classmethod
-    def of(cls, config: PixArtConfig, layer: int, grid: tuple[int, int], fused: bool) -> BlockOptions:
-        """Return the options of a layer."""
-        ratio, size = config.layer_ratio(layer), config.hidden_size // config.num_heads
-        return cls(
-            config.num_heads, size, *((config.kv_operator, ratio, grid) if ratio > 1 else (None, 1, None)), fused
-        )
+    def of(cls, block: Block, grid: tuple[int, int], fused: bool) -> BlockOptions:
+        """Return the options of a block."""
+        attn = block.attn
+        compression = (attn.operator, attn.ratio, grid) if attn.ratio > 1 else (None, 1, None)
+        return cls(attn.heads, attn.size // attn.heads, *compression, fused)
 
 
 def _keys_values_function(options: BlockOptions, pad: Callable) -> Callable:

@@ -36,7 +36,7 @@ class RecordEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     name: str = Field(pattern=r"^blocks\.(0|[1-9]\d{0,5})\.(attn|cross_attn)$")
     step: Number
-    scale: float
+    scale: float = Field(gt=0, le=1)  # of the scores, 1 / sqrt(head size)
     ratio: Positive
     operator: Literal[OPERATORS] | None
     queries: str

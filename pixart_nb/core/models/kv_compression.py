@@ -27,6 +27,15 @@ class DepthwiseReduction(nn.Cell):
         self.weight = parameter((size, 1, ratio, ratio), 1.0 / ratio**2)
         self.bias = parameter((size,), name="bias")
 
+    def averaged(self, ratio: int) -> DepthwiseReduction:
+        """Return a reduction to cells ``ratio`` times larger: each is the mean of ``ratio**2`` of these cells."""
+        size, _, own, _ = self.weight.shape
+        out = DepthwiseReduction(size, own * ratio)
+        kernel = mint.tile(self.weight, (1, 1, ratio, ratio)) / ratio**2
+        for target, value in ((out.weight, kernel), (out.bias, self.bias.copy())):
+            target.set_data(value.astype(self.weight.dtype))
+        return out
+
     def construct(self, positions: list[ms.Tensor]) -> ms.Tensor:
         """positions: R * R tensors (M, D), one for each position within a cell, row by row -> (M, D)."""
         cells, size = positions[0].shape

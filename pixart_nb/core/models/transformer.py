@@ -114,6 +114,10 @@ class PixArtConfig:
         """Compression ratio of one layer."""
         return self.kv_ratio if layer in self.kv_layers else 1
 
+    def layer_operator(self, layer: int) -> str | None:
+        """Compression operator of one layer, None without compression."""
+        return self.kv_operator if self.layer_ratio(layer) > 1 else None
+
 
 def modulate(x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
     """Return x (1 + scale) + shift for x (B, N, D), shift and scale (B, 1, D)."""
@@ -133,8 +137,8 @@ class Block(nn.Cell):
     def __init__(self, config: PixArtConfig, layer: int):
         super().__init__()
         size = config.hidden_size
-        ratio = config.layer_ratio(layer)
-        self.attn = SelfAttention(size, config.num_heads, config.qk_norm, config.kv_operator, ratio)
+        compression = config.layer_operator(layer), config.layer_ratio(layer)
+        self.attn = SelfAttention(size, config.num_heads, config.qk_norm, *compression)
         self.cross_attn = CrossAttention(size, config.num_heads)
         self.mlp = MLP(size, int(size * config.mlp_ratio), size)
         self.pre_norm = LayerNorm(size, 1e-6, affine=False)
@@ -311,13 +315,13 @@ def _initial_value(rng, name: str, shape: tuple[int, ...], size: int, zero_cross
 
 @contextmanager
 def compression_kept(net: PixArt) -> Iterator[None]:
-    """Restore ratio and operator of every self-attention after the block. Not inside compiled graphs."""
-    before = [(block.attn, block.attn.ratio, block.attn.operator) for block in net.blocks]
+    """Restore the compression of every self-attention after the block. Not inside compiled graphs."""
+    before = [(block.attn, block.attn.ratio, block.attn.operator, block.attn.sr) for block in net.blocks]
     try:
         yield
     finally:
-        for layer, ratio, operator in before:
-            layer.ratio, layer.operator = ratio, operator
+        for layer, *compression in before:
+            layer.ratio, layer.operator, layer.sr = compression
 
 
 def repeat_batch(x: ms.Tensor, count: int) -> ms.Tensor:

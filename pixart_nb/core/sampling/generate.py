@@ -240,10 +240,12 @@ def control_options(config: InferenceConfig) -> dict[str, Any]:
     names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
     image = _opened(config.control_image, "RGB")
     if config.control_edges:
+        from pixart_nb.core.checkpoints.controlnet import edge_options
         from pixart_nb.core.data.control import edges
         from pixart_nb.core.data.images import fit
 
-        image = edges(fit(np.asarray(image), config.image_height, config.image_width))
+        pixels = fit(np.asarray(image), config.image_height, config.image_width)
+        image = edges(pixels, edge_options(config.controlnet))
     return {"image": image} | {name: getattr(config, name) for name in names}
 
 

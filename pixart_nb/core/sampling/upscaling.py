@@ -35,7 +35,7 @@ class UpscaleSize:
     """One size of progressive upscaling, in pixels.
 
     ``strength``: share of the steps taken from the previous image, upscaled; 1 starts from noise alone.
-    ``ratio``: compression of the keys and values of all layers, 1 for none.
+    ``ratio``: compression of the keys and values of all layers, besides that of the model itself; 1 for none.
     """
 
     height: int
@@ -74,8 +74,8 @@ def upscale_sizes(
     """Return the sizes of an image of height x width that is drawn smaller by each of ``factors`` (32, 16, ... 1).
 
     ``strengths``: of every size but the first. ``keys``: about the highest number of keys along a side, by default
-    that of the model's training; a model that has learned to compress keeps its ratio. Factors and strengths that are
-    not given have defaults.
+    that of the model's training. Layers that compress by themselves have fewer. Factors and strengths that are not
+    given have defaults.
     """
     factors = list(factors) or default_factors(config, height, width)
     strengths = list(strengths) or default_strengths(len(factors))
@@ -84,33 +84,31 @@ def upscale_sizes(
     if len(strengths) != len(factors) - 1:
         raise PixArtNBError(f"{len(strengths)} strengths for {len(factors)} sizes; expected one for all but the first")
     unit, sizes = CELL * config.patch_size, []
-    keeps_ratio = bool(config.kv_layers) and not keys
     keys = keys or config.input_size // config.patch_size
     for factor, strength in zip(factors, [1.0, *strengths], strict=True):
         steps_taken(1, strength)
         if height % (unit * factor) or width % (unit * factor):
             raise PixArtNBError(f"{height}x{width} divided by {factor} is no multiple of {unit} pixels")
         sides = height // factor, width // factor
-        ratio = 1 if keeps_ratio else max(1, min(sides) // unit // keys)
+        ratio = max(1, min(sides) // unit // keys)
         sizes.append(UpscaleSize(*sides, strength, ratio))
     return sizes
 
 
 def compress_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
-    """Compress the keys and values of all layers by ``ratio``, without parameters; 1 for none.
+    """Compress the keys and values of all layers by ``ratio``, without new parameters; 1 changes nothing.
 
-    ``operator``: mean, or ave or uniform, which pick one token of each cell. A transformer that has learned to compress
-    keeps its compression: ratio 1 leaves it, and any other raises an error, as do operators that learn.
+    ``operator``: mean, or ave or uniform, which pick one token of each cell. A layer that compresses already does so by
+    its own operator, to cells ``ratio`` times larger: a learned one averages its convolution over them.
     """
-    layers = [block.attn for block in net.blocks]
     if operator not in ("mean", "ave", "uniform") or ratio < 1:
         raise PixArtNBError(f"{operator!r} by {ratio}: expected mean, ave or uniform, by at least 1")
-    if any(layer.sr is not None for layer in layers):
-        if ratio == 1:
-            return
-        raise PixArtNBError("this transformer has learned to compress by one ratio, which cannot be changed")
-    for layer in layers:
-        layer.ratio, layer.operator = ratio, operator
+    for layer in (block.attn for block in net.blocks if ratio > 1):
+        if layer.ratio == 1:
+            layer.operator = operator
+        elif layer.sr is not None:
+            layer.sr = layer.sr.averaged(ratio)
+        layer.ratio *= ratio
 
 
 def upscale_latents(
@@ -127,12 +125,12 @@ def upscale_latents(
     The pipeline is left as it was.
     """
     latents = None
-    with compression_kept(pipe.transformer):
-        for size, count in zip(sizes, counts or [len(prompts)] * len(sizes), strict=True):
+    for size, count in zip(sizes, counts or [len(prompts)] * len(sizes), strict=True):
+        source = None
+        if latents is not None and size.strength < 1:
+            source = resize_latents(latents[:count], size.height // CELL, size.width // CELL)
+        with compression_kept(pipe.transformer):
             compress_keys(pipe.transformer, size.ratio)
-            source = None
-            if latents is not None and size.strength < 1:
-                source = resize_latents(latents[:count], size.height // CELL, size.width // CELL)
             _, *records = pipe.sample(
                 list(prompts[:count]),
                 num_inference_steps=steps,
@@ -143,8 +141,8 @@ def upscale_latents(
                 image_latents=source,
                 strength=size.strength,
             )
-            latents = records[-1].latents
-            yield latents
+        latents = records[-1].latents
+        yield latents
 
 
 # ---- in resumable stages

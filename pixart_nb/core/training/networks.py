@@ -23,6 +23,7 @@ from pixart_nb.core.sampling.planning import max_sequence_length
 from pixart_nb.core.sampling.schedulers import Scheduler, scheduler_named
 from pixart_nb.core.sampling.text import embed as embed_captions
 from pixart_nb.core.training.distributed import SINGLE, Workers
+from pixart_nb.core.training.options import trained_edges
 
 #: Class of a pipeline by the family of its transformer.
 PIPELINES = {"alpha": "PixArtAlphaPipeline", "sigma": "PixArtSigmaPipeline"}
@@ -68,8 +69,10 @@ class FrozenNetworks:
     @property
     def control(self) -> ControlImages | None:
         """Condition images of the ControlNet that is trained, if one is."""
-        folder = self.config.control_dir
-        return ControlImages(Path(folder) if folder else None) if self.config.copy_blocks_num else None
+        config = self.config
+        if not config.copy_blocks_num:
+            return None
+        return ControlImages(Path(config.control_dir) if config.control_dir else None, trained_edges(config))
 
     def release(self, *names: str) -> None:
         """Free the networks ``vae`` and ``embed``, or those named; they are loaded again when they are used."""

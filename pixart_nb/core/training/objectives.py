@@ -17,6 +17,7 @@ from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.schedulers import Scheduler
 from pixart_nb.core.training.loss import NAMES, control_loss, diffusion_loss
+from pixart_nb.core.training.options import trained_edges
 from pixart_nb.core.training.weak_to_strong import EMPTY
 
 
@@ -81,7 +82,7 @@ class ControlObjective(Objective):
         return [*self.net.blocks, *(copy.copied_block for copy in self.network.controlnet)]
 
     def write(self, folder: Path, weights: Mapping[str, np.ndarray]) -> None:
-        save_controlnet(folder, weights)
+        save_controlnet(folder, weights, None if self.config.control_dir else trained_edges(self.config))
 
 
 def copy_of(net: PixArt, prefix: str, shared: bool = False) -> PixArt:

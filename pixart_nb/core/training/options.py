@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pixart_nb.config import ConfigError, TrainConfig
 from pixart_nb.core import backend
 from pixart_nb.core.data.buckets import BucketSampler
+from pixart_nb.core.data.control import EdgeOptions
 from pixart_nb.core.training.optimizers import LossScale, learning_rate, scaled_rate
 
 #: Float32 elements per KB of optimizer state.
@@ -75,6 +76,11 @@ def check_overflow_mode(config: TrainConfig) -> None:
             f"MS_ASCEND_CHECK_OVERFLOW_MODE is {mode}: an overflow in float16 would become a large number instead of "
             "infinity, and the loss scale would not notice it. Set it to INFNAN_MODE, or train in bf16"
         )
+
+
+def trained_edges(config: TrainConfig) -> EdgeOptions:
+    """Return how the edges that a ControlNet is trained on are drawn."""
+    return EdgeOptions(config.control_edge_sigma, config.control_edge_threshold, config.control_edge_width)
 
 
 def steps_per_epoch(config: TrainConfig, sampler: BucketSampler) -> int:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
-from pixart_nb.core.data.control import ControlImages, edge_f1, edges
+from pixart_nb.core.data.control import ControlImages, EdgeOptions, edge_f1, edges
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ImageError
 from pixart_nb.core.data.labels import Label
@@ -35,6 +36,29 @@ def test_edges_of_colours_of_one_brightness_are_seen_and_faint_ones_are_not():
     assert not edges(image).any()
     image[:, :16], image[:, 16:] = (200, 0, 0), (0, 102, 0)
     assert (edges(image)[..., 0] > 0).sum(1).tolist() == [1] * 32
+
+
+def test_a_wide_filter_leaves_out_details_and_lines_can_be_wide():
+    image = picture()
+    image[3, 3] = 255
+    whole, coarse = edges(image)[..., 0] > 0, edges(image, EdgeOptions(sigma=4))[..., 0] > 0
+    assert whole[:7, :7].any() and not coarse[:7, :7].any() and coarse[10:30, 18:23].any()
+    wide = EdgeOptions(sigma=4, width=3)
+    assert np.array_equal(edges(image, wide)[..., 0] > 0, ndimage.maximum_filter(coarse, 3))
+    assert np.array_equal(edges(image, wide.thin)[..., 0] > 0, coarse)
+
+
+def test_a_threshold_is_the_height_of_a_step():
+    image = np.full((64, 64, 3), 51, np.uint8)
+    image[:, 32:] += 51  # a step of 0.2 in white
+    for sigma in (1, 2, 4):
+        assert edges(image, EdgeOptions(sigma, 0.18)).any() and not edges(image, EdgeOptions(sigma, 0.22)).any()
+
+
+@pytest.mark.parametrize("options", [{"sigma": 0}, {"threshold": 2}, {"width": 2}, {"sigma": float("nan")}])
+def test_edges_that_cannot_be_drawn_are_refused(options):
+    with pytest.raises(ImageError, match="expected sigma above 0"):
+        EdgeOptions(**options)
 
 
 def line(column):

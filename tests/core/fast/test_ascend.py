@@ -21,6 +21,7 @@ from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.run_plan import RunSettings, plan_run, process_memory
 from pixart_nb.core.sampling.guidance import identity_attention
 from pixart_nb.core.sampling.planning import memory_limit
+from pixart_nb.core.sampling.upscaling import compress_keys
 
 SMALL = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8, model_max_length=40)
 CLOSE = 1e-5
@@ -324,6 +325,18 @@ def test_compressed_blocks_are_a_second_graph(compilations):
     with ascend():
         step(net, *inputs())
     assert len(compilations) == 2
+
+
+@pytest.mark.parametrize("layers", [[], [1]], ids=["none learned", "one learned"])
+def test_compression_added_to_a_large_size_gives_the_numbers_of_the_cpu(layers):
+    learned = dict(sampling="conv", scale_factor=2, kv_compress_layer=layers)
+    net, arguments = small_net(kv_compress_config=learned if layers else None), inputs(height=24, width=32)
+    whole = step(net, *arguments)
+    compress_keys(net, 2)
+    expected = step(net, *arguments)
+    assert relative_error(expected, whole) > 1e-3
+    with ascend(flash_in_float32=True):
+        assert relative_error(step(net, *arguments), expected) < CLOSE
 
 
 HALF, FLOAT = np.float16, np.float32

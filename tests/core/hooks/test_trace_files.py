@@ -131,6 +131,7 @@ REPLACEMENTS = [None, -1, 0, 2**62, 1e300, float("nan"), "x", [], {}, [[]], True
         (lambda c: c.update(grid=[10**9, 10**9]), "grid"),
         (lambda c: c.update(grid=[4, 7]), "24 vectors for a grid of 4 x 7 tokens"),
         (lambda c: c["entries"][0].update(ratio=0), "ratio"),
+        (lambda c: c["entries"][0].update(scale=1e300), "scale"),
         (lambda c: c["entries"][0].update(ratio=2), "vectors for a grid"),
         (lambda c: c["entries"][0].update(operator="__import__"), "operator"),
         (lambda c: c["entries"][0].update(name="blocks.0.mlp"), "name"),

@@ -1,15 +1,21 @@
 """A picture that grows: sizes and ratios as asked, each from the one before, with the pipeline left as it was."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 from reference_data import diffusers
+from small_networks import SMALL
 from typer.testing import CliRunner
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.cli import app
 from pixart_nb.config import check_config
-from pixart_nb.core.models.transformer import PixArtConfig
+from pixart_nb.core.backend import ms
+from pixart_nb.core.models.attention import SelfAttention
+from pixart_nb.core.models.kv_compression import compress_tokens
+from pixart_nb.core.models.transformer import PixArt, PixArtConfig, compression_kept
 from pixart_nb.core.run_plan import RunSettings, plan_upscaling
 from pixart_nb.core.sampling.stages import run_stages
 from pixart_nb.core.sampling.upscaling import (
@@ -43,7 +49,7 @@ def test_a_query_has_as_many_keys_as_in_training_unless_asked_otherwise():
     compressed = PixArtConfig(
         input_size=128, kv_compress_config={"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [14]}
     )
-    assert [size.ratio for size in upscale_sizes(compressed, 4096, 4096, [4, 1], [0.4])] == [1, 1]
+    assert [size.ratio for size in upscale_sizes(compressed, 4096, 4096, [4, 1], [0.4])] == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -82,14 +88,44 @@ def test_a_ratio_of_one_changes_nothing_and_another_one_does(pipe):
     assert not np.array_equal(found[2], expected)
 
 
-def test_what_has_learned_to_compress_keeps_its_ratio(pipe):
+def test_operators_that_learn_are_refused(pipe):
     with pytest.raises(ValueError, match="expected mean, ave or uniform"):
         compress_keys(pipe.transformer, 2, "conv")
 
 
-def test_every_size_is_planned_with_its_steps_and_its_keys():
-    from small_networks import SMALL
+def test_what_has_learned_to_compress_averages_what_it_learned():
+    rng = np.random.default_rng(0)
+    attention = SelfAttention(8, 2, operator="conv", ratio=2)
+    for parameter in (attention.sr.weight, attention.sr.bias):
+        parameter.set_data(ms.Tensor(rng.standard_normal(parameter.shape).astype(np.float32)))
+    x = ms.Tensor(rng.standard_normal((1, 64, 8)).astype(np.float32))
+    wide = compress_tokens(x, 8, 8, 4, "conv", attention.sr.averaged(2), lambda tokens: tokens)
+    once = compress_tokens(x, 8, 8, 2, "conv", attention.sr, lambda tokens: tokens)
+    np.testing.assert_allclose(wide.asnumpy(), compress_tokens(once, 4, 4, 2, "mean").asnumpy(), atol=1e-6)
 
+
+def test_a_model_that_compresses_is_compressed_further_layer_by_layer():
+    config = dict(hidden_size=48, num_heads=2, depth=2, caption_channels=12, input_size=8)
+    config |= {"kv_compress_config": {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}}
+    net = PixArt(PixArtConfig(**config))
+    first, second = (block.attn for block in net.blocks)
+    learned = second.sr
+    with compression_kept(net):
+        compress_keys(net, 1)
+        assert [(layer.ratio, layer.operator) for layer in (first, second)] == [(1, None), (2, "conv")]
+        compress_keys(net, 3)
+        assert [(layer.ratio, layer.operator) for layer in (first, second)] == [(3, "mean"), (6, "conv")]
+        assert second.sr.weight.shape == (48, 1, 6, 6)
+    assert (first.ratio, second.ratio) == (1, 2) and second.sr is learned
+    networks = replace(SMALL, transformer=PixArtConfig(**config))
+    sizes = [UpscaleSize(64, 64), UpscaleSize(192, 192, 0.5, 3)]
+    small, big = (plan.step_macs for plan in plan_upscaling(networks, RunSettings(192, 192, steps=6), sizes))
+    rows, keys = 2 * 2 * 48, 16 + 4  # without and with compression, on a grid of 4 x 4; 9 times as many tokens
+    assert small["self-attention"] == rows * 16 * keys and big["self-attention"] == rows * 144 * keys
+    assert big["compression"] == 9 * small["compression"] > 0
+
+
+def test_every_size_is_planned_with_its_steps_and_its_keys():
     sizes = [UpscaleSize(64, 64), UpscaleSize(128, 128, 0.5, 2)]
     small, big = plan_upscaling(SMALL, RunSettings(128, 128, steps=6), sizes)
     assert (small.run.steps, big.run.steps, big.run.sequential) == (6, 3, True)

@@ -11,7 +11,8 @@ from small_pipeline import training_config, write_training_data
 from pixart_nb.config import ConfigError, check_config
 from pixart_nb.core import load_controlnet, load_transformer
 from pixart_nb.core.backend import ms
-from pixart_nb.core.data.control import ControlImages
+from pixart_nb.core.checkpoints.controlnet import edge_options
+from pixart_nb.core.data.control import ControlImages, EdgeOptions, edges
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import fit, load_image, to_signed
 from pixart_nb.core.data.labels import load_labels
@@ -81,6 +82,7 @@ def test_files_beside_the_images_are_taken_in_place_of_edges(config, folder, tmp
 
 def test_the_folder_of_a_training_draws_with_its_base_model(config, folder, project, tmp_path):
     image = str(project / "data/pixelart" / json.loads((folder / "test.json").read_text())[0]["path"])
+    drawn_edges = {"control_edge_sigma": 2, "control_edge_width": 3}
     result = train(
         config(
             tmp_path / "out",
@@ -92,22 +94,27 @@ def test_the_folder_of_a_training_draws_with_its_base_model(config, folder, proj
             validation_json_path=str(folder / "test.json"),
             start_report=True,
             use_ema=False,
+            **drawn_edges,
         )
     )
     assert result.name == "controlnet" and len(list((tmp_path / "out/samples").rglob("*.png"))) == 2
     net = load_controlnet(result, base_model=load_transformer(folder / "model/transformer"))
-    trained = Training(config(tmp_path / "out", use_ema=False)).objective.network
+    trained = Training(config(tmp_path / "out", use_ema=False, **drawn_edges)).objective.network
     for name, parameter in trained.parameters_and_names():
         if name.startswith("controlnet."):
             assert np.array_equal(parameter.asnumpy(), dict(net.parameters_and_names())[name].asnumpy()), name
     values = {"model": str(folder / "model"), "prompt": ["a cup"], "image_height": 64, "image_width": 64}
     values |= {"use_resolution_binning": False, "sampling_steps": 2, "controlnet": str(result), "control_image": image}
     drawn = []
-    for taken in (False, True):
-        changes = {"control_edges": taken, "output_path": str(tmp_path / f"edges-{taken}")}
+    assert edge_options(result) == EdgeOptions(2, 0.1, 3)
+    lines = tmp_path / "lines.png"
+    Image.fromarray(edges(fit(load_image(image), 64, 64), EdgeOptions(2, 0.1, 3))).save(lines)
+    for number, changes in enumerate(({}, {"control_edges": True}, {"control_image": str(lines)})):
+        changes |= {"output_path": str(tmp_path / f"drawn-{number}")}
         drawn.append(sample(check_config(values | changes)))
-    first, second = (np.asarray(Image.open(paths[0])) for paths in drawn)
+    first, second, third = (np.asarray(Image.open(paths[0])) for paths in drawn)
     assert first.shape == (64, 64, 3) and not np.array_equal(first, second)
+    assert np.array_equal(second, third)
 
 
 def test_gradients_of_the_loss_equal_finite_differences(config, tmp_path):
@@ -139,6 +146,7 @@ def test_a_compiled_step_trains_as_an_eager_one(config, tmp_path):
     ("changes", "message"),
     [
         ({"lora_rank": 2}, "goes neither with lora_rank nor with from_scratch"),
+        ({"control_edge_width": 2}, "control_edge_width is 2; expected an odd number"),
         ({"copy_blocks_num": 0, "control_dir": "maps"}, "expected copy_blocks_num"),
         ({"visualize": True, "validation_prompts": ["a", "b"]}, "0 validation_control_images for 2 validation_prompts"),
     ],
