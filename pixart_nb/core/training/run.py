@@ -127,7 +127,14 @@ class Training:
             micro = micro_conditions(originals, sizes, {size: ratio for ratio, size in bins.items()})
         return DiffusionBatches(
             features,
-            Noise(config.seed, config.timestep_sampling, config.noise_offset, caption_drop, self.objective.spacing),
+            Noise(
+                config.seed,
+                config.timestep_sampling,
+                config.noise_offset,
+                caption_drop,
+                self.objective.spacing,
+                config.logit_mean,
+            ),
             self.net,
             vae.scaling_factor,
             self.empty,
