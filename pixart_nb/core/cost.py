@@ -44,7 +44,7 @@ def parameters(config: PixArtConfig | T5Config | VAEConfig) -> int:
 
 def empty_network(config: PixArtConfig | T5Config | VAEConfig, dtype: ms.Type = ms.float32) -> nn.Cell:
     """Build the network of a configuration with parameters that hold no memory."""
-    build = next(build for kind, build in _NETWORKS.items() if isinstance(config, kind))
+    build = next(build for of_class, build in _NETWORKS.items() if isinstance(config, of_class))
     in_bfloat16 = not isinstance(config, VAEConfig)
     return init_empty(lambda: for_inference(build(config), dtype) if in_bfloat16 else build(config), dtype)
 

@@ -23,7 +23,7 @@ _ACROSS = ((0, 1), (1, 1), (1, 0), (1, -1))
 
 @dataclass(frozen=True)
 class EdgeOptions:
-    """How the edges of an image are found and drawn.
+    """Options of finding and drawing the edges of an image.
 
     Details smaller than ``sigma``, the standard deviation in pixels of a Gaussian filter, have no edge. An edge begins
     at a step of ``threshold``, in white, and is followed down to half of it. Lines are ``width`` pixels wide, an odd
@@ -42,7 +42,7 @@ class EdgeOptions:
 
     @property
     def thin(self) -> EdgeOptions:
-        """The same edges as lines of one pixel."""
+        """Options of these edges as lines of one pixel."""
         return replace(self, width=1)
 
 
@@ -102,7 +102,7 @@ class ControlImages:
 
     @property
     def settings(self) -> list[object]:
-        """What the conditions depend on besides the files; caches from before there were options have their default."""
+        """Everything that the conditions depend on besides the files; the default is that of caches without options."""
         if self.folder is not None:
             return []
         return ["edges"] if self.edges == EdgeOptions() else ["edges", *astuple(self.edges)]

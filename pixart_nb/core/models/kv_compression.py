@@ -27,7 +27,7 @@ class DepthwiseReduction(nn.Cell):
         self.weight = parameter((size, 1, ratio, ratio), 1.0 / ratio**2)
         self.bias = parameter((size,), name="bias")
 
-    def averaged(self, ratio: int) -> DepthwiseReduction:
+    def enlarged(self, ratio: int) -> DepthwiseReduction:
         """Return a reduction to cells ``ratio`` times larger: each is the mean of ``ratio**2`` of these cells."""
         size, _, own, _ = self.weight.shape
         out = DepthwiseReduction(size, own * ratio)

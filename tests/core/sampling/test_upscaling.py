@@ -99,7 +99,7 @@ def test_what_has_learned_to_compress_averages_what_it_learned():
     for parameter in (attention.sr.weight, attention.sr.bias):
         parameter.set_data(ms.Tensor(rng.standard_normal(parameter.shape).astype(np.float32)))
     x = ms.Tensor(rng.standard_normal((1, 64, 8)).astype(np.float32))
-    wide = compress_tokens(x, 8, 8, 4, "conv", attention.sr.averaged(2), lambda tokens: tokens)
+    wide = compress_tokens(x, 8, 8, 4, "conv", attention.sr.enlarged(2), lambda tokens: tokens)
     once = compress_tokens(x, 8, 8, 2, "conv", attention.sr, lambda tokens: tokens)
     np.testing.assert_allclose(wide.asnumpy(), compress_tokens(once, 4, 4, 2, "mean").asnumpy(), atol=1e-6)
 
