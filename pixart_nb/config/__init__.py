@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from pixart_nb.config.keys import GUIDANCE_SCALE as GUIDANCE_SCALE
 from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ROOTS, InferenceConfig, ModelKeys, TrainConfig
-from pixart_nb.config.keys import LOGIT_MEAN as LOGIT_MEAN
 from pixart_nb.config.keys import MOST_SIDE as MOST_SIDE
 from pixart_nb.config.keys import NEEDS as NEEDS
 from pixart_nb.config.keys import SAMPLING_METHOD as SAMPLING_METHOD

@@ -17,8 +17,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 #: Sampling defaults of the published pipeline. The pipeline, the widgets and the notebooks use them too.
 GUIDANCE_SCALE = 4.5
-#: Mean of the logit-normal training timesteps: 0.4 has its median at timestep 600.
-LOGIT_MEAN = 0.4
 SAMPLING_STEPS = 20
 SAMPLING_METHOD = "dpm++"
 #: Values of ``sampling_method``; ``core.sampling.schedulers`` maps each to its scheduler.
@@ -318,7 +316,6 @@ class TrainConfig(ModelKeys):
     snr_gamma: Number = _update(0.0, "Gamma of min-SNR loss weighting; 5 in its paper. 0 disables it.", ge=0)
     noise_offset: Number = _update(0.0, "Scale of the noise offset per channel; 0.1 is usual. 0 disables it.", ge=0)
     timestep_sampling: Literal["uniform", "logit_normal"] = _update("uniform", "Distribution of the training timesteps.")
-    logit_mean: Number = _update(LOGIT_MEAN, "Mean of the logit-normal timesteps. Larger values train noisier ones, which decide the layout.", ge=-10, le=10)
     seed: Seed = 42
 
     loss_scaler_type: Literal["static", "dynamic"] = _precision("dynamic", "Kind of loss scaling, in fp16 only.")
@@ -451,7 +448,7 @@ _FREE_KEYS = {
 _PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir"}
 #: Keys that are not named at their defaults, so that trainings from before there were such keys resume.
 _LATER_KEYS = {
-    "copy_blocks_num", "logit_mean", "control_edge_sigma", "control_edge_threshold", "control_edge_width", "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
+    "copy_blocks_num", "control_edge_sigma", "control_edge_threshold", "control_edge_width", "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
 }  # fmt: skip
 
 

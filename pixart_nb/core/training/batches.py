@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixart_nb.config import LOGIT_MEAN
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.data.reader import FeatureBatch, FeatureReader, LiveFeatures, padded
@@ -18,14 +17,20 @@ from pixart_nb.core.training.loss import coefficients
 LENGTH_STEP = 20
 
 
-def logit_normal(rng: np.random.Generator, count: int, mean: float = LOGIT_MEAN) -> np.ndarray:
-    """Draw timesteps (count,) int64 that favour a part of the schedule: 1000 sigmoid(1.1 n + mean).
+def logit_normal(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Draw timesteps (count,) int64 that favour the middle of the schedule: 1000 sigmoid(1.1 n + 0.4).
 
     One in seven is uniform, so that both ends of the schedule are trained too.
     """
-    middle = 1000 / (1 + np.exp(-1.1 * rng.standard_normal(count) - mean))
+    middle = 1000 / (1 + np.exp(-1.1 * rng.standard_normal(count) - 0.4))
     anywhere = rng.random(count) * 1000
     return np.where(rng.random(count) < 1 / 7, anywhere, middle).astype(np.int64).clip(0, 999)
+
+
+TIMESTEPS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "uniform": lambda rng, count: rng.integers(0, 1000, count),
+    "logit_normal": logit_normal,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Noise:
     the number of workers.
 
     Args:
-        timesteps: ``uniform`` as in the official code, or ``logit_normal`` with ``logit_mean``.
+        timesteps: ``uniform`` as in the official code, or ``logit_normal``.
         offset: scale of the noise that is added to whole channels.
         caption_drop: probability that a caption is replaced by the empty one.
         spacing: timesteps are rounded up to the last of so many: 19, 39, ... 999 for 20.
@@ -47,7 +52,6 @@ class Noise:
     offset: float = 0.0
     caption_drop: float = 0.1
     spacing: int = 1
-    logit_mean: float = LOGIT_MEAN
 
     def draw(self, number: int, first_row: int, shape: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Return timesteps (N,), dropped (N,) bool, noise of the latents and noise to predict, both of ``shape``."""
@@ -56,9 +60,7 @@ class Noise:
 
     def _row(self, number: int, row: int, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng((self.seed, 3, number, row))
-        uniform = self.timesteps == "uniform"
-        (timestep,) = rng.integers(0, 1000, 1) if uniform else logit_normal(rng, 1, self.logit_mean)
-        timestep = (timestep // self.spacing + 1) * self.spacing - 1
+        timestep = (TIMESTEPS[self.timesteps](rng, 1)[0] // self.spacing + 1) * self.spacing - 1
         dropped = rng.random() < self.caption_drop
         own, noise = rng.standard_normal((2, *shape), dtype=np.float32)
         offset = rng.standard_normal((shape[0], 1, 1), dtype=np.float32)

@@ -127,14 +127,7 @@ class Training:
             micro = micro_conditions(originals, sizes, {size: ratio for ratio, size in bins.items()})
         return DiffusionBatches(
             features,
-            Noise(
-                config.seed,
-                config.timestep_sampling,
-                config.noise_offset,
-                caption_drop,
-                self.objective.spacing,
-                config.logit_mean,
-            ),
+            Noise(config.seed, config.timestep_sampling, config.noise_offset, caption_drop, self.objective.spacing),
             self.net,
             vae.scaling_factor,
             self.empty,
