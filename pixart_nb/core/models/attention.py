@@ -177,6 +177,13 @@ class SelfAttention(nn.Cell):
             q, k, v = split_heads(q, self.heads), split_heads(k, self.heads), split_heads(v, self.heads)
         return self.proj(merge_heads(attention(q, k, v, hook_point=self.hook_point, chunks=_chunks(self))))
 
+    def replace_reduction(self, reduction: DepthwiseReduction) -> None:
+        """Replace the learned reduction. The new parameters have the names of the old ones, which graphs look for."""
+        names = [parameter.name for parameter in self.sr.get_parameters()]
+        self.sr = reduction  # renames them
+        for parameter, name in zip(self.sr.get_parameters(), names, strict=True):
+            parameter.name = name
+
     def compress(self, x: ms.Tensor, height: int, width: int) -> ms.Tensor:
         """Return keys or values (B, N, D) on the coarser grid: (B, M, D)."""
         if self.hook_point is not None:

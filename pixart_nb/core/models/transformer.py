@@ -320,8 +320,10 @@ def compression_kept(net: PixArt) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, *compression in before:
-            layer.ratio, layer.operator, layer.sr = compression
+        for layer, ratio, operator, reduction in before:
+            layer.ratio, layer.operator = ratio, operator
+            if layer.sr is not reduction:
+                layer.replace_reduction(reduction)
 
 
 def repeat_batch(x: ms.Tensor, count: int) -> ms.Tensor:

@@ -107,7 +107,7 @@ def compress_keys(net: PixArt, ratio: int, operator: str = "mean") -> None:
         if layer.ratio == 1:
             layer.operator = operator
         elif layer.sr is not None:
-            layer.sr = layer.sr.enlarged(ratio)
+            layer.replace_reduction(layer.sr.enlarged(ratio))
         layer.ratio *= ratio
 
 

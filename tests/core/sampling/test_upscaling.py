@@ -109,14 +109,16 @@ def test_a_model_that_compresses_is_compressed_further_layer_by_layer():
     config |= {"kv_compress_config": {"sampling": "conv", "scale_factor": 2, "kv_compress_layer": [1]}}
     net = PixArt(PixArtConfig(**config))
     first, second = (block.attn for block in net.blocks)
-    learned = second.sr
+    learned, names = second.sr, [parameter.name for parameter in net.get_parameters()]
     with compression_kept(net):
         compress_keys(net, 1)
         assert [(layer.ratio, layer.operator) for layer in (first, second)] == [(1, None), (2, "conv")]
         compress_keys(net, 3)
         assert [(layer.ratio, layer.operator) for layer in (first, second)] == [(3, "mean"), (6, "conv")]
         assert second.sr.weight.shape == (48, 1, 6, 6)
+        assert [parameter.name for parameter in net.get_parameters()] == names
     assert (first.ratio, second.ratio) == (1, 2) and second.sr is learned
+    assert [parameter.name for parameter in net.get_parameters()] == names and len(set(names)) == len(names)
     networks = replace(SMALL, transformer=PixArtConfig(**config))
     sizes = [UpscaleSize(64, 64), UpscaleSize(192, 192, 0.5, 3)]
     small, big = (plan.step_macs for plan in plan_upscaling(networks, RunSettings(192, 192, steps=6), sizes))
