@@ -25,7 +25,7 @@ from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.core.sampling.stages import StagedImage
 
 #: Default strengths of the sizes after the first; the last one holds for all after it.
-STRENGTHS = (0.5, 0.3, 0.25, 0.2)
+STRENGTHS = (0.5, 0.4, 0.3, 0.25)
 #: Pixels of a latent cell.
 CELL = 8
 
