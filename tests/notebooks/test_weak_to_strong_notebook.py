@@ -13,6 +13,7 @@ FIGURES = [
     "larger_images.png",
     "largest_images.png",
     "positions.png",
+    "stages.png",
     "taught.png",
 ]
 RUNS = ["positions-interpolated", "from-scratch", "compressed-average", "compressed-random", "largest"]
