@@ -17,6 +17,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 #: Sampling defaults of the published pipeline. The pipeline, the widgets and the notebooks use them too.
 GUIDANCE_SCALE = 4.5
+#: Options of the edges of an image (``core.data.control.EdgeOptions``).
+EDGE_SIGMA, EDGE_THRESHOLD, EDGE_WIDTH = 1.0, 0.1, 1
 SAMPLING_STEPS = 20
 SAMPLING_METHOD = "dpm++"
 #: Values of ``sampling_method``; ``core.sampling.schedulers`` maps each to its scheduler.
@@ -332,9 +334,9 @@ class TrainConfig(ModelKeys):
 
     copy_blocks_num: int = _control(0, "Number of blocks that a ControlNet copies and trains in place of all weights, 13 in PixArt-delta. 0 trains the weights.", ge=0, lt=_MOST_LAYERS)
     control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
-    control_edge_sigma: Number = _control(1.0, "Standard deviation in pixels of the filter before edges are found. A larger one leaves out small details.", gt=0, le=100)
-    control_edge_threshold: Number = _control(0.1, "Step, in white, from which an edge begins.", gt=0, le=1)
-    control_edge_width: int = _control(1, "Width of the lines in pixels, an odd number. Wider ones survive a VAE better.", ge=1, le=31)
+    control_edge_sigma: Number = _control(EDGE_SIGMA, "Standard deviation in pixels of the Gaussian filter before edges are found. Smaller details have no edge.", gt=0, le=100)
+    control_edge_threshold: Number = _control(EDGE_THRESHOLD, "Difference in brightness, 0 to 1, from which an edge begins.", gt=0, le=1)
+    control_edge_width: int = _control(EDGE_WIDTH, "Width of the lines in pixels, an odd number. Some VAEs encode a line of one pixel as almost black.", ge=1, le=31)
     validation_control_images: Paths = _control([], "Condition images of the validation prompts, one for each; without control_dir their edges are taken.")
 
     objective: Literal["diffusion", "lcm", "dmd"] = _distil("diffusion", "Diffusion loss, latent consistency distillation (LCM), or distribution matching to one step (DMD).")
@@ -448,7 +450,8 @@ _FREE_KEYS = {
 _PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir"}
 #: Keys that are not named at their defaults, so that trainings from before there were such keys resume.
 _LATER_KEYS = {
-    "copy_blocks_num", "control_edge_sigma", "control_edge_threshold", "control_edge_width", "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
+    "copy_blocks_num", "control_edge_sigma", "control_edge_threshold", "control_edge_width",
+    "objective", "num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c",
 }  # fmt: skip
 
 

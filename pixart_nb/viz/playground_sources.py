@@ -63,7 +63,7 @@ def adapters_of(pipe: Any) -> list[str]:
 def edges_of(pixels: np.ndarray, parameters: Parameters) -> np.ndarray:
     """Return the edges of an image (H, W, 3) uint8, cut to the drawn size, as a condition: (height, width, 3) uint8.
 
-    They are drawn as the ControlNet was trained, if one is named.
+    Their options are those that the ControlNet was trained with, if there is one.
     """
     from pixart_nb.core.checkpoints.controlnet import edge_options
     from pixart_nb.core.data.control import EdgeOptions, edges

@@ -88,7 +88,7 @@ def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray], edges: Edge
 
 
 def edge_options(path: str | Path) -> EdgeOptions:
-    """Return how the edges of images were drawn for a ControlNet; the default if its folder does not say."""
+    """Return the options of the edges that a ControlNet was trained on; the default if its config.json has none."""
     file = Path(path).expanduser() / "config.json"
     values = read_json(file).get(_EDGES, {}) if file.is_file() else {}
     try:

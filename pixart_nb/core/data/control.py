@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from pixart_nb.config.keys import EDGE_SIGMA, EDGE_THRESHOLD, EDGE_WIDTH
 from pixart_nb.core.data.buckets import Size
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ENDINGS, ImageError, fit, load_image, read_image_size
@@ -25,14 +26,14 @@ _ACROSS = ((0, 1), (1, 1), (1, 0), (1, -1))
 class EdgeOptions:
     """Options of finding and drawing the edges of an image.
 
-    Details smaller than ``sigma``, the standard deviation in pixels of a Gaussian filter, have no edge. An edge begins
-    at a step of ``threshold``, in white, and is followed down to half of it. Lines are ``width`` pixels wide, an odd
-    number: some VAEs encode a line of one pixel as almost black.
+    ``sigma`` is the standard deviation in pixels of the Gaussian filter: smaller details have no edge. ``threshold`` is
+    the difference in brightness, 0 to 1, from which an edge begins; it is followed down to half of that. Lines are
+    ``width`` pixels wide, an odd number: some VAEs encode a line of one pixel as almost black.
     """
 
-    sigma: float = 1.0
-    threshold: float = 0.1
-    width: int = 1
+    sigma: float = EDGE_SIGMA
+    threshold: float = EDGE_THRESHOLD
+    width: int = EDGE_WIDTH
 
     def __post_init__(self) -> None:
         if not (0 < self.sigma <= 100 and 0 < self.threshold <= 1 and self.width in range(1, 32, 2)):
@@ -102,10 +103,8 @@ class ControlImages:
 
     @property
     def settings(self) -> list[object]:
-        """Everything that the conditions depend on besides the files; the default is that of caches without options."""
-        if self.folder is not None:
-            return []
-        return ["edges"] if self.edges == EdgeOptions() else ["edges", *astuple(self.edges)]
+        """Everything that the conditions depend on besides the files."""
+        return ["edges", *astuple(self.edges)] if self.folder is None else []
 
     def condition(self, image: np.ndarray) -> np.ndarray:
         """Return the condition that an image file given for it stands for: its edges, or the image itself."""

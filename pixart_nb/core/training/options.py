@@ -79,7 +79,7 @@ def check_overflow_mode(config: TrainConfig) -> None:
 
 
 def trained_edges(config: TrainConfig) -> EdgeOptions:
-    """Return how the edges that a ControlNet is trained on are drawn."""
+    """Return the options of the edges that a ControlNet is trained on."""
     return EdgeOptions(config.control_edge_sigma, config.control_edge_threshold, config.control_edge_width)
 
 

@@ -1,14 +1,18 @@
 """Condition images: the edges of an image are thin lines where its colours change, and files are checked."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
 
+from pixart_nb.core.checkpoints.controlnet import edge_options
 from pixart_nb.core.data.control import ControlImages, EdgeOptions, edge_f1, edges
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ImageError
 from pixart_nb.core.data.labels import Label
+from pixart_nb.core.io import CheckpointError
 
 
 def picture(height=48, width=64):
@@ -59,6 +63,18 @@ def test_a_threshold_is_the_height_of_a_step():
 def test_edges_that_cannot_be_drawn_are_refused(options):
     with pytest.raises(ImageError, match="expected sigma above 0"):
         EdgeOptions(**options)
+
+
+def test_other_options_are_another_entry_of_the_feature_cache(tmp_path):
+    settings = [ControlImages(edges=options).settings for options in (EdgeOptions(), EdgeOptions(sigma=2))]
+    assert settings == [["edges", 1.0, 0.1, 1], ["edges", 2, 0.1, 1]] and ControlImages(tmp_path).settings == []
+
+
+@pytest.mark.parametrize("recorded", [{"sigma": "wide"}, {"thickness": 3}, {"width": 2}, [1], "edges"])
+def test_damaged_options_of_a_controlnet_are_named(tmp_path, recorded):
+    (tmp_path / "config.json").write_text(json.dumps({"control_edges": recorded}))
+    with pytest.raises(CheckpointError, match=r"config\.json: control_edges is .*expected sigma, threshold and width"):
+        edge_options(tmp_path)
 
 
 def line(column):
