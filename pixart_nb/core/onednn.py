@@ -20,12 +20,19 @@ SGEMM, BF16 = "dnnl_sgemm", "dnnl_gemm_bf16bf16f32"
 
 
 @cache
-def function(name: str) -> Callable | None:
-    """Return a function of oneDNN, or None where it is missing."""
+def library() -> ctypes.CDLL | None:
+    """Return the oneDNN library of MindSpore, or None where there is none."""
     try:
-        library = next((Path(ms.__file__).parent / "lib").glob("libdnnl.so*"), None)
-        gemm = getattr(ctypes.CDLL(str(library)), name)
-    except (OSError, AttributeError):
+        return ctypes.CDLL(str(next((Path(ms.__file__).parent / "lib").glob("libdnnl.so*"))))
+    except (OSError, StopIteration):
+        return None
+
+
+@cache
+def function(name: str) -> Callable | None:
+    """Return a product of oneDNN, or None where it is missing."""
+    gemm = getattr(library(), name, None)
+    if gemm is None:
         return None
     char, size, real, pointer = ctypes.c_char, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     gemm.argtypes = [char, char, size, size, size, real, pointer, size, pointer, size, real, pointer, size]

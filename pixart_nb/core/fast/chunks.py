@@ -8,6 +8,7 @@ import numpy as np
 
 from pixart_nb.core import backend
 from pixart_nb.core.onednn import multiply
+from pixart_nb.core.onednn_operators import layer_norm
 
 #: Tokens of a chunk.
 CHUNK = 256
@@ -100,10 +101,7 @@ class ModulatedNorm:
     def forward(self, chunk: Chunk) -> np.ndarray:
         """Return m of a chunk: (M, D)."""
         x, normal = rows_of(self.x, chunk), rows_of(self.normal, chunk)
-        np.subtract(x, x.mean(1, keepdims=True), out=normal)
-        variance = np.einsum("md,md->m", normal, normal) / np.float32(x.shape[1])
-        inverse = 1 / np.sqrt(variance + self.eps)
-        normal *= inverse[:, None]
+        inverse = 1 / np.sqrt(layer_norm(x, self.eps, normal) + self.eps)
         self.inverse[chunk.images, chunk.tokens] = inverse.reshape(-1, chunk.tokens.stop - chunk.tokens.start)
         return self.modulated(chunk)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from mindspore import mint, ops
 
 from pixart_nb.core import backend
-from pixart_nb.core.backend import ms
-from pixart_nb.core.fast.cpu_operators import add_gated, cell_rows, gather, gelu_tanh, head_rows, merge_heads, modulate
+from pixart_nb.core.backend import ms, to_numpy
+from pixart_nb.core.fast.cpu_attention import attention_without_gradient, rounded, split, token_attention
+from pixart_nb.core.fast.cpu_operators import add_gated, gelu_tanh, modulate
 from pixart_nb.core.fast.cross_attention import (
     CaptionAttention,
     CaptionGroup,
@@ -24,10 +26,10 @@ from pixart_nb.core.fast.cross_attention import (
     caption_groups,
     merge_small_groups,
 )
-from pixart_nb.core.models.attention import SelfAttention, attention, split_heads
-from pixart_nb.core.models.kv_compression import compress_cells, positions_read, successive_ratios
+from pixart_nb.core.models.attention import SelfAttention, split_heads
 from pixart_nb.core.models.layers import Linear
-from pixart_nb.core.models.operators import silu, transpose
+from pixart_nb.core.models.low_precision import BFloat16Linear, bfloat16_mlp
+from pixart_nb.core.models.operators import merge_heads, silu, transpose
 from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, repeat_batch, trim_caption
 
 #: Largest number of tokens of a micro-batch. It bounds the memory of the MLP.
@@ -35,8 +37,6 @@ MICRO_BATCH = 2048
 #: Micro-batches of up to TRANSPOSED_TOKENS use a transposed copy of weights of at least TRANSPOSED_WEIGHT elements:
 #: their products are a tenth faster. From 1024 tokens on they are not.
 TRANSPOSED_TOKENS, TRANSPOSED_WEIGHT = 1023, 2**20
-#: From this many tokens on queries, keys and values are separate matrices: one more copy, less memory at a time.
-SEPARATE_QKV_TOKENS = 2**14
 _matmul = ops.MatMul()
 
 
@@ -47,6 +47,7 @@ class CPUDenoiser:
         backend.pin_threads()
         self.prepare, self.finish = prepare, finish
         self.net, self.caption, self.mask = net, caption, mask
+        self.in_bfloat16 = isinstance(net.blocks[0].attn.proj, BFloat16Linear)
         self.groups = caption_groups(caption.astype(net.dtype), mask)
         self.plan: StepPlan | None = None
         self._hooked_caption = None  # keys, values and mask as ``PixArt.denoise`` has them, for the hooks
@@ -58,7 +59,9 @@ class CPUDenoiser:
         batch, _, height, width = latents.shape
         grid = height // patch, width // patch
         if net.hook_manager is not None:
-            net.hook_manager.on_step(ms.Tensor(np.full(batch, timestep, np.float32)), *grid)
+            timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
+            attention = partial(attention_without_gradient, in_bfloat16=self.in_bfloat16)
+            net.hook_manager.on_step(timesteps, *grid, attention)
         plan = self.plan = self._plan(grid[0] * grid[1])
         x = self._embed(latents)
         t = self._embed_timestep(timestep, net.micro_conditions(latents))
@@ -66,10 +69,7 @@ class CPUDenoiser:
         for number, block in enumerate(net.blocks):
             modulation = block.scale_shift_table + t0
             shift, scale, gate, *mlp = (modulation[i] for i in range(6))
-            qkv = self._qkv(number, x, shift, scale)
-            heads = [_heads(block.attn, number, qkv, batch, *grid) for number in range(3)]
-            attended = merge_heads(attention(*heads, hook_point=block.attn.hook_point))
-            del heads
+            attended = self._attention(number, self._qkv(number, x, shift, scale), batch, *grid)
             parts = self._add_projected(number, x, attended, gate)
             del attended
             x = self._cross_attention_and_mlp(number, parts, *mlp)
@@ -106,22 +106,27 @@ class CPUDenoiser:
             return t
         return t + mint.cat((net.csize_embedder(micro[:1, :2]), net.ar_embedder(micro[:1, 2:])), 1)
 
-    def _qkv(self, number: int, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> list[ms.Tensor]:
-        """Return one matrix (B N, 3 D) of queries, keys and values, or of many tokens three (B N, D)."""
+    def _qkv(self, number: int, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> np.ndarray:
+        """Return queries, keys and values: (B N, 3 D)."""
         block, linear = self.net.blocks[number], self.plan.linears[number].qkv
-        parts = [linear(modulate(block.pre_norm, _rows(x, part), shift, scale)) for part, _ in self.plan.micro_batches]
-        if x.shape[0] < SEPARATE_QKV_TOKENS:
-            return [_concat(parts)]
-        separate = [], [], []
-        while parts:
-            part = parts.pop(0)
-            for index, rows in enumerate(separate):
-                rows.append(_component(block.attn, part, (3, index)))
-        matrices = []
-        for rows in separate:
-            matrices.append(_concat(rows))
-            rows.clear()
-        return matrices
+        out = None
+        for part, _ in self.plan.micro_batches:
+            rows = to_numpy(linear(modulate(block.pre_norm, _rows(x, part), shift, scale)))
+            if len(self.plan.micro_batches) == 1:
+                return rows
+            out = np.empty((x.shape[0], rows.shape[1]), rows.dtype) if out is None else out
+            out[part] = rows
+        return out
+
+    def _attention(self, number: int, qkv: np.ndarray, batch: int, height: int, width: int) -> ms.Tensor:
+        """Compute the self-attention of a block from ``_qkv``: (B N, D)."""
+        layer = self.net.blocks[number].attn
+        parts = [_tokens(layer, part, qkv, batch, height, width) for part in range(3)]
+        if layer.hook_point is not None:
+            heads = [split_heads(ms.Tensor(np.ascontiguousarray(x)), layer.heads) for x in parts]
+            return merge_heads(layer.hook_point(*heads, None)).reshape(-1, layer.size)
+        parts = [rounded(x) for x in parts] if self.in_bfloat16 else parts
+        return ms.Tensor.from_numpy(token_attention(*(split(x, layer.heads) for x in parts)))
 
     def _add_projected(self, number: int, x: ms.Tensor, attended: ms.Tensor, gate: ms.Tensor) -> list[ms.Tensor]:
         """Add the output projection of the self-attention to x (B N, D): one tensor for each micro-batch."""
@@ -142,8 +147,7 @@ class CPUDenoiser:
                 x = _concat([attentions[group](_rows(parts[index], rows)) for group, rows in captions])
             else:
                 x = parts[index] + _rows(changed, part)
-            hidden = gelu_tanh(linears.fc1(modulate(block.pre_norm, x, shift, scale)))
-            parts[index] = add_gated(x, gate, linears.fc2(hidden))
+            parts[index] = add_gated(x, gate, linears.mlp(modulate(block.pre_norm, x, shift, scale)))
         return _concat(parts)
 
     def _hooked_cross_attention(self, number: int, x: ms.Tensor) -> ms.Tensor | None:
@@ -157,8 +161,8 @@ class CPUDenoiser:
         layer = self.net.blocks[number].cross_attn
         q = layer.q_linear(x).reshape(self.caption.shape[0], -1, layer.size)
         q = split_heads(q, layer.heads)
-        out = attention(q, *keys_values[number], mask, hook_point=layer.hook_point)
-        return layer.proj(merge_heads(out)) if self.net.hook_manager.changed else None
+        out = layer.hook_point(q, *keys_values[number], mask)
+        return layer.proj(merge_heads(out).reshape(-1, layer.size)) if self.net.hook_manager.changed else None
 
     def _final(self, x: ms.Tensor, modulation: ms.Tensor) -> ms.Tensor:
         """Predict all patches: x (B N, D), modulation (2, D) -> (B N, p p out_channels)."""
@@ -166,36 +170,19 @@ class CPUDenoiser:
         return layer.linear(modulate(layer.pre_norm, x, shift, scale))
 
 
-def _heads(layer: SelfAttention, index: int, qkv: list[ms.Tensor], batch: int, height: int, width: int) -> ms.Tensor:
-    """Return queries (0), keys (1) or values (2) as heads (B, H, N or M, d), normalized and compressed.
+def _tokens(layer: SelfAttention, part: int, qkv: np.ndarray, batch: int, height: int, width: int) -> np.ndarray:
+    """Return queries (0), keys (1) or values (2), normalized and compressed: (B, N or M, D).
 
-    The list ``qkv`` is emptied on the way: each matrix of a large image is a good part of a gigabyte.
+    A view of qkv (B N, 3 D) where they are neither.
     """
-    x, component = (qkv[0], (3, index)) if qkv[0].shape[1] > layer.size else (qkv.pop(0), (1, 0))
-    if index == 2:
-        qkv.clear()
-    ratio, norm = layer.ratio if index else 1, (layer.q_norm, layer.k_norm, None)[index]
-    if layer.hook_point is not None or (norm is not None and ratio > 1):  # the norm precedes the compression
-        x = _component(layer, x, component)
-        x = (x if norm is None else norm(x)).reshape(batch, height * width, layer.size)
-        return split_heads(layer.compress(x, height, width) if index else x, layer.heads)
-    if norm is not None:
-        x, component = norm(_component(layer, x, component)), (1, 0)
-    for step in successive_ratios(layer.operator, ratio) if ratio > 1 else ():
-        indices = cell_rows(batch, height, width, step, positions_read(layer.operator, step), *component)
-        x = x.reshape(-1, layer.size)
-        x = compress_cells([gather(x, rows, 0) for rows in indices], layer.operator, layer.sr, layer.norm)
-        height, width, component = height // step, width // step, (1, 0)
-    size, tokens = layer.size // layer.heads, height * width
-    heads = gather(x.reshape(-1, size), head_rows(batch, tokens, layer.heads, *component), 0)
-    return heads.reshape(batch, layer.heads, tokens, size)
-
-
-def _component(layer: SelfAttention, x: ms.Tensor, component: tuple[int, int]) -> ms.Tensor:
-    """Return one of the vectors of every token, ``component`` = (count, index): x (M, count D) -> (M, D)."""
-    if component == (1, 0):
+    x = qkv[:, part * layer.size : (part + 1) * layer.size].reshape(batch, height * width, layer.size)
+    norm = (layer.q_norm, layer.k_norm, None)[part]
+    compressed = part > 0 and (layer.ratio > 1 or layer.hook_point is not None)
+    if norm is None and not compressed:
         return x
-    return gather(x.reshape(-1, layer.size), cell_rows(1, x.shape[0], 1, 1, 1, *component)[0], 0)
+    tokens = ms.Tensor(np.ascontiguousarray(x))
+    tokens = tokens if norm is None else norm(tokens)
+    return to_numpy(layer.compress(tokens, height, width) if compressed else tokens)
 
 
 class MicroBatch(NamedTuple):
@@ -235,6 +222,12 @@ class BlockLinears(NamedTuple):
     proj: Callable
     fc1: Callable
     fc2: Callable
+
+    def mlp(self, x: ms.Tensor) -> ms.Tensor:
+        """Return ``fc2(gelu(fc1(x)))`` of x (M, D)."""
+        if type(self.fc1) is type(self.fc2) is BFloat16Linear:
+            return bfloat16_mlp(x, self.fc1, self.fc2)
+        return self.fc2(gelu_tanh(self.fc1(x)))
 
     @classmethod
     def of(cls, block: Block, tokens: int) -> BlockLinears:

@@ -16,9 +16,9 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.cpu_operators import FAR
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
-from pixart_nb.core.models.low_precision import rounded_bits
 from pixart_nb.core.models.vae_blocks import Decoder, ResnetBlock
 from pixart_nb.core.onednn import SGEMM, multiply
+from pixart_nb.core.onednn_operators import rounded_bits
 
 #: Elements of the rows that a convolution of a band reads.
 BAND = 2**21

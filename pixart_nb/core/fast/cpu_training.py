@@ -19,13 +19,12 @@ from mindspore.common._grad_function import _Function
 from pixart_nb.core import backend
 from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.chunks import Chunk, ModulatedNorm, Sums, chunks_of, rows_of, weight_gradient, write_linear
-from pixart_nb.core.fast.cpu_attention import attention_forward, attention_gradient
-from pixart_nb.core.fast.cpu_operators import gelu, gelu_gradient
-from pixart_nb.core.models.attention import MASKED_SCORE
+from pixart_nb.core.fast.cpu_attention import attention_forward, attention_gradient, mask_column, split
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import split_parts
 from pixart_nb.core.models.transformer import Block, FinalLayer
 from pixart_nb.core.onednn import multiply
+from pixart_nb.core.onednn_operators import gelu, gelu_gradient
 
 #: Largest weight of a layer with an adapter. In a large one, the gradient of the whole matrix costs more than it gains.
 SMALL_WEIGHT = 2**18
@@ -77,7 +76,7 @@ class TrainingBlock:
         """Return what ``block_steps`` takes after x and kv: modulation (B, 6, D), 12 weights and biases, settings."""
         block, attn, cross, mlp = self.block, self.block.attn, self.block.cross_attn, self.block.mlp
         modulation = block.scale_shift_table.reshape(1, 6, -1) + t0
-        column = None if mask is None else np.where(mask.asnumpy(), 0, MASKED_SCORE).astype(np.float32)
+        column = None if mask is None else mask_column(mask.asnumpy())
         layers = attn.qkv, attn.proj, cross.q_linear, cross.proj, mlp.fc1, mlp.fc2
         weights = [tensor for layer in layers for tensor in (layer.matrix(), layer.bias)]
         return modulation, *weights, (column, attn.heads, cross.heads, block.pre_norm.eps)
@@ -278,7 +277,9 @@ class AddMLP(_Function):
             inner = rows_of(hidden, chunk)
             write_linear(norm.forward(chunk), weights[0], weights[1], inner)
             if mlp_output is None:
-                write_linear(gelu(inner)[0], weights[2], weights[3], rows_of(product, chunk))
+                activated = np.empty_like(inner)
+                gelu(inner, activated)
+                write_linear(activated, weights[2], weights[3], rows_of(product, chunk))
             _add_gated(chunk, x, gate, product, out)
 
         in_threads(work, chunks_of(*x.shape[:2]))
@@ -298,7 +299,8 @@ class AddMLP(_Function):
             rows, dinner = rows_of(dproduct, chunk), rows_of(dhidden, chunk)
             bias2.add(chunk, 0, rows)
             multiply(rows, weights[2], dinner)
-            rows_of(activated, chunk)[...] = gelu_gradient(rows_of(hidden, chunk), dinner)
+            gelu(rows_of(hidden, chunk), rows_of(activated, chunk))
+            gelu_gradient(rows_of(hidden, chunk), dinner)
             bias1.add(chunk, 0, dinner)
             rows_of(inputs, chunk)[...] = norm.modulated(chunk)
             dm = np.empty((len(rows), size), np.float32)
@@ -324,27 +326,21 @@ class Attention(_Function):
         arrays = _arrays(q, k, v)
         q, k, v = _heads(arrays, heads)
         out = np.empty((q.shape[0], q.shape[2], heads * q.shape[3]), np.float32)
-        log_sums = attention_forward(q, k, v, column, _split(out, heads))
-        ctx.saved, ctx.column, ctx.heads = (arrays, out, log_sums), column, heads
+        attention_forward(q, k, v, column, split(out, heads))
+        ctx.saved, ctx.column, ctx.heads = arrays, column, heads
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
-        (dout,), (arrays, out, log_sums), heads = _arrays(dout), ctx.saved, ctx.heads
+        (dout,), arrays, heads = _arrays(dout), ctx.saved, ctx.heads
         gradients = [None if array is None else np.empty_like(array) for array in arrays]
-        pair = _split(out, heads), _split(dout, heads)
         inputs, targets = _heads(arrays, heads), _heads(gradients, heads)
-        attention_gradient(*inputs, ctx.column, *pair, log_sums, targets)
+        attention_gradient(*inputs, ctx.column, split(dout, heads), targets)
         return *_tensors(*gradients), None, None
-
-
-def _split(x: np.ndarray, heads: int) -> np.ndarray:
-    """(B, N, H d) -> a view (B, H, N, d)."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
 
 def _heads(arrays: list[np.ndarray | None], heads: int) -> list[np.ndarray]:
     """Return views (B, H, N or M, d) of queries, keys and values."""
     missing = sum(array is None for array in arrays)
     *first, last = (array for array in arrays if array is not None)
-    return [_split(chunk, heads) for chunk in (*first, *np.split(last, missing + 1, axis=2))]
+    return [split(chunk, heads) for chunk in (*first, *np.split(last, missing + 1, axis=2))]

@@ -13,9 +13,10 @@ import numpy as np
 from mindspore import ops
 
 from pixart_nb.core.backend import as_array, ms, to_numpy
-from pixart_nb.core.fast.cpu_operators import gather, head_rows, merge_heads
-from pixart_nb.core.models.attention import MASKED_SCORE, attention
-from pixart_nb.core.models.operators import repeat_tokens
+from pixart_nb.core.fast.cpu_attention import mask_column, rounded, split, token_attention
+from pixart_nb.core.models.attention import MASKED_SCORE
+from pixart_nb.core.models.low_precision import BFloat16Linear
+from pixart_nb.core.models.operators import merge_heads, repeat_tokens
 from pixart_nb.core.models.transformer import Block
 
 _softmax = ops.Softmax(-1)
@@ -150,16 +151,20 @@ class LongCaptionAttention:
 
     def __init__(self, block: Block, caption: ms.Tensor, mask: np.ndarray):
         self.layer = block.cross_attn
-        self.k, self.v = self.layer.keys_values(caption)
-        self.mask = None if mask.all() else ms.Tensor(mask)
+        self.in_bfloat16 = isinstance(self.layer.q_linear, BFloat16Linear)
+        self.keys_values = [self._heads(merge_heads(x)) for x in self.layer.keys_values(caption)]
+        self.column = None if mask.all() else mask_column(mask)
 
     def __call__(self, x: ms.Tensor) -> ms.Tensor:
         """Add the attention to x (M, D), M / G tokens for each caption."""
-        heads, captions = self.layer.heads, self.k.shape[0]
-        q = self.layer.q_linear(x).reshape(-1, self.layer.size // heads)
-        tokens = x.shape[0] // captions
-        q = gather(q, head_rows(captions, tokens, heads), 0).reshape(captions, heads, tokens, -1)
-        return x + self.layer.proj(merge_heads(attention(q, self.k, self.v, self.mask)))
+        q = self._heads(self.layer.q_linear(x).reshape(len(self.keys_values[0]), -1, self.layer.size))
+        attended = token_attention(q, *self.keys_values, self.column)
+        return x + self.layer.proj(ms.Tensor.from_numpy(attended))
+
+    def _heads(self, x: ms.Tensor) -> np.ndarray:
+        """(G, N, D) -> (G, H, N, d)."""
+        tokens = to_numpy(x)
+        return split(rounded(tokens) if self.in_bfloat16 else tokens, self.layer.heads)
 
 
 CaptionAttention = OneTokenAttention | ShortCaptionAttention | LongCaptionAttention

@@ -81,7 +81,8 @@ class AttentionCall:
     """Inputs of one attention. A hook may replace the tensors.
 
     q (B, H, N, d), k and v (B, H, M, d), mask (B, M) bool, scale of the scores, and the bias of the scores of each
-    key, (B, H, M) float32 or None. ``texts`` has the prompt of each batch row, None for unconditional rows.
+    key, (B, H, M) float32 or None. ``texts`` has the prompt of each batch row, None for unconditional rows, and
+    ``attention`` is the function that computes it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class AttentionCall:
     scale: float
     compression: LayerCompression
     texts: list[Text | None]
+    attention: Callable[..., ms.Tensor] = attention
     bias: np.ndarray | None = None
 
     def add_bias(self, bias: np.ndarray) -> None:
@@ -102,7 +104,7 @@ class AttentionCall:
     def compute(self) -> ms.Tensor:
         """Return the attention, (B, H, N, d). A bias becomes one more component of the keys, which meets a one."""
         if self.bias is None:
-            return attention(self.q, self.k, self.v, self.mask, self.scale)
+            return self.attention(self.q, self.k, self.v, self.mask, self.scale)
         ones = mint.ones((*self.q.shape[:3], 1), dtype=self.q.dtype)
         q = mint.cat((self.q, ones / self.scale), -1)
         k = mint.cat((self.k, ms.Tensor(self.bias[..., None]).astype(self.k.dtype)), -1)
@@ -188,7 +190,8 @@ class HookPoint:
         texts = run.texts or [text_of(None, None, k.shape[2] if cross else 0)] * run.rows
         batch_texts = [None] * (run.batch - run.rows) + list(texts)
         compression = LayerCompression(None, 1) if cross else manager.compression(self.name, run)
-        call = AttentionCall(self.name, run, q, k, v, mask, q.shape[-1] ** -0.5, compression, batch_texts)
+        scale = q.shape[-1] ** -0.5
+        call = AttentionCall(self.name, run, q, k, v, mask, scale, compression, batch_texts, manager.attention)
         for hook in manager.hooks:
             hook.before(call)
         out = computed = call.compute()
@@ -205,6 +208,7 @@ class HookManager:
     def __init__(self, net: PixArt):
         self.net, self.run, self.tokenizer = net, None, None
         self.hooks: list[Hook] = []
+        self.attention = attention
         self.changed = False  # True if a hook changed the last attention rather than only read it
         self.layers = dict(attention_layers(net))
 
@@ -245,8 +249,9 @@ class HookManager:
         for hook in self.hooks:
             hook.on_prompts(run)
 
-    def on_step(self, timestep: ms.Tensor, height: int, width: int) -> None:
-        """Announce a call of the model with timestep (B,) on height x width tokens."""
+    def on_step(self, timestep: ms.Tensor, height: int, width: int, attention: Callable = attention) -> None:
+        """Announce a call of the model with timestep (B,) on height x width tokens, computed by ``attention``."""
+        self.attention = attention
         values, run = to_numpy(timestep), self.run
         continues = run is not None and (run.batch, run.grid) == (len(values), (height, width))
         if not continues or (run.timesteps is not None and run.index + 1 >= len(run.timesteps)):

@@ -15,17 +15,16 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.core import backend
+from pixart_nb.core import backend, onednn, onednn_operators
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.operators import linear
+from pixart_nb.core.onednn_operators import bfloat16_linear, rounded_bits
 
 #: Pattern of the warnings of ``for_inference``.
 REPLACED = "b?float16 weights are (rounded to bfloat16|kept and computed in float32)"
-#: Elements that are rounded at a time: they stay in the cache.
-_PART = 2**15
 #: Rows or columns below which a product is not split further among the threads.
 _SMALLEST_PART = 16
 
@@ -36,15 +35,14 @@ def unsupported() -> str:
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or not {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()):
         return "this processor has neither AVX512-BF16 nor AMX-BF16"
-    from pixart_nb.core import onednn  # only bfloat16 needs it
-
-    if onednn.function(onednn.BF16) is None:
-        return f"MindSpore {ms.__version__} ships no oneDNN library with {onednn.BF16}"
+    if onednn_operators.library() is None or onednn.function(onednn.BF16) is None:
+        return f"MindSpore {ms.__version__} ships no oneDNN 2 library with {onednn.BF16}"
     rng = np.random.default_rng(0)
-    x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((48, 64), (32, 64)))
-    exact = _upcast(rounded_bits(x)) @ _upcast(rounded_bits(weight)).T
+    x, weight = (rounded_bits(rng.standard_normal(shape, dtype=np.float32)) for shape in ((48, 64), (32, 64)))
+    exact, error = _upcast(x) @ _upcast(weight).T, 0.0
     try:
-        error = np.abs(product(x, rounded_bits(weight)) - exact).max()
+        for few in (slice(0, 8), slice(None)):  # two functions of oneDNN
+            error = max(error, np.abs(product(_upcast(x[few]), weight) - exact[few]).max())
     except PixArtNBError as failed:
         return str(failed)
     return "" if error < 1e-3 else f"oneDNN's bfloat16 product is wrong by {error:.2g} in a test of 48 x 64 x 32"
@@ -58,33 +56,28 @@ def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
 
     def work(part: slice) -> None:
         if by_rows:
-            _multiply(rounded_bits(x[part]), weight, bias, out[part])
-        else:
-            _multiply(rounded, weight[part], None if bias is None else bias[part], out[:, part])
+            bfloat16_linear(rounded_bits(x[part]), weight, bias, out[part])
+        else:  # the linear operator of oneDNN writes whole rows only
+            if bias is not None:
+                out[:, part] = bias[part]
+            onednn.multiply(rounded, weight[part].T, out[:, part], add=bias is not None, gemm=onednn.BF16)
 
     backend.in_threads(work, backend.thread_slices(len(x) if by_rows else len(weight), _SMALLEST_PART))
     return out
 
 
-def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
-    """Write ``x @ weight.T + bias`` to out (M, N)."""
-    from pixart_nb.core import onednn
+def bfloat16_mlp(x: ms.Tensor, fc1: BFloat16Linear, fc2: BFloat16Linear) -> ms.Tensor:
+    """Return ``fc2(gelu(fc1(x)))`` of x (M, D) in float32; what is between the layers is rounded to bfloat16 once."""
+    rows, ((first, bias1), (second, bias2)) = x.asnumpy(), ((_bits(f.weight), f.bias.asnumpy()) for f in (fc1, fc2))
+    out = np.empty((len(rows), len(second)), np.float32)
 
-    if bias is not None:
-        out[...] = bias
-    onednn.multiply(x, weight.T, out, add=bias is not None, gemm=onednn.BF16)
+    def work(part: slice) -> None:
+        hidden = np.empty((part.stop - part.start, len(first)), np.uint16)
+        bfloat16_linear(rounded_bits(rows[part]), first, bias1, hidden, with_gelu=True)
+        bfloat16_linear(hidden, second, bias2, out[part])
 
-
-def rounded_bits(x: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, halves away from zero: its bits, uint16."""
-    bits, out = x.reshape(-1).view(np.uint32), np.empty(x.size, np.uint16)
-    for start in range(0, x.size, _PART):
-        part = slice(start, start + _PART)
-        out[part] = (bits[part] + np.uint32(0x8000)).view(np.uint16)[1::2]
-        values = bits[part].view(np.float32)
-        if np.isnan(values.max(initial=-np.inf)):  # some would become numbers
-            out[part][np.isnan(values)] = 0x7FC0
-    return out.reshape(x.shape)
+    backend.in_threads(work, backend.thread_slices(len(rows)))
+    return ms.Tensor.from_numpy(out)
 
 
 def _upcast(bits: np.ndarray) -> np.ndarray:

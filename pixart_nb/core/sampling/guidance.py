@@ -125,7 +125,7 @@ class _NoHooks:
 
     changed = False
 
-    def on_step(self, timestep: ms.Tensor, height: int, width: int) -> None:
+    def on_step(self, *step) -> None:
         """Ignore the step."""
 
 
