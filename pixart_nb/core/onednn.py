@@ -40,17 +40,17 @@ def function(name: str) -> Callable | None:
     return gemm
 
 
-def multiply(
-    a: np.ndarray, b: np.ndarray, out: np.ndarray, *, scale: float = 1.0, add: bool = False, gemm: str = SGEMM
-) -> None:
+def multiply(a: np.ndarray, b: np.ndarray, out: np.ndarray, *, scale: float = 1.0, add: bool = False) -> None:
     """Write ``scale a @ b`` to ``out`` (..., M, N) float32, or add it: a (..., M, K) and b (..., K, N).
+
+    a and b are float32, or the bits of bfloat16 (uint16).
 
     There is at most one leading axis. Each array may be a part of a larger one, and matrices of a and b may be
     transposed; one of their two axes has to be contiguous, in ``out`` the last one. Without oneDNN, NumPy computes
-    float32. ``gemm`` is oneDNN's function: with ``BF16``, a and b are the bits of bfloat16 (uint16).
+    float32.
     """
-    call = function(gemm)
-    if call is None and gemm == SGEMM:
+    call = function(BF16 if a.dtype == np.uint16 else SGEMM)
+    if call is None and a.dtype == np.float32:
         product = np.matmul(a, b)
         product *= np.float32(scale)
         np.add(out, product, out=out) if add else np.copyto(out, product)
@@ -68,6 +68,13 @@ def multiply(
         )  # fmt: skip
         if status:
             raise PixArtNBError(f"oneDNN refused a product of {rows} x {inner} x {columns} (status {status})")
+
+
+def write_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: np.ndarray) -> None:
+    """Write ``x @ weight.T + bias`` to ``out`` (M, N): x (M, K), weight (N, K), bias (N,)."""
+    if bias is not None:
+        out[...] = bias
+    multiply(x, weight.T, out, add=bias is not None)
 
 
 def _address(x: np.ndarray) -> tuple[int, int]:

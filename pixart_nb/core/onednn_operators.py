@@ -1,7 +1,7 @@
 """Operators of the oneDNN library that MindSpore ships, on rows of NumPy arrays: one pass over the memory for each.
 
-They run in the thread that calls them and release the GIL. Without oneDNN 2, NumPy computes the same in many passes.
-Rows are contiguous matrices (M, D) of float32, those of ``rounded_bits`` any.
+They run in the thread that calls them, but for ``linear``, and release the GIL. Without oneDNN 2, NumPy computes the
+same in many passes. Rows are contiguous matrices (M, D) of float32, those of ``rounded_bits`` any.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from pixart_nb.core import onednn
+from pixart_nb.core import backend, onednn
 from pixart_nb.core.errors import PixArtNBError
 
 _GELU_LINEAR, _GELU_CUBE = np.float32(1.5957691216057308), np.float32(0.07135481627260025)
 #: Elements that NumPy rounds at a time: they stay in the cache.
 _PART = 2**15
+#: Rows of x from which on each thread of ``linear`` takes a part of them, rather than of the weight.
+ROWS, ROWS_BFLOAT16 = 1024, 256
+#: Rows or columns below which a product is not split further among the threads.
+SMALLEST_PART = 16
 
 # Numbers of oneDNN 2's header dnnl_types.h.
-_CPU, _IN_ORDER, _TRAINING, _INFERENCE, _GELU_TANH, _WITH_SCALE_SHIFT = 1, 1, 64, 96, 0xCF, 2
+_CPU, _IN_ORDER, _TRAINING, _INFERENCE, _GELU_TANH, _SWISH, _WITH_SCALE_SHIFT = 1, 1, 64, 96, 0xCF, 0xDF, 2
 _DTYPES = {np.dtype(np.uint16): 2, np.dtype(np.float32): 3}
 _SRC, _DST, _WEIGHTS, _BIAS, _MEAN, _VARIANCE, _DIFF_SRC, _DIFF_DST = 1, 17, 33, 41, 49, 50, 129, 145
 #: Bytes that hold any descriptor of a tensor, and of an operator.
@@ -35,6 +39,15 @@ def gelu(x: np.ndarray, out: np.ndarray) -> None:
         np.divide(x, _gelu_divisor(x), out=out)
         return
     _operator("gelu", _layout(x, out))({_SRC: x, _DST: out})
+
+
+def silu(x: np.ndarray) -> None:
+    """Replace x (M, D) by x sigmoid(x)."""
+    if library() is None:
+        with np.errstate(over="ignore"):
+            x /= 1 + np.exp(-x)
+        return
+    _operator("silu", _layout(x))({_SRC: x, _DST: x})
 
 
 def gelu_gradient(x: np.ndarray, dout: np.ndarray) -> None:
@@ -112,6 +125,27 @@ def bfloat16_linear(
     """
     operator = _operator("linear", _layout(x), _layout(weight), _layout(out), bias is not None, with_gelu)
     operator({_SRC: x, _WEIGHTS: weight, _DST: out} | ({} if bias is None else {_BIAS: bias}))
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """Return ``x @ weight.T + bias``, (M, N) float32, computed by all threads.
+
+    x (M, K) float32, weight (N, K) float32 or bits of bfloat16, bias (N,).
+    """
+    out, half = np.empty((len(x), len(weight)), np.float32), weight.dtype == np.uint16
+    by_rows = len(x) >= min(len(weight), ROWS_BFLOAT16 if half else ROWS)
+    whole = rounded_bits(x) if half and not by_rows else x
+
+    def work(part: slice) -> None:
+        if not by_rows:  # each thread reads its part of the weight only
+            onednn.write_linear(whole, weight[part], None if bias is None else bias[part], out[:, part])
+        elif half:
+            bfloat16_linear(rounded_bits(x[part]), weight, bias, out[part])
+        else:
+            onednn.write_linear(x[part], weight, bias, out[part])
+
+    backend.in_threads(work, backend.thread_slices(len(x) if by_rows else len(weight), SMALLEST_PART))
+    return out
 
 
 def _gelu_divisor(x: np.ndarray) -> np.ndarray:
@@ -230,6 +264,12 @@ def _gelu(layout: tuple) -> Operator:
     return Operator(_forward_gelu(data), {_SRC: data, _DST: data})
 
 
+def _silu(layout: tuple) -> Operator:
+    data = _tensor(layout)
+    one_and_zero = ctypes.c_float(1), ctypes.c_float(0)
+    return Operator(_described("eltwise_forward", _INFERENCE, _SWISH, data, *one_and_zero), {_SRC: data, _DST: data})
+
+
 def _gelu_gradient(layout: tuple) -> Operator:
     data, zero = _tensor(layout), ctypes.c_float(0)
     description = _described("eltwise_backward", _GELU_TANH, data, data, zero, zero, hint=_forward_gelu(data))
@@ -281,6 +321,7 @@ def _linear(x: tuple, weight: tuple, out: tuple, biased: bool, with_gelu: bool) 
 _BUILDERS = {
     "gelu": _gelu,
     "gelu_gradient": _gelu_gradient,
+    "silu": _silu,
     "layer_norm": _layer_norm,
     "softmax": _softmax,
     "softmax_gradient": _softmax_gradient,

@@ -16,7 +16,6 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import decodes_by_rows
-from pixart_nb.core.fast.cpu import transposed_elements
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.ascend_operators import flash_supports, padded_size
 from pixart_nb.core.models.attention import chunk_shape
@@ -293,8 +292,6 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     copies = 0  # weights that the path of the device keeps a second time, for each pass
     if backend.on_ascend():
         copies = sum(_padded_elements(config, len(identity)) for _, identity in run.passes if _uses_flash(config, run))
-    elif run.dtype == "fp32" and not config.copy_blocks_num:
-        copies = sum(transposed_elements(config, len(rows) * run.tokens(config)) for rows, _ in run.passes)
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
         "denoise": size * (parameters(config) + copies),

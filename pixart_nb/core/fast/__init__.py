@@ -67,9 +67,8 @@ def decodes_by_rows(config: VAEConfig, height: int, width: int) -> bool:
 def decode_fine(decoder: Decoder, x: ms.Tensor, in_bfloat16: bool = False) -> ms.Tensor:
     """Compute ``decoder.fine`` on a CPU, with rounding of its own, in less memory: (N, C, h, w) -> (N, C', H, W)."""
     from pixart_nb.core.fast import cpu_decoder  # only large images need it
-    from pixart_nb.core.onednn import BF16, SGEMM
 
-    return cpu_decoder.decode_fine(decoder, x, BF16 if in_bfloat16 else SGEMM)
+    return cpu_decoder.decode_fine(decoder, x, in_bfloat16)
 
 
 def fast_group_norms(norms: Sequence[GroupNorm]) -> AbstractContextManager[None]:

@@ -48,12 +48,6 @@ def images_of(rows: np.ndarray, chunk: Chunk) -> np.ndarray:
     return rows.reshape(chunk.images.stop - chunk.images.start, -1, rows.shape[1])
 
 
-def write_linear(rows: np.ndarray, weight: np.ndarray, bias: np.ndarray, out: np.ndarray) -> None:
-    """Write ``rows @ weight.T + bias`` to out (M, out)."""
-    out[...] = bias
-    multiply(rows, weight.T, out, add=True)
-
-
 class Sums:
     """Sums over tokens: those of the chunks are added in their order, whichever thread came first.
 

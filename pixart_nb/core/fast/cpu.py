@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from mindspore import mint, ops
+from mindspore import mint
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.fast.cpu_attention import attention_without_gradient, rounded, split, token_attention
-from pixart_nb.core.fast.cpu_operators import add_gated, gelu_tanh, modulate
+from pixart_nb.core.fast.cpu_operators import add_gated, mlp_on_arrays, modulate, on_arrays
 from pixart_nb.core.fast.cross_attention import (
     CaptionAttention,
     CaptionGroup,
@@ -27,17 +27,12 @@ from pixart_nb.core.fast.cross_attention import (
     merge_small_groups,
 )
 from pixart_nb.core.models.attention import SelfAttention, split_heads
-from pixart_nb.core.models.layers import Linear
-from pixart_nb.core.models.low_precision import BFloat16Linear, bfloat16_mlp
-from pixart_nb.core.models.operators import merge_heads, silu, transpose
-from pixart_nb.core.models.transformer import Block, PixArt, PixArtConfig, repeat_batch, trim_caption
+from pixart_nb.core.models.low_precision import BFloat16Linear
+from pixart_nb.core.models.operators import merge_heads, silu
+from pixart_nb.core.models.transformer import Block, PixArt, trim_caption
 
 #: Largest number of tokens of a micro-batch. It bounds the memory of the MLP.
 MICRO_BATCH = 2048
-#: Micro-batches of up to TRANSPOSED_TOKENS use a transposed copy of weights of at least TRANSPOSED_WEIGHT elements:
-#: their products are a tenth faster. From 1024 tokens on they are not.
-TRANSPOSED_TOKENS, TRANSPOSED_WEIGHT = 1023, 2**20
-_matmul = ops.MatMul()
 
 
 class CPUDenoiser:
@@ -65,16 +60,19 @@ class CPUDenoiser:
         plan = self.plan = self._plan(grid[0] * grid[1])
         x = self._embed(latents)
         t = self._embed_timestep(timestep, net.micro_conditions(latents))
-        t0 = net.t_block[1](silu(t)).reshape(6, -1)
-        for number, block in enumerate(net.blocks):
-            modulation = block.scale_shift_table + t0
-            shift, scale, gate, *mlp = (modulation[i] for i in range(6))
-            attended = self._attention(number, self._qkv(number, x, shift, scale), batch, *grid)
-            parts = self._add_projected(number, x, attended, gate)
-            del attended
-            x = self._cross_attention_and_mlp(number, parts, *mlp)
-        out = self._final(x, net.final_layer.scale_shift_table + t)
-        out = net.unpatchify(out.reshape(batch, plan.tokens, -1), *grid)
+        t0 = to_numpy(net.t_block[1](silu(t))).reshape(6, -1)
+        for number, block in enumerate(plan.blocks):
+            shift, scale, gate, *mlp = block.modulation + t0
+            attended = self._attention(number, self._qkv(block, x, shift, scale), batch, *grid)
+            for part, _ in plan.micro_batches:
+                add_gated(x[part], gate, block.proj(attended[part]))
+            self._add_cross_attention(number, x)
+            for part, _ in plan.micro_batches:
+                shift, scale, gate = mlp
+                add_gated(x[part], gate, block.mlp(modulate(x[part], block.eps, shift, scale)))
+        shift, scale = to_numpy(net.final_layer.scale_shift_table + t)
+        out = on_arrays(net.final_layer.linear)(modulate(x, net.final_layer.pre_norm.eps, shift, scale))
+        out = net.unpatchify(ms.Tensor.from_numpy(out).reshape(batch, plan.tokens, -1), *grid)
         return self.finish(out, timestep)
 
     def _plan(self, tokens: int) -> StepPlan:
@@ -86,17 +84,15 @@ class CPUDenoiser:
         groups = merge_small_groups(self.groups, tokens, head_size, MICRO_BATCH)
         captions = [(net.y_embedder(group.caption), group.mask) for group in groups]
         attentions = [[caption_attention(block, *caption) for caption in captions] for block in net.blocks]
-        batches = micro_batches(groups, tokens)
-        largest = max(batch.tokens.stop - batch.tokens.start for batch in batches)
-        return StepPlan(tokens, batches, attentions, [BlockLinears.of(block, largest) for block in net.blocks])
+        return StepPlan(
+            tokens, micro_batches(groups, tokens), attentions, [BlockParts.of(block) for block in net.blocks]
+        )
 
-    def _embed(self, latents: ms.Tensor) -> ms.Tensor:
+    def _embed(self, latents: ms.Tensor) -> np.ndarray:
         """Latents (B, C, H, W) -> tokens with their positions, (B N, D)."""
-        net, (batch, _, height, width) = self.net, latents.shape
-        tokens = net.x_embedder(latents.astype(net.dtype))
-        positions = repeat_batch(net.positions(height, width), batch)
-        x, positions = (rows.reshape(-1, rows.shape[-1]) for rows in (tokens, positions))
-        return x + positions
+        net, (height, width) = self.net, latents.shape[2:]
+        tokens = to_numpy(net.x_embedder(latents.astype(net.dtype)))
+        return (tokens + to_numpy(net.positions(height, width))).reshape(-1, tokens.shape[2])
 
     def _embed_timestep(self, timestep: float, micro: ms.Tensor | None) -> ms.Tensor:
         """Return the embedding that all images share: (1, D)."""
@@ -106,51 +102,38 @@ class CPUDenoiser:
             return t
         return t + mint.cat((net.csize_embedder(micro[:1, :2]), net.ar_embedder(micro[:1, 2:])), 1)
 
-    def _qkv(self, number: int, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> np.ndarray:
+    def _qkv(self, block: BlockParts, x: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """Return queries, keys and values: (B N, 3 D)."""
-        block, linear = self.net.blocks[number], self.plan.linears[number].qkv
-        out = None
+        out = np.empty((len(x), 3 * x.shape[1]), np.float32)
         for part, _ in self.plan.micro_batches:
-            rows = to_numpy(linear(modulate(block.pre_norm, _rows(x, part), shift, scale)))
-            if len(self.plan.micro_batches) == 1:
+            rows = block.qkv(modulate(x[part], block.eps, shift, scale))
+            if len(rows) == len(x):
                 return rows
-            out = np.empty((x.shape[0], rows.shape[1]), rows.dtype) if out is None else out
             out[part] = rows
         return out
 
-    def _attention(self, number: int, qkv: np.ndarray, batch: int, height: int, width: int) -> ms.Tensor:
+    def _attention(self, number: int, qkv: np.ndarray, batch: int, height: int, width: int) -> np.ndarray:
         """Compute the self-attention of a block from ``_qkv``: (B N, D)."""
         layer = self.net.blocks[number].attn
         parts = [_tokens(layer, part, qkv, batch, height, width) for part in range(3)]
         if layer.hook_point is not None:
             heads = [split_heads(ms.Tensor(np.ascontiguousarray(x)), layer.heads) for x in parts]
-            return merge_heads(layer.hook_point(*heads, None)).reshape(-1, layer.size)
+            return to_numpy(merge_heads(layer.hook_point(*heads, None))).reshape(-1, layer.size)
         parts = [rounded(x) for x in parts] if self.in_bfloat16 else parts
-        return ms.Tensor.from_numpy(token_attention(*(split(x, layer.heads) for x in parts)))
+        return token_attention(*(split(x, layer.heads) for x in parts))
 
-    def _add_projected(self, number: int, x: ms.Tensor, attended: ms.Tensor, gate: ms.Tensor) -> list[ms.Tensor]:
-        """Add the output projection of the self-attention to x (B N, D): one tensor for each micro-batch."""
-        parts = []
-        for part, _ in self.plan.micro_batches:
-            out = self.plan.linears[number].proj(_rows(attended, part))
-            parts.append(add_gated(_rows(x, part), gate, out))
-        return parts
+    def _add_cross_attention(self, number: int, x: np.ndarray) -> None:
+        """Add the cross-attention of a block to the tokens x (B N, D)."""
+        layer = self.net.blocks[number].cross_attn
+        changed = None if layer.hook_point is None else self._hooked_cross_attention(number, x)
+        if changed is not None:
+            x += changed
+            return
+        for part, captions in self.plan.micro_batches:
+            for group, rows in captions:
+                self.plan.cross_attentions[number][group].add_to(x[part][rows])
 
-    def _cross_attention_and_mlp(self, number: int, parts: list[ms.Tensor], shift, scale, gate) -> ms.Tensor:
-        """Finish a block for the tokens of each micro-batch: (B N, D). The list is emptied of its tensors."""
-        block, linears = self.net.blocks[number], self.plan.linears[number]
-        attentions, changed = self.plan.cross_attentions[number], None
-        if block.cross_attn.hook_point is not None:
-            changed = self._hooked_cross_attention(number, _concat(parts))
-        for index, (part, captions) in enumerate(self.plan.micro_batches):
-            if changed is None:
-                x = _concat([attentions[group](_rows(parts[index], rows)) for group, rows in captions])
-            else:
-                x = parts[index] + _rows(changed, part)
-            parts[index] = add_gated(x, gate, linears.mlp(modulate(block.pre_norm, x, shift, scale)))
-        return _concat(parts)
-
-    def _hooked_cross_attention(self, number: int, x: ms.Tensor) -> ms.Tensor | None:
+    def _hooked_cross_attention(self, number: int, x: np.ndarray) -> np.ndarray | None:
         """Pass a cross-attention to its hook point and return it, (B N, D), or None if no hook changed it."""
         if self._hooked_caption is None:
             caption, mask = self.caption, self.mask
@@ -159,15 +142,12 @@ class CPUDenoiser:
             self._hooked_caption = self.net.caption_keys_values(caption), mask
         keys_values, mask = self._hooked_caption
         layer = self.net.blocks[number].cross_attn
-        q = layer.q_linear(x).reshape(self.caption.shape[0], -1, layer.size)
-        q = split_heads(q, layer.heads)
+        q = on_arrays(layer.q_linear)(x).reshape(self.caption.shape[0], -1, layer.size)
+        q = split_heads(ms.Tensor.from_numpy(q), layer.heads)
         out = layer.hook_point(q, *keys_values[number], mask)
-        return layer.proj(merge_heads(out).reshape(-1, layer.size)) if self.net.hook_manager.changed else None
-
-    def _final(self, x: ms.Tensor, modulation: ms.Tensor) -> ms.Tensor:
-        """Predict all patches: x (B N, D), modulation (2, D) -> (B N, p p out_channels)."""
-        layer, (shift, scale) = self.net.final_layer, (modulation[i] for i in range(2))
-        return layer.linear(modulate(layer.pre_norm, x, shift, scale))
+        if not self.net.hook_manager.changed:
+            return None
+        return on_arrays(layer.proj)(to_numpy(merge_heads(out)).reshape(-1, layer.size))
 
 
 def _tokens(layer: SelfAttention, part: int, qkv: np.ndarray, batch: int, height: int, width: int) -> np.ndarray:
@@ -192,63 +172,31 @@ class MicroBatch(NamedTuple):
     captions: list[tuple[int, slice]]
 
 
+class BlockParts(NamedTuple):
+    """One block as functions of arrays: its table of the modulation (6, D), norms' epsilon, and layers."""
+
+    modulation: np.ndarray
+    eps: float
+    qkv: Callable
+    proj: Callable
+    mlp: Callable
+
+    @classmethod
+    def of(cls, block: Block) -> BlockParts:
+        """Return the parts of a block."""
+        layers = on_arrays(block.attn.qkv), on_arrays(block.attn.proj), mlp_on_arrays(block.mlp)
+        return cls(to_numpy(block.scale_shift_table), block.pre_norm.eps, *layers)
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """Work of a step for images of ``tokens`` tokens: micro-batches, and for each block its cross-attention to each
-    caption group and its linear layers."""
+    caption group and its other parts."""
 
     tokens: int
     micro_batches: list[MicroBatch]
     cross_attentions: list[list[CaptionAttention]]
-    linears: list[BlockLinears]
-
-
-class TransposedLinear:
-    """A linear layer with a transposed weight (in, out), with which the CPU multiplies few tokens faster."""
-
-    def __init__(self, layer: Linear):
-        self.weight = transpose(layer.weight, 1, 0)
-        self.bias = layer.bias
-
-    def __call__(self, x: ms.Tensor) -> ms.Tensor:
-        """x (M, in) -> (M, out)."""
-        return ops.bias_add(_matmul(x, self.weight), self.bias)
-
-
-class BlockLinears(NamedTuple):
-    """Linear layers of one block, in the layout that is fastest for the given number of tokens."""
-
-    qkv: Callable
-    proj: Callable
-    fc1: Callable
-    fc2: Callable
-
-    def mlp(self, x: ms.Tensor) -> ms.Tensor:
-        """Return ``fc2(gelu(fc1(x)))`` of x (M, D)."""
-        if type(self.fc1) is type(self.fc2) is BFloat16Linear:
-            return bfloat16_mlp(x, self.fc1, self.fc2)
-        return self.fc2(gelu_tanh(self.fc1(x)))
-
-    @classmethod
-    def of(cls, block: Block, tokens: int) -> BlockLinears:
-        """Return the layers of a block, transposed where that is faster: not LoRA layers, nor fc1 (no gain)."""
-        qkv, proj, fc2 = (
-            TransposedLinear(layer)
-            if type(layer) is Linear
-            and layer.dtype == ms.float32
-            and tokens <= TRANSPOSED_TOKENS
-            and layer.weight.size >= TRANSPOSED_WEIGHT
-            else layer
-            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc2)
-        )
-        return cls(qkv, proj, block.mlp.fc1, fc2)
-
-
-def transposed_elements(config: PixArtConfig, tokens: int) -> int:
-    """Return the number of elements of all transposed weights for a batch of ``tokens`` tokens in float32."""
-    size = config.hidden_size
-    weights = 3 * size**2, size**2, size * int(size * config.mlp_ratio)
-    return config.depth * sum(w for w in weights if w >= TRANSPOSED_WEIGHT and tokens <= TRANSPOSED_TOKENS)
+    blocks: list[BlockParts]
 
 
 def micro_batches(groups: list[CaptionGroup], tokens: int) -> list[MicroBatch]:
@@ -270,11 +218,3 @@ def _split(first: int, last: int) -> list[slice]:
     count = -(-(last - first) // MICRO_BATCH)
     ends = [first + (last - first) * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
-
-
-def _rows(x: ms.Tensor, part: slice) -> ms.Tensor:
-    return x if part == slice(0, x.shape[0]) else x[part]
-
-
-def _concat(parts: list[ms.Tensor]) -> ms.Tensor:
-    return parts[0] if len(parts) == 1 else mint.cat(parts, 0)

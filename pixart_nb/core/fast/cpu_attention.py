@@ -13,7 +13,7 @@ import numpy as np
 from pixart_nb.core import backend
 from pixart_nb.core.backend import in_threads, ms, to_numpy
 from pixart_nb.core.models.attention import MASKED_SCORE
-from pixart_nb.core.onednn import BF16, SGEMM, multiply
+from pixart_nb.core.onednn import multiply
 from pixart_nb.core.onednn_operators import rounded_bits, softmax, softmax_gradient
 
 #: Scores that are computed at a time by each thread.
@@ -93,15 +93,14 @@ def attention_forward(
     ``column`` (B, M) is added to the scores of every query. ``scale`` of the scores is d ** -0.5 by default. If q, k
     and v are bits of bfloat16, both products are of bfloat16, with sums in float32, and softmax and ``out`` float32.
     """
-    gemm = SGEMM if q.dtype == np.float32 else BF16
 
     def work(job: tuple[int, slice]) -> None:
         image, group = job
         for part in _query_parts(group.stop - group.start, q.shape[2], k.shape[2]):
             weights = _weights(q[image, group, part], k[image, group], column, image, scale)
-            if gemm == BF16:
+            if q.dtype == np.uint16:
                 weights = rounded_bits(_rows(weights)).reshape(weights.shape)
-            multiply(weights, v[image, group], out[image, group, part], gemm=gemm)
+            multiply(weights, v[image, group], out[image, group, part])
 
     in_threads(work, groups(*q.shape[:3], k.shape[2]))
 
@@ -138,7 +137,7 @@ def _weights(q: np.ndarray, k: np.ndarray, column: np.ndarray | None, image: int
     """Return the softmax over the keys: q (H, N, d), k (H, M, d) -> (H, N, M)."""
     scores = np.empty((len(q), q.shape[1], k.shape[1]), np.float32)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    multiply(q, k.transpose(0, 2, 1), scores, scale=scale, gemm=SGEMM if q.dtype == np.float32 else BF16)
+    multiply(q, k.transpose(0, 2, 1), scores, scale=scale)
     if column is not None:
         scores += column[image]
     softmax(_rows(scores), _rows(scores))

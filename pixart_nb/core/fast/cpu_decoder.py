@@ -17,8 +17,8 @@ from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.cpu_operators import FAR
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.vae_blocks import Decoder, ResnetBlock
-from pixart_nb.core.onednn import SGEMM, multiply
-from pixart_nb.core.onednn_operators import rounded_bits
+from pixart_nb.core.onednn import multiply
+from pixart_nb.core.onednn_operators import rounded_bits, silu
 
 #: Elements of the rows that a convolution of a band reads.
 BAND = 2**21
@@ -37,34 +37,34 @@ class Image:
     sums: np.ndarray
 
 
-def decode_fine(decoder: Decoder, x: ms.Tensor, gemm: str = SGEMM) -> ms.Tensor:
-    """Compute ``decoder.fine`` of x (N, C, h, w): images (N, C', H, W). ``gemm``: oneDNN's function of the products."""
-    images = [_decoded(decoder, np.ascontiguousarray(values.transpose(1, 2, 0)), gemm) for values in x.asnumpy()]
+def decode_fine(decoder: Decoder, x: ms.Tensor, in_bfloat16: bool = False) -> ms.Tensor:
+    """Compute ``decoder.fine`` of x (N, C, h, w): images (N, C', H, W). ``in_bfloat16``: the products."""
+    images = [_decoded(decoder, np.ascontiguousarray(values.transpose(1, 2, 0)), in_bfloat16) for values in x.asnumpy()]
     return ms.Tensor.from_numpy(np.stack(images))
 
 
-def _decoded(decoder: Decoder, values: np.ndarray, gemm: str) -> np.ndarray:
+def _decoded(decoder: Decoder, values: np.ndarray, in_bfloat16: bool) -> np.ndarray:
     image = Image(values, sum(_sums(row) for row in values))
     for stage in decoder.up_blocks:
         for block in stage.resnets:
-            image = _residual(block, image, gemm)
+            image = _residual(block, image, in_bfloat16)
         for layer in stage.upsamplers:
-            image = Convolution(layer.conv, image, gemm, upscale=2)()
-    out = Convolution(decoder.conv_out, image, gemm, decoder.conv_norm_out)().values
+            image = Convolution(layer.conv, image, in_bfloat16, upscale=2)()
+    out = Convolution(decoder.conv_out, image, in_bfloat16, decoder.conv_norm_out)().values
     return np.ascontiguousarray(out.transpose(2, 0, 1))
 
 
-def _residual(block: ResnetBlock, image: Image, gemm: str) -> Image:
+def _residual(block: ResnetBlock, image: Image, in_bfloat16: bool) -> Image:
     """Compute a residual block. ``image`` is overwritten if the number of channels stays."""
-    hidden = Convolution(block.conv1, image, gemm, block.norm1)()
-    return Convolution(block.conv2, hidden, gemm, block.norm2)(image.values, block.conv_shortcut)
+    hidden = Convolution(block.conv1, image, in_bfloat16, block.norm1)()
+    return Convolution(block.conv2, hidden, in_bfloat16, block.norm2)(image.values, block.conv_shortcut)
 
 
 class Convolution:
     """A 3x3 convolution of an image, after norm and SiLU if there is a norm, or after doubling rows and columns."""
 
-    def __init__(self, conv: Conv2d, image: Image, gemm: str, norm: GroupNorm | None = None, upscale: int = 1):
-        self.image, self.gemm, self.upscale, self.memory = image, gemm, upscale, local()
+    def __init__(self, conv: Conv2d, image: Image, in_bfloat16: bool, norm: GroupNorm | None = None, upscale: int = 1):
+        self.image, self.in_bfloat16, self.upscale, self.memory = image, in_bfloat16, upscale, local()
         weight, self.bias = conv.weight.asnumpy(), conv.bias.asnumpy()
         self.phases = {
             (a, b): [
@@ -98,7 +98,7 @@ class Convolution:
         """Compute the rows of a band, and the sums of the result."""
         count, (_, width, channels) = band.stop - band.start, self.image.values.shape
         pitch, scale = width + 2, self.upscale
-        padded = self._buffer("padded", (count + 2, pitch, channels), np.float32 if self.gemm == SGEMM else np.uint16)
+        padded = self._buffer("padded", (count + 2, pitch, channels), np.uint16 if self.in_bfloat16 else np.float32)
         self._fill(padded, band)
         flat, out = padded.reshape(-1, channels), self.out[band.start * scale : band.stop * scale]
         accumulated = self._buffer("accumulated", (count * pitch, len(self.bias)))
@@ -106,7 +106,7 @@ class Convolution:
             for number, (dy, dx, matrix) in enumerate(taps):
                 first = dy * pitch + dx
                 own = slice(first, first + count * pitch - 2)  # the last two columns of a row are beyond the image
-                multiply(flat[own], matrix, accumulated[: count * pitch - 2], add=number > 0, gemm=self.gemm)
+                multiply(flat[own], matrix, accumulated[: count * pitch - 2], add=number > 0)
             result = accumulated.reshape(count, pitch, -1)[:, :width]
             result += self.bias
             if self.out is self.source:
@@ -131,20 +131,16 @@ class Convolution:
                 target[...] = self._operand(values[row] if self.affine is None else self._activated(values[row]))
 
     def _activated(self, row: np.ndarray) -> np.ndarray:
-        """Return a row (W, C) after norm and SiLU, ``x / (1 + exp(-x))``."""
-        x, buffer = (self._buffer(name, row.shape) for name in ("row", "exponentials"))
+        """Return a row (W, C) after norm and SiLU."""
+        x = self._buffer("row", row.shape)
         np.multiply(row, self.affine[0], out=x)
         x += self.affine[1]
-        np.negative(x, out=buffer)
-        with np.errstate(over="ignore"):
-            np.exp(buffer, out=buffer)
-        buffer += np.float32(1)
-        x /= buffer
+        silu(x)
         return x
 
     def _operand(self, x: np.ndarray) -> np.ndarray:
-        """Return a matrix as ``gemm`` multiplies it."""
-        return x if self.gemm == SGEMM else rounded_bits(x)
+        """Return a matrix as it is multiplied."""
+        return rounded_bits(x) if self.in_bfloat16 else x
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: type[np.number] = np.float32) -> np.ndarray:
         """Return memory of this thread, which keeps it from band to band."""

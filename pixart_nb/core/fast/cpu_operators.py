@@ -8,13 +8,16 @@ times.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from mindspore import ops
 
 from pixart_nb.core import backend, onednn_operators
-from pixart_nb.core.backend import ms
-from pixart_nb.core.models.layers import GroupNorm, LayerNorm
+from pixart_nb.core.backend import ms, to_numpy
+from pixart_nb.core.models.layers import MLP, GroupNorm, Linear
+from pixart_nb.core.models.low_precision import BFloat16Linear
+from pixart_nb.core.onednn_operators import bfloat16_linear, linear, rounded_bits
 
 #: Elements whose squares are summed in float32 at a time; the sums of these parts are added in float64.
 PART = 2**15
@@ -65,39 +68,55 @@ def by_rows(work: Callable[[slice], object], count: int) -> None:
     backend.in_threads(work, backend.thread_slices(count))
 
 
-def _array(x: ms.Tensor) -> np.ndarray:
-    return (x if x.dtype == ms.float32 else x.astype(ms.float32)).asnumpy()
+def modulate(x: np.ndarray, eps: float, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return layer_norm(x) (1 + scale) + shift: x (M, D), shift and scale (D,)."""
+    out, gain = np.empty_like(x), 1 + scale
+    by_rows(lambda rows: onednn_operators.layer_norm(x[rows], eps, out[rows], gain, shift), len(x))
+    return out
 
 
-def _tensor(values: np.ndarray, dtype: ms.Type) -> ms.Tensor:
-    tensor = ms.Tensor.from_numpy(values)
-    return tensor if dtype == ms.float32 else tensor.astype(dtype)
-
-
-def gelu_tanh(x: ms.Tensor) -> ms.Tensor:
-    """Return the tanh approximation of GELU of x (M, D)."""
-    values = _array(x)
-    out = np.empty_like(values)
-    by_rows(lambda rows: onednn_operators.gelu(values[rows], out[rows]), len(values))
-    return _tensor(out, x.dtype)
-
-
-def modulate(norm: LayerNorm, x: ms.Tensor, shift: ms.Tensor, scale: ms.Tensor) -> ms.Tensor:
-    """Return layer_norm(x) (1 + scale) + shift: x (M, D), shift and scale of D elements."""
-    values, out = _array(x), np.empty(x.shape, np.float32)
-    gain, offset = (_array(v).reshape(-1) for v in (1 + scale, shift))
-    by_rows(lambda rows: onednn_operators.layer_norm(values[rows], norm.eps, out[rows], gain, offset), len(values))
-    return _tensor(out, x.dtype)
-
-
-def add_gated(x: ms.Tensor, gate: ms.Tensor, change: ms.Tensor) -> ms.Tensor:
-    """Return x + gate change: x and change (M, D), gate of D elements."""
-    values, changes, out = _array(x), _array(change), np.empty(x.shape, np.float32)
-    factor = _array(gate).reshape(1, -1)
+def add_gated(x: np.ndarray, gate: np.ndarray | None, change: np.ndarray) -> None:
+    """Add gate change to x: x and change (M, D), gate (D,) or None for 1. The change is overwritten."""
 
     def work(rows: slice) -> None:
-        np.multiply(changes[rows], factor, out=out[rows])
-        out[rows] += values[rows]
+        if gate is not None:
+            change[rows] *= gate
+        x[rows] += change[rows]
 
-    by_rows(work, len(values))
-    return _tensor(out, x.dtype)
+    by_rows(work, len(x))
+
+
+def on_arrays(layer: Linear) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a linear layer as a function of arrays, (M, in) float32 -> (M, out) float32."""
+    bias = None if layer.bias is None else to_numpy(layer.bias)
+    if type(layer) is BFloat16Linear:
+        return partial(linear, weight=layer.bits, bias=bias)
+    if type(layer) is Linear and layer.dtype == ms.float32:
+        return partial(linear, weight=layer.weight.asnumpy(), bias=bias)
+    return lambda x: to_numpy(layer(ms.Tensor.from_numpy(x).astype(layer.dtype)))
+
+
+def mlp_on_arrays(mlp: MLP) -> Callable[[np.ndarray], np.ndarray]:
+    """Return an MLP as a function of arrays, (M, D) -> (M, D)."""
+    fc1, fc2 = on_arrays(mlp.fc1), on_arrays(mlp.fc2)
+    if type(mlp.fc1) is type(mlp.fc2) is BFloat16Linear:
+        return partial(_bfloat16_mlp, first=fc1.keywords, second=fc2.keywords)
+    return lambda x: fc2(_gelu(fc1(x)))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    by_rows(lambda rows: onednn_operators.gelu(x[rows], x[rows]), len(x))
+    return x
+
+
+def _bfloat16_mlp(x: np.ndarray, first: dict, second: dict) -> np.ndarray:
+    """Compute an MLP whose weights are bits of bfloat16; what is between its layers is rounded to bfloat16 once."""
+    out = np.empty((len(x), len(second["weight"])), np.float32)
+
+    def work(rows: slice) -> None:
+        hidden = np.empty((rows.stop - rows.start, len(first["weight"])), np.uint16)
+        bfloat16_linear(rounded_bits(x[rows]), **first, out=hidden, with_gelu=True)
+        bfloat16_linear(hidden, **second, out=out[rows])
+
+    by_rows(work, len(x))
+    return out

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from mindspore import ops
 
 from pixart_nb.core.backend import as_array, ms, to_numpy
 from pixart_nb.core.fast.cpu_attention import mask_column, rounded, split, token_attention
+from pixart_nb.core.fast.cpu_operators import add_gated, by_rows, on_arrays
 from pixart_nb.core.models.attention import MASKED_SCORE
 from pixart_nb.core.models.low_precision import BFloat16Linear
-from pixart_nb.core.models.operators import merge_heads, repeat_tokens
+from pixart_nb.core.models.operators import merge_heads
 from pixart_nb.core.models.transformer import Block
-
-_softmax = ops.Softmax(-1)
-_matmul = ops.MatMul()
-_batched = ops.BatchMatMul()
+from pixart_nb.core.onednn_operators import linear, softmax
 
 
 @dataclass(frozen=True)
@@ -88,83 +86,66 @@ class OneTokenAttention:
 
     def __init__(self, block: Block, caption: ms.Tensor):
         layer = block.cross_attn
-        self.value = layer.proj(layer.kv_linear(caption)[0, :, layer.size :].contiguous()).reshape(-1)
+        self.value = to_numpy(layer.proj(layer.kv_linear(caption)[0, :, layer.size :].contiguous())).reshape(-1)
 
-    def __call__(self, x: ms.Tensor) -> ms.Tensor:
+    def add_to(self, x: np.ndarray) -> None:
         """Add the attention to x (M, D)."""
-        return ops.bias_add(x, self.value)
+        x += self.value
 
 
 class ShortCaptionAttention:
     """Cross-attention to T tokens as ``softmax(x K + b) V + c``: less work where T is below the head size.
 
-    K (D, H T) is the query projection times the keys, V (H T, D) the values times the output projection. G captions
-    (G, T, D) have as many K and V, each for equally many tokens of x.
+    K (H T, D) is the keys times the query projection, V (D, H T) the output projection times the values. Each of G
+    captions (G, T, D) has its own, for equally many tokens of x.
     """
 
     def __init__(self, block: Block, caption: ms.Tensor, mask: np.ndarray):
         layer = block.cross_attn
-        heads, size, dtype = layer.heads, layer.size, layer.q_linear.dtype
-        self.captions, self.tokens, _ = caption.shape
-        q_matrix = layer.q_linear.matrix().astype(ms.float32).reshape(heads, size // heads, size)
-        q_bias = layer.q_linear.bias.astype(ms.float32).reshape(heads, -1, 1)
-        out = to_numpy(layer.proj.matrix()).reshape(size, heads, size // heads)
-        k, v = (self._by_head(x) for x in layer.keys_values(caption))  # (H, G T, d)
-        k = k * (size // heads) ** -0.5
-        keys, bias = (self._by_caption(_batched(k, x)) for x in (q_matrix, q_bias))
-        bias = bias + np.where(mask, 0.0, MASKED_SCORE)[:, None, :, None]
-        values = ops.BatchMatMul(transpose_b=True)(v, ms.Tensor(np.ascontiguousarray(out.transpose(1, 0, 2))))
-        self.keys = self._tensor(keys.transpose(0, 3, 1, 2), size, -1).astype(dtype)
-        self.values = self._tensor(self._by_caption(values), -1, size).astype(dtype)
-        self.bias, self.out_bias = self._tensor(bias, 1, -1), layer.proj.bias
+        heads, size = layer.heads, layer.size
+        self.tokens, self.out_bias = caption.shape[1], to_numpy(layer.proj.bias)
+        query = to_numpy(layer.q_linear.matrix()).reshape(heads, -1, size)
+        query_bias = to_numpy(layer.q_linear.bias).reshape(heads, -1)
+        out = to_numpy(layer.proj.matrix()).reshape(size, heads, -1)
+        self.captions = []
+        for keys, values, tokens in zip(*map(to_numpy, layer.keys_values(caption)), mask, strict=True):  # (H, T, d)
+            keys = keys * np.float32((size // heads) ** -0.5)
+            bias = np.einsum("htd,hd->ht", keys, query_bias) + np.where(tokens, 0, np.float32(MASKED_SCORE))
+            value = np.matmul(out.transpose(1, 0, 2), values.transpose(0, 2, 1))  # (H, D, T)
+            value = np.ascontiguousarray(value.transpose(1, 0, 2)).reshape(size, -1)
+            self.captions.append((np.matmul(keys, query).reshape(-1, size), bias.reshape(-1), value))
 
-    def _by_head(self, x: ms.Tensor) -> ms.Tensor:
-        """(G, H, T, d) -> (H, G T, d) float32."""
-        array = to_numpy(x).transpose(1, 0, 2, 3)
-        return ms.Tensor(np.ascontiguousarray(array).reshape(array.shape[0], -1, array.shape[3]))
-
-    def _by_caption(self, x: ms.Tensor) -> np.ndarray:
-        """(H, G T, n) -> (G, H, T, n)."""
-        heads, _, size = x.shape
-        return x.asnumpy().reshape(heads, self.captions, self.tokens, size).transpose(1, 0, 2, 3)
-
-    def _tensor(self, x: np.ndarray, *shape: int) -> ms.Tensor:
-        return ms.Tensor(np.ascontiguousarray(x, np.float32).reshape(self.captions, *shape))
-
-    def __call__(self, x: ms.Tensor) -> ms.Tensor:
+    def add_to(self, x: np.ndarray) -> None:
         """Add the attention to x (M, D), M / G tokens for each caption."""
-        scores = self._product(x, self.keys).astype(ms.float32)
-        scores = scores + repeat_tokens(self.bias, x.shape[0] // self.captions).reshape(scores.shape)
-        weights = _softmax(scores.reshape(-1, self.tokens)).astype(x.dtype)
-        return x + ops.bias_add(self._product(weights.reshape(scores.shape), self.values), self.out_bias)
-
-    def _product(self, x: ms.Tensor, matrices: ms.Tensor) -> ms.Tensor:
-        """Multiply x (M, n) by the matrix of its caption, matrices (G, n, m) -> (M, m)."""
-        if self.captions == 1:
-            return _matmul(x, matrices[0])
-        rows = x.reshape(self.captions, -1, x.shape[1])
-        return _batched(rows, matrices).reshape(x.shape[0], -1)
+        for rows, (keys, bias, values) in zip(np.split(x, len(self.captions)), self.captions, strict=True):
+            weights = linear(rows, keys, bias)
+            by_head = weights.reshape(-1, self.tokens)
+            by_rows(partial(_softmax, by_head), len(by_head))
+            add_gated(rows, None, linear(weights, values, self.out_bias))
 
 
 class LongCaptionAttention:
     """Cross-attention by the layer's own projections, with keys and values computed once. caption (G, T, D)."""
 
     def __init__(self, block: Block, caption: ms.Tensor, mask: np.ndarray):
-        self.layer = block.cross_attn
-        self.in_bfloat16 = isinstance(self.layer.q_linear, BFloat16Linear)
-        self.keys_values = [self._heads(merge_heads(x)) for x in self.layer.keys_values(caption)]
+        layer = block.cross_attn
+        self.heads, self.query, self.out = layer.heads, on_arrays(layer.q_linear), on_arrays(layer.proj)
+        self.in_bfloat16 = isinstance(layer.q_linear, BFloat16Linear)
+        self.keys_values = [self._heads(to_numpy(merge_heads(x))) for x in layer.keys_values(caption)]
         self.column = None if mask.all() else mask_column(mask)
 
-    def __call__(self, x: ms.Tensor) -> ms.Tensor:
+    def add_to(self, x: np.ndarray) -> None:
         """Add the attention to x (M, D), M / G tokens for each caption."""
-        q = self._heads(self.layer.q_linear(x).reshape(len(self.keys_values[0]), -1, self.layer.size))
-        attended = token_attention(q, *self.keys_values, self.column)
-        return x + self.layer.proj(ms.Tensor.from_numpy(attended))
+        q = self._heads(self.query(x).reshape(len(self.keys_values[0]), -1, x.shape[1]))
+        add_gated(x, None, self.out(token_attention(q, *self.keys_values, self.column)))
 
-    def _heads(self, x: ms.Tensor) -> np.ndarray:
+    def _heads(self, tokens: np.ndarray) -> np.ndarray:
         """(G, N, D) -> (G, H, N, d)."""
-        tokens = to_numpy(x)
-        return split(rounded(tokens) if self.in_bfloat16 else tokens, self.layer.heads)
+        return split(rounded(tokens) if self.in_bfloat16 else tokens, self.heads)
+
+
+def _softmax(x: np.ndarray, rows: slice) -> None:
+    softmax(x[rows], x[rows])
 
 
 CaptionAttention = OneTokenAttention | ShortCaptionAttention | LongCaptionAttention

@@ -21,12 +21,10 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.operators import linear
-from pixart_nb.core.onednn_operators import bfloat16_linear, rounded_bits
+from pixart_nb.core.onednn_operators import rounded_bits
 
 #: Pattern of the warnings of ``for_inference``.
 REPLACED = "b?float16 weights are (rounded to bfloat16|kept and computed in float32)"
-#: Rows or columns below which a product is not split further among the threads.
-_SMALLEST_PART = 16
 
 
 @cache
@@ -42,42 +40,10 @@ def unsupported() -> str:
     exact, error = _upcast(x) @ _upcast(weight).T, 0.0
     try:
         for few in (slice(0, 8), slice(None)):  # two functions of oneDNN
-            error = max(error, np.abs(product(_upcast(x[few]), weight) - exact[few]).max())
+            error = max(error, np.abs(onednn_operators.linear(_upcast(x[few]), weight) - exact[few]).max())
     except PixArtNBError as failed:
         return str(failed)
     return "" if error < 1e-3 else f"oneDNN's bfloat16 product is wrong by {error:.2g} in a test of 48 x 64 x 32"
-
-
-def product(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """Return ``x @ weight.T + bias`` in float32: x (M, K) float32, weight (N, K) uint16 bits of bfloat16, bias (N,)."""
-    out = np.empty((len(x), len(weight)), np.float32)
-    by_rows = len(x) >= len(weight) or len(x) >= 256
-    rounded = None if by_rows else rounded_bits(x)
-
-    def work(part: slice) -> None:
-        if by_rows:
-            bfloat16_linear(rounded_bits(x[part]), weight, bias, out[part])
-        else:  # the linear operator of oneDNN writes whole rows only
-            if bias is not None:
-                out[:, part] = bias[part]
-            onednn.multiply(rounded, weight[part].T, out[:, part], add=bias is not None, gemm=onednn.BF16)
-
-    backend.in_threads(work, backend.thread_slices(len(x) if by_rows else len(weight), _SMALLEST_PART))
-    return out
-
-
-def bfloat16_mlp(x: ms.Tensor, fc1: BFloat16Linear, fc2: BFloat16Linear) -> ms.Tensor:
-    """Return ``fc2(gelu(fc1(x)))`` of x (M, D) in float32; what is between the layers is rounded to bfloat16 once."""
-    rows, ((first, bias1), (second, bias2)) = x.asnumpy(), ((_bits(f.weight), f.bias.asnumpy()) for f in (fc1, fc2))
-    out = np.empty((len(rows), len(second)), np.float32)
-
-    def work(part: slice) -> None:
-        hidden = np.empty((part.stop - part.start, len(first)), np.uint16)
-        bfloat16_linear(rounded_bits(rows[part]), first, bias1, hidden, with_gelu=True)
-        bfloat16_linear(hidden, second, bias2, out[part])
-
-    backend.in_threads(work, backend.thread_slices(len(rows)))
-    return ms.Tensor.from_numpy(out)
 
 
 def _upcast(bits: np.ndarray) -> np.ndarray:
@@ -103,8 +69,13 @@ class BFloat16Linear(Linear):
             raise PixArtNBError("bfloat16 layers have no gradient on the CPU: train with dtype fp32")
         rows = np.ascontiguousarray(x.astype(ms.float32).asnumpy()).reshape(-1, x.shape[-1])
         bias = None if self.bias is None else self.bias.asnumpy()
-        out = product(rows, _bits(self.weight), bias)
+        out = onednn_operators.linear(rows, self.bits, bias)
         return ms.Tensor.from_numpy(out).reshape(*x.shape[:-1], out.shape[1])
+
+    @property
+    def bits(self) -> np.ndarray:
+        """The memory of the weight, (out, in) uint16."""
+        return _bits(self.weight)
 
     def in_float32(self, x: ms.Tensor) -> ms.Tensor:
         """Compute ``construct``: bfloat16 has the range of float32."""

@@ -68,16 +68,11 @@ def test_on_ascend_the_operator_stays(monkeypatch):
         assert cell.statistics is None
 
 
-@pytest.mark.parametrize("dtype", [ms.float32, ms.float16], ids=str)
-def test_rows_are_normalised_as_by_the_layer(dtype):
+def test_rows_are_normalised_as_by_the_layer():
     rng = np.random.default_rng(3)
     centres, spreads = np.array([[0.0], [2.0], [-500.0], [0.0]]), np.array([[1.0], [1e-3], [0.5], [1e3]])
-    x = ms.Tensor((centres + spreads * rng.standard_normal((4, 1152))).astype(np.float32)).astype(dtype)
-    layer = LayerNorm(1152, 1e-6, affine=False)
-    zeros = ms.Tensor(np.zeros(1152, np.float32))
-    result, usual = modulate(layer, x, zeros, zeros), layer(x)
-    assert result.dtype == dtype
-    np.testing.assert_allclose(
-        *(values.astype(ms.float32).asnumpy() for values in (result, usual)), rtol=2e-3, atol=2e-3
-    )
-    assert relative_error(result.astype(ms.float32).asnumpy(), usual.astype(ms.float32).asnumpy()) < 1e-3
+    x = (centres + spreads * rng.standard_normal((4, 1152))).astype(np.float32)
+    usual, zeros = LayerNorm(1152, 1e-6, affine=False)(ms.Tensor(x)).asnumpy(), np.zeros(1152, np.float32)
+    result = modulate(x, 1e-6, zeros, zeros)
+    np.testing.assert_allclose(result, usual, rtol=2e-3, atol=2e-3)
+    assert relative_error(result, usual) < 1e-3

@@ -23,6 +23,7 @@ from pixart_nb.core.models import low_precision
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.transformer import PixArt
+from pixart_nb.core.onednn_operators import linear
 
 needs_products = pytest.mark.skipif(
     bool(low_precision.unsupported()), reason=f"needs bfloat16 products: {low_precision.unsupported()}"
@@ -65,7 +66,7 @@ def test_a_product_equals_that_of_the_rounded_matrices(rows, inner, columns, wit
     rng = np.random.default_rng(rows * inner + columns)
     x, weight = (rng.standard_normal(shape, dtype=np.float32) for shape in ((rows, inner), (columns, inner)))
     bias = rng.standard_normal(columns, dtype=np.float32) if with_bias else None
-    out = low_precision.product(x, bits(weight), bias)
+    out = linear(x, bits(weight), bias)
     expected = rounded(x).astype(np.float64) @ rounded(weight).astype(np.float64).T + (bias if with_bias else 0)
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, expected, atol=1e-4, rtol=1e-4)
@@ -74,7 +75,7 @@ def test_a_product_equals_that_of_the_rounded_matrices(rows, inner, columns, wit
 @needs_products
 def test_infinity_and_nan_are_passed_on():
     x = np.array([[np.inf, 1.0], [np.nan, 1.0], [1.0, 1.0]], np.float32)
-    out = low_precision.product(x, bits(np.ones((1, 2), np.float32)))
+    out = linear(x, bits(np.ones((1, 2), np.float32)))
     assert np.isinf(out[0, 0])
     assert np.isnan(out[1, 0])
     assert out[2, 0] == 2
@@ -83,8 +84,8 @@ def test_infinity_and_nan_are_passed_on():
 @needs_products
 def test_no_bits_of_nan_become_a_number_and_large_values_stay_finite():
     x = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000], np.uint32).view(np.float32).reshape(-1, 1)
-    assert np.isnan(low_precision.product(x, bits(np.ones((2, 1), np.float32)))).all()
-    beyond_float16 = low_precision.product(np.full((2, 1), 1e6, np.float32), bits(np.full((2, 1), 1e6, np.float32)))
+    assert np.isnan(linear(x, bits(np.ones((2, 1), np.float32)))).all()
+    beyond_float16 = linear(np.full((2, 1), 1e6, np.float32), bits(np.full((2, 1), 1e6, np.float32)))
     np.testing.assert_allclose(beyond_float16, 1e12, rtol=1e-2)
 
 
