@@ -1,9 +1,12 @@
 """MACs of the operators that a network runs."""
 
 from contextlib import contextmanager
+from functools import cache
 from unittest import mock
 
 from mindspore import ops
+
+from pixart_nb.core import onednn
 
 
 @contextmanager
@@ -37,5 +40,21 @@ def counted():
 
         return mock.patch.object(operator, "__call__", call)
 
-    with counting(ops.MatMul, matmul), counting(ops.BatchMatMul, batched), counting(ops.Conv2D, convolution):
+    usual = onednn.function
+
+    def gemm(name):
+        found = usual(name)
+
+        def call(trans_a, trans_b, rows, columns, inner, *rest):
+            macs.append(rows * columns * inner)
+            return found(trans_a, trans_b, rows, columns, inner, *rest)
+
+        return call
+
+    with (
+        counting(ops.MatMul, matmul),
+        counting(ops.BatchMatMul, batched),
+        counting(ops.Conv2D, convolution),
+        mock.patch.object(onednn, "function", cache(gemm)),
+    ):
         yield macs

@@ -16,6 +16,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import decodes_by_rows
+from pixart_nb.core.fast.cpu_attention import score_bytes
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.ascend_operators import flash_supports, padded_size
 from pixart_nb.core.models.attention import chunk_shape
@@ -35,6 +36,8 @@ QUANTIZED = {"int8": 1.0, "4bit": 0.5625}
 #: Values alive at the worst moment, measured on the real networks: per channel of a token of the transformer, of a
 #: pixel in the fine part of the decoder, and of a latent cell in its coarse part; bytes per attention score.
 TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
+#: The same per channel of a token where ``fast.cpu`` computes, by the dtype of its products.
+CPU_TOKEN = {"fp32": 7.0, "fp16": 5.3, "bf16": 5.3}
 #: The same per channel of a token with a ControlNet, in float32, and of a pixel in the fine part of the encoder.
 CONTROLLED_TOKEN, ENCODED_PIXEL = 22.0, 8.0
 #: Bytes of Python and MindSpore while a network computes, and before anything is computed.
@@ -295,7 +298,7 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
         "denoise": size * (parameters(config) + copies),
-        "decode": (4 if networks.vae.force_upcast else _activation_size(run.dtype)) * parameters(networks.vae),
+        "decode": (size if backend.on_ascend() and not networks.vae.force_upcast else 4) * parameters(networks.vae),
     }
 
 
@@ -332,25 +335,21 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     upcast = text.d_model * text.d_ff if in_half or run.t5_load in QUANTIZED else 0
     values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
-    heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
-    scores = 0.0 if _uses_flash(config, run) else 4.0 * heads * queries * keys
-    token = _activation_size(run.dtype) * TOKEN
-    if config.copy_blocks_num and not backend.on_ascend():  # its layers compute whole batches
-        token = 4.0 * CONTROLLED_TOKEN
+    if backend.on_ascend() or config.copy_blocks_num:
+        heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
+        scores = 0.0 if _uses_flash(config, run) else SCORE * 4 * heads * queries * keys
+        token = BYTES[run.dtype] * TOKEN if backend.on_ascend() else 4.0 * CONTROLLED_TOKEN
+    else:
+        scores, token = score_bytes(tokens, keys), 4.0 * CPU_TOKEN[run.dtype]
     channels = networks.vae.block_out_channels
     fine = PIXEL * max(channels[:2])
     if not run.tile and decodes_by_rows(networks.vae, run.height, run.width):  # one image at a time
         fine = (2.0 * channels[0] + max(channels[:2])) / run.batch
     return {
         "encode": max(4.0 * (values + upcast), _vae_bytes(networks.vae, run, run.images, ENCODED_PIXEL * channels[0])),
-        "denoise": token * run.rows * tokens * config.hidden_size + SCORE * scores,
+        "denoise": token * run.rows * tokens * config.hidden_size + scores,
         "decode": _vae_bytes(networks.vae, run, run.batch, fine),
     }
-
-
-def _activation_size(dtype: str) -> int:
-    """Return the bytes of an activation: a CPU keeps float32."""
-    return BYTES[dtype] if backend.on_ascend() else 4
 
 
 def _vae_bytes(config: VAEConfig, run: RunSettings, images: int, fine: float) -> float:

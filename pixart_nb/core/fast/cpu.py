@@ -30,6 +30,7 @@ from pixart_nb.core.models.attention import SelfAttention, split_heads
 from pixart_nb.core.models.low_precision import BFloat16Linear
 from pixart_nb.core.models.operators import merge_heads, silu
 from pixart_nb.core.models.transformer import Block, PixArt, trim_caption
+from pixart_nb.core.onednn_operators import linear, rounded_bits
 
 #: Largest number of tokens of a micro-batch. It bounds the memory of the MLP.
 MICRO_BATCH = 2048
@@ -63,9 +64,10 @@ class CPUDenoiser:
         t0 = to_numpy(net.t_block[1](silu(t))).reshape(6, -1)
         for number, block in enumerate(plan.blocks):
             shift, scale, gate, *mlp = block.modulation + t0
-            attended = self._attention(number, self._qkv(block, x, shift, scale), batch, *grid)
+            attended = self._attention(number, self._qkv(number, x, shift, scale), batch, *grid)
             for part, _ in plan.micro_batches:
                 add_gated(x[part], gate, block.proj(attended[part]))
+            del attended
             self._add_cross_attention(number, x)
             for part, _ in plan.micro_batches:
                 shift, scale, gate = mlp
@@ -90,9 +92,12 @@ class CPUDenoiser:
 
     def _embed(self, latents: ms.Tensor) -> np.ndarray:
         """Latents (B, C, H, W) -> tokens with their positions, (B N, D)."""
-        net, (height, width) = self.net, latents.shape[2:]
-        tokens = to_numpy(net.x_embedder(latents.astype(net.dtype)))
-        return (tokens + to_numpy(net.positions(height, width))).reshape(-1, tokens.shape[2])
+        net, embedder, (height, width) = self.net, self.net.x_embedder, latents.shape[2:]
+        patches = to_numpy(embedder.patches(latents)).reshape(-1, embedder.proj.weight[0].size)
+        x = linear(patches, to_numpy(embedder.proj.matrix()), to_numpy(embedder.proj.bias))
+        for image in x.reshape(latents.shape[0], -1, x.shape[1]):
+            image += to_numpy(net.positions(height, width))[0]
+        return x
 
     def _embed_timestep(self, timestep: float, micro: ms.Tensor | None) -> ms.Tensor:
         """Return the embedding that all images share: (1, D)."""
@@ -102,14 +107,14 @@ class CPUDenoiser:
             return t
         return t + mint.cat((net.csize_embedder(micro[:1, :2]), net.ar_embedder(micro[:1, 2:])), 1)
 
-    def _qkv(self, block: BlockParts, x: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        """Return queries, keys and values: (B N, 3 D)."""
-        out = np.empty((len(x), 3 * x.shape[1]), np.float32)
+    def _qkv(self, number: int, x: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """Return queries, keys and values: (B N, 3 D), bits of bfloat16 where nothing is done to them."""
+        block, layer = self.plan.blocks[number], self.net.blocks[number].attn
+        rounds = self.in_bfloat16 and layer.hook_point is None and layer.q_norm is None and layer.ratio == 1
+        out = np.empty((len(x), 3 * x.shape[1]), np.uint16 if rounds else np.float32)
         for part, _ in self.plan.micro_batches:
             rows = block.qkv(modulate(x[part], block.eps, shift, scale))
-            if len(rows) == len(x):
-                return rows
-            out[part] = rows
+            out[part] = rounded_bits(rows) if rounds else rows
         return out
 
     def _attention(self, number: int, qkv: np.ndarray, batch: int, height: int, width: int) -> np.ndarray:
@@ -119,7 +124,8 @@ class CPUDenoiser:
         if layer.hook_point is not None:
             heads = [split_heads(ms.Tensor(np.ascontiguousarray(x)), layer.heads) for x in parts]
             return to_numpy(merge_heads(layer.hook_point(*heads, None))).reshape(-1, layer.size)
-        parts = [rounded(x) for x in parts] if self.in_bfloat16 else parts
+        if self.in_bfloat16:
+            parts = [x if x.dtype == np.uint16 else rounded(x) for x in parts]
         return token_attention(*(split(x, layer.heads) for x in parts))
 
     def _add_cross_attention(self, number: int, x: np.ndarray) -> None:

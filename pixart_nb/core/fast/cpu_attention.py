@@ -37,6 +37,11 @@ def _query_parts(heads: int, queries: int, keys: int) -> Iterator[slice]:
     return (slice(start, min(start + step, queries)) for start in range(0, queries, step))
 
 
+def score_bytes(queries: int, keys: int) -> float:
+    """Return the bytes of the scores that all threads hold at a time, in ``attention_forward``."""
+    return 4.0 * backend.numpy_threads()._max_workers * max(SCORES, min(queries, QUERIES) * keys)
+
+
 def attention_without_gradient(
     q: ms.Tensor,
     k: ms.Tensor,

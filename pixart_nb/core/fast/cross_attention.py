@@ -19,6 +19,7 @@ from pixart_nb.core.models.attention import MASKED_SCORE
 from pixart_nb.core.models.low_precision import BFloat16Linear
 from pixart_nb.core.models.operators import merge_heads
 from pixart_nb.core.models.transformer import Block
+from pixart_nb.core.onednn import multiply
 from pixart_nb.core.onednn_operators import linear, softmax
 
 
@@ -105,15 +106,15 @@ class ShortCaptionAttention:
         heads, size = layer.heads, layer.size
         self.tokens, self.out_bias = caption.shape[1], to_numpy(layer.proj.bias)
         query = to_numpy(layer.q_linear.matrix()).reshape(heads, -1, size)
-        query_bias = to_numpy(layer.q_linear.bias).reshape(heads, -1)
-        out = to_numpy(layer.proj.matrix()).reshape(size, heads, -1)
+        query_bias = to_numpy(layer.q_linear.bias).reshape(heads, -1, 1)
+        out = to_numpy(layer.proj.matrix()).reshape(size, heads, -1).transpose(1, 0, 2)
         self.captions = []
         for keys, values, tokens in zip(*map(to_numpy, layer.keys_values(caption)), mask, strict=True):  # (H, T, d)
             keys = keys * np.float32((size // heads) ** -0.5)
-            bias = np.einsum("htd,hd->ht", keys, query_bias) + np.where(tokens, 0, np.float32(MASKED_SCORE))
-            value = np.matmul(out.transpose(1, 0, 2), values.transpose(0, 2, 1))  # (H, D, T)
-            value = np.ascontiguousarray(value.transpose(1, 0, 2)).reshape(size, -1)
-            self.captions.append((np.matmul(keys, query).reshape(-1, size), bias.reshape(-1), value))
+            bias = _product(keys, query_bias)[..., 0] + np.where(tokens, 0, np.float32(MASKED_SCORE))
+            value = _product(out, values.transpose(0, 2, 1)).transpose(1, 0, 2)  # (D, H, T)
+            folded = _product(keys, query).reshape(-1, size)
+            self.captions.append((folded, bias.reshape(-1), np.ascontiguousarray(value).reshape(size, -1)))
 
     def add_to(self, x: np.ndarray) -> None:
         """Add the attention to x (M, D), M / G tokens for each caption."""
@@ -142,6 +143,12 @@ class LongCaptionAttention:
     def _heads(self, tokens: np.ndarray) -> np.ndarray:
         """(G, N, D) -> (G, H, N, d)."""
         return split(rounded(tokens) if self.in_bfloat16 else tokens, self.heads)
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    out = np.empty((*a.shape[:2], b.shape[2]), np.float32)
+    multiply(a, b, out)
+    return out
 
 
 def _softmax(x: np.ndarray, rows: slice) -> None:

@@ -51,10 +51,14 @@ class PatchEmbed(nn.Cell):
         self.proj = PatchProjection(patch, channels, size)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
+        return self.proj(self.patches(x))
+
+    def patches(self, x: ms.Tensor) -> ms.Tensor:
+        """Latents (N, C, H, W) -> (N, (H/p)(W/p), p p C)."""
         n, c, height, width = x.shape
         p = self.patch
         rows = transpose(x, 0, 2, 3, 1).reshape(n * (height // p), p, width // p, p * c)
-        return self.proj(transpose(rows, 0, 2, 1, 3).reshape(n, (height // p) * (width // p), p * p * c))
+        return transpose(rows, 0, 2, 1, 3).reshape(n, (height // p) * (width // p), p * p * c)
 
 
 class PatchProjection(nn.Cell):
@@ -65,7 +69,11 @@ class PatchProjection(nn.Cell):
         self.weight, self.bias = parameter((size, channels, patch, patch)), parameter((size,), name="bias")
 
     def construct(self, patches: ms.Tensor) -> ms.Tensor:
-        return linear(patches, transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1), self.bias)
+        return linear(patches, self.matrix(), self.bias)
+
+    def matrix(self) -> ms.Tensor:
+        """Return the matrix that multiplies a patch, (D, p p C)."""
+        return transpose(self.weight, 0, 2, 3, 1).reshape(self.weight.shape[0], -1)
 
 
 class FrequencyMLP(nn.Cell):
