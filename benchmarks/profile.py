@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from mindspore import ops
 
+from pixart_nb.core import backend, onednn, onednn_operators
 from pixart_nb.core.backend import ms
 
 #: Side of the square matrices whose product shows the rate of the machine.
@@ -32,7 +35,7 @@ def machine_limit(repeats: int = 5) -> float:
 def profiled(function: Callable[[], Any]) -> dict:
     """Return the seconds of a call, of its matrix products, and their floating-point operations.
 
-    Operators run one after the other on the CPU, so the time of a call is that of its kernel.
+    Operators of MindSpore run one after the other on the CPU, so the time of a call is that of its kernel.
     """
     with timed_products() as timed:
         started = time.perf_counter()
@@ -51,29 +54,52 @@ def profiled(function: Callable[[], Any]) -> dict:
 
 @contextmanager
 def timed_products() -> Iterator[dict[str, list[float]]]:
-    """Time every matrix product and convolution of a block: operator -> [seconds, operations]."""
+    """Time every matrix product and convolution of a block: operator -> [seconds, operations].
+
+    Those of oneDNN run in several threads at a time, each of which counts for its part of the seconds.
+    """
     timed: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    operators = (ops.MatMul, ops.BatchMatMul, ops.Conv2D)
-    before = {operator: operator.__call__ for operator in operators}
+    operators, part = (ops.MatMul, ops.BatchMatMul, ops.Conv2D), 1 / len(backend.thread_slices(2**16))
+
+    def add(name: str, seconds: float, operations: float) -> None:
+        timed[name][0] += seconds
+        timed[name][1] += operations
 
     def timing(operator: type) -> Callable:
+        before = operator.__call__
+
         def call(self: Any, a: Any, b: Any) -> Any:
             started = time.perf_counter()
-            out = before[operator](self, a, b)
-            entry = timed[operator.__name__]
-            entry[0] += time.perf_counter() - started
-            entry[1] += _operations(operator.__name__, a, b, out)
+            out = before(self, a, b)
+            seconds = time.perf_counter() - started
+            add(operator.__name__, seconds, _operations(operator.__name__, a, b, out))
             return out
 
         return call
 
-    for operator in operators:
-        operator.__call__ = timing(operator)
-    try:
+    def gemm(name: str) -> Callable:
+        product = function(name)
+
+        def call(trans_a, trans_b, rows: int, columns: int, inner: int, *rest: Any) -> int:
+            started = time.perf_counter()
+            status = product(trans_a, trans_b, rows, columns, inner, *rest)
+            add(name, part * (time.perf_counter() - started), 2.0 * rows * columns * inner)
+            return status
+
+        return call
+
+    def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, out: np.ndarray, *rest: Any) -> None:
+        started = time.perf_counter()
+        before(x, weight, bias, out, *rest)
+        add("bfloat16_linear", part * (time.perf_counter() - started), 2.0 * out.size * x.shape[1])
+
+    function, before = onednn.function, onednn_operators.bfloat16_linear
+    with ExitStack() as stack:
+        for operator in operators:
+            stack.enter_context(patch.object(operator, "__call__", timing(operator)))
+        stack.enter_context(patch.object(onednn, "function", cache(gemm)))
+        stack.enter_context(patch.object(onednn_operators, "bfloat16_linear", linear))
         yield timed
-    finally:
-        for operator, call in before.items():
-            operator.__call__ = call
 
 
 def _operations(operator: str, a: ms.Tensor, b: ms.Tensor, out: ms.Tensor) -> float:

@@ -18,6 +18,7 @@ from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.models import low_precision
+from pixart_nb.core.onednn_operators import linear, rounded_bits
 from pixart_nb.viz.measurements import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(
@@ -133,6 +134,18 @@ def test_matrix_products_are_counted_and_timed():
     before = dict(timed)
     ops.MatMul(transpose_a=True)(a[0], a[1])
     assert dict(timed) == before
+
+
+@pytest.mark.parametrize("rows", [8, 2000])
+def test_products_of_onednn_are_counted_by_the_thread(rows):
+    x, weight = np.ones((rows, 64), np.float32), np.ones((48, 64), np.float32)
+    with timed_products() as timed:
+        linear(x, weight)
+        if not low_precision.unsupported():
+            linear(x, rounded_bits(weight))
+    assert sum(seconds for seconds, _ in timed.values()) > 0
+    forms = 1 if low_precision.unsupported() else 2
+    assert sum(operations for _, operations in timed.values()) == forms * 2 * rows * 48 * 64
 
 
 def test_a_worker_that_ends_early_is_reported():

@@ -69,8 +69,8 @@ class CPUDenoiser:
                 add_gated(x[part], gate, block.proj(attended[part]))
             del attended
             self._add_cross_attention(number, x)
+            shift, scale, gate = mlp
             for part, _ in plan.micro_batches:
-                shift, scale, gate = mlp
                 add_gated(x[part], gate, block.mlp(modulate(x[part], block.eps, shift, scale)))
         shift, scale = to_numpy(net.final_layer.scale_shift_table + t)
         out = on_arrays(net.final_layer.linear)(modulate(x, net.final_layer.pre_norm.eps, shift, scale))

@@ -17,7 +17,7 @@ from pixart_nb.core import backend, onednn_operators
 from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.models.layers import MLP, GroupNorm, Linear
 from pixart_nb.core.models.low_precision import BFloat16Linear
-from pixart_nb.core.onednn_operators import bfloat16_linear, linear, rounded_bits
+from pixart_nb.core.onednn_operators import linear, rounded_bits
 
 #: Elements whose squares are summed in float32 at a time; the sums of these parts are added in float64.
 PART = 2**15
@@ -115,8 +115,8 @@ def _bfloat16_mlp(x: np.ndarray, first: dict, second: dict) -> np.ndarray:
 
     def work(rows: slice) -> None:
         hidden = np.empty((rows.stop - rows.start, len(first["weight"])), np.uint16)
-        bfloat16_linear(rounded_bits(x[rows]), **first, out=hidden, with_gelu=True)
-        bfloat16_linear(hidden, **second, out=out[rows])
+        onednn_operators.bfloat16_linear(rounded_bits(x[rows]), first["weight"], first["bias"], hidden, True)
+        onednn_operators.bfloat16_linear(hidden, second["weight"], second["bias"], out[rows])
 
     by_rows(work, len(x))
     return out

@@ -271,35 +271,34 @@ class AddMLP(_Function):
         x, modulation, *weights = _arrays(x, modulation, weight1, bias1, weight2, bias2)
         norm, gate = ModulatedNorm(x, modulation, rows[:2], eps), modulation[:, None, rows[2]]
         hidden = np.empty((*x.shape[:2], len(weights[0])), np.float32)
+        activated = np.empty_like(hidden)
         product, out = np.empty_like(x) if mlp_output is None else mlp_output, np.empty_like(x)
 
         def work(chunk: Chunk) -> None:
             inner = rows_of(hidden, chunk)
             write_linear(norm.forward(chunk), weights[0], weights[1], inner)
+            gelu(inner, rows_of(activated, chunk))
             if mlp_output is None:
-                activated = np.empty_like(inner)
-                gelu(inner, activated)
-                write_linear(activated, weights[2], weights[3], rows_of(product, chunk))
+                write_linear(rows_of(activated, chunk), weights[2], weights[3], rows_of(product, chunk))
             _add_gated(chunk, x, gate, product, out)
 
         in_threads(work, chunks_of(*x.shape[:2]))
-        ctx.saved, ctx.rows, ctx.count = (norm, gate, weights, hidden, product), rows, modulation.shape[1]
+        ctx.saved, ctx.rows, ctx.count = (norm, gate, weights, hidden, activated, product), rows, modulation.shape[1]
         return ms.Tensor.from_numpy(out)
 
     @staticmethod
     def backward(ctx: Any, dout):
-        (dout,), (norm, gate, weights, hidden, product) = _arrays(dout), ctx.saved
+        (dout,), (norm, gate, weights, hidden, activated, product) = _arrays(dout), ctx.saved
         chunks, size, width = chunks_of(*dout.shape[:2]), dout.shape[2], hidden.shape[2]
         sums, bias1, bias2 = (Sums(chunks, len(dout), *shape) for shape in ((ctx.count, size), (1, width), (1, size)))
         dproduct, dx, inputs = np.empty_like(dout), dout.copy(), np.empty_like(dout)
-        activated, dhidden = np.empty_like(hidden), np.empty_like(hidden)
+        dhidden = np.empty_like(hidden)
 
         def work(chunk: Chunk) -> None:
             _gate_gradient(chunk, dout, gate, product, dproduct, sums, ctx.rows[2])
             rows, dinner = rows_of(dproduct, chunk), rows_of(dhidden, chunk)
             bias2.add(chunk, 0, rows)
             multiply(rows, weights[2], dinner)
-            gelu(rows_of(hidden, chunk), rows_of(activated, chunk))
             gelu_gradient(rows_of(hidden, chunk), dinner)
             bias1.add(chunk, 0, dinner)
             rows_of(inputs, chunk)[...] = norm.modulated(chunk)
