@@ -6,8 +6,8 @@
 Both systems load the same weights in the same layout and draw from the same noise. Each is compared with itself in
 float32. Needs PyTorch and diffusers: pip install -e '.[reference]'.
 
-Measured with the bundled model (MindSpore 2.8.0, diffusers 0.42.1, PyTorch 2.14.1, an AMD EPYC): forward 2.1e-3 here,
-7.3e-3 in diffusers; 20 steps 8.2e-2 here, 2.4e-1 in diffusers. In float32 the two differ by 4e-7 and 7e-7.
+Measured with the bundled model (MindSpore 2.8.0, diffusers 0.42.1, PyTorch 2.14.1, an AMD EPYC): forward 2.4e-3 here,
+7.5e-3 in diffusers; 20 steps 1.3e-2 here, 3.2e-2 in diffusers. In float32 the two differ by 4e-7 and 2e-6.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 from mindspore import ops
 
-from pixart_nb.core import backend, onednn, onednn_operators
+from pixart_nb.core import backend, onednn
 from pixart_nb.core.backend import ms
 
 #: Side of the square matrices whose product shows the rate of the machine.
@@ -93,12 +93,12 @@ def timed_products() -> Iterator[dict[str, list[float]]]:
         before(x, weight, bias, out, *rest)
         add("bfloat16_linear", part * (time.perf_counter() - started), 2.0 * out.size * x.shape[1])
 
-    function, before = onednn.function, onednn_operators.bfloat16_linear
+    function, before = onednn.function, onednn.bfloat16_linear
     with ExitStack() as stack:
         for operator in operators:
             stack.enter_context(patch.object(operator, "__call__", timing(operator)))
         stack.enter_context(patch.object(onednn, "function", cache(gemm)))
-        stack.enter_context(patch.object(onednn_operators, "bfloat16_linear", linear))
+        stack.enter_context(patch.object(onednn, "bfloat16_linear", linear))
         yield timed
 
 

@@ -180,7 +180,8 @@ package, folder = Path(sys.argv[1]), sys.argv[2]
 
 def profile(frame, event, _):
     path, name = frame.f_code.co_filename, frame.f_code.co_name
-    if event != "call" or not path.endswith("core/models/attention.py") or "attention" not in name:
+    files = "core/models/attention.py", "core/fast/cpu.py"
+    if event != "call" or not path.endswith(files) or "attention" not in name:
         return
     frames = []
     while frame is not None:

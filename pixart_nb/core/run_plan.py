@@ -16,7 +16,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.fast import decodes_by_rows
-from pixart_nb.core.fast.cpu_attention import score_bytes
+from pixart_nb.core.fast.cpu_operators import score_bytes
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.ascend_operators import flash_supports, padded_size
 from pixart_nb.core.models.attention import chunk_shape

@@ -18,7 +18,7 @@ from pixart_nb.cli import app
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.models import low_precision
-from pixart_nb.core.onednn_operators import linear, rounded_bits
+from pixart_nb.core.onednn import linear, rounded_bits
 from pixart_nb.viz.measurements import benchmark_figure, share_figure, share_table, speed_table
 
 SMALL = Shapes(

@@ -13,8 +13,8 @@ import numpy as np
 
 from pixart_nb.core.checkpoints.key_maps import COMPRESSED, TransformerTensors
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
+from pixart_nb.core.errors import refuse_others
 from pixart_nb.core.io import CheckpointError, read_json
-from pixart_nb.core.models.config_fields import refuse_others
 from pixart_nb.core.models.embeddings import sincos_positions
 from pixart_nb.core.models.transformer import PixArtConfig
 

@@ -20,9 +20,8 @@ from pixart_nb.core.checkpoints.configuration import describe
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
 from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
-from pixart_nb.core.errors import counted
+from pixart_nb.core.errors import counted, named_source
 from pixart_nb.core.io import CheckpointError, read_json
-from pixart_nb.core.models.config_fields import named_source
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear, QuantizedLinear, for_inference, inference_dtype
 from pixart_nb.core.models.operators import check_finite

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pixart_nb.core import backend
-from pixart_nb.core.onednn import multiply
-from pixart_nb.core.onednn_operators import layer_norm
+from pixart_nb.core.onednn import layer_norm, multiply
 
 #: Tokens of a chunk.
 CHUNK = 256

@@ -17,8 +17,16 @@ from mindspore import mint
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms, to_numpy
-from pixart_nb.core.fast.cpu_attention import attention_without_gradient, rounded, split, token_attention
-from pixart_nb.core.fast.cpu_operators import add_gated, mlp_on_arrays, modulate, on_arrays
+from pixart_nb.core.fast.cpu_operators import (
+    add_gated,
+    attention_without_gradient,
+    mlp_on_arrays,
+    modulate,
+    on_arrays,
+    rounded,
+    split,
+    token_attention,
+)
 from pixart_nb.core.fast.cross_attention import (
     CaptionAttention,
     CaptionGroup,
@@ -30,7 +38,7 @@ from pixart_nb.core.models.attention import SelfAttention, split_heads
 from pixart_nb.core.models.low_precision import BFloat16Linear
 from pixart_nb.core.models.operators import merge_heads, silu
 from pixart_nb.core.models.transformer import Block, PixArt, trim_caption
-from pixart_nb.core.onednn_operators import linear, rounded_bits
+from pixart_nb.core.onednn import linear, rounded_bits
 
 #: Largest number of tokens of a micro-batch. It bounds the memory of the MLP.
 MICRO_BATCH = 2048

@@ -17,8 +17,7 @@ from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.cpu_operators import FAR
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.vae_blocks import Decoder, ResnetBlock
-from pixart_nb.core.onednn import multiply
-from pixart_nb.core.onednn_operators import rounded_bits, silu
+from pixart_nb.core.onednn import multiply, rounded_bits, silu
 
 #: Elements of the rows that a convolution of a band reads.
 BAND = 2**21

@@ -19,12 +19,11 @@ from mindspore.common._grad_function import _Function
 from pixart_nb.core import backend
 from pixart_nb.core.backend import in_threads, ms
 from pixart_nb.core.fast.chunks import Chunk, ModulatedNorm, Sums, chunks_of, rows_of, weight_gradient
-from pixart_nb.core.fast.cpu_attention import attention_forward, attention_gradient, mask_column, split
+from pixart_nb.core.fast.cpu_operators import attention_forward, attention_gradient, mask_column, split
 from pixart_nb.core.models.layers import Linear
 from pixart_nb.core.models.operators import split_parts
 from pixart_nb.core.models.transformer import Block, FinalLayer
-from pixart_nb.core.onednn import multiply, write_linear
-from pixart_nb.core.onednn_operators import gelu, gelu_gradient
+from pixart_nb.core.onednn import gelu, gelu_gradient, multiply, write_linear
 
 #: Largest weight of a layer with an adapter. In a large one, the gradient of the whole matrix costs more than it gains.
 SMALL_WEIGHT = 2**18

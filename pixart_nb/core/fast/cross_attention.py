@@ -13,14 +13,20 @@ from functools import partial
 import numpy as np
 
 from pixart_nb.core.backend import as_array, ms, to_numpy
-from pixart_nb.core.fast.cpu_attention import mask_column, rounded, split, token_attention
-from pixart_nb.core.fast.cpu_operators import add_gated, by_rows, on_arrays
+from pixart_nb.core.fast.cpu_operators import (
+    add_gated,
+    by_rows,
+    mask_column,
+    on_arrays,
+    rounded,
+    split,
+    token_attention,
+)
 from pixart_nb.core.models.attention import MASKED_SCORE
 from pixart_nb.core.models.low_precision import BFloat16Linear
 from pixart_nb.core.models.operators import merge_heads
 from pixart_nb.core.models.transformer import Block
-from pixart_nb.core.onednn import multiply
-from pixart_nb.core.onednn_operators import linear, softmax
+from pixart_nb.core.onednn import linear, multiply, softmax
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.core import backend, onednn, onednn_operators
+from pixart_nb.core import backend, onednn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.operators import linear
-from pixart_nb.core.onednn_operators import rounded_bits
+from pixart_nb.core.onednn import rounded_bits
 
 #: Pattern of the warnings of ``for_inference``.
 REPLACED = "b?float16 weights are (rounded to bfloat16|kept and computed in float32)"
@@ -33,14 +33,14 @@ def unsupported() -> str:
     flags = Path("/proc/cpuinfo")
     if not flags.exists() or not {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split()):
         return "this processor has neither AVX512-BF16 nor AMX-BF16"
-    if onednn_operators.library() is None or onednn.function(onednn.BF16) is None:
+    if onednn.primitives() is None or onednn.function(onednn.BF16) is None:
         return f"MindSpore {ms.__version__} ships no oneDNN 2 library with {onednn.BF16}"
     rng = np.random.default_rng(0)
     x, weight = (rounded_bits(rng.standard_normal(shape, dtype=np.float32)) for shape in ((48, 64), (32, 64)))
     exact, error = _upcast(x) @ _upcast(weight).T, 0.0
     try:
         for few in (slice(0, 8), slice(None)):  # two functions of oneDNN
-            error = max(error, np.abs(onednn_operators.linear(_upcast(x[few]), weight) - exact[few]).max())
+            error = max(error, np.abs(onednn.linear(_upcast(x[few]), weight) - exact[few]).max())
     except PixArtNBError as failed:
         return str(failed)
     return "" if error < 1e-3 else f"oneDNN's bfloat16 product is wrong by {error:.2g} in a test of 48 x 64 x 32"
@@ -69,7 +69,7 @@ class BFloat16Linear(Linear):
             raise PixArtNBError("bfloat16 layers have no gradient on the CPU: train with dtype fp32")
         rows = np.ascontiguousarray(x.astype(ms.float32).asnumpy()).reshape(-1, x.shape[-1])
         bias = None if self.bias is None else self.bias.asnumpy()
-        out = onednn_operators.linear(rows, self.bits, bias)
+        out = onednn.linear(rows, self.bits, bias)
         return ms.Tensor.from_numpy(out).reshape(*x.shape[:-1], out.shape[1])
 
     @property

@@ -12,9 +12,8 @@ from mindspore import mint, nn
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import as_array, ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.attention import attention, check_mask, merge_heads, split_heads
-from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
 from pixart_nb.core.models.low_precision import QuantizedLinear
 from pixart_nb.core.models.operators import check_finite, gelu_tanh

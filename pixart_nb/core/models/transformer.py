@@ -10,9 +10,8 @@ import numpy as np
 from mindspore import mint, nn
 
 from pixart_nb.core.backend import as_array, ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, bounded, check_fields
 from pixart_nb.core.models.attention import CrossAttention, SelfAttention, check_mask
-from pixart_nb.core.models.config_fields import bounded, check_fields
 from pixart_nb.core.models.embeddings import CaptionEmbedder, FrequencyMLP, PatchEmbed, sincos_positions
 from pixart_nb.core.models.kv_compression import check_compression
 from pixart_nb.core.models.layers import MLP, LayerNorm, Linear, normal, parameter, xavier_uniform

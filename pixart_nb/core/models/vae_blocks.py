@@ -11,10 +11,9 @@ from mindspore import nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.attention import attention
-from pixart_nb.core.models.config_fields import bounded, check_fields, named_source, refuse_others
 from pixart_nb.core.models.layers import Conv2d, GroupNorm, Linear
 from pixart_nb.core.models.operators import silu, transpose
 

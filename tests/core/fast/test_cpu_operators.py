@@ -8,12 +8,19 @@ from reference_data import relative_error
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast import cpu_attention, fast_group_norms
-from pixart_nb.core.fast.cpu_attention import attention_without_gradient, split, token_attention
-from pixart_nb.core.fast.cpu_operators import PART, mlp_on_arrays, modulate, moments
+from pixart_nb.core.fast import cpu_operators, fast_group_norms
+from pixart_nb.core.fast.cpu_operators import (
+    PART,
+    attention_without_gradient,
+    mlp_on_arrays,
+    modulate,
+    moments,
+    split,
+    token_attention,
+)
 from pixart_nb.core.models.layers import MLP, GroupNorm, LayerNorm, Linear
 from pixart_nb.core.models.low_precision import unsupported
-from pixart_nb.core.onednn_operators import linear, rounded_bits
+from pixart_nb.core.onednn import linear, rounded_bits
 
 needs_products = pytest.mark.skipif(bool(unsupported()), reason=unsupported())
 
@@ -105,8 +112,8 @@ def test_attention_is_that_of_float64_whatever_is_computed_at_a_time(
     mask = (np.arange(keys) < rng.integers(1, keys + 1, (batch, 1))) if masked else None
     expected = exact_attention(q, k, v, mask, scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_attention, "SCORES", scores)
-        patch.setattr(cpu_attention, "QUERIES", 8)
+        patch.setattr(cpu_operators, "SCORES", scores)
+        patch.setattr(cpu_operators, "QUERIES", 8)
         tensors = [ms.Tensor(x) for x in (q, k, v)]
         out = attention_without_gradient(*tensors, None if mask is None else ms.Tensor(mask), scale).asnumpy()
         np.testing.assert_allclose(out, expected, atol=5e-6)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pixart_nb.core import onednn
 from pixart_nb.core.backend import ms
-from pixart_nb.core.fast import chunks, cpu_attention
+from pixart_nb.core.fast import chunks, cpu_operators
 from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.fast.recompute import RecomputedBlock, recompute_activations
 from pixart_nb.core.lora import Adapters, LoraConfig
@@ -137,7 +137,7 @@ def test_chunks_hold_every_token_once_and_few_at_a_time(images, tokens):
 @given(st.integers(1, 5), st.integers(1, 17), st.integers(1, 5000), st.integers(1, 5000))
 def test_groups_hold_every_head_once(images, heads, queries, keys):
     counts = np.zeros((images, heads), int)
-    for image, group in cpu_attention.groups(images, heads, queries, keys):
+    for image, group in cpu_operators.groups(images, heads, queries, keys):
         counts[image, group] += 1
     assert (counts == 1).all()
 

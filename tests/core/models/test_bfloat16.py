@@ -23,7 +23,7 @@ from pixart_nb.core.models import low_precision
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.models.layers import Embedding, Linear
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.onednn_operators import linear
+from pixart_nb.core.onednn import linear
 
 needs_products = pytest.mark.skipif(
     bool(low_precision.unsupported()), reason=f"needs bfloat16 products: {low_precision.unsupported()}"

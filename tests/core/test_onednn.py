@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixart_nb.core import onednn_operators
+from pixart_nb.core import onednn
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.low_precision import unsupported
-from pixart_nb.core.onednn_operators import (
+from pixart_nb.core.onednn import (
     bfloat16_linear,
     gelu,
     gelu_gradient,
@@ -27,8 +27,8 @@ needs_bfloat16 = pytest.mark.skipif(bool(unsupported()), reason=unsupported())
 @pytest.fixture(params=["oneDNN", "NumPy"])
 def way(request, monkeypatch):
     if request.param == "NumPy":
-        monkeypatch.setattr(onednn_operators, "library", lambda: None)
-    elif onednn_operators.library() is None:
+        monkeypatch.setattr(onednn, "primitives", lambda: None)
+    elif onednn.primitives() is None:
         pytest.skip("MindSpore ships no oneDNN 2 here")
 
 
@@ -160,7 +160,7 @@ def test_threads_compute_at_the_same_time_without_disturbing_each_other(way):
 
 
 def test_arrays_of_different_layouts_are_refused():
-    if onednn_operators.library() is None:
+    if onednn.primitives() is None:
         pytest.skip("MindSpore ships no oneDNN 2 here")
     part = rows(4, 16)[:, :8]
     for x, out in ((rows(4, 8), rows(4, 9)), (part, part), (rows(4, 8), rows(4, 8).astype(np.float64))):
