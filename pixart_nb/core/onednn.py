@@ -180,7 +180,7 @@ def softmax_gradient(y: np.ndarray, dout: np.ndarray) -> None:
 def rounded_bits(x: np.ndarray) -> np.ndarray:
     """Round float32 (M, D) to the nearest bfloat16, halves to even: its bits, uint16."""
     out = np.empty(x.shape, np.uint16)
-    if primitives() is not None:
+    if _rounds():
         _operator("round", _strided(x), _alike(out))({_SRC: x, _DST: out})
         return out
     bits, flat = np.ascontiguousarray(x).reshape(-1).view(np.uint32), out.reshape(-1)
@@ -313,6 +313,18 @@ def _created(name: str, *arguments) -> _Handle:
 @cache
 def _engine() -> _Handle:
     return _created("engine_create", _CPU, ctypes.c_size_t(0))
+
+
+@cache
+def _rounds() -> bool:
+    """Return whether oneDNN rounds to bfloat16: not on a processor without AVX-512."""
+    try:
+        return (
+            primitives() is not None
+            and _round(*[_strided(np.empty((1, 1), dtype)) for dtype in (np.float32, np.uint16)]) is not None
+        )
+    except PixArtNBError:
+        return False
 
 
 def _tensor(layout: tuple) -> ctypes.Array:
