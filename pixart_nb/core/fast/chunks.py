@@ -10,7 +10,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.onednn import layer_norm, multiply
 
 #: Tokens of a chunk.
-CHUNK = 256
+CHUNK = 512
 
 
 class Chunk(NamedTuple):
