@@ -34,6 +34,8 @@ SMALLEST_PART = 16
 _CPU, _IN_ORDER, _TRAINING, _INFERENCE, _GELU_TANH, _SWISH, _WITH_SCALE_SHIFT = 1, 1, 64, 96, 0xCF, 0xDF, 2
 _DTYPES = {np.dtype(np.uint16): 2, np.dtype(np.float32): 3}
 _SRC, _DST, _WEIGHTS, _BIAS, _MEAN, _VARIANCE, _DIFF_SRC, _DIFF_DST = 1, 17, 33, 41, 49, 50, 129, 145
+#: Two threads that create the same operator at the same time crash oneDNN 2.2.
+_CREATING = threading.Lock()
 #: Bytes that hold any descriptor of a tensor, and of an operator.
 _TENSOR_BYTES, _OPERATOR_BYTES = 2048, 16384
 
@@ -265,7 +267,8 @@ def _operator(name: str, *options) -> Operator:
 
 @lru_cache(maxsize=1024)
 def _operator_of_thread(thread: int, name: str, *options) -> Operator:
-    return _BUILDERS[name](*options)
+    with _CREATING:
+        return _BUILDERS[name](*options)
 
 
 class Operator:
@@ -346,13 +349,16 @@ def _described(name: str, *arguments, attributes=None, hint: _Handle | None = No
     return _created("primitive_desc_create", description, attributes, _engine(), hint)
 
 
-def _forward_gelu(data: ctypes.Array) -> _Handle:
-    return _described("eltwise_forward", _INFERENCE, _GELU_TANH, data, ctypes.c_float(0), ctypes.c_float(0))
+@cache
+def _forward_gelu(layout: tuple) -> _Handle:
+    """Describe GELU. Kept: the description of its gradient points to this one, also in the cache of oneDNN."""
+    data, zero = _tensor(layout), ctypes.c_float(0)
+    return _described("eltwise_forward", _INFERENCE, _GELU_TANH, data, zero, zero)
 
 
 def _gelu(layout: tuple) -> Operator:
     data = _tensor(layout)
-    return Operator(_forward_gelu(data), {_SRC: data, _DST: data})
+    return Operator(_forward_gelu(layout), {_SRC: data, _DST: data})
 
 
 def _silu(layout: tuple) -> Operator:
@@ -363,7 +369,7 @@ def _silu(layout: tuple) -> Operator:
 
 def _gelu_gradient(layout: tuple) -> Operator:
     data, zero = _tensor(layout), ctypes.c_float(0)
-    description = _described("eltwise_backward", _GELU_TANH, data, data, zero, zero, hint=_forward_gelu(data))
+    description = _described("eltwise_backward", _GELU_TANH, data, data, zero, zero, hint=_forward_gelu(layout))
     return Operator(description, dict.fromkeys((_SRC, _DIFF_DST, _DIFF_SRC), data))
 
 
@@ -383,10 +389,15 @@ def _softmax(layout: tuple) -> Operator:
     return Operator(_described("softmax_forward", _INFERENCE, data, 1), {_SRC: data, _DST: data})
 
 
+@cache
+def _forward_softmax(layout: tuple) -> _Handle:
+    """Describe softmax for its gradient; kept as ``_forward_gelu`` is."""
+    return _described("softmax_forward", _TRAINING, _tensor(layout), 1)
+
+
 def _softmax_gradient(layout: tuple) -> Operator:
     data = _tensor(layout)
-    forward = _described("softmax_forward", _TRAINING, data, 1)
-    description = _described("softmax_backward", data, data, 1, hint=forward)
+    description = _described("softmax_backward", data, data, 1, hint=_forward_softmax(layout))
     return Operator(description, dict.fromkeys((_DST, _DIFF_DST, _DIFF_SRC), data))
 
 
