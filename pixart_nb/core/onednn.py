@@ -321,11 +321,10 @@ def _engine() -> _Handle:
 @cache
 def _rounds() -> bool:
     """Return whether oneDNN rounds to bfloat16: not on a processor without AVX-512."""
+    layouts = [_strided(np.empty((1, 1), dtype)) for dtype in (np.float32, np.uint16)]
     try:
-        return (
-            primitives() is not None
-            and _round(*[_strided(np.empty((1, 1), dtype)) for dtype in (np.float32, np.uint16)]) is not None
-        )
+        with _CREATING:
+            return primitives() is not None and _round(*layouts) is not None
     except PixArtNBError:
         return False
 

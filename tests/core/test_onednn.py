@@ -2,6 +2,7 @@
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,6 +159,23 @@ def test_threads_compute_at_the_same_time_without_disturbing_each_other(way):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_two_threads_make_the_same_operator_at_the_same_time():
+    """Without a lock, oneDNN 2.2 crashes in one of two runs."""
+    meeting = threading.Barrier(2)
+
+    def work(x):
+        meeting.wait()
+        out = np.empty_like(x)
+        layer_norm(x, 1e-6, out)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        for size in range(3, 800):
+            x = rows(4, size)
+            first, second = pool.map(work, [x, x.copy()])
+            assert np.array_equal(first, second)
 
 
 def test_arrays_of_different_layouts_are_refused():
