@@ -15,7 +15,7 @@ from pixart_nb.core import backend, cost
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.fast import decodes_by_rows
+from pixart_nb.core.fast import decodes_by_rows, denoiser
 from pixart_nb.core.fast.cpu_operators import score_bytes
 from pixart_nb.core.memory import in_use
 from pixart_nb.core.models.ascend_operators import flash_supports, padded_size
@@ -397,8 +397,8 @@ def measure_speed(networks: Networks, run: RunSettings) -> Speed:
     factor = 2 ** (len(networks.vae.block_out_channels) - 1)
     latents = ms.Tensor(np.zeros((rows, config.in_channels, height // factor, width // factor), np.float32))
     caption = ms.Tensor(np.zeros((rows, run.caption_tokens, config.caption_channels), np.float32))
-    timestep = ms.Tensor(np.full(rows, 500.0, np.float32))
-    step = cost.best_seconds(lambda: net(latents, timestep, caption), 1)
+    denoise = denoiser(net, caption, None)
+    step = cost.best_seconds(lambda: denoise(latents, 500.0), 1)
     macs = sum(cost.step_macs(config, height, width, [run.caption_tokens] * rows).values())
     tile = cost.best_seconds(lambda: vae.decode(latents[:1])[0], 1)
     return Speed(run.dtype, step / macs, tile / (height * width))

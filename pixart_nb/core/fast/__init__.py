@@ -17,7 +17,8 @@ import numpy as np
 from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
-from pixart_nb.core.fast.cpu_operators import ImageStatistics
+from pixart_nb.core.fast.cpu_operators import ImageStatistics, attention_without_gradient
+from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
 from pixart_nb.core.models.transformer import PixArt
 
@@ -56,6 +57,11 @@ def denoiser(
 
         denoise = LayerDenoiser(net, caption, mask)
     return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
+
+
+def fast_attention() -> Callable[..., ms.Tensor]:
+    """Return ``models.attention.attention`` as this device computes it without a gradient."""
+    return attention if backend.on_ascend() else attention_without_gradient
 
 
 def decodes_by_rows(config: VAEConfig, height: int, width: int) -> bool:
