@@ -123,34 +123,48 @@ def pin_threads() -> None:
 
 
 @cache
-def numpy_threads() -> ThreadPoolExecutor:
-    """Return the threads that compute parts of an array with NumPy or oneDNN, which release the GIL.
+def thread_count() -> int:
+    """Return the number of threads that compute parts of an array with NumPy or oneDNN, which release the GIL."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Each is pinned to a core, as those of ``pin_threads`` are: beside threads of MindSpore that wait by spinning, two of
-    them would often share a core.
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Return the threads that compute beside the calling one, each pinned to a core as those of ``pin_threads`` are.
+
+    Beside threads of MindSpore that wait by spinning, two threads would often share a core. The calling one is free:
+    when other processes keep a core busy, it computes more of the parts on another.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="numpy")
-    cores = sorted(os.sched_getaffinity(0))
-    free = iter(cores)
+    cores = iter(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ())
 
     def pin() -> None:
         if os.environ.get("PIXART_NB_PIN_THREADS") != "0":
-            with suppress(OSError):  # a system that does not allow it
-                os.sched_setaffinity(threading.get_native_id(), {next(free)})
+            with suppress(OSError, StopIteration):  # a system that does not allow it
+                os.sched_setaffinity(threading.get_native_id(), {next(cores)})
 
-    return ThreadPoolExecutor(len(cores), thread_name_prefix="numpy", initializer=pin)
+    return ThreadPoolExecutor(max(1, thread_count() - 1), thread_name_prefix="numpy", initializer=pin)
 
 
 def in_threads(work: Callable, jobs: Sequence) -> None:
-    """Call ``work`` for every job, on all of ``numpy_threads``."""
-    threads = numpy_threads()
-    list(map(work, jobs) if len(jobs) == 1 or threads._max_workers == 1 else threads.map(work, jobs))
+    """Call ``work`` for every job, by the calling thread and its helpers, each taking the next job that is left."""
+    left = iter(jobs)
+
+    def take() -> None:
+        for job in left:
+            work(job)
+
+    helpers = [_helpers().submit(take) for _ in range(min(thread_count(), len(jobs)) - 1)]
+    try:
+        take()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():  # it has started
+                helper.result()
 
 
 def thread_slices(length: int, least: int = 1) -> list[slice]:
-    """Split ``length`` rows evenly among ``numpy_threads``, if each gets at least ``least``."""
-    count = min(numpy_threads()._max_workers, max(1, length // least))
+    """Split ``length`` rows evenly among the threads, if each gets at least ``least``."""
+    count = min(thread_count(), max(1, length // least))
     return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
+from pixart_nb.core import backend
 from pixart_nb.core.backend import dtype_from_name, ms, supported_dtype
 
 PLACES = """
@@ -58,6 +60,40 @@ def test_every_thread_that_computes_has_a_core_of_its_own_and_computes_the_same(
 
 def test_threads_are_left_alone_where_there_are_fewer_cores(cores):
     assert places(cores[:1], cores)[0] == [cores[:1], cores[:1]]
+
+
+def test_every_job_is_done_once_by_the_calling_thread_and_its_helpers():
+    done, started = [], threading.Barrier(min(2, backend.thread_count()), timeout=60)
+
+    def work(job):
+        if job < 2:
+            started.wait()  # two threads work at the same time
+        done.append((job, threading.get_ident()))
+
+    backend.in_threads(work, range(20))
+    assert sorted(job for job, _ in done) == list(range(20))
+    threads = {thread for _, thread in done}
+    assert threading.get_ident() in threads
+    assert 1 <= len(threads) <= backend.thread_count()
+
+
+@pytest.mark.parametrize("failing", [0, 1, 7])
+def test_an_error_of_any_thread_is_raised_and_later_jobs_are_done(failing):
+    def work(job):
+        if job == failing:
+            raise ArithmeticError(f"job {job}")
+
+    with pytest.raises(ArithmeticError, match=f"job {failing}"):
+        backend.in_threads(work, range(8))
+    done = []
+    backend.in_threads(done.append, range(8))
+    assert sorted(done) == list(range(8))
+
+
+def test_jobs_may_have_jobs_of_their_own():
+    done = []
+    backend.in_threads(lambda job: backend.in_threads(lambda own: done.append((job, own)), range(5)), range(5))
+    assert sorted(done) == [(job, own) for job in range(5) for own in range(5)]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Chunk(NamedTuple):
 
 def chunks_of(images: int, tokens: int) -> list[Chunk]:
     """Split a batch into chunks of at most ``CHUNK`` tokens, at least as many as threads."""
-    most = min(CHUNK, max(1, images * tokens // backend.numpy_threads()._max_workers))
+    most = min(CHUNK, max(1, images * tokens // backend.thread_count()))
     if tokens <= most:
         step = most // tokens
         starts = range(0, images, step)

@@ -86,7 +86,7 @@ class Convolution:
         self.source = source
         self.shortcut = None if shortcut is None else (shortcut.weight.asnumpy()[:, :, 0, 0].T, shortcut.bias.asnumpy())
         rows = max(4, BAND // (channels * (width + 2)) - 2)
-        threads = backend.numpy_threads()._max_workers
+        threads = backend.thread_count()
         rows = max(1, min(rows, -(-height // threads)))
         bands = [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
         sums = np.empty((len(bands), 2, len(self.bias)))

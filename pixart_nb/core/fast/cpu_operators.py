@@ -135,7 +135,7 @@ QUERIES = 256
 def groups(images: int, heads: int, queries: int, keys: int) -> list[tuple[int, slice]]:
     """Return images with groups of heads that are computed together, at least one for each thread if possible."""
     size = max(1, min(heads, SCORES // (min(queries, QUERIES) * keys)))
-    threads = backend.numpy_threads()._max_workers
+    threads = backend.thread_count()
     if images < threads:
         size = min(size, -(-heads * images // threads))
     starts = range(0, heads, size)
@@ -149,7 +149,7 @@ def _query_parts(heads: int, queries: int, keys: int) -> Iterator[slice]:
 
 def score_bytes(queries: int, keys: int) -> float:
     """Return the bytes of the scores that all threads hold at a time, in ``attention_forward``."""
-    return 4.0 * backend.numpy_threads()._max_workers * max(SCORES, min(queries, QUERIES) * keys)
+    return 4.0 * backend.thread_count() * max(SCORES, min(queries, QUERIES) * keys)
 
 
 def attention_without_gradient(
