@@ -119,16 +119,18 @@ class Denoise:
 
 
 class Encode:
-    """T5 for a prompt and the empty negative prompt, padded."""
+    """T5 for a prompt and the empty negative prompt, padded unless ``shapes.trimmed``."""
 
     def __init__(self, shapes: Shapes):
-        self.net, self.shapes = text_encoder(shapes), shapes
-        self.ids = torch.arange(2, 2 + shapes.max_length)[None] % shapes.vocabulary
+        self.net = text_encoder(shapes)
+        ids = torch.arange(2, 2 + shapes.max_length)[None] % shapes.vocabulary
+        masks = {tokens: padded_mask(shapes, tokens) for tokens in (shapes.caption_tokens, 1)}
+        lengths = {tokens: tokens if shapes.trimmed else shapes.max_length for tokens in masks}
+        self.texts = [(ids[:, : lengths[tokens]], mask[:, : lengths[tokens]]) for tokens, mask in masks.items()]
 
     @torch.no_grad()
     def __call__(self) -> dict:
-        masks = [padded_mask(self.shapes, tokens) for tokens in (self.shapes.caption_tokens, 1)]
-        self.embeds = [self.net(self.ids, attention_mask=mask)[0] for mask in masks]
+        self.embeds = [self.net(ids, attention_mask=mask)[0] for ids, mask in self.texts]
         return {}
 
 

@@ -21,6 +21,8 @@ from pixart_nb.core.io import write_text
 
 #: Name of diffusers with networks that ``torch.compile`` has compiled.
 COMPILED = "compiled"
+#: Name of diffusers with prompts that are not padded.
+TRIMMED = "trimmed"
 #: Name of this kit with gradient checkpointing.
 RECOMPUTE = "recompute"
 #: Denoising steps of an image in the published table.
@@ -59,6 +61,8 @@ def run(
         peers: Other ``SYSTEMS`` that run it too, in turns, where they have the same benchmark.
         dtypes: Run each system in each of these; by default in that of ``shapes``.
     """
+    if benchmark == "encode" and "diffusers" in peers:
+        peers = *peers, TRIMMED
     runners = systems(shapes, () if benchmark == "decode-tiled" else peers, dtypes)
     if benchmark == "denoise":
         return denoise(runners, shapes, repeats)
@@ -90,7 +94,7 @@ def systems(shapes: Shapes, peers: Sequence[str] = (), dtypes: Sequence[str] = (
     dtypes = dtypes or [shapes.dtype]
     return {
         f"{system} {dtype}" if len(dtypes) > 1 else system: replace(
-            shapes, dtype=dtype, compiled=system == COMPILED, recompute=system == RECOMPUTE
+            shapes, dtype=dtype, compiled=system == COMPILED, trimmed=system == TRIMMED, recompute=system == RECOMPUTE
         )
         for dtype in dtypes
         for system in ("mindspore", *peers)
@@ -102,7 +106,7 @@ def start_workers(stack: ExitStack, work: str, runners: Mapping[str, Shapes]) ->
     workers = []
     for name, shapes in runners.items():
         system = name.split()[0]
-        program = {COMPILED: "diffusers", RECOMPUTE: "mindspore"}.get(system, system)
+        program = {COMPILED: "diffusers", TRIMMED: "diffusers", RECOMPUTE: "mindspore"}.get(system, system)
         worker = stack.enter_context(Worker(program, work, shapes))
         worker.system = name
         workers.append(worker)

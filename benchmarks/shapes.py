@@ -25,6 +25,7 @@ class Shapes:
         batch_size: Images of a training step.
         small: A transformer as small as those that come with the kit, instead of the sizes above.
         compiled: Networks of diffusers are compiled by ``torch.compile``.
+        trimmed: diffusers encodes prompts without padding, which its pipeline does not.
         recompute: A training step computes its activations again in the backward pass (gradient checkpointing).
     """
 
@@ -46,6 +47,7 @@ class Shapes:
     batch_size: int = 1
     small: bool = False
     compiled: bool = False
+    trimmed: bool = False
     recompute: bool = False
 
     def __post_init__(self):

@@ -27,9 +27,9 @@ What = Annotated[
     Benchmark,
     typer.Argument(
         help="table: steps/s and training images/s. denoise: all steps, with the share of matrix products. "
-        "encode: T5. decode, decode-tiled: the autoencoder. image: prompt to image. train: a training step of "
-        "--batch-size images. block: one block, plain and compressed. pipeline: peak memory of a whole run, "
-        "T5 streamed."
+        "encode: T5, in diffusers also without padding. decode, decode-tiled: the autoencoder. image: prompt to "
+        "image. train: a training step of --batch-size images. block: one block, plain and compressed. pipeline: "
+        "peak memory of a whole run, T5 streamed."
     ),
 ]
 Peer = Annotated[

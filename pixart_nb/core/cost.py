@@ -140,42 +140,38 @@ def step_macs(
 ) -> dict[str, int]:
     """Return the MACs of one pass of the transformer for images of height x width pixels, by part.
 
-    A transformer with a ControlNet (``copy_blocks_num``) is counted as its layers compute it on the CPU, with all
-    captions padded to the longest.
-
     Args:
         caption_tokens: Number of caption tokens of each row of the batch. Cross-attention is counted as
             ``core.fast`` computes it: folded for short captions, constant for captions of one token.
         identity: Blocks whose self-attention is the identity: the second pass of perturbed-attention guidance.
-        control: The ControlNet acts, if there is one.
+        control: The ControlNet acts, if there is one (``copy_blocks_num``).
     """
     unit, channels, patch = 8 * config.patch_size, config.hidden_size, config.patch_size**2
-    grid, rows, by_layers = (height // unit, width // unit), len(caption_tokens), config.copy_blocks_num > 0
+    grid, rows = (height // unit, width // unit), len(caption_tokens)
     tokens, total = grid[0] * grid[1], Counter()
     for layer in range(config.depth):
         parts = block_macs(config, grid, layer, max(caption_tokens))
         parts |= {"self-attention": 0, "compression": 0} if layer in identity else {}
         total.update({name: rows * count for name, count in parts.items()})
-    if not by_layers:
-        queries = config.depth * tokens
-        total["cross-attention"] = queries * sum(_macs_per_query(config, count) for count in caption_tokens)
+    cross_attention = tokens * sum(_macs_per_query(config, count) for count in caption_tokens)
+    total["cross-attention"] = config.depth * cross_attention
     total["patches"] = rows * tokens * channels * patch * (config.in_channels + config.out_channels)
     embeddings = FREQUENCIES * channels + channels**2 + 6 * channels**2
     if config.micro_condition:  # height, width and aspect ratio, each a third of the channels
         embeddings += 3 * (FREQUENCIES * (channels // 3) + (channels // 3) ** 2)
-    total["timestep"] = embeddings * (rows if by_layers else 1)  # otherwise shared by all rows
-    if by_layers and control:
-        total.update(_control_macs(config, grid, rows, max(caption_tokens)))
+    total["timestep"] = embeddings  # shared by all rows
+    for layer in range(config.copy_blocks_num if control else 0):
+        parts = block_macs(config, grid, layer, 1) | {"cross-attention": 0}
+        total["compression"] += rows * parts.pop("compression")
+        total["controlnet"] += rows * (sum(parts.values()) + tokens * channels**2) + cross_attention
     return dict(total)
 
 
-def _control_macs(config: PixArtConfig, grid: tuple[int, int], rows: int, caption_tokens: int) -> dict[str, int]:
-    """Return the MACs of the copied blocks, their projections and the patches of the condition."""
-    tokens, channels, copies = grid[0] * grid[1], config.hidden_size, config.copy_blocks_num
-    blocks = [block_macs(config, grid, layer, caption_tokens) for layer in range(copies)]
-    compression = sum(parts.pop("compression") for parts in blocks)
-    added = tokens * channels * ((copies + 1) * channels + config.patch_size**2 * config.in_channels)
-    return {"compression": rows * compression, "controlnet": rows * (sum(sum(p.values()) for p in blocks) + added)}
+def condition_macs(config: PixArtConfig, height: int, width: int) -> int:
+    """Return the MACs of the patches and the first projection of a ControlNet's condition, once for each image."""
+    patch = config.patch_size**2
+    tokens = (height * width) // (64 * patch)
+    return tokens * config.hidden_size * (config.hidden_size + patch * config.in_channels)
 
 
 def _macs_per_query(config: PixArtConfig, caption_tokens: int) -> int:
@@ -188,17 +184,14 @@ def _macs_per_query(config: PixArtConfig, caption_tokens: int) -> int:
 
 
 def caption_macs(config: PixArtConfig, caption_tokens: int) -> int:
-    """Return the MACs of preparing one caption for the cross-attention of every block, once per prompt.
-
-    With a ControlNet, whose layers compute by themselves, nothing is folded.
-    """
-    channels, count, copies = config.hidden_size, caption_tokens, config.copy_blocks_num
+    """Return the MACs of preparing one caption for the cross-attention of every block, once per prompt."""
+    channels, count = config.hidden_size, caption_tokens
     layer = 2 * count * channels**2  # keys and values
-    if count == 1 and not copies:
+    if count == 1:
         layer += channels**2  # projection of the value
-    elif count < channels // config.num_heads and not copies:
+    elif count < channels // config.num_heads:
         layer += 2 * count * channels**2 + count * channels  # both folded into the projections, and the bias
-    return count * (config.caption_channels * channels + channels**2) + (config.depth + copies) * layer
+    return count * (config.caption_channels * channels + channels**2) + (config.depth + config.copy_blocks_num) * layer
 
 
 def with_compression(

@@ -38,8 +38,8 @@ QUANTIZED = {"int8": 1.0, "4bit": 0.5625}
 TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
 #: The same per channel of a token where ``fast.cpu`` computes, by the dtype of its products.
 CPU_TOKEN = {"fp32": 7.0, "fp16": 5.3, "bf16": 5.3}
-#: The same per channel of a token with a ControlNet, in float32, and of a pixel in the fine part of the encoder.
-CONTROLLED_TOKEN, ENCODED_PIXEL = 22.0, 8.0
+#: The same per channel of a token that a ControlNet adds, and of a pixel in the fine part of the encoder.
+CONTROL_TOKEN, ENCODED_PIXEL = 1.5, 8.0
 #: Bytes of Python and MindSpore while a network computes, and before anything is computed.
 PROCESS, IDLE = 0.22e9, 0.165e9
 #: Changes that make a run smaller, as fields of ``RunSettings`` and as options of ``pixart-nb sample``, mildest first.
@@ -237,11 +237,11 @@ def _step_macs(config: PixArtConfig, run: RunSettings, control: bool = True) -> 
 
 
 def _caption_macs(config: PixArtConfig, run: RunSettings) -> int:
-    """Return the MACs of preparing the captions for every pass."""
-    if config.copy_blocks_num:
-        return run.rows * cost.caption_macs(config, max(run.row_captions))
+    """Return the MACs of preparing the captions for every pass, and the condition of a ControlNet."""
     second = [run.caption_tokens] * run.batch if run.perturbed else []
-    return sum(cost.caption_macs(config, count) for count in run.texts + second)
+    captions = sum(cost.caption_macs(config, count) for count in run.texts + second)
+    condition = cost.condition_macs(config, run.height, run.width) if config.copy_blocks_num else 0
+    return captions + run.batch * condition
 
 
 @dataclass(frozen=True)
@@ -335,12 +335,14 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     upcast = text.d_model * text.d_ff if in_half or run.t5_load in QUANTIZED else 0
     values = run.batch * run.caption_tokens * (4 * text.d_model + 6 * text.d_ff)
     keys = max(tokens // config.layer_ratio(layer) ** 2 for layer in range(config.depth))
-    if backend.on_ascend() or config.copy_blocks_num:
+    if backend.on_ascend():
         heads, queries = chunk_shape(run.rows * config.num_heads, tokens, max(1, keys))
         scores = 0.0 if _uses_flash(config, run) else SCORE * 4 * heads * queries * keys
-        token = BYTES[run.dtype] * TOKEN if backend.on_ascend() else 4.0 * CONTROLLED_TOKEN
+        token = BYTES[run.dtype] * TOKEN
     else:
         scores, token = score_bytes(tokens, keys), 4.0 * CPU_TOKEN[run.dtype]
+    if config.copy_blocks_num:
+        token += (BYTES[run.dtype] if backend.on_ascend() else 4.0) * CONTROL_TOKEN
     channels = networks.vae.block_out_channels
     fine = PIXEL * max(channels[:2])
     if not run.tile and decodes_by_rows(networks.vae, run.height, run.width):  # one image at a time

@@ -81,6 +81,14 @@ def test_training_holds_one_system_in_memory_at_a_time(monkeypatch):
     assert value(rows, "images per second", "diffusers") == 1 / value(rows, "seconds", "diffusers")
 
 
+def test_diffusers_encodes_prompts_with_padding_and_without(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(runs, "compare_systems", lambda work, runners, *_, **options: seen.update(runners) or [])
+    runs.run("encode", SMALL, 1, ["diffusers", "compiled"], ["fp32", "bf16"])
+    assert [name for name, shapes in seen.items() if shapes.trimmed] == ["trimmed fp32", "trimmed bf16"]
+    assert {name.split()[0] for name in seen} == {"mindspore", "diffusers", "compiled", "trimmed"}
+
+
 def test_streamed_text_encoder_gives_the_embeddings_of_the_whole_one(tmp_path):
     write_text_encoder(SMALL, tmp_path)
     embeddings = []

@@ -20,10 +20,10 @@ from pixart_nb.core.fast.cpu import CPUDenoiser
 from pixart_nb.core.fast.cpu_operators import ImageStatistics, attention_without_gradient
 from pixart_nb.core.models.attention import attention
 from pixart_nb.core.models.layers import GroupNorm, norm_statistics
-from pixart_nb.core.models.transformer import PixArt
 
 if TYPE_CHECKING:
     from pixart_nb.core.models.controlnet import Controlled
+    from pixart_nb.core.models.transformer import PixArt
     from pixart_nb.core.models.vae_blocks import Decoder, VAEConfig
 
 #: Pixels from which on the CPU decodes an image by rows, and the fewest channels of a decoder for which that is fast.
@@ -46,16 +46,11 @@ def denoiser(
     transformer is traced or changed (``core.hooks``), every attention goes through its hook point; what the hooks
     leave as it is keeps its numbers, bit for bit.
     """
-    if backend.on_ascend():
-        from pixart_nb.core.fast.ascend import AscendDenoiser
-
-        denoise = AscendDenoiser(net, caption, mask)
-    elif isinstance(net, PixArt):
+    if not backend.on_ascend():
         return CPUDenoiser(net, caption, mask, prepare, finish)
-    else:
-        from pixart_nb.core.models.controlnet import LayerDenoiser
+    from pixart_nb.core.fast.ascend import AscendDenoiser
 
-        denoise = LayerDenoiser(net, caption, mask)
+    denoise = AscendDenoiser(net, caption, mask)
     return lambda latents, timestep: finish(denoise(prepare(latents), timestep), timestep)
 
 

@@ -19,7 +19,7 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import ms
 from pixart_nb.core.models import ascend_operators
 from pixart_nb.core.models.attention import IdentityAttention, attention, merge_heads, split_heads
-from pixart_nb.core.models.controlnet import Controlled, LayerDenoiser
+from pixart_nb.core.models.controlnet import Controlled
 from pixart_nb.core.models.kv_compression import convolve_cells, mean_kernel
 from pixart_nb.core.models.operators import gelu_tanh, linear, silu
 from pixart_nb.core.models.transformer import Block, PixArt, trim_caption
@@ -107,6 +107,27 @@ class AscendDenoiser:
         if self._by_layers is None:
             self._by_layers = LayerDenoiser(self.model, self.caption, self.mask)
         return self._by_layers(latents, timestep)
+
+
+class LayerDenoiser:
+    """Denoising steps of a run by the layers of the networks themselves, for hooks."""
+
+    def __init__(self, model: PixArt | Controlled, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
+        if mask is not None:
+            caption, mask = trim_caption(caption, mask)
+        self.controlled = None if isinstance(model, PixArt) else model
+        self.net = model if isinstance(model, PixArt) else model.net
+        self.mask, self.keys_values = mask, self.net.caption_keys_values(caption)
+
+    def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
+        """latents (B, C, H, W) -> (B, out_channels, H, W)."""
+        net, (batch, _, height, width), control = self.net, latents.shape, ()
+        base = net if self.controlled is None else net.base_model
+        if self.controlled is not None and (scale := self.controlled.scale_at(timestep)):
+            control = self.controlled.repeated(batch), scale
+        timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
+        positions, micro = base.positions(height, width), base.micro_conditions(latents)
+        return net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro, *control)
 
 
 def _identity_layers(net: PixArt) -> frozenset[int] | None:

@@ -47,10 +47,14 @@ MICRO_BATCH = 2048
 class CPUDenoiser:
     """``denoise(latents, timestep)`` of one run; see ``fast.denoiser``."""
 
-    def __init__(self, net: PixArt, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None, prepare, finish):
+    def __init__(self, model: Any, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None, prepare, finish):
+        """``model`` is a ``PixArt`` or a ``models.controlnet.Controlled``."""
         backend.pin_threads()
         self.prepare, self.finish = prepare, finish
-        self.net, self.caption, self.mask = net, caption, mask
+        self.model, self.caption, self.mask = model, caption, mask
+        self.net = net = model if isinstance(model, PixArt) else model.net.base_model
+        self.copies = () if isinstance(model, PixArt) else tuple(model.net.controlnet)
+        self.blocks = [*net.blocks, *(copy.copied_block for copy in self.copies)]
         self.in_bfloat16 = isinstance(net.blocks[0].attn.proj, BFloat16Linear)
         self.groups = caption_groups(caption.astype(net.dtype), mask)
         self.plan: StepPlan | None = None
@@ -70,20 +74,38 @@ class CPUDenoiser:
         x = self._embed(latents)
         t = self._embed_timestep(timestep, net.micro_conditions(latents))
         t0 = to_numpy(net.t_block[1](silu(t))).reshape(6, -1)
-        for number, block in enumerate(plan.blocks):
-            shift, scale, gate, *mlp = block.modulation + t0
-            attended = self._attention(number, self._qkv(number, x, shift, scale), batch, *grid)
-            for part, _ in plan.micro_batches:
-                add_gated(x[part], gate, block.proj(attended[part]))
-            del attended
-            self._add_cross_attention(number, x)
-            shift, scale, gate = mlp
-            for part, _ in plan.micro_batches:
-                add_gated(x[part], gate, block.mlp(modulate(x[part], block.eps, shift, scale)))
+        strength, state = self.model.scale_at(timestep) if self.copies else 0.0, None
+        for number in range(len(net.blocks)):
+            if strength and 0 < number <= len(self.copies):
+                state = self._control_state(x) if state is None else state
+                self._add_block(len(net.blocks) + number - 1, state, t0, batch, grid)
+                for part, _ in plan.micro_batches:
+                    add_gated(x[part], np.float32(strength), plan.after_proj[number - 1](state[part]))
+            self._add_block(number, x, t0, batch, grid)
         shift, scale = to_numpy(net.final_layer.scale_shift_table + t)
         out = on_arrays(net.final_layer.linear)(modulate(x, net.final_layer.pre_norm.eps, shift, scale))
         out = net.unpatchify(ms.Tensor.from_numpy(out).reshape(batch, plan.tokens, -1), *grid)
         return self.finish(out, timestep)
+
+    def _add_block(self, number: int, x: np.ndarray, t0: np.ndarray, batch: int, grid: tuple[int, int]) -> None:
+        """Compute a block in the memory of x (B N, D)."""
+        plan, block = self.plan, self.plan.blocks[number]
+        shift, scale, gate, *mlp = block.modulation + t0
+        attended = self._attention(number, self._qkv(number, x, shift, scale), batch, *grid)
+        for part, _ in plan.micro_batches:
+            add_gated(x[part], gate, block.proj(attended[part]))
+        del attended
+        self._add_cross_attention(number, x)
+        shift, scale, gate = mlp
+        for part, _ in plan.micro_batches:
+            add_gated(x[part], gate, block.mlp(modulate(x[part], block.eps, shift, scale)))
+
+    def _control_state(self, x: np.ndarray) -> np.ndarray:
+        """Return what the first copied block of a ControlNet reads: x and the projected condition, (B N, D)."""
+        if self.plan.control is None:
+            tokens = self._embed(self.model.control)
+            self.plan.control = on_arrays(self.copies[0].before_proj)(tokens)
+        return (x.reshape(-1, *self.plan.control.shape) + self.plan.control).reshape(x.shape)
 
     def _plan(self, tokens: int) -> StepPlan:
         """Return what is computed once for images of ``tokens`` tokens."""
@@ -93,10 +115,10 @@ class CPUDenoiser:
         head_size = net.config.hidden_size // net.config.num_heads
         groups = merge_small_groups(self.groups, tokens, head_size, MICRO_BATCH)
         captions = [(net.y_embedder(group.caption), group.mask) for group in groups]
-        attentions = [[caption_attention(block, *caption) for caption in captions] for block in net.blocks]
-        return StepPlan(
-            tokens, micro_batches(groups, tokens), attentions, [BlockParts.of(block) for block in net.blocks]
-        )
+        attentions = [[caption_attention(block, *caption) for caption in captions] for block in self.blocks]
+        parts = [BlockParts.of(block) for block in self.blocks]
+        after_proj = [on_arrays(copy.after_proj) for copy in self.copies]
+        return StepPlan(tokens, micro_batches(groups, tokens), attentions, parts, after_proj)
 
     def _embed(self, latents: ms.Tensor) -> np.ndarray:
         """Latents (B, C, H, W) -> tokens with their positions, (B N, D)."""
@@ -117,7 +139,7 @@ class CPUDenoiser:
 
     def _qkv(self, number: int, x: np.ndarray, shift: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """Return queries, keys and values: (B N, 3 D), bits of bfloat16 where nothing is done to them."""
-        block, layer = self.plan.blocks[number], self.net.blocks[number].attn
+        block, layer = self.plan.blocks[number], self.blocks[number].attn
         rounds = self.in_bfloat16 and layer.hook_point is None and layer.q_norm is None and layer.ratio == 1
         out = np.empty((len(x), 3 * x.shape[1]), np.uint16 if rounds else np.float32)
         for part, _ in self.plan.micro_batches:
@@ -127,7 +149,7 @@ class CPUDenoiser:
 
     def _attention(self, number: int, qkv: np.ndarray, batch: int, height: int, width: int) -> np.ndarray:
         """Compute the self-attention of a block from ``_qkv``: (B N, D)."""
-        layer = self.net.blocks[number].attn
+        layer = self.blocks[number].attn
         parts = [_tokens(layer, part, qkv, batch, height, width) for part in range(3)]
         if layer.hook_point is not None:
             heads = [split_heads(ms.Tensor(np.ascontiguousarray(x)), layer.heads) for x in parts]
@@ -138,7 +160,7 @@ class CPUDenoiser:
 
     def _add_cross_attention(self, number: int, x: np.ndarray) -> None:
         """Add the cross-attention of a block to the tokens x (B N, D)."""
-        layer = self.net.blocks[number].cross_attn
+        layer = self.blocks[number].cross_attn
         changed = None if layer.hook_point is None else self._hooked_cross_attention(number, x)
         if changed is not None:
             x += changed
@@ -155,7 +177,7 @@ class CPUDenoiser:
                 caption, mask = trim_caption(caption, mask)
             self._hooked_caption = self.net.caption_keys_values(caption), mask
         keys_values, mask = self._hooked_caption
-        layer = self.net.blocks[number].cross_attn
+        layer = self.blocks[number].cross_attn
         q = on_arrays(layer.q_linear)(x).reshape(self.caption.shape[0], -1, layer.size)
         q = split_heads(ms.Tensor.from_numpy(q), layer.heads)
         out = layer.hook_point(q, *keys_values[number], mask)
@@ -202,15 +224,20 @@ class BlockParts(NamedTuple):
         return cls(to_numpy(block.scale_shift_table), block.pre_norm.eps, *layers)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepPlan:
-    """Work of a step for images of ``tokens`` tokens: micro-batches, and for each block its cross-attention to each
-    caption group and its other parts."""
+    """Work of a step for images of ``tokens`` tokens.
+
+    Micro-batches; for each block, and each copied one of a ControlNet, its cross-attention to each caption group and
+    its other parts; the projections after the copied blocks, and the projected condition (N tokens, D).
+    """
 
     tokens: int
     micro_batches: list[MicroBatch]
     cross_attentions: list[list[CaptionAttention]]
     blocks: list[BlockParts]
+    after_proj: list[Callable]
+    control: np.ndarray | None = None
 
 
 def micro_batches(groups: list[CaptionGroup], tokens: int) -> list[MicroBatch]:

@@ -147,24 +147,3 @@ class Controlled:
     def repeated(self, batch: int) -> ms.Tensor:
         """Return the condition of each row of a batch (B, C, H, W), which may have rows without a prompt too."""
         return mint.tile(self.control, (batch // self.control.shape[0], 1, 1, 1))
-
-
-class LayerDenoiser:
-    """Denoising steps of a run by the layers of the networks themselves (see ``fast.denoiser``)."""
-
-    def __init__(self, model: PixArt | Controlled, caption: ms.Tensor, mask: np.ndarray | ms.Tensor | None):
-        if mask is not None:
-            caption, mask = trim_caption(caption, mask)
-        self.controlled = None if isinstance(model, PixArt) else model
-        self.net = model if isinstance(model, PixArt) else model.net
-        self.mask, self.keys_values = mask, self.net.caption_keys_values(caption)
-
-    def __call__(self, latents: ms.Tensor, timestep: float) -> ms.Tensor:
-        """latents (B, C, H, W) -> (B, out_channels, H, W)."""
-        net, (batch, _, height, width), control = self.net, latents.shape, ()
-        base = net if self.controlled is None else net.base_model
-        if self.controlled is not None and (scale := self.controlled.scale_at(timestep)):
-            control = self.controlled.repeated(batch), scale
-        timesteps = ms.Tensor(np.full(batch, timestep, np.float32))
-        positions, micro = base.positions(height, width), base.micro_conditions(latents)
-        return net.denoise(latents, timesteps, self.keys_values, self.mask, positions, micro, *control)
