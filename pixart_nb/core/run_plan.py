@@ -39,7 +39,7 @@ TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
 #: The same per channel of a token where ``fast.cpu`` computes, by the dtype of its products.
 CPU_TOKEN = {"fp32": 7.0, "fp16": 5.3, "bf16": 5.3}
 #: The same per channel of a token that a ControlNet adds, and of a pixel in the fine part of the encoder.
-CONTROL_TOKEN, ENCODED_PIXEL = 1.5, 8.0
+CONTROL_TOKEN, ENCODED_PIXEL = 2.0, 8.0
 #: Bytes of Python and MindSpore while a network computes, and before anything is computed.
 PROCESS, IDLE = 0.22e9, 0.165e9
 #: Changes that make a run smaller, as fields of ``RunSettings`` and as options of ``pixart-nb sample``, mildest first.

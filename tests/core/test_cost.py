@@ -104,16 +104,16 @@ def test_macs_with_a_controlnet_are_those_that_are_computed(copies, compressed, 
     config = replace(config, kv_compress_config=compression if compressed else None)
     latents, acting = random(2, 4, 8, 12), np.array([0.5, 0.0])
     net = Controlled(zero_network(config), latents[:1], np.array([5.0, 4.0]), acting)
-    step = denoiser(net, random(2, 7, 24), np.arange(7) < np.array([[3], [7]]))
+    step = denoiser(net, random(2, 7, 24), np.ones((2, 7), bool))
     steps = []
     for timestep in (5.0, 5.0, 4.0):
         with counted() as macs:
             step(latents, timestep)
         steps.append(sum(macs))
-    planned = [step_macs(config, 64, 96, [3, 7], control=scale > 0) for scale in acting]
+    planned = [step_macs(config, 64, 96, [7, 7], control=scale > 0) for scale in acting]
     first, *later = steps
     assert later == [sum(macs.values()) - macs["compression"] for macs in planned]
-    run = RunSettings(64, 96, steps=2, caption_tokens=7, negative_tokens=3, controlled_steps=1, images=1)
+    run = RunSettings(64, 96, steps=2, caption_tokens=7, negative_tokens=7, controlled_steps=1, images=1)
     plan = plan_run(replace(SMALL, transformer=config), run)
     assert plan.stages[1].macs == first - later[0] + sum(sum(macs.values()) for macs in planned)
     assert plan.networks.parameters()["controlnet"] == sum(p.size for p in net.net.controlnet.get_parameters())
