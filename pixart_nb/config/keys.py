@@ -333,6 +333,7 @@ class TrainConfig(ModelKeys):
     use_dora: bool = _lora(False, "Train a weight-decomposed LoRA (DoRA).")
 
     copy_blocks_num: int = _control(0, "Number of blocks that a ControlNet copies and trains in place of all weights, 13 in PixArt-delta. 0 trains the weights.", ge=0, lt=_MOST_LAYERS)
+    controlnet: InputPath = _control("", "ControlNet file or folder of copy_blocks_num blocks whose training goes on. Empty begins with copies of the model's blocks.")
     control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
     control_edge_sigma: Number = _control(EDGE_SIGMA, "Standard deviation in pixels of the Gaussian filter before edges are found. Smaller details have no edge.", gt=0, le=100)
     control_edge_threshold: Number = _control(EDGE_THRESHOLD, "Difference in brightness, 0 to 1, from which an edge begins.", gt=0, le=1)
@@ -395,8 +396,8 @@ class TrainConfig(ModelKeys):
     def _check_controlnet(self) -> None:
         if self.copy_blocks_num and (self.lora_rank or self.from_scratch):
             raise ValueError("copy_blocks_num goes neither with lora_rank nor with from_scratch: a ControlNet copies blocks of a trained model")
-        if not self.copy_blocks_num and (self.control_dir or self.validation_control_images):
-            raise ValueError("control_dir and validation_control_images are of a ControlNet; expected copy_blocks_num, the number of its blocks")
+        if not self.copy_blocks_num and (self.controlnet or self.control_dir or self.validation_control_images):
+            raise ValueError("controlnet, control_dir and validation_control_images are of a ControlNet; expected copy_blocks_num, the number of its blocks")
         if self.control_edge_width % 2 == 0:
             raise ValueError(f"control_edge_width is {self.control_edge_width}; expected an odd number of pixels")
         images, prompts = len(self.validation_control_images), len(self.validation_prompts)
@@ -447,7 +448,7 @@ _FREE_KEYS = {
     "validation_control_images",
 }  # fmt: skip
 #: Keys that hold a path. A training depends on the content, which is fingerprinted.
-_PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir"}
+_PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir", "controlnet"}
 #: Keys that are not named at their defaults, so that trainings from before there were such keys resume.
 _LATER_KEYS = {
     "copy_blocks_num", "control_edge_sigma", "control_edge_threshold", "control_edge_width",

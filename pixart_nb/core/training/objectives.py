@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from mindspore import nn
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import write_transformer
-from pixart_nb.core.checkpoints.controlnet import save_controlnet
+from pixart_nb.core.checkpoints.controlnet import load_controlnet, save_controlnet
 from pixart_nb.core.checkpoints.load import init_empty
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.transformer import PixArt
@@ -69,7 +70,12 @@ class ControlObjective(Objective):
 
     def __init__(self, config: TrainConfig, net: PixArt):
         super().__init__(config, net)
-        self.network, self.frozen = PixArtControlNet.from_transformer(net, config.copy_blocks_num), (net,)
+        if config.controlnet:
+            wanted = replace(net.config, copy_blocks_num=config.copy_blocks_num)
+            self.network = load_controlnet(config.controlnet, wanted, base_model=net)
+        else:
+            self.network = PixArtControlNet.from_transformer(net, config.copy_blocks_num)
+        self.frozen = (net,)
 
     def loss(self, empty: np.ndarray) -> Callable:
         return control_loss(self.network)

@@ -184,10 +184,11 @@ class Training:
 
     def identity(self) -> dict[str, Any]:
         """Return what a resumed training has to share: settings, data, networks and architecture."""
-        labels = json.dumps([label.as_json() for label in self.labels])
+        labels, controlnet = json.dumps([label.as_json() for label in self.labels]), self.config.controlnet
         return training_identity(self.config, self.workers.size) | {
             "labels": hashlib.sha256(labels.encode()).hexdigest()[:16],
             "starting weights": fingerprint(self.networks.paths["transformer"]),
+            **({"starting ControlNet": fingerprint(controlnet)} if controlnet else {}),
             "architecture": self.net.config.to_dict(),
             **self.networks.fingerprints(),
         }

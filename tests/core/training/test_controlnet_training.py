@@ -60,6 +60,21 @@ def test_only_the_copied_blocks_are_trained_and_an_interrupted_training_resumes(
     assert parts == expected
 
 
+def test_the_training_of_a_controlnet_goes_on_from_its_folder(config, tmp_path):
+    first = Training(config(tmp_path / "first", use_ema=False))
+    losses(first.steps())
+    first.objective.write(tmp_path / "controlnet", first.trainer.weights())
+    later = Training(config(tmp_path / "later", controlnet=str(tmp_path / "controlnet")))
+    parameters = dict(later.objective.network.parameters_and_names())
+    for name, parameter in first.objective.network.parameters_and_names():
+        assert np.array_equal(parameter.asnumpy(), parameters[name].asnumpy()), name
+    before = {name: p.asnumpy().copy() for name, p in later.objective.parameters().items()}
+    losses(later.steps())
+    assert all(not np.array_equal(p.asnumpy(), before[name]) for name, p in later.objective.parameters().items())
+    with pytest.raises(PixArtNBError, match="holds 1 copied blocks; copy_blocks_num is 2"):
+        Training(config(tmp_path / "other", controlnet=str(tmp_path / "controlnet"), copy_blocks_num=2))
+
+
 def test_cached_conditions_are_those_that_are_computed_live(config, tmp_path):
     cached = Training(config(tmp_path / "a", feature_dtype="fp32"))
     live = Training(config(tmp_path / "b", feature_cache=""))
@@ -148,6 +163,7 @@ def test_a_compiled_step_trains_as_an_eager_one(config, tmp_path):
         ({"lora_rank": 2}, "goes neither with lora_rank nor with from_scratch"),
         ({"control_edge_width": 2}, "control_edge_width is 2; expected an odd number"),
         ({"copy_blocks_num": 0, "control_dir": "maps"}, "expected copy_blocks_num"),
+        ({"copy_blocks_num": 0, "controlnet": "."}, "expected copy_blocks_num"),
         ({"visualize": True, "validation_prompts": ["a", "b"]}, "0 validation_control_images for 2 validation_prompts"),
     ],
 )
