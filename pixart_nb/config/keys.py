@@ -233,6 +233,7 @@ class InferenceConfig(ModelKeys):
     controlnet_conditioning_scale: Number = _sampling(1.0, "Scale of what the ControlNet adds.", ge=0, le=100)
     control_guidance_start: Number = _sampling(0.0, "Share of the steps from which the ControlNet acts.", ge=0, lt=1)
     control_guidance_end: Number = _sampling(1.0, "Share of the steps up to which the ControlNet acts.", gt=0, le=1)
+    guess_mode: bool = _sampling(False, "The ControlNet acts on the prediction with the prompt alone, so that guidance strengthens it too.")
 
     lora: LoraFiles = _model([], "LoRA files or folders to apply; PATH:0.5 scales one.")
 
@@ -423,11 +424,12 @@ def _require_weights(config: ModelKeys) -> None:
         raise ValueError(f"expected model, or all of {', '.join(names)}; not given: {', '.join(missing)}")
 
 
-_CONTROL_KEYS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+#: Keys of what a ControlNet adds: arguments of its pipeline.
+CONTROL_KEYS = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "guess_mode")
 #: Keys of sampling and of training that change nothing unless one of others is given.
 NEEDS = {
     "strength": ("image", "upscale_from"), "pag_adaptive_scale": ("pag_scale",), "pag_applied_layers": ("pag_scale",),
-} | dict.fromkeys(_CONTROL_KEYS, ("controlnet",))  # fmt: skip
+} | dict.fromkeys(CONTROL_KEYS, ("controlnet",))  # fmt: skip
 _LORA_NEEDS = dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora"), ("lora_rank",))
 
 

@@ -92,6 +92,7 @@ class RunSettings:
         caption_tokens, negative_tokens: Tokens of the prompt and of the negative prompt (1 if it is empty).
         perturbed: Blocks whose self-attention is perturbed in a second pass (perturbed-attention guidance).
         controlled_steps: Steps in which the ControlNet acts, if there is one; None for all.
+        guess_mode: It acts on rows with a prompt alone, in a pass of their own.
         images: Images that the VAE encodes first: the condition of the ControlNet, or the image to begin with.
     """
 
@@ -108,6 +109,7 @@ class RunSettings:
     negative_tokens: int = 1
     perturbed: tuple[int, ...] = ()
     controlled_steps: int | None = None
+    guess_mode: bool = False
     images: int = 0
 
     @property
@@ -121,10 +123,15 @@ class RunSettings:
         return [self.negative_tokens] * (self.rows - self.batch) + [self.caption_tokens] * self.batch
 
     @property
-    def passes(self) -> list[tuple[list[int], tuple[int, ...]]]:
-        """Passes of the transformer in a step: caption tokens of each row, and blocks with perturbed attention."""
-        second = [([self.caption_tokens] * self.batch, self.perturbed)] if self.perturbed else []
-        return [(self.row_captions, ()), *second]
+    def passes(self) -> list[tuple[list[int], tuple[int, ...], bool]]:
+        """Passes of the transformer in a step.
+
+        Caption tokens of each row, blocks with perturbed attention, and whether a ControlNet acts, if there is one.
+        """
+        prompts = [self.caption_tokens] * self.batch
+        if self.guess_mode and self.guided:
+            return [([self.negative_tokens] * self.batch, (), False), (prompts, (), True)]
+        return [(self.row_captions, (), True), *([(prompts, self.perturbed, True)] if self.perturbed else [])]
 
     @property
     def texts(self) -> list[int]:
@@ -231,8 +238,8 @@ def plan_run(networks: Networks, run: RunSettings, speed: Speed | None = None, p
 def _step_macs(config: PixArtConfig, run: RunSettings, control: bool = True) -> dict[str, int]:
     """Return the MACs of all passes of one step, by part."""
     total = Counter()
-    for captions, identity in run.passes:
-        total.update(cost.step_macs(config, run.height, run.width, captions, identity, control))
+    for captions, identity, controlled in run.passes:
+        total.update(cost.step_macs(config, run.height, run.width, captions, identity, control and controlled))
     return dict(total)
 
 
@@ -294,7 +301,9 @@ def weight_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
     size, config = BYTES[run.dtype], networks.transformer
     copies = 0  # weights that the path of the device keeps a second time, for each pass
     if backend.on_ascend():
-        copies = sum(_padded_elements(config, len(identity)) for _, identity in run.passes if _uses_flash(config, run))
+        copies = sum(
+            _padded_elements(config, len(identity)) for _, identity, _ in run.passes if _uses_flash(config, run)
+        )
     return {
         "encode": _text_encoder_bytes(networks.text_encoder, run),
         "denoise": size * (parameters(config) + copies),
@@ -349,7 +358,7 @@ def activation_bytes(networks: Networks, run: RunSettings) -> dict[str, float]:
         fine = (2.0 * channels[0] + max(channels[:2])) / run.batch
     return {
         "encode": max(4.0 * (values + upcast), _vae_bytes(networks.vae, run, run.images, ENCODED_PIXEL * channels[0])),
-        "denoise": token * run.rows * tokens * config.hidden_size + scores,
+        "denoise": token * max(len(rows) for rows, *_ in run.passes) * tokens * config.hidden_size + scores,
         "decode": _vae_bytes(networks.vae, run, run.batch, fine),
     }
 

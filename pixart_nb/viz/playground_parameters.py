@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS, check_config
+from pixart_nb.config.keys import CONTROL_KEYS
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
@@ -19,7 +20,7 @@ SWEPT = {"guidance": float, "steps": int, "seed": int, "scheduler": str}
 LCM_LORA = "lcm"
 FEW_STEPS = {"scheduler": "lcm", "steps": 4, "guidance": 1.0, "negative_prompt": "", "count": 1}
 #: Parameters of a ControlNet, which have the names of their keys in a configuration.
-CONTROL = ("controlnet", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+CONTROL = ("controlnet", *CONTROL_KEYS)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Parameters:
     controlnet_conditioning_scale: float = 1.0
     control_guidance_start: float = 0.0
     control_guidance_end: float = 1.0
+    guess_mode: bool = False
 
     def check(self) -> None:
         """Refuse parameters that the pipeline would not refuse."""
@@ -153,7 +155,8 @@ class Parameters:
         images = f", {self.count} images" if self.count > 1 else ""
         share = f", from {self.control_guidance_start:g} to {self.control_guidance_end:g} of the steps"
         share = share if (self.control_guidance_start, self.control_guidance_end) != (0, 1) else ""
-        control = f" · control {self.controlnet_conditioning_scale:g}{share}" if self.control_image else ""
+        guess = ", guess mode" if self.guess_mode else ""
+        control = f" · control {self.controlnet_conditioning_scale:g}{guess}{share}" if self.control_image else ""
         return (
             f"{self.prompt}{without} · {self.width} x {self.height} · {self.scheduler}, {self.steps} steps · "
             f"guidance {self.guidance:g} · seed {self.seed}{images}{image}{control}{adapters}"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pixart_nb.config.keys import CONTROL_KEYS
 from pixart_nb.core.data.images import ImageError, load_image
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import to_uint8, write_new_image
@@ -102,8 +103,7 @@ class ControlNets:
             )
         controlled = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=net)
         controlled.max_sequence_length = pipe.max_sequence_length
-        shares = parameters.control_guidance_start, parameters.control_guidance_end
-        controlled.set_control(image, parameters.controlnet_conditioning_scale, *shares)
+        controlled.set_control(image, *(getattr(parameters, name) for name in CONTROL_KEYS))
         return controlled
 
     def _loaded(self, path: Path, pipe: Any) -> Any:

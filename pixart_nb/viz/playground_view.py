@@ -40,6 +40,7 @@ def make_controls(
         ),
         "control_guidance_start": widgets.FloatSlider(min=0, max=0.95, step=0.05),
         "control_guidance_end": widgets.FloatSlider(min=0.05, max=1, step=0.05),
+        "guess_mode": widgets.Checkbox(indent=True),
     }
     for name, (description, tooltip) in _NAMES.items():
         control = made[name]
@@ -63,6 +64,7 @@ _NAMES = {
     "controlnet_conditioning_scale": ("Scale", "How strongly the image follows the condition"),
     "control_guidance_start": ("Start", "Share of the steps from which the ControlNet acts"),
     "control_guidance_end": ("End", "Share of the steps up to which the ControlNet acts"),
+    "guess_mode": ("Guess mode", "Guidance strengthens the condition as it does the prompt"),
 }
 
 

@@ -116,6 +116,10 @@ def test_macs_with_a_controlnet_are_those_that_are_computed(copies, compressed, 
     run = RunSettings(64, 96, steps=2, caption_tokens=7, negative_tokens=7, controlled_steps=1, images=1)
     plan = plan_run(replace(SMALL, transformer=config), run)
     assert plan.stages[1].macs == first - later[0] + sum(sum(macs.values()) for macs in planned)
+    guessed = plan_run(plan.networks, replace(run, guess_mode=True))
+    assert guessed.step_macs["controlnet"] == plan.step_macs["controlnet"] / 2
+    assert guessed.step_macs["mlp"] == plan.step_macs["mlp"]
+    assert guessed.stages[1].activations < plan.stages[1].activations
     assert plan.networks.parameters()["controlnet"] == sum(p.size for p in net.net.controlnet.get_parameters())
     without_image = plan_run(plan.networks, replace(run, images=0)).stages[0].macs
     assert plan.stages[0].macs - without_image == encode_image_macs(SMALL.vae, 64, 96)

@@ -183,7 +183,7 @@ def controlnet(pipe, tmp_path):
 
 
 def test_the_edges_of_a_result_are_followed_by_the_next_one(pipe, tmp_path, controlnet):
-    view = playground(pipe, tmp_path, controlnet_conditioning_scale=0.75, control_guidance_end=0.6)
+    view = playground(pipe, tmp_path, controlnet_conditioning_scale=0.75, control_guidance_end=0.6, guess_mode=True)
 
     async def run():
         first = (await view.sample()).images
@@ -196,11 +196,12 @@ def test_the_edges_of_a_result_are_followed_by_the_next_one(pipe, tmp_path, cont
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(view.parameters.control_image))), condition)
     net = load_controlnet(controlnet, base_model=pipe.transformer)
     call = {"image": condition, "controlnet_conditioning_scale": 0.75, "control_guidance_end": 0.6}
+    call |= {"guess_mode": True}
     controlled = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=net)
     expected = controlled("a red cat", **CALL, **call, generator=np.random.default_rng((7, 0)), output_type="np")[0]
     assert np.array_equal(images, (expected * 255).round().astype(np.uint8))
     assert not np.array_equal(images[0], first)
-    assert "control 0.75, from 0 to 0.6 of the steps" in view.view.caption.value
+    assert "control 0.75, guess mode, from 0 to 0.6 of the steps" in view.view.caption.value
     view.view.control.remove.click()
     view.controls["controlnet"].value = ""
     assert np.array_equal(drawn(view)[0], first)

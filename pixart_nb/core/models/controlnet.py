@@ -122,13 +122,15 @@ class PixArtControlNet(nn.Cell):
 class Controlled:
     """A ControlNet with the condition of one run: latents ``control`` (N, C, H, W), and its scale in each step.
 
-    ``timesteps`` (S,) fall, and ``scales`` (S,) hold from each of them to the next.
+    ``timesteps`` (S,) fall, and ``scales`` (S,) hold from each of them to the next. With ``guess_mode``, predictions
+    without the prompt are those of the base model.
     """
 
     net: PixArtControlNet
     control: ms.Tensor
     timesteps: np.ndarray
     scales: np.ndarray
+    guess_mode: bool = False
 
     def scale_at(self, timestep: float) -> float:
         """Return the scale of the step that ``timestep`` belongs to."""

@@ -41,18 +41,29 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         controlnet_conditioning_scale: float = 1.0,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
+        guess_mode: bool = False,
         **call: Any,
     ) -> PipelineOutput:
         """Draw images that follow ``image``, one for all or one for each prompt; returns the tuple ``(images,)``.
 
         ``image`` is what the ControlNet was trained on, such as edges. ``controlnet_conditioning_scale`` multiplies
         what the ControlNet adds, from the share ``control_guidance_start`` of the steps to the share
-        ``control_guidance_end``. Other arguments are those of ``PixArtSigmaPipeline``.
+        ``control_guidance_end``. With ``guess_mode``, it acts on the prediction with the prompt alone, so that guidance
+        strengthens the condition as it does the prompt; all copied blocks have the same scale. Other arguments are
+        those of ``PixArtSigmaPipeline``.
         """
-        self.set_control(image, controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
+        shares = control_guidance_start, control_guidance_end
+        self.set_control(image, controlnet_conditioning_scale, *shares, guess_mode)
         return super().__call__(prompt, **call)
 
-    def set_control(self, image: ImageInput | None, scale: float = 1.0, start: float = 0.0, end: float = 1.0) -> None:
+    def set_control(
+        self,
+        image: ImageInput | None,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        guess_mode: bool = False,
+    ) -> None:
         """Set the condition of the next runs, also those of ``sample``: the arguments of ``__call__`` in its order."""
         check_number("control_guidance_start", start)
         check_number("control_guidance_end", end)
@@ -62,17 +73,17 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         if self.controlnet is None or self.vae is None:
             missing = "ControlNet" if self.controlnet is None else "VAE"
             raise PixArtNBError(f"this pipeline has no {missing}, which the condition image needs")
-        self._control = image_array(image), scale, start, end
+        self._control = image_array(image), scale, start, end, guess_mode
 
     def _network(self, schedule: StepSchedule, rows: int, height: int, width: int) -> Controlled:
         if self._control is None:
             raise PixArtNBError("set the condition, by image or by set_control, before steps are sampled")
-        pixels, scale, start, end = self._control
+        pixels, scale, start, end, guess_mode = self._control
         if len(pixels) > rows or rows % len(pixels):
             raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")
         control = repeated(encode_image(self.vae, resized(pixels, height, width)), rows)
         active = active_steps(len(schedule), start, end)
-        return Controlled(self.controlnet, ms.Tensor(control), schedule.timesteps, scale * active)
+        return Controlled(self.controlnet, ms.Tensor(control), schedule.timesteps, scale * active, guess_mode)
 
     def _perturbation(self, scale: float, adaptive: float) -> None:
         if scale:

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pixart_nb.config import NEEDS, ConfigError, InferenceConfig, bundled_path, check_config
-from pixart_nb.config.keys import ROOTS, split_weight
+from pixart_nb.config.keys import CONTROL_KEYS, ROOTS, split_weight
 from pixart_nb.core import backend
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, component_paths
@@ -45,7 +45,7 @@ BUNDLED_MODELS = ("data/tiny-sigma", "data/tiny-sigma-1k")
 _SHAPING = """prompt negative_prompt image_height image_width use_resolution_binning seed first_image nrows ncols
     imagegrid sampling_method sampling_steps guidance_scale pag_scale pag_adaptive_scale
     pag_applied_layers dtype t5_max_length t5_load tile_size strength sample_size
-    control_edges controlnet_conditioning_scale control_guidance_start control_guidance_end
+    control_edges controlnet_conditioning_scale control_guidance_start control_guidance_end guess_mode
     sd_scale_factor kv_compress kv_compress_sampling kv_compress_scale_factor kv_compress_layer"""
 #: Keys that ``like`` takes from an image: what shapes it.
 SHAPING_KEYS = tuple(_SHAPING.split())
@@ -237,7 +237,6 @@ def control_options(config: InferenceConfig) -> dict[str, Any]:
     """Return the arguments of a ControlNet, if there is one."""
     if not config.controlnet:
         return {}
-    names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
     image = _opened(config.control_image, "RGB")
     if config.control_edges:
         from pixart_nb.core.checkpoints.controlnet import edge_options
@@ -246,7 +245,7 @@ def control_options(config: InferenceConfig) -> dict[str, Any]:
 
         pixels = fit(np.asarray(image), config.image_height, config.image_width)
         image = edges(pixels, edge_options(config.controlnet))
-    return {"image": image} | {name: getattr(config, name) for name in names}
+    return {"image": image} | {name: getattr(config, name) for name in CONTROL_KEYS}
 
 
 def pag_options(config: InferenceConfig) -> dict[str, float]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from mindspore import mint
 
 from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
@@ -32,7 +33,8 @@ def guided_model(
     Classifier-free guidance (Ho and Salimans 2022): both halves of the batch go through one forward pass. The noise is
     ``unconditional + guidance_scale * (conditional - unconditional)``, the raw variance that of the conditional rows.
     Everything that all steps share is computed here, once. ``guidance_rescale`` is phi of Lin et al. 2023, section 3.4.
-    ``perturbation`` adds perturbed-attention guidance.
+    ``perturbation`` adds perturbed-attention guidance. In the guess mode of a ControlNet (``Controlled``), the halves
+    are predicted one after the other.
     """
     guided, channels = condition.negative_embeds is not None, net.config.in_channels
     if net.hook_manager is not None:
@@ -59,6 +61,14 @@ def guided_model(
         *parts, variance = split(out, timestep)
         return Prediction(guide(*parts), variance)
 
+    if guided and getattr(net, "guess_mode", False):
+        if net.hook_manager is not None:
+            raise PixArtNBError("traces and hooks read both halves of a batch together; switch guess_mode off for them")
+        halves = (
+            denoiser(net.net.base_model, condition.negative_embeds, condition.negative_mask, ms.Tensor),
+            denoiser(net, condition.prompt_embeds, condition.prompt_attention_mask, ms.Tensor),
+        )
+        return lambda latents, timestep: finish(mint.cat([half(latents, timestep) for half in halves]), timestep)
     if perturbation is None:
         return denoiser(net, caption, mask, batch, finish)
     first = denoiser(net, caption, mask, batch, split)

@@ -181,6 +181,7 @@ def run_settings(config: InferenceConfig, networks: Networks) -> RunSettings:
         negative_tokens=_tokens(max(negative, key=len), config),
         perturbed=perturbed_layers(networks.transformer.depth, layers),
         controlled_steps=int(controlled.sum()),
+        guess_mode=config.guess_mode,
         images=int(bool(config.controlnet or config.image)),
     )
 

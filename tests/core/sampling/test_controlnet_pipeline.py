@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from pixart_nb import PixArtControlNet, PixArtSigmaControlNetPipeline, PixArtSigmaPipeline, load_transformer
 from pixart_nb.config import ConfigError, check_config, read_yaml
+from pixart_nb.core import trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.generate import like, sample
@@ -71,6 +72,30 @@ def test_control_acts_between_its_start_and_its_end(base, pipe, scheduler):
     assert [relative_error(a, b) < 1e-5 for a, b in zip(whole, early, strict=True)] == [True, True, False, False]
 
 
+def test_in_guess_mode_the_condition_acts_on_the_prediction_with_the_prompt_alone(base, pipe):
+    def first_step(model, guidance, **call):
+        """The latents after one Euler step, which is linear in the guided noise."""
+        model.scheduler = "euler"
+        call |= {"num_inference_steps": 1, "guidance_scale": guidance}
+        out = latents(model, **call)
+        model.scheduler = "dpm++"
+        return out
+
+    without, controlled = first_step(base, 1.0), first_step(pipe, 1.0, image=EDGES)
+    negative = 2 * without - first_step(base, 2.0)  # guidance 0
+    guessed = first_step(pipe, 3.0, image=EDGES, guess_mode=True)
+    assert relative_error(guessed, negative + 3 * (controlled - negative)) < 1e-4
+    assert relative_error(guessed, first_step(pipe, 3.0, image=EDGES)) > 1e-3
+    assert relative_error(latents(pipe, EDGES, 0.0, guess_mode=True), latents(base)) < 1e-5
+    one = {"image": EDGES, "guidance_scale": 1.0}
+    assert np.array_equal(latents(pipe, guess_mode=True, **one), latents(pipe, **one))
+
+
+def test_a_trace_in_guess_mode_is_refused(pipe):
+    with trace(pipe), pytest.raises(PixArtNBError, match="switch guess_mode off"):
+        latents(pipe, EDGES, guess_mode=True)
+
+
 def test_conditions_are_given_once_or_for_every_image(pipe):
     many = latents(pipe, np.stack([EDGES, 255 - EDGES]), num_images_per_prompt=2)
     assert many.shape[0] == 2
@@ -127,6 +152,7 @@ def test_a_configuration_draws_with_a_controlnet_file_and_an_image_file(tmp_path
     ("changes", "message"),
     [
         ({"controlnet": "x.pth"}, "expected controlnet and control_image together"),
+        ({"guess_mode": True}, "guess_mode is True, which changes nothing without controlnet"),
         ({"control_edges": True}, "control_edges is on, so expected controlnet and control_image"),
         ({"controlnet": "x.pth", "control_image": "x.png", "pag_scale": 3.0}, "goes neither with image nor with"),
         ({"control_guidance_start": 0.5, "control_guidance_end": 0.5}, "control_guidance_start must be below"),
