@@ -16,7 +16,7 @@ FIGURES = [
     "strength_curve.png",
     "strengths.png",
 ]
-SETTINGS = ["scale 0", "scale 0.5", "scale 1", "scale 1.5", "first half", "second half"]
+SETTINGS = ["scale 0", "scale 0.5", "scale 1", "scale 1.5", "first half", "second half", "guess mode"]
 
 
 @pytest.mark.notebook
