@@ -11,13 +11,15 @@ from rich.console import Console
 from pixart_nb.cli.options import config_options, start
 from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
 from pixart_nb.config import InferenceConfig, check_config, read_yaml
+from pixart_nb.core.errors import PixArtNBError
 
 #: Values for keys that the configuration file does not have, and the output folder, which replaces that of the file.
 DEFAULTS = {"batch_size": 24, "use_resolution_binning": False}
 OWN = {"output_path": "outputs/evaluation"}
 KEYS = (
     "model", "lora", "checkpoint", "vae_root", "text_encoder_root", "tokenizer_root", "image_height", "image_width",
-    "sampling_method", "sampling_steps", "guidance_scale", "seed", "batch_size", "dtype", "output_path",
+    "negative_prompt", "sampling_method", "sampling_steps", "guidance_scale", "pag_scale", "pag_adaptive_scale",
+    "pag_applied_layers", "seed", "batch_size", "dtype", "output_path",
 )  # fmt: skip
 
 
@@ -42,6 +44,7 @@ def evaluate(
     """
     from pixart_nb.core.models.low_precision import inference_dtype_name
     from pixart_nb.core.sampling import generate
+    from pixart_nb.core.sampling.text import per_prompt
     from pixart_nb.pixelart.captions import short_caption
     from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
 
@@ -53,6 +56,9 @@ def evaluate(
     computed = inference_dtype_name(chosen.dtype)
     settings |= {"computed_dtype": computed} if computed != chosen.dtype else {}
     settings |= {"lora": chosen.lora} if chosen.lora else {}
+    negative, *others = dict.fromkeys(per_prompt(chosen.negative_prompt, len(scenes)))
+    if others:
+        raise PixArtNBError(f"negative_prompt has {1 + len(others)} texts; expected one for all scenes")
     report, path = evaluate_and_write(
         generate.load_pipeline(chosen),
         scenes,
@@ -65,6 +71,8 @@ def evaluate(
         seed=chosen.seed,
         height=chosen.image_height,
         width=chosen.image_width,
+        negative_prompt=negative,
+        **generate.pag_options(chosen),
     )
     Console().print(score_table(report))
     typer.echo(f"{score_summary(report)}\n{path}")

@@ -67,6 +67,8 @@ def evaluator_of(scenes: Sequence[Scene]) -> SceneEvaluator:
 
 def requested_scenes(count: int, things: int = 1, labels: str | os.PathLike[str] | None = None) -> list[Scene]:
     """Return ``count`` held-out scenes of one or two things, or those of the first captions of a label file."""
+    if labels and things != 1:
+        raise PixArtNBError(f"things is {things}, which is of held-out scenes; the captions of {labels} name their own")
     return named_scenes(read_prompts(labels)[:count]) if labels else held_out_scenes(count, things)
 
 
@@ -141,6 +143,7 @@ def evaluate_model(
     width: int = 256,
     negative_prompt: str = "",
     read: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """Draw scenes from their short captions and read them back.
 
@@ -153,6 +156,7 @@ def evaluate_model(
         height, width: pixels.
         negative_prompt: one for all images.
         read: False leaves the shares and ratios empty, for a model that does not draw scenes.
+        options: further arguments of the pipeline, such as ``pag_scale``.
 
     Returns:
         ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all`` (see
@@ -163,7 +167,7 @@ def evaluate_model(
     started = time.perf_counter()
     size = {"height": height, "width": width}
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
-    call |= {"negative_prompt": negative_prompt} if negative_prompt else {}
+    call |= options | ({"negative_prompt": negative_prompt} if negative_prompt else {})
     images = draw_prompts(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, **call)
     seconds = (time.perf_counter() - started) / len(scenes)
     result = {"count": len(scenes), "accuracy": {}, "object_accuracy": {}, "texture_ratios": {}}

@@ -90,6 +90,8 @@ def test_help_loads_no_mindspore():
         (["sample", "-c", CONFIG, "--prompt", ""], "prompt.0: given '' (str)"),
         (["sample", "-c", CONFIG, "--model", "/no/such/model"], "/no/such/model"),
         (["evaluate", "--count", "241"], "241 scenes of one thing; expected 1 to 240"),
+        (["evaluate", "--things", "2", "--labels", "labels.json"], "things is 2, which is of held-out scenes"),
+        (["evaluate", "--count", "2", "--negative_prompt", "a", "b"], "negative_prompt has 2 texts; expected one"),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_exit_code_2(run, words, message):
@@ -243,6 +245,15 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     run("evaluate", *words, "--seed", 2)
     assert json.loads((tmp_path / "evaluation-2.json").read_text())["seed"] == 1
     assert json.loads((tmp_path / "evaluation-3.json").read_text())["seed"] == 2
+
+
+def test_evaluate_takes_the_negative_prompt_and_pag_of_its_configuration(run, painter, tmp_path):
+    words = ["--count", 2, "--sampling_steps", 1, "--negative_prompt", "blurry", "--pag_scale", 2, "-o", tmp_path]
+    assert run("evaluate", *words).exit_code == 0
+    (call,) = painter.calls
+    assert (call["negative_prompt"], call["pag_scale"]) == ("blurry", 2)
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (report["negative_prompt"], report["pag_scale"]) == ("blurry", 2)
 
 
 def test_an_evaluation_that_cannot_be_saved_is_printed_and_saved_elsewhere(run, painter, tmp_path, monkeypatch):
