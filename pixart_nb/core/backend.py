@@ -7,6 +7,7 @@ set up before the first operator runs.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import re
 import sys
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def pin_threads() -> None:
     cores = sorted(os.sched_getaffinity(0))
     threads = _pool_threads(len(cores))
     if len(threads) >= len(cores):
-        for thread, core in zip(threads, cycle(cores), strict=False):
+        for thread, core in zip(threads, itertools.cycle(cores), strict=False):
             with suppress(OSError):  # a system that does not allow it
                 os.sched_setaffinity(thread, {core})
 
@@ -135,12 +135,13 @@ def _helpers() -> ThreadPoolExecutor:
     Beside threads of MindSpore that wait by spinning, two threads would often share a core. The calling one is free:
     when other processes keep a core busy, it computes more of the parts on another.
     """
-    cores = iter(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ())
+    switched_off = os.environ.get("PIXART_NB_PIN_THREADS") == "0" or not hasattr(os, "sched_setaffinity")
+    cores = iter(() if switched_off else sorted(os.sched_getaffinity(0)))
 
     def pin() -> None:
-        if os.environ.get("PIXART_NB_PIN_THREADS") != "0":
-            with suppress(OSError, StopIteration):  # a system that does not allow it
-                os.sched_setaffinity(threading.get_native_id(), {next(cores)})
+        for core in itertools.islice(cores, 1):
+            with suppress(OSError):  # a system that does not allow it
+                os.sched_setaffinity(threading.get_native_id(), {core})
 
     return ThreadPoolExecutor(max(1, thread_count() - 1), thread_name_prefix="numpy", initializer=pin)
 
