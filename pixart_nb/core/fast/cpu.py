@@ -74,31 +74,33 @@ class CPUDenoiser:
         x = self._embed(latents)
         t = self._embed_timestep(timestep, net.micro_conditions(latents))
         t0 = to_numpy(net.t_block[1](silu(t))).reshape(6, -1)
-        strength, state = self.model.scale_at(timestep) if self.copies else 0.0, None
-        for number in range(len(net.blocks)):
-            if strength and 0 < number <= len(self.copies):
-                state = self._control_state(x) if state is None else state
-                self._add_block(len(net.blocks) + number - 1, state, t0, batch, grid)
-                for part, _ in plan.micro_batches:
-                    add_gated(x[part], np.float32(strength), plan.after_proj[number - 1](state[part]))
-            self._add_block(number, x, t0, batch, grid)
+        strength, state = self.model.scale_at(timestep) if self.copies else 0.0, x
+        for number in self._order(bool(strength)):
+            copy, block = number - len(net.blocks), plan.blocks[number]
+            if copy == 0:
+                state = self._control_state(x)
+            target = x if copy < 0 else state
+            shift, scale, gate, *mlp = block.modulation + t0
+            attended = self._attention(number, self._qkv(number, target, shift, scale), batch, *grid)
+            for part, _ in plan.micro_batches:
+                add_gated(target[part], gate, block.proj(attended[part]))
+            del attended
+            self._add_cross_attention(number, target)
+            shift, scale, gate = mlp
+            for part, _ in plan.micro_batches:
+                add_gated(target[part], gate, block.mlp(modulate(target[part], block.eps, shift, scale)))
+                if copy >= 0:
+                    add_gated(x[part], np.float32(strength), plan.after_proj[copy](state[part]))
         shift, scale = to_numpy(net.final_layer.scale_shift_table + t)
         out = on_arrays(net.final_layer.linear)(modulate(x, net.final_layer.pre_norm.eps, shift, scale))
         out = net.unpatchify(ms.Tensor.from_numpy(out).reshape(batch, plan.tokens, -1), *grid)
         return self.finish(out, timestep)
 
-    def _add_block(self, number: int, x: np.ndarray, t0: np.ndarray, batch: int, grid: tuple[int, int]) -> None:
-        """Compute a block in the memory of x (B N, D)."""
-        plan, block = self.plan, self.plan.blocks[number]
-        shift, scale, gate, *mlp = block.modulation + t0
-        attended = self._attention(number, self._qkv(number, x, shift, scale), batch, *grid)
-        for part, _ in plan.micro_batches:
-            add_gated(x[part], gate, block.proj(attended[part]))
-        del attended
-        self._add_cross_attention(number, x)
-        shift, scale, gate = mlp
-        for part, _ in plan.micro_batches:
-            add_gated(x[part], gate, block.mlp(modulate(x[part], block.eps, shift, scale)))
+    def _order(self, control: bool) -> list[int]:
+        """Return the numbers of the blocks in their order: with ``control``, that of copy i is depth + i."""
+        depth, copies = len(self.net.blocks), len(self.copies) if control else 0
+        pairs = [[number, depth + number] for number in range(copies)]
+        return [*itertools.chain.from_iterable(pairs), *range(copies, depth)]
 
     def _control_state(self, x: np.ndarray) -> np.ndarray:
         """Return what the first copied block of a ControlNet reads: x and the projected condition, (B N, D)."""

@@ -71,8 +71,8 @@ class ControlObjective(Objective):
     def __init__(self, config: TrainConfig, net: PixArt):
         super().__init__(config, net)
         if config.controlnet:
-            wanted = replace(net.config, copy_blocks_num=config.copy_blocks_num)
-            self.network = load_controlnet(config.controlnet, wanted, base_model=net)
+            architecture = replace(net.config, copy_blocks_num=config.copy_blocks_num)
+            self.network = load_controlnet(config.controlnet, architecture, base_model=net)
         else:
             self.network = PixArtControlNet.from_transformer(net, config.copy_blocks_num)
         self.frozen = (net,)
