@@ -38,7 +38,7 @@ QUANTIZED = {"int8": 1.0, "4bit": 0.5625}
 TOKEN, PIXEL, CELL, SCORE = 9.5, 6.5, 8.0, 2.0
 #: The same per channel of a token where ``fast.cpu`` computes, by the dtype of its products.
 CPU_TOKEN = {"fp32": 7.0, "fp16": 5.3, "bf16": 5.3}
-#: The same per channel of a token that a ControlNet adds, and of a pixel in the fine part of the encoder.
+#: Values that a ControlNet adds per channel of a token, and those per channel of a pixel in the encoder's fine part.
 CONTROL_TOKEN, ENCODED_PIXEL = 2.0, 8.0
 #: Bytes of Python and MindSpore while a network computes, and before anything is computed.
 PROCESS, IDLE = 0.22e9, 0.165e9

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mindspore import mint
 
 from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.fast import denoiser
+from pixart_nb.core.fast import Denoiser, denoiser
 from pixart_nb.core.models.attention import IdentityAttention
 from pixart_nb.core.models.operators import check_finite
 from pixart_nb.core.models.transformer import PixArt
@@ -62,13 +63,8 @@ def guided_model(
         return Prediction(guide(*parts), variance)
 
     if guided and getattr(net, "guess_mode", False):
-        if net.hook_manager is not None:
-            raise PixArtNBError("traces and hooks read both halves of a batch together; switch guess_mode off for them")
-        halves = (
-            denoiser(net.net.base_model, condition.negative_embeds, condition.negative_mask, ms.Tensor),
-            denoiser(net, condition.prompt_embeds, condition.prompt_attention_mask, ms.Tensor),
-        )
-        return lambda latents, timestep: finish(mint.cat([half(latents, timestep) for half in halves]), timestep)
+        half_by_half = _guess_mode_denoiser(net, condition)
+        return lambda latents, timestep: finish(half_by_half(latents, timestep), timestep)
     if perturbation is None:
         return denoiser(net, caption, mask, batch, finish)
     first = denoiser(net, caption, mask, batch, split)
@@ -84,6 +80,20 @@ def guided_model(
         return Prediction(guide(unconditional, conditional) + scale * (conditional - perturbed), variance)
 
     return predict
+
+
+def _guess_mode_denoiser(net: Any, condition: Conditioning) -> Denoiser:
+    """Return the denoiser of a ``Controlled`` in guess mode: rows without a prompt by its base model, then the others.
+
+    Raises an error if the transformer has hooks, which expect both halves in one batch.
+    """
+    if net.hook_manager is not None:
+        raise PixArtNBError("traces and hooks read both halves of a batch together; switch guess_mode off for them")
+    halves = (
+        denoiser(net.net.base_model, condition.negative_embeds, condition.negative_mask, ms.Tensor),
+        denoiser(net, condition.prompt_embeds, condition.prompt_attention_mask, ms.Tensor),
+    )
+    return lambda latents, timestep: mint.cat([half(latents, timestep) for half in halves])
 
 
 def _rescaled(noise: np.ndarray, conditional: np.ndarray, share: float) -> np.ndarray:
