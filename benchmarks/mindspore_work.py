@@ -21,7 +21,7 @@ from pixart_nb.core.fast import denoiser
 from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.fast.recompute import recompute_activations
 from pixart_nb.core.io import save_tensors, write_json
-from pixart_nb.core.models.low_precision import for_inference
+from pixart_nb.core.models.low_precision import for_inference, use_blocks
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
@@ -71,6 +71,7 @@ def text_encoder(shapes: Shapes) -> T5Encoder:
     """Build T5 with random weights."""
     net = for_inference(T5Encoder(text_config(shapes)), dtype_from_name(shapes.dtype))
     net.initialize(np.random.default_rng(0))
+    use_blocks(net)
     return net.set_train(False)
 
 

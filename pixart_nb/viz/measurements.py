@@ -17,6 +17,7 @@ SECONDS = ("20 steps", "seconds")
 NAMES = {
     "mindspore": "PixArt-NB, MindSpore", "recompute": "PixArt-NB, gradient checkpointing",
     "diffusers": "diffusers, PyTorch", "compiled": "diffusers, torch.compile",
+    "trimmed": "diffusers, prompts without padding",
 }  # fmt: skip
 #: Published steps/s on one and training images/s on four Ascend 910* (mindone, MindSpore 2.3), by size in pixels.
 PUBLISHED = {256: (18.04, 88.1), 512: (15.95, 33.5), 1024: (4.96, 6.8), 2048: (0.57, 0.5)}
@@ -117,7 +118,7 @@ def benchmark_figure(rows: Sequence[Any]) -> Figure:
         heights = [line + step * (number - (len(names) - 1) / 2) for line, _ in own]
         widths = [values[system] / (max(values.values()) if len(names) > 1 else 1) for _, values in own]
         label = " ".join([NAMES[system.split()[0]], *system.split()[1:]])
-        bars = axes.barh(heights, widths, 0.94 * step, color=COLOURS[number], label=label)
+        bars = axes.barh(heights, widths, 0.94 * step, color=COLOURS[number % len(COLOURS)], label=label)
         texts = [f"{in_words(float(values[system]))} s" for _, values in own]
         axes.bar_label(bars, texts, fontsize=SMALL, padding=3)
     for line, values in enumerate(lines.values()):

@@ -87,6 +87,8 @@ def test_diffusers_encodes_prompts_with_padding_and_without(monkeypatch):
     runs.run("encode", SMALL, 1, ["diffusers", "compiled"], ["fp32", "bf16"])
     assert [name for name, shapes in seen.items() if shapes.trimmed] == ["trimmed fp32", "trimmed bf16"]
     assert {name.split()[0] for name in seen} == {"mindspore", "diffusers", "compiled", "trimmed"}
+    (axes,) = benchmark_figure([replace(ROW, system=name) for name in seen]).axes
+    assert len(axes.patches) == len(seen) == 8
 
 
 def test_streamed_text_encoder_gives_the_embeddings_of_the_whole_one(tmp_path):

@@ -16,7 +16,11 @@ from pixart_nb.core.onednn import (
     bfloat16_linear,
     gelu,
     gelu_gradient,
+    has_blocks,
+    in_blocks,
     layer_norm,
+    linear,
+    out_of_blocks,
     rounded_bits,
     softmax,
     softmax_gradient,
@@ -140,6 +144,33 @@ def test_linear_layers_of_bfloat16(with_gelu, dtype):
     exact = exact_gelu(exact) if with_gelu else exact
     got = out if dtype == np.float32 else (out.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_allclose(got, exact, atol=1e-4, rtol=1e-5 if dtype == np.float32 else 2**-8)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 20, 300, 700])
+def test_a_weight_in_blocks_gives_the_same_product(count, biased):
+    x, weight = rows(count, 192), rounded_bits(rows(640, 192, 1))
+    bias = rows(1, 640, 2)[0] if biased else None
+    blocks = in_blocks(weight)
+    assert (blocks.shape, blocks.dtype) == ((10, 192, 64), np.uint16)
+    assert not np.array_equal(blocks.reshape(weight.shape), weight)
+    np.testing.assert_allclose(linear(x, blocks, bias), linear(x, weight, bias), atol=2e-4)
+
+
+@needs_bfloat16
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_a_weight_comes_out_of_blocks_bit_for_bit(outputs, inputs, seed):
+    weight = np.random.default_rng(seed).integers(0, 2**16, (64 * outputs, 64 * inputs)).astype(np.uint16)
+    assert has_blocks(weight.shape)
+    assert np.array_equal(out_of_blocks(in_blocks(weight)), weight)
+
+
+def test_a_weight_without_whole_blocks_or_without_onednn_stays_as_it_is(monkeypatch):
+    assert not has_blocks((65, 64))
+    assert not has_blocks((64, 65))
+    monkeypatch.setattr(onednn, "primitives", lambda: None)
+    assert not has_blocks((64, 64))
 
 
 def test_threads_compute_at_the_same_time_without_disturbing_each_other(way):

@@ -19,7 +19,7 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
 from pixart_nb.core.errors import PixArtNBError, did_you_mean
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_tensors, write_json
-from pixart_nb.core.models.low_precision import QuantizedLinear
+from pixart_nb.core.models.low_precision import BFloat16Linear, QuantizedLinear
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL
@@ -190,7 +190,11 @@ class T5EncoderModel:
 
 
 def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
-    return {name: p.asnumpy().astype(dtype) for name, p in net.parameters_and_names()}
+    cells = {f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, BFloat16Linear)}
+    return {
+        name: (cells[name].plain_weight() if name in cells else p.asnumpy()).astype(dtype)
+        for name, p in net.parameters_and_names()
+    }
 
 
 def weights_path(folder: Path, name: str = "transformer") -> Path:

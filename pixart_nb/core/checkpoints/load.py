@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +23,16 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.errors import counted, named_source
 from pixart_nb.core.io import CheckpointError, read_json
 from pixart_nb.core.models.layers import Linear
-from pixart_nb.core.models.low_precision import Int8Linear, NF4Linear, QuantizedLinear, for_inference, inference_dtype
+from pixart_nb.core.models.low_precision import (
+    Int8Linear,
+    NF4Linear,
+    QuantizedLinear,
+    for_inference,
+    inference_dtype,
+    use_blocks,
+)
 from pixart_nb.core.models.operators import check_finite
-from pixart_nb.core.models.t5 import T5Config, T5Encoder
+from pixart_nb.core.models.t5 import T5Block, T5Config, T5Encoder
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 
@@ -247,13 +254,14 @@ def load_t5(path: Path, dtype: ms.Type, load_in_8bit: bool = False, load_in_4bit
         files.fill(net, prefix, prefix)
     for layer in range(files.config.num_layers):
         files.fill_layer(net, layer, layer)
+        use_blocks(net.encoder.block[layer])
     return net.set_train(False)
 
 
 class StreamedT5Encoder:
     """T5 encoder that keeps one layer: each is read from its file, computed, and replaced by the next.
 
-    It is called as ``T5Encoder`` is and returns the same values.
+    It is called as ``T5Encoder`` is and returns the same values, in bfloat16 up to the order of sums.
     """
 
     def __init__(self, path: Path, dtype: ms.Type, **options):
@@ -266,15 +274,15 @@ class StreamedT5Encoder:
     def __call__(self, input_ids, mask) -> ms.Tensor:
         """Encode. input_ids (N, T) integers, mask (N, T) bool, True = token -> (N, T, d_model)."""
         ids, seen = self.net.validated(input_ids, mask)
-        x, bias, seen = self._embedded(ids), None, ms.Tensor(seen)
-        for layer in tqdm(range(self.config.num_layers), desc="T5 layers", leave=False):
-            self.files.fill_layer(self.net, layer, 0)
-            if bias is None:  # the first layer's table serves all
-                bias = self.net.position_bias(self.net.buckets(ids.shape[1]))
-            x = self.net.encoder.block[0](x, seen, bias)
-        out = self.net.encoder.final_layer_norm(x).astype(backend.supported_dtype(self.dtype))
+        out = self.net.encode(self._embedded(ids), seen, self._layers())
         check_finite(out, "the text encoder")
         return out
+
+    def _layers(self) -> Iterator[T5Block]:
+        """Yield the layers one after the other, in the memory of one."""
+        for layer in tqdm(range(self.config.num_layers), desc="T5 layers", leave=False):
+            self.files.fill_layer(self.net, layer, 0)
+            yield self.net.encoder.block[0]
 
     def _embedded(self, ids: np.ndarray) -> ms.Tensor:
         """Return the rows of the embedding table for these tokens, (N, T, d_model) float32; no others are kept."""

@@ -17,9 +17,9 @@ from mindspore import ops
 from pixart_nb.core import backend, onednn
 from pixart_nb.core.backend import ms, to_numpy
 from pixart_nb.core.models.attention import MASKED_SCORE
-from pixart_nb.core.models.layers import MLP, GroupNorm, Linear
-from pixart_nb.core.models.low_precision import BFloat16Linear
-from pixart_nb.core.onednn import linear, multiply, rounded_bits, softmax, softmax_gradient
+from pixart_nb.core.models.layers import MLP, GroupNorm
+from pixart_nb.core.models.low_precision import BFloat16Linear, on_arrays
+from pixart_nb.core.onednn import multiply, rounded_bits, softmax, softmax_gradient
 
 #: Elements whose squares are summed in float32 at a time; the sums of these parts are added in float64.
 PART = 2**15
@@ -86,16 +86,6 @@ def add_gated(x: np.ndarray, gate: np.ndarray | None, change: np.ndarray) -> Non
         x[rows] += change[rows]
 
     by_rows(work, len(x))
-
-
-def on_arrays(layer: Linear) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a linear layer as a function of arrays, (M, in) float32 -> (M, out) float32."""
-    bias = None if layer.bias is None else to_numpy(layer.bias)
-    if type(layer) is BFloat16Linear:
-        return partial(linear, weight=layer.bits, bias=bias)
-    if type(layer) is Linear and layer.dtype == ms.float32:
-        return partial(linear, weight=layer.weight.asnumpy(), bias=bias)
-    return lambda x: to_numpy(layer(ms.Tensor.from_numpy(x).astype(layer.dtype)))
 
 
 def mlp_on_arrays(mlp: MLP) -> Callable[[np.ndarray], np.ndarray]:

@@ -10,7 +10,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import T5EncoderModel, write_text_encoder
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
-from pixart_nb.core.models.low_precision import NF4, Int8Linear, NF4Linear, quantize
+from pixart_nb.core.models.low_precision import NF4, Int8Linear, NF4Linear, quantize, unsupported
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
 PIPELINE, CALL, GOLDEN = diffusers("sigma")
@@ -49,6 +49,25 @@ def test_a_streamed_encoder_can_be_used_again_and_in_half_precision():
     assert first.dtype == ms.float32  # of the sums of bfloat16 products
     assert np.array_equal(first.asnumpy(), again.asnumpy())
     assert np.array_equal(first.asnumpy(), load_t5(FOLDER, ms.float16)(IDS, MASK).asnumpy())
+
+
+@pytest.mark.skipif(bool(unsupported()), reason=unsupported())
+def test_an_encoder_in_blocks_gives_the_same_embeddings_and_is_written_in_order(tmp_path):
+    net = T5Encoder(T5Config(vocab_size=64, d_model=128, d_kv=32, d_ff=192, num_heads=4, num_layers=3))
+    net.initialize(np.random.default_rng(0))
+    write_text_encoder(tmp_path / "t5", net)
+    net = load_t5(tmp_path / "t5", ms.bfloat16)
+    assert {tuple(p.shape) for p in net.encoder.block[0].layer[1].DenseReluDense.get_parameters()} == {
+        (3, 128, 64), (2, 192, 64),
+    }  # fmt: skip
+    ids = np.arange(12).reshape(2, 6)
+    plain = StreamedT5Encoder(tmp_path / "t5", ms.bfloat16)(ids, np.ones_like(ids)).asnumpy()
+    assert relative_error(net(ids, np.ones_like(ids)).asnumpy(), plain) < 1e-2  # sums in another order, then rounded
+    write_text_encoder(tmp_path / "again", net)
+    before, after = (load_tensors(tmp_path / name / "model.safetensors") for name in ("t5", "again"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        np.testing.assert_allclose(after[name], weight, rtol=2**-8, atol=1e-38)
 
 
 def test_a_streamed_encoder_holds_one_layer_however_many_there_are(tmp_path):

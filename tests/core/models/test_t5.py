@@ -6,6 +6,7 @@ from reference_data import FORWARD, diffusers, relative_error
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import LOADERS
+from pixart_nb.core.models.low_precision import for_inference
 from pixart_nb.core.models.t5 import T5Config, T5Encoder, relative_position_buckets
 
 
@@ -85,6 +86,20 @@ def test_half_precision_weights_do_not_overflow_where_float32_does_not():
         outputs.append(net(golden["input_ids"], golden["prompt_mask"]).astype(ms.float32).asnumpy())
     assert np.isfinite(outputs[1]).all()
     assert relative_error(outputs[1], outputs[0]) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
+def test_arrays_give_the_embeddings_of_the_layers(dtype):
+    net = for_inference(
+        T5Encoder(T5Config(vocab_size=50, d_model=48, d_kv=16, d_ff=80, num_heads=4, num_layers=3)), dtype
+    )
+    net.initialize(np.random.default_rng(0))
+    ids, mask = np.random.default_rng(1).integers(0, 50, (3, 9)), np.ones((3, 9), bool)
+    mask[0, 4:], mask[1, 2:5] = False, False
+    layers = net.forward(ms.Tensor(ids.astype(np.int32)), ms.Tensor(mask), net.buckets(9)).asnumpy()
+    arrays, ids[0, 4:] = net(ids, mask).asnumpy(), 7
+    assert relative_error(arrays, layers) < (2e-6 if dtype == ms.float32 else 1e-2)
+    assert np.array_equal(net(ids, mask).asnumpy()[0, :4], arrays[0, :4])  # what is masked does not matter
 
 
 def test_compiled_it_gives_the_same_embeddings():
