@@ -20,7 +20,7 @@ from pixart_nb.core import backend, onednn
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models import ascend_operators
-from pixart_nb.core.models.layers import Embedding, Linear
+from pixart_nb.core.models.layers import Embedding, Linear, parameter
 from pixart_nb.core.models.operators import linear
 from pixart_nb.core.onednn import rounded_bits
 
@@ -85,7 +85,11 @@ class BFloat16Linear(Linear):
         """
         if self.weight.ndim == 2 and onednn.has_blocks(self.weight.shape):
             blocks = onednn.in_blocks(self.bits)
-            self.weight = ms.Parameter(ms.Tensor.from_numpy(blocks), name=self.weight.name, requires_grad=False)
+            memory = self.bits.reshape(blocks.shape)  # the same: MindSpore keeps what a parameter gives back
+            memory[...] = blocks
+            self.weight = parameter(blocks.shape)
+            self.weight.set_dtype(ms.uint16)
+            self.weight.set_data(ms.Tensor.from_numpy(memory))  # does not copy, as ``Parameter`` does
 
     def plain_weight(self) -> np.ndarray:
         """Return the weight in the order of checkpoints, (out, in) float32."""

@@ -10,7 +10,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import T5EncoderModel, write_text_encoder
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5
 from pixart_nb.core.io import CheckpointError, load_tensors, save_tensors
-from pixart_nb.core.models.low_precision import NF4, Int8Linear, NF4Linear, quantize, unsupported
+from pixart_nb.core.models.low_precision import NF4, BFloat16Linear, Int8Linear, NF4Linear, quantize, unsupported
 from pixart_nb.core.models.t5 import T5Config, T5Encoder
 
 PIPELINE, CALL, GOLDEN = diffusers("sigma")
@@ -68,6 +68,17 @@ def test_an_encoder_in_blocks_gives_the_same_embeddings_and_is_written_in_order(
     assert before.keys() == after.keys()
     for name, weight in before.items():
         np.testing.assert_allclose(after[name], weight, rtol=2**-8, atol=1e-38)
+
+
+@pytest.mark.skipif(bool(unsupported()), reason=unsupported())
+def test_blocks_stay_in_the_memory_of_the_weight():
+    layer = BFloat16Linear(128, 64, bias=False)
+    weight = np.random.default_rng(0).standard_normal((64, 128)).astype(np.float32)
+    layer.weight.set_data(ms.Tensor(weight).astype(ms.bfloat16))
+    address, values = layer.bits.ctypes.data, layer.plain_weight().copy()
+    layer.use_blocks()
+    assert (layer.bits.shape, layer.bits.ctypes.data) == ((1, 128, 64), address)
+    assert np.array_equal(layer.plain_weight(), values)
 
 
 def test_a_streamed_encoder_holds_one_layer_however_many_there_are(tmp_path):
