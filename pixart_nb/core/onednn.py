@@ -241,9 +241,9 @@ def _write_blocked_linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | 
 
 
 def in_blocks(weight: np.ndarray) -> np.ndarray:
-    """Return a weight (N, K), bits of bfloat16, in the layout that oneDNN multiplies by few rows in half the time.
+    """Return a weight (N, K), bits of bfloat16, in oneDNN's own layout: (N / BLOCK, K, BLOCK) uint16.
 
-    -> (N / BLOCK, K, BLOCK) uint16. From rows of a weight, oneDNN makes this layout anew for every product.
+    A product with few rows takes half the time, as oneDNN need not make this layout first.
     """
     blocks = np.empty((len(weight) // BLOCK, weight.shape[1], BLOCK), np.uint16)
 
@@ -282,7 +282,7 @@ def _blocks_have_an_order() -> bool:
 
 
 def _reorder_rows(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy a weight, of which one is ``in_blocks``."""
+    """Copy a weight into blocks, or out of them."""
     _operator("reorder", _alike(source), _alike(target))({_SRC: source, _DST: target})
 
 
@@ -399,7 +399,7 @@ def _tensor(layout: tuple) -> ctypes.Array:
 
 @cache
 def _product(outputs: int, inputs: int) -> _Handle:
-    """Describe a product for the layout of its weight, which is that of products of any number of rows."""
+    """Describe a product, for the layout of its weight; it is the same for any number of rows."""
     sizes, weight = (ctypes.c_int64 * 2)(outputs, inputs), ctypes.create_string_buffer(_TENSOR_BYTES)
     _call("memory_desc_init_by_tag", weight, 2, sizes, _DTYPES[np.dtype(np.uint16)], _ANY)
     shapes = (((BLOCK, inputs), np.dtype(np.uint16)), ((BLOCK, outputs), np.dtype(np.float32)))
@@ -408,7 +408,7 @@ def _product(outputs: int, inputs: int) -> _Handle:
 
 
 def _weight_tensor(layout: tuple) -> ctypes.Array | ctypes.c_void_p:
-    """Return the descriptor of a weight (N, K), which may be ``in_blocks``; its bytes have to fit."""
+    """Return the descriptor of a weight (N, K), which may be ``in_blocks``."""
     shape = layout[0]
     if len(shape) == 2:
         return _tensor(layout)

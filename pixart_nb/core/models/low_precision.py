@@ -79,9 +79,9 @@ class BFloat16Linear(Linear):
         return _bits(self.weight)
 
     def use_blocks(self) -> None:
-        """Keep the weight in oneDNN's own layout from now on, which halves the time of few rows.
+        """Keep the weight in oneDNN's own layout from now on: a product with few rows takes half the time.
 
-        ``weight`` is then of uint16, (out / 64, in, 64); ``plain_weight`` returns it in order.
+        ``weight`` is then (out / 64, in, 64) uint16; ``plain_weight`` returns its values.
         """
         if self.weight.ndim == 2 and onednn.has_blocks(self.weight.shape):
             blocks = onednn.in_blocks(self.bits)
@@ -92,7 +92,7 @@ class BFloat16Linear(Linear):
             self.weight.set_data(ms.Tensor.from_numpy(memory))  # does not copy, as ``Parameter`` does
 
     def plain_weight(self) -> np.ndarray:
-        """Return the weight in the order of checkpoints, (out, in) float32."""
+        """Return the weight as checkpoints have it, (out, in) float32."""
         return _upcast(self.bits if self.weight.ndim == 2 else onednn.out_of_blocks(self.bits))
 
     def in_float32(self, x: ms.Tensor) -> ms.Tensor:

@@ -239,7 +239,7 @@ class T5Encoder(nn.Cell):
     def encode(self, x: ms.Tensor, mask: np.ndarray, blocks: Iterable[T5Block]) -> ms.Tensor:
         """Run ``blocks``, the first of which has the table of positions, on embedded tokens x (N, T, d_model).
 
-        mask (N, T) bool. On the CPU it computes on arrays, what ``forward`` does with more operations.
+        mask (N, T) bool. A CPU computes on arrays what ``forward`` computes with more operations.
         """
         on_cpu, bias, shape = not backend.on_ascend() and self.dtype == ms.float32, None, x.shape
         x, seen = x.astype(ms.float32), ms.Tensor(mask)
