@@ -85,11 +85,11 @@ class BFloat16Linear(Linear):
         """
         if self.weight.ndim == 2 and onednn.has_blocks(self.weight.shape):
             blocks = onednn.in_blocks(self.bits)
-            memory = self.bits.reshape(blocks.shape)  # the same: MindSpore keeps what a parameter gives back
+            memory = self.bits.reshape(blocks.shape)  # reused: MindSpore does not release that of a parameter
             memory[...] = blocks
             self.weight = parameter(blocks.shape)
             self.weight.set_dtype(ms.uint16)
-            self.weight.set_data(ms.Tensor.from_numpy(memory))  # does not copy, as ``Parameter`` does
+            self.weight.set_data(ms.Tensor.from_numpy(memory))  # no copy; ms.Parameter(tensor) makes one
 
     def plain_weight(self) -> np.ndarray:
         """Return the weight as checkpoints have it, (out, in) float32."""
@@ -157,7 +157,7 @@ def to_bfloat16(net: nn.Cell) -> nn.Cell:
 
 
 def use_blocks(net: nn.Cell) -> None:
-    """Call ``use_blocks`` of every bfloat16 layer of a network whose inputs have few rows, such as a text encoder's."""
+    """Keep the weights of all bfloat16 layers in oneDNN's layout: for a network with few rows, as a text encoder."""
     for _, cell in net.cells_and_names():
         if isinstance(cell, BFloat16Linear):
             cell.use_blocks()

@@ -19,7 +19,7 @@ from pixart_nb.core.models.layers import Embedding, Linear, RMSNorm, normal
 from pixart_nb.core.models.low_precision import QuantizedLinear, on_arrays
 from pixart_nb.core.models.operators import check_finite, gelu_tanh
 
-#: Scores of an attention that each thread computes at a time; more for those of one head.
+#: Attention scores that each thread computes at a time, but at least those of one head.
 _SCORES = 2**19
 LinearClass = type[Linear] | type[QuantizedLinear]
 
@@ -198,7 +198,7 @@ class T5Block(nn.Cell):
         return self.layer[1](self.layer[0](x, mask, bias))
 
     def add_on_arrays(self, x: np.ndarray, mask: np.ndarray, bias: np.ndarray) -> None:
-        """Compute ``construct`` in place, by fewer operations, as ``T5SelfAttention`` does."""
+        """Compute ``construct`` in place: x (N T, d_model) float32, mask (N, T) bool, bias (H, T, T)."""
         self.layer[0].add_on_arrays(x, mask, bias)
         self.layer[1].add_on_arrays(x)
 
@@ -239,7 +239,7 @@ class T5Encoder(nn.Cell):
     def encode(self, x: ms.Tensor, mask: np.ndarray, blocks: Iterable[T5Block]) -> ms.Tensor:
         """Run ``blocks``, the first of which has the table of positions, on embedded tokens x (N, T, d_model).
 
-        mask (N, T) bool. A CPU computes on arrays what ``forward`` computes with more operations.
+        mask (N, T) bool. Equals ``forward``; a CPU computes it on arrays, with fewer operations.
         """
         on_cpu, bias, shape = not backend.on_ascend() and self.dtype == ms.float32, None, x.shape
         x, seen = x.astype(ms.float32), ms.Tensor(mask)
@@ -247,8 +247,9 @@ class T5Encoder(nn.Cell):
         for block in blocks:
             if bias is None:
                 bias = self.position_bias(block, self.buckets(shape[1]))
+                bias = to_numpy(bias)[0] if on_cpu else bias
             if on_cpu:
-                block.add_on_arrays(rows, mask, to_numpy(bias)[0])
+                block.add_on_arrays(rows, mask, bias)
             else:
                 x = block(x, seen, bias)
         x = ms.Tensor.from_numpy(rows).reshape(shape) if on_cpu else x
