@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 from pathlib import PurePath
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 from typer.core import TyperGroup
 
 from pixart_nb import __version__
@@ -66,15 +68,22 @@ class Commands(TyperGroup):
         return super().get_command(ctx, script.stem if script.suffix == ".py" else cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command."""
+        """Run a command. Its warnings are a line each, above a progress bar."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                if not ctx.meta["debug"]:
+                    warnings.showwarning = _show_warning
+                return super().invoke(ctx)
         except (PixArtNBError, OSError, KeyboardInterrupt) as error:
             if ctx.meta["debug"]:
                 raise
             typer.echo(f"pixart-nb: {_message(error)}", err=True)
             code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 2)
             raise typer.Exit(code) from None
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    tqdm.write(f"pixart-nb: warning: {message}", file=sys.stderr)
 
 
 def _message(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 from pixart_nb.config.keys import CONTROL_KEYS
 from pixart_nb.core.data.images import ImageError, load_image
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.images import to_uint8, write_new_image
+from pixart_nb.core.sampling.images import check_ratio, to_uint8, write_new_image
 from pixart_nb.viz.playground_parameters import CONTROL, Parameters
 
 
@@ -21,9 +21,7 @@ def source(parameters: Parameters) -> tuple[np.ndarray, np.ndarray | None]:
 
     Raises an error for bytes that are no image.
     """
-    from pixart_nb.core.sampling.editing import image_array, resized  # imports MindSpore, as the pipeline has
-
-    pixels = resized(image_array(opened(parameters.image)), parameters.height, parameters.width)
+    pixels = _sized("the image", parameters.image, parameters)
     if not parameters.mask:
         return pixels, None
     mask = np.asarray(opened(parameters.mask, "L").resize((parameters.width, parameters.height)))[None] >= 128
@@ -77,9 +75,15 @@ def edges_of(pixels: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 def condition(parameters: Parameters) -> np.ndarray:
     """Return the condition image of the drawn size, (1, H, W, 3) float32 in [0, 1]."""
-    from pixart_nb.core.sampling.editing import image_array, resized
+    return _sized("the condition image", parameters.control_image, parameters)
 
-    return resized(image_array(opened(parameters.control_image)), parameters.height, parameters.width)
+
+def _sized(name: str, content: bytes, parameters: Parameters) -> np.ndarray:
+    from pixart_nb.core.sampling.editing import image_array, resized  # imports MindSpore, as the pipeline has
+
+    pixels, size = image_array(opened(content)), (parameters.height, parameters.width)
+    check_ratio(name, pixels.shape[1:3], *size)
+    return resized(pixels, *size)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.sampling.editing import ImageInput, encode_image, image_array, resized
-from pixart_nb.core.sampling.images import PipelineOutput
+from pixart_nb.core.sampling.images import PipelineOutput, check_ratio
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, repeated
 from pixart_nb.core.sampling.samplers import StepSchedule, active_steps
 
@@ -81,6 +81,7 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         pixels, scale, start, end, guess_mode = self._control
         if len(pixels) > rows or rows % len(pixels):
             raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")
+        check_ratio("the condition image", pixels.shape[1:3], height, width)
         control = repeated(encode_image(self.vae, resized(pixels, height, width)), rows)
         active = active_steps(len(schedule), start, end)
         return Controlled(self.controlnet, ms.Tensor(control), schedule.timesteps, scale * active, guess_mode)

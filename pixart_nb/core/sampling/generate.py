@@ -25,7 +25,14 @@ from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.low_precision import inference_dtype_name
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.run_plan import QUANTIZED
-from pixart_nb.core.sampling.images import file_stem, read_parameters, save_elsewhere, to_uint8, write_new_image
+from pixart_nb.core.sampling.images import (
+    check_ratio,
+    file_stem,
+    read_parameters,
+    save_elsewhere,
+    to_uint8,
+    write_new_image,
+)
 from pixart_nb.core.sampling.pipeline import PixArtAlphaPipeline, PixArtSigmaPipeline
 from pixart_nb.core.sampling.pipeline_base import COMPONENTS
 from pixart_nb.core.sampling.planning import (
@@ -224,12 +231,7 @@ def edited_image(config: InferenceConfig) -> dict[str, Any]:
     for name, path in (("image", config.image), ("mask_image", config.mask)):
         if path:
             images[name] = _opened(path, "RGB" if name == "image" else "L")
-    width, height = images["image"].size
-    if not 0.97 < (height / width) / (config.image_height / config.image_width) < 1.03:
-        raise ConfigError(
-            f"{config.image} is {height}x{width} (height x width), and {config.image_height}x{config.image_width} was "
-            "asked for, which would stretch it; give image_height and image_width of its ratio"
-        )
+    check_ratio(config.image, images["image"].size[::-1], config.image_height, config.image_width, 0.03)
     return images | {"strength": config.strength}
 
 

@@ -80,13 +80,18 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
     Raises an error if the aspect ratio would change by more than a tenth.
     """
     rows, columns = latents.shape[2:]
-    if not 0.9 < (height / width) / (rows / columns) < 1.1:
-        raise PixArtNBError(
-            f"an image of {8 * rows}x{8 * columns} cannot be upscaled to {8 * height}x{8 * width}, which would stretch "
-            "it; give a size of the same ratio"
-        )
+    check_ratio("the image", (8 * rows, 8 * columns), 8 * height, 8 * width)
     down, across = ((2 * np.arange(new) + 1) * old // (2 * new) for new, old in ((height, rows), (width, columns)))
     return latents.take(down, axis=2).take(across, axis=3)
+
+
+def check_ratio(name: str, size: tuple[int, int], height: int, width: int, most: float = 0.1) -> None:
+    """Raise an error if resizing ``size`` to height x width changes its ratio by more than the share ``most``."""
+    if not 1 - most < (height / width) / (size[0] / size[1]) < 1 + most:
+        raise PixArtNBError(
+            f"{name} is {size[0]}x{size[1]} (height x width), and {height}x{width} is drawn, which would stretch "
+            "it; give a height and width of its ratio"
+        )
 
 
 # ---- sizes

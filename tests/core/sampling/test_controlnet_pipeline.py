@@ -103,8 +103,12 @@ def test_conditions_are_given_once_or_for_every_image(pipe):
         latents(pipe, np.stack([EDGES, EDGES]))
 
 
-def test_a_grey_condition_image_of_any_size_is_taken(pipe):
-    assert np.isfinite(latents(pipe, Image.fromarray(EDGES[..., 0]).resize((40, 40)))).all()
+def test_a_condition_image_may_be_grey_and_of_another_size_but_not_of_another_ratio(pipe):
+    grey = Image.fromarray(EDGES[..., 0])
+    assert np.array_equal(latents(pipe, grey), latents(pipe, EDGES))
+    assert np.isfinite(latents(pipe, grey.resize((60, 40)))).all()
+    with pytest.raises(PixArtNBError, match=r"condition image is 40x40 .* 64x96 is drawn, which would stretch it"):
+        latents(pipe, grey.resize((40, 40)))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,7 @@ def test_a_configuration_draws_with_a_controlnet_file_and_an_image_file(tmp_path
     projections = [name for name in weights if "before_proj" in name or "after_proj" in name]
     weights |= {name: 0.02 * rng.standard_normal(weights[name].shape).astype(np.float32) for name in projections}
     save_file(weights, tmp_path / "control.safetensors")
-    Image.fromarray(EDGES).save(tmp_path / "edges.png")
+    Image.fromarray(EDGES[:, :64]).save(tmp_path / "edges.png")
     values = read_yaml(project / "configs/inference/tiny.yaml")
     values |= {"sampling_steps": 2, "prompt": ["a cup"], "controlnet": str(tmp_path / "control.safetensors")}
     values |= {"control_image": str(tmp_path / "edges.png"), "output_path": str(tmp_path / "a")}

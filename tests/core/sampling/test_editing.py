@@ -129,7 +129,7 @@ def test_a_configuration_begins_with_an_image_and_keeps_what_the_mask_leaves(tmp
     assert np.array_equal(np.asarray(Image.open(painted))[~MASK], PIXELS[~MASK])
     with pytest.raises(ValueError, match=r"was drawn with .*image .*give --model --image --mask"):
         generate.like(painted)
-    with pytest.raises(ValueError, match="would stretch it; give image_height and image_width of its ratio"):
+    with pytest.raises(ValueError, match="would stretch it; give a height and width of its ratio"):
         generate.sample(check_config(values | image | {"image_height": 96}))
     with pytest.raises(ValueError, match="mask is given, so expected image"):
         check_config(values | {"mask": "mask.png"})

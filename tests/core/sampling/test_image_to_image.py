@@ -74,5 +74,5 @@ def test_enlarging_repeats_cells_and_refuses_to_stretch():
     assert np.array_equal(resize_latents(small, 6, 4), small.repeat(2, 2).repeat(2, 3))
     assert np.array_equal(resize_latents(small, 3, 2), small)
     assert resize_latents(small, 10, 7).shape == (1, 4, 10, 7)
-    with pytest.raises(ValueError, match="24x16 cannot be upscaled to 64x64, which would stretch it"):
+    with pytest.raises(ValueError, match=r"24x16 \(height x width\), and 64x64 is drawn, which would stretch it"):
         resize_latents(small, 8, 8)
