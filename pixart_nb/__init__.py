@@ -34,7 +34,12 @@ _MODULES = {
     "core.sampling.pipeline": ("PixArtSigmaPipeline", "PixArtAlphaPipeline", "PixArtSigmaPAGPipeline"),
     "core.sampling.controlnet": ("PixArtSigmaControlNetPipeline", "PixArtAlphaControlnetPipeline"),
     "core.sampling.editing": ("PixArtSigmaImg2ImgPipeline", "PixArtSigmaInpaintPipeline"),
-    "core.checkpoints.components": ("T5EncoderModel",),
+    "core.checkpoints.components": (
+        "PixArtTransformer2DModel",
+        "Transformer2DModel",
+        "AutoencoderKL",
+        "T5EncoderModel",
+    ),
     "core.sampling.schedulers": (
         "DPMSolverMultistepScheduler",
         "DDIMScheduler",

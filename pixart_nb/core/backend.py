@@ -287,7 +287,7 @@ def supported_dtype(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
     return ms.float32 if dtype == ms.bfloat16 and not on_ascend() else dtype
 
 
-def dtype_from_name(dtype: str | type | np.dtype | ms.Type) -> ms.Type:
+def dtype_from_name(dtype: Any) -> ms.Type:
     """Return the MindSpore dtype of a name (``fp32``, ``fp16``, ``bf16``, a long name) or of a dtype of any library."""
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
     name = str(name).lower().rpartition(".")[2]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -82,6 +84,21 @@ def differences(stored: Mapping, present: Mapping) -> str:
     keys = [key for key in sorted({*stored, *present}) if stored.get(key) != present.get(key)]
     values = [(key, stored.get(key, "nothing"), present.get(key, "nothing")) for key in keys]
     return "; ".join(f"{key}: {before!r} there, {now!r} here" for key, before, now in values)
+
+
+def ignore_options(function: str, options: Mapping[str, Any], parameters: Iterable[str]) -> None:
+    """Name in one warning the options that have no meaning here. One that resembles a parameter is an error."""
+    for name in options:
+        if hint := did_you_mean(name, parameters, 0.8):
+            raise PixArtNBError(f"{function} has no parameter {name!r}{hint}")
+    names = [name for name, value in options.items() if value is not None]
+    if names:
+        warnings.warn(f"{function}: no meaning here, ignored: {', '.join(names)}", stacklevel=3)
+
+
+def parameters_of(function: Any) -> list[str]:
+    """Return the names of a function's parameters."""
+    return list(inspect.signature(function).parameters)
 
 
 # ---- fields of a network's configuration

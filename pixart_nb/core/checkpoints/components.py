@@ -13,16 +13,16 @@ from pixart_nb.config import bundled_path
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import diffusers_config
-from pixart_nb.core.checkpoints.files import ENDINGS, WEIGHTS, write_safetensors
+from pixart_nb.core.checkpoints.files import ENDINGS, STEMS, WEIGHTS, write_safetensors
 from pixart_nb.core.checkpoints.key_maps import to_layout
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
-from pixart_nb.core.errors import PixArtNBError, did_you_mean
+from pixart_nb.core.errors import PixArtNBError, did_you_mean, ignore_options, parameters_of
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_tensors, write_json
+from pixart_nb.core.models import vae
 from pixart_nb.core.models.low_precision import BFloat16Linear, QuantizedLinear
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
-from pixart_nb.core.models.vae import AutoencoderKL
 from pixart_nb.core.sampling.schedulers import Scheduler, scheduler_from_config
 from pixart_nb.core.sampling.text import TextTokenizer
 
@@ -62,6 +62,18 @@ def component_paths(source: str | Path, names: Sequence[str], **hub: Any) -> dic
     return {name: folder / name for name in names}
 
 
+def component_path(source: str | Path, subfolder: str | None, options: dict[str, Any]) -> Path:
+    """Return the path of a component: that of the ``subfolder`` of a pipeline, or the folder, file or hub id itself.
+
+    Takes the options of the hub out of ``options``.
+    """
+    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    if subfolder:
+        return component_paths(source, [subfolder], **hub)[subfolder]
+    path = bundled_path(source)
+    return path if path.exists() else _from_hub(str(source), [], hub, ["config.json", *(f"{s}*" for s in STEMS)])
+
+
 def pipeline_class(source: str | Path) -> str:
     """Return the class name in the ``model_index.json`` of a folder or hub id; empty if there is none."""
     path = bundled_path(source)
@@ -92,26 +104,30 @@ def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None =
     return {name: paths[name] for name in names if name in paths}
 
 
-def _from_hub(source: str, names: Sequence[str], hub: Mapping[str, Any]) -> Path:
-    """Return the folder of a snapshot; a path that can only be a local one is not looked up."""
-    path, files = Path(source).expanduser(), " and ".join(["model_index.json", *names])
+def _from_hub(source: str, names: Sequence[str], hub: Mapping[str, Any], files: Sequence[str] = ()) -> Path:
+    """Return the folder of a snapshot: of a pipeline with these components, or with ``files``.
+
+    A path that can only be a local one is not looked up.
+    """
+    path = Path(source).expanduser()
+    patterns = list(files) or ["model_index.json", *(f"{name}/*" for name in names)]
+    expected = "config.json and weights" if files else " and ".join(["model_index.json", *names])
     local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
     if local or path.parent.is_dir():
         beside = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
         raise CheckpointError(
-            f"{source} does not exist{did_you_mean(path.name, beside)}. Give a folder with {files}, or the id of a "
+            f"{source} does not exist{did_you_mean(path.name, beside)}. Give a folder with {expected}, or the id of a "
             "model on a hub, owner/name."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns = ["model_index.json", *(f"{name}/*" for name in names)]
     try:
         return Path(snapshot_download(source, **hub, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{source!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Download "
-            f"its folder ({files}) and give the path."
+            f"its folder ({expected}) and give the path."
         ) from error
 
 
@@ -149,6 +165,45 @@ LOADERS = {
 }
 
 
+def chosen_dtype(mindspore_dtype: Any, torch_dtype: Any) -> ms.Type:
+    """Return the dtype that was given under one of two names: float32 for none and for ``auto``."""
+    dtype = torch_dtype if mindspore_dtype is None else mindspore_dtype
+    return ms.float32 if dtype is None or str(dtype) == "auto" else dtype_from_name(dtype)
+
+
+class PretrainedComponent:
+    """Loader of a component under the name that its class has in diffusers."""
+
+    def __init__(self, component: str):
+        self.component = component
+
+    def from_pretrained(
+        self,
+        folder_or_hub_id: str | Path | None = None,
+        subfolder: str | None = "",
+        mindspore_dtype: Any = None,
+        torch_dtype: Any = None,
+        pretrained_model_name_or_path: str | Path | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load the network of its own folder, file or hub id, or of the ``subfolder`` of a pipeline's.
+
+        ``mindspore_dtype``, or ``torch_dtype``: float32 by default. Options as in ``PixArtSigmaPipeline``.
+        """
+        source = source_of(folder_or_hub_id, pretrained_model_name_or_path)
+        path = component_path(source, subfolder, options)
+        ignore_options("from_pretrained", options, parameters_of(self.from_pretrained))
+        dtype = chosen_dtype(mindspore_dtype, torch_dtype)
+        return LOADERS[self.component](path, dtype, variant=variant, use_safetensors=use_safetensors)
+
+
+#: Under the name that the class has since diffusers 0.30, and under its earlier name.
+PixArtTransformer2DModel = Transformer2DModel = PretrainedComponent("transformer")
+AutoencoderKL = PretrainedComponent("vae")
+
+
 class T5EncoderModel:
     """Loader of T5 under the name of transformers' class."""
 
@@ -163,27 +218,27 @@ class T5EncoderModel:
         device_map: str | None = None,
         torch_dtype: Any = None,
         pretrained_model_name_or_path: str | Path | None = None,
-        **options,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        **options: Any,
     ) -> T5Encoder | StreamedT5Encoder:
-        """Load the T5 encoder of a folder, or of the ``subfolder`` of a pipeline's folder or hub id.
+        """Load the T5 encoder of its own folder, file or hub id, or of the ``subfolder`` of a pipeline's.
 
         ``mindspore_dtype``, or ``torch_dtype``: float32 by default. ``load_in_8bit`` keeps the projections of every
         layer as int8 with a scale for each row, ``load_in_4bit`` as NF4 with a scale for 64 weights; both are computed
         in float32. ``stream`` reads a layer when it is computed and drops it afterwards: memory of one layer, but the
-        files are read for every prompt. ``device_map`` has no effect, as there is one device. ``options``: ``variant``,
-        ``use_safetensors``, and those of the hub.
+        files are read for every prompt. ``device_map`` has no effect, as there is one device. Other options as in
+        ``PixArtSigmaPipeline``.
         """
-        source = source_of(folder_or_hub_id, pretrained_model_name_or_path)
-        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        folder = Path(source).expanduser()
-        if subfolder:
-            folder = component_paths(source, [subfolder], **hub)[subfolder]
+        folder = component_path(source_of(folder_or_hub_id, pretrained_model_name_or_path), subfolder, options)
+        ignore_options("from_pretrained", options, parameters_of(T5EncoderModel.from_pretrained))
+        files = {"variant": variant, "use_safetensors": use_safetensors}
         if load_in_8bit + load_in_4bit + stream > 1:
             raise PixArtNBError("expected at most one of load_in_8bit, load_in_4bit and stream")
-        dtype = dtype_from_name(mindspore_dtype or torch_dtype or ms.float32)
+        dtype = chosen_dtype(mindspore_dtype, torch_dtype)
         if stream:
-            return StreamedT5Encoder(folder, dtype, **options)
-        return load_t5(folder, dtype, load_in_8bit, load_in_4bit, **options)
+            return StreamedT5Encoder(folder, dtype, **files)
+        return load_t5(folder, dtype, load_in_8bit, load_in_4bit, **files)
 
 
 # ---- writing
@@ -221,7 +276,7 @@ def write_transformer(
     write_json(folder / "config.json", diffusers_config(net.config))
 
 
-def write_vae(folder: Path, net: AutoencoderKL, dtype: type[np.floating] = np.float32) -> None:
+def write_vae(folder: Path, net: vae.AutoencoderKL, dtype: type[np.floating] = np.float32) -> None:
     """Write an autoencoder in the diffusers layout."""
     save_tensors(weights_path(folder), _weights(net, dtype), {"format": "pt"})
     config = asdict(net.config)

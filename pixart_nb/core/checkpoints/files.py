@@ -27,8 +27,8 @@ Keep = Callable[[str], bool]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin")
 ENDINGS = (*TORCH_ENDINGS, ".ckpt", ".safetensors")
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_VARIANT = re.compile(rf"(?:{'|'.join(_STEMS)})\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 _LENGTH = struct.Struct("<Q")  # of the header of a safetensors file
 _ALIGNMENT = 8
 #: Groups of tensors in the training states of this kit, the preferred first.
@@ -179,7 +179,7 @@ def _open_folder(folder: Path, keep: Keep, variant: str | None, use_safetensors:
             if checkpoint is not None:
                 return replace(checkpoint, path=folder, notes=checkpoint.notes + note)
     raise CheckpointError(
-        f"{folder} holds no weights: expected {' or '.join(f'{stem}.{endings[0]}' for stem in _STEMS[:2])}, "
+        f"{folder} holds no weights: expected {' or '.join(f'{stem}.{endings[0]}' for stem in STEMS[:2])}, "
         f"{'their .bin forms, ' * (use_safetensors is None)}or an index of shards; it holds {names[:10]}"
     )
 
@@ -187,7 +187,7 @@ def _open_folder(folder: Path, keep: Keep, variant: str | None, use_safetensors:
 def _open_files(folder: Path, keep: Keep, ending: str, suffix: str) -> Checkpoint | None:
     for index in sorted(folder.glob(f"*.{ending}.index{suffix}.json")):
         return _open_shards(folder, index, keep)
-    paths = [folder / f"{stem}{suffix}.{ending}" for stem in _STEMS]
+    paths = [folder / f"{stem}{suffix}.{ending}" for stem in STEMS]
     return next((open_checkpoint(path, keep) for path in paths if path.is_file()), None)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import as_array, ms
-from pixart_nb.core.errors import PixArtNBError, check_number
+from pixart_nb.core.errors import PixArtNBError, check_number, ignore_options, parameters_of
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
 from pixart_nb.core.sampling.images import (
     PipelineOutput,
@@ -24,7 +24,7 @@ from pixart_nb.core.sampling.images import (
     to_images,
     to_output_type,
 )
-from pixart_nb.core.sampling.pipeline_base import PipelineBase, ignore_options, parameters_of
+from pixart_nb.core.sampling.pipeline_base import PipelineBase
 from pixart_nb.core.sampling.samplers import Generators, Predict, Step, StepSchedule, check_generators, draw_noise
 from pixart_nb.core.sampling.schedulers import check_eta
 from pixart_nb.core.sampling.text import (

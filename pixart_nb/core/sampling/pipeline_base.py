@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,9 @@ import numpy as np
 from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import device_name, dtype_from_name, ms
+from pixart_nb.core.backend import device_name, ms
 from pixart_nb.core.checkpoints import components
-from pixart_nb.core.errors import PixArtNBError, check_number, did_you_mean
-from pixart_nb.core.io import copy_file
+from pixart_nb.core.errors import PixArtNBError, check_number, ignore_options, parameters_of
 from pixart_nb.core.models.low_precision import inference_dtype
 from pixart_nb.core.models.t5 import T5Encoder
 from pixart_nb.core.models.transformer import PixArt
@@ -29,16 +27,6 @@ if TYPE_CHECKING:
 
 COMPONENTS = ("tokenizer", "text_encoder", "transformer", "scheduler", "vae")
 _LOAD = object()
-
-
-def as_dtype(value: Any) -> ms.Type:
-    """Return the MindSpore dtype of a MindSpore, NumPy or PyTorch dtype or its name; None is float32."""
-    if value is None or value == "auto":
-        return ms.float32
-    if isinstance(value, ms.Type):
-        return value
-    name = value.__name__ if isinstance(value, type) else str(value)
-    return dtype_from_name(name.rpartition(".")[2])
 
 
 class LoraLoaderMixin:
@@ -150,6 +138,8 @@ class PipelineBase(LoraLoaderMixin):
         transformer: PixArt | None = None,
         scheduler: Scheduler | str | None = None,
     ):
+        if hasattr(tokenizer, "convert_ids_to_tokens") and not isinstance(tokenizer, TextTokenizer):
+            tokenizer = TextTokenizer(tokenizer)  # one of transformers
         self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
         self.transformer, self._scheduler = transformer, as_scheduler(scheduler)
         self._progress_bar_config: dict[str, Any] = {}
@@ -200,7 +190,7 @@ class PipelineBase(LoraLoaderMixin):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         names = [name for name, part in parts.items() if part is _LOAD]
-        dtype = as_dtype(torch_dtype if mindspore_dtype is None else mindspore_dtype)
+        dtype = components.chosen_dtype(mindspore_dtype, torch_dtype)
         hub = {name: options.pop(name) for name in components.HUB_OPTIONS if name in options}
         ignore_options("from_pretrained", options, parameters_of(PipelineBase.from_pretrained))
         files = {"variant": variant, "use_safetensors": use_safetensors}
@@ -230,9 +220,8 @@ class PipelineBase(LoraLoaderMixin):
             net = getattr(self, name)
             half = next(iter(net.get_parameters())).dtype == ms.float16
             write(folder / name, net, np.float16 if half else np.float32)
-        if self.tokenizer is not None and self.tokenizer.folder.resolve() != (folder / "tokenizer").resolve():
-            for path in filter(Path.is_file, self.tokenizer.folder.iterdir()):
-                copy_file(path, folder / "tokenizer" / path.name)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
         absent = [name for name, part in self.components.items() if part is None]
         components.write_index(folder, self.scheduler, type(self).__name__, absent)
 
@@ -247,7 +236,7 @@ class PipelineBase(LoraLoaderMixin):
 
         Options of diffusers without a meaning here are named; another dtype than that of the weights is an error.
         """
-        own = {*COMPONENTS, *inspect.signature(cls.__init__).parameters} - {"self", "components", "named"}
+        own = {*COMPONENTS, *parameters_of(cls.__init__)} - {"self", "components", "named"}
         dtypes = [components.pop(name) for name in ("mindspore_dtype", "torch_dtype") if name in components]
         options = {name: components.pop(name) for name in [*components] if name not in own}
         ignore_options("from_pipe", options, own)
@@ -300,7 +289,7 @@ class PipelineBase(LoraLoaderMixin):
             if _is_device(value):
                 if str(value).split(":")[0].lower() != self.device.lower():
                     warnings.warn(f"to({value!r}) has no effect: this is {self.device}", stacklevel=2)
-            elif inference_dtype(as_dtype(value)) != self.dtype:
+            elif inference_dtype(value) != self.dtype:
                 raise PixArtNBError(
                     f"to({value!r}): the weights are {self.dtype}; use from_pretrained(..., mindspore_dtype=)"
                 )
@@ -348,18 +337,3 @@ _NO_EFFECT = {
 def _is_device(value: Any) -> bool:
     name = str(value).split(":")[0].lower()
     return name in ("cpu", "cuda", "npu", "ascend", "gpu", "mps")
-
-
-def ignore_options(function: str, options: Mapping[str, Any], parameters: Any) -> None:
-    """Name in one warning the options that have no meaning here. One that resembles a parameter is an error."""
-    for name in options:
-        if hint := did_you_mean(name, parameters, 0.8):
-            raise PixArtNBError(f"{function} has no parameter {name!r}{hint}")
-    names = [name for name, value in options.items() if value is not None]
-    if names:
-        warnings.warn(f"{function}: no meaning here, ignored: {', '.join(names)}", stacklevel=3)
-
-
-def parameters_of(function: Any) -> list[str]:
-    """Return the names of a function's parameters."""
-    return list(inspect.signature(function).parameters)

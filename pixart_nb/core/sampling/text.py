@@ -17,7 +17,7 @@ import yaml
 
 from pixart_nb.core.backend import as_array, ms, to_numpy
 from pixart_nb.core.errors import PixArtNBError, check_number
-from pixart_nb.core.io import CheckpointError, check_file, read_json
+from pixart_nb.core.io import CheckpointError, check_file, copy_file, read_json
 from pixart_nb.core.models.attention import check_mask
 from pixart_nb.core.models.t5 import T5Encoder
 
@@ -205,10 +205,17 @@ def _load_tokenizer(folder: Path):
 
 
 class TextTokenizer:
-    """T5 tokenizer of a folder in the published layout (``spiece.model`` or ``tokenizer.json``)."""
+    """T5 tokenizer of a folder in the published layout (``spiece.model`` or ``tokenizer.json``), or of transformers.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    Calls and attributes that it does not have are those of the tokenizer of transformers.
+    """
+
+    def __init__(self, source: str | Path | Any):
+        self.folder, self.vocabulary = None, frozenset()
+        if not isinstance(source, str | Path):
+            self.tokenizer = source
+            return
+        self.folder = folder = Path(source)
         if not any((self.folder / name).is_file() for name in ("spiece.model", "tokenizer.json")):
             raise CheckpointError(f"{folder} holds no tokenizer: expected spiece.model or tokenizer.json in it")
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -219,6 +226,23 @@ class TextTokenizer:
                 check_file(self.folder / name, "the model of a tokenizer")
         self.tokenizer = _load_tokenizer(self.folder)
         self.vocabulary = card_vocabulary(self.folder.parent / "README.md")
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Call the tokenizer of transformers."""
+        return self.tokenizer(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tokenizer":  # not loaded yet
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer: the files it was loaded from, or those that transformers writes."""
+        if self.folder is None:
+            self.tokenizer.save_pretrained(str(folder))
+        elif self.folder.resolve() != Path(folder).resolve():
+            for path in filter(Path.is_file, self.folder.iterdir()):
+                copy_file(path, Path(folder) / path.name)
 
     def tokenize(self, prompts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids (N, max_length) int32 and mask (N, max_length) bool, True = token.

@@ -5,12 +5,23 @@ import json
 import numpy as np
 import pytest
 from reference_data import diffusers, relative_error
+from transformers import T5Tokenizer
 
-from pixart_nb import PixArtAlphaPipeline, PixArtSigmaPAGPipeline, PixArtSigmaPipeline, T5EncoderModel
+from pixart_nb import (
+    AutoencoderKL,
+    PixArtAlphaPipeline,
+    PixArtSigmaPAGPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    T5EncoderModel,
+    Transformer2DModel,
+)
 from pixart_nb.core.backend import ms
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.models import low_precision
 from pixart_nb.core.models.low_precision import inference_dtype
+from pixart_nb.core.sampling.text import TextTokenizer
 
 FOLDER = diffusers("sigma")[0]
 CALL = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
@@ -116,6 +127,45 @@ def test_a_dtype_is_given_in_any_way(dtype):
     pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, torch_dtype=dtype, text_encoder=None, tokenizer=None, vae=None)
     assert pipe.dtype == inference_dtype(ms.float16)
     assert pipe.to("cpu", dtype) is pipe  # as it was asked for
+
+
+def test_components_load_by_the_names_of_diffusers_and_make_the_same_pipeline(pipe):
+    ignored = r"from_pretrained: no meaning here, ignored: low_cpu_mem_usage"
+    options = {"subfolder": "transformer", "torch_dtype": "float32", "use_safetensors": True}
+    with pytest.warns(UserWarning, match=ignored):
+        transformer = Transformer2DModel.from_pretrained(FOLDER, **options, low_cpu_mem_usage=True)
+    with pytest.warns(UserWarning, match=ignored):
+        text_encoder = T5EncoderModel.from_pretrained(FOLDER, subfolder="text_encoder", low_cpu_mem_usage=True)
+    parts = {"transformer": transformer, "text_encoder": text_encoder}
+    parts["vae"] = AutoencoderKL.from_pretrained(FOLDER / "vae", mindspore_dtype=ms.float32)
+    parts["tokenizer"] = T5Tokenizer.from_pretrained(FOLDER / "tokenizer")
+    own = PixArtSigmaPipeline.from_pretrained(FOLDER, **parts)
+    own.set_progress_bar_config(disable=True)
+    assert np.array_equal(drawn(own, output_type="np"), drawn(pipe, output_type="np"))
+    assert PixArtTransformer2DModel is Transformer2DModel
+
+
+def test_a_component_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(CheckpointError, match="lacks the folders"):
+        AutoencoderKL.from_pretrained(FOLDER, subfolder="vea")
+    with pytest.raises(PixArtNBError, match=r"from_pretrained has no parameter 'sub_folder'; did you mean 'subfolder'"):
+        AutoencoderKL.from_pretrained(FOLDER, sub_folder="vae")
+    with pytest.raises(CheckpointError, match=r"does not exist.*Give a folder with config\.json and weights"):
+        AutoencoderKL.from_pretrained(FOLDER / "autoencoder")
+    calls = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or FOLDER / "vae")
+    AutoencoderKL.from_pretrained("owner/vae", revision="v1")
+    ((source,), options), *_ = calls
+    assert source == "owner/vae" and options["revision"] == "v1" and "config.json" in options["allow_patterns"]
+
+
+def test_a_tokenizer_of_transformers_is_called_and_saved(pipe, tmp_path):
+    tokenizer = T5Tokenizer.from_pretrained(FOLDER / "tokenizer")
+    assert pipe.tokenizer("a red cup").input_ids == tokenizer("a red cup").input_ids
+    assert pipe.tokenizer.pad_token_id == 0
+    PixArtSigmaPipeline(tokenizer).save_pretrained(tmp_path)
+    saved = TextTokenizer(tmp_path / "tokenizer")
+    assert np.array_equal(saved.tokenize(["a red cup"], 12), pipe.tokenizer.tokenize(["a red cup"], 12))
 
 
 def test_options_of_from_pretrained_without_a_meaning_are_named():
