@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pixart_nb.cli.options import Command, start
-from pixart_nb.config import load_config
+from pixart_nb.cli.options import Command, config_options, start
+from pixart_nb.config import TrainConfig, load_config
 
 dataset = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Import images with captions, check them, compute their features."
@@ -122,23 +122,26 @@ def folder(
 
 
 @dataset.command(cls=Command)
-def check(config: TrainingConfigFile) -> None:
+@config_options(TrainConfig)
+def check(config: TrainingConfigFile, **options: Any) -> None:
     """Check all labels and images of a training, and list the resolutions that it trains at.
 
     Example: pixart-nb dataset check -c configs/train/tiny.yaml
     """
     from pixart_nb.core.training.data import describe
 
-    typer.echo(describe(load_config(config, "train")))
+    typer.echo(describe(load_config(config, "train", options)))
 
 
 @dataset.command(cls=Command)
+@config_options(TrainConfig, without=("batch_size",))
 def features(
     config: TrainingConfigFile,
     batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Number of images or captions per batch.")] = 8,
     stream: Annotated[
         bool, typer.Option("--stream", help="Load T5 one layer at a time, which needs less memory and takes longer.")
     ] = False,
+    **options: Any,
 ) -> None:
     """Compute latents and caption embeddings once, into the feature_cache of a training configuration.
 
@@ -147,7 +150,7 @@ def features(
 
     Example: pixart-nb dataset features -c configs/train/tiny-512.yaml
     """
-    settings = load_config(config, "train")
+    settings = load_config(config, "train", options)
     start(settings)
     from pixart_nb.core.training.data import write_features
 

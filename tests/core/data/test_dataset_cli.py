@@ -123,12 +123,17 @@ def test_what_cannot_be_trained_on_is_told(run, config, more, expected):
     assert result.exit_code == 2 and expected in result.output, result.output
 
 
+def test_keys_of_a_training_are_options_of_the_check(run, config):
+    result = run("check", "-c", config(), "--batch_size", "5")
+    assert result.exit_code == 2 and "but there are only 4" in result.output, result.output
+
+
 def test_features_are_made_once_and_again_where_they_are_stale(run, config, tmp_path):
     result = run("features", "-c", config(), "--batch_size", "4")
     assert result.exit_code == 0, result.output
     assert "made 2 of 2 shards (2 missing)" in result.output
     assert "nothing to do" in run("features", "-c", config()).output
-    result = run("features", "-c", config(clean_caption=False), "--stream")
+    result = run("features", "-c", config(), "--clean_caption", "false", "--stream")  # a key as an option
     assert "made 1 of 2 shards (1 missing); 1 shards (0 MB) are of other data" in result.output
 
 
