@@ -19,7 +19,7 @@ from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import LCM_LORA, Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
-from pixart_nb.viz.playground_sources import adapters_of, edges_of, opened
+from pixart_nb.viz.playground_sources import adapters_of, edges_of, fitted, opened
 from pixart_nb.viz.playground_view import View, make_controls, size_name
 from pixart_nb.viz.widget_parts import say
 
@@ -82,7 +82,7 @@ class Playground:
             button.on_click(self._loop.on_loop(act))
         for upload, act in (
             (self.view.load, self._parameters_uploaded),
-            (self.view.source.upload, lambda file: self.view.source.set(bytes(file["content"]))),
+            (self.view.source.upload, lambda file: self.view.source.set(self._fitted(file))),
             (self.view.control.upload, self._control_uploaded),
             (self.view.adapters.upload, self._adapter_uploaded),
         ):
@@ -216,7 +216,16 @@ class Playground:
         self.view.say(f"Loaded {path}")
 
     def _control_uploaded(self, file: Mapping[str, Any]) -> None:
-        self.view.control.png = png_bytes(np.asarray(opened(bytes(file["content"]))))
+        self.view.control.png = png_bytes(np.asarray(opened(self._fitted(file))))
+
+    def _fitted(self, file: Mapping[str, Any]) -> bytes:
+        """Return the image of a file, cut with a message if its ratio is not that of the size to draw."""
+        content, parameters = bytes(file["content"]), self.parameters
+        image = fitted(content, parameters)
+        if image is not content:
+            size = f"{parameters.height} x {parameters.width}"
+            self.view.say(f"{file['name']} was cut to the ratio of {size} pixels, around its middle.")
+        return image
 
     def _edges_as_control(self, image: bytes) -> None:
         """Take the edges of an image, the bytes of a file, as the condition."""

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image
 
 from pixart_nb.config.keys import CONTROL_KEYS
-from pixart_nb.core.data.images import ImageError, load_image
+from pixart_nb.core.data.images import ImageError, fit, load_image
 from pixart_nb.core.errors import PixArtNBError
-from pixart_nb.core.sampling.images import check_ratio, to_uint8, write_new_image
+from pixart_nb.core.sampling.images import check_ratio, same_ratio, to_uint8, write_new_image
+from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import CONTROL, Parameters
 
 
@@ -34,6 +35,12 @@ def opened(content: bytes, mode: str = "RGB") -> Image.Image:
         return Image.fromarray(load_image(content, "black" if mode == "L" else "white")).convert(mode)
     except ImageError as error:
         raise PixArtNBError(f"the image cannot be read ({error}); expected a PNG, JPEG or WebP file") from error
+
+
+def fitted(content: bytes, parameters: Parameters) -> bytes:
+    """Return an image file as it is, or, if its ratio is not that of the drawn size, its middle of that size as PNG."""
+    pixels, size = np.asarray(opened(content)), (parameters.height, parameters.width)
+    return content if same_ratio(pixels.shape[:2], *size) else png_bytes(fit(pixels, *size))
 
 
 def arguments(pipe: Any, parameters: Parameters) -> dict[str, Any]:
@@ -66,7 +73,6 @@ def edges_of(pixels: np.ndarray, parameters: Parameters) -> np.ndarray:
     """
     from pixart_nb.core.checkpoints.controlnet import edge_options
     from pixart_nb.core.data.control import EdgeOptions, edges
-    from pixart_nb.core.data.images import fit
 
     path = parameters.controlnet.strip()
     options = edge_options(path) if path else EdgeOptions()

@@ -114,6 +114,19 @@ def test_an_uploaded_image_appears_and_the_result_can_be_used_and_removed(pipe, 
     assert view.parameters.image == b""
 
 
+def test_images_of_another_ratio_are_cut_when_they_are_uploaded_and_never_stretched(pipe, tmp_path):
+    view = playground(pipe, tmp_path)
+    wide = np.concatenate([np.full((32, 32, 3), 9, np.uint8), PIXELS, np.full((32, 32, 3), 9, np.uint8)], 1)
+    for upload in (view.view.source.upload, view.view.control.upload):
+        upload.value = [uploaded("wide.png", file_of(wide))]
+        assert "wide.png was cut to the ratio of 32 x 64 pixels, around its middle." in view.view.message.value
+    for content in (view.parameters.image, view.parameters.control_image):
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), PIXELS)
+    for start in ({"image": file_of(wide)}, CONTROL | {"control_image": file_of(wide)}):
+        with pytest.raises(ValueError, match=r"is 32x128 .* 32x64 is drawn, which would stretch it"):
+            drawn(playground(pipe, tmp_path, **start))
+
+
 def test_loras_have_a_weight_each(pipe, tmp_path):
     pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
     files = [trained(transformer(), seed=seed).save(tmp_path / str(seed)) for seed in (1, 2)]

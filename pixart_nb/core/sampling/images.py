@@ -85,9 +85,14 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
     return latents.take(down, axis=2).take(across, axis=3)
 
 
+def same_ratio(size: tuple[int, int], height: int, width: int, most: float = 0.1) -> bool:
+    """Return True if resizing ``size`` to height x width changes its ratio by less than the share ``most``."""
+    return 1 - most < (height / width) / (size[0] / size[1]) < 1 + most
+
+
 def check_ratio(name: str, size: tuple[int, int], height: int, width: int, most: float = 0.1) -> None:
-    """Raise an error if resizing ``size`` to height x width changes its ratio by more than the share ``most``."""
-    if not 1 - most < (height / width) / (size[0] / size[1]) < 1 + most:
+    """Raise an error unless ``same_ratio``."""
+    if not same_ratio(size, height, width, most):
         raise PixArtNBError(
             f"{name} is {size[0]}x{size[1]} (height x width), and {height}x{width} is drawn, which would stretch "
             "it; give a height and width of its ratio"
