@@ -210,7 +210,7 @@ class TextTokenizer:
     Calls and attributes that it does not have are those of the tokenizer of transformers.
     """
 
-    def __init__(self, source: str | Path | Any):
+    def __init__(self, source: Any):
         self.folder, self.vocabulary = None, frozenset()
         if not isinstance(source, str | Path):
             self.tokenizer = source
