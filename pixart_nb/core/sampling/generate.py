@@ -240,6 +240,7 @@ def control_options(config: InferenceConfig) -> dict[str, Any]:
     if not config.controlnet:
         return {}
     image = _opened(config.control_image, "RGB")
+    check_ratio(config.control_image, image.size[::-1], config.image_height, config.image_width, 0.03)
     if config.control_edges:
         from pixart_nb.core.checkpoints.controlnet import edge_options
         from pixart_nb.core.data.control import edges

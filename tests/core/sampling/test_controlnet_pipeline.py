@@ -148,6 +148,10 @@ def test_a_configuration_draws_with_a_controlnet_file_and_an_image_file(tmp_path
     paths = sample(check_config(values))
     without = sample(check_config(values | {"controlnet": "", "control_image": "", "output_path": str(tmp_path / "b")}))
     assert not np.array_equal(np.asarray(Image.open(paths[0])), np.asarray(Image.open(without[0])))
+    for control_edges in (True, False):
+        wide = {"image_width": 512, "control_edges": control_edges}
+        with pytest.raises(PixArtNBError, match=r"edges\.png is 64x64 .* 256x512 is drawn, which would stretch it"):
+            sample(check_config(values | wide))
     with pytest.raises(ConfigError, match="Paths are not taken from an image; give --controlnet --control_image"):
         like(paths[0])
 
