@@ -334,7 +334,7 @@ class TrainConfig(ModelKeys):
     use_dora: bool = _lora(False, "Train a weight-decomposed LoRA (DoRA).")
 
     copy_blocks_num: int = _control(0, "Number of blocks that a ControlNet copies and trains in place of all weights, 13 in PixArt-delta. 0 trains the weights.", ge=0, lt=_MOST_LAYERS)
-    controlnet: InputPath = _control("", "ControlNet file or folder to continue training from; it must have copy_blocks_num blocks. Empty starts from copies of the model's blocks.")
+    controlnet: InputPath = _control("", "ControlNet file or folder to continue training from. Blocks that it does not copy start as copies of the model's, as all do without one.")
     control_dir: InputPath = _control("", "Folder of condition images of the names of those in image_dir. Empty takes the edges of the images.")
     control_edge_sigma: Number = _control(EDGE_SIGMA, "Standard deviation in pixels of the Gaussian filter before edges are found. Smaller details have no edge.", gt=0, le=100)
     control_edge_threshold: Number = _control(EDGE_THRESHOLD, "Difference in brightness, 0 to 1, from which an edge begins.", gt=0, le=1)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from mindspore import nn
 
-from pixart_nb.config import TrainConfig
+from pixart_nb.config import ConfigError, TrainConfig
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import write_transformer
 from pixart_nb.core.checkpoints.controlnet import load_controlnet, save_controlnet
@@ -70,12 +69,22 @@ class ControlObjective(Objective):
 
     def __init__(self, config: TrainConfig, net: PixArt):
         super().__init__(config, net)
+        self.network = PixArtControlNet.from_transformer(net, config.copy_blocks_num)
         if config.controlnet:
-            architecture = replace(net.config, copy_blocks_num=config.copy_blocks_num)
-            self.network = load_controlnet(config.controlnet, architecture, base_model=net)
-        else:
-            self.network = PixArtControlNet.from_transformer(net, config.copy_blocks_num)
+            self._start_from(load_controlnet(config.controlnet, base_model=net))
         self.frozen = (net,)
+
+    def _start_from(self, trained: PixArtControlNet) -> None:
+        """Take the weights of a ControlNet; blocks that it does not copy stay copies of the model's."""
+        copies, wanted = len(trained.controlnet), len(self.network.controlnet)
+        if copies > wanted:
+            raise ConfigError(
+                f"{self.config.controlnet} copies {copies} blocks, and copy_blocks_num is {wanted}; give at least "
+                f"{copies}"
+            )
+        own = dict(self.network.controlnet.parameters_and_names())
+        for name, parameter in trained.controlnet.parameters_and_names():
+            own[name].set_data(parameter.value())
 
     def loss(self, empty: np.ndarray) -> Callable:
         return control_loss(self.network)

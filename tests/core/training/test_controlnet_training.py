@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from PIL import Image
+from reference_data import diffusers
 from small_pipeline import training_config, write_training_data
 
 from pixart_nb.config import ConfigError, check_config
@@ -20,6 +21,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.generate import sample
 from pixart_nb.core.training.loss import control_loss
 from pixart_nb.core.training.networks import vae_encoder
+from pixart_nb.core.training.objectives import ControlObjective
 from pixart_nb.core.training.run import Training, train
 
 
@@ -71,8 +73,24 @@ def test_the_training_of_a_controlnet_goes_on_from_its_folder(config, tmp_path):
     before = {name: p.asnumpy().copy() for name, p in later.objective.parameters().items()}
     losses(later.steps())
     assert all(not np.array_equal(p.asnumpy(), before[name]) for name, p in later.objective.parameters().items())
-    with pytest.raises(PixArtNBError, match="holds 1 copied blocks; copy_blocks_num is 2"):
-        Training(config(tmp_path / "other", controlnet=str(tmp_path / "controlnet"), copy_blocks_num=2))
+
+
+def test_a_controlnet_gets_further_blocks_but_never_fewer(config, tmp_path):
+    net = load_transformer(diffusers("sigma")[0] / "transformer")
+
+    def weights(copies, **start):
+        keys = {"copy_blocks_num": copies} | start
+        objective = ControlObjective(config(tmp_path / "run").model_copy(update=keys), net)
+        return objective, {name: p.asnumpy().copy() for name, p in objective.parameters().items()}
+
+    (objective, one), (_, two) = weights(1), weights(2)
+    trained = {name: value + 1 for name, value in one.items()}
+    objective.write(tmp_path / "one", trained)
+    objective, larger = weights(2, controlnet=str(tmp_path / "one"))
+    assert all(np.array_equal(larger[name], trained.get(name, two[name])) for name in two)
+    objective.write(tmp_path / "two", larger)
+    with pytest.raises(ConfigError, match="copies 2 blocks, and copy_blocks_num is 1; give at least 2"):
+        weights(1, controlnet=str(tmp_path / "two"))
 
 
 def test_cached_conditions_are_those_that_are_computed_live(config, tmp_path):
