@@ -76,10 +76,10 @@ class ControlObjective(Objective):
 
     def _start_from(self, trained: PixArtControlNet) -> None:
         """Take the weights of a ControlNet; blocks that it does not copy stay copies of the model's."""
-        copies, wanted = len(trained.controlnet), len(self.network.controlnet)
-        if copies > wanted:
+        copies, count = len(trained.controlnet), len(self.network.controlnet)
+        if copies > count:
             raise ConfigError(
-                f"{self.config.controlnet} copies {copies} blocks, and copy_blocks_num is {wanted}; give at least "
+                f"{self.config.controlnet} copies {copies} blocks, and copy_blocks_num is {count}; give at least "
                 f"{copies}"
             )
         own = dict(self.network.controlnet.parameters_and_names())
