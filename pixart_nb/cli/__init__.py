@@ -9,7 +9,6 @@ from pathlib import PurePath
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 from typer.core import TyperGroup
 
 from pixart_nb import __version__
@@ -83,6 +82,8 @@ class Commands(TyperGroup):
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:
+    from tqdm import tqdm  # has no part in --help and --version
+
     tqdm.write(f"pixart-nb: warning: {message}", file=sys.stderr)
 
 

@@ -62,12 +62,17 @@ def component_paths(source: str | Path, names: Sequence[str], **hub: Any) -> dic
     return {name: folder / name for name in names}
 
 
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the hub, and take them out of ``options``."""
+    return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+
+
 def component_path(source: str | Path, subfolder: str | None, options: dict[str, Any]) -> Path:
     """Return the path of a component: that of the ``subfolder`` of a pipeline, or the folder, file or hub id itself.
 
     Takes the options of the hub out of ``options``.
     """
-    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    hub = hub_options(options)
     if subfolder:
         return component_paths(source, [subfolder], **hub)[subfolder]
     path = bundled_path(source)
@@ -166,13 +171,13 @@ LOADERS = {
 
 
 def chosen_dtype(mindspore_dtype: Any, torch_dtype: Any) -> ms.Type:
-    """Return the dtype that was given under one of two names: float32 for none and for ``auto``."""
+    """Return the dtype of ``mindspore_dtype`` or ``torch_dtype``; float32 for None and ``auto``."""
     dtype = torch_dtype if mindspore_dtype is None else mindspore_dtype
     return ms.float32 if dtype is None or str(dtype) == "auto" else dtype_from_name(dtype)
 
 
 class PretrainedComponent:
-    """Loader of a component under the name that its class has in diffusers."""
+    """Loads a component of a pipeline by the name of its class in diffusers."""
 
     def __init__(self, component: str):
         self.component = component

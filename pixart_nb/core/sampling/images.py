@@ -86,7 +86,7 @@ def resize_latents(latents: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def same_ratio(size: tuple[int, int], height: int, width: int, most: float = 0.1) -> bool:
-    """Return True if resizing ``size`` to height x width changes its ratio by less than the share ``most``."""
+    """Return True if resizing ``size`` to height x width changes the aspect ratio by less than the share ``most``."""
     return 1 - most < (height / width) / (size[0] / size[1]) < 1 + most
 
 

@@ -191,7 +191,7 @@ class PipelineBase(LoraLoaderMixin):
         )
         names = [name for name, part in parts.items() if part is _LOAD]
         dtype = components.chosen_dtype(mindspore_dtype, torch_dtype)
-        hub = {name: options.pop(name) for name in components.HUB_OPTIONS if name in options}
+        hub = components.hub_options(options)
         ignore_options("from_pretrained", options, parameters_of(PipelineBase.from_pretrained))
         files = {"variant": variant, "use_safetensors": use_safetensors}
         loaded = {}
