@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -470,9 +471,13 @@ def smaller_runs(plan: RunPlan) -> Iterator[tuple[tuple[str, ...], RunPlan]]:
                 yield tuple(option for _, option in choice), smaller
 
 
-def size_warnings(config: PixArtConfig, run: RunSettings) -> list[str]:
-    """Return sentences about a checkpoint that is used far from its training size or with an unusual position scale."""
-    trained, drawn = 8 * config.input_size, (run.height * run.width) ** 0.5
+def size_warnings(config: PixArtConfig, run: RunSettings, trained_sizes: Sequence[int] = ()) -> list[str]:
+    """Return sentences about a checkpoint that is used far from its training size or with an unusual position scale.
+
+    ``trained_sizes``: sides in pixels of all images of its training, if they are known; else its ``input_size`` says.
+    """
+    drawn = (run.height * run.width) ** 0.5
+    trained = min(trained_sizes or [8 * config.input_size], key=lambda side: abs(math.log(drawn / side)))
     sentences = []
     if not 1 / FAR <= drawn / trained <= FAR:
         side, scale = round(drawn / 8), config.pe_interpolation * drawn / trained

@@ -232,7 +232,7 @@ def write_model(
     for part in ("vae", "decoder", "text_encoder", *(stage.name for stage in stages)):
         copy_file(work / part / "curve.csv", folder / "curves" / f"{part}.csv")
     components.write_index(folder, DPMSolverMultistepScheduler())
-    bundled_card(stages[-1].name, recipe(stages)).write(folder)
+    bundled_card(stages[-1].name, CELL * stages[-1].cells, recipe(stages)).write(folder)
     tqdm.write(f"wrote {folder}")
 
 

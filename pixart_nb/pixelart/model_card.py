@@ -61,13 +61,15 @@ class ModelCard:
     command: str
     scores: str
     vocabulary: tuple[str, ...]
+    sizes: tuple[int, ...]
     objects: tuple[str, ...] = tuple(OBJECTS)
     colours: tuple[str, ...] = COLOURS
     settings: tuple[str, ...] = tuple(SETTINGS)
 
     def write(self, folder: Path) -> None:
         """Write ``README.md`` to the model's folder."""
-        header = {"license": "apache-2.0", "pipeline_tag": "text-to-image", "vocabulary": sorted(self.vocabulary)}
+        header = {"license": "apache-2.0", "pipeline_tag": "text-to-image", "sizes": list(self.sizes)}
+        header["vocabulary"] = sorted(self.vocabulary)
         lists = {name: ", ".join(getattr(self, name)) for name in ("objects", "colours", "settings")}
         text = {name: getattr(self, name) for name in ("title", "about", "draws", "training", "command", "scores")}
         header_text = yaml.safe_dump(header, sort_keys=False, default_flow_style=None, width=110)
@@ -139,9 +141,13 @@ _BESIDE = {
 _COMPRESSED = {"1024": " Keys and values of the last three blocks are compressed 2 x 2 by a convolution."}
 
 
-def bundled_card(stage: str, recipe: str) -> ModelCard:
-    """Return the card of the bundled model of a stage; ``recipe`` tells the steps of its transformer."""
-    sizes = "512 x 512 or 1024 x 1024" if stage == "1024" else f"{stage} x {stage}"
+def bundled_card(stage: str, side: int, recipe: str) -> ModelCard:
+    """Return the card of the bundled model of a stage for images of ``side`` pixels.
+
+    ``recipe`` tells the steps of its transformer.
+    """
+    sizes = (512, 1024) if stage == "1024" else (side,)
+    in_words = " or ".join(f"{size} x {size}" for size in sizes)
     return ModelCard(
         title={"256": "tiny-sigma", "1024": "tiny-sigma-1k"}.get(stage, f"tiny-sigma-{stage}"),
         about=(
@@ -150,7 +156,7 @@ def bundled_card(stage: str, recipe: str) -> ModelCard:
             "(128 wide, 3 layers) and its tokenizer, all trained by this project." + _COMPRESSED.get(stage, "")
         ),
         draws=(
-            f"Pixel art of one or two coloured objects in a setting, at {sizes} pixels with cells of 8 x 8: "
+            f"Pixel art of one or two coloured objects in a setting, at {in_words} pixels with cells of 8 x 8: "
             "`a red mushroom on grass`, `a large red mushroom on the left, on grass`, `a red cat left of a blue boat "
             "on a beach`. One object is small, medium-sized or large, and stands on the left, in the middle or on the "
             "right. Two are left of, right of, above or in front of each other."
@@ -165,4 +171,5 @@ def bundled_card(stage: str, recipe: str) -> ModelCard:
         ),
         scores=_SCORES.get(stage, "Not evaluated."),
         vocabulary=caption_vocabulary(),
+        sizes=sizes,
     )

@@ -1,8 +1,10 @@
 """Memory and estimated time of a run, planned before it starts and held against measurements."""
 
 import json
+import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,11 +13,11 @@ from small_networks import PUBLISHED, SMALL
 from typer.testing import CliRunner
 
 from pixart_nb.cli import app
-from pixart_nb.config import load_config
+from pixart_nb.config import check_config, load_config
 from pixart_nb.core import memory
 from pixart_nb.core.cost import parameters
 from pixart_nb.core.memory import SubprocessError, run_in_subprocess
-from pixart_nb.core.models.low_precision import unsupported
+from pixart_nb.core.models.low_precision import inference_dtype_name, unsupported
 from pixart_nb.core.models.t5 import T5Config
 from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.models.vae_blocks import VAEConfig
@@ -34,7 +36,7 @@ from pixart_nb.core.run_plan import (
     smaller_runs,
     weight_bytes,
 )
-from pixart_nb.core.sampling.planning import measured_rows, networks_of, run_settings
+from pixart_nb.core.sampling.planning import check_run, measured_rows, networks_of, run_settings
 
 # ---- memory
 
@@ -161,6 +163,29 @@ def test_a_checkpoint_at_another_size_than_its_own_is_warned_of():
     assert "pe_interpolation is 2 for latents of 64" in sentence
     other = PixArtConfig(hidden_size=192, num_heads=6, input_size=64, pe_interpolation=2.0)
     assert size_warnings(other, RunSettings(512, 512)) == []  # a model of another kind has a scale of its own
+    assert size_warnings(other, RunSettings(1024, 1024), [512, 1024]) == []  # its card names both sizes
+    (sentence,) = size_warnings(other, RunSettings(256, 256), [512, 1024])
+    assert "trained at 512x512" in sentence
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "binning", "expected"),
+    [
+        ("tiny-sigma", 256, True, ""),
+        ("tiny-sigma", 512, True, "Images of 512x512 are generated at 256x256, .* and resized"),
+        ("tiny-sigma", 512, False, "was trained at 256x256 .* used at 512x512: expect repeated"),
+        ("tiny-sigma-1k", 512, True, "Images of 512x512 are generated at 1024x1024"),
+        ("tiny-sigma-1k", 512, False, ""),
+    ],
+)
+def test_a_size_that_the_model_does_not_draw_is_named_before_sampling(project, model, side, binning, expected):
+    values = {"model": str(project / "data" / model), "prompt": ["a cup"], "use_resolution_binning": binning}
+    config = check_config(values | {"image_height": side, "image_width": side})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_run(config)
+    sentences = [str(entry.message) for entry in caught]
+    assert len(sentences) == bool(expected) and all(re.search(expected, sentence) for sentence in sentences)
 
 
 def test_time_is_estimated_from_one_step_and_one_tile():
@@ -211,7 +236,8 @@ def test_the_command_plans_published_checkpoints_that_do_not_exist_here(project,
     assert "This run needs" in output
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert numbers["plan"]["parameters"]["transformer"] == 612_084_896 + 14 * 1152 * (4 + 3)
-    assert len(numbers["overview"]) == 30
+    dtypes = {inference_dtype_name(name) for name in ("fp32", "fp16")}  # one on a processor without bfloat16
+    assert len(numbers["overview"]) == 15 * len(dtypes)
 
 
 def test_the_plan_of_a_configuration_has_its_sizes_and_batch(project, monkeypatch):

@@ -223,7 +223,7 @@ def test_trained_weights_are_set_by_name():
 def test_the_card_of_a_bundled_model_is_what_its_training_writes(project, tmp_path, folder, last):
     names = [stage.name for stage in bundled_model.STAGES]
     stages = bundled_model.STAGES[: names.index(last) + 1]
-    bundled_card(last, bundled_model.recipe(stages)).write(tmp_path)
+    bundled_card(last, int(last), bundled_model.recipe(stages)).write(tmp_path)
     assert (tmp_path / "README.md").read_text() == (project / "data" / folder / "README.md").read_text()
 
 

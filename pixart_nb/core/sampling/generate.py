@@ -38,7 +38,7 @@ from pixart_nb.core.sampling.pipeline_base import COMPONENTS
 from pixart_nb.core.sampling.planning import (
     TILE,
     architecture_of,
-    check_memory,
+    check_run,
     drawn_size,
     max_sequence_length,
     prompts_of,
@@ -94,7 +94,7 @@ def sample(config: InferenceConfig) -> list[Path]:
     rank, workers = backend.join_workers() if config.use_parallel else (0, 1)
     requests = requests_of(config, rank, workers)
     ensure_writable(config.output_path, needed=3 * config.image_height * config.image_width)
-    check_memory(config)
+    check_run(config)
     together = config.nrows * config.ncols if config.imagegrid else 1
     paths: list[Path] = []
     if config.stages_path:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pixart_nb.config import ConfigError, InferenceConfig
+from pixart_nb.config import ConfigError, InferenceConfig, bundled_path
 from pixart_nb.core.backend import on_ascend
 from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
 from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
@@ -36,7 +37,7 @@ from pixart_nb.core.run_plan import (
 from pixart_nb.core.sampling.guidance import perturbed_layers
 from pixart_nb.core.sampling.images import binned_size, bins_for, checked_size
 from pixart_nb.core.sampling.samplers import active_steps, steps_taken
-from pixart_nb.core.sampling.text import per_prompt
+from pixart_nb.core.sampling.text import card_list, per_prompt
 
 #: Default side in pixels of the tiles that runs in stages decode.
 TILE = 512
@@ -191,8 +192,8 @@ def _tokens(text: str, config: InferenceConfig) -> int:
     return min(-(-len(text) // _LETTERS_PER_TOKEN) + 1, config.t5_max_length or 300)
 
 
-def check_memory(config: InferenceConfig) -> None:
-    """Refuse a configuration that needs more memory than its limit or than is available.
+def check_run(config: InferenceConfig) -> None:
+    """Refuse a configuration that needs more memory than its limit or than is available; warn of its size.
 
     Networks that do not exist cannot be planned; loading them reports what is wrong.
 
@@ -201,8 +202,22 @@ def check_memory(config: InferenceConfig) -> None:
     """
     networks, notes = networks_of(config)
     if not notes:
-        plan = plan_run(networks, run_settings(config, networks), process=process_memory())
-        check_fits(plan, memory_limit(config))
+        run = run_settings(config, networks)
+        check_fits(plan_run(networks, run, process=process_memory()), memory_limit(config))
+        for sentence in _size_notes(config, networks, run):
+            warnings.warn(sentence, stacklevel=2)
+
+
+def _size_notes(config: InferenceConfig, networks: Networks, run: RunSettings) -> list[str]:
+    """Return sentences about images that are generated at another size, or far from the sizes of the training."""
+    notes, (height, width) = [], (config.image_height, config.image_width)
+    if (run.height, run.width) != (height, width):
+        notes.append(
+            f"Images of {height}x{width} are generated at {run.height}x{run.width}, the published resolution with the "
+            "nearest ratio, and resized. With use_resolution_binning False they are generated at their own size."
+        )
+    sizes = card_list(bundled_path(config.model) / "README.md", "sizes", int) if not config.checkpoint else []
+    return notes + size_warnings(networks.transformer, run, sizes)
 
 
 def memory_limit(config: InferenceConfig) -> float:
@@ -233,7 +248,7 @@ def plan_config(
     except DoesNotFitError as error:
         notes.append(str(error)[0].upper() + str(error)[1:])
     rows = overview(networks, run, sizes, ratios, speeds) if sizes else []
-    return ConfigPlan(plan, rows, notes + size_warnings(networks.transformer, run))
+    return ConfigPlan(plan, rows, notes + _size_notes(config, networks, run))
 
 
 def measured_rows(plans: Sequence[RunPlan], measurements: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

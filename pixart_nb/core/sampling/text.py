@@ -71,7 +71,7 @@ _SPECIAL_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad
 _JOINED = re.compile(r"(?:-|_)")
 #: Most tokens of a prompt; the published models read 120 or 300.
 _MOST_TOKENS = 2**14
-#: Characters of a model card that are read for its vocabulary.
+#: Characters of a model card that are read for its header.
 _LONGEST_CARD = 2**18
 
 
@@ -149,18 +149,20 @@ def _unseen_words(words: Sequence[str]) -> str:
     return f"{listed} not in the training captions of this model"
 
 
-def card_vocabulary(card: Path) -> frozenset[str]:
-    """Return the words of a model's training captions, the ``vocabulary`` of its card (``README.md``).
+def card_list(card: Path, key: str, kind: type) -> list[Any]:
+    """Return the values of a kind in a list of the header of a model's card (``README.md``).
 
-    Empty for a card without one, as those of published models are, and where there is no card.
+    The bundled models have ``vocabulary``, the words of their training captions, and ``sizes``, the sides in pixels
+    of the images that they draw. Empty for a card without the list, as those of published models are, and where there
+    is no card.
     """
     try:
         with card.open(encoding="utf-8") as file:
             header = file.read(_LONGEST_CARD).split("\n---", 1)[0]
-        words = yaml.safe_load(header.removeprefix("---")).get("vocabulary")
+        values = yaml.safe_load(header.removeprefix("---")).get(key)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ValueError, RecursionError):
-        return frozenset()
-    return frozenset(word for word in words if isinstance(word, str)) if isinstance(words, list) else frozenset()
+        return []
+    return [value for value in values if type(value) is kind] if isinstance(values, list) else []
 
 
 def _check_settings(path: Path) -> None:
@@ -225,7 +227,7 @@ class TextTokenizer:
             if (self.folder / name).is_file():
                 check_file(self.folder / name, "the model of a tokenizer")
         self.tokenizer = _load_tokenizer(self.folder)
-        self.vocabulary = card_vocabulary(self.folder.parent / "README.md")
+        self.vocabulary = frozenset(card_list(self.folder.parent / "README.md", "vocabulary", str))
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the tokenizer of transformers."""

@@ -8,7 +8,7 @@ import pytest
 
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline
-from pixart_nb.core.sampling.text import TextTokenizer, card_vocabulary
+from pixart_nb.core.sampling.text import TextTokenizer, card_list
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_card_lists_the_words_of_the_training_captions(folder):
 def test_a_card_without_a_vocabulary_names_no_words(folder, card):
     if card is not None:
         (folder / "README.md").write_bytes(card.encode("utf-8", "surrogateescape"))
-    assert card_vocabulary(folder / "README.md") == frozenset()
+    assert card_list(folder / "README.md", "vocabulary", str) == []
     assert TextTokenizer(folder / "tokenizer").unseen(["a glass castle"]) == []
 
 
