@@ -21,7 +21,7 @@ from pixart_nb.core.io import ensure_writable, folder_lock, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
 from pixart_nb.core.sampling.images import save_elsewhere, to_uint8, write_image
 from pixart_nb.core.sampling.samplers import image_generators
-from pixart_nb.core.sampling.text import card_list
+from pixart_nb.core.sampling.text import card_header
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scene_of, short_caption
 from pixart_nb.pixelart.evaluator import SceneEvaluator, accuracy_of
@@ -39,7 +39,7 @@ def draws_scenes(config: ModelKeys) -> bool:
     The card of such a model has a vocabulary. Another ``checkpoint`` in its place may draw anything.
     """
     card = Path(config.model, "README.md")
-    return bool(config.model and not config.checkpoint and card_list(card, "vocabulary", str))
+    return bool(config.model and not config.checkpoint and card_header(card).vocabulary)
 
 
 def agreement(images: np.ndarray, prompts: Sequence[str], read: bool = True) -> dict[str, float]:

@@ -69,7 +69,7 @@ class ModelCard:
     def write(self, folder: Path) -> None:
         """Write ``README.md`` to the model's folder."""
         header = {"license": "apache-2.0", "pipeline_tag": "text-to-image", "sizes": list(self.sizes)}
-        header["vocabulary"] = sorted(self.vocabulary)
+        header |= {"most_objects": 2, "objects": list(object_words()), "vocabulary": sorted(self.vocabulary)}
         lists = {name: ", ".join(getattr(self, name)) for name in ("objects", "colours", "settings")}
         text = {name: getattr(self, name) for name in ("title", "about", "draws", "training", "command", "scores")}
         header_text = yaml.safe_dump(header, sort_keys=False, default_flow_style=None, width=110)
@@ -91,6 +91,12 @@ def caption_vocabulary() -> tuple[str, ...]:
     for table in (WHERE, OBJECT_SYNONYMS, COLOUR_SYNONYMS, PHRASES, POSITION_PHRASES):
         phrases += [phrase for values in table.values() for phrase in values]
     return tuple(sorted(words_of(phrases)))
+
+
+def object_words() -> tuple[str, ...]:
+    """Return the words that name an object: of two words the last."""
+    names = [name for object in OBJECTS for name in (object, *OBJECT_SYNONYMS.get(object, ()))]
+    return tuple(sorted({name.split()[-1] for name in names}))
 
 
 #: Results of ``pixart-nb evaluate`` by stage, as Markdown; empty for stages that nobody has evaluated.

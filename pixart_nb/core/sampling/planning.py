@@ -37,7 +37,7 @@ from pixart_nb.core.run_plan import (
 from pixart_nb.core.sampling.guidance import perturbed_layers
 from pixart_nb.core.sampling.images import binned_size, bins_for, checked_size
 from pixart_nb.core.sampling.samplers import active_steps, steps_taken
-from pixart_nb.core.sampling.text import card_list, per_prompt
+from pixart_nb.core.sampling.text import card_header, per_prompt
 
 #: Default side in pixels of the tiles that runs in stages decode.
 TILE = 512
@@ -216,7 +216,7 @@ def _size_notes(config: InferenceConfig, networks: Networks, run: RunSettings) -
             f"Images of {height}x{width} are generated at {run.height}x{run.width}, the published resolution with the "
             "nearest ratio, and resized. With use_resolution_binning False they are generated at their own size."
         )
-    sizes = card_list(bundled_path(config.model) / "README.md", "sizes", int) if not config.checkpoint else []
+    sizes = () if config.checkpoint else card_header(bundled_path(config.model) / "README.md").sizes
     return notes + size_warnings(networks.transformer, run, sizes)
 
 

@@ -128,10 +128,16 @@ def warn_of_lost_words(
             warnings.warn(f"prompt {prompt!r}: caption cleaning removes {removed!r}", stacklevel=4)
     if tokenizer is None or adapted:
         return
-    unseen = tokenizer.unseen(prepared)
+    unseen, crowd = tokenizer.unseen(prepared), tokenizer.crowd(prepared)
     spelled = [word for word in tokenizer.spelled(prepared) if word not in unseen]
     if unseen:
         warnings.warn(_unseen_words(unseen), stacklevel=4)
+    if crowd:
+        warnings.warn(
+            f"a prompt names {_in_words(crowd)}; the training images of this model have at most "
+            f"{tokenizer.card.most_objects} objects, so that some may be missing or mixed",
+            stacklevel=4,
+        )
     if spelled:
         warnings.warn(
             f"the tokenizer spells {spelled} letter by letter; the model may not know these words", stacklevel=4
@@ -144,25 +150,44 @@ def _unseen_words(words: Sequence[str]) -> str:
     >>> _unseen_words(["castle", "glass"])
     "'castle' and 'glass' are not in the training captions of this model"
     """
+    return f"{_in_words(words)} {'are' if len(words) > 1 else 'is'} not in the training captions of this model"
+
+
+def _in_words(words: Sequence[str]) -> str:
     *others, last = map(repr, words)
-    listed = f"{', '.join(others)} and {last} are" if others else f"{last} is"
-    return f"{listed} not in the training captions of this model"
+    return f"{', '.join(others)} and {last}" if others else last
 
 
-def card_list(card: Path, key: str, kind: type) -> list[Any]:
-    """Return the values of a kind in a list of the header of a model's card (``README.md``).
+@dataclass(frozen=True)
+class CardHeader:
+    """Facts in the header of a model's card (``README.md``); none without a card, and in those of published models.
 
-    The bundled models have ``vocabulary``, the words of their training captions, and ``sizes``, the sides in pixels
-    of the images that they draw. Empty for a card without the list, as those of published models are, and where there
-    is no card.
+    ``vocabulary``: words of the training captions. ``objects``: those of them that name an object.
+    ``most_objects``: largest number of objects in a training image. ``sizes``: sides of the images in pixels.
     """
+
+    vocabulary: frozenset[str] = frozenset()
+    objects: frozenset[str] = frozenset()
+    most_objects: int = 0
+    sizes: tuple[int, ...] = ()
+
+
+def card_header(card: Path) -> CardHeader:
+    """Read the header of a model's card. Values of other types than expected are left out."""
     try:
         with card.open(encoding="utf-8") as file:
             header = file.read(_LONGEST_CARD).split("\n---", 1)[0]
-        values = yaml.safe_load(header.removeprefix("---")).get(key)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ValueError, RecursionError):
-        return []
-    return [value for value in values if type(value) is kind] if isinstance(values, list) else []
+        values = dict(yaml.safe_load(header.removeprefix("---")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, RecursionError):
+        return CardHeader()
+    lists = {key: value if isinstance(value, list) else [] for key, value in values.items()}
+    words = {key: frozenset(w for w in lists.get(key, ()) if isinstance(w, str)) for key in ("vocabulary", "objects")}
+    most, sizes = values.get("most_objects"), [n for n in lists.get("sizes", ()) if type(n) is int and n > 0]
+    return CardHeader(**words, most_objects=most if type(most) is int else 0, sizes=tuple(sizes))
+
+
+def _words(prompt: str) -> list[str]:
+    return re.findall(r"[^\W_]+", prompt.lower())
 
 
 def _check_settings(path: Path) -> None:
@@ -213,7 +238,7 @@ class TextTokenizer:
     """
 
     def __init__(self, source: Any):
-        self.folder, self.vocabulary = None, frozenset()
+        self.folder, self.card = None, CardHeader()
         if not isinstance(source, str | Path):
             self.tokenizer = source
             return
@@ -227,7 +252,7 @@ class TextTokenizer:
             if (self.folder / name).is_file():
                 check_file(self.folder / name, "the model of a tokenizer")
         self.tokenizer = _load_tokenizer(self.folder)
-        self.vocabulary = frozenset(card_list(self.folder.parent / "README.md", "vocabulary", str))
+        self.card = card_header(self.folder.parent / "README.md")
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Call the tokenizer of transformers."""
@@ -284,8 +309,14 @@ class TextTokenizer:
 
     def unseen(self, prompts: Sequence[str]) -> list[str]:
         """Return the words that are not in the vocabulary of the model card, if the card has one."""
-        words = dict.fromkeys(w for prompt in prompts for w in re.findall(r"[^\W_]+", prompt.lower()))
-        return [w for w in words if w not in self.vocabulary] if self.vocabulary else []
+        words = dict.fromkeys(w for prompt in prompts for w in _words(prompt))
+        return [w for w in words if w not in self.card.vocabulary] if self.card.vocabulary else []
+
+    def crowd(self, prompts: Sequence[str]) -> list[str]:
+        """Return the objects of the first prompt that names more of them than a training image of the model has."""
+        most = self.card.most_objects or np.inf
+        named = (dict.fromkeys(w for w in _words(prompt) if w in self.card.objects) for prompt in prompts)
+        return next((list(words) for words in named if len(words) > most), [])
 
     def spelled(self, prompts: Sequence[str]) -> list[str]:
         """Return the words of at least three letters of which the tokenizer has only pieces of one or two letters."""
