@@ -27,7 +27,7 @@ from pixart_nb.pixelart.captions import named_scenes, scene_of, short_caption
 from pixart_nb.pixelart.evaluator import SceneEvaluator, accuracy_of
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.scenes import Scene, draw
-from pixart_nb.pixelart.split import held_out_scenes
+from pixart_nb.pixelart.split import held_out_scenes, training_scene
 from pixart_nb.pixelart.textures import texture_ratios
 
 _SHEET_COLUMNS = 12
@@ -125,7 +125,7 @@ def score_summary(report: Mapping[str, Any]) -> str:
     source = f"captions of {report['labels']}" if report.get("labels") else "held-out scenes"
     summary = f"{report['count']} {source}, {report['seconds_per_image']:.2f} s per image"
     ratios = ", ".join(f"{level} px {ratio:.2f}" for level, ratio in report["texture_ratios"].items())
-    summary += f"\nDistance of textures from drawn images, 1 is that of other drawn images: {ratios}"
+    summary += f"\nDistance of textures from drawings of other scenes, 1 is that of drawings of these: {ratios}"
     if "reconstruction_psnr" in report:
         summary += f"\nVAE reconstruction: {report['reconstruction_psnr']:.2f} dB"
     return summary
@@ -161,8 +161,7 @@ def evaluate_model(
     Returns:
         ``count``; ``accuracy``, shares of right ``object``, ``colour``, ``setting`` and ``all`` (see
         ``SceneEvaluator.accuracy``); ``object_accuracy``, the share of images that show each object among those that
-        should; ``texture_ratios`` (see ``textures``) to drawn images; ``seconds_per_image``; ``images`` (N, H, W, 3)
-        uint8.
+        should; ``texture_ratios`` to ``reference_drawings``; ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
     """
     started = time.perf_counter()
     size = {"height": height, "width": width}
@@ -172,11 +171,10 @@ def evaluate_model(
     seconds = (time.perf_counter() - started) / len(scenes)
     result = {"count": len(scenes), "accuracy": {}, "object_accuracy": {}, "texture_ratios": {}}
     if read:
-        evaluator, drawn = evaluator_of(scenes), (drawn_images(scenes, seed + k, height, width) for k in range(2))
-        read_scenes = evaluator.scenes(images, scenes)
+        read_scenes = evaluator_of(scenes).scenes(images, scenes)
         result["accuracy"] = accuracy_of(read_scenes, scenes)
         result["object_accuracy"] = _object_accuracy(read_scenes, scenes)
-        result["texture_ratios"] = texture_ratios(images, *drawn)
+        result["texture_ratios"] = texture_ratios(images, *reference_drawings(scenes, seed, height, width))
     return {**result, "seconds_per_image": seconds, "images": images}
 
 
@@ -225,6 +223,17 @@ def drawn_images(scenes: Sequence[Scene], seed: int, height: int, width: int) ->
     """Draw scenes: (N, height, width, 3) uint8."""
     rng = np.random.default_rng(seed)
     return np.stack([draw(scene, rng, height, width) for scene in scenes])
+
+
+def reference_drawings(scenes: Sequence[Scene], seed: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw training scenes of as many things as each of ``scenes``, and ``scenes`` themselves.
+
+    The last two arguments of ``texture_ratios``: generated images and drawings of the same scenes are both compared
+    with drawings of others, as Karras et al. compare with training images.
+    """
+    rng = np.random.default_rng((seed, 21))
+    others = [training_scene(rng, pair_share=len(scene.things) - 1) for scene in scenes]
+    return drawn_images(others, seed + 1, height, width), drawn_images(scenes, seed, height, width)
 
 
 def reconstruction_psnr(

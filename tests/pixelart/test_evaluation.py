@@ -5,8 +5,17 @@ import pytest
 
 from pixart_nb.config import check_config
 from pixart_nb.pixelart.captions import short_caption
-from pixart_nb.pixelart.evaluation import agreement, draws_scenes, evaluate_model, requested_scenes
+from pixart_nb.pixelart.evaluation import (
+    agreement,
+    drawn_images,
+    draws_scenes,
+    evaluate_model,
+    reference_drawings,
+    requested_scenes,
+)
 from pixart_nb.pixelart.scenes import draw, one
+from pixart_nb.pixelart.split import held_out_scenes
+from pixart_nb.pixelart.textures import texture_ratios
 
 SIZE = {"prompt": ["a"], "image_height": 256, "image_width": 256}
 ROOTS = {f"{name}_root": f"data/tiny-sigma/{name}" for name in ("vae", "text_encoder", "tokenizer")}
@@ -46,3 +55,14 @@ def test_held_out_scenes_of_two_things_are_drawn_and_read():
     result = evaluate_model(pipe, scenes)
     assert result["accuracy"] == {"object": 1.0, "colour": 1.0, "setting": 1.0, "relation": 1.0, "all": 1.0}
     assert set(result["object_accuracy"].values()) == {1.0} and len(result["object_accuracy"]) >= 4
+
+
+def test_textures_are_compared_with_drawings_of_other_scenes():
+    scenes = held_out_scenes(40)
+    references, same = reference_drawings(scenes, 0, 128, 192)
+    assert references.shape == same.shape == (40, 128, 192, 3)
+    assert np.array_equal(same, drawn_images(scenes, 0, 128, 192))
+    again = texture_ratios(drawn_images(scenes, 7, 128, 192), references, same)
+    assert all(0.6 < ratio < 1.6 for ratio in again.values())
+    noise = np.random.default_rng(0).normal(0, 20, same.shape)
+    assert max(texture_ratios((same + noise).clip(0, 255).astype(np.uint8), references, same).values()) > 3
