@@ -44,6 +44,7 @@ def evaluate(
     """
     from pixart_nb.core.models.low_precision import inference_dtype_name
     from pixart_nb.core.sampling import generate
+    from pixart_nb.core.sampling.planning import check_run
     from pixart_nb.core.sampling.text import per_prompt
     from pixart_nb.pixelart.captions import short_caption
     from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
@@ -59,6 +60,7 @@ def evaluate(
     negative, *others = dict.fromkeys(per_prompt(chosen.negative_prompt, len(scenes)))
     if others:
         raise PixArtNBError(f"negative_prompt has {1 + len(others)} texts; expected one for all scenes")
+    check_run(chosen)
     report, path = evaluate_and_write(
         generate.load_pipeline(chosen),
         scenes,

@@ -477,13 +477,14 @@ def size_warnings(config: PixArtConfig, run: RunSettings, trained_sizes: Sequenc
     ``trained_sizes``: sides in pixels of all images of its training, if they are known; else its ``input_size`` says.
     """
     drawn = (run.height * run.width) ** 0.5
-    trained = min(trained_sizes or [8 * config.input_size], key=lambda side: abs(math.log(drawn / side)))
+    own = 8 * config.input_size
+    trained = min(trained_sizes or [own], key=lambda side: abs(math.log(drawn / side)))
     sentences = []
     if not 1 / FAR <= drawn / trained <= FAR:
-        side, scale = round(drawn / 8), config.pe_interpolation * drawn / trained
+        side, scale = round(drawn / 8), config.pe_interpolation * drawn / own
         sentences.append(
-            f"The checkpoint was trained at {trained}x{trained} (pe_interpolation {config.pe_interpolation:g}) and is "
-            f"used at {run.height}x{run.width}: expect repeated, broken or blurred shapes. Use its own size, or "
+            f"The checkpoint was trained at {trained}x{trained} and is used at {run.height}x{run.width}: "
+            "expect repeated, broken or blurred shapes. Use its own size, or "
             f"finetune it at this one (sample_size {side}, pe_interpolation {scale:.3g})."
         )
     usual = config.input_size / 64

@@ -247,6 +247,15 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert json.loads((tmp_path / "evaluation-3.json").read_text())["seed"] == 2
 
 
+def test_evaluate_refuses_more_memory_than_allowed_and_names_a_size_of_no_training(run, painter, project, tmp_path):
+    config = tmp_path / "limited.yaml"
+    config.write_text((project / CONFIG).read_text() + "memory_limit: 1\n")
+    result = run("evaluate", "-c", config, "--batch_size", 240, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and "With --batch_size" in result.stderr and not painter.calls
+    words = ["--count", 1, "--image_height", 512, "--image_width", 512, "-o", tmp_path / "out"]
+    assert "trained at 256x256 and is used at 512x512" in run("evaluate", *words).stderr
+
+
 def test_evaluate_takes_the_negative_prompt_and_pag_of_its_configuration(run, painter, tmp_path):
     words = ["--count", 2, "--sampling_steps", 1, "--negative_prompt", "blurry", "--pag_scale", 2, "-o", tmp_path]
     assert run("evaluate", *words).exit_code == 0

@@ -157,7 +157,7 @@ def test_a_checkpoint_at_another_size_than_its_own_is_warned_of():
     assert size_warnings(config, RunSettings(1024, 1024)) == []
     assert size_warnings(config, RunSettings(512, 2048)) == []  # the same area
     (sentence,) = size_warnings(config, RunSettings(4096, 4096))
-    assert "trained at 1024x1024 (pe_interpolation 2)" in sentence
+    assert "trained at 1024x1024 and is used at 4096x4096" in sentence
     assert "sample_size 512, pe_interpolation 8" in sentence
     (sentence,) = size_warnings(PixArtConfig(input_size=64, pe_interpolation=2.0), RunSettings(512, 512))
     assert "pe_interpolation is 2 for latents of 64" in sentence
@@ -165,7 +165,7 @@ def test_a_checkpoint_at_another_size_than_its_own_is_warned_of():
     assert size_warnings(other, RunSettings(512, 512)) == []  # a model of another kind has a scale of its own
     assert size_warnings(other, RunSettings(1024, 1024), [512, 1024]) == []  # its card names both sizes
     (sentence,) = size_warnings(other, RunSettings(256, 256), [512, 1024])
-    assert "trained at 512x512" in sentence
+    assert "trained at 512x512" in sentence and "sample_size 32, pe_interpolation 1)" in sentence
 
 
 @pytest.mark.parametrize(
