@@ -20,6 +20,7 @@ from pixart_nb.core.errors import PixArtNBError, WriteError
 from pixart_nb.core.io import ensure_writable, folder_lock, write_json
 from pixart_nb.core.sampling.generate import contact_sheet
 from pixart_nb.core.sampling.images import save_elsewhere, to_uint8, write_image
+from pixart_nb.core.sampling.pipeline_base import hidden_progress_bar
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.core.sampling.text import card_header
 from pixart_nb.core.training.validation import psnr, reconstruct
@@ -200,7 +201,7 @@ def draw_prompts(pipe: Any, prompts: Sequence[str], batch_size: int = 24, seed: 
         )
     call = {"use_resolution_binning": False, "output_type": "np"} | call
     drawn = []
-    with tqdm(total=len(prompts), desc="draw", unit="image") as bar:
+    with hidden_progress_bar(pipe), tqdm(total=len(prompts), desc="draw", unit="image") as bar:
         for first in range(0, len(prompts), batch_size):
             batch = list(prompts[first : first + batch_size])
             rngs = image_generators(seed, range(first, first + len(batch)))

@@ -16,6 +16,7 @@ from pixart_nb.core.hooks.recorder import trace
 from pixart_nb.core.hooks.selection import Layers, Numbers
 from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.sampling.images import to_uint8
+from pixart_nb.core.sampling.pipeline_base import hidden_progress_bar
 from pixart_nb.core.sampling.samplers import image_generators
 from pixart_nb.pixelart.batches import generator
 from pixart_nb.pixelart.captions import short_caption
@@ -94,7 +95,7 @@ def locate_words(
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
     located: list[LocatedWords] = []
     reader = evaluator_of(scenes)
-    with tqdm(total=len(scenes), desc="locate", unit="image") as bar:
+    with hidden_progress_bar(pipe), tqdm(total=len(scenes), desc="locate", unit="image") as bar:
         for first in range(0, len(scenes), batch_size):
             batch = scenes[first : first + batch_size]
             rngs = image_generators(seed, range(first, first + len(batch)))

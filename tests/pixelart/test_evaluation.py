@@ -1,12 +1,16 @@
 """Evaluation of models: which ones draw scenes, and what is left of it for the others."""
 
+import re
+
 import numpy as np
 import pytest
 
+from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import check_config
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluation import (
     agreement,
+    draw_prompts,
     drawn_images,
     draws_scenes,
     evaluate_model,
@@ -66,3 +70,13 @@ def test_textures_are_compared_with_drawings_of_other_scenes():
     assert all(0.6 < ratio < 1.6 for ratio in again.values())
     noise = np.random.default_rng(0).normal(0, 20, same.shape)
     assert max(texture_ratios((same + noise).clip(0, 255).astype(np.uint8), references, same).values()) > 3
+
+
+def test_one_progress_bar_shows_while_many_images_are_drawn(project, capsys):
+    pipe = PixArtSigmaPipeline.from_pretrained(project / "data/tiny-sigma")
+    call = {"height": 64, "width": 64, "num_inference_steps": 1}
+    draw_prompts(pipe, ["a red cup", "a blue cup"], 1, **call)
+    bars = {line.split(":")[0] for line in re.split(r"[\r\n]+", capsys.readouterr().err) if "%|" in line}
+    assert bars == {"draw"}
+    pipe("a red cup", generator=np.random.default_rng(0), **call)
+    assert "1/1" in capsys.readouterr().err

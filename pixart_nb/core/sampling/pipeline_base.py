@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -332,6 +333,19 @@ _NO_EFFECT = {
     "maybe_free_model_hooks": "there are no offloading hooks to remove",
     "remove_all_hooks": "there are no offloading hooks to remove",
 }
+
+
+@contextmanager
+def hidden_progress_bar(pipe: Any) -> Iterator[None]:
+    """Hide the progress bar of a pipeline while another one counts its images; any other function is left alone."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    if before is not None:
+        pipe.set_progress_bar_config(**before | {"disable": True})
+    try:
+        yield
+    finally:
+        if before is not None:
+            pipe.set_progress_bar_config(**before)
 
 
 def _is_device(value: Any) -> bool:

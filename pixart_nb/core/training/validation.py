@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from pixart_nb.config import TrainConfig
 from pixart_nb.core.backend import as_tensor, ms, to_numpy
@@ -58,23 +59,27 @@ class Validation:
             pipe = PixArtSigmaControlNetPipeline(None, None, vae, net.base_model, scheduler, controlnet=net)
         else:
             pipe = PixArtSigmaPipeline(None, None, vae, net, scheduler)
-        images = [
-            pipe(
-                prompt_embeds=ms.Tensor(self.embeds[i : i + 1]),
-                prompt_attention_mask=self.mask[i : i + 1],
-                negative_prompt_embeds=ms.Tensor(self.embeds[count + i : count + i + 1]),
-                negative_prompt_attention_mask=self.mask[count + i : count + i + 1],
-                num_inference_steps=config.sampling_steps,
-                guidance_scale=config.guidance_scale,
-                height=self.side,
-                width=self.side,
-                generator=image_generators(config.seed, [i]),
-                use_resolution_binning=False,
-                output_type="np",
-                **({"image": self.conditions[i]} if self.conditions else {}),
-            )[0]
-            for i in range(count)  # one at a time, to save memory
-        ]
+        pipe.set_progress_bar_config(disable=True)
+        total = count * config.sampling_steps
+        with tqdm(total=total, desc="validation images", unit="step", leave=False) as bar:
+            images = [
+                pipe(
+                    prompt_embeds=ms.Tensor(self.embeds[i : i + 1]),
+                    prompt_attention_mask=self.mask[i : i + 1],
+                    negative_prompt_embeds=ms.Tensor(self.embeds[count + i : count + i + 1]),
+                    negative_prompt_attention_mask=self.mask[count + i : count + i + 1],
+                    num_inference_steps=config.sampling_steps,
+                    guidance_scale=config.guidance_scale,
+                    height=self.side,
+                    width=self.side,
+                    generator=image_generators(config.seed, [i]),
+                    use_resolution_binning=False,
+                    output_type="np",
+                    callback=lambda *_: bar.update(),
+                    **({"image": self.conditions[i]} if self.conditions else {}),
+                )[0]
+                for i in range(count)  # one at a time, to save memory
+            ]
         return to_uint8(np.concatenate(images))
 
     def paths(self, folder: Path, step: int) -> list[Path]:
