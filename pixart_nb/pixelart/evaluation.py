@@ -233,6 +233,7 @@ def reference_drawings(scenes: Sequence[Scene], seed: int, height: int, width: i
     with drawings of others, as Karras et al. compare with training images.
     """
     rng = np.random.default_rng((seed, 21))
+    # a share of pairs of 0 draws one thing, of 1 two
     others = [training_scene(rng, pair_share=len(scene.things) - 1) for scene in scenes]
     return drawn_images(others, seed + 1, height, width), drawn_images(scenes, seed, height, width)
 

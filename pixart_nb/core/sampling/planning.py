@@ -193,7 +193,9 @@ def _tokens(text: str, config: InferenceConfig) -> int:
 
 
 def check_run(config: InferenceConfig) -> None:
-    """Refuse a configuration that needs more memory than its limit or than is available; warn of its size.
+    """Refuse a configuration that needs more memory than its limit or than is available.
+
+    Warn of images that are resized, or of a size that the model was not trained for.
 
     Networks that do not exist cannot be planned; loading them reports what is wrong.
 

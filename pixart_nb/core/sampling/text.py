@@ -128,13 +128,13 @@ def warn_of_lost_words(
             warnings.warn(f"prompt {prompt!r}: caption cleaning removes {removed!r}", stacklevel=4)
     if tokenizer is None or adapted:
         return
-    unseen, crowd = tokenizer.unseen(prepared), tokenizer.crowd(prepared)
+    unseen, objects = tokenizer.unseen(prepared), tokenizer.too_many_objects(prepared)
     spelled = [word for word in tokenizer.spelled(prepared) if word not in unseen]
     if unseen:
         warnings.warn(_unseen_words(unseen), stacklevel=4)
-    if crowd:
+    if objects:
         warnings.warn(
-            f"a prompt names {_in_words(crowd)}; the training images of this model have at most "
+            f"a prompt names {_in_words(objects)}; the training images of this model have at most "
             f"{tokenizer.card.most_objects} objects, so that some may be missing or mixed",
             stacklevel=4,
         )
@@ -312,7 +312,7 @@ class TextTokenizer:
         words = dict.fromkeys(w for prompt in prompts for w in _words(prompt))
         return [w for w in words if w not in self.card.vocabulary] if self.card.vocabulary else []
 
-    def crowd(self, prompts: Sequence[str]) -> list[str]:
+    def too_many_objects(self, prompts: Sequence[str]) -> list[str]:
         """Return the objects of the first prompt that names more of them than a training image of the model has."""
         most = self.card.most_objects or np.inf
         named = (dict.fromkeys(w for w in _words(prompt) if w in self.card.objects) for prompt in prompts)

@@ -52,8 +52,11 @@ def test_a_prompt_of_more_objects_than_a_training_image_has_is_named(project):
     with pytest.warns(UserWarning, match="names 'cat', 'boat' and 'fish'; the training images .* at most 2 objects"):
         pipe("a red cat, a blue boat and a green fish on grass", **call)
     captions = [short_caption(scene) for scene in held_out_scenes(60, 2)]
-    assert pipe.tokenizer.crowd(captions) == []
-    assert TextTokenizer(project / "tests/reference/diffusers/sigma/tokenizer").crowd(["a cat, a boat, a fish"]) == []
+    assert pipe.tokenizer.too_many_objects(captions) == []
+    assert (
+        TextTokenizer(project / "tests/reference/diffusers/sigma/tokenizer").too_many_objects(["a cat, a boat, a fish"])
+        == []
+    )
 
 
 def test_the_words_of_an_adapter_are_not_called_unknown(project):
