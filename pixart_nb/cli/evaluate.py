@@ -60,7 +60,7 @@ def evaluate(
     negative, *others = dict.fromkeys(per_prompt(chosen.negative_prompt, len(scenes)))
     if others:
         raise PixArtNBError(f"negative_prompt has {1 + len(others)} texts; expected one for all scenes")
-    check_run(chosen)
+    check_run(chosen, KEYS)
     report, path = evaluate_and_write(
         generate.load_pipeline(chosen),
         scenes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -434,8 +434,10 @@ def _decoded_pixels(run: RunSettings) -> int:
 # ---- fitting
 
 
-def check_fits(plan: RunPlan, limit: float) -> None:
+def check_fits(plan: RunPlan, limit: float, keys: Container[str] | None = None) -> None:
     """Refuse a run that needs more than ``limit`` bytes.
+
+    ``keys``: configuration keys that the user can set, and the message may name; None for all.
 
     Raises:
         DoesNotFitError: names the fewest options that make the run fit, or the least memory that it can take.
@@ -447,20 +449,25 @@ def check_fits(plan: RunPlan, limit: float) -> None:
         f"this run needs {plan.peak / 1e9:.1f} GB of memory, most of it for the stage {largest.name!r}, and "
         f"{limit / 1e9:.1f} GB are available"
     )
-    for options, smaller in smaller_runs(plan):
+    runs = list(smaller_runs(plan, keys))
+    for options, smaller in runs:
         if smaller.peak <= limit:
             raise DoesNotFitError(f"{message}. With {' '.join(options)} it needs {smaller.peak / 1e9:.1f} GB.")
-    options, least = min(smaller_runs(plan), key=lambda pair: pair[1].peak)
+    options, least = min(runs, key=lambda pair: pair[1].peak)
     raise DoesNotFitError(
         f"{message}. The least that it can take is {least.peak / 1e9:.1f} GB"
         f"{', with ' + ' '.join(options) if options else ''}: choose a smaller size, or a machine with more memory."
     )
 
 
-def smaller_runs(plan: RunPlan) -> Iterator[tuple[tuple[str, ...], RunPlan]]:
-    """Yield (options, plan) for every set of options that make the run smaller, fewest options first."""
+def smaller_runs(plan: RunPlan, keys: Container[str] | None = None) -> Iterator[tuple[tuple[str, ...], RunPlan]]:
+    """Yield (options, plan) for every set of options that make the run smaller, fewest options first.
+
+    ``keys``: configuration keys that may change; None for all.
+    """
     run = plan.run
-    options = [option for option in SMALLER if "sequential" not in option[0] or not run.images]  # which have no stages
+    options = [option for option in SMALLER if keys is None or option[1].split()[0].removeprefix("--") in keys]
+    options = [option for option in options if "sequential" not in option[0] or not run.images]  # which have no stages
     for count in range(len(options) + 1):
         for choice in itertools.combinations(options, count):
             changes = {name: value for change, _ in choice for name, value in change.items()}

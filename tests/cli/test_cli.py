@@ -249,9 +249,11 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
 
 def test_evaluate_refuses_more_memory_than_allowed_and_names_a_size_of_no_training(run, painter, project, tmp_path):
     config = tmp_path / "limited.yaml"
-    config.write_text((project / CONFIG).read_text() + "memory_limit: 1\n")
-    result = run("evaluate", "-c", config, "--batch_size", 240, "-o", tmp_path / "out")
-    assert result.exit_code == 2 and "With --batch_size" in result.stderr and not painter.calls
+    for limit, advice in (4, "With --batch_size 1 it needs"), (0.1, "The least that it can take"):
+        config.write_text((project / CONFIG).read_text() + f"memory_limit: {limit}\n")
+        result = run("evaluate", "-c", config, "--batch_size", 240, "-o", tmp_path / "out")
+        assert result.exit_code == 2 and advice in result.stderr and not painter.calls
+        assert "--stages_path" not in result.stderr and "--t5_load" not in result.stderr  # options of other commands
     words = ["--count", 1, "--image_height", 512, "--image_width", 512, "-o", tmp_path / "out"]
     assert "trained at 256x256 and is used at 512x512" in run("evaluate", *words).stderr
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,12 +192,15 @@ def _tokens(text: str, config: InferenceConfig) -> int:
     return min(-(-len(text) // _LETTERS_PER_TOKEN) + 1, config.t5_max_length or 300)
 
 
-def check_run(config: InferenceConfig) -> None:
+def check_run(config: InferenceConfig, keys: Container[str] | None = None) -> None:
     """Refuse a configuration that needs more memory than its limit or than is available.
 
     Warn of images that are resized, or of a size that the model was not trained for.
 
     Networks that do not exist cannot be planned; loading them reports what is wrong.
+
+    Args:
+        keys: Those of the configuration that the caller can set; None for all.
 
     Raises:
         DoesNotFitError: names the options that would make the run fit.
@@ -205,7 +208,7 @@ def check_run(config: InferenceConfig) -> None:
     networks, notes = networks_of(config)
     if not notes:
         run = run_settings(config, networks)
-        check_fits(plan_run(networks, run, process=process_memory()), memory_limit(config))
+        check_fits(plan_run(networks, run, process=process_memory()), memory_limit(config), keys)
         for sentence in _size_notes(config, networks, run):
             warnings.warn(sentence, stacklevel=2)
 
