@@ -38,7 +38,8 @@ def evaluate(
     """Generate held-out scenes, and count how many show the right object, colour, setting and relation.
 
     Only for models of this project's pixel art, such as data/tiny-sigma. Sampling is that of the configuration file;
-    its prompts are not used. Writes evaluation.json and images.png; their names count up.
+    its prompts are not used. Writes evaluation.json and images.png; their names count up. An interrupted evaluation
+    continues with the same command.
 
     Example: pixart-nb evaluate --model data/tiny-sigma --count 48
     """
@@ -67,6 +68,7 @@ def evaluate(
         chosen.output_path,
         vae=vae,
         settings=settings | ({"labels": str(labels)} if labels else {}),
+        identity=generate.network_identity(chosen),
         sampling_steps=chosen.sampling_steps,
         guidance_scale=chosen.guidance_scale,
         batch_size=chosen.batch_size,

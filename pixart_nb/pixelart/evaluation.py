@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
+import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from pixart_nb.core.sampling.generate import contact_sheet
 from pixart_nb.core.sampling.images import save_elsewhere, to_uint8, write_image
 from pixart_nb.core.sampling.pipeline_base import hidden_progress_bar
 from pixart_nb.core.sampling.samplers import image_generators
+from pixart_nb.core.sampling.stages import StageFiles
 from pixart_nb.core.sampling.text import card_header
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scene_of, short_caption
@@ -79,28 +83,39 @@ def evaluate_and_write(
     output: str | os.PathLike[str],
     vae: bool = False,
     settings: Mapping[str, Any] | None = None,
+    identity: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> tuple[dict[str, Any], Path]:
     """Evaluate a pipeline; write ``images.png`` and ``evaluation.json`` into the folder ``output``.
 
     Returns the report and its path. If there are earlier ones, both names count up: ``evaluation-2.json``. What cannot
-    be written there goes into the system's temporary folder.
+    be written there goes into the system's temporary folder. Until then ``output`` keeps every image, so that the same
+    call, with any batch size and more or fewer scenes, continues an interrupted one.
 
-    ``vae``: measure the reconstruction of the drawn scenes by the VAE too. ``settings``: further entries of the report,
-    such as the name of the model. ``sampling``: options of ``evaluate_model``.
+    Args:
+        vae: measure the reconstruction of the drawn scenes by the VAE too.
+        settings: further entries of the report, such as the name of the model.
+        identity: what the images depend on beside ``sampling``, such as the weights; see ``network_identity``.
+        sampling: options of ``evaluate_model``.
     """
     folder = ensure_writable(output)
-    report = evaluate_model(pipe, scenes, **sampling)
-    images = report.pop("images")
-    if vae:
-        kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
-        report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
-    report = {**(settings or {}), **sampling, **report}
-    sheet = contact_sheet(images, _SHEET_COLUMNS)
-    try:
-        return report, _write_new(folder, sheet, report)
-    except WriteError as error:  # the disk is full: the work is not lost, and the image holds the report
-        return report, save_elsewhere("images.png", sheet, report, error)
+    files = StageFiles(folder, (identity or {}) | {k: v for k, v in sampling.items() if k != "batch_size"})
+    files.folder /= f"unfinished-{files.fingerprint}"
+    with folder_lock(files.folder):
+        files.claim()
+        report = evaluate_model(pipe, scenes, files=files, **sampling)
+        images = report.pop("images")
+        if vae:
+            kept = {key: sampling[key] for key in ("batch_size", "seed", "height", "width") if key in sampling}
+            report["reconstruction_psnr"] = reconstruction_psnr(pipe.vae, scenes, **kept)
+        report = {**(settings or {}), **sampling, **report}
+        sheet = contact_sheet(images, _SHEET_COLUMNS)
+        try:
+            path = _write_new(folder, sheet, report)
+        except WriteError as error:  # the disk is full: the work is not lost, and the image holds the report
+            path = save_elsewhere("images.png", sheet, report, error)
+    shutil.rmtree(files.folder, ignore_errors=True)
+    return report, path
 
 
 def _write_new(folder: Path, sheet: np.ndarray, report: Mapping[str, Any]) -> Path:
@@ -144,6 +159,7 @@ def evaluate_model(
     width: int = 256,
     negative_prompt: str = "",
     read: bool = True,
+    files: StageFiles | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Draw scenes from their short captions and read them back.
@@ -157,6 +173,7 @@ def evaluate_model(
         height, width: pixels.
         negative_prompt: one for all images.
         read: False leaves the shares and ratios empty, for a model that does not draw scenes.
+        files: keep the images, and continue an interrupted run of these settings.
         options: further arguments of the pipeline, such as ``pag_scale``.
 
     Returns:
@@ -164,12 +181,11 @@ def evaluate_model(
         ``SceneEvaluator.accuracy``); ``object_accuracy``, the share of images that show each object among those that
         should; ``texture_ratios`` to ``reference_drawings``; ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
     """
-    started = time.perf_counter()
     size = {"height": height, "width": width}
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
     call |= options | ({"negative_prompt": negative_prompt} if negative_prompt else {})
-    images = draw_prompts(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, **call)
-    seconds = (time.perf_counter() - started) / len(scenes)
+    drawn = _draw(pipe, [short_caption(scene) for scene in scenes], batch_size, seed, files, **call)
+    images, seconds = np.stack([image for image, _ in drawn]), float(np.mean([seconds for _, seconds in drawn]))
     result = {"count": len(scenes), "accuracy": {}, "object_accuracy": {}, "texture_ratios": {}}
     if read:
         read_scenes = evaluator_of(scenes).scenes(images, scenes)
@@ -195,19 +211,46 @@ def draw_prompts(pipe: Any, prompts: Sequence[str], batch_size: int = 24, seed: 
 
     ``call``: arguments of the pipeline, such as ``num_inference_steps`` and ``height``.
     """
+    return np.stack([image for image, _ in _draw(pipe, prompts, batch_size, seed, None, **call)])
+
+
+def _draw(
+    pipe: Any, prompts: Sequence[str], batch_size: int, seed: int, files: StageFiles | None, **call: Any
+) -> list[tuple[np.ndarray, float]]:
+    """Return (image, seconds) of each prompt. What ``files`` has is not drawn again, and it keeps what is drawn."""
     if batch_size < 1 or not prompts:
         raise PixArtNBError(
             f"need a batch size of at least 1 and a prompt, got {batch_size} and {len(prompts)} prompts"
         )
     call = {"use_resolution_binning": False, "output_type": "np"} | call
-    drawn = []
-    with hidden_progress_bar(pipe), tqdm(total=len(prompts), desc="draw", unit="image") as bar:
-        for first in range(0, len(prompts), batch_size):
-            batch = list(prompts[first : first + batch_size])
-            rngs = image_generators(seed, range(first, first + len(batch)))
-            drawn.append(to_uint8(pipe(batch, generator=rngs, **call)[0]))
+    names = [f"image-{k:05d}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}" for k, prompt in enumerate(prompts)]
+    drawn = {k: files.load(name) for k, name in enumerate(names) if files and files.has(name)}
+    missing = [k for k in range(len(prompts)) if k not in drawn]
+    with hidden_progress_bar(pipe), tqdm(total=len(prompts), initial=len(drawn), desc="draw", unit="image") as bar:
+        for first in range(0, len(missing), batch_size):
+            batch, started = missing[first : first + batch_size], time.perf_counter()
+            try:
+                images = pipe([prompts[k] for k in batch], generator=image_generators(seed, batch), **call)[0]
+            except KeyboardInterrupt:
+                message = f"{len(drawn)} of {len(prompts)} images are kept; the same command continues from there"
+                raise KeyboardInterrupt(*([message] if files else [])) from None
+            seconds = np.float64((time.perf_counter() - started) / len(batch))
+            for k, image in zip(batch, to_uint8(images), strict=True):
+                drawn[k] = {"image": image, "seconds": seconds}
+                files = _kept(files, names[k], drawn[k])
             bar.update(len(batch))
-    return np.concatenate(drawn)
+    return [(drawn[k]["image"], float(drawn[k]["seconds"])) for k in range(len(prompts))]
+
+
+def _kept(files: StageFiles | None, name: str, image: Mapping[str, np.ndarray]) -> StageFiles | None:
+    """Save an image; returns the files for the next one, or None if they cannot be written."""
+    try:
+        if files:
+            files.save(name, image)
+    except WriteError as error:
+        warnings.warn(f"images are no longer kept: an interrupted evaluation starts again. {error}", stacklevel=2)
+        return None
+    return files
 
 
 def _object_accuracy(read: Sequence[Scene], scenes: Sequence[Scene]) -> dict[str, float]:

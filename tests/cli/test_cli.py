@@ -247,6 +247,29 @@ def test_evaluate_counts_prints_and_writes(run, painter, tmp_path):
     assert json.loads((tmp_path / "evaluation-3.json").read_text())["seed"] == 2
 
 
+def test_an_interrupted_evaluation_continues_with_the_same_command(run, painter, tmp_path, monkeypatch):
+    words = ["--sampling_steps", 1, "-o", tmp_path]
+    assert run("evaluate", "--count", 6, *words).exit_code == 0
+    whole = np.asarray(Image.open(tmp_path / "images.png"))
+    draw_batch = Painter.__call__
+
+    def interrupted(self, prompts, **call):
+        if len(self.calls) == 3:
+            raise KeyboardInterrupt
+        return draw_batch(self, prompts, **call)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Painter, "__call__", interrupted)
+        stopped = run("evaluate", "--count", 6, "--batch_size", 2, *words)
+    assert stopped.exit_code == 130 and "4 of 6 images are kept; the same command continues" in stopped.stderr
+    painter.calls.clear()
+    assert run("evaluate", "--count", 2, *words, "--seed", 1).exit_code == 0  # another run: it takes none of them
+    assert run("evaluate", "--count", 6, "--batch_size", 8, *words).exit_code == 0
+    assert [len(call["prompts"]) for call in painter.calls] == [2, 2]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "images-3.png")), whole)
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
 def test_evaluate_refuses_more_memory_than_allowed_and_names_a_size_of_no_training(run, painter, project, tmp_path):
     config = tmp_path / "limited.yaml"
     for limit, advice in (4, "With --batch_size 1 it needs"), (0.1, "The least that it can take"):
@@ -268,13 +291,15 @@ def test_evaluate_takes_the_negative_prompt_and_pag_of_its_configuration(run, pa
 
 
 def test_an_evaluation_that_cannot_be_saved_is_printed_and_saved_elsewhere(run, painter, tmp_path, monkeypatch):
-    def full(path, report):
+    def full(path, *_):
         raise WriteError(f"{path} could not be written (No space left on device).")
 
     monkeypatch.setattr("pixart_nb.pixelart.evaluation.write_json", full)
+    monkeypatch.setattr("pixart_nb.core.sampling.stages.save_tensors", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     result = run("evaluate", "--count", 2, "--sampling_steps", 1, "-o", tmp_path / "out")
     assert re.search(r"pixart-nb: warning: .*No space left on device.*saved as", result.stderr)
+    assert result.stderr.count("images are no longer kept") == 1
     assert result.exit_code == 0 and re.search(r"object\W+100\.0%", result.stdout)
     path = result.stdout.splitlines()[-1]
     assert not path.startswith(str(tmp_path / "out"))

@@ -350,7 +350,7 @@ def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], l
         bar.close()
 
 
-def network_identity(config: InferenceConfig) -> dict[str, str]:
+def network_identity(config: InferenceConfig) -> dict[str, Any]:
     """Return what else the numbers of an image depend on: fingerprints of the networks, and how they compute."""
     from pixart_nb.core.data.features import fingerprint
 
@@ -362,6 +362,7 @@ def network_identity(config: InferenceConfig) -> dict[str, str]:
         "sampling_method": _chosen_method(config),
         **{f"lora {text}": fingerprint(Path(split_weight(text)[0])) for text in config.lora},
         **({"pag_applied_layers": ", ".join(config.pag_applied_layers)} if config.pag_scale else {}),
+        **({"architecture": architecture_of(config)} if config.checkpoint else {}),
         "dtype": inference_dtype_name(config.dtype),
         "sd_scale_factor": str(config.sd_scale_factor),
         "t5_quantized": config.t5_load if config.t5_load in QUANTIZED else "",

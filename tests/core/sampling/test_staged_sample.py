@@ -115,3 +115,11 @@ def test_what_numbers_depend_on_is_told_apart(tmp_path):
     assert known != sample.network_identity(check_config(VALUES | {"sampling_method": "ddim"}))
     other = sample.network_identity(check_config(VALUES | {"vae_root": str(diffusers("alpha")[0] / "vae")}))
     assert {name for name in known if known[name] != other[name]} == {"vae"}
+
+
+@pytest.mark.parametrize("changes", [{"kv_compress": True, "kv_compress_layer": [1]}, {"sample_size": 64}])
+def test_the_same_checkpoint_as_another_network_is_told_apart(changes):
+    values = VALUES | {"checkpoint": str(FOLDER / "transformer")}
+    known, other = (sample.network_identity(check_config(values | extra)) for extra in ({}, changes))
+    assert known != other and known["transformer"] == other["transformer"]
+    assert known == sample.network_identity(check_config(values | {"image_height": 64}))
