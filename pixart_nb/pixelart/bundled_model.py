@@ -117,7 +117,7 @@ def train_tiny(folder: Path, work: Path, last: str = "256", seed: int = 0, proce
     """
     names = [stage.name for stage in STAGES]
     if last not in names:
-        raise PixArtNBError(f"last is {last!r}; expected one of {', '.join(names)}")
+        raise PixArtNBError(f"stage is {last!r}; expected one of {', '.join(names)}")
     folder, work = ensure_writable(folder), Path(work)
     with folder_lock(work):
         tokenizer = TextTokenizer(train_tokenizer(work / "tokenizer", seed))

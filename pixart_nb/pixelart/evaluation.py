@@ -8,7 +8,8 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pixart_nb.core.sampling.stages import StageFiles
 from pixart_nb.core.sampling.text import card_header
 from pixart_nb.core.training.validation import psnr, reconstruct
 from pixart_nb.pixelart.captions import named_scenes, scene_of, short_caption
-from pixart_nb.pixelart.evaluator import SceneEvaluator, accuracy_of
+from pixart_nb.pixelart.evaluator import SMALLEST, SceneEvaluator, accuracy_of
 from pixart_nb.pixelart.objects import OBJECTS
 from pixart_nb.pixelart.scenes import Scene, draw
 from pixart_nb.pixelart.split import held_out_scenes, training_scene
@@ -39,12 +40,22 @@ _SHEET_COLUMNS = 12
 
 
 def draws_scenes(config: ModelKeys) -> bool:
-    """Return whether a configuration names a model of drawn scenes, whose images the evaluator can read.
+    """Return whether a configuration names a model of drawn scenes, and a size at which the evaluator can read them.
 
-    The card of such a model has a vocabulary. Another ``checkpoint`` in its place may draw anything.
+    The card of such a model has a vocabulary. Another ``checkpoint`` in its place may draw anything. Warns of a size
+    that is too small.
     """
     card = Path(config.model, "README.md")
-    return bool(config.model and not config.checkpoint and card_header(card).vocabulary)
+    if not config.model or config.checkpoint or not card_header(card).vocabulary:
+        return False
+    sides = [getattr(config, key, SMALLEST) for key in ("image_height", "image_width")]
+    if min(sides) < SMALLEST:
+        warnings.warn(
+            f"image_height and image_width are {sides[0]} and {sides[1]}: scenes are read from {SMALLEST} pixels on, "
+            "so no image is compared with its prompt",
+            stacklevel=2,
+        )
+    return min(sides) >= SMALLEST
 
 
 def agreement(images: np.ndarray, prompts: Sequence[str], read: bool = True) -> dict[str, float]:
@@ -52,12 +63,12 @@ def agreement(images: np.ndarray, prompts: Sequence[str], read: bool = True) -> 
 
     ``images`` is (N, H, W, 3) float in [0, 1] or uint8. Only the canonical captions of scenes can be evaluated
     (``a red mushroom on grass``); other prompts are left out, and without any the result is empty. It is empty too
-    with ``read=False``, for a model that does not draw scenes.
+    for images of less than ``SMALLEST`` pixels, and with ``read=False``, for a model that does not draw scenes.
     """
     if len(images) != len(prompts):
         raise PixArtNBError(f"need as many prompts as images, got {len(prompts)} for {len(images)}")
     scenes = {k: scene for k, prompt in enumerate(prompts) if read and (scene := scene_of(prompt))}
-    if not scenes:
+    if not scenes or min(images.shape[1:3]) < SMALLEST:
         return {}
     pixels = images if images.dtype == np.uint8 else to_uint8(images)
     chosen = list(scenes.values())
@@ -101,8 +112,7 @@ def evaluate_and_write(
     folder = ensure_writable(output)
     files = StageFiles(folder, (identity or {}) | {k: v for k, v in sampling.items() if k != "batch_size"})
     files.folder /= f"unfinished-{files.fingerprint}"
-    with folder_lock(files.folder):
-        files.claim()
+    with _unfinished(files):
         report = evaluate_model(pipe, scenes, files=files, **sampling)
         images = report.pop("images")
         if vae:
@@ -114,8 +124,20 @@ def evaluate_and_write(
             path = _write_new(folder, sheet, report)
         except WriteError as error:  # the disk is full: the work is not lost, and the image holds the report
             path = save_elsewhere("images.png", sheet, report, error)
-    shutil.rmtree(files.folder, ignore_errors=True)
+        files.remove("*")
     return report, path
+
+
+@contextmanager
+def _unfinished(files: StageFiles) -> Iterator[None]:
+    """Hold the folder of an evaluation, which is removed at the end if it has no images any more."""
+    with folder_lock(files.folder):
+        files.claim()
+        try:
+            yield
+        finally:
+            if not files.names("*"):
+                shutil.rmtree(files.folder, ignore_errors=True)
 
 
 def _write_new(folder: Path, sheet: np.ndarray, report: Mapping[str, Any]) -> Path:
@@ -181,6 +203,10 @@ def evaluate_model(
         ``SceneEvaluator.accuracy``); ``object_accuracy``, the share of images that show each object among those that
         should; ``texture_ratios`` to ``reference_drawings``; ``seconds_per_image``; ``images`` (N, H, W, 3) uint8.
     """
+    if read and min(height, width) < SMALLEST:
+        raise PixArtNBError(
+            f"height and width are {height} and {width}; scenes are read from {SMALLEST} pixels on: choose another size"
+        )
     size = {"height": height, "width": width}
     call = {"num_inference_steps": sampling_steps, "guidance_scale": guidance_scale, **size}
     call |= options | ({"negative_prompt": negative_prompt} if negative_prompt else {})

@@ -23,6 +23,7 @@ from pixart_nb.pixelart.scenes import (
     COLOURS,
     GROUND,
     LIGHTS,
+    MIN_CELLS,
     POSITIONS,
     SHADOW,
     SIZES,
@@ -37,6 +38,8 @@ from pixart_nb.pixelart.settings import SETTINGS, draw_setting
 KERNEL = 70.0
 #: Distances, in shares of the image, from which two things are beside or above each other.
 BESIDE, ABOVE = 0.32, 0.36
+#: Pixels of the shorter side of the smallest image that can be read.
+SMALLEST = MIN_CELLS * CELL
 _SEEDS, _COLOURS_PER_ROW = 24, 256
 
 
@@ -87,9 +90,10 @@ class SceneEvaluator:
 
     def read(self, image: np.ndarray, things: int | None = None) -> Reading:
         """Read one image, (H, W, 3) uint8, with one thing, two, or as many as are found."""
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 16 * self.cell:
+        smallest = MIN_CELLS * self.cell
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < smallest:
             raise PixArtNBError(
-                f"image is {image.shape} {image.dtype}; expected (H, W, 3) uint8 of {16 * self.cell} pixels and more"
+                f"image is {image.shape} {image.dtype}; expected (H, W, 3) uint8 of {smallest} pixels and more"
             )
         if things not in (None, 1, 2):
             raise PixArtNBError(f"things is {things}; expected 1, 2 or None")

@@ -7,6 +7,7 @@ import pytest
 
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import check_config
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.pixelart.captions import short_caption
 from pixart_nb.pixelart.evaluation import (
     agreement,
@@ -37,6 +38,17 @@ ROOTS = {f"{name}_root": f"data/tiny-sigma/{name}" for name in ("vae", "text_enc
 )
 def test_a_model_draws_scenes_if_its_card_has_their_words_and_its_transformer_is_its_own(weights, draws):
     assert draws_scenes(check_config(SIZE | weights)) is draws
+
+
+def test_images_too_small_for_the_evaluator_are_left_out_and_refused_before_they_are_drawn():
+    small = check_config(SIZE | {"model": "data/tiny-sigma", "image_width": 112})
+    with pytest.warns(UserWarning, match="image_height and image_width are 256 and 112: .* from 128 pixels on"):
+        assert not draws_scenes(small)
+    scene = one("cup", "red", "night")
+    image = draw(scene, np.random.default_rng(0))[:112]
+    assert agreement(image[None], ["a red cup at night"]) == {}
+    with pytest.raises(PixArtNBError, match=r"height and width are 112 and 256; .* choose another size"):
+        evaluate_model(lambda *given, **call: pytest.fail("drawn"), [scene], height=112)
 
 
 def test_images_of_other_models_are_drawn_and_not_read():
