@@ -161,7 +161,10 @@ def _placement(left: float, top: float, size: float) -> Placement:
 def draw_cells(scene: Scene, rng: np.random.Generator, height: int, width: int) -> Drawing:
     """Draw a scene with one value per cell; the same state of ``rng`` gives the same image at every size."""
     if not (min(height, width) >= MIN_CELLS and max(height, width) <= MAX_CELLS):
-        raise PixArtNBError(f"{height}x{width} cells; expected {MIN_CELLS} to {MAX_CELLS} a side")
+        raise PixArtNBError(
+            f"a drawn scene of {CELL * height}x{CELL * width} pixels has {height}x{width} cells; expected {MIN_CELLS} "
+            f"to {MAX_CELLS} a side: choose a height and a width from {CELL * MIN_CELLS} to {CELL * MAX_CELLS}"
+        )
     seed = int(rng.integers(2**31))
     placements = place_things(scene, width / height)
     side = min(height, width)
