@@ -113,9 +113,10 @@ def split_weight(text: str) -> tuple[str, float]:
 
 
 def _weighted(text: str) -> str:
-    if not math.isfinite(split_weight(text)[1]):
+    path, weight = split_weight(text)
+    if not math.isfinite(weight):
         raise ValueError(f"the weight of {text!r} is not finite; give PATH:WEIGHT, such as style.safetensors:0.5")
-    return text
+    return _input_path(path) + text[len(path) :]
 
 
 InputPath = Annotated[str, AfterValidator(_input_path)]
@@ -123,9 +124,7 @@ OutputPath = Annotated[str, AfterValidator(lambda text: os.path.expanduser(text)
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Layers = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_LAYERS)]], BeforeValidator(_layers)]
 LoraFiles = Annotated[
-    list[Annotated[str, Field(min_length=1), AfterValidator(_input_path), AfterValidator(_weighted)]],
-    BeforeValidator(_list),
-    Field(max_length=64),
+    list[Annotated[str, Field(min_length=1), AfterValidator(_weighted)]], BeforeValidator(_list), Field(max_length=64)
 ]
 NegativePrompt = Annotated[str | list[str], AfterValidator(_one_text)]
 Paths = Annotated[list[Annotated[str, Field(min_length=1), AfterValidator(_input_path)]], BeforeValidator(_list)]
@@ -235,7 +234,7 @@ class InferenceConfig(ModelKeys):
     control_guidance_end: Number = _sampling(1.0, "Share of the steps up to which the ControlNet acts.", gt=0, le=1)
     guess_mode: bool = _sampling(False, "Apply the ControlNet only to the prediction with the prompt, so that guidance strengthens the condition too.")
 
-    lora: LoraFiles = _model([], "LoRA files or folders to apply; PATH:0.5 scales one.")
+    lora: LoraFiles = _model([], "LoRA files, folders or hub ids to apply; PATH:0.5 scales one.")
 
     @model_validator(mode="after")
     def _consistent(self) -> InferenceConfig:

@@ -50,7 +50,7 @@ def component_paths(source: str | Path, names: Sequence[str], **hub: Any) -> dic
     path = bundled_path(source)
     if path.is_file():
         return _mindone_paths(path.parent, names, path)
-    folder = path if path.is_dir() else _from_hub(str(source), names, hub)
+    folder = path if path.is_dir() else _pipeline_from_hub(source, names, hub)
     index = folder / "model_index.json"
     if not index.is_file():
         return _mindone_paths(folder, names)
@@ -76,13 +76,14 @@ def component_path(source: str | Path, subfolder: str | None, options: dict[str,
     if subfolder:
         return component_paths(source, [subfolder], **hub)[subfolder]
     path = bundled_path(source)
-    return path if path.exists() else _from_hub(str(source), [], hub, ["config.json", *(f"{s}*" for s in STEMS)])
+    patterns = ["config.json", *(f"{stem}*" for stem in STEMS)]
+    return path if path.exists() else from_hub(source, patterns, "config.json and weights", hub)
 
 
 def pipeline_class(source: str | Path) -> str:
     """Return the class name in the ``model_index.json`` of a folder or hub id; empty if there is none."""
     path = bundled_path(source)
-    folder = path.parent if path.is_file() else path if path.is_dir() else _from_hub(str(source), [], {})
+    folder = path.parent if path.is_file() else path if path.is_dir() else _pipeline_from_hub(source, [], {})
     index = folder / "model_index.json"
     return str(read_json(index).get("_class_name", "")) if index.is_file() else ""
 
@@ -109,14 +110,17 @@ def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None =
     return {name: paths[name] for name in names if name in paths}
 
 
-def _from_hub(source: str, names: Sequence[str], hub: Mapping[str, Any], files: Sequence[str] = ()) -> Path:
-    """Return the folder of a snapshot: of a pipeline with these components, or with ``files``.
+def _pipeline_from_hub(source: str | Path, names: Sequence[str], hub: Mapping[str, Any]) -> Path:
+    patterns = ["model_index.json", *(f"{name}/*" for name in names)]
+    return from_hub(source, patterns, " and ".join(["model_index.json", *names]), hub)
+
+
+def from_hub(source: str | Path, patterns: Sequence[str], expected: str, hub: Mapping[str, Any]) -> Path:
+    """Return the folder of a snapshot with the files of ``patterns``, which hold what is ``expected``.
 
     A path that can only be a local one is not looked up.
     """
-    path = Path(source).expanduser()
-    patterns = list(files) or ["model_index.json", *(f"{name}/*" for name in names)]
-    expected = "config.json and weights" if files else " and ".join(["model_index.json", *names])
+    source, path = str(source), Path(source).expanduser()
     local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
     if local or path.parent.is_dir():
         beside = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -128,7 +132,7 @@ def _from_hub(source: str, names: Sequence[str], hub: Mapping[str, Any], files: 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(source, **hub, allow_patterns=patterns))
+        return Path(snapshot_download(source, **hub, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"{source!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Download "

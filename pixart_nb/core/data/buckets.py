@@ -63,10 +63,9 @@ class BucketSampler:
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.whole = batch_size * world
         if len(sizes) < self.whole:
-            workers = f" x {world} workers" if world > 1 else ""
+            batch = f"{batch_size} x {world} workers = {self.whole}" if world > 1 else f"{batch_size}"
             raise DataError(
-                f"a batch has {batch_size}{workers} = {self.whole} images, but there are only {len(sizes)}; "
-                "lower batch_size or add images"
+                f"a batch has {batch} images, but there are only {len(sizes)}; lower batch_size or add images"
             )
         members: dict[Size, list[int]] = {size: [] for size in sorted(set(sizes))}
         for index, size in enumerate(sizes):

@@ -11,11 +11,13 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from pixart_nb.config import bundled_path
+from pixart_nb.core.checkpoints.components import from_hub
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
 from pixart_nb.core.errors import PixArtNBError, first_few
 from pixart_nb.core.io import CheckpointError, atomic_write_together, save_tensors, write_json
@@ -23,6 +25,7 @@ from pixart_nb.core.lora.peft_config import METADATA, PEFT_CONFIG, PeftConfig, a
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+LORA_FILES = (DIFFUSERS_FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin")
 LAYOUTS = ("diffusers", "peft")
 #: Prefixes of module names, which are removed one after the other.
 PREFIXES = (
@@ -99,6 +102,18 @@ class LoraFile:
     source: str = "the LoRA"
 
 
+def lora_path(source: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the file or folder of a LoRA, which may be a hub id; ``weight_name`` is its file there.
+
+    Raises ``CheckpointError``.
+    """
+    path = bundled_path(source)
+    if not path.exists():
+        files = [*([weight_name] if weight_name else LORA_FILES), PEFT_CONFIG]
+        path = from_hub(source, [str(PurePosixPath(subfolder or "", name)) for name in files], "a LoRA", hub)
+    return path / subfolder if subfolder else path
+
+
 def read_lora(source: str | Path | Mapping[str, Any], weight_name: str | None = None) -> LoraFile:
     """Read a LoRA: a file, a folder that holds one (``weight_name``: its file), or a mapping of tensors.
 
@@ -119,10 +134,9 @@ def _array(value: Any) -> np.ndarray:
 
 def _weights_file(path: Path, weight_name: str | None) -> Path:
     if path.is_dir():
-        usual = [DIFFUSERS_FILE, PEFT_FILE, "pytorch_lora_weights.bin", "adapter_model.bin"]
-        names = [weight_name] if weight_name else [name for name in usual if (path / name).is_file()]
+        names = [weight_name] if weight_name else [name for name in LORA_FILES if (path / name).is_file()]
         names = names or sorted(part.name for part in path.glob("*.safetensors"))
-        if not names or (len(names) > 1 and names[0] not in usual):
+        if not names or (len(names) > 1 and names[0] not in LORA_FILES):
             listed = sorted(part.name for part in path.iterdir())[:10]
             raise CheckpointError(
                 f"{path} holds {'several files' if names else 'no LoRA'}: {listed}; expected {DIFFUSERS_FILE} or "
@@ -130,9 +144,7 @@ def _weights_file(path: Path, weight_name: str | None) -> Path:
             )
         path = path / names[0]
     if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist; expected a LoRA's file or its folder. Download one from a hub first."
-        )
+        raise CheckpointError(f"{path} does not exist; expected a LoRA's file or its folder")
     if path.suffix not in ENDINGS:
         raise CheckpointError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors or .bin")
     return path

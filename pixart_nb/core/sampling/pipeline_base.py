@@ -51,20 +51,22 @@ class LoraLoaderMixin:
     ) -> None:
         """Load a LoRA or DoRA and activate it alone; ``set_adapters`` combines several.
 
-        From a file, a folder (``subfolder`` and ``weight_name``: the file in it) or a mapping of tensors, in the layout
-        of diffusers, of PEFT or of kohya's scripts. Its name is ``default_0``, ``default_1``, ... by default. Parts of
-        a text encoder and bundled embeddings are left out with a warning. Raises ``CheckpointError`` for a file that is
-        damaged or made for another model; nothing is changed then.
+        From a file, a folder or a hub id (``subfolder`` and ``weight_name``: the file in it) or a mapping of tensors,
+        in the layout of diffusers, of PEFT or of kohya's scripts. Its name is ``default_0``, ``default_1``, ... by
+        default. Parts of a text encoder and bundled embeddings are left out with a warning. Raises ``CheckpointError``
+        for a file that is damaged or made for another model; nothing is changed then.
         """
         adapters = self._adapters
         if adapter_name is None:
             names = (f"default_{number}" for number in range(len(adapters.adapters) + 1))
             adapter_name = next(name for name in names if name not in adapters.adapters)
-        from pixart_nb.core.lora.files import read_lora
+        from pixart_nb.core.lora.files import lora_path, read_lora
 
+        hub = components.hub_options(options)
         ignore_options("load_lora_weights", options, parameters_of(self.load_lora_weights))
         source = pretrained_model_name_or_path_or_dict
-        source = Path(source) / subfolder if subfolder else source
+        if not isinstance(source, Mapping):
+            source = lora_path(source, weight_name, subfolder, **hub)
         adapters.load(adapter_name, read_lora(source, weight_name))
 
     def save_lora_weights(

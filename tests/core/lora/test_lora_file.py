@@ -473,7 +473,7 @@ def test_a_configuration_that_does_not_describe_a_lora_is_refused(config, compla
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere does not exist.*Download one from a hub first"):
+    with pytest.raises(CheckpointError, match=r"nowhere does not exist; expected a LoRA's file or its folder"):
         read_lora(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"holds no LoRA.*pytorch_lora_weights\.safetensors"):
         read_lora(tmp_path)

@@ -6,9 +6,11 @@ from lora_models import trained, transformer
 from reference_data import REFERENCE, relative_error
 
 from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.config import check_config
+from pixart_nb.config.keys import split_weight
 from pixart_nb.core.io import CheckpointError, load_tensors
 from pixart_nb.core.lora import Adapters, LoraConfig
-from pixart_nb.core.lora.files import read_lora
+from pixart_nb.core.lora.files import PEFT_FILE, lora_path, read_lora
 
 PEFT = REFERENCE / "lora" / "lora-patterns"
 
@@ -133,6 +135,26 @@ def test_options_of_diffusers_calls_are_honoured_or_named(pipe, tmp_path):
         pipe.fuse_lora("x")
     with pytest.warns(UserWarning, match="set_lora_device: there is one device"):
         pipe.set_lora_device(["default_0"], "cuda")
+
+
+def test_a_lora_is_fetched_from_the_hub(pipe, monkeypatch, tmp_path):
+    before, calls = picture(pipe), []
+    (tmp_path / "style").symlink_to(PEFT)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(tmp_path))
+    pipe.load_lora_weights("owner/name", weight_name=PEFT_FILE, subfolder="style", revision="v1")
+    patterns = [f"style/{PEFT_FILE}", "style/adapter_config.json"]
+    assert calls == [(("owner/name",), {"revision": "v1", "allow_patterns": patterns})]
+    assert relative_error(picture(pipe), before) > 1e-3
+    with pytest.raises(CheckpointError, match=r"\./style does not exist.*a folder with a LoRA"):
+        pipe.load_lora_weights("./style")
+
+
+def test_a_bundled_lora_is_found_from_any_folder_with_its_weight(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert lora_path("data/tiny-sigma-lcm-lora").is_dir()
+    values = {"model": "data/tiny-sigma", "prompt": "a", "image_height": 64, "image_width": 64}
+    (text,) = check_config(values | {"lora": "data/tiny-sigma-lcm-lora:0.5"}).lora
+    assert split_weight(text) == (str(lora_path("data/tiny-sigma-lcm-lora")), 0.5)
 
 
 def test_a_pipeline_without_a_transformer_says_so():

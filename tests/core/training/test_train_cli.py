@@ -215,7 +215,7 @@ def test_a_lora_comes_out_alone(run, model, tmp_path):
         ({"json_path": "nowhere.json"}, "nowhere.json"),
         ({"image_dir": "nowhere"}, "nowhere"),
         ({"validation_json_path": "data/pixelart/labels.json"}, "36 of its 36 images are trained on too"),
-        ({"batch_size": 37}, "a batch has 37 = 37 images, but there are only 36"),
+        ({"batch_size": 37}, "a batch has 37 images, but there are only 36"),
         ({"model": "nowhere"}, "nowhere"),
         ({"vae_root": "nowhere"}, "vae nowhere"),
         ({"multi_scale": True}, "no table of sizes was published for 64 pixels"),
