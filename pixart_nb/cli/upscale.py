@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,10 @@ WITHOUT = (
 def upscale(
     config: ConfigFile = INFERENCE_CONFIG,
     factors: Annotated[
-        list[int] | None, typer.Option(help="Divisors of the final size, falling to 1. Powers of 2 by default.")
+        list[int] | None,
+        typer.Option(
+            help="Divisors of the final size, falling to 1. By default powers of 2, down to about the model's own size."
+        ),
     ] = None,
     strengths: Annotated[
         list[float] | None, typer.Option(help="Share of the denoising steps at each size but the first.")
@@ -52,7 +56,7 @@ def upscale(
 def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -> tuple[list[Path], list[dict]]:
     """Draw the image and write it with its page. Return the paths, and table rows of planned and measured memory."""
     from pixart_nb.core.io import ensure_writable
-    from pixart_nb.core.run_plan import check_fits, plan_upscaling, process_memory
+    from pixart_nb.core.run_plan import check_fits, plan_upscaling, process_memory, size_warnings
     from pixart_nb.core.sampling import planning, upscaling
     from pixart_nb.core.sampling.images import write_new_image
     from pixart_nb.core.sampling.planning import drawn_size, prompts_of
@@ -66,6 +70,11 @@ def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -
     plans = plan_upscaling(networks, planning.run_settings(config, networks), sizes, process=process_memory())
     for plan in plans:
         check_fits(plan, planning.memory_limit(config))
+    first = sizes[0]
+    for sentence in size_warnings(networks.transformer, plans[0].run, planning.trained_sizes(config)):
+        large = min(first.height, first.width) > 8 * networks.transformer.input_size
+        advice = " Sides with more divisors begin with a smaller one." if large else ""
+        warnings.warn(f"The first image is {first.height}x{first.width}.{advice} {sentence}", stacklevel=2)
     ensure_writable(config.output_path, needed=3 * height * width)
     images = upscaling.upscale(config, sizes)
     steps = {"factors": [sizes[-1].height // size.height for size in sizes]}

@@ -221,8 +221,12 @@ def _size_notes(config: InferenceConfig, networks: Networks, run: RunSettings) -
             f"Images of {height}x{width} are generated at {run.height}x{run.width}, the published resolution with the "
             "nearest ratio, and resized. With use_resolution_binning False they are generated at their own size."
         )
-    sizes = () if config.checkpoint else card_header(bundled_path(config.model) / "README.md").sizes
-    return notes + size_warnings(networks.transformer, run, sizes)
+    return notes + size_warnings(networks.transformer, run, trained_sizes(config))
+
+
+def trained_sizes(config: InferenceConfig) -> Sequence[int]:
+    """Return the sides in pixels of the images of the model's training, if its card lists them."""
+    return () if config.checkpoint else card_header(bundled_path(config.model) / "README.md").sizes
 
 
 def memory_limit(config: InferenceConfig) -> float:

@@ -8,6 +8,7 @@ query always has as many keys. Positions span the same coordinates at any size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS, InferenceConfig
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.models.tiling import tile_starts
 from pixart_nb.core.models.transformer import PixArt, PixArtConfig, compression_kept
+from pixart_nb.core.run_plan import FAR
 from pixart_nb.core.sampling import generate
 from pixart_nb.core.sampling.images import resize_latents
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
@@ -28,6 +30,10 @@ from pixart_nb.core.sampling.stages import StagedImage
 STRENGTHS = (0.5, 0.4, 0.3, 0.25)
 #: Pixels of a latent cell.
 CELL = 8
+#: Least size, as a share of the model's own, that an image begins with by default.
+_LEAST_SHARE = 0.9
+#: Least ratio of a size to the one before it by default.
+_LEAST_STEP = 1.6
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,21 @@ class UpscaleSize:
 def default_factors(config: PixArtConfig, height: int, width: int) -> list[int]:
     """Return powers of two, falling to 1, that divide an image down to about the model's own size.
 
-    >>> default_factors(PixArtConfig(input_size=16), 1024, 512)
-    [4, 2, 1]
+    Where they end far above it, other divisors are taken, about the half of one after the other.
+
+    >>> default_factors(PixArtConfig(input_size=16), 1024, 512), default_factors(PixArtConfig(input_size=32), 720, 720)
+    ([4, 2, 1], [3, 1])
     """
-    factors, unit = [1], CELL * config.patch_size
-    while min(height, width) // (2 * factors[0]) >= CELL * config.input_size:
-        if height % (2 * factors[0] * unit) or width % (2 * factors[0] * unit):
-            break
-        factors.insert(0, 2 * factors[0])
+    unit, own, side = CELL * config.patch_size, CELL * config.input_size, min(height, width)
+    tokens = math.gcd(height // unit, width // unit)  # the factors divide it
+    factors = [1]
+    while tokens % (2 * factors[0]) == 0 and side // (2 * factors[0]) >= own:
+        factors[0] *= 2
+    if side / factors[0] > FAR * own:
+        factors[0] = max(n for n in range(1, max(factors[0], int(side / (_LEAST_SHARE * own))) + 1) if tokens % n == 0)
+    while factors[-1] > 1:
+        smaller = (n for n in range(1, int(factors[-1] / _LEAST_STEP) + 1) if tokens % n == 0)
+        factors.append(min(smaller, key=lambda n: abs(math.log(2 * n / factors[-1]))))
     return factors
 
 

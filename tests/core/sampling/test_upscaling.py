@@ -141,6 +141,8 @@ def test_the_usual_sizes_begin_near_the_models_own():
     assert default_factors(config, 4096, 4096) == [32, 16, 8, 4, 2, 1]
     assert default_factors(config, 1024, 512) == [4, 2, 1]
     assert default_factors(config, 272, 272) == [1]  # half of it is no multiple of 16
+    assert default_factors(config, 720, 1200) == [5, 3, 1]  # 144 x 240, 240 x 400
+    assert default_factors(PixArtConfig(input_size=32), 720, 720) == [3, 1]
     assert default_strengths(1) == []
     assert len(default_strengths(9)) == 8
 
@@ -157,6 +159,14 @@ def test_the_command_grows_a_picture_and_refuses_what_does_not_fit(tmp_path):
     assert Image.open(tmp_path / "out" / "image.png").size == (64, 128)
     assert (tmp_path / "out" / "zoom.html").stat().st_size > 1000
     assert "64 x 32" in result.output and "128 x 64" in result.output
+
+
+def test_an_image_that_cannot_begin_near_the_models_own_size_is_named(tmp_path):
+    words = ["upscale", "--model", FOLDER, "--image-height", 272, "--image-width", 272, "--sampling-steps", 1]
+    result = CliRunner().invoke(app, [str(word) for word in [*words, "--prompt", "a cup", "-o", tmp_path / "out"]])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "The first image is 272x272. Sides with more divisors begin with a smaller one. The checkpoint was" in said
 
 
 def test_the_command_draws_the_given_size_and_not_the_nearest_published_one(tmp_path, project):
