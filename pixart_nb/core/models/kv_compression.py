@@ -40,12 +40,13 @@ class DepthwiseReduction(nn.Cell):
         """positions: R * R tensors (M, D), one for each position within a cell, row by row -> (M, D)."""
         cells, size = positions[0].shape
         ratio = self.weight.shape[-1]
-        taps = self.weight.reshape(size, ratio * ratio)
+        dtype = positions[0].dtype  # the CPU computes in float32 with weights of any dtype
+        taps = self.weight.reshape(size, ratio * ratio).astype(dtype)
         total = None
         for index, tokens in enumerate(positions):
             term = tokens * ops.tile(taps[:, index].reshape(1, size), (cells, 1))
             total = term if total is None else total + term
-        return ops.bias_add(total, self.bias)
+        return ops.bias_add(total, self.bias.astype(dtype))
 
 
 def compress_tokens(

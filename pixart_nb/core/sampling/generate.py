@@ -103,7 +103,8 @@ def sample(config: InferenceConfig) -> list[Path]:
             rows = slice(first, first + together)
             paths.append(write_image_of(config, requests[first], [image.pixels() for image in images[rows]]))
     else:
-        pipe, done, edited = load_pipeline(config), [], edited_image(config) | control_options(config)
+        edited, done = edited_image(config) | control_options(config), []
+        pipe = load_pipeline(config)
         steps = steps_taken(config.sampling_steps, edited.get("strength", 1))
         with tqdm(total=len(requests) * steps, desc="draw", unit="step") as bar:
             for first in range(0, len(requests), config.batch_size):
@@ -213,24 +214,23 @@ def _set_scheduler(pipe: Any, config: InferenceConfig) -> None:
         print(f"sampling_method {config.sampling_method} replaces {own} of {config.model}", file=sys.stderr)
 
 
-def _opened(path: str, mode: str) -> Image.Image:
-    """Return an image file, read as a training reads it, or a mask (mode L), of which transparent parts are black."""
+def _opened(key: str, path: str, mode: str) -> Image.Image:
+    """Read the image file of a key as a training does, or a mask (mode L), whose transparent parts are black."""
     from pixart_nb.core.data.images import ImageError, load_image  # needed only with an image
 
     try:
         return Image.fromarray(load_image(path, "black" if mode == "L" else "white")).convert(mode)
     except ImageError as error:
-        raise ConfigError(f"it cannot be read as an image: {error}") from error
+        raise ConfigError(f"{key} cannot be read as an image: {error}") from error
 
 
 def edited_image(config: InferenceConfig) -> dict[str, Any]:
     """Return the arguments of image-to-image or inpainting, if there is an image."""
     if not config.image:
         return {}
-    images = {}
-    for name, path in (("image", config.image), ("mask_image", config.mask)):
-        if path:
-            images[name] = _opened(path, "RGB" if name == "image" else "L")
+    images = {"image": _opened("image", config.image, "RGB")}
+    if config.mask:
+        images["mask_image"] = _opened("mask", config.mask, "L")
     check_ratio(config.image, images["image"].size[::-1], config.image_height, config.image_width, 0.03)
     return images | {"strength": config.strength}
 
@@ -239,7 +239,7 @@ def control_options(config: InferenceConfig) -> dict[str, Any]:
     """Return the arguments of a ControlNet, if there is one."""
     if not config.controlnet:
         return {}
-    image = _opened(config.control_image, "RGB")
+    image = _opened("control_image", config.control_image, "RGB")
     check_ratio(config.control_image, image.size[::-1], config.image_height, config.image_width, 0.03)
     if config.control_edges:
         from pixart_nb.core.checkpoints.controlnet import edge_options
