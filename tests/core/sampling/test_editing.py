@@ -133,8 +133,8 @@ def test_a_configuration_begins_with_an_image_and_keeps_what_the_mask_leaves(tmp
         generate.sample(check_config(values | image | {"image_height": 96}))
     with pytest.raises(ValueError, match="mask is given, so expected image"):
         check_config(values | {"mask": "mask.png"})
+    monkeypatch.setattr(generate, "load_pipeline", lambda *given: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"image cannot be read as an image: .*none\.png"):
-        monkeypatch.setattr(generate, "load_pipeline", lambda *given: pytest.fail("loaded"))
         generate.sample(check_config(values | {"image": str(tmp_path / "none.png")}))
 
 
