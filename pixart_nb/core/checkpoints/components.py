@@ -52,6 +52,8 @@ def component_paths(source: str | Path, names: Sequence[str], **hub: Any) -> dic
         return _mindone_paths(path.parent, names, path)
     folder = path if path.is_dir() else _pipeline_from_hub(source, names, hub)
     index = folder / "model_index.json"
+    if (trained := folder / "pipeline" / index.name).is_file():
+        raise CheckpointError(f"{folder} is the folder of a training; its result is {trained.parent}")
     if not index.is_file():
         return _mindone_paths(folder, names)
     absent = [name for name, value in read_json(index).items() if value == [None, None]]

@@ -157,6 +157,16 @@ def test_a_local_path_that_does_not_exist_is_never_looked_up_on_a_hub(folder, mo
         assert "hub id" not in str(error.value) and "fetched" not in str(error.value)
 
 
+def test_the_folder_of_a_training_names_its_pipeline(folder):
+    output = folder.parent / "output"
+    output.mkdir()
+    (output / "step-00000003.safetensors").touch()
+    folder.rename(output / "pipeline")
+    with pytest.raises(CheckpointError, match=r"output is the folder of a training; its result is .*output/pipeline"):
+        component_paths(output, ["vae"])
+    assert component_paths(output / "pipeline", ["vae"]) == {"vae": output / "pipeline" / "vae"}
+
+
 def test_a_hub_id_and_its_revision_are_passed_on(folder, monkeypatch):
     calls = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder))
