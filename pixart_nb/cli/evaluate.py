@@ -68,7 +68,8 @@ def evaluate(
         chosen.output_path,
         vae=vae,
         settings=settings | ({"labels": str(labels)} if labels else {}),
-        identity=generate.network_identity(chosen),
+        identity=generate.network_identity(chosen)
+        | {"t5_max_length": chosen.t5_max_length, "tile_size": chosen.tile_size},
         sampling_steps=chosen.sampling_steps,
         guidance_scale=chosen.guidance_scale,
         batch_size=chosen.batch_size,
