@@ -70,11 +70,11 @@ def upscaled(config: InferenceConfig, factors: Any, strengths: Any, keys: int) -
     plans = plan_upscaling(networks, planning.run_settings(config, networks), sizes, process=process_memory())
     for plan in plans:
         check_fits(plan, planning.memory_limit(config))
-    first = sizes[0]
-    for sentence in size_warnings(networks.transformer, plans[0].run, planning.trained_sizes(config)):
-        large = min(first.height, first.width) > 8 * networks.transformer.input_size
-        advice = " Sides with more divisors begin with a smaller one." if large else ""
-        warnings.warn(f"The first image is {first.height}x{first.width}.{advice} {sentence}", stacklevel=2)
+    first, own = plans[0].run, 8 * networks.transformer.input_size
+    large = min(first.height, first.width) > own
+    advice = f" Multiples of {own} as height and width begin near that size." if large else ""
+    for sentence in size_warnings(networks.transformer, first, planning.trained_sizes(config)):
+        warnings.warn(f"Upscaling begins at {first.height}x{first.width}.{advice} {sentence}", stacklevel=2)
     ensure_writable(config.output_path, needed=3 * height * width)
     images = upscaling.upscale(config, sizes)
     steps = {"factors": [sizes[-1].height // size.height for size in sizes]}

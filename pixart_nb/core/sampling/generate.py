@@ -271,12 +271,6 @@ def _apply_loras(pipe: Any, files: Sequence[str]) -> None:
     pipe.set_adapters([f"lora_{number}" for number in range(len(weights))], weights)
 
 
-def _lora_path(source: str) -> Path:
-    from pixart_nb.core.lora.files import lora_path  # needed only with a LoRA
-
-    return lora_path(source)
-
-
 def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str, Any]:
     """Load the components, of those asked for, that are given one by one or need options of their own."""
     parts = {}
@@ -359,6 +353,7 @@ def show_progress(images: Sequence[Any], load: Callable[[Sequence[str]], Any], l
 def network_identity(config: InferenceConfig) -> dict[str, Any]:
     """Return what else the numbers of an image depend on: fingerprints of the networks, and how they compute."""
     from pixart_nb.core.data.features import fingerprint
+    from pixart_nb.core.lora.files import lora_path
 
     roots = {name: getattr(config, f"{name}_root") for name in _WITH_ROOT}
     paths = {name: Path(root) for name, root in (roots | {"transformer": config.checkpoint}).items() if root}
@@ -366,7 +361,7 @@ def network_identity(config: InferenceConfig) -> dict[str, Any]:
         paths |= component_paths(config.model, [name for name in COMPONENTS if name not in paths])
     return {name: fingerprint(path) for name, path in paths.items()} | {
         "sampling_method": _chosen_method(config),
-        **{f"lora {text}": fingerprint(_lora_path(split_weight(text)[0])) for text in config.lora},
+        **{f"lora {text}": fingerprint(lora_path(split_weight(text)[0])) for text in config.lora},
         **({"pag_applied_layers": ", ".join(config.pag_applied_layers)} if config.pag_scale else {}),
         **({"architecture": architecture_of(config)} if config.checkpoint else {}),
         "dtype": inference_dtype_name(config.dtype),

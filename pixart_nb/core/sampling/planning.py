@@ -200,7 +200,7 @@ def check_run(config: InferenceConfig, keys: Container[str] | None = None) -> No
     Networks that do not exist cannot be planned; loading them reports what is wrong.
 
     Args:
-        keys: Those of the configuration that the caller can set; None for all.
+        keys: Configuration keys that the user can set, and the message may name; None for all.
 
     Raises:
         DoesNotFitError: names the options that would make the run fit.

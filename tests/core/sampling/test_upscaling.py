@@ -166,7 +166,10 @@ def test_an_image_that_cannot_begin_near_the_models_own_size_is_named(tmp_path):
     result = CliRunner().invoke(app, [str(word) for word in [*words, "--prompt", "a cup", "-o", tmp_path / "out"]])
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "The first image is 272x272. Sides with more divisors begin with a smaller one. The checkpoint was" in said
+    assert (
+        "Upscaling begins at 272x272. Multiples of 128 as height and width begin near that size. The checkpoint was"
+        in said
+    )
 
 
 def test_the_command_draws_the_given_size_and_not_the_nearest_published_one(tmp_path, project):
