@@ -112,6 +112,11 @@ def split_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def lora_name(number: int) -> str:
+    """Return the name of the adapter that a LoRA of a configuration becomes, counted from 0."""
+    return f"lora_{number}"
+
+
 def _weighted(text: str) -> str:
     path, weight = split_weight(text)
     if not math.isfinite(weight):

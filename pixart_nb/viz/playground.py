@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ipywidgets import FileUpload
 
+from pixart_nb.config.keys import lora_name, split_weight
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_once
 from pixart_nb.viz.event_loop import KernelLoop
@@ -20,7 +21,7 @@ from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import LCM_LORA, Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
 from pixart_nb.viz.playground_sources import adapters_of, edges_of, fitted, opened
-from pixart_nb.viz.playground_view import View, make_controls, size_name
+from pixart_nb.viz.playground_view import View, make_controls, set_control
 from pixart_nb.viz.widget_parts import say
 
 
@@ -60,17 +61,20 @@ class Playground:
         self.session = Session(pipe, self._render)
         self.folder, self._others = Path(folder), dict(others or {})
         self._loop, self._rendered = KernelLoop(), None
-        self._files: dict[str, str] = {}  # of adapters
+        of_config = self._others.get("lora") or ()
+        self._files = {lora_name(k): split_weight(text)[0] for k, text in enumerate(of_config)}  # by adapter
         self.view.source.set(start.get("image", b""), start.get("mask", b""))
         self.view.control.png = start.get("control_image", b"")
         self.view.adapters.show(adapters_of(pipe))
         self._retyped = self._drawing_typed = False
         if lcm_lora:
-            self.load_lora(lcm_lora, LCM_LORA)
+            self._files[LCM_LORA] = str(lcm_lora)
+            if LCM_LORA not in adapters_of(pipe):
+                self.load_lora(lcm_lora, LCM_LORA, weight=0.0)
             self.view.typing.layout.display = ""
             self.controls["prompt"].observe(self._loop.on_loop(self._typed), "value")
-        if "adapters" in start or lcm_lora:
-            self.view.adapters.value = start.get("adapters", ())
+        if "adapters" in start:
+            self.view.adapters.value = start["adapters"]
         for button, act in (
             (self.view.sample, lambda: self._start(self.sample())),
             (self.view.sweep, lambda: self._start(self.sweep(self.view.swept.value, self.view.values.value))),
@@ -107,7 +111,7 @@ class Playground:
     @parameters.setter
     def parameters(self, value: Parameters) -> None:
         for name, control in self.controls.items():
-            control.value = (value.height, value.width) if name == "size" else getattr(value, name)
+            set_control(control, (value.height, value.width) if name == "size" else getattr(value, name))
         self.view.source.set(value.image, value.mask)
         self.view.control.png = value.control_image
         self.view.adapters.value = value.adapters
@@ -121,7 +125,10 @@ class Playground:
 
     async def sample(self) -> Entry | None:
         """Draw with the parameters as they are set; None if the run was cancelled. Errors are shown, and raised."""
-        return await self._draw(self.parameters)
+        entry = await self._draw(self.parameters)
+        if self._retyped and self.view.typing.value:  # typed during the run
+            self._start(self._draw_typed())
+        return entry
 
     async def _draw(self, parameters: Parameters, listed: bool = True) -> Entry | None:
         self.view.say("")
@@ -153,11 +160,15 @@ class Playground:
         The finished entries are in the history; Cancel ends the sweep.
         """
         entries: list[Entry] = []
+        notes: dict[str, None] = {}
         try:
-            for parameters in self.parameters.swept(name, values):
+            swept = self.parameters.swept(name, values)
+            for parameters in swept:
                 self.view.say(f"{name} {getattr(parameters, name)}")
                 entry = await self.session.sample(parameters)
+                notes |= dict.fromkeys(self.session.notes)
                 if entry is None:
+                    notes[f"Cancelled after {len(entries)} of {len(swept)} values"] = None
                     break
                 entries.append(entry)
         except Exception as error:
@@ -168,25 +179,32 @@ class Playground:
             caption = f"{entries[0].parameters.prompt}: {name} {values}, in reading order. Each is in the history."
             self.session.show(None, np.stack([entry.images[0] for entry in entries]))
             say(self.view.caption, caption)
-            self.view.say("")
+        self.view.say("; ".join(notes))
         return entries
 
-    def load(self, path: str | Path) -> None:
-        """Set the controls to the parameters of a saved PNG; nothing else of it is used."""
-        loaded = Parameters.read(path)
-        for name, value in (("size", (loaded.height, loaded.width)), ("scheduler", loaded.scheduler)):
-            options = self.controls[name].options
-            if value not in [option[1] if isinstance(option, tuple) else option for option in options]:
-                new = (size_name(*value), value) if name == "size" else value
-                self.controls[name].options = [*options, new]
-        self.parameters = loaded
+    def load(self, path: str | Path) -> list[str]:
+        """Set the controls to the parameters of a saved PNG; return those of its parameters that are not taken.
 
-    def load_lora(self, path: str | Path, name: str = "") -> None:
-        """Load a LoRA file into the pipeline, with a slider of its weight; ``name`` is the file's by default."""
-        name = name or re.sub(r"\W+", "_", Path(path).stem)
-        self.session.pipe.load_lora_weights(path, adapter_name=name)
+        A LoRA of it is taken if it is loaded.
+        """
+        names = {file: name for name, file in self._files.items()}
+        loaded = Parameters.read(path, names)
+        missing = loaded.not_taken(path, names, self._others, self.session.pipe)
+        self.parameters = loaded
+        return missing
+
+    def load_lora(self, path: str | Path, name: str = "", weight: float = 1.0) -> None:
+        """Load a LoRA file with a slider of its weight; ``name`` is the file's by default.
+
+        It acts on drawings of the playground alone; the pipeline keeps the adapters that are active.
+        """
+        name, pipe = name or re.sub(r"\W+", "_", Path(path).stem), self.session.pipe
+        own = adapters_of(pipe)
+        pipe.load_lora_weights(path, adapter_name=name)
+        active = [adapter for adapter, strength in own.items() if strength]
+        pipe.set_adapters(active, [own[adapter] for adapter in active])
         self._files[name] = str(path)
-        self.view.adapters.show(adapters_of(self.session.pipe))
+        self.view.adapters.show(own | {name: weight})
 
     def _uploaded(self, upload: FileUpload, act: Callable[[Mapping[str, Any]], None]) -> None:
         try:
@@ -201,10 +219,11 @@ class Playground:
             path = Path(folder) / "image.png"
             path.write_bytes(file["content"])
             try:
-                self.load(path)
+                missing = self.load(path)
             except (OSError, ValueError) as error:
                 raise PixArtNBError(str(error).replace(str(path), file["name"])) from error
-        self.view.say(f"Parameters of {file['name']}; Sample draws it again.")
+        rest = f"Sample draws another image, without its {', '.join(missing)}" if missing else "Sample draws it again"
+        self.view.say(f"Parameters of {file['name']}; {rest}.")
 
     def _adapter_uploaded(self, file: Mapping[str, Any]) -> None:
         name, content = Path(file["name"]), bytes(file["content"])
@@ -212,8 +231,13 @@ class Playground:
         path = self.folder / "adapters" / f"{name.stem}-{digest}{name.suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_once(path, content)
-        self.load_lora(path, re.sub(r"\W+", "_", name.stem))
-        self.view.say(f"Loaded {path}")
+        adapter = re.sub(r"\W+", "_", name.stem)
+        if adapter in adapters_of(self.session.pipe):
+            adapter = f"{adapter}_{digest}"
+        if str(path) in self._files.values():
+            return self.view.say(f"{file['name']} is loaded already.")
+        self.load_lora(path, adapter)
+        self.view.say(f"Loaded {path} as {adapter}")
 
     def _control_uploaded(self, file: Mapping[str, Any]) -> None:
         self.view.control.png = png_bytes(np.asarray(opened(self._fitted(file))))
@@ -229,6 +253,9 @@ class Playground:
 
     def _edges_as_control(self, image: bytes) -> None:
         """Take the edges of an image, the bytes of a file, as the condition."""
+        path = self.parameters.controlnet.strip()
+        if path and not Path(path).expanduser().exists():
+            self.view.say(f"There is no ControlNet at {path}; its edges may differ from these.", wrong=True)
         self.view.control.png = png_bytes(edges_of(np.asarray(opened(image)), self.parameters))
 
     def _with_result(self, act: Callable[[bytes], None]) -> None:
@@ -247,7 +274,8 @@ class Playground:
             if entry is None:
                 raise PixArtNBError("there is no finished image to save; sample one, or choose one below")
             loras = [f"{self._files.get(name, name)}:{weight:g}" for name, weight in entry.parameters.adapters]
-            paths = save_entry(entry, self.folder, self._others | ({"lora": loras} if loras else {}))
+            own = {"lora": loras} if loras or "lora" in self._others else {}
+            paths = save_entry(entry, self.folder, self._others | own)
         except (OSError, ValueError) as error:
             self.view.say(_in_words(error), wrong=True)
             return []
@@ -256,8 +284,12 @@ class Playground:
 
     def restore(self, entry: Entry) -> None:
         """Set the controls to the parameters of an entry, and show its images unless a run is active."""
-        self.parameters = entry.parameters
+        try:
+            self.parameters = entry.parameters
+        except ValueError as error:
+            self.view.say(_in_words(error), wrong=True)
         self.session.show(entry)
+        self.view.show_last_step()
 
     def _repr_mimebundle_(self, **options: Any):
         return self.view.widget._repr_mimebundle_(**options)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_METHOD, SAMPLING_STEPS, check_config
-from pixart_nb.config.keys import CONTROL_KEYS
+from pixart_nb.config.keys import CONTROL_KEYS, split_weight
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.sampling.images import read_parameters
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
@@ -19,6 +20,8 @@ SWEPT = {"guidance": float, "steps": int, "seed": int, "scheduler": str}
 #: Name of the LCM-LoRA that draws while one types, and the parameters that belong to it.
 LCM_LORA = "lcm"
 FEW_STEPS = {"scheduler": "lcm", "steps": 4, "guidance": 1.0, "negative_prompt": "", "count": 1}
+#: Keys of the weights that a pipeline was made of.
+_OF_PIPELINE = ("model", "checkpoint", "vae_root", "text_encoder_root")
 #: Parameters of a ControlNet, which have the names of their keys in a configuration.
 CONTROL = ("controlnet", *CONTROL_KEYS)
 
@@ -94,10 +97,11 @@ class Parameters:
         }
 
     @classmethod
-    def read(cls, path: str | Path) -> Parameters:
+    def read(cls, path: str | Path, adapters: Mapping[str, str] | None = None) -> Parameters:
         """Return the parameters of a PNG that the playground or ``pixart-nb sample`` wrote.
 
-        Only what shapes the image is taken. A file without parameters, or with values that do not fit, is refused.
+        Only what shapes the image is taken; ``adapters``: names of the loaded LoRAs by their files. A file without
+        parameters, or with values that do not fit, is refused.
         """
         written = read_parameters(path)
         keys = cls("", 0, 0).configuration()
@@ -112,7 +116,22 @@ class Parameters:
             config.sampling_method or SAMPLING_METHOD,
             config.seed,
             config.first_image + 1,
+            adapters=tuple((adapters[file], weight) for file, weight in _loras(written) if file in (adapters or {})),
         )
+
+    def not_taken(
+        self, path: str | Path, adapters: Mapping[str, str], others: Mapping[str, Any], pipe: Any
+    ) -> list[str]:
+        """Return what else shaped the PNG at ``path``, which ``read`` does not take; ``others`` belong to ``pipe``."""
+        written = read_parameters(path)
+        elsewhere = ["image", "mask", "control_image", "pag_scale", *(key for key in _OF_PIPELINE if key in others)]
+        differing = [key for key in elsewhere if written.get(key) and written[key] != others.get(key)]
+        missing = [f"{key} {written[key]}" for key in differing]
+        missing += [f"LoRA {file}:{weight:g}" for file, weight in _loras(written) if file not in adapters]
+        size = (self.height, self.width)
+        if written.get("use_resolution_binning") and pipe.binned_size(*size) != size:
+            missing.append("use_resolution_binning")
+        return missing
 
     def swept(self, name: str, values: str) -> list[Parameters]:
         """Return copies with each of the values, separated by commas, of one of ``SWEPT``."""
@@ -161,3 +180,8 @@ class Parameters:
             f"{self.prompt}{without} · {self.width} x {self.height} · {self.scheduler}, {self.steps} steps · "
             f"guidance {self.guidance:g} · seed {self.seed}{images}{image}{control}{adapters}"
         )
+
+
+def _loras(written: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return files and weights of the LoRAs of a saved image."""
+    return [split_weight(text) for text in written.get("lora") or ()]

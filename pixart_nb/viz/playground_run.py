@@ -19,7 +19,14 @@ from pixart_nb.viz.event_loop import give_way, giving_way
 from pixart_nb.viz.figures import image_grid
 from pixart_nb.viz.pixels import tiles
 from pixart_nb.viz.playground_parameters import HISTORY, Parameters
-from pixart_nb.viz.playground_sources import ControlNets, arguments, kept_outside, write_source
+from pixart_nb.viz.playground_sources import (
+    ControlNets,
+    arguments,
+    each_with_adapters,
+    kept_outside,
+    with_adapters,
+    write_source,
+)
 from pixart_nb.viz.style import Figure
 
 #: A preview is due once the steps since the last one took this many times as long as it did.
@@ -130,8 +137,8 @@ class Session:
         """The images (N, H, W, 3) uint8, or None if the run was cancelled."""
         pipe = self._controlnets.pipeline(self.pipe, parameters)
         self.notes = []
-        with noted(self.notes):
-            steps = begun(pipe, parameters)
+        with noted(self.notes), with_adapters(self.pipe, parameters):
+            steps = each_with_adapters(self.pipe, parameters, begun(pipe, parameters))
         async with aclosing(giving_way(steps)) as records:
             latents = await self._follow(records, parameters.taken)
         images: list[np.ndarray] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,7 @@ def fitted(content: bytes, parameters: Parameters) -> bytes:
 
 
 def arguments(pipe: Any, parameters: Parameters) -> dict[str, Any]:
-    """Return the arguments of ``pipe.sample`` that begin with the image; activate the adapters with their weights."""
-    loaded, weights = adapters_of(pipe), dict(parameters.adapters)
-    if unknown := weights.keys() - set(loaded):
-        raise PixArtNBError(f"the pipeline has no adapter {', '.join(sorted(unknown))}; it has {loaded or 'none'}")
-    if loaded:
-        pipe.set_adapters(loaded, [weights.get(name, 0.0) for name in loaded])
+    """Return the arguments of ``pipe.sample`` that begin with the image."""
     if not parameters.image:
         return {}
     from pixart_nb.core.sampling.editing import starting_point
@@ -58,9 +55,36 @@ def arguments(pipe: Any, parameters: Parameters) -> dict[str, Any]:
     return starting_point(pipe.vae, pixels, parameters.strength, mask)
 
 
-def adapters_of(pipe: Any) -> list[str]:
-    """Return the names of the LoRAs that a pipeline has loaded."""
-    return pipe.get_list_adapters().get("transformer", []) if hasattr(pipe, "get_list_adapters") else []
+def adapters_of(pipe: Any) -> dict[str, float]:
+    """Return the weights of the LoRAs that a pipeline has loaded, 0 of those that are not active; none if fused."""
+    adapters = getattr(getattr(pipe, "transformer", None), "adapters", None)
+    if adapters is None or adapters.originals:
+        return {}
+    return {name: adapters.weights[name] if name in adapters.active else 0.0 for name in adapters.adapters}
+
+
+def with_adapters(pipe: Any, parameters: Parameters) -> AbstractContextManager[None]:
+    """Return a block in which the adapters have the weights of a run; the pipeline keeps its own."""
+    loaded, weights = adapters_of(pipe), dict(parameters.adapters)
+    if unknown := weights.keys() - loaded.keys():
+        raise PixArtNBError(
+            f"the pipeline has no adapter {', '.join(sorted(unknown))}; it has {list(loaded) or 'none'}"
+        )
+    return pipe.transformer.adapters.chosen(weights) if loaded else nullcontext()
+
+
+def each_with_adapters(pipe: Any, parameters: Parameters, records: Iterator[Any]) -> Iterator[Any]:
+    """Yield the records of a generator; each is computed ``with_adapters``: other cells see those of the pipeline."""
+    try:
+        while True:
+            with with_adapters(pipe, parameters):
+                record = next(records, None)
+            if record is None:
+                return
+            yield record
+    finally:
+        if hasattr(records, "close"):
+            records.close()
 
 
 # ---- control

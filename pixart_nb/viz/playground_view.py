@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
 import numpy as np
@@ -66,6 +66,17 @@ _NAMES = {
     "control_guidance_end": ("End", "Share of the steps up to which the ControlNet acts"),
     "guess_mode": ("Guess mode", "Guidance strengthens the condition as it does the prompt"),
 }
+
+
+def set_control(control: widgets.ValueWidget, value: object) -> None:
+    """Set a control, whose range or choices are widened where the value is beyond them."""
+    if isinstance(control, (widgets.IntSlider, widgets.FloatSlider)):
+        control.min, control.max = min(control.min, value), max(control.max, value)
+    elif isinstance(control, widgets.Dropdown):
+        choices = [choice[1] if isinstance(choice, tuple) else choice for choice in control.options]
+        if value not in choices:
+            control.options = [*control.options, (size_name(*value), value) if isinstance(value, tuple) else value]
+    control.value = value
 
 
 def size_name(height: int, width: int) -> str:
@@ -160,6 +171,10 @@ class View:
         for listed, card in zip(reversed(self._listed), self.cards.children, strict=True):
             (card.add_class if listed is entry else card.remove_class)("pixart-chosen")
 
+    def show_last_step(self) -> None:
+        """Set the slider of steps to the last one, whose images an entry shows first."""
+        self.step.value = self.step.max
+
     def show_history(self, history: Sequence[Entry], act: Callable[[Entry], Callable]) -> None:
         """Show a small image for each entry, newest first; a click restores it."""
         if tuple(history) == self._listed:
@@ -248,17 +263,18 @@ class AdapterView:
         self.sliders: dict[str, widgets.FloatSlider] = {}
         self.hint = text_line()
         self.widget = widgets.VBox([self.upload, self.hint])
-        self.show([])
+        self.show({})
 
-    def show(self, names: Sequence[str]) -> None:
-        """Show a slider for each adapter; those that are shown keep their weights."""
-        for name in names:
-            slider = widgets.FloatSlider(value=1, min=-1, max=2, step=0.05, description=name)
+    def show(self, weights: Mapping[str, float]) -> None:
+        """Show a slider for each adapter with its weight; those that are shown keep theirs."""
+        for name, weight in weights.items():
+            slider = widgets.FloatSlider(value=weight, min=min(-1, weight), max=max(2, weight), step=0.05)
+            slider.description = name
             slider.tooltip = f"Weight of {name}"
             slider.layout.width, slider.style.description_width = "auto", "120px"
             self.sliders.setdefault(name, slider)
-        self.sliders = {name: self.sliders[name] for name in names}
-        say(self.hint, "Weights may be negative; 0 switches a LoRA off." if names else "No LoRA is loaded.")
+        self.sliders = {name: self.sliders[name] for name in weights}
+        say(self.hint, "Weights may be negative; 0 switches a LoRA off." if weights else "No LoRA is loaded.")
         self.widget.children = [self.upload, self.hint, *self.sliders.values()]
 
     @property
@@ -269,7 +285,7 @@ class AdapterView:
     @value.setter
     def value(self, pairs: Sequence[tuple[str, float]]) -> None:
         for name, slider in self.sliders.items():
-            slider.value = dict(pairs).get(name, 0)
+            set_control(slider, dict(pairs).get(name, 0))
 
 
 def _example_menu(prompts: Sequence[str], prompt: widgets.Textarea) -> widgets.Dropdown:

@@ -78,11 +78,40 @@ def test_an_example_becomes_the_prompt_and_can_be_chosen_again():
     assert Playground(Pipe(), [(32, 48)]).view.examples.layout.display == "none"
 
 
-def test_parameters_beyond_the_controls_are_refused_and_not_bent():
+def test_parameters_beyond_the_controls_widen_them():
     playground = Playground(Pipe(), [(32, 48)], seed=2**40)
     assert playground.parameters.seed == 2**40
-    with pytest.raises(ValueError, match=r"controls reach .*steps=50.* only; asked for .*steps=51"):
-        playground.parameters = replace(playground.parameters, steps=51)
+    wanted = Parameters("x", 64, 80, "y", 60, 20.0, "ddim", 12, 16)
+    playground.parameters = wanted
+    assert playground.parameters == wanted
+    with pytest.raises(ValueError, match=r"controls reach .*seed=0.* only; asked for .*seed=-1"):
+        playground.parameters = replace(wanted, seed=-1)
+
+
+def test_a_card_of_a_sweep_beyond_the_sliders_comes_back_with_its_image():
+    async def act(playground):
+        (wide,) = await playground.sweep("guidance", "20")
+        await pressed(playground)
+        playground.restore(wide)
+        return wide
+
+    playground = Playground(Pipe(), [(32, 48)], prompt="a red cup", steps=3)
+    wide = asyncio.run(act(playground))
+    assert playground.session.entry is wide
+    assert playground.parameters == wide.parameters
+
+
+def test_a_card_that_is_clicked_again_shows_its_last_step():
+    async def act(playground):
+        entry = await playground.sample()
+        playground.view.step.value = 1
+        playground.restore(entry)
+        return entry
+
+    playground = Playground(Pipe(), [(32, 48)], prompt="a red cup", steps=3)
+    entry = asyncio.run(act(playground))
+    assert playground.view.step.value == 3
+    assert playground.session.images is entry.images
 
 
 def test_it_begins_with_the_parameters_given_even_outside_the_choices():

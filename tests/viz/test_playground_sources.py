@@ -3,6 +3,7 @@
 import asyncio
 import io
 import shutil
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
@@ -53,7 +54,7 @@ def uploaded(name, content):
 
 def playground(pipe, tmp_path, **start):
     values = {"prompt": "a red cat", "steps": 5, "guidance": 4.5, "seed": 7, "folder": tmp_path}
-    return Playground(pipe, [(32, 64)], others={"model": str(SIGMA)}, **values | start)
+    return Playground(pipe, [(32, 64)], **values | {"others": {"model": str(SIGMA)}} | start)
 
 
 def drawn(playground):
@@ -147,6 +148,46 @@ def test_loras_have_a_weight_each(pipe, tmp_path):
     assert np.array_equal(drawn(view), plain)
 
 
+def test_the_pipeline_keeps_its_own_adapters(tmp_path):
+    """Loading, drawing and drawing beside another playground change nothing for other cells."""
+    pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    files = [trained(transformer(), seed=seed).save(tmp_path / str(seed)) for seed in (1, 2)]
+    pipe.load_lora_weights(files[0], adapter_name="own")
+    pipe.set_adapters(["own"], [0.25])
+    own = expected(PixArtSigmaPipeline, pipe)
+    view = playground(pipe, tmp_path, lcm_lora=files[1])
+    assert view.parameters.adapters == (("own", 0.25),)
+    assert np.array_equal(drawn(view), own)
+    view.view.adapters.value = (("lcm", 1.0),)
+    other = playground(pipe, tmp_path, lcm_lora=files[1])  # the cell runs again
+    assert other.parameters.adapters == (("own", 0.25),)
+    alone = drawn(view)
+    assert not np.array_equal(alone, own)
+
+    async def both():
+        return await asyncio.gather(view.sample(), other.sample())
+
+    together = asyncio.run(both())
+    assert np.array_equal(together[0].images, alone)
+    assert np.array_equal(together[1].images, own)
+    assert pipe.get_active_adapters() == ["own"]
+    assert np.array_equal(expected(PixArtSigmaPipeline, pipe), own)
+
+
+def test_loading_an_image_names_what_it_does_not_take(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    file = trained(transformer(), seed=1).save(tmp_path / "lora")
+    view = playground(pipe, tmp_path, others={"model": "mine"})
+    view.load_lora(file, "one")
+    drawn(view)
+    (path,) = view.save()
+    assert view.load(path) == []
+    assert view.parameters.adapters == (("one", 1.0),)
+    other = playground(PixArtSigmaPipeline.from_pretrained(SIGMA), tmp_path, others={"model": "other"})
+    assert other.load(path) == ["model mine", f"LoRA {file}:1"]
+    assert other.parameters == replace(view.parameters, adapters=())
+
+
 def test_an_uploaded_lora_is_kept_and_never_replaced_by_another_of_its_name(tmp_path):
     pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
     view, messages = playground(pipe, tmp_path / "saved"), []
@@ -154,8 +195,12 @@ def test_an_uploaded_lora_is_kept_and_never_replaced_by_another_of_its_name(tmp_
         file = trained(transformer(), seed=seed).save(tmp_path / str(seed))
         view.view.adapters.upload.value = [uploaded("style.safetensors", file.read_bytes())]
         messages.append(view.view.message.value)
-    assert messages[0].startswith("Loaded ") and "style" in messages[1]  # an adapter of this name is there
-    assert list(view.view.adapters.sliders) == ["style"]
+    again = uploaded("style.safetensors", file.read_bytes())
+    view.view.adapters.upload.value = [again]
+    assert view.view.message.value == "style.safetensors is loaded already."
+    first, second = view.view.adapters.sliders
+    assert messages == [f"Loaded {view._files[first]} as style", f"Loaded {view._files[second]} as {second}"]
+    assert first == "style" and second.startswith("style_")
     assert len(list((tmp_path / "saved" / "adapters").iterdir())) == 2
 
 

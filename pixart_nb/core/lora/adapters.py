@@ -6,7 +6,8 @@ network's, and its ``with_dropout(batch, seed)`` in place of the batches, as ``p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,17 @@ class Adapters:
         self._check_unfused("they are switched on or off")
         self.enabled = enabled
         self._install()
+
+    @contextmanager
+    def chosen(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """Activate adapters with these weights inside the block; after it those that were active before are again."""
+        before = self.weights, self.enabled
+        self.activate(list(weights), list(weights.values()))
+        try:
+            yield
+        finally:
+            self.weights, self.enabled = before
+            self._install()
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete adapters; the others stay as they are."""

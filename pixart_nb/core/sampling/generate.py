@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pixart_nb.config import NEEDS, ConfigError, InferenceConfig, bundled_path, check_config
-from pixart_nb.config.keys import CONTROL_KEYS, ROOTS, split_weight
+from pixart_nb.config.keys import CONTROL_KEYS, ROOTS, lora_name, split_weight
 from pixart_nb.core import backend
 from pixart_nb.core.backend import device_name, dtype_from_name, ms
 from pixart_nb.core.checkpoints.components import LOADERS, T5EncoderModel, component_paths
@@ -264,11 +264,11 @@ def _chosen_method(config: InferenceConfig) -> str:
 
 def _apply_loras(pipe: Any, files: Sequence[str]) -> None:
     """Load LoRA files, given as PATH or PATH:WEIGHT, and activate all of them."""
-    weights = []
+    weights = {}
     for number, (path, weight) in enumerate(map(split_weight, files)):
-        pipe.load_lora_weights(path, adapter_name=f"lora_{number}")
-        weights.append(weight)
-    pipe.set_adapters([f"lora_{number}" for number in range(len(weights))], weights)
+        pipe.load_lora_weights(path, adapter_name=lora_name(number))
+        weights[lora_name(number)] = weight
+    pipe.set_adapters(list(weights), list(weights.values()))
 
 
 def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str, Any]:
