@@ -120,7 +120,7 @@ class LossHook(Hook):
     def before(self, call: AttentionCall) -> None:
         name, run, result = call.name, call.run, self.result
         keys_values = self.uncompressed.pop(name, None)
-        if not self.applies(name, run):
+        if not run.first or not self.applies(name, run):
             return
         compression = self.compressions.get(name, call.compression)
         result.compression[name] = compression.operator, compression.ratio

@@ -30,6 +30,8 @@ class HookedRun:
     ``timesteps`` are the planned ones, None if the model is called directly. The batch has ``rows`` images; with
     guidance the unconditional rows come before them. ``grid`` is (height, width) in tokens, ``length`` the largest
     number of prompt tokens. ``texts`` holds the prompt of each image, ``later_texts`` prompts that replace them.
+
+    Some samplers call the model more than once in a step; ``first`` tells the first call. ``over`` ends the run.
     """
 
     timesteps: np.ndarray | None
@@ -41,6 +43,9 @@ class HookedRun:
     later_texts: list[Text] = field(default_factory=list)
     index: int = -1
     timestep: float = float("nan")
+    first: bool = True
+    over: bool = False
+    sampler_step: int | None = None  # of a pipeline, which numbers the steps; otherwise each call is a step
 
     @property
     def batch(self) -> int:
@@ -242,24 +247,34 @@ class HookManager:
         masks, patch = condition.prompt_attention_mask, self.net.config.patch_size
         grid, guided = (height // patch, width // patch), condition.negative_embeds is not None
         run = self.run
-        if run is None or run.index >= 0 or (run.rows, run.guided, run.grid) != (len(masks), guided, grid):
+        if run is None or run.over or run.index >= 0 or (run.rows, run.guided, run.grid) != (len(masks), guided, grid):
             run = self.run = HookedRun(None, len(masks), guided, grid, masks.shape[1])
         strings = condition.texts or [None] * len(masks)
         run.texts = [text_of(self.tokenizer, s, int(m.sum())) for s, m in zip(strings, masks, strict=True)]
         for hook in self.hooks:
             hook.on_prompts(run)
 
+    def numbered(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """Yield the steps of a sampler; all calls of the model until one is yielded belong to it."""
+        run = self.run
+        try:
+            run.sampler_step = 0
+            for number, step in enumerate(steps, 1):
+                yield step
+                run.sampler_step = number
+        finally:
+            run.over = True
+
     def on_step(self, timestep: ms.Tensor, height: int, width: int, attention: Callable = attention) -> None:
         """Announce a call of the model with timestep (B,) on height x width tokens, computed by ``attention``."""
         self.attention = attention
         values, run = to_numpy(timestep), self.run
-        continues = run is not None and (run.batch, run.grid) == (len(values), (height, width))
-        if not continues or (run.timesteps is not None and run.index + 1 >= len(run.timesteps)):
-            self.run = HookedRun(None, len(values), False, (height, width), self.net.config.model_max_length)
-        self.run.index += 1
-        self.run.timestep = float(values[0])
+        if run is None or run.over or (run.batch, run.grid) != (len(values), (height, width)):
+            run = self.run = HookedRun(None, len(values), False, (height, width), self.net.config.model_max_length)
+        index = run.index + 1 if run.sampler_step is None else run.sampler_step
+        run.first, run.index, run.timestep = index != run.index, index, float(values[0])
         for hook in self.hooks:
-            hook.on_step(self.run)
+            hook.on_step(run)
 
     def compression(self, name: str, run: HookedRun) -> LayerCompression:
         """Return the compression of a layer at this step of a run: the last hook decides."""

@@ -156,7 +156,7 @@ class Recorder(Hook):
 
     def before(self, call: AttentionCall) -> None:
         run, t = call.run, self.trace
-        if not self._recorded(run.index, run.timestep):
+        if not run.first or not self._recorded(run.index, run.timestep):
             return
         t.timestep_of[run.index] = run.timestep
         if is_cross(call.name):  # an intervention may have swapped the prompts

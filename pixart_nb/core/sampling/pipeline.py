@@ -183,7 +183,7 @@ class PixArtSigmaPipeline(PipelineBase):
             steps = scheduler.steps(wrap_predict(predict), start, schedule, call.generator, call.eta)
             if call.mask is not None:
                 steps = _unmasked_kept(steps, scheduler, clean, noise, schedule, repeated(call.mask, rows))
-            yield steps
+            yield steps if hooks is None else hooks.numbered(steps)
 
         return itertools.chain.from_iterable(parts())
 

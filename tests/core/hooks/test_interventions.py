@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 from reference_data import relative_error
@@ -376,3 +378,29 @@ def test_a_word_of_a_prompt_without_words_is_refused(pipe):
 
 
 assert CALL["height"] == 64  # the token grid of the messages above
+
+
+# ---- samplers that call the model more than once in a step
+
+
+@pytest.mark.parametrize("name", ["heun", "kdpm2", "kdpm2-a", "pndm", "dpm++"])
+def test_steps_of_a_hook_are_those_of_the_sampler(pipe, name):
+    call = SAMPLE | {"num_inference_steps": 4, "prompt": "a red cat"}
+
+    def run(*changes, **options):
+        pipe.scheduler = name
+        with ExitStack() as hooks:
+            for change in changes:
+                hooks.enter_context(change)
+            return list(pipe.sample(**call | {"generator": np.random.default_rng(3)} | options))[1:]
+
+    with trace(pipe, announce=None) as record:
+        plain = run()
+    assert list(record.steps) == [0, 1, 2, 3]
+    np.testing.assert_allclose([record.timestep_of[k] for k in record.steps], [step.timestep for step in plain])
+    late = run(ablate_heads(pipe, [0, 1], None, steps=[2]))
+    same = [np.array_equal(a.latents, b.latents) for a, b in zip(plain, late, strict=True)]
+    assert same == [True, True, False, False]
+    other, swapped = run(prompt="a blue cat"), run(swap_prompt(pipe, 0, "a blue cat"))
+    assert relative_error(swapped[-1].latents, other[-1].latents) < 1e-4
+    assert relative_error(plain[-1].latents, other[-1].latents) > 1e-3
