@@ -11,6 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.sampling.images import to_uint8
 from pixart_nb.viz import explorers
 from pixart_nb.viz import widget_parts as parts
 from pixart_nb.viz.explorers import Choice, layers_of
@@ -160,7 +161,13 @@ class AttentionExplorer(parts.Explorer):
         started = time.perf_counter()
         self._offer_layers(self.choice.attention)
         choice = self.choice
-        shown = explorers.map_of(self.trace, choice, self.row)
+        try:
+            shown = explorers.map_of(self.trace, choice, self.row)
+        except PixArtNBError as error:  # after a swap of prompts, a step without the word
+            self.view.png, self.scale.value = png_bytes(enlarged(to_uint8(self._image(choice.step)))), ""
+            self.overview.layout.display = "none"
+            parts.say(self.note, "")
+            return parts.say(self.message, str(error), wrong=True)
         self.view.png = png_bytes(enlarged(explorers.map_pixels(self._image(choice.step), shown, choice.threshold)))
         self.scale.value = parts.heat_scale(float(shown.heat.max()), self._image(choice.step), "share of attention")
         parts.say(self.message, explorers.in_words(self.trace, choice, shown, self.row))

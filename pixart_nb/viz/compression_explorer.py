@@ -63,7 +63,7 @@ class CompressionExplorer(parts.Explorer):
         self.study, self.row, self.seconds, self._cancelled = study, row, 0.0, False
         self._drawn = None  # the outcome whose images are shown
         self._loop, depth, grid = KernelLoop(), len(study.layers), study.trace.grid
-        layers, ratio, operator = start or (range(depth // 2, depth), 2, operators[0])
+        layers, ratio, operator = start or (range(depth // 2, depth), 2 if 2 in ratios else ratios[0], operators[0])
         self.ratio = widgets.ToggleButtons(options=[(str(r), r) for r in ratios], value=ratio, description="Ratio")
         self.operator = widgets.ToggleButtons(options=list(operators), value=operator, description="Operator")
         self._make_attention_controls(max(layers), grid)
@@ -141,6 +141,8 @@ class CompressionExplorer(parts.Explorer):
     @choice.setter
     def choice(self, value: tuple[Sequence[int], int, str]) -> None:
         layers, ratio, operator = value
+        if sorted(layers) != list(range(min(layers), max(layers) + 1)):
+            raise PixArtNBError(f"layers {list(layers)} have gaps; the slider selects layers in a row")
         with self._without_drawing():
             self.layers.value, self.ratio.value, self.operator.value = ((min(layers), max(layers)), ratio, operator)
         self.study.outcome(*self.choice)
@@ -255,17 +257,15 @@ class CompressionExplorer(parts.Explorer):
         """Show the images, errors and costs of the current choice, or nothing if it was not run yet."""
         outcome = self.outcome
         self.results.layout.display = "none" if outcome is None else ""
-        if not self.cancel.disabled:
+        if outcome is not None and outcome is not self._drawn:
+            self.images.value = png_bytes(self._images(outcome))
+            self.curve.value = parts.figure_png(self._curves(outcome))
+            self.costs.value = self.table()._repr_html_()
+        self._drawn = outcome
+        if not self.cancel.disabled:  # the message is that of the run
             return
         if outcome is None:
-            self._drawn = None
             return parts.say(self.message, "Not run yet: Run draws the images with these layers compressed.")
-        if outcome is self._drawn:
-            return
-        self._drawn = outcome
-        self.images.value = png_bytes(self._images(outcome))
-        self.curve.value = parts.figure_png(self._curves(outcome))
-        self.costs.value = self.table()._repr_html_()
         effect = f"predictions are off by {outcome.error:.1%} on average, images by {outcome.image_error:.3f}"
         parts.say(self.message, f"{_name(outcome)}: {effect} (rms of colours 0..1). {outcome.seconds:.1f} s.")
 
@@ -317,5 +317,7 @@ class CompressionExplorer(parts.Explorer):
 
 
 def _name(outcome: Any) -> str:
-    first, last = outcome.layers[0], outcome.layers[-1]
-    return f"{outcome.operator} {outcome.ratio}, layers {first}-{last}"
+    layers = outcome.layers
+    in_a_row = layers[-1] - layers[0] < len(layers)
+    numbers = f"{layers[0]}-{layers[-1]}" if in_a_row else ", ".join(map(str, layers))
+    return f"{outcome.operator} {outcome.ratio}, layers {numbers}"

@@ -42,7 +42,7 @@ class Kept:
 
     def size(self, trace: Any, row: int) -> int:
         """Return the bytes of the maps."""
-        words = len(trace.words(row)) * trace.grid[0] * trace.grid[1] * len(self.of(trace, "cross"))
+        words = len(_words(trace, self, row)) * trace.grid[0] * trace.grid[1] * len(self.of(trace, "cross"))
         grids = [trace.key_grid(f"blocks.{layer}.attn", self.steps[0]) for layer in self.of(trace, "self")]
         keys = sum(height * width for height, width in grids)
         return len(self.steps) * len(self.heads) * (words + len(self.patches) * keys)
@@ -55,7 +55,8 @@ def export_attention(
 
     The page holds the maps of all words and patches for every layer, head and step in 8 bits. If they exceed
     ``most_bytes``, it holds the selected patch only, then evenly spaced steps, then layers and heads, always with the
-    selected ones, and says so.
+    selected ones, and says so. Where the prompt was swapped during the run, it holds the steps of one prompt: that of
+    the selected step, or of the first.
 
     Raises:
         PixArtNBError: the maps of one layer, head and step are still too large; nothing is written.
@@ -63,32 +64,42 @@ def export_attention(
     check_choice(trace, choice)
     kept, image = _fitting(trace, choice, row, most_bytes), as_float(shrunk(image))
     data = {
-        "title": trace.text(row).prompt or "attention",
-        "notes": _notes(trace, kept),
+        "title": trace.text(row, kept.steps[0]).prompt or "attention",
+        "notes": _notes(trace, kept, row),
         "image": image_url(to_uint8(image)),
         "grid": list(trace.grid),
-        "words": trace.words(row) if layers_of(trace, "cross") else [],
+        "words": _words(trace, kept, row) if layers_of(trace, "cross") else [],
         "heads": kept.heads,
         "steps": [[step, trace.timestep_of[step]] for step in kept.steps],
         "cross": _word_maps(trace, kept, row),
         "self": _patch_maps(trace, kept, row),
-        "patches": kept.patches,
+        "patches": kept.patches if layers_of(trace, "self") else [],
         "colours": _text(to_uint8(colormaps[HEAT](np.arange(256))[:, :3])),
         "bar": _text(to_uint8(bar_colours(image))),
         "blend": {"cover": list(COVER), "dimmed": DIMMED},
-        "start": _start(choice, kept.steps),
+        "start": _start(trace, choice, kept, row),
     }
     return _write(path, "attention.html", data)
 
 
-def _start(choice: Choice, steps: Sequence[int]) -> dict[str, Any]:
-    return asdict(choice) | {"step": choice.step if choice.step in steps or len(steps) > 1 else steps[0]}
+def _words(trace: Any, kept: Kept, row: int) -> list[str]:
+    """Return the words of the prompt of the kept steps."""
+    return [word.text for word in trace.text(row, kept.steps[0]).words]
+
+
+def _start(trace: Any, choice: Choice, kept: Kept, row: int) -> dict[str, Any]:
+    """Return the selection that the page starts with, whose word is found by its text where the prompt was swapped."""
+    steps, word = kept.steps, choice.word
+    if word is not None and (words := _words(trace, kept, row)) != trace.words(row):
+        text = trace.words(row)[word]
+        word = words.index(text) if text in words else 0
+    return asdict(choice) | {"word": word, "step": choice.step if choice.step in steps or len(steps) > 1 else steps[0]}
 
 
 def _fitting(trace: Any, choice: Choice, row: int, most: int) -> Kept:
     """Return what of a trace fits into ``most`` bytes."""
     tokens, layers = trace.grid[0] * trace.grid[1], sorted({*layers_of(trace, "cross"), *layers_of(trace, "self")})
-    kept = Kept(list(trace.steps), list(range(tokens)), layers, list(trace.heads))
+    kept = Kept(_of_one_prompt(trace, choice.step, row), list(range(tokens)), layers, list(trace.heads))
     if replace(kept, steps=kept.steps[:1]).size(trace, row) > most:
         kept.patches = [] if choice.patch is None else [choice.patch[0] * trace.grid[1] + choice.patch[1]]
     while (size := kept.size(trace, row)) > most:
@@ -106,16 +117,24 @@ def _fitting(trace: Any, choice: Choice, row: int, most: int) -> Kept:
     return kept
 
 
+def _of_one_prompt(trace: Any, step: int | None, row: int) -> list[int]:
+    """Return the steps with the prompt of a step, by default the first; prompts may be swapped during a run."""
+    return [other for other in trace.steps if trace.text(row, other) == trace.text(row, step)]
+
+
 def _thinned(numbers: list[int], chosen: int | None) -> list[int]:
     """Return every second number, the chosen one (or the middle one) among them."""
     at = numbers.index(chosen) if chosen in numbers else len(numbers) // 2
     return numbers[at % 2 :: 2]
 
 
-def _notes(trace: Any, kept: Kept) -> str:
+def _notes(trace: Any, kept: Kept, row: int) -> str:
     """Say what is left out of a page."""
     layers = {*layers_of(trace, "cross"), *layers_of(trace, "self")}
-    totals = {"steps": len(trace.steps), "layers": len(layers), "heads": len(trace.heads)}
+    steps = _of_one_prompt(trace, kept.steps[0], row)
+    swapped = "The prompt was swapped during the run; the page has the steps of one prompt."
+    swapped = swapped if len(steps) < len(trace.steps) else ""
+    totals = {"steps": len(steps), "layers": len(layers), "heads": len(trace.heads)}
     numbers = {name: getattr(kept, name) for name in totals}
     parts = [
         f"{len(numbers[name])} of {count} {name} ({', '.join(map(str, numbers[name]))})"
@@ -125,8 +144,9 @@ def _notes(trace: Any, kept: Kept) -> str:
     if len(kept.patches) < trace.grid[0] * trace.grid[1] and layers_of(trace, "self"):
         parts.append(f"{len(kept.patches)} of {trace.grid[0] * trace.grid[1]} patches")
     if not parts:
-        return ""
-    return f"All maps are too large for one page. It holds {'; '.join(parts)}. A mean is over what it holds."
+        return swapped
+    rest = f"All maps are too large for one page. It holds {'; '.join(parts)}. A mean is over what it holds."
+    return f"{swapped} {rest}".strip()
 
 
 def _word_maps(trace: Any, kept: Kept, row: int) -> list[dict[str, Any]]:

@@ -205,7 +205,7 @@ def stage_figure(runs: Mapping[str, StageCosts]) -> Figure:
         ax.set(xlabel=label, yticks=[], ylim=(len(runs) - 0.5, -0.5))
         ax.margins(x=0.2)
     time.set_yticks(range(len(runs)), list(runs), fontsize=SMALL)
-    legend(time, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.35 / (0.5 * len(runs) + 0.3)), ncols=len(stages))
+    figure.legend(*time.get_legend_handles_labels(), loc="outside upper left", ncols=len(stages), fontsize=SMALL)
     return figure
 
 

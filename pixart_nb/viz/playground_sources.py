@@ -136,7 +136,6 @@ class ControlNets:
                 f"{parameters.controlnet} holds a base model of its own, which has no adapters; set their weights to 0"
             )
         controlled = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=net)
-        controlled.max_sequence_length = pipe.max_sequence_length
         controlled.set_control(image, *(getattr(parameters, name) for name in CONTROL_KEYS))
         return controlled
 

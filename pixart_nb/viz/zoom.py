@@ -114,7 +114,7 @@ def zoom_figure(
     figure = Figure(figsize=(width, height), dpi=DPI)
     left = figure.add_axes((0, 0, wide / width, whole / height))
     for_image(left).imshow(_shrunk(pixels, int(whole * DPI)), extent=(0, pixels.shape[1], pixels.shape[0], 0))
-    left.set_title(f"{pixels.shape[0]} x {pixels.shape[1]} pixels, and details at 100%", fontsize=TEXT)
+    left.set_title(f"{pixels.shape[0]} x {pixels.shape[1]} pixels, and details at 100%", fontsize=TEXT, loc="left")
     for number, (top, start) in enumerate(details):
         x = wide + gap + number // 2 * (inches + gap)
         y = (1 - number % 2) * (inches + gap)

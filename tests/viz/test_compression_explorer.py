@@ -140,3 +140,33 @@ def test_the_page_holds_every_choice_that_was_run(explorer, tmp_path):
     assert data["start"] == 1
     assert explorer.figure().axes[1].get_title() == "mean 2, layers 1-2"
     assert "of the attention is the same" in explorer.attention_figure().axes[2].get_title()
+
+
+def test_during_a_run_a_choice_that_was_run_before_is_shown(explorer):
+    """Its images stand beside its own numbers, not beside those of the last choice."""
+    asyncio.run(explorer.sample())
+    first = explorer.images.value
+    explorer.operator.value = "conv"
+    asyncio.run(explorer.sample())
+    second = explorer.images.value
+
+    async def run_and_look():
+        explorer.layers.value = (0, 0)
+        run = asyncio.ensure_future(explorer.sample())
+        while explorer.bar.value < 1:
+            await asyncio.sleep(0)
+        explorer.layers.value, explorer.operator.value = (1, 2), "mean"
+        seen = explorer.images.value, explorer.results.layout.display
+        await run
+        return seen
+
+    assert first != second
+    assert asyncio.run(run_and_look()) == (first, "")
+    assert "predictions are off by" in explorer.message.value
+
+
+def test_layers_with_gaps_are_refused_and_other_ratios_have_a_default(study):
+    explorer = CompressionExplorer(study, ratios=(4,))
+    assert explorer.ratio.value == 4
+    with pytest.raises(ValueError, match=r"layers \[0, 2\] have gaps"):
+        explorer.choice = ((0, 2), 4, "mean")

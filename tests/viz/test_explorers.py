@@ -8,17 +8,20 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from reference_data import diffusers
 from traced_models import MASK, compressing, inputs
 
-from pixart_nb.core import trace
+from pixart_nb import PixArtSigmaPipeline
+from pixart_nb.core import swap_prompt, trace
 from pixart_nb.core.hooks.interventions import replace_compression
 from pixart_nb.core.hooks.selection import Text
+from pixart_nb.core.sampling.trajectory import follow
 from pixart_nb.viz import explorers
 from pixart_nb.viz.attention_explorer import AttentionExplorer
 from pixart_nb.viz.explorers import Choice, figure_of, in_words, map_of, map_pixels, overview_of
 from pixart_nb.viz.html_export import export_attention, quantised
 from pixart_nb.viz.overlay import overlay, spread_cells
-from pixart_nb.viz.pixels import enlarged
+from pixart_nb.viz.pixels import enlarged, with_cells
 from pixart_nb.viz.widget_parts import ClickableImage
 
 IMAGE = np.random.default_rng(0).random((64, 96, 3))
@@ -278,3 +281,54 @@ def test_a_map_of_replaced_compression_has_its_cells():
         net(latents, np_timesteps(500), caption, MASK)
     shown = map_of(found, Choice(patch=(0, 0), layer=1, step=0))
     assert shown.heat.shape == (2, 3)
+
+
+# ---- prompts that are swapped during a run
+
+
+@pytest.fixture(scope="module")
+def swapped():
+    pipe = PixArtSigmaPipeline.from_pretrained(diffusers("sigma")[0])
+    with trace(pipe, announce=None) as record, swap_prompt(pipe, 2, "a blue fish in snow"):
+        follow(pipe, "a red cup", generator=np.random.default_rng(0), num_inference_steps=4, height=32, width=32)
+    return record
+
+
+def test_a_step_without_the_word_says_so_and_shows_no_map_of_another(swapped):
+    explorer = AttentionExplorer(swapped, np.zeros((32, 32, 3), np.uint8), choice=Choice(word=2))
+    assert "cup" in explorer.message.value
+    explorer.step.value = 3
+    assert "the prompt" in explorer.message.value and "blue" in explorer.message.value
+    pixels = np.asarray(Image.open(io.BytesIO(explorer.view.png)))
+    assert not pixels.any()
+    explorer.step.value = 1
+    assert "attention on average" in explorer.message.value
+
+
+@pytest.mark.parametrize(("step", "steps", "words"), [(None, [0, 1], "a red cup"), (3, [2, 3], "a blue fish in snow")])
+def test_a_page_has_the_steps_of_one_prompt(swapped, tmp_path, step, steps, words):
+    choice = Choice(patch=(0, 0), step=step)
+    path = export_attention(tmp_path / "page.html", swapped, np.zeros((32, 32, 3), np.uint8), choice)
+    page = page_data(path)[1]
+    assert [number for number, _ in page["steps"]] == steps
+    assert page["title"] == words
+    assert page["notes"] == "The prompt was swapped during the run; the page has the steps of one prompt."
+
+
+def test_a_page_without_self_attention_has_no_patches_to_click(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(diffusers("sigma")[0])
+    with trace(pipe, attention="cross", announce=None) as record:
+        follow(pipe, "a red cup", generator=np.random.default_rng(0), num_inference_steps=1, height=32, width=32)
+    _, page = page_data(
+        export_attention(tmp_path / "page.html", record, np.zeros((32, 32, 3), np.uint8), Choice(word=1))
+    )
+    assert page["patches"] == [] and page["self"] == []
+
+
+@pytest.mark.parametrize("side", [256, 384, 512, 1024])
+def test_lines_of_cells_stay_visible_when_the_image_is_shown_small(side):
+    pixels = with_cells(np.zeros((side, side, 3), np.uint8), (side // 16, side // 16), 2)
+    shown = np.asarray(Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST))
+    lines = (shown[128 + 256 // (side // 16) // 2] == 255).all(1)
+    assert (np.diff(np.flatnonzero(np.diff(lines.astype(int)) > 0)) > 0).all()
+    assert np.count_nonzero(np.diff(lines.astype(int)) > 0) >= side // 32 - 1

@@ -76,7 +76,10 @@ def component_path(source: str | Path, subfolder: str | None, options: dict[str,
     """
     hub = hub_options(options)
     if subfolder:
-        return component_paths(source, [subfolder], **hub)[subfolder]
+        paths = component_paths(source, [subfolder], **hub)
+        if subfolder not in paths:
+            raise CheckpointError(f"{source} has no {subfolder}, as its model_index.json says")
+        return paths[subfolder]
     path = bundled_path(source)
     patterns = ["config.json", *(f"{stem}*" for stem in STEMS)]
     return path if path.exists() else from_hub(source, patterns, "config.json and weights", hub)
@@ -176,9 +179,13 @@ LOADERS = {
 }
 
 
-def chosen_dtype(mindspore_dtype: Any, torch_dtype: Any) -> ms.Type:
-    """Return the dtype of ``mindspore_dtype`` or ``torch_dtype``; float32 for None and ``auto``."""
-    dtype = torch_dtype if mindspore_dtype is None else mindspore_dtype
+def chosen_dtype(mindspore_dtype: Any, torch_dtype: Any, options: dict[str, Any]) -> ms.Type:
+    """Return the dtype of ``mindspore_dtype``, ``torch_dtype`` or ``dtype``; float32 for None and ``auto``.
+
+    ``dtype`` is taken out of ``options``.
+    """
+    names = (mindspore_dtype, torch_dtype, options.pop("dtype", None))
+    dtype = next((name for name in names if name is not None), None)
     return ms.float32 if dtype is None or str(dtype) == "auto" else dtype_from_name(dtype)
 
 
@@ -205,8 +212,8 @@ class PretrainedComponent:
         """
         source = source_of(folder_or_hub_id, pretrained_model_name_or_path)
         path = component_path(source, subfolder, options)
+        dtype = chosen_dtype(mindspore_dtype, torch_dtype, options)
         ignore_options("from_pretrained", options, parameters_of(self.from_pretrained))
-        dtype = chosen_dtype(mindspore_dtype, torch_dtype)
         return LOADERS[self.component](path, dtype, variant=variant, use_safetensors=use_safetensors)
 
 
@@ -242,11 +249,11 @@ class T5EncoderModel:
         ``PixArtSigmaPipeline``.
         """
         folder = component_path(source_of(folder_or_hub_id, pretrained_model_name_or_path), subfolder, options)
+        dtype = chosen_dtype(mindspore_dtype, torch_dtype, options)
         ignore_options("from_pretrained", options, parameters_of(T5EncoderModel.from_pretrained))
         files = {"variant": variant, "use_safetensors": use_safetensors}
         if load_in_8bit + load_in_4bit + stream > 1:
             raise PixArtNBError("expected at most one of load_in_8bit, load_in_4bit and stream")
-        dtype = chosen_dtype(mindspore_dtype, torch_dtype)
         if stream:
             return StreamedT5Encoder(folder, dtype, **files)
         return load_t5(folder, dtype, load_in_8bit, load_in_4bit, **files)
@@ -255,7 +262,8 @@ class T5EncoderModel:
 # ---- writing
 
 
-def _weights(net, dtype: type[np.floating]) -> dict[str, np.ndarray]:
+def weights_of(net: Any, dtype: type[np.floating]) -> dict[str, np.ndarray]:
+    """Return the weights of a network by name, bfloat16 ones of its linear layers too."""
     cells = {f"{name}.weight": cell for name, cell in net.cells_and_names() if isinstance(cell, BFloat16Linear)}
     return {
         name: (cells[name].plain_weight() if name in cells else p.asnumpy()).astype(dtype)
@@ -280,7 +288,7 @@ def write_transformer(
 
     ``weights`` are written in place of those of ``net``, by the same names.
     """
-    weights = _weights(net, dtype) if weights is None else weights
+    weights = weights_of(net, dtype) if weights is None else weights
     tensors = {n: LazyTensor.of(value, n) for n, value in weights.items() if n not in key_maps.OPTIONAL}
     with atomic_write(weights_path(folder)) as temporary:
         write_safetensors(temporary, to_layout(tensors, "diffusers"))
@@ -289,7 +297,7 @@ def write_transformer(
 
 def write_vae(folder: Path, net: vae.AutoencoderKL, dtype: type[np.floating] = np.float32) -> None:
     """Write an autoencoder in the diffusers layout."""
-    save_tensors(weights_path(folder), _weights(net, dtype), {"format": "pt"})
+    save_tensors(weights_path(folder), weights_of(net, dtype), {"format": "pt"})
     config = asdict(net.config)
     blocks = len(net.config.block_out_channels)
     extra = {"down_block_types": ["DownEncoderBlock2D"] * blocks, "up_block_types": ["UpDecoderBlock2D"] * blocks}
@@ -298,7 +306,7 @@ def write_vae(folder: Path, net: vae.AutoencoderKL, dtype: type[np.floating] = n
 
 def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = np.float32) -> None:
     """Write a T5 encoder in the layout of transformers."""
-    save_tensors(weights_path(folder, "text_encoder"), _weights(net, dtype), {"format": "pt"})
+    save_tensors(weights_path(folder, "text_encoder"), weights_of(net, dtype), {"format": "pt"})
     extra = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": False}
     extra |= {"dense_act_fn": "gelu_new", "is_gated_act": True, "eos_token_id": 1, "pad_token_id": 0}
     write_json(folder / "config.json", {**extra, **asdict(net.config)})
@@ -306,6 +314,11 @@ def write_text_encoder(folder: Path, net: T5Encoder, dtype: type[np.floating] = 
 
 #: Component -> function that writes it into its own folder, in a NumPy dtype.
 WRITERS = {"transformer": write_transformer, "vae": write_vae, "text_encoder": write_text_encoder}
+
+
+def saved_dtype(net: Any) -> type[np.floating]:
+    """Return the dtype that the weights of a network are written in: float16 if they are, else float32."""
+    return np.float16 if next(iter(net.get_parameters())).dtype == ms.float16 else np.float32
 
 
 def is_whole(net: Any) -> bool:
@@ -326,6 +339,6 @@ def write_index(
         "vae": ["diffusers", "AutoencoderKL"],
     }
     parts |= {name: [None, None] for name in absent}
-    write_json(folder / "model_index.json", {"_class_name": class_name, **parts})
     if scheduler is not None:
         scheduler.save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", {"_class_name": class_name, **parts})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.config import bundled_path
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints import key_maps
 from pixart_nb.core.checkpoints.configuration import describe
@@ -38,7 +39,7 @@ def load_controlnet(
     Official files hold the base model; ``base_model`` replaces it, and is required for files without one. The number of
     copied blocks is read from the names. Raises ``CheckpointError`` for missing, unexpected and misshapen tensors.
     """
-    path = Path(path).expanduser()
+    path = bundled_path(path)
     checkpoint = open_checkpoint(path)
     control, copies = _control_names(path, checkpoint.tensors)
     if config is not None and config.copy_blocks_num not in (0, copies):
@@ -60,6 +61,7 @@ def load_controlnet(
 
     net = init_empty(build, dtype)
     load_into(net, _control_tensors(checkpoint.tensors, control), path, prefix="controlnet.")
+    net.edges = _edges_in(path)
     return net.set_train(False)
 
 
@@ -89,10 +91,14 @@ def save_controlnet(folder: Path, weights: Mapping[str, np.ndarray], edges: Edge
 
 def edge_options(path: str | Path) -> EdgeOptions:
     """Return the options of the edges that a ControlNet was trained on; the default if its config.json has none."""
-    file = Path(path).expanduser() / "config.json"
-    values = read_json(file).get(_EDGES, {}) if file.is_file() else {}
+    return _edges_in(bundled_path(path)) or EdgeOptions()
+
+
+def _edges_in(folder: Path) -> EdgeOptions | None:
+    file = folder / "config.json"
+    values = read_json(file).get(_EDGES) if file.is_file() else None
     try:
-        return EdgeOptions(**values)
+        return None if values is None else EdgeOptions(**values)
     except (TypeError, ImageError) as error:
         raise CheckpointError(f"{file}: {_EDGES} is {values}; expected sigma, threshold and width ({error})") from None
 

@@ -17,7 +17,7 @@ from mindspore import mint, ops
 
 from pixart_nb.core.backend import ms
 from pixart_nb.core.cost import key_count
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.hooks import selection
 from pixart_nb.core.hooks.hook_points import (
     AttentionCall,
@@ -94,9 +94,7 @@ def reweight_token(
     ``word`` as in ``Trace.word_map``. Rows that follow the prompt are changed; of several prompts those that have the
     word. If none has it, or the factor is not a number, PixArtNBError is raised before the run.
     """
-    if not math.isfinite(factor) or (renormalize and factor < 0):
-        limit = " of at least 0" if renormalize else ""
-        raise PixArtNBError(f"factor is {factor}; expected a number{limit}")
+    check_number("factor", factor, 0 if renormalize else -math.inf)
     net = transformer_of(model)
     names = layer_names(len(net.blocks), layers, "cross")
     numbers = selection.head_numbers(net.config.num_heads, heads)

@@ -336,8 +336,11 @@ def _constant(values: np.ndarray, name: str) -> ms.Parameter:
 
 
 def _as_weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
+    weights = backend.as_array(weights).tolist() if isinstance(weights, np.ndarray | ms.Tensor) else weights
     values = weights if isinstance(weights, Sequence) else [weights] * count
     try:
+        if isinstance(weights, str):
+            raise TypeError(weights)
         values = [1.0 if value is None else float(value) for value in values]
     except (TypeError, ValueError):
         raise PixArtNBError(f"the weights of adapters are {weights!r}; expected numbers") from None

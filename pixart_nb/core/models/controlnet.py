@@ -45,7 +45,7 @@ class PixArtControlNet(nn.Cell):
             raise PixArtNBError(
                 f"copy_blocks_num is {copy_blocks_num}; expected 1 to {config.depth - 1} for {config.depth} blocks"
             )
-        self.base_model = base_model
+        self.base_model, self.edges = base_model, None  # options of the edges that it was trained on, if any
         blocks = (Block(config, layer) for layer in range(copy_blocks_num))
         self.controlnet = nn.CellList([ControlBlock(b, config.hidden_size, i == 0) for i, b in enumerate(blocks)])
 

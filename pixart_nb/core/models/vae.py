@@ -10,7 +10,7 @@ from mindspore import mint, nn, ops
 
 from pixart_nb.core import backend
 from pixart_nb.core.backend import as_tensor, ms, to_numpy
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.fast import decode_fine, decodes_by_rows, fast_group_norms
 from pixart_nb.core.models.layers import Conv2d, GroupNorm
 from pixart_nb.core.models.operators import check_finite
@@ -30,8 +30,9 @@ class DiagonalGaussian:
         self.mean, logvar = mint.chunk(moments, 2, 1)
         self.logvar = mint.clamp(logvar, -30.0, 20.0)
 
-    def sample(self, rng: np.random.Generator) -> ms.Tensor:
-        """Draw latents with ``rng``."""
+    def sample(self, generator: np.random.Generator | None = None) -> ms.Tensor:
+        """Draw latents with ``generator``, by default a new one."""
+        rng = np.random.default_rng() if generator is None else generator
         noise = ms.Tensor(rng.standard_normal(self.mean.shape, dtype=np.float32)).astype(self.mean.dtype)
         return self.mean + ops.exp(0.5 * self.logvar) * noise
 
@@ -74,14 +75,23 @@ class AutoencoderKL(nn.Cell):
         """Encode and decode a batch at once."""
         self.use_slicing = False
 
-    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25) -> None:
+    def enable_tiling(
+        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float = 0.25, use_tiling: bool = True
+    ) -> None:
         """Encode and decode images larger than a tile (``tile_sample_min_size`` pixels a side) in tiles.
 
         Neighbours overlap by ``tile_overlap_factor`` of a tile and are blended there; all use the same statistics in
         their norms. This takes the memory of a few tiles and of the image. The result is close to the untiled one, but
-        not equal: the statistics are measured on a sample of the image.
+        not equal: the statistics are measured on a sample of the image. False for ``use_tiling``, which diffusers has
+        as the first argument, disables it.
         """
+        if isinstance(tile_sample_min_size, bool):
+            tile_sample_min_size, use_tiling = None, tile_sample_min_size
+        if not use_tiling:
+            return self.disable_tiling()
         size = tile_sample_min_size or self.tile_sample_min_size
+        check_number("tile_sample_min_size", size, 1, whole=True)
+        check_number("tile_overlap_factor", tile_overlap_factor)
         if size < 2 * self.factor or size % self.factor or not 0 <= tile_overlap_factor < 1:
             raise PixArtNBError(
                 f"tiles of {size} pixels with overlap {tile_overlap_factor}; expected a multiple of {self.factor} "
@@ -120,6 +130,7 @@ class AutoencoderKL(nn.Cell):
 
     def encode(self, x: ms.Tensor, return_dict: bool = True) -> EncoderOutput:
         """Images (N, 3, H, W) in -1..1 -> ``(latent_dist,)``; both sides must be multiples of ``factor``."""
+        x = as_tensor(x)
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise PixArtNBError(f"images have shape {tuple(x.shape)}; expected (N, {self.config.in_channels}, H, W)")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:

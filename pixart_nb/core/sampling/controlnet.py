@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pixart_nb.core.backend import ms
+from pixart_nb.core.checkpoints.components import component_path, saved_dtype, source_of, weights_of
+from pixart_nb.core.checkpoints.controlnet import load_controlnet, save_controlnet
 from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.sampling.editing import ImageInput, encode_image, image_array, resized
@@ -18,7 +21,7 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
     """PixArt-Sigma with a ControlNet: ``pipe("a red house", image=edges)``.
 
     ``PixArtSigmaControlNetPipeline.from_pretrained(folder, controlnet=load_controlnet(file))``. The base model of the
-    ControlNet is the transformer of the pipeline.
+    ControlNet is the transformer of the pipeline. A folder of ``save_pretrained`` holds its ControlNet.
     """
 
     def __init__(self, *components: Any, controlnet: PixArtControlNet | None = None, **named: Any):
@@ -28,11 +31,33 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
             self.transformer = controlnet.base_model
 
     @classmethod
-    def from_pretrained(cls, *args: Any, controlnet: PixArtControlNet, **options: Any):
-        """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, with the transformer of ``controlnet``."""
-        pipe = super().from_pretrained(*args, **{"transformer": controlnet.base_model} | options)
+    def from_pretrained(cls, folder_or_hub_id: Any = None, *args: Any, controlnet: Any = None, **options: Any):
+        """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, with the transformer of ``controlnet``.
+
+        Without ``controlnet`` it is that of the pipeline's folder.
+        """
+        if controlnet is None:
+            source = source_of(folder_or_hub_id, options.get("pretrained_model_name_or_path"))
+            path = component_path(source, "controlnet", dict(options))
+            pipe = super().from_pretrained(folder_or_hub_id, *args, **options)
+            pipe.controlnet = load_controlnet(path, None, pipe.dtype, pipe.transformer)
+            return pipe
+        pipe = super().from_pretrained(folder_or_hub_id, *args, **{"transformer": controlnet.base_model} | options)
         pipe.controlnet = controlnet
         return pipe
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Components by name, as the arguments of another pipeline, with the ControlNet."""
+        return super().components | {"controlnet": self.controlnet}
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the components and the ControlNet into a folder that ``from_pretrained`` reads."""
+        super().save_pretrained(save_directory, **options)
+        if self.controlnet is not None:
+            weights = weights_of(self.controlnet, saved_dtype(self.transformer))
+            own = {name: value for name, value in weights.items() if name.startswith("controlnet.")}
+            save_controlnet(Path(save_directory).expanduser() / "controlnet", own, self.controlnet.edges)
 
     def __call__(
         self,
@@ -78,6 +103,11 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
     def _network(self, schedule: StepSchedule, rows: int, height: int, width: int) -> Controlled:
         if self._control is None:
             raise PixArtNBError("set the condition, by image or by set_control, before steps are sampled")
+        if self.transformer is not self.controlnet.base_model:
+            raise PixArtNBError(
+                "the transformer of this pipeline is not the base model of its ControlNet, so it would have no effect; "
+                "load the ControlNet with load_controlnet(path, base_model=pipe.transformer)"
+            )
         pixels, scale, start, end, guess_mode = self._control
         if len(pixels) > rows or rows % len(pixels):
             raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")

@@ -183,7 +183,7 @@ def mask_array(mask: Any, size: tuple[int, int]) -> np.ndarray:
         raise PixArtNBError("mask_image is None; expected an image of the image's size, white where to paint")
     parts = mask if isinstance(mask, list | tuple) else [mask]
     arrays = [np.asarray(part.convert("L") if isinstance(part, Image.Image) else part) for part in parts]
-    arrays = [part[..., 0] if part.ndim == 4 and part.shape[-1] == 1 else part for part in arrays]
+    arrays = [part[..., 0] if part.ndim in (3, 4) and part.shape[-1] == 1 else part for part in arrays]
     if not arrays or not all(part.ndim in (2, 3) and part.dtype.kind in "buif" for part in arrays):
         shapes = ", ".join(f"{part.shape} {part.dtype}" for part in arrays) or "an empty list"
         raise PixArtNBError(f"mask_image is {shapes}; expected a PIL image, or numbers (H, W) or (N, H, W)")
@@ -192,7 +192,8 @@ def mask_array(mask: Any, size: tuple[int, int]) -> np.ndarray:
         raise PixArtNBError(f"mask_image is {array.shape[1:]} pixels, the image {size}; expected the same size")
     white = array >= {"u": 128, "i": 128}.get(array.dtype.kind, 0.5)
     if not white.any((1, 2)).all():
-        raise PixArtNBError("mask_image has nothing to paint: it is black; white is painted")
+        most = "" if array.dtype.kind not in "ui" else f". Whole numbers count to 255, and it goes to {array.max()}"
+        raise PixArtNBError(f"mask_image has nothing to paint: it is black; white is painted{most}")
     return white
 
 

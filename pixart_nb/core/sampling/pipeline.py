@@ -46,7 +46,6 @@ TextInput = list[str] | tuple[ms.Tensor, np.ndarray]
 class PixArtSigmaPipeline(PipelineBase):
     """PixArt-Sigma. ``from_pretrained(folder)``, then ``pipe("a red mushroom on grass")[0][0]`` is a PIL image."""
 
-    max_sequence_length = 300
     sampling_defaults: ClassVar[dict[str, Any]]
     #: Names of the layers that perturbed-attention guidance perturbs.
     pag_applied_layers: Sequence[str] = ("blocks.1",)
@@ -120,6 +119,12 @@ class PixArtSigmaPipeline(PipelineBase):
                 warn_of_lost_words(self.tokenizer, part, clean, adapters is not None and bool(adapters.active))
                 length = self.max_sequence_length if length is None else length
                 part = embed(self.tokenizer, self.text_encoder, part, clean, length, trim)
+                width = part[0].shape[-1]
+                if self.transformer is not None and width != self.transformer.config.caption_channels:
+                    raise PixArtNBError(
+                        f"the text encoder is {width} wide; this transformer takes "
+                        f"{self.transformer.config.caption_channels}. They belong to different models."
+                    )
             parts += (None, None) if part is None else repeat_rows(*part, copies)
         if isinstance(positive, list):
             texts = tuple(prepare_prompt(text, clean) for text in positive for _ in range(copies))
@@ -164,6 +169,9 @@ class PixArtSigmaPipeline(PipelineBase):
             raise PixArtNBError(f"{len(call.mask)} masks were given for {rows} images; expected 1 or {rows}")
         start = noise = self.initial_latents(rows, height, width, call.generator, call.latents)
         if call.image_latents is not None:
+            given = len(call.image_latents)
+            if not given or rows % given:
+                raise PixArtNBError(f"{given} images to begin with were given for {rows} images; expected 1 or {rows}")
             schedule = schedule.last(call.strength)
             clean = self.initial_latents(rows, height, width, None, repeated(call.image_latents, rows))
             start = scheduler.noised(clean, noise, schedule)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from mindspore import nn
 from tqdm.auto import tqdm
 
@@ -128,10 +127,28 @@ def _as_list(names: str | Sequence[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+def _check_parts(tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any) -> None:
+    """Refuse components of the wrong kind, which would fail after all steps, or with an error of MindSpore."""
+    encodes = callable(text_encoder) and not hasattr(text_encoder, "decode") and not hasattr(text_encoder, "denoise")
+    kinds = {
+        "tokenizer": (tokenizer, hasattr(tokenizer, "tokenize"), "T5Tokenizer"),
+        "text_encoder": (text_encoder, encodes, "T5EncoderModel"),
+        "vae": (vae, hasattr(vae, "decode"), "AutoencoderKL"),
+        "transformer": (transformer, hasattr(transformer, "denoise"), "PixArtTransformer2DModel"),
+    }
+    for name, (part, fits, loader) in kinds.items():
+        if part is not None and not fits:
+            raise PixArtNBError(
+                f"{name} is {str(part).splitlines()[0][:60]!r}, of {type(part).__name__}; expected what "
+                f"{loader}.from_pretrained(folder) returns, or None"
+            )
+
+
 class PipelineBase(LoraLoaderMixin):
     """Components of a pipeline, any of which may be None."""
 
     image_processor = ImageProcessor()
+    max_sequence_length = 300
 
     def __init__(
         self,
@@ -143,6 +160,9 @@ class PipelineBase(LoraLoaderMixin):
     ):
         if hasattr(tokenizer, "convert_ids_to_tokens") and not isinstance(tokenizer, TextTokenizer):
             tokenizer = TextTokenizer(tokenizer)  # one of transformers
+        _check_parts(tokenizer, text_encoder, vae, transformer)
+        if transformer is not None:
+            self.max_sequence_length = min(self.max_sequence_length, transformer.config.model_max_length)
         self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
         self.transformer, self._scheduler = transformer, as_scheduler(scheduler)
         self._progress_bar_config: dict[str, Any] = {}
@@ -193,7 +213,7 @@ class PipelineBase(LoraLoaderMixin):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         names = [name for name, part in parts.items() if part is _LOAD]
-        dtype = components.chosen_dtype(mindspore_dtype, torch_dtype)
+        dtype = components.chosen_dtype(mindspore_dtype, torch_dtype, options)
         hub = components.hub_options(options)
         ignore_options("from_pretrained", options, parameters_of(PipelineBase.from_pretrained))
         files = {"variant": variant, "use_safetensors": use_safetensors}
@@ -217,15 +237,18 @@ class PipelineBase(LoraLoaderMixin):
         if self.text_encoder is not None and not components.is_whole(self.text_encoder):
             raise PixArtNBError("the text encoder is streamed or in 8 or 4 bits, so it cannot be saved; load it whole")
         loaded = {name: write for name, write in components.WRITERS.items() if getattr(self, name) is not None}
+        absent = [name for name, part in self.components.items() if part is None]
         for name in loaded:
             components.weights_path(folder / name, name)  # before anything is written
+        if left := [name for name in absent if (folder / name).is_dir()]:
+            raise PixArtNBError(f"{folder} holds {', '.join(left)}, which this pipeline lacks; choose an empty folder")
+        if self.scheduler is not None:
+            self.scheduler.check_savable()
         for name, write in loaded.items():
             net = getattr(self, name)
-            half = next(iter(net.get_parameters())).dtype == ms.float16
-            write(folder / name, net, np.float16 if half else np.float32)
+            write(folder / name, net, components.saved_dtype(net))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
-        absent = [name for name, part in self.components.items() if part is None]
         components.write_index(folder, self.scheduler, type(self).__name__, absent)
 
     @property
@@ -243,7 +266,8 @@ class PipelineBase(LoraLoaderMixin):
         dtypes = [components.pop(name) for name in ("mindspore_dtype", "torch_dtype") if name in components]
         options = {name: components.pop(name) for name in [*components] if name not in own}
         ignore_options("from_pipe", options, own)
-        pipe = cls(**pipeline.components | components)
+        pipe = cls(**{name: part for name, part in pipeline.components.items() if name in own} | components)
+        pipe.max_sequence_length = min(pipe.max_sequence_length, pipeline.max_sequence_length)
         return pipe.to(*(dtype for dtype in dtypes if dtype is not None))
 
     # ---- progress
@@ -276,7 +300,8 @@ class PipelineBase(LoraLoaderMixin):
     @property
     def dtype(self) -> ms.Type:
         """Dtype of the weights of the transformer, or of the text encoder without one (see ``from_pretrained``)."""
-        net = self.transformer or self.text_encoder or self.vae
+        parts = (getattr(self, name, None) for name in ("transformer", "text_encoder", "vae"))
+        net = next((part for part in parts if part is not None), None)
         if net is None:
             return ms.float32
         if isinstance(net, nn.Cell):
@@ -300,17 +325,23 @@ class PipelineBase(LoraLoaderMixin):
 
     def enable_vae_tiling(self, *args: Any, **options: Any) -> None:
         """Decode in tiles (``vae.enable_tiling``)."""
-        self.vae.enable_tiling(*args, **options)
+        self._present_vae.enable_tiling(*args, **options)
 
     def disable_vae_tiling(self) -> None:
-        self.vae.disable_tiling()
+        self._present_vae.disable_tiling()
 
     def enable_vae_slicing(self) -> None:
         """Decode the images of a batch one by one."""
-        self.vae.enable_slicing()
+        self._present_vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        self.vae.disable_slicing()
+        self._present_vae.disable_slicing()
+
+    @property
+    def _present_vae(self) -> AutoencoderKL:
+        if self.vae is None:
+            raise PixArtNBError("this pipeline has no VAE; load it with one")
+        return self.vae
 
     def __getattr__(self, name: str) -> Any:
         """Return a method that says why it does nothing, for those of diffusers that have no meaning here."""

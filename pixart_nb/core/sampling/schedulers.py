@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pixart_nb.config import bundled_path
 from pixart_nb.core.errors import PixArtNBError, check_number, did_you_mean
 from pixart_nb.core.io import read_json, write_json
 from pixart_nb.core.sampling import samplers, sigma_samplers
@@ -149,11 +150,22 @@ class Scheduler(BaseModel):
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = "", **overrides: Any
     ) -> Scheduler:
         """Make a scheduler of this class with the options of a local folder's ``scheduler_config.json``."""
-        folder = Path(pretrained_model_name_or_path).expanduser() / (subfolder or "")
+        folder = bundled_path(pretrained_model_name_or_path) / (subfolder or "")
+        if not folder.is_dir():
+            raise PixArtNBError(
+                f"{folder} is no folder here; give a local one. Of a model on a hub, take the options of its pipeline: "
+                f"{cls.__name__}.from_config(pipe.scheduler.config)"
+            )
         return cls.from_config(read_json(folder / "scheduler_config.json"), **overrides)
+
+    def check_savable(self) -> None:
+        """Raise an error if an option is a function, which no file can hold."""
+        if functions := [name for name, value in self.config.items() if callable(value)]:
+            raise PixArtNBError(f"{', '.join(functions)} of the scheduler is a function, which cannot be saved")
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``scheduler_config.json`` into a folder."""
+        self.check_savable()
         write_json(Path(save_directory).expanduser() / "scheduler_config.json", dict(self.config))
 
     # ---- steps of a run

@@ -137,6 +137,18 @@ def test_options_of_diffusers_calls_are_honoured_or_named(pipe, tmp_path):
         pipe.set_lora_device(["default_0"], "cuda")
 
 
+def test_weights_are_numbers_of_any_kind_and_no_text(pipe):
+    pipe.load_lora_weights(PEFT, "a")
+    pipe.load_lora_weights(PEFT, "b")
+    for weights in ([0.5, 0.25], np.array([0.5, 0.25]), ms.Tensor([0.5, 0.25])):
+        pipe.set_adapters(["a", "b"], weights)
+        assert pipe.transformer.adapters.weights == {"a": 0.5, "b": 0.25}
+    for weights in (np.array([0.5]), "12"):
+        with pytest.raises(ValueError, match="adapters"):
+            pipe.set_adapters(["a", "b"], weights)
+    pipe.unload_lora_weights()
+
+
 def test_a_lora_is_fetched_from_the_hub(pipe, monkeypatch, tmp_path):
     before, calls = picture(pipe), []
     (tmp_path / "style").symlink_to(PEFT)

@@ -169,3 +169,20 @@ def test_a_configuration_draws_with_a_controlnet_file_and_an_image_file(tmp_path
 def test_a_configuration_of_a_controlnet_is_checked(project, changes, message):
     with pytest.raises(ConfigError, match=message):
         check_config(read_yaml(project / "configs/inference/tiny.yaml") | changes)
+
+
+def test_a_controlnet_is_a_component_that_is_shared_and_saved(base, pipe, tmp_path):
+    assert PixArtSigmaControlNetPipeline.from_pipe(pipe).controlnet is pipe.controlnet
+    assert PixArtSigmaPipeline.from_pipe(pipe).transformer is pipe.transformer
+    pipe.save_pretrained(tmp_path)
+    again = PixArtSigmaControlNetPipeline.from_pretrained(tmp_path)
+    assert np.array_equal(latents(again, EDGES), latents(pipe, EDGES))
+    with pytest.raises(ValueError, match="lacks the folders"):
+        PixArtSigmaControlNetPipeline.from_pretrained(diffusers("sigma")[0])
+
+
+def test_a_transformer_that_is_not_the_base_model_is_refused(base, pipe):
+    other = PixArtSigmaControlNetPipeline.from_pipe(pipe)
+    other.transformer = load_transformer(diffusers("sigma")[0] / "transformer")
+    with pytest.raises(PixArtNBError, match="is not the base model of its ControlNet"):
+        latents(other, EDGES)

@@ -9,10 +9,13 @@ from transformers import T5Tokenizer
 
 from pixart_nb import (
     AutoencoderKL,
+    EulerDiscreteScheduler,
     PixArtAlphaPipeline,
+    PixArtSigmaImg2ImgPipeline,
     PixArtSigmaPAGPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SASolverScheduler,
     T5EncoderModel,
     Transformer2DModel,
 )
@@ -127,6 +130,8 @@ def test_a_dtype_is_given_in_any_way(dtype):
     pipe = PixArtSigmaPipeline.from_pretrained(FOLDER, torch_dtype=dtype, text_encoder=None, tokenizer=None, vae=None)
     assert pipe.dtype == inference_dtype(ms.float16)
     assert pipe.to("cpu", dtype) is pipe  # as it was asked for
+    transformer = PixArtTransformer2DModel.from_pretrained(FOLDER, subfolder="transformer", dtype=dtype)
+    assert PixArtSigmaPipeline(transformer=transformer).dtype == inference_dtype(ms.float16)
 
 
 def test_components_load_by_the_names_of_diffusers_and_make_the_same_pipeline(pipe):
@@ -374,3 +379,71 @@ def test_words_that_the_bundled_tokenizer_does_not_know_are_named(project):
         encoder.encode_prompt("a red GLASS")
     with pytest.warns(UserWarning, match=r"does not know \['größer'\]"):
         encoder.encode_prompt("a größer cat")
+
+
+# ---- components that do not fit
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("vae", "x"), ("vae", AutoencoderKL), ("tokenizer", "x"), ("text_encoder", "transformer"), ("transformer", "vae")],
+)
+def test_a_component_of_another_kind_is_refused_before_it_is_used(pipe, name, part):
+    part = getattr(pipe, part) if isinstance(part, str) and part != "x" else part
+    with pytest.raises(PixArtNBError, match=f"^{name} is .* expected what .*from_pretrained"):
+        PixArtSigmaPipeline.from_pretrained(FOLDER, **{name: part})
+
+
+def test_a_text_encoder_of_another_model_is_refused_with_both_widths(pipe, project):
+    other = T5EncoderModel.from_pretrained(project / "data/tiny-sigma", subfolder="text_encoder")
+    with pytest.raises(PixArtNBError, match=r"the text encoder is 128 wide; this transformer takes 24"):
+        drawn(PixArtSigmaPipeline.from_pipe(pipe, text_encoder=other))
+
+
+def test_pipelines_of_an_alpha_model_read_120_tokens(pipe):
+    alpha = PixArtAlphaPipeline.from_pretrained(diffusers("alpha")[0])
+    assert PixArtSigmaImg2ImgPipeline.from_pipe(alpha).max_sequence_length == 120
+    assert PixArtSigmaPipeline.from_pretrained(diffusers("alpha")[0]).max_sequence_length == 120
+    assert PixArtSigmaImg2ImgPipeline.from_pipe(pipe).max_sequence_length == 300
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(pipe, tmp_path):
+    own = PixArtSigmaPipeline.from_pipe(pipe, scheduler=SASolverScheduler(tau_func=lambda t: 1.0))
+    with pytest.raises(PixArtNBError, match="tau_func of the scheduler is a function"):
+        own.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    pipe.save_pretrained(tmp_path / "old")
+    with pytest.raises(PixArtNBError, match="holds vae, which this pipeline lacks"):
+        PixArtSigmaPipeline.from_pipe(pipe, vae=None).save_pretrained(tmp_path / "old")
+    assert PixArtSigmaPipeline.from_pretrained(tmp_path / "old").vae is not None
+    PixArtSigmaPipeline.from_pipe(pipe, vae=None).save_pretrained(tmp_path / "without")
+    with pytest.raises(CheckpointError, match=r"has no vae, as its model_index\.json says"):
+        AutoencoderKL.from_pretrained(tmp_path / "without", subfolder="vae")
+
+
+def test_tiles_and_slices_are_switched_as_in_diffusers(pipe):
+    vae = AutoencoderKL.from_pretrained(FOLDER, subfolder="vae")
+    vae.enable_tiling()
+    vae.enable_tiling(False)
+    assert not vae.use_tiling
+    vae.enable_tiling(use_tiling=True)
+    assert vae.use_tiling
+    for size in (128.0, "128"):
+        with pytest.raises(PixArtNBError, match=r"tile_sample_min_size is .* expected a whole number"):
+            vae.enable_tiling(size)
+    with pytest.raises(PixArtNBError, match="this pipeline has no VAE"):
+        PixArtSigmaPipeline.from_pipe(pipe, vae=None).enable_vae_slicing()
+
+
+def test_latents_of_an_image_are_drawn_with_or_without_a_generator(pipe):
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32)
+    given = pipe.vae.encode(pixels)[0].sample(generator=np.random.default_rng(1)).asnumpy()
+    assert np.array_equal(given, pipe.vae.encode(ms.Tensor(pixels))[0].sample(np.random.default_rng(1)).asnumpy())
+    assert pipe.vae.encode(pixels)[0].sample().shape == given.shape
+
+
+def test_bundled_schedulers_are_found_from_any_folder_and_hub_ids_are_said(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert EulerDiscreteScheduler.from_pretrained("data/tiny-sigma", subfolder="scheduler").num_train_timesteps == 1000
+    with pytest.raises(PixArtNBError, match=r"take the options of its pipeline: EulerDiscreteScheduler\.from_config"):
+        EulerDiscreteScheduler.from_pretrained("owner/model", subfolder="scheduler")

@@ -99,7 +99,7 @@ def test_a_crop_is_the_part_around_the_mask():
         ([PIXELS, PIXELS[:32]], 0.5, "the images have sizes"),
         (PIXELS, 0.1, "strength 0.1 of 4 steps leaves no step; give more steps, or a strength of at least 0.25"),
         (PIXELS, 0, "strength is 0; expected above 0"),
-        ([PIXELS] * 3, 0.5, "latents have shape"),
+        ([PIXELS] * 3, 0.5, "3 images to begin with were given for"),
     ],
 )
 def test_what_cannot_be_begun_with_is_refused(pipe, image, strength, message):
