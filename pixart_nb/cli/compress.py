@@ -9,7 +9,7 @@ import typer
 
 from pixart_nb.cli.convert import ModelConfigFile, SampleSize, StoredDtype, StoredDtypeOption
 from pixart_nb.cli.options import config_options, start
-from pixart_nb.config import InferenceConfig, TrainConfig, check_config
+from pixart_nb.config import ConfigError, InferenceConfig, TrainConfig, check_config
 
 KEYS = (
     "model", "kv_compress_sampling", "kv_compress_scale_factor", "sampling_steps", "prompt", "seed", "image_height",
@@ -59,7 +59,6 @@ def compress(
     if target is None:
         default = compression.default_target(source, settings.kv_compress_scale_factor)
         target = check_default_target(default)
-    adapt = {key: options[key] for key in ADAPTATION if key in options} | {"steps": adapt_steps}
     report = compression.compress(
         compression.CompressOptions(
             source=source,
@@ -76,11 +75,19 @@ def compress(
             height=options.get("image_height", 0),
             width=options.get("image_width", 0),
             seed=settings.seed,
-            adapt=adapt if adapt_steps else {},
+            adapt=_adaptation(options, adapt_steps),
         )
     )
     typer.echo(_error_table(report))
     typer.echo(f"{target}\n{target}.errors.json")
+
+
+def _adaptation(options: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return the options of an adaptation of so many steps, nothing without any."""
+    adapt = {key: options[key] for key in ADAPTATION if key in options}
+    if adapt and not steps:
+        raise ConfigError(f"{', '.join(adapt)} changes nothing without adapt_steps; give its number of updates")
+    return adapt | {"steps": steps} if steps else {}
 
 
 def _error_table(report: dict) -> str:

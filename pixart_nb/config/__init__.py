@@ -6,6 +6,7 @@ import ast
 import os
 import reprlib
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import yaml
 from pydantic import ValidationError
 
 from pixart_nb.config.keys import GUIDANCE_SCALE as GUIDANCE_SCALE
-from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ROOTS, InferenceConfig, ModelKeys, TrainConfig
+from pixart_nb.config.keys import (
+    IGNORED_KEYS,
+    RENAMED_KEYS,
+    ROOTS,
+    InferenceConfig,
+    ModelKeys,
+    TrainConfig,
+    unused_options,
+)
 from pixart_nb.config.keys import MOST_SIDE as MOST_SIDE
 from pixart_nb.config.keys import NEEDS as NEEDS
 from pixart_nb.config.keys import SAMPLING_METHOD as SAMPLING_METHOD
@@ -44,7 +53,10 @@ def load_config(
     ``path`` may name a file that comes with the package (``configs/inference/tiny.yaml``); ``config_type`` is
     ``inference`` or ``train``. Raises ``ConfigError``.
     """
-    return check_config(read_yaml(path), config_type, str(path), options)
+    config = check_config(read_yaml(path), config_type, str(path), options)
+    for sentence in unused_options(config, [key for key, value in (options or {}).items() if value not in (None, [])]):
+        warnings.warn(sentence, stacklevel=2)
+    return config
 
 
 def check_config(
@@ -96,6 +108,9 @@ def _replaced(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, A
         "prompt": ["prompt_path"],
         "prompt_path": ["prompt"],
         "model": ["checkpoint", *ROOTS, "sd_scale_factor"],
+        "epochs": ["steps"],
+        "ckpt_save_interval": ["ckpt_save_steps"],
+        "visualize_interval": ["visualize_steps"],
     }
     replaced = {other for key in options for other in takes_place.get(key, ())} - set(options)
     return {key: value for key, value in values.items() if key not in replaced} | dict(options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -435,6 +435,22 @@ NEEDS = {
     "strength": ("image", "upscale_from"), "pag_adaptive_scale": ("pag_scale",), "pag_applied_layers": ("pag_scale",),
 } | dict.fromkeys(CONTROL_KEYS, ("controlnet",))  # fmt: skip
 _LORA_NEEDS = dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules", "use_dora"), ("lora_rank",))
+
+
+#: Keys that change nothing without another one. Published files have them without it, so only options are named.
+_OPTION_NEEDS = (
+    dict.fromkeys(("kv_compress_sampling", "kv_compress_scale_factor", "kv_compress_layer"), "kv_compress")
+    | dict.fromkeys(("control_edge_sigma", "control_edge_threshold", "control_edge_width"), "copy_blocks_num")
+    | dict.fromkeys(("num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c"), "objective")
+    | {"valid_num": "multi_scale", "max_grad_norm": "clip_grad", "zero_cross_attention": "from_scratch"}
+)
+
+
+def unused_options(config: ModelKeys, options: Iterable[str]) -> list[str]:
+    """Return a sentence for each option without effect in a configuration."""
+    needs = {key: _OPTION_NEEDS[key] for key in options if key in _OPTION_NEEDS}
+    off = {key: name for key, name in needs.items() if getattr(config, name) in (False, 0, "diffusion")}
+    return [f"{key} changes nothing without {name}" for key, name in off.items()]
 
 
 def _require_used(config: ModelKeys, needs: Mapping[str, tuple[str, ...]]) -> None:

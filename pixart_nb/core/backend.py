@@ -23,15 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, delayed_interrupt
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore reads it once, at import: errors only
-if "google.protobuf" in sys.modules:
-    from pixart_nb.core.own_protobuf import import_mindspore
+with delayed_interrupt():
+    if "google.protobuf" in sys.modules:
+        from pixart_nb.core.own_protobuf import import_mindspore
 
-    import_mindspore()
-import mindspore as ms
-from mindspore import ops
+        import_mindspore()
+    import mindspore as ms
+    from mindspore import ops
 
 #: Largest number of bytes of one chunk of attention scores on the CPU. It bounds memory and suits the cache.
 ATTENTION_CHUNK_BYTES = 32 * 2**20

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import inspect
 import math
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +45,22 @@ def check_number(name: str, value: object, least: float = -math.inf, whole: bool
         return
     bound = f" of at least {least}" if least > -math.inf else ""
     raise PixArtNBError(f"{name} is {value!r}; expected a {'whole' if whole else 'finite'} number{bound}")
+
+
+@contextmanager
+def delayed_interrupt() -> Iterator[None]:
+    """Raise ``KeyboardInterrupt`` for SIGINT after the block: inside an import of C++ code it would abort."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:

@@ -69,7 +69,7 @@ _NAMES = {
 
 
 def set_control(control: widgets.ValueWidget, value: object) -> None:
-    """Set a control, whose range or choices are widened where the value is beyond them."""
+    """Set a control, whose range or choices are extended to the value."""
     if isinstance(control, (widgets.IntSlider, widgets.FloatSlider)):
         control.min, control.max = min(control.min, value), max(control.max, value)
     elif isinstance(control, widgets.Dropdown):

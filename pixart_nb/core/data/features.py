@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -262,14 +262,20 @@ def _open(path: Path) -> tuple[object, str]:
     return content, (content.metadata() or {}).get(CRC, "{}")
 
 
-def _image_hash(path: Path) -> str:
-    """Return a hash of an image file: its size, time of change, and blocks of its content."""
+def images_fingerprint(paths: Iterable[Path]) -> str:
+    """Return a short text that distinguishes image files by their content, wherever and however old they are."""
+    return _hash([_image_hash(path, dated=False) for path in paths])
+
+
+def _image_hash(path: Path, dated: bool = True) -> str:
+    """Return a hash of an image file: its size, blocks of its content, and, if ``dated``, its time of change."""
     try:
         status = path.stat()
         content = b"".join(_blocks(path, 8, 8192))
     except OSError as error:
         raise ImageError(f"{path}: cannot be read ({error.strerror})") from None
-    return hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} ".encode() + content).hexdigest()[:16]
+    changed = f"{status.st_mtime_ns} " if dated else ""
+    return hashlib.sha256(f"{status.st_size} {changed}".encode() + content).hexdigest()[:16]
 
 
 def _blocks(path: Path, count: int, size: int) -> Iterator[bytes]:

@@ -87,10 +87,14 @@ def list_files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
     """Return the files in a folder and below it that have one of these endings, sorted by path.
 
     Links to files and folders are followed, as caches of the hub, DVC and git-annex consist of them; each folder is
-    read once. Hidden files are left out.
+    read once. Hidden files are left out. Raises ``DataError`` for a folder that cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from None
+
     files, visited = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pixart_nb.core.data.files import DataError, ImportReport, PlacedEntry, list_files, read_entries, read_text
 from pixart_nb.core.data.images import ENDINGS
-from pixart_nb.core.data.labels import LabelError, check_entries
+from pixart_nb.core.data.labels import LabelError, check_entries, path_of
 from pixart_nb.core.io import folder_lock, write_text
 
 #: Tables that are looked for in the folder itself.
@@ -60,8 +60,9 @@ def import_folder(
     if (problems and not skip) or not labels:
         raise LabelError(table or folder, problems)
     _write(target, json.dumps([label.as_json() for label in labels], indent=1) + "\n", overwrite)
-    if table and (unnamed := len(images) - len(labels) - len(problems)) > 0:
-        notes.append(f"{unnamed} images of {folder} are not in {table}")
+    named = {os.path.normpath(folder / str(path_of(entry))) for _, entry in entries if isinstance(entry, dict)}
+    if table and (unnamed := [image for image in images if os.path.normpath(image) not in named]):
+        notes.append(f"{len(unnamed)} images of {folder} are not in {table}")
     return ImportReport([target], len(labels), problems=problems, notes=notes)
 
 

@@ -124,6 +124,8 @@ def _read(
     except FileNotFoundError:
         link = " (a link whose target is missing)" if os.path.islink(source) else ""
         raise ImageError(f"{name}: does not exist{link}") from None
+    except PermissionError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from None
     except Image.DecompressionBombError as error:
         raise ImageError(_too_large(name, str(error))) from None
     except Image.UnidentifiedImageError:

@@ -139,6 +139,11 @@ def check_entries(
     return list(labels.values()), problems, [note for note, count in notes.items() if count]
 
 
+def path_of(entry: dict) -> object:
+    """Return the path of the image of an entry, of any type; None without one."""
+    return next((entry[key] for key in PATHS if key in entry), None)
+
+
 def prompts_of(entry: dict) -> list[object]:
     """Return the prompts of an entry, of any type: those of the first key for a prompt, and of its plurals."""
     values = [entry[key] for key in PROMPTS if entry.get(key) is not None][:1]
@@ -201,7 +206,7 @@ def _check(entry: object, folder: Path, decode: bool) -> tuple[Label | None, lis
         for key in ("height", "width", "ratio")
         if key in entry and not _is_positive(entry[key])
     ]
-    path, size = next((entry[key] for key in PATHS if key in entry), None), (0, 0)
+    path, size = path_of(entry), (0, 0)
     try:
         file = path_inside(folder, path)
         size = load_image(file).shape[:2] if decode else read_image_size(file)

@@ -162,16 +162,10 @@ class PixArtSigmaPipeline(PipelineBase):
         negatives = (call.negative_prompt_embeds, call.negative_prompt_attention_mask)
         inputs = self._text_inputs(prompt, call.negative_prompt, embeddings, negatives, guided)
         copies = call.num_images_per_prompt
-        if call.mask is not None and call.image_latents is None:
-            raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
         rows = _rows(inputs[0]) * copies
-        if call.mask is not None and (not len(call.mask) or rows % len(call.mask)):
-            raise PixArtNBError(f"{len(call.mask)} masks were given for {rows} images; expected 1 or {rows}")
+        _check_images(call.image_latents, call.mask, rows)
         start = noise = self.initial_latents(rows, height, width, call.generator, call.latents)
         if call.image_latents is not None:
-            given = len(call.image_latents)
-            if not given or rows % given:
-                raise PixArtNBError(f"{given} images to begin with were given for {rows} images; expected 1 or {rows}")
             schedule = schedule.last(call.strength)
             clean = self.initial_latents(rows, height, width, None, repeated(call.image_latents, rows))
             start = scheduler.noised(clean, noise, schedule)
@@ -394,6 +388,15 @@ def _unmasked_kept(steps, scheduler, image, noise, schedule, mask) -> Iterator[S
         kept = scheduler.noised_at(image, noise, float(schedule.sigmas[step.index, 1]))
         step.latents[...] = mask * step.latents + (1 - mask) * kept  # the sampler continues with this array
         yield step
+
+
+def _check_images(images: Array | None, mask: Array | None, rows: int) -> None:
+    """Refuse a mask without an image, and images or masks that are neither one for all nor one for each row."""
+    if mask is not None and images is None:
+        raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
+    for name, values in (("images to begin with", images), ("masks", mask)):
+        if values is not None and (not len(values) or rows % len(values)):
+            raise PixArtNBError(f"{len(values)} {name} were given for {rows} images; expected 1 or {rows}")
 
 
 def _rows(texts: TextInput) -> int:

@@ -108,6 +108,11 @@ def prepare_prompt(text: str, clean: bool) -> str:
     return clean_caption(clean_caption(text)) if clean else text.lower().strip()
 
 
+def removed_characters(text: str) -> str:
+    """Return the Chinese characters, each once, that caption cleaning removes from a text."""
+    return "".join(dict.fromkeys("".join(re.findall(f"[{_CJK}]+", text))))
+
+
 def warn_of_lost_words(
     tokenizer: TextTokenizer | None, prompts: Sequence[str], clean: bool, adapted: bool = False
 ) -> None:
@@ -117,7 +122,7 @@ def warn_of_lost_words(
     """
     prepared = [prepare_prompt(text, clean) for text in prompts]
     for prompt, text in zip(prompts, prepared, strict=True):
-        removed = "".join(dict.fromkeys(re.findall(f"[{_CJK}]+", prompt))) if clean else ""
+        removed = removed_characters(prompt) if clean else ""
         if prompt.strip() and not text:
             warnings.warn(
                 f"prompt {prompt!r} is empty after caption cleaning, as in the reference, so the image is drawn "

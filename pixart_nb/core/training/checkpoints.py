@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 from pixart_nb.core.errors import differences
 from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors, save_tensors
 
+#: What the identity in states of earlier versions lacks.
+_LATER = ("images", "conditions")
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -120,9 +122,15 @@ def check_fits(
         actual = state.tensors[f"model/{name}"].shape
         if actual != shape:
             raise CheckpointError(f"{state.path} is of another model: {name} is {actual}, expected {shape}")
-    before, now = json.loads(state.metadata.get("identity", "{}")), json.loads(json.dumps(identity))
+    check_identity(state.path, state.metadata, identity)
+
+
+def check_identity(path: Path, metadata: Mapping[str, str], identity: Mapping[str, Any]) -> None:
+    """Refuse the state of a training with other settings, data or networks."""
+    before, now = json.loads(metadata.get("identity", "{}")), json.loads(json.dumps(identity))
+    now = {key: value for key, value in now.items() if key in before or key not in _LATER}
     if before and now and (other := differences(before, now)):
         raise CheckpointError(
-            f"{state.path} is of a run with another configuration: {other}. Use the same configuration, or another "
+            f"{path} is of a run with another configuration: {other}. Use the same configuration, or another "
             "output folder"
         )

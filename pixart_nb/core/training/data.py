@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 from pixart_nb.config import ConfigError, TrainConfig
 from pixart_nb.core.data.buckets import BucketSampler, Size, training_sizes
+from pixart_nb.core.data.files import DataError
+from pixart_nb.core.data.images import load_image
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.io import read_json
+from pixart_nb.core.sampling.text import prepare_prompt, removed_characters
 from pixart_nb.core.training.networks import FrozenNetworks, component_paths
+from pixart_nb.core.training.validation import require_disjoint
 
 #: Image pixels per latent.
 FACTOR = 8
@@ -29,6 +35,43 @@ def training_data(config: TrainConfig, decode: bool = False) -> tuple[list[Label
     return labels, training_sizes(labels, cells * FACTOR, config.multi_scale, config.valid_num)
 
 
+def checked_data(config: TrainConfig, labels: list[Label], networks: FrozenNetworks) -> list[Label]:
+    """Check what a training reads beside its images; return the labels of the held-out images, none without any.
+
+    Raises ``DataError`` for condition images, held-out images and captions that cannot be used, and ``ImageError``.
+    Warns once of captions that lose words when they are cleaned.
+    """
+    _check_captions(labels, config.clean_caption)
+    if networks.control:
+        networks.control.check(labels)
+        for path in config.validation_control_images:
+            load_image(path)
+    if not config.validation_json_path:
+        return []
+    held_out = load_labels(config.validation_json_path, config.image_dir)
+    require_disjoint(labels, held_out)
+    if networks.control:
+        networks.control.check(held_out)
+    return held_out
+
+
+def _check_captions(labels: list[Label], clean: bool) -> None:
+    """Refuse captions of which cleaning leaves nothing, and warn where it leaves less for some images."""
+    if not clean:
+        return
+    prompts = [label.prompt for label in labels if not label.prompt.isascii() or "http" in label.prompt]
+    empty = [prompt for prompt in prompts if prompt.strip() and not prepare_prompt(prompt, True)]
+    shorter = [prompt for prompt in prompts if removed_characters(prompt) and prompt not in empty]
+    if not empty and not shorter:
+        return
+    parts = {"nothing is left of": empty, "Chinese characters are removed from": shorter}
+    counts = " and ".join(f"{what} {len(some)} of {len(labels)}" for what, some in parts.items() if some)
+    text = f"caption cleaning: {counts} captions, such as {(empty or shorter)[0][:60]!r}"
+    if len(empty) == len(labels):
+        raise DataError(f"{text}. Write them in English, or set clean_caption to false")
+    warnings.warn(f"{text}. clean_caption: false keeps them", stacklevel=4)
+
+
 def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = False) -> str:
     """Compute what is missing in the feature cache of a configuration; return a sentence about it.
 
@@ -38,8 +81,7 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
         raise ConfigError("feature_cache is not given; expected the folder for the features")
     labels, sizes = training_data(config)
     networks = FrozenNetworks(config, stream)
-    if networks.control:
-        networks.control.check(labels)
+    checked_data(config, labels, networks)
     cache = networks.feature_cache(labels, sizes)
     if cache.unusable():  # names damaged images before hours of work
         load_labels(config.json_path, config.image_dir, decode=True)
@@ -57,6 +99,7 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
 def describe(config: TrainConfig) -> str:
     """Validate the data of a configuration and return a text with one line per training size."""
     labels, sizes = training_data(config, decode=True)
+    checked_data(config, labels, FrozenNetworks(config))
     sampler = BucketSampler(sizes, config.batch_size, config.seed)
     described = sum(bool(label.sharegpt4v) for label in labels)
     return f"{len(labels)} images, {described} of them with a sharegpt4v caption\n{sampler.describe()}"

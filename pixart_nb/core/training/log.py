@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pixart_nb.config import ConfigError
 from pixart_nb.core.io import write_text
 
 
@@ -28,12 +29,20 @@ class CurveLog:
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False, name: str = "curve.csv"):
         """Open the log of ``folder`` and drop the rows after ``step``, from where the training resumes.
 
-        A row that a killed process left incomplete is dropped too.
+        A row that a killed process left incomplete is dropped too. Raises ``ConfigError`` for a file that no training
+        wrote, or that another program wrote anew.
         """
         self.path, self._board = Path(folder) / name, None
         if self.path.exists():
             header, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-            kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) <= step]
+            whole = [row for row in rows if row.endswith("\n")]
+            own = header.split(",")[0].strip() == "step" and all(row.split(",")[0].isdecimal() for row in whole)
+            if header.endswith("\n") and not own:
+                raise ConfigError(
+                    f"{self.path} is no log of a training, or was saved by another program: it begins with "
+                    f"{header.strip()[:40]!r}. Move it, or choose another output_path"
+                )
+            kept = [row for row in whole if int(row.split(",", 1)[0]) <= step]
             if header.endswith("\n"):
                 write_text(self.path, "".join([header, *kept]))
             else:

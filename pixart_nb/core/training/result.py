@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pixart_nb.config import ConfigError
+from pixart_nb.core.checkpoints.files import ENDINGS
 from pixart_nb.core.io import copy_file, ensure_writable, read_json, remove_temporaries, write_json
 
 #: File that says which training wrote a result folder.
@@ -44,36 +46,53 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """Write a result with ``write(folder)``, unless the folder holds the complete result of the same training.
+def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path, bool], None]) -> Path:
+    """Write a result, unless the folder holds the complete result of the same training.
 
-    Nothing is removed; ``mark`` says what was trained.
+    ``mark`` says what was trained. ``write(folder, replace)``: with ``replace``, the components in the folder are those
+    of another training. Files that a user added stay.
     """
     path = folder / MARK
-    if path.is_file() and read_json(path) == {"complete": True, **mark}:
+    stored = read_json(path) if path.is_file() else {}
+    files = stored.pop("files", [])
+    if stored == {"complete": True, **mark} and files and all((folder / name).is_file() for name in files):
         return folder
+    before, now = (marked.get("identity", {}) for marked in (stored, mark))
+    replace = any(before.get(name) != now.get(name) for name in ("vae", "text_encoder"))
     check_result(folder, ())
     write_json(path, {"complete": False, **mark})
     for part in (folder, *filter(Path.is_dir, folder.iterdir())):
         remove_temporaries(part)
-    write(folder)
-    write_json(path, {"complete": True, **mark})
+    write(folder, replace)
+    written = sorted(part.relative_to(folder).as_posix() for part in folder.rglob("*") if part.is_file())
+    write_json(path, {"complete": True, **mark, "files": written})
     return folder
 
 
-def add_files(source: Path, target: Path) -> None:
-    """Add the files of a component to a folder, as hard links where the file system has them, else as copies.
+def add_files(source: Path, target: Path, replace: bool = False) -> None:
+    """Add the files of a component to a folder: weights as hard links where the file system has them, else copies.
 
-    Files that exist in ``target`` are left alone.
+    Files that exist in ``target`` are left alone. With ``replace`` they are of another component: they are replaced,
+    and other weights are removed.
     """
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     for path in files:
         relative = Path(path.name) if path == source else path.relative_to(source)
         copy = target / relative
-        if copy.exists() or any(part.startswith(".") for part in relative.parts):
+        if any(part.startswith(".") for part in relative.parts):
             continue
+        if copy.exists():
+            if not replace or filecmp.cmp(path, copy, shallow=False):
+                continue
+            copy.unlink()
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if path.suffix not in ENDINGS:  # a small file may be edited in place, and the source must not change then
+                raise OSError
             os.link(path.resolve(), copy)
-        except OSError:  # another file system, or one without hard links
+        except OSError:  # also for another file system, or one without hard links
             copy_file(path, copy)
+    names = {path.name for path in files}
+    for other in target.glob("*") if replace else ():
+        if other.name not in names and (other.suffix in ENDINGS or other.name.endswith(".index.json")):
+            other.unlink()

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ from pixart_nb.core import backend
 from pixart_nb.core.backend import dtype_from_name, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.data.buckets import BucketSampler, Size, training_sizes
-from pixart_nb.core.data.features import fingerprint
+from pixart_nb.core.data.features import fingerprint, images_fingerprint
 from pixart_nb.core.data.images import fit, load_image
 from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import FeatureReader, LiveFeatures
 from pixart_nb.core.errors import first_few
 from pixart_nb.core.fast.recompute import recompute_activations
-from pixart_nb.core.io import folder_lock, write_errors, write_json
+from pixart_nb.core.io import folder_lock, load_metadata, write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.images import bins_for
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
+from pixart_nb.core.training.checkpoints import CheckpointFolder, check_identity
 from pixart_nb.core.training.consistency import ConsistencyObjective
+from pixart_nb.core.training.data import checked_data
 from pixart_nb.core.training.distributed import SINGLE, Workers
 from pixart_nb.core.training.distribution_matching import DistributionObjective
 from pixart_nb.core.training.log import CurveLog, read_curve
@@ -40,7 +43,7 @@ from pixart_nb.core.training.objectives import ControlObjective, Objective
 from pixart_nb.core.training.options import check_overflow_mode, steps_per_epoch, trainer_options
 from pixart_nb.core.training.result import add_files, check_folder, check_result, write_result
 from pixart_nb.core.training.trainer import Trainer, on_signal
-from pixart_nb.core.training.validation import MAX_HELD_OUT, Validation, mean_loss, psnr, reconstruct, require_disjoint
+from pixart_nb.core.training.validation import MAX_HELD_OUT, Validation, mean_loss, psnr, reconstruct
 from pixart_nb.core.training.weak_to_strong import START_BATCHES, Start, start_from_config, start_report
 
 #: Training images whose reconstruction by the VAE is measured before the first step.
@@ -75,8 +78,9 @@ class Training:
         self.side = 8 * self.net.config.input_size
         self.labels = load_labels(config.json_path, config.image_dir)
         self.sizes = training_sizes(self.labels, self.side, config.multi_scale, config.valid_num)
-        if self.networks.control:
-            self.networks.control.check(self.labels)
+        held_out = checked_data(config, self.labels, self.networks)
+        for path in CheckpointFolder(self.folder, 1).paths()[-1:]:  # before hours of work on features
+            check_identity(path, load_metadata(path), self.identity)
         rank, world = self.workers.rank, self.workers.size
         self.sampler = BucketSampler(self.sizes, config.batch_size, config.seed, rank, world)
         self.adapter = _add_adapter(self.net, config)
@@ -84,7 +88,7 @@ class Training:
         validates = self.workers.is_main
         visual = config.visualize and validates
         self.validation = Validation(config, self.networks.embed, self.side, self.networks.control) if visual else None
-        self.held_out = self._held_out() if config.validation_json_path and validates else None
+        self.held_out = self._held_out(held_out) if held_out and validates else None
         self.trainer = self._trainer()
         if config.feature_cache:
             self.networks.release()
@@ -139,13 +143,9 @@ class Training:
             extras=self.objective.extras,
         )
 
-    def _held_out(self) -> list[tuple]:
+    def _held_out(self, labels: list[Label]) -> list[tuple]:
         """Return the batches of the validation loss: the same images, noise and timesteps every time."""
         config = self.config
-        labels = load_labels(config.validation_json_path, config.image_dir)
-        require_disjoint(self.labels, labels)
-        if self.networks.control:
-            self.networks.control.check(labels)
         sizes = training_sizes(labels, self.side, config.multi_scale)
         sampler = BucketSampler(sizes, min(config.batch_size, len(labels)), config.seed)
         count = math.ceil(min(len(labels), MAX_HELD_OUT) / sampler.whole)
@@ -172,7 +172,7 @@ class Training:
             self.folder,
             objective.names,
             network=objective.network,
-            identity=self.identity(),
+            identity=self.identity,
             describe=self._describe_batch,
             workers=self.workers,
             tensorboard=config.tensorboard,
@@ -182,11 +182,16 @@ class Training:
         recompute_activations(objective.blocks if recompute else ())
         return trainer
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return what a resumed training has to share: settings, data, networks and architecture."""
+        """Settings, data, networks and architecture, which a resumed training has to share."""
         labels, controlnet = json.dumps([label.as_json() for label in self.labels]), self.config.controlnet
+        control = self.networks.control
+        conditions = map(control.file, self.labels) if control and control.folder else ()
         return training_identity(self.config, self.workers.size) | {
             "labels": hashlib.sha256(labels.encode()).hexdigest()[:16],
+            "images": images_fingerprint(label.file for label in self.labels),
+            **({"conditions": images_fingerprint(conditions) if control.folder else "edges"} if control else {}),
             "starting weights": fingerprint(self.networks.paths["transformer"]),
             **({"starting ControlNet": fingerprint(controlnet)} if controlnet else {}),
             "architecture": self.net.config.to_dict(),
@@ -282,28 +287,28 @@ class Training:
         """Write the trained pipeline or LoRA and return its folder, on the main worker."""
         if not self.workers.is_main:
             return None
-        mark = {"step": self.trainer.step, "identity": json.loads(json.dumps(self.identity()))}
+        mark = {"step": self.trainer.step, "identity": json.loads(json.dumps(self.identity))}
         with self.session():
             return write_result(self.result, mark, self._write_lora if self.adapter else self._write)
 
-    def _write_lora(self, folder: Path) -> None:
+    def _write_lora(self, folder: Path, replace: bool) -> None:
         with self.trainer.ema_scope():
             for layout in LAYOUTS:
                 self.adapter.save(folder, layout)
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, replace: bool) -> None:
         self.objective.write(folder, self.trainer.weights())
         if self.objective.result == "pipeline":
-            self._write_pipeline(folder)
+            self._write_pipeline(folder, replace)
 
-    def _write_pipeline(self, folder: Path) -> None:
+    def _write_pipeline(self, folder: Path, replace: bool) -> None:
         """Write all of a pipeline but its transformer."""
         if self.config.sd_scale_factor:
             components.write_vae(folder / "vae", self.networks.vae)
             self._release_vae()
         for name, path in self.networks.paths.items():
             if name != "transformer":
-                add_files(path, folder / name)
+                add_files(path, folder / name, replace)
         name = self.networks.pipeline_class(self.start.family)
         components.write_index(folder, self.objective.scheduler or self.networks.scheduler(), name)
 

@@ -125,6 +125,8 @@ class Trainer:
             FolderInUseError: another process trains in the folder.
         """
         last = min(self.options.steps if until is None else until, self.options.steps)
+        if self.step > self.options.steps:
+            tqdm.write(f"{self.folder} is at step {self.step} already; nothing to train to step {self.options.steps}")
         pin_threads()
         with self.session(), kept_memory(), self._bar(last, bar) as progress:
             try:

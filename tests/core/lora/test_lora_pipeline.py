@@ -8,6 +8,7 @@ from reference_data import REFERENCE, relative_error
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.config import check_config
 from pixart_nb.config.keys import split_weight
+from pixart_nb.core.backend import ms
 from pixart_nb.core.io import CheckpointError, load_tensors
 from pixart_nb.core.lora import Adapters, LoraConfig
 from pixart_nb.core.lora.files import PEFT_FILE, lora_path, read_lora

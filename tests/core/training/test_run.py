@@ -11,9 +11,12 @@ from PIL import Image
 from reference_data import diffusers
 from small_pipeline import CONFIG, training_config, write_small_pipeline, write_training_data
 
-from pixart_nb import PixArtSigmaPipeline
+from pixart_nb import AutoencoderKL, PixArtSigmaPipeline
 from pixart_nb.config import ConfigError
+from pixart_nb.core.checkpoints.components import write_vae
+from pixart_nb.core.data.files import DataError
 from pixart_nb.core.errors import FolderInUseError
+from pixart_nb.core.io import CheckpointError
 from pixart_nb.core.training import run
 from pixart_nb.core.training.log import read_curve
 from pixart_nb.core.training.run import Training, train
@@ -107,6 +110,97 @@ def test_a_result_that_is_complete_is_left_alone_and_a_longer_training_replaces_
     assert note.read_text() == "mine"
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert (result / weights).read_bytes() != before[next(p for p in before if str(p) == weights)]
+
+
+def test_files_that_are_missing_from_a_result_are_written_again(config, tmp_path):
+    result = train(config(tmp_path / "out", steps=1))
+    weights = result / "transformer/diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    train(config(tmp_path / "out", steps=1))
+    assert weights.read_bytes() == before
+
+
+def test_a_result_has_the_networks_of_its_training_and_not_of_an_earlier_one(config, project, tmp_path):
+    result = train(config(tmp_path / "out", steps=1))
+    for path in (tmp_path / "out").glob("step-*"):
+        path.unlink()
+    other = write_small_pipeline(tmp_path / "other", project)
+    (other / "vae").unlink()  # a link to the bundled one
+    vae = AutoencoderKL.from_pretrained(project / "data/tiny-sigma", subfolder="vae")
+    vae.decoder.conv_out.bias.set_data(vae.decoder.conv_out.bias + 1)
+    write_vae(other / "vae", vae)
+    train(config(tmp_path / "out", steps=1, model=str(other), feature_cache=""))
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (result / "vae" / name).read_bytes() == (other / "vae" / name).read_bytes()
+
+
+def test_an_edit_of_a_result_does_not_change_the_model_that_was_trained(config, project, tmp_path):
+    model = write_small_pipeline(tmp_path / "model", project)
+    before = contents(model)
+    result = train(config(tmp_path / "out", model=str(model), steps=1))
+    for path in result.rglob("*.json"):
+        with path.open("a") as file:
+            file.write(" ")
+    assert contents(model) == before
+
+
+def test_changed_images_are_noticed_when_a_training_resumes(config, folder, project, tmp_path):
+    changes = {"image_dir": str(tmp_path), "feature_cache": "", "use_ema": False}
+    train(
+        config(tmp_path / "out", steps=1, scheduler="constant", **changes | {"image_dir": f"{project}/data/pixelart"})
+    )
+    for label in json.loads((folder / "train.json").read_text()):
+        shutil.copyfile(project / "data/pixelart" / label["path"], image := tmp_path / label["path"])
+    train(config(tmp_path / "out", steps=2, scheduler="constant", **changes))
+    Image.fromarray(255 - np.asarray(Image.open(image).convert("RGB"))).save(image)
+    with pytest.raises(CheckpointError, match="another configuration: images: "):
+        train(config(tmp_path / "out", steps=3, scheduler="constant", **changes))
+
+
+def test_other_conditions_are_noticed_when_a_training_of_a_controlnet_resumes(config, folder, tmp_path):
+    changes = {"copy_blocks_num": 1, "feature_cache": "", "scheduler": "constant"}
+    train(config(tmp_path / "out", steps=1, **changes))
+    conditions = tmp_path / "conditions"
+    for label in json.loads((folder / "train.json").read_text()):
+        (conditions / label["path"]).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (label["width"], label["height"])).save(conditions / label["path"])
+    with pytest.raises(CheckpointError, match="another configuration: conditions: 'edges' there"):
+        train(config(tmp_path / "out", steps=2, control_dir=str(conditions), **changes))
+
+
+def test_mistakes_are_found_before_features_are_computed(config, tmp_path):
+    cache = tmp_path / "features"
+    train(config(tmp_path / "out", steps=1))
+    for changes in ({"optim": "came"}, {"validation_json_path": str(tmp_path / "none.json")}):
+        with pytest.raises(ValueError, match=r"another configuration|cannot be read|none\.json"):
+            train(config(tmp_path / "out", steps=1, feature_cache=str(cache), **changes))
+        assert not cache.exists()
+
+
+def test_a_curve_of_another_program_is_refused_and_kept(config, tmp_path):
+    curve = tmp_path / "out" / "curve.csv"
+    curve.parent.mkdir()
+    for text in ("epoch,loss\n1,0.5\n", "step;loss\n1;0.5\n", "step,loss\na,0.5\n"):
+        curve.write_text(text)
+        with pytest.raises(ConfigError, match=r"curve\.csv is no log of a training, or was saved by another program"):
+            train(config(tmp_path / "out", steps=1))
+        assert curve.read_text() == text
+
+
+def test_captions_that_cleaning_empties_are_named(config, folder, tmp_path):
+    labels = json.loads((folder / "train.json").read_text())
+    path, chinese = tmp_path / "labels.json", "\u7ea2\u8272\u7684\u732b"
+    changes = {"json_path": str(path), "feature_cache": ""}
+    for number, label in enumerate(labels):
+        label["prompt"] = chinese if number < 2 else f"a cat {chinese}" if number < 3 else label["prompt"]
+    path.write_text(json.dumps(labels))
+    with pytest.warns(UserWarning, match="nothing is left of 2 of 8 and Chinese characters are removed from 1 of 8"):
+        Training(config(tmp_path / "out", **changes))
+    path.write_text(json.dumps([label | {"prompt": chinese} for label in labels]))
+    with pytest.raises(DataError, match=r"nothing is left of 8 of 8 captions.* set clean_caption to false"):
+        Training(config(tmp_path / "out", **changes))
+    Training(config(tmp_path / "out", clean_caption=False, **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"dtype": "fp16", "init_loss_scale": 1024.0}])
