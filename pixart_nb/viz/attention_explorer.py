@@ -69,6 +69,8 @@ class AttentionExplorer(parts.Explorer):
     @choice.setter
     def choice(self, value: Choice) -> None:
         explorers.check_choice(self.trace, value)
+        if value.word is not None and not 0 <= value.word < len(words := self.trace.words(self.row)):
+            raise PixArtNBError(f"there is no word {value.word}; the prompt has {len(words)}, numbered from 0: {words}")
         with self._without_drawing():
             self._offer_layers(value.attention)
             numbers = (value.layer, value.head, value.step)

@@ -205,7 +205,8 @@ def stage_figure(runs: Mapping[str, StageCosts]) -> Figure:
         ax.set(xlabel=label, yticks=[], ylim=(len(runs) - 0.5, -0.5))
         ax.margins(x=0.2)
     time.set_yticks(range(len(runs)), list(runs), fontsize=SMALL)
-    figure.legend(*time.get_legend_handles_labels(), loc="outside upper left", ncols=len(stages), fontsize=SMALL)
+    handles = time.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=len(stages), fontsize=SMALL, frameon=False)
     return figure
 
 

@@ -194,6 +194,11 @@ def test_the_sentence_has_the_numbers(run):
     assert said.endswith("layer 0, step 0; mean over heads.")
 
 
+def test_a_word_that_the_prompt_does_not_have_is_refused(run):
+    with pytest.raises(ValueError, match=r"there is no word 99; the prompt has 3, numbered from 0: \['red'"):
+        AttentionExplorer(run, IMAGE).choice = Choice(word=99)
+
+
 def test_a_cell_outside_of_the_image_is_refused():
     image = ClickableImage(rows=2, columns=3)
     image.cell = (1, 2)

@@ -141,3 +141,8 @@ def test_a_prompt_with_a_placeholder_or_html_stays_text(title):
     assert 'levels":' not in rest
     assert "<script>alert" not in page
     assert 'onfocus="alert' not in rest
+
+
+def test_a_detail_outside_of_the_image_is_refused():
+    with pytest.raises(ValueError, match=r"details \[\(50, 0\)\] lie outside of the image; .* at most \(36, 36\)"):
+        zoom_figure(np.zeros((100, 100, 3), np.uint8), [(0, 0), (50, 0)], 64)
