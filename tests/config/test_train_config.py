@@ -169,3 +169,28 @@ def test_the_shipped_configurations_read_what_the_import_writes(project, tmp_pat
             tmp_path / "data" / Path(place).relative_to(folder) for place in (config.json_path, config.image_dir)
         )
         assert len(load_labels(json_path, image_dir)) == 4, path
+
+
+@pytest.mark.parametrize(
+    ("option", "replaced"),
+    [("epochs", "steps"), ("ckpt_save_interval", "ckpt_save_steps"), ("visualize_interval", "visualize_steps")],
+)
+def test_an_option_in_epochs_takes_the_place_of_the_steps_of_a_file(project, option, replaced):
+    path = project / "configs" / "train" / "tiny.yaml"
+    assert getattr(load_config(path, "train", {replaced: 7}), replaced) == 7
+    config = load_config(path, "train", {option: 3})
+    assert getattr(config, option) == 3
+    assert getattr(config, replaced) == TrainConfig.model_fields[replaced].default
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kv_compress_layer": [1, 2]}, "kv_compress_layer changes nothing without kv_compress"),
+        ({"w_min": 3.0}, "w_min changes nothing without objective"),
+        ({"max_grad_norm": 1.0, "clip_grad": False}, "max_grad_norm changes nothing without clip_grad"),
+    ],
+)
+def test_an_option_without_effect_is_named(project, options, sentence):
+    with pytest.warns(UserWarning, match=sentence):
+        load_config(project / "configs" / "train" / "tiny.yaml", "train", options)

@@ -1,6 +1,7 @@
 """A folder of images with captions becomes a label file, or every reason why not is listed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -241,3 +242,28 @@ def test_the_label_file_may_lie_elsewhere(folder, tmp_path):
     report = import_folder(captioned(folder, a="a cat", b="a dog", c="an owl"), output=tmp_path / "out" / "mine.json")
     assert report.files == [tmp_path / "out" / "mine.json"]
     assert len(load_labels(tmp_path / "out" / "mine.json", folder)) == 3
+
+
+def test_images_that_a_table_does_not_name_are_counted_whatever_else_is_wrong(folder):
+    table = folder / "mine.csv"
+    rows = ["a.png,a cat", "a.png,a kitten", "b.JPG,", "missing.png,a dog", "gone.png,a dog"]
+    table.write_text("\n".join(["path,prompt", *rows]) + "\n")
+    report = import_folder(folder, table, skip=True)
+    assert f"1 images of {folder} are not in {table}" in report.notes  # sub/c.webp
+    assert len(report.problems) == 3
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder, monkeypatch):
+    captioned(folder, a="a cat", b="a dog", c="an owl")
+    closed = folder / "closed"
+    closed.mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"closed cannot be read \(Permission denied\)"):
+        import_folder(folder)
