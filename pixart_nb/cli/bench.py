@@ -128,11 +128,18 @@ def _check(what: Benchmark, peers: list[str], dtypes: list[str], output: Path) -
         raise PixArtNBError(
             f"--dtype {' '.join(dtypes)} is measured by denoise and encode; {what.value} is measured in fp32"
         )
+    check_dtypes(dtypes)
+
+
+def check_dtypes(dtypes: list[str]) -> None:
+    """Refuse dtypes that are not measured, and bfloat16 on a processor that would compute it in float32."""
+    if not dtypes or set(dtypes) - {"fp32", "bf16"}:
+        raise PixArtNBError(f"the dtypes are {dtypes}; expected fp32, bf16 or both")
     if "bf16" in dtypes:
         from pixart_nb.core.models.low_precision import inference_dtype_name, unsupported
 
         if inference_dtype_name("bf16") != "bf16":
-            raise PixArtNBError(f"--dtype bf16 would be computed in float32: {unsupported()}")
+            raise PixArtNBError(f"bf16 would be computed in float32: {unsupported()}")
 
 
 def has_compiler() -> bool:

@@ -441,7 +441,7 @@ _LORA_NEEDS = dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"
 _OPTION_NEEDS = (
     dict.fromkeys(("kv_compress_sampling", "kv_compress_scale_factor", "kv_compress_layer"), "kv_compress")
     | dict.fromkeys(("control_edge_sigma", "control_edge_threshold", "control_edge_width"), "copy_blocks_num")
-    | dict.fromkeys(("num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c"), "objective")
+    | dict.fromkeys(("num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c"), "objective lcm")
     | {"valid_num": "multi_scale", "max_grad_norm": "clip_grad", "zero_cross_attention": "from_scratch"}
 )
 
@@ -449,8 +449,10 @@ _OPTION_NEEDS = (
 def unused_options(config: ModelKeys, options: Iterable[str]) -> list[str]:
     """Return a sentence for each option without effect in a configuration."""
     needs = {key: _OPTION_NEEDS[key] for key in options if key in _OPTION_NEEDS}
-    off = {key: name for key, name in needs.items() if getattr(config, name) in (False, 0, "diffusion")}
-    return [f"{key} changes nothing without {name}" for key, name in off.items()]
+    off = [name for name in needs.values() if not getattr(config, name.split()[0]) or name == "objective lcm"]
+    if getattr(config, "objective", "") != "diffusion":
+        off = [name for name in off if name != "objective lcm"]
+    return [f"{key} changes nothing without {name}" for key, name in needs.items() if name in off]
 
 
 def _require_used(config: ModelKeys, needs: Mapping[str, tuple[str, ...]]) -> None:

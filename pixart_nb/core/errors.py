@@ -49,8 +49,9 @@ def check_number(name: str, value: object, least: float = -math.inf, whole: bool
 
 @contextmanager
 def delayed_interrupt() -> Iterator[None]:
-    """Raise ``KeyboardInterrupt`` for SIGINT after the block: inside an import of C++ code it would abort."""
-    if threading.current_thread() is not threading.main_thread():
+    """Handle SIGINT after the block: inside an import of C++ code, ``KeyboardInterrupt`` would abort."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
         yield
         return
     caught: list[int] = []
@@ -58,9 +59,9 @@ def delayed_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
     if caught:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 def did_you_mean(name: object, names: Iterable[str], cutoff: float = 0.6) -> str:

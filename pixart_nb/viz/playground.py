@@ -20,7 +20,7 @@ from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import LCM_LORA, Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
-from pixart_nb.viz.playground_sources import adapters_of, edges_of, fitted, opened
+from pixart_nb.viz.playground_sources import adapters_of, edges_of, file_of, fitted, load_beside, opened
 from pixart_nb.viz.playground_view import View, make_controls, set_control
 from pixart_nb.viz.widget_parts import say
 
@@ -68,9 +68,7 @@ class Playground:
         self.view.adapters.show(adapters_of(pipe))
         self._retyped = self._drawing_typed = False
         if lcm_lora:
-            self._files[LCM_LORA] = str(lcm_lora)
-            if LCM_LORA not in adapters_of(pipe):
-                self.load_lora(lcm_lora, LCM_LORA, weight=0.0)
+            self._load_lcm(lcm_lora)
             self.view.typing.layout.display = ""
             self.controls["prompt"].observe(self._loop.on_loop(self._typed), "value")
         if "adapters" in start:
@@ -125,6 +123,7 @@ class Playground:
 
     async def sample(self) -> Entry | None:
         """Draw with the parameters as they are set; None if the run was cancelled. Errors are shown, and raised."""
+        self._retyped = False
         entry = await self._draw(self.parameters)
         if self._retyped and self.view.typing.value:  # typed during the run
             self._start(self._draw_typed())
@@ -187,7 +186,7 @@ class Playground:
 
         A LoRA of it is taken if it is loaded.
         """
-        names = {file: name for name, file in self._files.items()}
+        names = {file: name for name, file in self._files.items() if name in self.view.adapters.sliders}
         loaded = Parameters.read(path, names)
         missing = loaded.not_taken(path, names, self._others, self.session.pipe)
         self.parameters = loaded
@@ -198,13 +197,20 @@ class Playground:
 
         It acts on drawings of the playground alone; the pipeline keeps the adapters that are active.
         """
-        name, pipe = name or re.sub(r"\W+", "_", Path(path).stem), self.session.pipe
-        own = adapters_of(pipe)
-        pipe.load_lora_weights(path, adapter_name=name)
-        active = [adapter for adapter, strength in own.items() if strength]
-        pipe.set_adapters(active, [own[adapter] for adapter in active])
+        name = name or re.sub(r"\W+", "_", Path(path).stem)
+        load_beside(self.session.pipe, path, name)
         self._files[name] = str(path)
-        self.view.adapters.show(own | {name: weight})
+        self.view.adapters.show(adapters_of(self.session.pipe) | {name: weight})
+
+    def _load_lcm(self, path: str | Path) -> None:
+        """Load the LCM-LoRA, unless a playground of this pipeline has loaded the same file."""
+        pipe = self.session.pipe
+        if LCM_LORA in adapters_of(pipe) and file_of(pipe, LCM_LORA) != str(path):
+            pipe.delete_adapters(LCM_LORA)
+        if LCM_LORA in adapters_of(pipe):
+            self._files[LCM_LORA] = str(path)
+        else:
+            self.load_lora(path, LCM_LORA, weight=0.0)
 
     def _uploaded(self, upload: FileUpload, act: Callable[[Mapping[str, Any]], None]) -> None:
         try:
@@ -274,7 +280,7 @@ class Playground:
             if entry is None:
                 raise PixArtNBError("there is no finished image to save; sample one, or choose one below")
             loras = [f"{self._files.get(name, name)}:{weight:g}" for name, weight in entry.parameters.adapters]
-            own = {"lora": loras} if loras or "lora" in self._others else {}
+            own = {"lora": loras} if loras or (self.view.adapters.sliders and "lora" in self._others) else {}
             paths = save_entry(entry, self.folder, self._others | own)
         except (OSError, ValueError) as error:
             self.view.say(_in_words(error), wrong=True)

@@ -63,6 +63,22 @@ def adapters_of(pipe: Any) -> dict[str, float]:
     return {name: adapters.weights[name] if name in adapters.active else 0.0 for name in adapters.adapters}
 
 
+def load_beside(pipe: Any, path: str | Path, name: str) -> None:
+    """Load a LoRA into a pipeline, whose active adapters stay as they are."""
+    before = getattr(pipe.transformer, "adapters", None)
+    state = (before.weights, before.enabled) if before else ({}, True)
+    pipe.load_lora_weights(path, adapter_name=name)
+    adapters = pipe.transformer.adapters
+    adapters.adapters[name].file = str(path)
+    adapters.weights, enabled = state
+    adapters.enable(enabled)
+
+
+def file_of(pipe: Any, name: str) -> str:
+    """Return the file that ``load_beside`` loaded an adapter from; empty if it came otherwise."""
+    return getattr(pipe.transformer.adapters.adapters[name], "file", "")
+
+
 def with_adapters(pipe: Any, parameters: Parameters) -> AbstractContextManager[None]:
     """Return a block in which the adapters have the weights of a run; the pipeline keeps its own."""
     loaded, weights = adapters_of(pipe), dict(parameters.adapters)
@@ -136,6 +152,7 @@ class ControlNets:
                 f"{parameters.controlnet} holds a base model of its own, which has no adapters; set their weights to 0"
             )
         controlled = PixArtSigmaControlNetPipeline.from_pipe(pipe, controlnet=net)
+        controlled.max_sequence_length = pipe.max_sequence_length
         controlled.set_control(image, *(getattr(parameters, name) for name in CONTROL_KEYS))
         return controlled
 

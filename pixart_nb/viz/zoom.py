@@ -107,9 +107,7 @@ def zoom_figure(
     size = min(size, *pixels.shape[:2])
     details = detailed_places(pixels, size) if details is None else list(details)
     last = pixels.shape[0] - size, pixels.shape[1] - size
-    if outside := [
-        place for place in details if not all(0 <= at <= most for at, most in zip(place, last, strict=True))
-    ]:
+    if outside := [(y, x) for y, x in details if not (0 <= y <= last[0] and 0 <= x <= last[1])]:
         raise PixArtNBError(f"details {outside} lie outside of the image; expected top and left of at most {last}")
     inches, gap = size / DPI, 0.05
     columns = -(-len(details) // 2)

@@ -188,7 +188,7 @@ def test_a_missing_compiler_is_named_and_a_part_without_bfloat16(monkeypatch):
     for words, message in (
         (["denoise", "--compiled"], "install g++, or set CXX"),
         (["decode", "--dtype", "fp32", "bf16"], "decode is measured in fp32"),
-        (["denoise", "--dtype", "bf16"], "--dtype bf16 would be computed in float32: no products"),
+        (["denoise", "--dtype", "bf16"], "bf16 would be computed in float32: no products"),
         (["decode", "--recompute"], "--recompute is measured by train"),
     ):
         result = CliRunner().invoke(app, ["bench", *words])

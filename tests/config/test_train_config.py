@@ -187,7 +187,7 @@ def test_an_option_in_epochs_takes_the_place_of_the_steps_of_a_file(project, opt
     ("options", "sentence"),
     [
         ({"kv_compress_layer": [1, 2]}, "kv_compress_layer changes nothing without kv_compress"),
-        ({"w_min": 3.0}, "w_min changes nothing without objective"),
+        ({"w_min": 3.0}, "w_min changes nothing without objective lcm"),
         ({"max_grad_norm": 1.0, "clip_grad": False}, "max_grad_norm changes nothing without clip_grad"),
     ],
 )

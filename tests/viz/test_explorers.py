@@ -335,5 +335,4 @@ def test_lines_of_cells_stay_visible_when_the_image_is_shown_small(side):
     pixels = with_cells(np.zeros((side, side, 3), np.uint8), (side // 16, side // 16), 2)
     shown = np.asarray(Image.fromarray(pixels).resize((256, 256), Image.Resampling.NEAREST))
     lines = (shown[128 + 256 // (side // 16) // 2] == 255).all(1)
-    assert (np.diff(np.flatnonzero(np.diff(lines.astype(int)) > 0)) > 0).all()
     assert np.count_nonzero(np.diff(lines.astype(int)) > 0) >= side // 32 - 1

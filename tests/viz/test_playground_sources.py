@@ -174,6 +174,29 @@ def test_the_pipeline_keeps_its_own_adapters(tmp_path):
     assert np.array_equal(expected(PixArtSigmaPipeline, pipe), own)
 
 
+def test_a_pipeline_keeps_adapters_that_are_switched_off_or_fused(tmp_path):
+    pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
+    files = [trained(transformer(), seed=seed).save(tmp_path / str(seed)) for seed in (1, 2, 3)]
+    pipe.load_lora_weights(files[0], adapter_name="own")
+    pipe.set_adapters(["own"], [0.25])
+    pipe.disable_lora()
+    playground(pipe, tmp_path, lcm_lora=files[1])
+    pipe.enable_lora()
+    assert pipe.transformer.adapters.weights == {"own": 0.25}
+    other = playground(pipe, tmp_path, lcm_lora=files[2])  # another file under the same name
+    other.view.adapters.value = (("lcm", 1.0),)
+    changed = drawn(other)
+    pipe.delete_adapters("lcm")
+    pipe.load_lora_weights(files[2], adapter_name="lcm")
+    assert np.array_equal(changed, expected(PixArtSigmaPipeline, pipe))
+    pipe.fuse_lora()
+    view = playground(pipe, tmp_path, others={"model": str(SIGMA), "lora": [f"{files[0]}:0.25"]})
+    drawn(view)
+    (path,) = view.save()
+    assert read_parameters(path)["lora"] == [f"{files[0]}:0.25"]
+    assert view.load(path) == [f"LoRA {files[0]}:0.25"]
+
+
 def test_loading_an_image_names_what_it_does_not_take(tmp_path):
     pipe = PixArtSigmaPipeline.from_pretrained(SIGMA)
     file = trained(transformer(), seed=1).save(tmp_path / "lora")

@@ -43,6 +43,7 @@ class Adapter:
 
     def __init__(self, name: str, layers: LayerTargets, config: LoraConfig | None):
         self.name, self.layers, self.config = name, layers, config
+        self.file = ""  # that a playground loaded it from
         self.strength = _constant(np.zeros(1), f"{name}.strength")
         self.targets: dict[str, Target] = {}
         self.branches: dict[str, LoraBranch] = {}
@@ -237,8 +238,8 @@ class Adapters:
     def chosen(self, weights: Mapping[str, float]) -> Iterator[None]:
         """Activate adapters with these weights inside the block; after it those that were active before are again."""
         before = self.weights, self.enabled
-        self.activate(list(weights), list(weights.values()))
         try:
+            self.activate(list(weights), list(weights.values()))
             yield
         finally:
             self.weights, self.enabled = before

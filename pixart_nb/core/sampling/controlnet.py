@@ -29,6 +29,7 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         self.controlnet, self._control = controlnet, None
         if controlnet is not None:
             self.transformer = controlnet.base_model
+            self.max_sequence_length = min(self.max_sequence_length, controlnet.config.model_max_length)
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: Any = None, *args: Any, controlnet: Any = None, **options: Any):
@@ -55,8 +56,8 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
         """Write the components and the ControlNet into a folder that ``from_pretrained`` reads."""
         super().save_pretrained(save_directory, **options)
         if self.controlnet is not None:
-            weights = weights_of(self.controlnet, saved_dtype(self.transformer))
-            own = {name: value for name, value in weights.items() if name.startswith("controlnet.")}
+            weights = weights_of(self.controlnet.controlnet, saved_dtype(self.transformer))
+            own = {f"controlnet.{name.removeprefix('controlnet.')}": value for name, value in weights.items()}
             save_controlnet(Path(save_directory).expanduser() / "controlnet", own, self.controlnet.edges)
 
     def __call__(

@@ -139,7 +139,7 @@ def _check_parts(tokenizer: Any, text_encoder: Any, vae: Any, transformer: Any) 
     for name, (part, fits, loader) in kinds.items():
         if part is not None and not fits:
             raise PixArtNBError(
-                f"{name} is {str(part).splitlines()[0][:60]!r}, of {type(part).__name__}; expected what "
+                f"{name} is {repr(part).splitlines()[0][:60]}, of {type(part).__name__}; expected what "
                 f"{loader}.from_pretrained(folder) returns, or None"
             )
 
@@ -267,7 +267,8 @@ class PipelineBase(LoraLoaderMixin):
         options = {name: components.pop(name) for name in [*components] if name not in own}
         ignore_options("from_pipe", options, own)
         pipe = cls(**{name: part for name, part in pipeline.components.items() if name in own} | components)
-        pipe.max_sequence_length = min(pipe.max_sequence_length, pipeline.max_sequence_length)
+        if pipe.transformer is pipeline.transformer:
+            pipe.max_sequence_length = min(cls.max_sequence_length, pipeline.max_sequence_length)
         return pipe.to(*(dtype for dtype in dtypes if dtype is not None))
 
     # ---- progress

@@ -70,6 +70,15 @@ class CheckpointFolder:
             elif self._whole.get(path) == _version(path) or self._read(path):
                 kept += 1  # damaged ones do not count
 
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
+        """Refuse to resume a training with other settings, data or networks. Reads the newest metadata alone."""
+        for path in reversed(self.paths()):
+            try:
+                metadata = load_metadata(path)
+            except CheckpointError:  # damaged; ``newest`` skips it too
+                continue
+            return check_identity(path, metadata, identity)
+
     def newest(self) -> TrainingState | None:
         """Return the newest state that is whole, or None; print a line for each damaged one that is skipped."""
         return next(filter(None, (self._read(path) for path in reversed(self.paths()))), None)

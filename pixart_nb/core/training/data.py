@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 from pixart_nb.config import ConfigError, TrainConfig
@@ -14,6 +15,8 @@ from pixart_nb.core.sampling.text import prepare_prompt, removed_characters
 from pixart_nb.core.training.networks import FrozenNetworks, component_paths
 from pixart_nb.core.training.validation import require_disjoint
 
+#: Links, which caption cleaning removes.
+_LINK = re.compile(r"https?:|www\.")
 #: Image pixels per latent.
 FACTOR = 8
 
@@ -56,18 +59,23 @@ def checked_data(config: TrainConfig, labels: list[Label], networks: FrozenNetwo
 
 
 def _check_captions(labels: list[Label], clean: bool) -> None:
-    """Refuse captions of which cleaning leaves nothing, and warn where it leaves less for some images."""
+    """Refuse captions of which cleaning leaves nothing, and warn where it leaves nothing, or less, of some.
+
+    Only those are cleaned here that can lose all words: in another script, with a link, or of one or two words.
+    """
     if not clean:
         return
-    prompts = [label.prompt for label in labels if not label.prompt.isascii() or "http" in label.prompt]
-    empty = [prompt for prompt in prompts if prompt.strip() and not prepare_prompt(prompt, True)]
-    shorter = [prompt for prompt in prompts if removed_characters(prompt) and prompt not in empty]
+    captions = [caption for label in labels for caption in label.captions]
+    doubtful = {text for text in captions if not text.isascii() or _LINK.search(text) or len(text.split()) < 3}
+    cleaned = {text: prepare_prompt(text, True) for text in doubtful if text.strip()}
+    empty = [text for text in captions if text in cleaned and not cleaned[text]]
+    shorter = [text for text in captions if cleaned.get(text) and removed_characters(text)]
     if not empty and not shorter:
         return
     parts = {"nothing is left of": empty, "Chinese characters are removed from": shorter}
-    counts = " and ".join(f"{what} {len(some)} of {len(labels)}" for what, some in parts.items() if some)
+    counts = " and ".join(f"{what} {len(some)} of {len(captions)}" for what, some in parts.items() if some)
     text = f"caption cleaning: {counts} captions, such as {(empty or shorter)[0][:60]!r}"
-    if len(empty) == len(labels):
+    if len(empty) == len(captions):
         raise DataError(f"{text}. Write them in English, or set clean_caption to false")
     warnings.warn(f"{text}. clean_caption: false keeps them", stacklevel=4)
 

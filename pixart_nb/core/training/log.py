@@ -37,7 +37,7 @@ class CurveLog:
             header, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             whole = [row for row in rows if row.endswith("\n")]
             own = header.split(",")[0].strip() == "step" and all(row.split(",")[0].isdecimal() for row in whole)
-            if header.endswith("\n") and not own:
+            if not own if header.endswith("\n") else not header.startswith("step,"[: len(header)]):
                 raise ConfigError(
                     f"{self.path} is no log of a training, or was saved by another program: it begins with "
                     f"{header.strip()[:40]!r}. Move it, or choose another output_path"

@@ -49,8 +49,8 @@ def check_folder(folder: Path) -> None:
 def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path, bool], None]) -> Path:
     """Write a result, unless the folder holds the complete result of the same training.
 
-    ``mark`` says what was trained. ``write(folder, replace)``: with ``replace``, the components in the folder are those
-    of another training. Files that a user added stay.
+    ``mark`` says what was trained. ``write(folder, replace)``: with ``replace``, the components in the folder may be
+    those of another training. Files that a user added stay.
     """
     path = folder / MARK
     stored = read_json(path) if path.is_file() else {}
@@ -58,7 +58,7 @@ def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path, b
     if stored == {"complete": True, **mark} and files and all((folder / name).is_file() for name in files):
         return folder
     before, now = (marked.get("identity", {}) for marked in (stored, mark))
-    replace = any(before.get(name) != now.get(name) for name in ("vae", "text_encoder"))
+    replace = not stored.get("complete") or any(before.get(name) != now.get(name) for name in ("vae", "text_encoder"))
     check_result(folder, ())
     write_json(path, {"complete": False, **mark})
     for part in (folder, *filter(Path.is_dir, folder.iterdir())):

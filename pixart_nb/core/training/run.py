@@ -25,13 +25,13 @@ from pixart_nb.core.data.labels import Label, load_labels
 from pixart_nb.core.data.reader import FeatureReader, LiveFeatures
 from pixart_nb.core.errors import first_few
 from pixart_nb.core.fast.recompute import recompute_activations
-from pixart_nb.core.io import folder_lock, load_metadata, write_errors, write_json
+from pixart_nb.core.io import folder_lock, write_errors, write_json
 from pixart_nb.core.lora import Adapter, Adapters, LoraConfig
 from pixart_nb.core.lora.files import LAYOUTS
 from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.sampling.images import bins_for
 from pixart_nb.core.training.batches import DiffusionBatches, Noise, caption_multiple, micro_conditions
-from pixart_nb.core.training.checkpoints import CheckpointFolder, check_identity
+from pixart_nb.core.training.checkpoints import CheckpointFolder
 from pixart_nb.core.training.consistency import ConsistencyObjective
 from pixart_nb.core.training.data import checked_data
 from pixart_nb.core.training.distributed import SINGLE, Workers
@@ -79,8 +79,7 @@ class Training:
         self.labels = load_labels(config.json_path, config.image_dir)
         self.sizes = training_sizes(self.labels, self.side, config.multi_scale, config.valid_num)
         held_out = checked_data(config, self.labels, self.networks)
-        for path in CheckpointFolder(self.folder, 1).paths()[-1:]:  # before hours of work on features
-            check_identity(path, load_metadata(path), self.identity)
+        CheckpointFolder(self.folder, 1).check_identity(self.identity)  # before hours of work on features
         rank, world = self.workers.rank, self.workers.size
         self.sampler = BucketSampler(self.sizes, config.batch_size, config.seed, rank, world)
         self.adapter = _add_adapter(self.net, config)
@@ -303,12 +302,13 @@ class Training:
 
     def _write_pipeline(self, folder: Path, replace: bool) -> None:
         """Write all of a pipeline but its transformer."""
+        rest = {name: path for name, path in self.networks.paths.items() if name != "transformer"}
         if self.config.sd_scale_factor:
+            del rest["vae"]
             components.write_vae(folder / "vae", self.networks.vae)
             self._release_vae()
-        for name, path in self.networks.paths.items():
-            if name != "transformer":
-                add_files(path, folder / name, replace)
+        for name, path in rest.items():
+            add_files(path, folder / name, replace)
         name = self.networks.pipeline_class(self.start.family)
         components.write_index(folder, self.objective.scheduler or self.networks.scheduler(), name)
 

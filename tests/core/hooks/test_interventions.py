@@ -11,6 +11,7 @@ from test_transformer import small_net
 from traced_models import CALL, assert_untouched, compressing, draw, inputs, never
 
 from benchmarks.ascend_stand_ins import ascend
+from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import ablate_heads, compression_loss, replace_compression, reweight_token, swap_prompt, trace
 from pixart_nb.core.backend import ms
 from pixart_nb.core.fast.cpu import CPUDenoiser
@@ -385,6 +386,7 @@ assert CALL["height"] == 64  # the token grid of the messages above
 
 @pytest.mark.parametrize("name", ["heun", "kdpm2", "kdpm2-a", "pndm", "dpm++"])
 def test_steps_of_a_hook_are_those_of_the_sampler(pipe, name):
+    pipe = PixArtSigmaPipeline.from_pipe(pipe)
     call = SAMPLE | {"num_inference_steps": 4, "prompt": "a red cat"}
 
     def run(*changes, **options):

@@ -14,6 +14,7 @@ from small_pipeline import CONFIG, training_config, write_small_pipeline, write_
 from pixart_nb import AutoencoderKL, PixArtSigmaPipeline
 from pixart_nb.config import ConfigError
 from pixart_nb.core.checkpoints.components import write_vae
+from pixart_nb.core.checkpoints.files import WEIGHTS
 from pixart_nb.core.data.files import DataError
 from pixart_nb.core.errors import FolderInUseError
 from pixart_nb.core.io import CheckpointError
@@ -135,6 +136,37 @@ def test_a_result_has_the_networks_of_its_training_and_not_of_an_earlier_one(con
         assert (result / "vae" / name).read_bytes() == (other / "vae" / name).read_bytes()
 
 
+def test_a_result_that_was_interrupted_gets_the_networks_of_its_training(config, project, tmp_path, monkeypatch):
+    result = train(config(tmp_path / "out", steps=1))
+    for path in (tmp_path / "out").glob("step-*"):
+        path.unlink()
+    other = write_small_pipeline(tmp_path / "other", project)
+    (other / "vae").unlink()
+    write_vae(other / "vae", AutoencoderKL.from_pretrained(diffusers("sigma")[0], subfolder="vae"))
+    (other / "vae" / "config.json").write_text((project / "data/tiny-sigma/vae/config.json").read_text() + "\n")
+    shutil.copyfile(project / "data/tiny-sigma/vae" / WEIGHTS, other / "vae" / WEIGHTS)
+    changes = {"steps": 1, "model": str(other), "feature_cache": ""}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "add_files", lambda *given: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            train(config(tmp_path / "out", **changes))
+    train(config(tmp_path / "out", **changes))
+    assert (result / "vae" / "config.json").read_bytes() == (other / "vae" / "config.json").read_bytes()
+
+
+def test_a_result_has_the_scaling_factor_of_its_configuration(config, tmp_path):
+    result = train(config(tmp_path / "out", steps=1, sd_scale_factor=0.5, feature_cache=""))
+    assert json.loads((result / "vae" / "config.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_a_damaged_newest_state_is_skipped(config, tmp_path):
+    train(config(tmp_path / "out", steps=2, ckpt_max_keep=2, scheduler="constant"))
+    newest = max((tmp_path / "out").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:100])
+    train(config(tmp_path / "out", steps=3, ckpt_max_keep=2, scheduler="constant"))
+    assert read_curve(tmp_path / "out" / "curve.csv")[-1]["step"] == 3
+
+
 def test_an_edit_of_a_result_does_not_change_the_model_that_was_trained(config, project, tmp_path):
     model = write_small_pipeline(tmp_path / "model", project)
     before = contents(model)
@@ -181,7 +213,7 @@ def test_mistakes_are_found_before_features_are_computed(config, tmp_path):
 def test_a_curve_of_another_program_is_refused_and_kept(config, tmp_path):
     curve = tmp_path / "out" / "curve.csv"
     curve.parent.mkdir()
-    for text in ("epoch,loss\n1,0.5\n", "step;loss\n1;0.5\n", "step,loss\na,0.5\n"):
+    for text in ("epoch,loss\n1,0.5\n", "step;loss\n1;0.5\n", "step,loss\na,0.5\n", "my notes"):
         curve.write_text(text)
         with pytest.raises(ConfigError, match=r"curve\.csv is no log of a training, or was saved by another program"):
             train(config(tmp_path / "out", steps=1))
@@ -195,9 +227,9 @@ def test_captions_that_cleaning_empties_are_named(config, folder, tmp_path):
     for number, label in enumerate(labels):
         label["prompt"] = chinese if number < 2 else f"a cat {chinese}" if number < 3 else label["prompt"]
     path.write_text(json.dumps(labels))
-    with pytest.warns(UserWarning, match="nothing is left of 2 of 8 and Chinese characters are removed from 1 of 8"):
+    with pytest.warns(UserWarning, match="nothing is left of 2 of 16 and Chinese characters are removed from 1 of 16"):
         Training(config(tmp_path / "out", **changes))
-    path.write_text(json.dumps([label | {"prompt": chinese} for label in labels]))
+    path.write_text(json.dumps([label | {"prompt": chinese, "sharegpt4v": ""} for label in labels]))
     with pytest.raises(DataError, match=r"nothing is left of 8 of 8 captions.* set clean_caption to false"):
         Training(config(tmp_path / "out", **changes))
     Training(config(tmp_path / "out", clean_caption=False, **changes))
