@@ -350,7 +350,7 @@ def test_a_generator_that_outlives_its_block_continues_without_the_hook(pipe):
         (lambda p: reweight_token(p, "mushrom", 2), "did you mean 'mushroom'?"),
         (lambda p: ablate_heads(p, "blocks.0.atn"), "did you mean 'blocks.0.attn'?"),
         (lambda p: reweight_token(p, "red", -1), "at least 0"),
-        (lambda p: reweight_token(p, "red", float("nan"), renormalize=False), "expected a number"),
+        (lambda p: reweight_token(p, "red", float("nan"), renormalize=False), "expected a finite number"),
         (lambda p: replace_compression(p, operator="max"), "'max' is unknown; expected one of conv, ave"),
         (lambda p: replace_compression(p, ratio=0), "expected a whole number from 1"),
         (lambda p: replace_compression(p, ratio=5), "ratio 5 leaves no key of 4x6 tokens; it may be 1 to 4"),
