@@ -449,10 +449,11 @@ _OPTION_NEEDS = (
 def unused_options(config: ModelKeys, options: Iterable[str]) -> list[str]:
     """Return a sentence for each option without effect in a configuration."""
     needs = {key: _OPTION_NEEDS[key] for key in options if key in _OPTION_NEEDS}
-    off = [name for name in needs.values() if not getattr(config, name.split()[0]) or name == "objective lcm"]
-    if getattr(config, "objective", "") != "diffusion":
-        off = [name for name in off if name != "objective lcm"]
-    return [f"{key} changes nothing without {name}" for key, name in needs.items() if name in off]
+    return [f"{key} changes nothing without {name}" for key, name in needs.items() if not _is_on(config, name)]
+
+
+def _is_on(config: ModelKeys, name: str) -> bool:
+    return config.objective != "diffusion" if name == "objective lcm" else bool(getattr(config, name))
 
 
 def _require_used(config: ModelKeys, needs: Mapping[str, tuple[str, ...]]) -> None:

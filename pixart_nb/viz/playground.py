@@ -20,7 +20,7 @@ from pixart_nb.viz.event_loop import KernelLoop
 from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import LCM_LORA, Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
-from pixart_nb.viz.playground_sources import adapters_of, edges_of, file_of, fitted, load_beside, opened
+from pixart_nb.viz.playground_sources import adapters_of, edges_of, fitted, is_from, load_beside, opened
 from pixart_nb.viz.playground_view import View, make_controls, set_control
 from pixart_nb.viz.widget_parts import say
 
@@ -203,14 +203,14 @@ class Playground:
         self.view.adapters.show(adapters_of(self.session.pipe) | {name: weight})
 
     def _load_lcm(self, path: str | Path) -> None:
-        """Load the LCM-LoRA, unless a playground of this pipeline has loaded the same file."""
+        """Load the LCM-LoRA, unless the pipeline has it, in place of another one of its name."""
         pipe = self.session.pipe
-        if LCM_LORA in adapters_of(pipe) and file_of(pipe, LCM_LORA) != str(path):
-            pipe.delete_adapters(LCM_LORA)
-        if LCM_LORA in adapters_of(pipe):
+        if is_from(pipe, LCM_LORA, path):
             self._files[LCM_LORA] = str(path)
-        else:
-            self.load_lora(path, LCM_LORA, weight=0.0)
+            return
+        if LCM_LORA in adapters_of(pipe):
+            pipe.delete_adapters(LCM_LORA)
+        self.load_lora(path, LCM_LORA, weight=0.0)
 
     def _uploaded(self, upload: FileUpload, act: Callable[[Mapping[str, Any]], None]) -> None:
         try:

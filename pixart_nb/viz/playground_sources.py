@@ -69,14 +69,18 @@ def load_beside(pipe: Any, path: str | Path, name: str) -> None:
     state = (before.weights, before.enabled) if before else ({}, True)
     pipe.load_lora_weights(path, adapter_name=name)
     adapters = pipe.transformer.adapters
-    adapters.adapters[name].file = str(path)
     adapters.weights, enabled = state
     adapters.enable(enabled)
 
 
-def file_of(pipe: Any, name: str) -> str:
-    """Return the file that ``load_beside`` loaded an adapter from; empty if it came otherwise."""
-    return getattr(pipe.transformer.adapters.adapters[name], "file", "")
+def is_from(pipe: Any, name: str, path: str | Path) -> bool:
+    """Return whether a pipeline has an adapter of this name, read from this file or folder of a LoRA."""
+    from pixart_nb.core.lora.files import lora_path
+
+    if name not in adapters_of(pipe):
+        return False
+    source = Path(pipe.transformer.adapters.adapters[name].source)
+    return lora_path(path) in (source, source.parent)
 
 
 def with_adapters(pipe: Any, parameters: Parameters) -> AbstractContextManager[None]:

@@ -31,7 +31,8 @@ class HookedRun:
     guidance the unconditional rows come before them. ``grid`` is (height, width) in tokens, ``length`` the largest
     number of prompt tokens. ``texts`` holds the prompt of each image, ``later_texts`` prompts that replace them.
 
-    Some samplers call the model more than once in a step; ``first`` tells the first call. ``over`` ends the run.
+    Some samplers call the model more than once in a step: ``first`` is True in the first call of each. ``over`` is True
+    once the sampler has ended.
     """
 
     timesteps: np.ndarray | None

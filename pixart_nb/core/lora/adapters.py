@@ -43,7 +43,7 @@ class Adapter:
 
     def __init__(self, name: str, layers: LayerTargets, config: LoraConfig | None):
         self.name, self.layers, self.config = name, layers, config
-        self.file = ""  # that a playground loaded it from
+        self.source = ""  # file that it was read from
         self.strength = _constant(np.zeros(1), f"{name}.strength")
         self.targets: dict[str, Target] = {}
         self.branches: dict[str, LoraBranch] = {}
@@ -175,6 +175,7 @@ class Adapters:
         targets = self._fitting(file)
         check_overlap(targets)
         adapter = Adapter(name, self.layers, None)
+        adapter.source = file.source
         for module, target in targets.items():
             adapter.add(self.layers.canonical(target), target, file.modules[module])
         return self._adopt(adapter)

@@ -192,8 +192,8 @@ def mask_array(mask: Any, size: tuple[int, int]) -> np.ndarray:
         raise PixArtNBError(f"mask_image is {array.shape[1:]} pixels, the image {size}; expected the same size")
     white = array >= {"u": 128, "i": 128}.get(array.dtype.kind, 0.5)
     if not white.any((1, 2)).all():
-        most = "" if array.dtype.kind not in "ui" else f". Whole numbers count to 255, and it goes to {array.max()}"
-        raise PixArtNBError(f"mask_image has nothing to paint: it is black; white is painted{most}")
+        integers = f". Integers are read as 0 to 255; its largest is {array.max()}" if array.dtype.kind in "ui" else ""
+        raise PixArtNBError(f"mask_image has nothing to paint: it is black; white is painted{integers}")
     return white
 
 

@@ -36,8 +36,11 @@ class CurveLog:
         if self.path.exists():
             header, *rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             whole = [row for row in rows if row.endswith("\n")]
-            own = header.split(",")[0].strip() == "step" and all(row.split(",")[0].isdecimal() for row in whole)
-            if not own if header.endswith("\n") else not header.startswith("step,"[: len(header)]):
+            if header.endswith("\n"):
+                own = header.split(",")[0].strip() == "step" and all(row.split(",")[0].isdecimal() for row in whole)
+            else:  # cut off, as by a killed process
+                own = header.startswith("step,"[: len(header)])
+            if not own:
                 raise ConfigError(
                     f"{self.path} is no log of a training, or was saved by another program: it begins with "
                     f"{header.strip()[:40]!r}. Move it, or choose another output_path"

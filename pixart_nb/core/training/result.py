@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path, b
     return folder
 
 
+def _link_or_copy(path: Path, copy: Path) -> None:
+    """Link weights, and copy other files, which may be edited in place: the source must not change then."""
+    if path.suffix in ENDINGS:
+        with suppress(OSError):  # another file system, or one without hard links
+            return os.link(path.resolve(), copy)
+    copy_file(path, copy)
+
+
 def add_files(source: Path, target: Path, replace: bool = False) -> None:
     """Add the files of a component to a folder: weights as hard links where the file system has them, else copies.
 
@@ -86,12 +95,7 @@ def add_files(source: Path, target: Path, replace: bool = False) -> None:
                 continue
             copy.unlink()
         copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if path.suffix not in ENDINGS:  # a small file may be edited in place, and the source must not change then
-                raise OSError
-            os.link(path.resolve(), copy)
-        except OSError:  # also for another file system, or one without hard links
-            copy_file(path, copy)
+        _link_or_copy(path, copy)
     names = {path.name for path in files}
     for other in target.glob("*") if replace else ():
         if other.name not in names and (other.suffix in ENDINGS or other.name.endswith(".index.json")):
