@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import re
 import reprlib
 import sys
 import warnings
@@ -39,6 +41,11 @@ _MOST_BYTES = 1024 * 1024
 #: First line of the cell that papermill inserts.
 _INJECTED = "# Parameters"
 COMMAND_LINE = "command line"
+#: File that commands read when none is given. It describes the bundled model.
+INFERENCE_CONFIG = Path("configs/inference/tiny.yaml")
+#: Width of the captions of published models, and their sizes in pixels by a part of their names.
+_CAPTION_CHANNELS = 4096
+_PUBLISHED_SIZES = {"256": 256, "512": 512, "1024": 1024, "2K": 2048}
 
 
 class ConfigError(PixArtNBError):
@@ -53,7 +60,10 @@ def load_config(
     ``path`` may name a file that comes with the package (``configs/inference/tiny.yaml``); ``config_type`` is
     ``inference`` or ``train``. Raises ``ConfigError``.
     """
-    config = check_config(read_yaml(path), config_type, str(path), options)
+    values = read_yaml(path)
+    if Path(path) == INFERENCE_CONFIG and options and options.get("model"):
+        values = _for_model(values, str(options["model"]))
+    config = check_config(values, config_type, str(path), options)
     for sentence in unused_options(config, [key for key, value in (options or {}).items() if value not in (None, [])]):
         warnings.warn(sentence, stacklevel=2)
     return config
@@ -114,6 +124,20 @@ def _replaced(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, A
     }
     replaced = {other for key in options for other in takes_place.get(key, ())} - set(options)
     return {key: value for key, value in values.items() if key not in replaced} | dict(options)
+
+
+def _for_model(values: dict[str, Any], model: str) -> dict[str, Any]:
+    """Return the values of ``INFERENCE_CONFIG`` for a published model: its own size, and the default guidance."""
+    try:
+        described = json.loads((Path(model).expanduser() / "transformer" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of the hub, or of another layout
+        described = {}
+    if bundled_path(model) != Path(model) or described.get("caption_channels", _CAPTION_CHANNELS) != _CAPTION_CHANNELS:
+        return values
+    named = re.search("|".join(_PUBLISHED_SIZES), Path(model).name)
+    latent = described.get("sample_size")
+    side = 8 * latent if isinstance(latent, int) else _PUBLISHED_SIZES[named[0] if named else "1024"]
+    return {k: v for k, v in values.items() if k != "guidance_scale"} | {"image_height": side, "image_width": side}
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class ModelKeys(BaseModel):
 
     sampling_method: Method = SAMPLING_METHOD
     sampling_steps: int = _sampling(SAMPLING_STEPS, "Number of denoising steps. More steps take longer.", ge=1, le=10000)
-    guidance_scale: Number = _sampling(GUIDANCE_SCALE, "Scale of classifier-free guidance. 1 disables it.", ge=1)
+    guidance_scale: Number = _sampling(GUIDANCE_SCALE, "Scale of classifier-free guidance. Up to 1 there is none.", ge=0)
 
     dtype: Literal["fp32", "fp16", "bf16"] = _machine("fp32", "Floating-point type of the networks. On a CPU fp16 is computed as bf16, which takes half the memory, or as fp32 without AVX512-BF16.")
     device_target: Literal["", "CPU", "Ascend"] = _machine("", "Device: CPU or Ascend, as in PIXART_NB_DEVICE. Empty takes MindSpore's default.")

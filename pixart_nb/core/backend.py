@@ -218,6 +218,13 @@ def on_ascend() -> bool:
     return _DEVICE == "Ascend"
 
 
+def leave_graph_mode() -> None:
+    """Switch MindSpore from graph mode, which the networks of this package are not written for, to PyNative mode."""
+    if ms.get_context("mode") == ms.GRAPH_MODE:
+        warnings.warn("MindSpore was in graph mode; it is in PyNative mode now, which pixart_nb needs", stacklevel=3)
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
 def set_graph_mode(on: bool) -> None:
     """Compile the blocks of the transformer on Ascend (``mode: 0``), or run them operator by operator (``mode: 1``)."""
     global _GRAPH_MODE

@@ -1,6 +1,7 @@
 """Configuration files are validated, and errors say what was given and what was expected."""
 
 import doctest
+import json
 import re
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_a_key_like_no_other_gets_the_list_of_known_ones():
         ("image_height", 0, "image_height: given 0 (int); expected a number greater than 0"),
         ("image_width", -16, "image_width: given -16 (int); expected a number greater than 0"),
         ("image_width", 64.0, "image_width: given 64.0 (float); expected an integer"),
-        ("guidance_scale", 0.5, "guidance_scale: given 0.5 (float); expected a number greater than or equal to 1"),
+        ("guidance_scale", -0.5, "guidance_scale: given -0.5 (float); expected a number greater than or equal to 0"),
         ("guidance_scale", float("nan"), "guidance_scale: given nan (float); expected a number greater than"),
         ("dtype", "fp8", "dtype: given 'fp8' (str); expected 'fp32', 'fp16' or 'bf16'"),
         ("t5_max_length", 77, "t5_max_length: given 77 (int); expected 0, 120 or 300"),
@@ -308,3 +309,35 @@ def test_values_of_file_and_command_line_that_do_not_go_together_name_both(tmp_p
         load_config(write(tmp_path, MINIMAL), options={"negative_prompt": ["a", "b"]})
     with pytest.raises(ConfigError, match=r"given 'DDIM' .*did you mean 'ddim'\?"):
         check_config(MINIMAL | {"sampling_method": "DDIM"})
+
+
+@pytest.mark.parametrize(
+    ("described", "name", "side"),
+    [
+        ({"caption_channels": 4096, "sample_size": 64}, "own", 512),
+        ({"sample_size": 128}, "own", 1024),
+        (None, "PixArt-Sigma-XL-2-256x256", 256),
+        (None, "PixArt-Sigma-XL-2-2K-MS", 2048),
+        (None, "somebody/their-model", 1024),
+    ],
+)
+def test_without_a_file_a_published_model_is_drawn_at_its_size_and_the_default_guidance(
+    tmp_path, described, name, side
+):
+    model = tmp_path / name
+    if described is not None:
+        (model / "transformer").mkdir(parents=True)
+        (model / "transformer" / "config.json").write_text(json.dumps(described))
+    read = load_config("configs/inference/tiny.yaml", "inference", {"model": str(model)})
+    assert (read.image_height, read.image_width, read.guidance_scale) == (side, side, config.GUIDANCE_SCALE)
+    given = {"model": str(model), "image_height": 128, "guidance_scale": 3.0}
+    read = load_config("configs/inference/tiny.yaml", "inference", given)
+    assert (read.image_height, read.guidance_scale) == (128, 3.0)
+
+
+def test_without_a_file_a_model_of_the_bundled_kind_keeps_what_the_file_says(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"caption_channels": 128, "sample_size": 32}))
+    for model in (TRAINED, "data/tiny-sigma-1k", str(tmp_path)):
+        read = load_config("configs/inference/tiny.yaml", "inference", {"model": model})
+        assert (read.image_height, read.guidance_scale) == (256, 2.0)

@@ -92,8 +92,8 @@ def describe(
     family = _family(shown, values, source)
     if sample_size is not None:
         positions = positions_of(sample_size, family)
-        positions = {n: v for n, v in positions.items() if n != "class_name" or n not in values}
-        values = merge(values, positions, "sample_size")
+        merge(positions, {name: values[name] for name in ("input_size",) if name in values}, source)
+        values = positions | values
     size, note = _training_size(view, source, family)
     notes += [note] * ("input_size" in size.keys() - values)
     values = size | values
@@ -114,7 +114,8 @@ def describe(
 def _values_beside(view: TransformerTensors, source: Path, explicit: dict) -> tuple[dict, list[str]]:
     """Add to the caller's values those of the files: of a folder or training state, or the JSON beside a file.
 
-    Those of a folder and of a training state must agree with the caller's; a file beside is only read without any.
+    Those of a folder and of a training state must agree with the caller's. A file beside may be of another checkpoint:
+    the caller's values take the place of its own.
     """
     own = source / "config.json"
     if view.checkpoint.config:
@@ -123,12 +124,13 @@ def _values_beside(view: TransformerTensors, source: Path, explicit: dict) -> tu
         return merge(explicit, explicit_values(config_from_diffusers(read_json(own), own)), own), []
     beside = (source.with_name(f"{source.name}.audit.json"), source.with_name("config.json"))
     path = next((path for path in beside if path.is_file()), None)
-    if explicit or path is None:
+    if path is None:
         return explicit, []
     try:
-        return explicit_values(read_config(path)), [f"The values that the tensors do not show are those of {path}."]
+        beside_it = explicit_values(read_config(path))
     except CheckpointError as error:
-        return {}, [f"The configuration beside the file was not used: {error}."]
+        return explicit, [f"The configuration beside the file was not used: {error}."]
+    return beside_it | explicit, [f"The values that the tensors do not show are those of {path}."]
 
 
 def _family(shown: Mapping, values: Mapping, source: Path) -> str:
@@ -247,9 +249,12 @@ def explicit_values(config: PixArtConfig | None) -> dict:
 
 
 def merge(values: Mapping, shown: Mapping, source: str | Path) -> dict:
-    """Add the values that ``source`` shows to those of a configuration, which must not contradict them."""
+    """Add the values that ``source`` shows to those of a configuration, which must not contradict them.
+
+    ``class_name`` is left out of it: both classes compute the same.
+    """
     for name, value in shown.items():
-        if name in values and _comparable(name, values[name]) != _comparable(name, value):
+        if name in values and name != "class_name" and _comparable(name, values[name]) != _comparable(name, value):
             contradiction = f"{source} shows {name} = {value}, but the configuration says {values[name]}."
             raise CheckpointError(contradiction + _HINTS.get(name, ""))
     return {**shown, **values}

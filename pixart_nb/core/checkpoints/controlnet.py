@@ -19,6 +19,7 @@ from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor, stacked
 from pixart_nb.core.checkpoints.load import build_transformer, init_empty, load_into
 from pixart_nb.core.data.control import EdgeOptions
 from pixart_nb.core.data.images import ImageError
+from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, write_json
 from pixart_nb.core.models.controlnet import PixArtControlNet
 from pixart_nb.core.models.low_precision import for_inference
@@ -39,6 +40,11 @@ def load_controlnet(
     Official files hold the base model; ``base_model`` replaces it, and is required for files without one. The number of
     copied blocks is read from the names. Raises ``CheckpointError`` for missing, unexpected and misshapen tensors.
     """
+    if not isinstance(config, PixArtConfig | None) or not isinstance(base_model, PixArt | None):
+        raise PixArtNBError(
+            f"config is a {type(config).__name__}, base_model a {type(base_model).__name__}; expected a PixArtConfig "
+            "and the transformer of a pipeline, for example base_model=pipe.transformer"
+        )
     path = bundled_path(path)
     checkpoint = open_checkpoint(path)
     control, copies = _control_names(path, checkpoint.tensors)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -177,6 +178,8 @@ def _open_folder(folder: Path, keep: Keep, variant: str | None, use_safetensors:
         for ending in endings:
             checkpoint = _open_files(folder, keep, ending, f".{suffix}" if suffix else "")
             if checkpoint is not None:
+                if variant and not suffix:
+                    warnings.warn(f"{folder} has no variant {variant!r}; the others are read", stacklevel=2)
                 return replace(checkpoint, path=folder, notes=checkpoint.notes + note)
     raise CheckpointError(
         f"{folder} holds no weights: expected {' or '.join(f'{stem}.{endings[0]}' for stem in STEMS[:2])}, "

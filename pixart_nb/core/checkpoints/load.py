@@ -102,17 +102,24 @@ def load_into(
 
 
 def load_transformer(
-    path: str | Path, config: PixArtConfig | None = None, dtype: ms.Type = ms.float32, **options
+    path: str | Path,
+    config: PixArtConfig | None = None,
+    dtype: ms.Type = ms.float32,
+    *,
+    sample_size: int | None = None,
+    **options,
 ) -> PixArt:
     """Load the transformer of a ``.pth``, ``.ckpt``, ``.safetensors``, diffusers folder or training state of this kit.
 
     ``config`` may leave open what the checkpoint shows: width, depth, caption size, tokens, micro conditions and
-    compressed layers. ``options``: ``variant`` and ``use_safetensors`` of ``open_checkpoint``. It is loaded tensor by
-    tensor. Raises ``CheckpointError`` for a contradiction.
+    compressed layers. ``sample_size``: latent side of the training size. ``options``: ``variant`` and
+    ``use_safetensors`` of ``open_checkpoint``. It is loaded tensor by tensor. Raises
+    ``CheckpointError`` for a contradiction.
     """
     path = Path(path).expanduser()
     view = to_official_names(open_checkpoint(path, **options))
-    return build_transformer(view.complete | view.rest, describe(view, path, config).config, path, dtype)
+    description = describe(view, path, config, sample_size)
+    return build_transformer(view.complete | view.rest, description.config, path, dtype)
 
 
 def build_transformer(

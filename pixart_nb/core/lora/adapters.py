@@ -6,6 +6,7 @@ network's, and its ``with_dropout(batch, seed)`` in place of the batches, as ``p
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -247,12 +248,17 @@ class Adapters:
             self._install()
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete adapters; the others stay as they are."""
+        """Delete adapters; the others stay as they are. When none is left active, the first is, as in PEFT."""
         self._check_unfused("one is deleted")
+        was_active = bool(self.active)
         for name in self.checked(names):
             del self.adapters[name]
             self.weights.pop(name, None)
         self._install()
+        if was_active and not self.active and self.adapters:
+            first = next(iter(self.adapters))
+            warnings.warn(f"the active adapter was deleted; {first!r} is active now", stacklevel=3)
+            self.activate([first])
 
     def clear(self) -> None:
         """Delete all adapters. Weights that they are fused into stay, and cannot be restored any more."""
@@ -340,6 +346,7 @@ def _constant(values: np.ndarray, name: str) -> ms.Parameter:
 def _as_weights(weights: float | Sequence[float] | None, count: int) -> list[float]:
     weights = backend.as_array(weights).tolist() if isinstance(weights, np.ndarray | ms.Tensor) else weights
     values = weights if isinstance(weights, Sequence) else [weights] * count
+    values = [value.get("transformer") if isinstance(value, Mapping) else value for value in values]
     try:
         if isinstance(weights, str):
             raise TypeError(weights)

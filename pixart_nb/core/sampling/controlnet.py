@@ -35,11 +35,11 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
     def from_pretrained(cls, folder_or_hub_id: Any = None, *args: Any, controlnet: Any = None, **options: Any):
         """Load a pipeline as ``PixArtSigmaPipeline.from_pretrained`` does, with the transformer of ``controlnet``.
 
-        Without ``controlnet`` it is that of the pipeline's folder.
+        Without ``controlnet`` it is that of the pipeline's folder; a path is read for the pipeline's transformer.
         """
-        if controlnet is None:
+        if controlnet is None or isinstance(controlnet, str | Path):
             source = source_of(folder_or_hub_id, options.get("pretrained_model_name_or_path"))
-            path = component_path(source, "controlnet", dict(options))
+            path = controlnet or component_path(source, "controlnet", dict(options))
             pipe = super().from_pretrained(folder_or_hub_id, *args, **options)
             pipe.controlnet = load_controlnet(path, None, pipe.dtype, pipe.transformer)
             return pipe

@@ -184,6 +184,8 @@ def mask_array(mask: Any, size: tuple[int, int]) -> np.ndarray:
     parts = mask if isinstance(mask, list | tuple) else [mask]
     arrays = [np.asarray(part.convert("L") if isinstance(part, Image.Image) else part) for part in parts]
     arrays = [part[..., 0] if part.ndim in (3, 4) and part.shape[-1] == 1 else part for part in arrays]
+    coloured = ((*size, 3), (*size, 4))
+    arrays = [part[..., :3].max(-1) if part.shape in coloured else part for part in arrays]
     if not arrays or not all(part.ndim in (2, 3) and part.dtype.kind in "buif" for part in arrays):
         shapes = ", ".join(f"{part.shape} {part.dtype}" for part in arrays) or "an empty list"
         raise PixArtNBError(f"mask_image is {shapes}; expected a PIL image, or numbers (H, W) or (N, H, W)")

@@ -23,7 +23,6 @@ from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.errors import WriteError
 from pixart_nb.core.io import ensure_writable, write_json
 from pixart_nb.core.models.low_precision import inference_dtype_name
-from pixart_nb.core.models.transformer import PixArtConfig
 from pixart_nb.core.run_plan import QUANTIZED
 from pixart_nb.core.sampling.images import (
     check_ratio,
@@ -42,6 +41,7 @@ from pixart_nb.core.sampling.planning import (
     drawn_size,
     max_sequence_length,
     prompts_of,
+    stated_config,
 )
 from pixart_nb.core.sampling.samplers import image_generators, steps_taken
 from pixart_nb.core.sampling.text import per_prompt
@@ -275,8 +275,8 @@ def _parts(config: InferenceConfig, dtype: Any, only: Sequence[str]) -> dict[str
     """Load the components, of those asked for, that are given one by one or need options of their own."""
     parts = {}
     if config.checkpoint and "transformer" in only:
-        architecture = PixArtConfig(**architecture_of(config))
-        parts["transformer"] = load_transformer(config.checkpoint, architecture, dtype)
+        size = config.sample_size or None
+        parts["transformer"] = load_transformer(config.checkpoint, stated_config(config), dtype, sample_size=size)
     roots = {name: getattr(config, f"{name}_root") for name in _WITH_ROOT if name in only}
     options = _T5_OPTIONS.get(config.t5_load)
     if options and "text_encoder" in roots:

@@ -396,7 +396,9 @@ def _check_images(images: Array | None, mask: Array | None, rows: int) -> None:
         raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
     for name, values in (("images to begin with", images), ("masks", mask)):
         if values is not None and (not len(values) or rows % len(values)):
-            raise PixArtNBError(f"{len(values)} {name} were given for {rows} images; expected 1 or {rows}")
+            expected = "1" if rows == 1 else f"1 or {rows}"
+            count = f"{rows} image{'s' * (rows > 1)}"
+            raise PixArtNBError(f"{len(values)} {name} were given for {count}; expected {expected}")
 
 
 def _rows(texts: TextInput) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import device_name, ms
+from pixart_nb.core.backend import device_name, leave_graph_mode, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.errors import PixArtNBError, check_number, ignore_options, parameters_of
 from pixart_nb.core.models.low_precision import inference_dtype
@@ -82,7 +82,10 @@ class LoraLoaderMixin:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Activate these adapters, each with its weight (1 by default), and no others."""
+        """Activate these adapters, each with its weight (1 by default), and no others.
+
+        A weight may be a mapping of components to weights, as in diffusers; that of ``transformer`` counts.
+        """
         self._adapters.activate(_as_list(adapter_names), adapter_weights)
 
     def get_active_adapters(self) -> list[str]:
@@ -158,6 +161,7 @@ class PipelineBase(LoraLoaderMixin):
         transformer: PixArt | None = None,
         scheduler: Scheduler | str | None = None,
     ):
+        leave_graph_mode()
         if hasattr(tokenizer, "convert_ids_to_tokens") and not isinstance(tokenizer, TextTokenizer):
             tokenizer = TextTokenizer(tokenizer)  # one of transformers
         _check_parts(tokenizer, text_encoder, vae, transformer)
@@ -230,7 +234,7 @@ class PipelineBase(LoraLoaderMixin):
 
         Weights are written in float16 if they are float16, else in float32: bfloat16 exactly. Raises ``PixArtNBError``
         for a text encoder in 8 or 4 bits or one that is streamed and for a folder with other weights in shards, and
-        ``WriteError``.
+        ``WriteError``. An adapter is written only if it is fused; a warning names those that are left out.
         """
         ignore_options("save_pretrained", options, ())
         folder = Path(save_directory).expanduser()
@@ -240,6 +244,12 @@ class PipelineBase(LoraLoaderMixin):
         absent = [name for name, part in self.components.items() if part is None]
         for name in loaded:
             components.weights_path(folder / name, name)  # before anything is written
+        if self.transformer is not None and self._adapters.active and not self._adapters.originals:
+            warnings.warn(
+                f"the weights are saved without the adapters {self._adapters.active}: fuse_lora first, or keep their "
+                "files",
+                stacklevel=2,
+            )
         if left := [name for name in absent if (folder / name).is_dir()]:
             raise PixArtNBError(f"{folder} holds {', '.join(left)}, which this pipeline lacks; choose an empty folder")
         if self.scheduler is not None:
@@ -353,15 +363,16 @@ class PipelineBase(LoraLoaderMixin):
 
 
 _CHUNKS = "attention is always computed in chunks"
+_OFFLOADING = "resumable stages (`pixart-nb sample --stages_path FOLDER`) hold one network at a time, without offloading"
 #: First letters of methods of diffusers that do nothing here, and the reason.
 _NO_EFFECT = {
     "enable_attention_slicing": _CHUNKS,
     "disable_attention_slicing": _CHUNKS,
     "enable_xformers": _CHUNKS,
     "disable_xformers": _CHUNKS,
-    "enable_model_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
-    "enable_sequential_cpu_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
-    "enable_group_offload": "resumable stages (stages_path) hold one network at a time, without offloading",
+    "enable_model_cpu_offload": _OFFLOADING,
+    "enable_sequential_cpu_offload": _OFFLOADING,
+    "enable_group_offload": _OFFLOADING,
     "reset_device_map": "there is one device",
     "set_lora_device": "there is one device",
     "maybe_free_model_hooks": "there are no offloading hooks to remove",

@@ -11,7 +11,7 @@ from typing import Any
 from pixart_nb.config import ConfigError, InferenceConfig, bundled_path
 from pixart_nb.core.backend import on_ascend
 from pixart_nb.core.checkpoints.components import component_paths, pipeline_class
-from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, positions_of
+from pixart_nb.core.checkpoints.configuration import FAMILIES, describe, explicit_values, positions_of
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.key_maps import to_official_names
 from pixart_nb.core.checkpoints.load import t5_config, vae_config
@@ -75,24 +75,29 @@ def max_sequence_length(config: InferenceConfig) -> int:
         return 300
 
 
-def architecture_of(config: InferenceConfig) -> dict[str, Any]:
-    """Return what a configuration says about the transformer. The checkpoint itself shows the rest."""
-    tokens = max_sequence_length(config)
-    fields: dict[str, Any] = {"model_max_length": tokens}
-    if config.sample_size:
-        fields |= positions_of(config.sample_size, FAMILIES.get(tokens, ""))
+def stated_config(config: InferenceConfig) -> PixArtConfig:
+    """Return what a configuration says about the transformer but for ``sample_size``. The checkpoint shows the rest."""
+    fields: dict[str, Any] = {"model_max_length": max_sequence_length(config)}
     if config.kv_compress:
         fields["kv_compress_config"] = config.kv_compress_config
+    return PixArtConfig(**fields)
+
+
+def architecture_of(config: InferenceConfig) -> dict[str, Any]:
+    """Return what a configuration says about the transformer, with the positions of ``sample_size``."""
+    fields = explicit_values(stated_config(config))
+    if config.sample_size:
+        fields |= positions_of(config.sample_size, FAMILIES.get(fields["model_max_length"], ""))
     return fields
 
 
 def transformer_config(config: InferenceConfig) -> PixArtConfig:
     """Return the ``PixArtConfig`` of a configuration's transformer, from the names and shapes of its tensors."""
     if config.checkpoint:
-        path, explicit = Path(config.checkpoint), PixArtConfig(**architecture_of(config))
+        path, stated = Path(config.checkpoint), (stated_config(config), config.sample_size or None)
     else:
-        path, explicit = component_paths(config.model, ["transformer"])["transformer"], None
-    return describe(to_official_names(open_checkpoint(path)), path, explicit).config
+        path, stated = component_paths(config.model, ["transformer"])["transformer"], ()
+    return describe(to_official_names(open_checkpoint(path)), path, *stated).config
 
 
 def drawn_size(config: InferenceConfig, model: PixArtConfig | None = None) -> tuple[int, int]:

@@ -140,7 +140,9 @@ class Scheduler(BaseModel):
                 continue
             if key in cls.model_fields or key in cls.fixed.split():
                 options[key] = cls.replaced.get(key, {}).get(value, value) if isinstance(value, str) else value
-            elif hint := did_you_mean(key, cls.model_fields, 0.85):
+            elif not any(key in other.model_fields for other in CLASSES.values()) and (
+                hint := did_you_mean(key, cls.model_fields, 0.85)
+            ):
                 warnings.warn(f"{cls.__name__} has no option {key!r} and ignores it{hint}", stacklevel=2)
         # null stands for the default
         return cls(**{key: value for key, value in options.items() if value is not None} | overrides)

@@ -17,7 +17,7 @@ import numpy as np
 from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import as_tensor, kept_memory, ms, pin_threads, to_numpy
+from pixart_nb.core.backend import as_tensor, kept_memory, leave_graph_mode, ms, pin_threads, to_numpy
 from pixart_nb.core.fast.cpu_training import use_fast_blocks
 from pixart_nb.core.io import folder_lock
 from pixart_nb.core.models.operators import assign
@@ -71,6 +71,7 @@ class Trainer:
         dtype: ms.Type = ms.float32,
         averages: Mapping[str, ms.Parameter] | None = None,
     ):
+        leave_graph_mode()
         self.parameters, self.batch, self.options = dict(parameters), batch, options
         self.folder, self.names, self.network = Path(folder), tuple(names), network
         self.identity, self.describe, self.workers = dict(identity or {}), describe, workers

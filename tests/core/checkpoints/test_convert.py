@@ -197,7 +197,7 @@ def test_a_target_that_cannot_be_written_is_named_before_anything_is(sources, ta
         ({"config": PixArtConfig(micro_condition=True)}, "only alpha-1024 has micro conditions"),
         ({"config": PixArtConfig(kv_compress_config={"scale_factor": 2})}, "shows kv_compress_config"),
         ({"config": PixArtConfig(depth=28)}, "shows depth = 4, but the configuration says 28"),
-        ({"sample_size": 64}, "sample_size shows input_size = 64, but the configuration says 32"),
+        ({"sample_size": 64}, "shows input_size = 32, but the configuration says 64"),
         ({"sample_size": 0}, "expected the latent side"),
         ({"dtype": "int4"}, "expected one of keep, fp32, fp16, bf16"),
     ],

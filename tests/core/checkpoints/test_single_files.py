@@ -12,13 +12,15 @@ from pixart_nb import T5EncoderModel
 from pixart_nb.config import check_config
 from pixart_nb.core import PixArtConfig
 from pixart_nb.core.backend import ms
-from pixart_nb.core.checkpoints.components import LOADERS
+from pixart_nb.core.checkpoints.components import LOADERS, write_transformer
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.files import open_checkpoint, read_tensors
+from pixart_nb.core.checkpoints.load import load_transformer
 from pixart_nb.core.io import CheckpointError
+from pixart_nb.core.models.transformer import PixArt
 from pixart_nb.core.models.vae import AutoencoderKL, VAEConfig
 from pixart_nb.core.sampling.generate import load_pipeline
-from pixart_nb.core.sampling.planning import networks_of
+from pixart_nb.core.sampling.planning import networks_of, stated_config, transformer_config
 
 PIPELINE, _, GOLDEN = diffusers("sigma")
 IDS, MASK = GOLDEN["input_ids"], GOLDEN["prompt_mask"].astype(bool)
@@ -189,3 +191,36 @@ def test_a_file_without_an_autoencoder_is_named(tmp_path):
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.safetensors is no autoencoder .*lacks 'encoder.conv_in.weight'"):
         LOADERS["vae"](tmp_path / "a.safetensors", ms.float32)
+
+
+def converted(path, **changes):
+    """Write a random transformer, whose width does not show its heads, as a .ckpt file with its audit."""
+    config = dict(hidden_size=96, num_heads=6, depth=2, caption_channels=32, input_size=16, pe_interpolation=1.0)
+    net = PixArt(PixArtConfig(**config | changes))
+    net.initialize(np.random.default_rng(0))
+    write_transformer(path.parent / "transformer", net)
+    convert(plan_conversion(path.parent / "transformer", path))
+    return net
+
+
+def test_a_configuration_completes_what_the_audit_beside_a_file_says(tmp_path):
+    compression = {"sampling": "ave", "scale_factor": 2, "kv_compress_layer": [1]}
+    net = converted(tmp_path / "a.ckpt", kv_compress_config=compression)
+    keys = {"checkpoint": str(tmp_path / "a.ckpt"), "model": str(PIPELINE), "prompt": ["a"], "t5_max_length": 300}
+    config = check_config(keys | {"image_height": 128, "image_width": 128})
+    read = transformer_config(config)
+    assert (read.num_heads, read.input_size, read.pe_interpolation) == (6, 16, 1.0)
+    assert read.kv_compress_config == compression and read.model_max_length == 300
+    loaded = load_transformer(tmp_path / "a.ckpt", stated_config(config))
+    assert loaded.config.num_heads == 6 and loaded.config.kv_layers == net.config.kv_layers
+    with pytest.raises(CheckpointError, match="shows input_size = 16, but the configuration says 32"):
+        transformer_config(check_config(keys | {"image_height": 256, "image_width": 256, "sample_size": 32}))
+
+
+def test_a_sample_size_keeps_the_positions_that_a_folder_has_for_it(tmp_path):
+    converted(tmp_path / "a.ckpt", input_size=32)
+    for source in ("transformer", "a.ckpt"):
+        loaded = load_transformer(tmp_path / source, PixArtConfig(model_max_length=300), sample_size=32)
+        assert (loaded.config.input_size, loaded.config.pe_interpolation) == (32, 1.0)
+    with pytest.raises(CheckpointError, match="shows input_size = 32, but the configuration says 64"):
+        load_transformer(tmp_path / "transformer", PixArtConfig(model_max_length=300), sample_size=64)

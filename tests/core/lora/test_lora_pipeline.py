@@ -1,5 +1,7 @@
 """LoRAs of a pipeline: diffusers' calls, and the pictures that come of them."""
 
+import warnings
+
 import numpy as np
 import pytest
 from lora_models import trained, transformer
@@ -81,6 +83,36 @@ def test_several_adapters_with_weights(pipe):
     assert np.array_equal(picture(pipe), alone)
     pipe.delete_adapters("b")
     assert pipe.get_list_adapters() == {"transformer": ["a"]} and np.array_equal(picture(pipe), alone)
+
+
+def test_when_the_active_adapter_is_deleted_another_one_is_active(pipe):
+    trained(pipe.transformer, "a")
+    alone = picture(pipe)
+    pipe.load_lora_weights(REFERENCE / "lora" / "dora" / "adapter_model.safetensors", "b")
+    with pytest.warns(UserWarning, match="'a' is active now"):
+        pipe.delete_adapters("b")
+    assert pipe.get_active_adapters() == ["a"] and np.array_equal(picture(pipe), alone)
+    pipe.delete_adapters("a")
+    assert pipe.get_active_adapters() == []
+
+
+def test_a_weight_for_the_transformer_is_taken_out_of_a_mapping(pipe):
+    trained(pipe.transformer, "a")
+    pipe.set_adapters("a", 0.5)
+    half = picture(pipe)
+    for weights in ({"transformer": 0.5}, [{"transformer": 0.5}]):
+        pipe.set_adapters("a", weights)
+        assert np.array_equal(picture(pipe), half)
+
+
+def test_saving_names_the_adapters_that_are_left_out(pipe, tmp_path):
+    trained(pipe.transformer, "a")
+    with pytest.warns(UserWarning, match=r"without the adapters \['a'\]: fuse_lora first"):
+        pipe.save_pretrained(tmp_path / "plain")
+    pipe.fuse_lora()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.save_pretrained(tmp_path / "fused")
 
 
 @pytest.mark.parametrize("layout", ["peft", "diffusers"])

@@ -6,7 +6,13 @@ from PIL import Image
 from reference_data import diffusers, relative_error
 from safetensors.numpy import save_file
 
-from pixart_nb import PixArtControlNet, PixArtSigmaControlNetPipeline, PixArtSigmaPipeline, load_transformer
+from pixart_nb import (
+    PixArtControlNet,
+    PixArtSigmaControlNetPipeline,
+    PixArtSigmaPipeline,
+    load_controlnet,
+    load_transformer,
+)
 from pixart_nb.config import ConfigError, check_config, read_yaml
 from pixart_nb.core import trace
 from pixart_nb.core.backend import ms
@@ -186,3 +192,16 @@ def test_a_transformer_that_is_not_the_base_model_is_refused(base, pipe):
     other.transformer = load_transformer(diffusers("sigma")[0] / "transformer")
     with pytest.raises(PixArtNBError, match="is not the base model of its ControlNet"):
         latents(other, EDGES)
+
+
+def test_a_controlnet_may_be_given_by_its_path(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    by_path = PixArtSigmaControlNetPipeline.from_pretrained(FOLDER, controlnet=str(tmp_path / "controlnet"))
+    by_path.set_progress_bar_config(disable=True)
+    assert np.array_equal(latents(by_path, EDGES), latents(pipe, EDGES))
+
+
+def test_a_transformer_in_the_place_of_the_configuration_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(PixArtNBError, match=r"config is a PixArt, .*base_model=pipe"):
+        load_controlnet(tmp_path / "controlnet", pipe.transformer)

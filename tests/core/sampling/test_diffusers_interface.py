@@ -454,3 +454,14 @@ def test_bundled_schedulers_are_found_from_any_folder_and_hub_ids_are_said(monke
     assert EulerDiscreteScheduler.from_pretrained("data/tiny-sigma", subfolder="scheduler").num_train_timesteps == 1000
     with pytest.raises(PixArtNBError, match=r"take the options of its pipeline: EulerDiscreteScheduler\.from_config"):
         EulerDiscreteScheduler.from_pretrained("owner/model", subfolder="scheduler")
+
+
+def test_a_pipeline_leaves_graph_mode_with_a_warning(pipe):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        with pytest.warns(UserWarning, match="it is in PyNative mode now"):
+            other = type(pipe).from_pretrained(FOLDER)
+        assert ms.get_context("mode") == ms.PYNATIVE_MODE
+        assert np.isfinite(other("a cup", num_inference_steps=1, height=64, width=64, output_type="latent")[0]).all()
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)

@@ -149,7 +149,7 @@ def test_a_configuration_begins_with_an_image_and_keeps_what_the_mask_leaves(tmp
         ({"mask_image": "x"}, r"mask_image is \(\) <U1; expected"),
         ({"mask_image": []}, "mask_image is an empty list; expected"),
         ({"mask_image": np.ones((1, 1, 64, 96))}, r"mask_image is \(1, 1, 64, 96\) float64; expected"),
-        ({"mask_image": [MASK, MASK]}, "2 masks were given for 1 images; expected 1 or 1"),
+        ({"mask_image": [MASK, MASK]}, "2 masks were given for 1 image; expected 1$"),
     ],
 )
 def test_wrong_arguments_of_inpainting_are_named(pipe, argument, message):
@@ -185,3 +185,10 @@ def test_the_plain_pipeline_is_as_before(pipe):
     plain = PixArtSigmaPipeline.from_pipe(pipe, scheduler="dpm++")
     plain.set_progress_bar_config(disable=True)
     assert drawn(plain, height=64, width=96)[0].size == (96, 64)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_mask_may_be_the_array_of_a_colour_image(channels):
+    coloured = np.repeat(np.uint8(255) * MASK[..., None], channels, -1)
+    coloured[..., 3:] = 255
+    assert np.array_equal(mask_array(coloured, MASK.shape), MASK[None])

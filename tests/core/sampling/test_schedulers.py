@@ -1,6 +1,7 @@
 """Schedulers read and write configurations, plan timesteps, and refuse what they cannot do."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pixart_nb.core.sampling.schedulers import (
     CLASSES,
     SAMPLING_METHODS,
     DDIMScheduler,
+    DMDScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -66,6 +68,15 @@ def test_a_configuration_of_another_class_gives_the_options_that_it_chose_as_in_
     )
     foreign = {"_class_name": "DDPMScheduler", "beta_end": 0.01, "timestep_spacing": "trailing", "variance": 3}
     assert EulerDiscreteScheduler.from_config(foreign).timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize("cls", [LCMScheduler, DMDScheduler])
+def test_options_of_another_scheduler_are_left_out_without_a_warning(cls):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls.from_config(DPMSolverMultistepScheduler(timestep_spacing="trailing").config)
+    with pytest.warns(UserWarning, match="did you mean 'timestep_scaling'"):
+        cls.from_config({"timestep_scalings": 5.0})
 
 
 def test_a_configuration_is_read_only():
