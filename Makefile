@@ -66,8 +66,7 @@ lab: $(STAMP)
 	jupyter lab notebooks
 
 docs: $(STAMP)
-	python -m pip install --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	pdoc -o docs/api pixart_nb '!pixart_nb.cli'
+	python docs/build_api.py
 
 ascend-audit: $(STAMP)
 	python -m benchmarks.ascend_audit

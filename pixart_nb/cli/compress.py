@@ -15,14 +15,13 @@ KEYS = (
     "model", "kv_compress_sampling", "kv_compress_scale_factor", "sampling_steps", "prompt", "seed", "image_height",
     "image_width", "json_path", "image_dir", "start_learning_rate", "batch_size",
 )  # fmt: skip
-#: The size and the prompt stand for those of the model and of the measurement, if they are not given.
-DEFAULTS = {
-    "kv_compress_scale_factor": 2, "model": "none", "prompt": ["none"], "image_height": 16, "image_width": 16,
-}  # fmt: skip
+DEFAULTS = {"kv_compress_scale_factor": 2}
+#: Values of keys that a configuration needs. They stand for those of the model and of the measurement.
+STAND_INS = {"model": "none", "prompt": ["none"], "image_height": 16, "image_width": 16}
 ADAPTATION = ("json_path", "image_dir", "start_learning_rate", "batch_size")
 
 
-@config_options(InferenceConfig, TrainConfig, only=KEYS)
+@config_options(InferenceConfig, TrainConfig, only=KEYS, defaults=DEFAULTS)
 def compress(
     source: Annotated[Path, typer.Option("--source", "-s", help="Checkpoint without compression, or its pipeline.")],
     target: Annotated[
@@ -54,7 +53,7 @@ def compress(
 
     options = {key: value for key, value in options.items() if value not in (None, [])}
     keys = {key: value for key, value in options.items() if key in InferenceConfig.model_fields}
-    settings = check_config(DEFAULTS, options=keys)
+    settings = check_config(DEFAULTS | STAND_INS, options=keys)
     start(settings)
     if target is None:
         default = compression.default_target(source, settings.kv_compress_scale_factor)

@@ -16,7 +16,13 @@ dataset = typer.Typer(
 )
 CaptionSource = Enum("CaptionSource", {name: name for name in ("text", "file", "folder")}, type=str)
 TrainingConfigFile = Annotated[
-    Path, typer.Option("--config", "-c", metavar="file", help="Configuration file of a training.")
+    Path,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="file",
+        help="Configuration file of a training. The defaults shown below apply to keys that the file does not set.",
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ KEYS = (
 )  # fmt: skip
 
 
-@config_options(InferenceConfig, only=KEYS)
+@config_options(InferenceConfig, only=KEYS, defaults=DEFAULTS | OWN)
 def evaluate(
     config: ConfigFile = INFERENCE_CONFIG,
     count: Annotated[int, typer.Option(min=1, help="Number of held-out scenes to generate.")] = 240,
@@ -47,10 +48,10 @@ def evaluate(
     from pixart_nb.core.sampling import generate
     from pixart_nb.core.sampling.planning import check_run
     from pixart_nb.core.sampling.text import per_prompt
+    from pixart_nb.pixelart import evaluation
     from pixart_nb.pixelart.captions import short_caption
-    from pixart_nb.pixelart.evaluation import evaluate_and_write, requested_scenes, score_summary, score_table
 
-    scenes = requested_scenes(count, things, labels)
+    scenes = evaluation.requested_scenes(count, things, labels)
     options["prompt"] = [short_caption(scene) for scene in scenes]
     chosen = check_config(DEFAULTS | read_yaml(config) | OWN, "inference", str(config), options)
     start(chosen)
@@ -62,7 +63,9 @@ def evaluate(
     if others:
         raise PixArtNBError(f"negative_prompt has {1 + len(others)} texts; expected one for all scenes")
     check_run(chosen, KEYS)
-    report, path = evaluate_and_write(
+    if not labels:
+        _warn_of_other_models(chosen)
+    report, path = evaluation.evaluate_and_write(
         generate.load_pipeline(chosen),
         scenes,
         chosen.output_path,
@@ -79,5 +82,17 @@ def evaluate(
         negative_prompt=negative,
         **generate.pag_options(chosen),
     )
-    Console().print(score_table(report))
-    typer.echo(f"{score_summary(report)}\n{path}")
+    Console().print(evaluation.score_table(report))
+    typer.echo(f"{evaluation.score_summary(report)}\n{path}")
+
+
+def _warn_of_other_models(config: InferenceConfig) -> None:
+    """Warn of a model whose card does not name the drawn scenes. The size is checked when images are read."""
+    from pixart_nb.pixelart.evaluation import SMALLEST, draws_scenes
+
+    if not draws_scenes(config.model_copy(update={"image_height": SMALLEST, "image_width": SMALLEST})):
+        warnings.warn(
+            f"{config.checkpoint or config.model} has no model card that names the drawn scenes. The evaluator knows "
+            "only these: the shares are those of chance for a model that was not trained on them",
+            stacklevel=2,
+        )

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 from typer.core import TyperArgument, TyperCommand
 
 from pixart_nb.config.keys import IGNORED_KEYS, RENAMED_KEYS, ModelKeys, TrainConfig
@@ -27,6 +29,11 @@ _MOST_CHOICES = 4
 
 class Command(TyperCommand):
     """A command whose options take underscores or hyphens, several values for a list, and none for a boolean."""
+
+    def __init__(self, *words: Any, **options: Any):
+        super().__init__(*words, **options)
+        paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(self.help or ""))
+        self.help = "\n\n".join(" ".join(text.split()) for text in paragraphs)  # rich keeps line breaks
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Bring ``args`` into the form that typer reads, and parse them."""
@@ -100,12 +107,16 @@ def _is_number(word: str) -> bool:
 
 
 def config_options(
-    *models: type[BaseModel], only: Container[str] | None = None, without: Container[str] = ()
+    *models: type[BaseModel],
+    only: Container[str] | None = None,
+    without: Container[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Give a command an option for each field of ``models``: ``--image-height`` for ``image_height``.
 
     The command receives them as ``**options``, with None or an empty list for those that are not given. Its own options
     come first, then those of a model itself, then the inherited ones. ``only`` and ``without`` choose among the fields.
+    ``defaults`` are values of the command, which its help shows in place of those of the fields.
     """
     fields: dict[str, FieldInfo] = {}
     for model in models:
@@ -116,7 +127,7 @@ def config_options(
     def decorate(function: Callable) -> Callable:
         signature = inspect.signature(function, eval_str=True)
         parameters = [part for part in signature.parameters.values() if part.kind is not part.VAR_KEYWORD]
-        parameters += [_parameter(name, field) for name, field in fields.items()]
+        parameters += [_parameter(name, field, defaults or {}) for name, field in fields.items()]
         mindone = () if only else (*IGNORED_KEYS, *RENAMED_KEYS)
         parameters += [_hidden(name, fields.get(RENAMED_KEYS.get(name))) for name in mindone if name not in fields]
         function.__signature__ = signature.replace(parameters=parameters)
@@ -126,7 +137,7 @@ def config_options(
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, defaults: Mapping[str, Any]) -> inspect.Parameter:
     choices = [str(choice) for choice in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
     several = _is_list(field.annotation)
     names = [f"--{name.replace('_', '-')}"] + (["-o"] if name == "output_path" else [])
@@ -134,7 +145,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     help_text += f" One of: {', '.join(choices)}." if len(choices) > _MOST_CHOICES else ""
     option = typer.Option(
         *names,
-        help=help_text + _default(field),
+        help=help_text + _default(defaults.get(name, field.get_default(call_default_factory=True))),
         metavar=_metavar(field.annotation, choices) + (" ..." if several else ""),
         show_default=False,
         rich_help_panel=(field.json_schema_extra or {}).get("panel"),
@@ -153,9 +164,8 @@ def _hidden(name: str, field: FieldInfo | None) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Any, option])
 
 
-def _default(field: FieldInfo) -> str:
-    default = field.get_default(call_default_factory=True)
-    if field.is_required() or default is False or default in (None, "") or isinstance(default, list):
+def _default(default: Any) -> str:
+    if default is False or default in (None, "", PydanticUndefined) or isinstance(default, list):
         return ""
     return f" [dim]\\[default: {'true' if default is True else default}][/dim]"
 

@@ -47,7 +47,7 @@ def plan(
 
 def report(planned: Any) -> str:
     """Return a ``ConfigPlan`` as text."""
-    from pixart_nb.viz.tables import Table, in_words
+    from pixart_nb.viz.tables import in_words
 
     plan, run = planned.plan, planned.plan.run
     networks = {name.replace("_", " "): count for name, count in plan.networks.parameters().items()}
@@ -66,10 +66,18 @@ def report(planned: Any) -> str:
     lines = [
         *(f"{name}: {in_words(count)} parameters" for name, count in networks.items()),
         "",
-        str(Table(stages, title)),
+        _table(stages, title),
         f"Peak memory: {plan.peak / 1e9:.2f} GB.",
         f"Giga MACs of one step: {parts}.",
     ]
     if planned.overview:
-        lines += ["", str(Table(planned.overview, "Overview by size, compression ratio and dtype"))]
+        lines += ["", _table(planned.overview, "Overview by size, compression ratio and dtype")]
     return "\n".join([*lines, *("\n" + note for note in planned.notes)])
+
+
+def _table(rows: list[dict], caption: str) -> str:
+    """Return rows as text, without the columns that have no value, such as times that were not estimated."""
+    from pixart_nb.viz.tables import Table
+
+    columns = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return str(Table(rows, caption, columns))

@@ -12,7 +12,14 @@ from pixart_nb.config import InferenceConfig, load_config
 
 #: The option of a configuration file, for all commands that read one.
 ConfigFile = Annotated[
-    Path, typer.Option("--config", "-c", metavar="file", help="YAML file. The options below replace its values.")
+    Path,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="file",
+        help="YAML file. The options below replace its values. "
+        "The defaults shown below apply to keys that the file does not set.",
+    ),
 ]
 INFERENCE_CONFIG = Path("configs/inference/tiny.yaml")
 
@@ -40,4 +47,4 @@ def sample(
         start(settings)
     for path in generate.sample(settings):
         typer.echo(path)
-    typer.echo(f"{generate.seconds_of_this_process():.1f} s from the cold start of this command")
+    typer.echo(f"{generate.seconds_of_this_process():.1f} s in all, with loading")

@@ -160,7 +160,8 @@ def score_table(report: Mapping[str, Any]) -> RichTable:
 
 def score_summary(report: Mapping[str, Any]) -> str:
     """Return a line about the number of images and the time, and one about the VAE if it was measured."""
-    source = f"captions of {report['labels']}" if report.get("labels") else "held-out scenes"
+    several = "s" * (report["count"] > 1)
+    source = f"caption{several} of {report['labels']}" if report.get("labels") else f"held-out scene{several}"
     summary = f"{report['count']} {source}, {report['seconds_per_image']:.2f} s per image"
     ratios = ", ".join(f"{level} px {ratio:.2f}" for level, ratio in report["texture_ratios"].items())
     summary += f"\nDistance of textures from drawings of other scenes, 1 is that of drawings of these: {ratios}"

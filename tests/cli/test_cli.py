@@ -14,6 +14,7 @@ from lora_models import trained
 from PIL import Image
 from typer.testing import CliRunner
 
+from pixart_nb import __version__
 from pixart_nb.cli import app
 from pixart_nb.core import backend
 from pixart_nb.core.checkpoints.load import load_transformer
@@ -77,6 +78,40 @@ def app_options(name):
     return [option for option in get_command(app).commands[name].params if option.name != "help"]
 
 
+@pytest.mark.parametrize("words", [["sample"], ["evaluate"], ["upscale"], ["convert"], ["dataset", "features"]])
+def test_help_breaks_lines_only_between_paragraphs(words):
+    lines = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "400"}).output.split("╭")[0].splitlines()
+    paragraphs = [line.strip() for line in lines if line.strip()]
+    usage, *texts, example = paragraphs
+    assert usage.startswith("Usage:") and example.startswith("Example: ")
+    assert texts and all(text.endswith(".") and text[0].isupper() for text in texts)
+    assert len(lines) > 2 * len(texts)  # with empty lines between them
+
+
+def test_help_shows_the_defaults_of_a_command_and_which_values_they_give_way_to():
+    def help_of(name):
+        return CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "300"}).output
+
+    assert re.search(r"--kv-compress-scale-factor .*\[default: 2\]", help_of("compress"))
+    text = help_of("evaluate")
+    assert re.search(r"--batch-size .*\[default: 24\]", text)
+    assert re.search(r"--output-path .*\[default: outputs/evaluation\]", text)
+    for name in "sample", "evaluate", "train", "upscale", "plan":
+        assert "The defaults shown below apply to keys that the file does not set." in help_of(name)
+
+
+def test_the_package_runs_as_a_program():
+    words = [sys.executable, "-m", "pixart_nb", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == f"pixart-nb {__version__}\n"
+
+
+def test_a_plan_without_times_has_no_columns_for_them(run):
+    result = run("plan", "-c", CONFIG, "--no-timed")
+    assert result.exit_code == 0, result.output
+    assert "estimated" not in result.stdout
+    assert "weights GB" in result.stdout and "tokens" in result.stdout
+
+
 def test_help_loads_no_mindspore():
     check = "import sys, pixart_nb.cli; print('mindspore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True).stdout.strip() == "False"
@@ -138,7 +173,7 @@ def test_sample_draws_the_prompts_of_the_configuration(run, painter, tmp_path):
     written = json.loads((tmp_path / "sample.json").read_text())
     *paths, time = result.stdout.splitlines()
     assert paths == [str(tmp_path / name) for name in written["files"]]
-    assert time.endswith(" s from the cold start of this command")
+    assert time.endswith(" s in all, with loading")
     assert float(time.split()[0]) == pytest.approx(written["seconds_from_cold_start"], abs=1)
     assert written["files"][0] == "000_a-large-pink-dragon-on-the-left-in-a-cave.png"
     pictures = np.stack([np.asarray(Image.open(tmp_path / name)) for name in written["files"]])
@@ -333,6 +368,17 @@ def test_evaluate_applies_loras_with_their_weights(run, tmp_path):
     none, off, half = (np.asarray(Image.open(path), np.float64) for path in paths)
     assert np.abs(off - none).max() <= 1 and np.abs(half - none).mean() > 5
     assert json.loads((tmp_path / "0.5" / "evaluation.json").read_text())["lora"][0].endswith(":0.5")
+
+
+def test_evaluate_warns_of_a_model_that_may_not_draw_scenes(run, painter, tmp_path):
+    words = ["evaluate", "--count", 1, "--sampling_steps", 1, "-o", tmp_path / "out"]
+    other = ["--checkpoint", "data/tiny-sigma/transformer"]
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([{"path": "a.png", "prompt": "a red cup at night"}]))
+    for more, warned in ([], False), (other, True), ([*other, "--labels", labels], False):
+        result = run(*words, *more)
+        assert result.exit_code == 0, result.output
+        assert ("transformer has no model card that names the drawn scenes" in result.stderr) is warned
 
 
 def test_wrong_pictures_are_counted_as_wrong():

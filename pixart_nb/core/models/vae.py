@@ -142,10 +142,10 @@ class AutoencoderKL(nn.Cell):
         check_finite(moments, "the VAE's encoder")
         return EncoderOutput(DiagonalGaussian(moments))
 
-    def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False) -> DecoderOutput:
+    def decode(self, z: ms.Tensor | np.ndarray, return_dict: bool = False, generator: object = None) -> DecoderOutput:
         """Latents (N, C, h, w), divided by ``config.scaling_factor`` -> ``(sample,)``, (N, 3, 8h, 8w).
 
-        ``return_dict`` is accepted for calls written for diffusers; the result is a tuple either way.
+        ``return_dict`` and ``generator`` are accepted for calls written for diffusers; neither changes the result.
         """
         z = as_tensor(z)
         if z.ndim != 4 or z.shape[1] != self.config.latent_channels:

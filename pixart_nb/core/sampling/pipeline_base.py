@@ -363,7 +363,7 @@ class PipelineBase(LoraLoaderMixin):
 
 
 _CHUNKS = "attention is always computed in chunks"
-_OFFLOADING = "resumable stages (`pixart-nb sample --stages_path FOLDER`) hold one network at a time, without offloading"
+_OFFLOADING = "resumable stages (`pixart-nb sample --stages_path FOLDER`) hold one network at a time instead"
 #: First letters of methods of diffusers that do nothing here, and the reason.
 _NO_EFFECT = {
     "enable_attention_slicing": _CHUNKS,
