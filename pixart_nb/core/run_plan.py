@@ -488,7 +488,9 @@ def size_warnings(config: PixArtConfig, run: RunSettings, trained_sizes: Sequenc
     trained = min(trained_sizes or [own], key=lambda side: abs(math.log(drawn / side)))
     sentences = []
     if not 1 / FAR <= drawn / trained <= FAR:
-        side, scale = round(drawn / 8), config.pe_interpolation * drawn / own
+        unit = math.lcm(2, config.patch_size)  # a training needs an even number of latent cells, in whole patches
+        side = unit * -(-round(drawn / 8) // unit)
+        scale = config.pe_interpolation * side / config.input_size
         sentences.append(
             f"The checkpoint was trained at {trained}x{trained} and is used at {run.height}x{run.width}: "
             "expect repeated, broken or blurred shapes. Use its own size, or "

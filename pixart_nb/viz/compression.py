@@ -169,7 +169,8 @@ def error_by_timestep(
     for number, (label, values) in enumerate(errors.items()):
         require_as_many(f"values of {label!r}", values, len(timesteps), "timesteps")
         ax.plot(list(timesteps), np.asarray(values, float), label=label, **line_style(number))
-    ax.set_yscale("log" if logarithmic else "linear")
+    if logarithmic:
+        style.logarithmic_values(ax)
     ax.invert_xaxis()
     style.legend(ax, "right")
     return figure
@@ -222,7 +223,7 @@ def cost_curves(costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         if share:
             ax.set_ylim(0, 1.08)
         else:
-            ax.set_yscale("log")
+            style.logarithmic_values(ax)
         ax.set_xticks(sizes, sizes)
         ax.minorticks_off()
     style.legend_below(figure, axes[0])

@@ -27,8 +27,9 @@ _TICKS = 10
 def training_curves(curves: Mapping[str, Curve], ylabel: str = "loss", logarithmic: bool = False) -> Figure:
     """Draw one line per name from ``curves[name] = (steps, values)``, two sequences of equal length."""
     figure, ax = style.curve_axes(7, 3.5, "step", ylabel)
-    _draw_curves(ax, curves, list(curves), marker=None)
-    ax.set_yscale("log" if logarithmic else "linear")
+    _draw_curves(ax, curves, list(curves), lines_only=True)
+    if logarithmic:
+        style.logarithmic_values(ax)
     if curves:
         legend(ax)
     return figure
@@ -63,26 +64,29 @@ def loss_and_score(
 ) -> Figure:
     """Draw losses (left) and scores between 0 and 1 (right) by step; a run has the same line style in both.
 
+    Without scores and levels there is one panel, of the losses.
+
     Args:
         marks: Named steps, drawn as vertical lines up to the last step.
         levels: Named scores, drawn as horizontal lines.
     """
-    figure = style.new_figure(WIDTH, 3.4)
-    loss, share = style.axes_grid(figure, 1, 2)[0]
+    scored = bool(scores or levels)  # there are no scores of a model whose images cannot be read
+    figure = style.new_figure(WIDTH if scored else 7, 3.4)
+    loss, *right = style.axes_grid(figure, 1, 1 + scored)[0]
     names = list(dict.fromkeys([*losses, *scores]))
-    _draw_curves(for_curves(loss, "step", "loss"), losses, names, marker=None)
-    _draw_curves(for_curves(share, "step", score), scores, names)
+    _draw_curves(for_curves(loss, "step", "loss"), losses, names, lines_only=True)
+    for share in right:
+        _draw_curves(for_curves(share, "step", score), scores, names)
+        _draw_levels(share, levels or {})
+        share.set_ylim(-0.03, 1.03)
     last = max((max(steps) for steps, _ in (*losses.values(), *scores.values()) if len(steps)), default=0)
-    for ax in (loss, share):
+    for ax in (loss, *right):
         ax.set_xlim(0, last * 1.03 or 1)
         for name, step in (marks or {}).items():
             if step <= last:
                 _mark_step(ax, step, name if ax is loss else "")
-    _draw_levels(share, levels or {})
-    share.set_ylim(-0.03, 1.03)
-    share.set_visible(bool(scores or levels))  # there are no scores of a model whose images cannot be read
     if losses or scores:
-        style.legend_below(figure, share if scores or levels else loss)
+        style.legend_below(figure, [*right, loss][0])
     return figure
 
 
@@ -140,12 +144,18 @@ def _draw_levels(ax: Axes, levels: Mapping[str, float]) -> None:
         ax.axhline(value, color="0.35", linewidth=1.0, linestyle=(":", "--", "-.")[number % 3], label=name)
 
 
-def _draw_curves(ax: Axes, curves: Mapping[str, Curve], names: Sequence[str], **look: Any) -> None:
-    """Draw curves in the line style of their position in ``names``."""
+def _draw_curves(
+    ax: Axes, curves: Mapping[str, Curve], names: Sequence[str], lines_only: bool = False, **look: Any
+) -> None:
+    """Draw curves in the line style of their position in ``names``.
+
+    ``lines_only`` leaves out the markers, except that of a curve with one finite value, which is no line.
+    """
     for name, (steps, values) in curves.items():
         require_as_many(f"values of {name!r}", values, len(steps), "steps")
         values = np.asarray(values, dtype=float)
-        ax.plot(np.asarray(steps), values, label=name, **line_style(names.index(name)) | look)
+        marker = {"marker": None} if lines_only and np.isfinite(values).sum() > 1 else {}
+        ax.plot(np.asarray(steps), values, label=name, **line_style(names.index(name)) | marker | look)
 
 
 def _mark_step(ax: Axes, step: float, name: str) -> None:
@@ -245,9 +255,11 @@ def _draw_with_mean(ax: Axes, rows: Sequence[TrainingRow], key: str) -> None:
     window = max(1, min(len(values), max(10, len(values) // 20)))
     sums, ends = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
     means = (sums[ends] - sums[np.maximum(0, ends - window)]) / np.minimum(ends, window)
-    few = slice(None, None, -(-len(values) // POINTS))
-    ax.plot(steps[few], values[few], color=COLOURS[4], linewidth=0.7, alpha=0.6, label="each step")
-    ax.plot(steps[few], means[few], color=COLOURS[0], linewidth=1.6, label=f"mean of {window} steps")
+    few, marker = slice(None, None, -(-len(values) // POINTS)), "o" if len(values) == 1 else None  # no line
+    look = {"marker": marker, "markersize": 4, "clip_on": marker is None}
+    ax.plot(steps[few], values[few], color=COLOURS[4], linewidth=0.7, alpha=0.6, label="each step", **look)
+    label = f"mean of {window} step{'s' * (window > 1)}"
+    ax.plot(steps[few], means[few], color=COLOURS[0], linewidth=1.6, label=label, **look)
     ax.set_ylim(0, 1.15 * float(np.quantile(values, 0.98)) or 1.0)  # a single leap hides everything else
 
 

@@ -13,10 +13,10 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import atomic_write
 from pixart_nb.viz.style import HEAT, LARGE, SMALL, TEXT, WIDTH, Figure, axes_grid, colour_bar, for_image, new_figure
 
-#: Inches beside the images of a grid.
-_MARGIN = 0.3
+#: Inches beside the images of a grid, with row labels and without.
+_LABEL_MARGIN, _MARGIN = 0.28, 0.1
 #: Letters per inch of a title and of a row label, and inches per line of a title, in a font of one point.
-_TITLE_LETTERS, _ROW_LETTERS, _TITLE_LINE = 124, 112, 0.0175
+_TITLE_LETTERS, _ROW_LETTERS, _TITLE_LINE = 124, 112, 0.0185
 
 
 def image_grid(
@@ -41,15 +41,17 @@ def image_grid(
         raise PixArtNBError("an image grid needs at least one image, got none")
     require_as_many("titles", titles, len(images), "images")
     columns = min(columns or int(np.ceil(np.sqrt(len(images)))), len(images))
-    cell = min(cell, (WIDTH - _MARGIN) / columns)
+    margin = _LABEL_MARGIN if row_labels else _MARGIN
+    cell = min(cell, (WIDTH - margin) / columns)
     rows = -(-len(images) // columns)
     require_as_many("row labels", row_labels, rows, "rows")
     points = float(np.clip(5 * cell, SMALL, LARGE))
     titles = [_folded(title, int(cell * _TITLE_LETTERS / points)) for title in titles or [""] * len(images)]
     lines = [max(title.count("\n") + bool(title) for title in titles[k * columns :][:columns]) for k in range(rows)]
-    title_rooms = sum(0.16 + _TITLE_LINE * points * count if count else 0.08 for count in lines)
+    title_rooms = sum(0.15 + _TITLE_LINE * points * count if count else 0.08 for count in lines)
     aspect = max(image.shape[0] / image.shape[1] for image in images)
-    figure = new_figure(columns * cell + _MARGIN, rows * cell * aspect + title_rooms + 0.1)
+    figure = new_figure(columns * cell + margin, rows * cell * aspect + title_rooms + 0.1)
+    figure.set_layout_engine("compressed")  # no gaps between rows of images with a fixed aspect
     axes = [for_image(ax) for ax in figure.subplots(rows, columns, squeeze=False).ravel()]
     for ax, image, title in zip(axes, images, titles, strict=False):
         limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
@@ -77,7 +79,10 @@ def comparison_grid(
     images = [as_image(image) for row in rows.values() for image in row]
     if len(columns) == 1 and len(images) > 1:
         figure = image_grid(_on_equal_ground(images), list(rows), min(5, len(images)), cell=cell)
-        figure.suptitle(_folded(columns[0], int(figure.get_figwidth() * 15.5)), fontsize=TEXT)
+        title = _folded(columns[0], int((figure.get_figwidth() - 0.3) * _TITLE_LETTERS / TEXT))
+        figure.suptitle(title, fontsize=TEXT)
+        lines = title.count("\n") + 1
+        figure.set_figheight(figure.get_figheight() + 0.05 + _TITLE_LINE * TEXT * lines)
         return figure
     titles = [*columns, *[""] * (len(images) - len(columns))]
     return image_grid(_on_equal_ground(images), titles, len(columns) or None, list(rows), cell)
@@ -89,6 +94,7 @@ def film_strip(images: Sequence[np.ndarray] | np.ndarray, labels: Sequence[str])
     require_as_many("labels", labels, len(images), "images")
     for ax, label in zip(figure.axes, labels, strict=True):
         ax.set_xlabel(label, fontsize=SMALL)
+    figure.set_figheight(figure.get_figheight() + _TITLE_LINE * SMALL)
     return figure
 
 
@@ -174,5 +180,5 @@ def _on_equal_ground(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _folded(words: str, width: int) -> str:
-    """Wrap words into lines of at most ``width`` letters."""
-    return fill(" ".join(words.split()), width, break_long_words=False, break_on_hyphens=False)
+    """Wrap words into lines of at most ``width`` letters; a longer word is broken."""
+    return fill(" ".join(words.split()), max(1, width), break_on_hyphens=False)

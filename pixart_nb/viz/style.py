@@ -12,6 +12,7 @@ from matplotlib import figure as matplotlib_figure
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 #: Font sizes in points. A figure of ``WIDTH`` inches fills the width of a notebook.
 SMALL, TEXT, LARGE = 8, 9, 10
@@ -91,6 +92,17 @@ def for_curves(ax: Axes, xlabel: str, ylabel: str) -> Axes:
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3, linewidth=0.6)
     return ax
+
+
+def logarithmic_values(ax: Axes) -> None:
+    """Make the value axis of drawn curves logarithmic; its ticks are plain numbers in a range below two decades."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high < 100 * low:
+        narrow = high < 10 * low
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.6g}")
 
 
 def curve_axes(width: float, height: float, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

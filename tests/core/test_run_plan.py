@@ -169,6 +169,21 @@ def test_a_checkpoint_at_another_size_than_its_own_is_warned_of():
 
 
 @pytest.mark.parametrize(
+    ("side", "patch", "expected"),
+    [
+        (248, 2, "sample_size 32, pe_interpolation 0.5)"),
+        (440, 2, "sample_size 56, pe_interpolation 0.875)"),
+        (248, 1, "sample_size 32, pe_interpolation 0.5)"),
+        (288, 8, "sample_size 40, pe_interpolation 0.625)"),
+    ],
+)
+def test_a_recommended_training_size_has_an_even_number_of_latent_cells_in_whole_patches(side, patch, expected):
+    config = PixArtConfig(input_size=128, patch_size=patch, pe_interpolation=2.0)
+    (sentence,) = [s for s in size_warnings(config, RunSettings(side, side)) if "sample_size" in s]
+    assert expected in sentence
+
+
+@pytest.mark.parametrize(
     ("model", "side", "binning", "expected"),
     [
         ("tiny-sigma", 256, True, ""),

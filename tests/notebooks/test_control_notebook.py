@@ -1,5 +1,7 @@
 """The notebook on control and editing runs whole, and its files and numbers are what it says."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from notebook_contract import check_files, run_smoke
@@ -42,7 +44,7 @@ def check_numbers(numbers, values):
     assert all(0 <= value <= 1 for score in scores for value in score.values())
     assert list(numbers["image_to_image"]) == [f"{strength:g}" for strength in values["strengths"]]
     distances = [row["rms"] for row in numbers["image_to_image"].values()]
-    assert numbers["monotone"] and distances == sorted(distances)
+    assert numbers["monotone"] and all(weaker < stronger for weaker, stronger in pairwise(distances))
     assert numbers["image_to_image_baselines"]["through the VAE"] < distances[0]
     before, painted = numbers["inpainting"]["before"], numbers["inpainting"]["inpainted"]
     assert (before["object"], before["colour"], before["setting"]) == (0, 0, 1) and painted["setting"] == 1

@@ -23,7 +23,7 @@ NOTEBOOKS = {
         "train_batch_size": 2,
         "controlled": 2,
         "copies": 2,
-        "strengths": [0.25, 1.0],
+        "strengths": [0.25, 0.5, 0.75, 1.0],
         "inpainted": 2,
     },
     "11_few_steps": {
@@ -47,5 +47,23 @@ def test_it_runs_on_a_checkpoint_of_the_published_layout(project, tmp_path, name
     values["output_path"] = str(tmp_path / "out")
     notebook = project / "notebooks" / f"{name}.ipynb"
     executed = run_notebook(notebook, values, tmp_path / "executed.ipynb", project, compiled=False)
-    printed = "".join(output.get("text", "") for cell in executed.cells for output in cell.get("outputs", ()))
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
+    printed = "".join(output.get("text", "") for output in outputs)
     assert "Skipped" in printed
+    check_nothing_is_empty(outputs)
+    if name == "10_control_and_editing":
+        assert "Left out: strengths below 0.5, which leave none of 2 steps." in printed
+        assert "Left out: strength 0.75, which takes 1 step, as strength 0.5 does." in printed
+    if name in ("10_control_and_editing", "11_few_steps"):
+        assert f"'model': '{values['checkpoint']}'" in "".join(shown_texts(outputs))
+
+
+def shown_texts(outputs):
+    return [output["data"].get("text/plain", "") for output in outputs if "data" in output]
+
+
+def check_nothing_is_empty(outputs):
+    """No result is a table without columns, or a mapping that is empty or has an empty one."""
+    tables = [output["data"].get("text/html", "") for output in outputs if "data" in output]
+    assert not [table for table in tables if "<thead><tr></tr></thead>" in table]
+    assert not [text for text in shown_texts(outputs) if "{}" in text or text in ("[]", "()")]

@@ -122,7 +122,45 @@ def test_a_mark_that_no_run_reached_is_left_out():
 
 def test_a_single_point_and_no_points_are_drawn():
     check_layout(loss_and_score({"a": ([1], [0.5])}, {"a": ([0], [0.0])}))
-    assert loss_and_score({}, {}).axes[1].lines[:] == []
+    assert loss_and_score({}, {}).axes[0].lines[:] == []
+
+
+def test_losses_without_scores_have_one_panel_and_their_legend_below_it():
+    figure = loss_and_score(LOSSES, {})
+    check_layout(figure)
+    (ax,) = figure.axes
+    box = figure.legends[0].get_window_extent()
+    assert abs((box.x0 + box.x1) / 2 - figure.bbox.width / 2) < 0.1 * figure.bbox.width
+    assert ax.get_window_extent().width > 0.8 * figure.bbox.width
+
+
+@pytest.mark.parametrize("draw", [training_curves, lambda losses: loss_and_score(losses, {})])
+def test_a_curve_of_one_point_has_a_marker_and_a_longer_one_has_none(draw):
+    few, many = draw({"one": ([1], [0.5]), "two": ([1, 2], [0.5, 0.4])}).axes[0].lines
+    assert few.get_marker() not in (None, "None", "") and many.get_marker() == "None"
+
+
+def test_a_training_of_one_step_is_a_visible_point():
+    loss, _ = training_figure(rows(1), 1).axes
+    assert all(line.get_marker() == "o" for line in loss.lines)
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["each step", "mean of 1 step"]
+
+
+@pytest.mark.parametrize(
+    ("values", "plain"), [([1.45, 1.52], True), ([0.4, 0.4], True), ([0.02, 0.9], True), ([0.001, 10.0], False)]
+)
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers_below_two_decades(values, plain):
+    figure = training_curves({"a": ([0, 9], values)}, logarithmic=True)
+    check_layout(figure)
+    (ax,) = figure.axes
+    low, high = ax.get_ylim()
+    ticks = zip(ax.get_yticks(), ax.yaxis.get_ticklabels(), strict=True)
+    texts = [label.get_text() for place, label in ticks if low <= place <= high]
+    assert len(texts) >= 2 and len(set(texts)) == len(texts)
+    assert all(("10^" in text) != plain for text in texts)
+    if plain:
+        assert [float(text) for text in texts] == sorted(float(text) for text in texts)
+        assert not any(tick.label1.get_text() for tick in ax.yaxis.get_minor_ticks())
 
 
 def test_a_curve_needs_as_many_values_as_steps():

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
@@ -118,6 +119,50 @@ def test_a_comparison_shows_images_of_different_sizes_to_one_scale():
     assert [shown(place).shape for place in places] == [(8, 8, 3), (8, 8, 3)]
     assert shown(places[0])[:, 0, 0].tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
     assert shown(places[1])[0, :, 0].tolist() == [255, 255, 0, 0, 0, 0, 255, 255]
+
+
+PROMPTS = {
+    "short": "A small cactus with a happy face in the Sahara desert.",
+    "long": "an astronaut who rides a green horse through a narrow street of an old town at night, while it rains and "
+    "many lamps shine on the wet stones of the road.",
+    "one word": "unbreakable" * 8,
+}
+
+
+def check_titles(figure):
+    """Every text lies within the figure, and every title above its image, at the resolutions of files and notebooks."""
+    for dpi in (72, 100, 150, 200):
+        figure.set_dpi(dpi)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+        for text in texts:
+            box = text.get_window_extent(renderer)
+            assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, f"{text.get_text()!r} at {dpi} dpi: {box}"
+            assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, f"{text.get_text()!r} at {dpi} dpi: {box}"
+        images = [place.images[0].get_window_extent(renderer) for place in figure.axes if place.images]
+        titles = [place.title.get_window_extent(renderer) for place in figure.axes if place.get_title()]
+        assert not any(title.overlaps(image) for title in titles for image in images)
+        sides = [image.width for image in images]
+        assert max(sides) - min(sides) <= 1
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (12, 8)])
+@pytest.mark.parametrize(("count", "columns"), [(1, None), (2, 2), (4, 2), (8, 8), (8, 4)])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_titles_lie_within_the_rendered_figure(prompt, count, columns, shape):
+    images, titles = np.zeros((count, *shape, 3)), [PROMPTS[prompt]] * count
+    check_titles(image_grid(images, titles, columns))
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_titles_of_comparisons_and_labels_of_strips_lie_within_the_rendered_figure(prompt):
+    images, title = np.zeros((2, 8, 8, 3)), PROMPTS[prompt]
+    check_titles(comparison_grid({"dpm++": images[:1], "ddim": images[1:]}, [title]))
+    check_titles(comparison_grid({"before": images, "after": images}, [title, title]))
+    check_titles(comparison_grid({"before": images[:1]}, [title]))
+    check_titles(film_strip(images, ["t 999", "t 0"]))
 
 
 def test_titles_of_many_lines_have_room_above():

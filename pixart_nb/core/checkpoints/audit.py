@@ -29,6 +29,8 @@ OUTCOMES = {
 }
 _ALWAYS_COUNTED = ("mapped", "recomputed", "missing", "unexpected")
 _EMBEDDING = "y_embedder.y_embedding"
+#: Bits of exponent and mantissa of the dtypes of weights.
+_BITS = {"F64": (11, 52), "F32": (8, 23), "BF16": (8, 7), "F16": (5, 10), "F8_E5M2": (5, 2), "F8_E4M3": (4, 3)}
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,8 @@ class Audit:
             names = [name for entry in self.of(outcome) for name in entry.source or entry.target]
             listed = f": {first_few(names)}" if outcome != "mapped" and count else ""
             lines.append(f"{count:6d} {outcome} - {OUTCOMES[outcome]}{listed}")
-        if self.dtypes[0] != self.dtypes[1]:
-            lines.append(f"- The values are rounded: {self.dtypes[0]} became {self.dtypes[1]}.")
-        return "\n".join([*lines, *(f"- {sentence}" for sentence in self.sentences)])
+        sentences = [*_about_dtypes(*self.dtypes), *self.sentences]
+        return "\n".join([*lines, *(f"- {sentence}" for sentence in sentences)])
 
 
 def links_between(first: Mapping[str, LazyTensor], second: Mapping[str, LazyTensor]) -> list[Link]:
@@ -158,6 +159,18 @@ def _shapes(shapes: tuple[Shape, ...]) -> str:
 
 
 # ---- sentences
+
+
+def _about_dtypes(before: str, after: str) -> Iterator[str]:
+    """Yield a sentence if floating-point dtypes changed: values are rounded if a target has fewer bits of a part."""
+    sources, targets = ([name for name in names.split(", ") if name in _BITS] for names in (before, after))
+    if sources == targets:
+        return
+    pairs = [zip(_BITS[source], _BITS[target], strict=True) for source in sources for target in targets]
+    if any(had > has for pair in pairs for had, has in pair):
+        yield f"The values are rounded: {before} became {after}."
+    else:
+        yield f"The dtype changed without loss: {before} became {after}."
 
 
 def sentences_on(

@@ -7,7 +7,7 @@ import pytest
 from reference_data import OFFICIAL, official
 
 from pixart_nb.core import PixArtConfig
-from pixart_nb.core.checkpoints.audit import OUTCOMES, links_between
+from pixart_nb.core.checkpoints.audit import OUTCOMES, Audit, links_between
 from pixart_nb.core.checkpoints.convert import convert, plan_conversion
 from pixart_nb.core.checkpoints.files import open_checkpoint
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
@@ -48,6 +48,28 @@ def test_every_tensor_of_source_and_target_is_accounted_for_once_with_its_shape(
     assert sorted(targets) == sorted((name, t.shape) for name, t in after.items())
     assert audit.counts == {"mapped": len(before) - 1, "recomputed": 1, "missing": 0, "unexpected": 0}
     assert audit.of("recomputed")[0].source == ("pos_embed",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("F32", "F16", "rounded"),
+        ("F32", "BF16", "rounded"),
+        ("BF16", "F16", "rounded"),
+        ("F16", "BF16", "rounded"),
+        ("F16, F32", "F16", "rounded"),
+        ("F16", "F32", "without loss"),
+        ("BF16", "F32", "without loss"),
+        ("F8_E4M3", "F16", "without loss"),
+        ("BF16, F32", "F32", "without loss"),
+        ("F32", "F32", ""),
+        ("F32, I64", "F32", ""),
+    ],
+)
+def test_values_are_called_rounded_only_if_the_target_has_fewer_bits(before, after, expected):
+    text = str(Audit("a", "b", ("official", "official"), (before, after), "", {}, []))
+    assert [word for word in ("rounded", "without loss") if word in text] == ([expected] if expected else [])
+    assert (f"{before} became {after}." in text) == bool(expected)
 
 
 def test_the_written_audit_lists_the_tensors_by_what_became_of_them(tmp_path):
