@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from pixart_nb.cli.options import config_options, start
-from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
-from pixart_nb.config import InferenceConfig, check_config, read_yaml
+from pixart_nb.cli.sample import ConfigFile
+from pixart_nb.config import INFERENCE_CONFIG, InferenceConfig, check_config, read_yaml
 from pixart_nb.core.errors import PixArtNBError
 
 #: Values for keys that the configuration file does not have, and the output folder, which replaces that of the file.

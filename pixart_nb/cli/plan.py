@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from pixart_nb.cli.options import config_options, start
-from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
-from pixart_nb.config import InferenceConfig, load_config
+from pixart_nb.cli.sample import ConfigFile
+from pixart_nb.config import INFERENCE_CONFIG, InferenceConfig, load_config
 
 
 @config_options(InferenceConfig, without=("output_path", "imagegrid", "use_parallel", "seed", "first_image"))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pixart_nb.cli.options import config_options, start
-from pixart_nb.config import InferenceConfig, load_config
+from pixart_nb.config import INFERENCE_CONFIG, InferenceConfig, load_config
 
 #: The option of a configuration file, for all commands that read one.
 ConfigFile = Annotated[
@@ -21,7 +21,6 @@ ConfigFile = Annotated[
         "The defaults shown below apply to keys that the file does not set.",
     ),
 ]
-INFERENCE_CONFIG = Path("configs/inference/tiny.yaml")
 
 
 @config_options(InferenceConfig)

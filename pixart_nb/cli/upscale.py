@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from pixart_nb.cli.options import config_options, start
-from pixart_nb.cli.sample import INFERENCE_CONFIG, ConfigFile
-from pixart_nb.config import InferenceConfig, load_config
+from pixart_nb.cli.sample import ConfigFile
+from pixart_nb.config import INFERENCE_CONFIG, InferenceConfig, load_config
 
 WITHOUT = (
     "image", "mask", "upscale_from", "strength", "imagegrid", "nrows", "ncols", "batch_size", "use_resolution_binning",

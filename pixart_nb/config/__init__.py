@@ -131,7 +131,8 @@ def _for_model(values: dict[str, Any], model: str) -> dict[str, Any]:
     try:
         described = json.loads((Path(model).expanduser() / "transformer" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # of the hub, or of another layout
-        described = {}
+        described = None
+    described = described if isinstance(described, dict) else {}
     if bundled_path(model) != Path(model) or described.get("caption_channels", _CAPTION_CHANNELS) != _CAPTION_CHANNELS:
         return values
     named = re.search("|".join(_PUBLISHED_SIZES), Path(model).name)
