@@ -113,8 +113,8 @@ def load_transformer(
 
     ``config`` may leave open what the checkpoint shows: width, depth, caption size, tokens, micro conditions and
     compressed layers. ``sample_size``: latent side of the training size. ``options``: ``variant`` and
-    ``use_safetensors`` of ``open_checkpoint``. It is loaded tensor by tensor. Raises
-    ``CheckpointError`` for a contradiction.
+    ``use_safetensors`` of ``open_checkpoint``. It is loaded tensor by tensor. Raises ``CheckpointError`` for a
+    contradiction.
     """
     path = Path(path).expanduser()
     view = to_official_names(open_checkpoint(path, **options))
