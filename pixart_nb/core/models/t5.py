@@ -68,6 +68,8 @@ class T5Config:
         """
         values = TRANSFORMERS_DEFAULTS | dict(values)
         with named_source(source):
+            if "_class_name" in values:  # of diffusers
+                raise PixArtNBError(f"it is the configuration of {values['_class_name']!r:.60}; expected that of a T5")
             refuse_others(values, IMPLEMENTED)
             return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 

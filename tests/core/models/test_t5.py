@@ -62,6 +62,11 @@ def test_another_feed_forward_is_refused():
         T5Config(feed_forward_proj="relu")
 
 
+def test_the_configuration_of_another_network_is_named():
+    with pytest.raises(ValueError, match="vae: it is the configuration of 'AutoencoderKL'; expected that of a T5"):
+        T5Config.from_dict({"_class_name": "AutoencoderKL", "latent_channels": 4}, "vae")
+
+
 def test_the_defaults_are_those_of_xxl():
     config = T5Config()
     per_layer = 4 * 4096 * config.num_heads * config.d_kv + 3 * 4096 * config.d_ff
