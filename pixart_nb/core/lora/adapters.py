@@ -6,7 +6,6 @@ network's, and its ``with_dropout(batch, seed)`` in place of the batches, as ``p
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,17 +247,12 @@ class Adapters:
             self._install()
 
     def delete(self, names: Sequence[str]) -> None:
-        """Delete adapters; the others stay as they are. When none is left active, the first is, as in PEFT."""
+        """Delete adapters; the others stay as they are."""
         self._check_unfused("one is deleted")
-        was_active = bool(self.active)
         for name in self.checked(names):
             del self.adapters[name]
             self.weights.pop(name, None)
         self._install()
-        if was_active and not self.active and self.adapters:
-            first = next(iter(self.adapters))
-            warnings.warn(f"the active adapter was deleted; {first!r} is active now", stacklevel=3)
-            self.activate([first])
 
     def clear(self) -> None:
         """Delete all adapters. Weights that they are fused into stay, and cannot be restored any more."""

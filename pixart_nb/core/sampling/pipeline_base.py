@@ -98,7 +98,12 @@ class LoraLoaderMixin:
         return {"transformer": names} if names else {}
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Delete adapters. When no other is active, the first one that is left becomes active, as in PEFT."""
+        was_active = bool(self._adapters.active)
         self._adapters.delete(_as_list(adapter_names))
+        if was_active and not self._adapters.active and (left := list(self._adapters.adapters)):
+            warnings.warn(f"the active adapter was deleted; {left[0]!r} is active now", stacklevel=2)
+            self._adapters.activate(left[:1])
 
     def disable_lora(self) -> None:
         """Sample without adapters until ``enable_lora``."""
