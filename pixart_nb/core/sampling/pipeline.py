@@ -294,10 +294,10 @@ class PixArtSigmaPipeline(PipelineBase):
     ) -> PipelineOutput:
         """Draw images of the prompts; returns the tuple ``(images,)``, which also has ``.images``.
 
-        ``output_type`` is "pil", "np" ((N, H, W, 3) in [0, 1]) or "latent". Latents are arrays, also those of callbacks.
+        ``output_type`` is "pil", "np" ((N, H, W, 3) in [0, 1]) or "latent". Latents are arrays, also in callbacks.
         With ``use_resolution_binning`` and a model of a published size, the image is drawn at the published size of the
         nearest ratio, then resized and cropped to the requested one (not for latents). timesteps or sigmas replace
-        ``num_inference_steps`` (see ``Scheduler.plan``); ``eta`` is DDIM's share of noise; given latents are unit noise.
+        ``num_inference_steps`` (see ``Scheduler.plan``); ``eta`` is DDIM's share of noise; latents are unit noise.
 
         ``callback(step, timestep, latents)`` is called every ``callback_steps`` steps, ``callback_on_step_end(pipe,
         step, timestep, {"latents": latents})`` after each: latents that it returns replace those of the step, and
