@@ -58,7 +58,8 @@ def load_config(
     """Read a YAML file, complete it with ``options`` of the command line, and validate both together.
 
     ``path`` may name a file that comes with the package (``configs/inference/tiny.yaml``); ``config_type`` is
-    ``inference`` or ``train``. Raises ``ConfigError``.
+    ``inference`` or ``train``. With that file and a published model among the options, size and guidance are the
+    model's. Raises ``ConfigError``.
     """
     values = read_yaml(path)
     if Path(path) == INFERENCE_CONFIG and options and options.get("model"):
@@ -129,11 +130,11 @@ def _replaced(values: dict[str, Any], options: Mapping[str, Any]) -> dict[str, A
 def _for_model(values: dict[str, Any], model: str) -> dict[str, Any]:
     """Return the values of ``INFERENCE_CONFIG`` for a published model: its own size, and the default guidance."""
     try:
-        described = json.loads((Path(model).expanduser() / "transformer" / "config.json").read_text(encoding="utf-8"))
+        described = json.loads((bundled_path(model) / "transformer" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # of the hub, or of another layout
         described = None
     described = described if isinstance(described, dict) else {}
-    if bundled_path(model) != Path(model) or described.get("caption_channels", _CAPTION_CHANNELS) != _CAPTION_CHANNELS:
+    if described.get("caption_channels", _CAPTION_CHANNELS) != _CAPTION_CHANNELS:
         return values
     named = re.search("|".join(_PUBLISHED_SIZES), Path(model).name)
     latent = described.get("sample_size")

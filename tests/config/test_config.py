@@ -322,7 +322,7 @@ def test_values_of_file_and_command_line_that_do_not_go_together_name_both(tmp_p
     ],
 )
 def test_without_a_file_a_published_model_is_drawn_at_its_size_and_the_default_guidance(
-    tmp_path, described, name, side
+    tmp_path, monkeypatch, described, name, side
 ):
     model = tmp_path / name
     if described is not None:
@@ -330,6 +330,9 @@ def test_without_a_file_a_published_model_is_drawn_at_its_size_and_the_default_g
         (model / "transformer" / "config.json").write_text(json.dumps(described))
     read = load_config("configs/inference/tiny.yaml", "inference", {"model": str(model)})
     assert (read.image_height, read.image_width, read.guidance_scale) == (side, side, config.GUIDANCE_SCALE)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    home = load_config("configs/inference/tiny.yaml", "inference", {"model": f"~/{name}"})
+    assert (home.image_height, home.guidance_scale) == (side, config.GUIDANCE_SCALE)
     given = {"model": str(model), "image_height": 128, "guidance_scale": 3.0}
     read = load_config("configs/inference/tiny.yaml", "inference", given)
     assert (read.image_height, read.guidance_scale) == (128, 3.0)

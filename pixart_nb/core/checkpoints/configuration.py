@@ -92,7 +92,8 @@ def describe(
     family = _family(shown, values, source)
     if sample_size is not None:
         positions = positions_of(sample_size, family)
-        merge(positions, {name: values[name] for name in ("input_size",) if name in values}, source)
+        if "input_size" in values:
+            merge(positions, {"input_size": values["input_size"]}, source)
         values = positions | values
     size, note = _training_size(view, source, family)
     notes += [note] * ("input_size" in size.keys() - values)

@@ -44,8 +44,9 @@ POSITIONS = "SelfAttention.relative_attention_bias.weight"
 def init_empty(build: Callable[[], nn.Cell], dtype: ms.Type) -> nn.Cell:
     """Build a network whose parameters have no memory yet, to be loaded without a second set of weights.
 
-    Their dtype is that in which this device keeps ``dtype`` for inference.
+    Their dtype is that in which this device keeps ``dtype`` for inference. Graph mode is left.
     """
+    backend.leave_graph_mode()
     with no_init_parameters():
         net = build()
     for parameter in net.get_parameters():

@@ -13,7 +13,7 @@ from pixart_nb.core.errors import PixArtNBError, check_number
 from pixart_nb.core.models.controlnet import Controlled, PixArtControlNet
 from pixart_nb.core.sampling.editing import ImageInput, encode_image, image_array, resized
 from pixart_nb.core.sampling.images import PipelineOutput, check_ratio
-from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, repeated
+from pixart_nb.core.sampling.pipeline import PixArtSigmaPipeline, check_count, repeated
 from pixart_nb.core.sampling.samplers import StepSchedule, active_steps
 
 
@@ -110,8 +110,7 @@ class PixArtSigmaControlNetPipeline(PixArtSigmaPipeline):
                 "load the ControlNet with load_controlnet(path, base_model=pipe.transformer)"
             )
         pixels, scale, start, end, guess_mode = self._control
-        if len(pixels) > rows or rows % len(pixels):
-            raise PixArtNBError(f"{len(pixels)} condition images were given for {rows} images; expected 1 or {rows}")
+        check_count("condition images", len(pixels), rows)
         check_ratio("the condition image", pixels.shape[1:3], height, width)
         control = repeated(encode_image(self.vae, resized(pixels, height, width)), rows)
         active = active_steps(len(schedule), start, end)

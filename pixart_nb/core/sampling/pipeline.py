@@ -395,10 +395,15 @@ def _check_images(images: Array | None, mask: Array | None, rows: int) -> None:
     if mask is not None and images is None:
         raise PixArtNBError("mask was given without image_latents, the image to paint in; give both")
     for name, values in (("images to begin with", images), ("masks", mask)):
-        if values is not None and (not len(values) or rows % len(values)):
-            expected = "1" if rows == 1 else f"1 or {rows}"
-            count = f"{rows} image{'s' * (rows > 1)}"
-            raise PixArtNBError(f"{len(values)} {name} were given for {count}; expected {expected}")
+        if values is not None:
+            check_count(name, len(values), rows)
+
+
+def check_count(name: str, count: int, rows: int) -> None:
+    """Raise an error unless ``count`` of what is called ``name`` are one for all ``rows``, or shared evenly by them."""
+    if not count or rows % count:
+        expected = "1" if rows == 1 else f"1 or {rows}"
+        raise PixArtNBError(f"{count} {name} were given for {rows} image{'s' * (rows > 1)}; expected {expected}")
 
 
 def _rows(texts: TextInput) -> int:

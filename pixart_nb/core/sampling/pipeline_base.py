@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mindspore import nn
 from tqdm.auto import tqdm
 
-from pixart_nb.core.backend import device_name, leave_graph_mode, ms
+from pixart_nb.core.backend import device_name, ms
 from pixart_nb.core.checkpoints import components
 from pixart_nb.core.errors import PixArtNBError, check_number, ignore_options, parameters_of
 from pixart_nb.core.models.low_precision import inference_dtype
@@ -166,7 +166,6 @@ class PipelineBase(LoraLoaderMixin):
         transformer: PixArt | None = None,
         scheduler: Scheduler | str | None = None,
     ):
-        leave_graph_mode()
         if hasattr(tokenizer, "convert_ids_to_tokens") and not isinstance(tokenizer, TextTokenizer):
             tokenizer = TextTokenizer(tokenizer)  # one of transformers
         _check_parts(tokenizer, text_encoder, vae, transformer)

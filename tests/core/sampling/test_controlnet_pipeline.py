@@ -105,7 +105,7 @@ def test_a_trace_in_guess_mode_is_refused(pipe):
 def test_conditions_are_given_once_or_for_every_image(pipe):
     many = latents(pipe, np.stack([EDGES, 255 - EDGES]), num_images_per_prompt=2)
     assert many.shape[0] == 2
-    with pytest.raises(PixArtNBError, match="2 condition images were given for 1 images"):
+    with pytest.raises(PixArtNBError, match=r"2 condition images were given for 1 image; expected 1$"):
         latents(pipe, np.stack([EDGES, EDGES]))
 
 

@@ -456,9 +456,13 @@ def test_bundled_schedulers_are_found_from_any_folder_and_hub_ids_are_said(monke
         EulerDiscreteScheduler.from_pretrained("owner/model", subfolder="scheduler")
 
 
-def test_a_pipeline_leaves_graph_mode_with_a_warning(pipe):
-    ms.set_context(mode=ms.GRAPH_MODE)
+def test_a_network_and_a_pipeline_leave_graph_mode_with_a_warning(pipe):
     try:
+        ms.set_context(mode=ms.GRAPH_MODE)
+        with pytest.warns(UserWarning, match="it is in PyNative mode now"):
+            vae = AutoencoderKL.from_pretrained(FOLDER, subfolder="vae")
+        assert np.isfinite(vae.decode(np.zeros((1, 4, 4, 4), np.float32))[0].asnumpy()).all()
+        ms.set_context(mode=ms.GRAPH_MODE)
         with pytest.warns(UserWarning, match="it is in PyNative mode now"):
             other = type(pipe).from_pretrained(FOLDER)
         assert ms.get_context("mode") == ms.PYNATIVE_MODE
