@@ -237,13 +237,12 @@ def write_model(
 
 
 def recipe(stages: Sequence[Stage]) -> str:
-    """Return the sizes, steps and images of stages in words."""
-    return ", then ".join(map(_in_words, stages))
+    """Return the sizes, steps, images and scenes of stages as a table in Markdown."""
+    head = ["| image | steps | images of a step | seen of each image | scenes |", "| --- | --- | --- | --- | --- |"]
+    return "\n".join([*head, *map(_table_row, stages)])
 
 
-def _in_words(stage: Stage) -> str:
+def _table_row(stage: Stage) -> str:
     size, window = CELL * stage.cells, stage.window
-    shown = f"squares of {window} x {window} tokens near an object, cut out of images" if window else "images"
-    scenes = f"({stage.shards * SHARD:,} scenes)"
-    count = f"{stage.batch} {shown}" if stage.batch > 1 else "one image"
-    return f"{stage.options.steps:,} steps of {count} of {size} x {size} pixels {scenes}"
+    seen = f"a square of {window} x {window} tokens" if window else "all"
+    return f"| {size} x {size} | {stage.options.steps:,} | {stage.batch} | {seen} | {stage.shards * SHARD:,} |"

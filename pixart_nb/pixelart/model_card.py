@@ -37,7 +37,9 @@ have. It knows no photographs, people or text.
 
 ## Training
 
-{training} The same command makes it again from scratch: `{command}`. The losses are in `curves/`.
+{training}
+
+The same command makes it again from scratch: `{command}`. The losses are in `curves/`.
 
 ## Scores
 
@@ -99,37 +101,62 @@ def object_words() -> tuple[str, ...]:
     return tuple(sorted({name.split()[-1] for name in names}))
 
 
+_TEXTURES = """
+Textures: sliced Wasserstein distance of patches from drawings of other scenes, divided by that of drawings of the same
+scenes, by level of a Laplacian pyramid (1: as near as a drawing)."""
 #: Results of ``pixart-nb evaluate`` by stage, as Markdown; empty for stages that nobody has evaluated.
 _SCORES: dict[str, str] = {
-    "256": (
-        "`pixart-nb evaluate --count 240`: 240 held-out scenes of one thing, 20 steps, guidance 2. Right: "
-        "everything in all of them. With `--things 2`: both objects 99.6%, both colours 100.0%, setting 99.2%, "
-        "relation 100.0%, everything 98.8%. Distance of textures from drawings of other scenes, in that of drawings of "
-        "the same scenes, by level of a Laplacian pyramid: 256 px 1.86, 128 px 1.41, 64 px 1.56, 32 px 1.37, "
-        "16 px 0.98; of two things 1.60, 1.09, 1.01, 1.08, 1.00. With four steps everything is right in all of them "
-        "too, and textures are noisier (2.67, 2.48, 3.26, 2.25, 1.09). Guidance above 2 adds contrast and bleaches "
-        "skies: with 4.5, everything is right in 99.6% of 240, and textures are 2.76, 2.05, 2.24, 1.59 and 1.21. The "
-        "VAE reconstructs 40 emoji, which no training showed, with 30.2 dB."
-    ),
-    "1024": (
-        "`pixart-nb evaluate -c configs/inference/tiny-1k.yaml`, 20 steps, guidance 2. At 512 x 512, 240 held-out "
-        "scenes of one thing: object 98.3%, colour 97.5%, setting 99.2%, size 97.5%, position 99.0%, everything "
-        "95.8%; of two things: both objects 85.4%, both colours 82.1%, setting 96.7%, relation 90.0%, everything "
-        "78.8%. Distance of textures of 200 scenes of one thing from drawings of other scenes, in that of drawings of "
-        "the same scenes, by level of a Laplacian pyramid: 512 px 2.29, 256 px 2.52, 128 px 1.77, 64 px 1.57, 32 px "
-        "2.15, 16 px 0.96. At 1024 x 1024, 200 scenes of one thing: object and colour 99.0%, setting 99.5%, size "
-        "98.8%, position 99.4%, everything 98.0%; textures 1024 px 4.10, 512 px 4.53, 256 px 4.07, 128 px 2.34, 64 px "
-        "2.47, 32 px 1.75, 16 px 1.08. Of 40 of these scenes, setting and everything 97.5%, the other parts 100.0%; by "
-        "the same training without compression of keys and values, size 97.0%, everything 97.5%, the other parts "
-        "100.0%. Textures of these two, in another unit, that of one drawing of the same scenes from another: 1024 px "
-        "3.22, 512 px 4.02, 256 px 3.91, 128 px 2.42, 64 px 2.37, 32 px 1.84, 16 px 1.73; without compression 3.79, "
-        "5.07, 4.77, 3.36, 3.02, 2.11, 1.55. A step took 1.30 times as long without compression. An image took 3.4 s "
-        "at 512 and 23 s at 1024, on one core of an AMD EPYC. At 4096 x 4096 "
-        "by `pixart-nb upscale` (1024, 2048 and 4096; strengths 0.5 and 0.4), 4 scenes of one thing and 4 of two: "
-        "everything right in 7 of 8; energy of the three finest levels of a Laplacian pyramid 0.66, 0.74 and 1.11 "
-        "times that of drawn scenes on average, 0.38 to 1.08 at the finest; 7 minutes an image on one core, beside "
-        "other work."
-    ),
+    "256": f"""`pixart-nb evaluate --count 240`: 240 held-out scenes, 20 steps, guidance 2.
+
+| right | objects | colours | setting | relation | everything |
+| --- | --- | --- | --- | --- | --- |
+| one object | 100% | 100% | 100% | | 100% |
+| two objects (`--things 2`) | 99.6% | 100% | 99.2% | 100% | 98.8% |
+| one object, 4 steps | 100% | 100% | 100% | | 100% |
+| one object, guidance 4.5 | | | | | 99.6% |
+{_TEXTURES}
+
+| | 256 px | 128 px | 64 px | 32 px | 16 px |
+| --- | --- | --- | --- | --- | --- |
+| one object | 1.86 | 1.41 | 1.56 | 1.37 | 0.98 |
+| two objects | 1.60 | 1.09 | 1.01 | 1.08 | 1.00 |
+| one object, 4 steps | 2.67 | 2.48 | 3.26 | 2.25 | 1.09 |
+| one object, guidance 4.5 | 2.76 | 2.05 | 2.24 | 1.59 | 1.21 |
+
+Guidance above 2 adds contrast and bleaches skies. The VAE reconstructs 40 emoji, which no training showed, with
+30.2 dB.""",
+    "1024": f"""`pixart-nb evaluate -c configs/inference/tiny-1k.yaml`: 20 steps, guidance 2,
+240 held-out scenes at 512 and 200 at 1024.
+
+| right | objects | colours | setting | size | position | relation | everything |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| 512 x 512, one object | 98.3% | 97.5% | 99.2% | 97.5% | 99.0% | | 95.8% |
+| 512 x 512, two objects | 85.4% | 82.1% | 96.7% | | | 90.0% | 78.8% |
+| 1024 x 1024, one object | 99.0% | 99.0% | 99.5% | 98.8% | 99.4% | | 98.0% |
+{_TEXTURES}
+
+| 200 scenes | 1024 px | 512 px | 256 px | 128 px | 64 px | 32 px | 16 px |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+| 512 x 512, one object | | 2.29 | 2.52 | 1.77 | 1.57 | 2.15 | 0.96 |
+| 1024 x 1024, one object | 4.10 | 4.53 | 4.07 | 2.34 | 2.47 | 1.75 | 1.08 |
+
+An image took 3.4 s at 512 and 23 s at 1024, on one core of an AMD EPYC.
+
+### Compression of keys and values
+
+The same training with and without it, 40 scenes of one object at 1024 x 1024. Textures are divided by the distance of
+one drawing of the same scenes from another, so they compare with each other only.
+
+| | setting | size | everything | time of a step | textures, from 1024 px to 16 px |
+| --- | --- | --- | --- | --- | --- |
+| compressed | 97.5% | 100% | 97.5% | 1 | 3.22, 4.02, 3.91, 2.42, 2.37, 1.84, 1.73 |
+| not compressed | 100% | 97.0% | 97.5% | 1.30 | 3.79, 5.07, 4.77, 3.36, 3.02, 2.11, 1.55 |
+
+### 4096 x 4096
+
+`pixart-nb upscale` (1024, 2048 and 4096; strengths 0.5 and 0.4), 4 scenes of one object and 4 of two: everything right
+in 7 of 8. The three finest levels of a Laplacian pyramid have 0.66, 0.74 and 1.11 times the energy of drawn scenes on
+average (0.38 to 1.08 at the finest). 7 minutes an image on one core, beside other work.""",
 }
 
 
@@ -153,7 +180,7 @@ _COMPRESSED = {"1024": " Keys and values of the last three blocks are compressed
 def bundled_card(stage: str, side: int, recipe: str) -> ModelCard:
     """Return the card of the bundled model of a stage for images of ``side`` pixels.
 
-    ``recipe`` tells the steps of its transformer.
+    ``recipe`` is the table of the stages of its transformer.
     """
     sizes = (512, 1024) if stage == "1024" else (side,)
     in_words = " or ".join(f"{size} x {size}" for size in sizes)
@@ -171,9 +198,11 @@ def bundled_card(stage: str, side: int, recipe: str) -> ModelCard:
             "right. Two are left of, right of, above or in front of each other."
         ),
         training=(
-            f"Weak to strong, as the paper does: {recipe}. 240 of 2,400 combinations of object, colour and setting, "
-            "and 45 of 435 pairs of objects, were held out. The VAE also saw synthetic images of other kinds, so that "
-            "it serves other images; its decoder was then trained alone, for sharp cells." + _BESIDE.get(stage, "")
+            "Weak to strong, as the paper does. Squares lie near an object and are cut out of the images.\n\n"
+            f"{recipe}\n\n"
+            "240 of 2,400 combinations of object, colour and setting, and 45 of 435 pairs of objects, were held out. "
+            "The VAE also saw synthetic images of other kinds, so that it serves other images; its decoder was then "
+            "trained alone, for sharp cells." + _BESIDE.get(stage, "")
         ),
         command={"256": "pixart-nb tiny", "1024": "pixart-nb tiny --stage 1024 -o data/tiny-sigma-1k"}.get(
             stage, f"pixart-nb tiny --stage {stage}"
