@@ -17,7 +17,7 @@ from pixart_nb.core.checkpoints.files import ENDINGS, STEMS, WEIGHTS, write_safe
 from pixart_nb.core.checkpoints.key_maps import to_layout
 from pixart_nb.core.checkpoints.lazy_tensor import LazyTensor
 from pixart_nb.core.checkpoints.load import StreamedT5Encoder, load_t5, load_transformer, load_vae
-from pixart_nb.core.errors import PixArtNBError, did_you_mean, ignore_options, parameters_of
+from pixart_nb.core.errors import PixArtNBError, ignore_options, parameters_of
 from pixart_nb.core.io import CheckpointError, atomic_write, read_json, save_tensors, write_json
 from pixart_nb.core.models import vae
 from pixart_nb.core.models.low_precision import BFloat16Linear, QuantizedLinear
@@ -38,19 +38,22 @@ def source_of(folder_or_hub_id: str | Path | None, other_name: str | Path | None
     return source
 
 
-def component_paths(source: str | Path, names: Sequence[str], **hub: Any) -> dict[str, Path]:
+def component_paths(
+    source: str | Path, names: Sequence[str], formats: Mapping[str, Any] | None = None, **hub: Any
+) -> dict[str, Path]:
     """Return the paths of the components of a pipeline.
 
     ``source``: a folder in the layout of diffusers, or in that of mindone's example (a checkpoint beside the folders
     vae, text_encoder and tokenizer, or in a folder ``models`` with or beside them); the checkpoint in such a folder, if
-    there are several; or a hub id, with options of it. mindone's layout has no scheduler, which is then left out; so
-    are components of which ``model_index.json`` says that the pipeline has none.
+    there are several; or a hub id, with options of it, and ``formats``, the options ``variant`` and
+    ``use_safetensors`` of ``open_checkpoint``, which choose the files to fetch. mindone's layout has no scheduler,
+    which is then left out; so are components of which ``model_index.json`` says that the pipeline has none.
     Raises ``CheckpointError``.
     """
     path = bundled_path(source)
     if path.is_file():
         return _mindone_paths(path.parent, names, path)
-    folder = path if path.is_dir() else _pipeline_from_hub(source, names, hub)
+    folder = path if path.is_dir() else _pipeline_from_hub(source, names, hub, formats or {})
     index = folder / "model_index.json"
     if (trained := folder / "pipeline" / index.name).is_file():
         raise CheckpointError(f"{folder} is the folder of a training; its result is {trained.parent}")
@@ -69,20 +72,26 @@ def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in HUB_OPTIONS if name in options}
 
 
-def component_path(source: str | Path, subfolder: str | None, options: dict[str, Any]) -> Path:
+def component_path(
+    source: str | Path, subfolder: str | None, options: dict[str, Any], formats: Mapping[str, Any] | None = None
+) -> Path:
     """Return the path of a component: that of the ``subfolder`` of a pipeline, or the folder, file or hub id itself.
 
-    Takes the options of the hub out of ``options``.
+    Takes the options of the hub out of ``options``; ``formats`` as in ``component_paths``.
     """
     hub = hub_options(options)
     if subfolder:
-        paths = component_paths(source, [subfolder], **hub)
+        paths = component_paths(source, [subfolder], formats, **hub)
         if subfolder not in paths:
             raise CheckpointError(f"{source} has no {subfolder}, as its model_index.json says")
         return paths[subfolder]
     path = bundled_path(source)
+    if path.exists():
+        return path
+    from pixart_nb.core.checkpoints.hub import from_hub  # needed only for a hub id
+
     patterns = ["config.json", *(f"{stem}*" for stem in STEMS)]
-    return path if path.exists() else from_hub(source, patterns, "config.json and weights", hub)
+    return from_hub(source, patterns, "config.json and weights", hub, formats or {})
 
 
 def pipeline_class(source: str | Path) -> str:
@@ -115,34 +124,13 @@ def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None =
     return {name: paths[name] for name in names if name in paths}
 
 
-def _pipeline_from_hub(source: str | Path, names: Sequence[str], hub: Mapping[str, Any]) -> Path:
+def _pipeline_from_hub(
+    source: str | Path, names: Sequence[str], hub: Mapping[str, Any], formats: Mapping[str, Any] | None = None
+) -> Path:
+    from pixart_nb.core.checkpoints.hub import from_hub  # needed only for a hub id
+
     patterns = ["model_index.json", *(f"{name}/*" for name in names)]
-    return from_hub(source, patterns, " and ".join(["model_index.json", *names]), hub)
-
-
-def from_hub(source: str | Path, patterns: Sequence[str], expected: str, hub: Mapping[str, Any]) -> Path:
-    """Return the folder of a snapshot with the files of ``patterns``, which hold what is ``expected``.
-
-    A path that can only be a local one is not looked up.
-    """
-    source, path = str(source), Path(source).expanduser()
-    local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS
-    if local or path.parent.is_dir():
-        beside = [part.name for part in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise CheckpointError(
-            f"{source} does not exist{did_you_mean(path.name, beside)}. Give a folder with {expected}, or the id of a "
-            "model on a hub, owner/name."
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(source, **hub, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointError(
-            f"{source!r} is no folder here and could not be fetched from the hub ({type(error).__name__}). Download "
-            f"its folder ({expected}) and give the path."
-        ) from error
+    return from_hub(source, patterns, " and ".join(["model_index.json", *names]), hub, formats)
 
 
 # ---- loading
@@ -156,7 +144,7 @@ def load_components(
     ``source`` and ``hub`` as in ``component_paths``; components that the pipeline lacks are None. ``options``:
     ``variant`` and ``use_safetensors`` of ``open_checkpoint``.
     """
-    paths = component_paths(source, names, **(hub or {}))
+    paths = component_paths(source, names, options, **(hub or {}))
     absent = {name: None for name in names if name not in paths and name != "scheduler"}
     return absent | {name: LOADERS[name](path, dtype, **options) for name, path in paths.items()}
 
@@ -211,10 +199,11 @@ class PretrainedComponent:
         ``mindspore_dtype``, or ``torch_dtype``: float32 by default. Options as in ``PixArtSigmaPipeline``.
         """
         source = source_of(folder_or_hub_id, pretrained_model_name_or_path)
-        path = component_path(source, subfolder, options)
+        files = {"variant": variant, "use_safetensors": use_safetensors}
+        path = component_path(source, subfolder, options, files)
         dtype = chosen_dtype(mindspore_dtype, torch_dtype, options)
         ignore_options("from_pretrained", options, parameters_of(self.from_pretrained))
-        return LOADERS[self.component](path, dtype, variant=variant, use_safetensors=use_safetensors)
+        return LOADERS[self.component](path, dtype, **files)
 
 
 #: Under the name that the class has since diffusers 0.30, and under its earlier name.
@@ -248,10 +237,11 @@ class T5EncoderModel:
         files are read for every prompt. ``device_map`` has no effect, as there is one device. Other options as in
         ``PixArtSigmaPipeline``.
         """
-        folder = component_path(source_of(folder_or_hub_id, pretrained_model_name_or_path), subfolder, options)
+        source = source_of(folder_or_hub_id, pretrained_model_name_or_path)
+        files = {"variant": variant, "use_safetensors": use_safetensors}
+        folder = component_path(source, subfolder, options, files)
         dtype = chosen_dtype(mindspore_dtype, torch_dtype, options)
         ignore_options("from_pretrained", options, parameters_of(T5EncoderModel.from_pretrained))
-        files = {"variant": variant, "use_safetensors": use_safetensors}
         if load_in_8bit + load_in_4bit + stream > 1:
             raise PixArtNBError("expected at most one of load_in_8bit, load_in_4bit and stream")
         if stream:

@@ -12,9 +12,9 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TORCH_ENDINGS = (".pth", ".pt", ".bin")
 ENDINGS = (*TORCH_ENDINGS, ".ckpt", ".safetensors")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_VARIANT = re.compile(rf"(?:{'|'.join(STEMS)})\.([\w-]+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
+_SHARD = r"(?:-\d+-of-\d+)?"
+_WEIGHTS_FILE = re.compile(
+    rf"(?:{'|'.join(STEMS)}){_SHARD}(?:\.(?P<variant>[\w-]+?){_SHARD})?\.(?P<ending>safetensors|bin)"
+    rf"(?:\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
+)
+#: Endings of weights of other frameworks.
+_FOREIGN_ENDINGS = (".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".tflite")
 _LENGTH = struct.Struct("<Q")  # of the header of a safetensors file
 _ALIGNMENT = 8
 #: Groups of tensors in the training states of this kit, the preferred first.
@@ -169,22 +175,52 @@ def _safetensors_header(tensors: Mapping[str, LazyTensor], sums: Mapping[str, st
 
 
 def _open_folder(folder: Path, keep: Keep, variant: str | None, use_safetensors: bool | None) -> Checkpoint:
-    endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
     names = sorted(path.name for path in folder.iterdir())
-    others = {match[1] for name in names if (match := _VARIANT.fullmatch(name))}
-    # The given variant, then none; without one given, none, then the only one that there is.
-    for suffix in [variant, ""] if variant else ["", *(others if len(others) == 1 else ())]:
-        note = [f"The weights are those of the variant {suffix!r}."] if suffix and suffix != variant else []
-        for ending in endings:
-            checkpoint = _open_files(folder, keep, ending, f".{suffix}" if suffix else "")
-            if checkpoint is not None:
-                if variant and not suffix:
-                    warnings.warn(f"{folder} has no variant {variant!r}; the others are read", stacklevel=2)
-                return replace(checkpoint, path=folder, notes=checkpoint.notes + note)
+    choices = _preferred(names, variant, use_safetensors)
+    for ending, suffix in choices:
+        checkpoint = _open_files(folder, keep, ending, f".{suffix}" if suffix else "")
+        if checkpoint is not None:
+            note = [f"The weights are those of the variant {suffix!r}."] if suffix and suffix != variant else []
+            if variant and not suffix:
+                warnings.warn(f"{folder} has no variant {variant!r}; the others are read", stacklevel=2)
+            return replace(checkpoint, path=folder, notes=checkpoint.notes + note)
+    ending = choices[0][0]
     raise CheckpointError(
-        f"{folder} holds no weights: expected {' or '.join(f'{stem}.{endings[0]}' for stem in STEMS[:2])}, "
+        f"{folder} holds no weights: expected {' or '.join(f'{stem}.{ending}' for stem in STEMS[:2])}, "
         f"{'their .bin forms, ' * (use_safetensors is None)}or an index of shards; it holds {names[:10]}"
     )
+
+
+def _preferred(names: Sequence[str], variant: str | None, use_safetensors: bool | None) -> list[tuple[str, str]]:
+    """Return ending and variant of the weights to read of a folder of such files, the preferred first."""
+    endings = {None: ("safetensors", "bin"), True: ("safetensors",), False: ("bin",)}[use_safetensors]
+    others = {pair[1] for pair in map(_ending_and_variant, names) if pair} - {""}
+    # The given variant, then none; without one given, none, then the only one that there is.
+    suffixes = [variant, ""] if variant else ["", *(others if len(others) == 1 else ())]
+    return [(ending, suffix) for suffix in suffixes for ending in endings]
+
+
+def _ending_and_variant(name: str) -> tuple[str, str] | None:
+    match = _WEIGHTS_FILE.fullmatch(name)
+    return match and (match["ending"], match["variant"] or match["indexed"] or "")
+
+
+def unread_files(paths: Iterable[str], variant: str | None = None, use_safetensors: bool | None = None) -> list[str]:
+    """Return which files of a pipeline or component hold weights that ``open_checkpoint`` does not read.
+
+    They are those of other formats or variants than the preferred one of their folder, which may be large.
+    """
+    folders: dict[str, list[str]] = {}
+    for path in paths:
+        folders.setdefault(str(PurePosixPath(path).parent), []).append(path)
+    unread = []
+    for files in folders.values():
+        pairs = {path: _ending_and_variant(PurePosixPath(path).name) for path in files}
+        names = [PurePosixPath(path).name for path in files]
+        chosen = next((c for c in _preferred(names, variant, use_safetensors) if c in pairs.values()), None)
+        if chosen:
+            unread += [path for path in files if pairs[path] not in (None, chosen) or path.endswith(_FOREIGN_ENDINGS)]
+    return unread
 
 
 def _open_files(folder: Path, keep: Keep, ending: str, suffix: str) -> Checkpoint | None:

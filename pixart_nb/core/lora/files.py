@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from pixart_nb.config import bundled_path
-from pixart_nb.core.checkpoints.components import from_hub
 from pixart_nb.core.checkpoints.files import ENDINGS, read_tensors
+from pixart_nb.core.checkpoints.hub import from_hub
 from pixart_nb.core.errors import PixArtNBError, first_few
 from pixart_nb.core.io import CheckpointError, atomic_write_together, save_tensors, write_json
 from pixart_nb.core.lora.peft_config import METADATA, PEFT_CONFIG, PeftConfig, alpha_of, peft_config

@@ -9,6 +9,7 @@ import pytest
 from reference_data import diffusers, official
 from safetensors.numpy import load_file, save_file
 
+from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core import PixArtConfig, load_transformer
 from pixart_nb.core.backend import ms
 from pixart_nb.core.checkpoints.components import (
@@ -170,9 +171,39 @@ def test_the_folder_of_a_training_names_its_pipeline(folder):
 
 def test_a_hub_id_and_its_revision_are_passed_on(folder, monkeypatch):
     calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, source, revision: [])
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(folder))
     assert component_paths("owner/name", ["vae"], revision="v1") == {"vae": folder / "vae"}
-    assert calls == [(("owner/name",), {"revision": "v1", "allow_patterns": ["model_index.json", "vae/*"]})]
+    (((source,), options),) = calls
+    assert source == "owner/name" and options["revision"] == "v1"
+    assert options["allow_patterns"] == ["model_index.json", "vae/*"] and options["ignore_patterns"] == []
+
+
+PLAIN, HALF, TORCH = (f"vae/diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
+SHARDS = ["text_encoder/model.safetensors.index.json", "text_encoder/model-00001-of-00001.safetensors"]
+TORCH_SHARDS = ["text_encoder/pytorch_model.bin.index.json", "text_encoder/pytorch_model-00001-of-00001.bin"]
+FLAX = "text_encoder/flax_model.msgpack"
+ON_HUB = ["model_index.json", "vae/config.json", "tokenizer/spiece.model", PLAIN, HALF, TORCH, *SHARDS, *TORCH_SHARDS]
+
+
+@pytest.mark.parametrize(
+    ("options", "unread"),
+    [
+        ({}, [HALF, TORCH, *TORCH_SHARDS, FLAX]),
+        ({"variant": "fp16"}, [PLAIN, TORCH, *TORCH_SHARDS, FLAX]),
+        ({"use_safetensors": False}, [PLAIN, HALF, *SHARDS, FLAX]),
+        ({"local_files_only": True}, []),
+    ],
+)
+def test_weights_in_formats_that_are_not_read_are_not_fetched(monkeypatch, options, unread):
+    def download(source, **arguments):
+        assert arguments["ignore_patterns"] == unread
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, source, revision: [*ON_HUB, FLAX])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CheckpointError, match="could not be fetched"):
+        PixArtSigmaPipeline.from_pretrained("owner/name", **options)
 
 
 # ---- damaged bytes

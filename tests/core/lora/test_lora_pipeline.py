@@ -188,7 +188,7 @@ def test_a_lora_is_fetched_from_the_hub(pipe, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or str(tmp_path))
     pipe.load_lora_weights("owner/name", weight_name=PEFT_FILE, subfolder="style", revision="v1")
     patterns = [f"style/{PEFT_FILE}", "style/adapter_config.json"]
-    assert calls == [(("owner/name",), {"revision": "v1", "allow_patterns": patterns})]
+    assert calls == [(("owner/name",), {"revision": "v1", "allow_patterns": patterns, "ignore_patterns": []})]
     assert relative_error(picture(pipe), before) > 1e-3
     with pytest.raises(CheckpointError, match=r"\./style does not exist.*a folder with a LoRA"):
         pipe.load_lora_weights("./style")

@@ -158,6 +158,7 @@ def test_a_component_that_is_not_there_is_named(monkeypatch):
     with pytest.raises(CheckpointError, match=r"does not exist.*Give a folder with config\.json and weights"):
         AutoencoderKL.from_pretrained(FOLDER / "autoencoder")
     calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, source, revision: [])
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: calls.append((a, k)) or FOLDER / "vae")
     AutoencoderKL.from_pretrained("owner/vae", revision="v1")
     ((source,), options), *_ = calls
@@ -240,7 +241,8 @@ def test_a_model_is_named_as_in_diffusers_and_options_of_the_hub_go_there(monkey
     for cls in (PixArtSigmaPipeline, PixArtSigmaPAGPipeline):
         pipe = cls.from_pretrained(pretrained_model_name_or_path="owner/name", **parts, **options)
         assert type(pipe.scheduler) is type(PixArtSigmaPipeline.from_pretrained(FOLDER, **parts).scheduler)
-        assert calls.pop() == options | {"allow_patterns": ["model_index.json", "scheduler/*"]}
+        patterns = {"allow_patterns": ["model_index.json", "scheduler/*"], "ignore_patterns": []}
+        assert calls.pop() == options | patterns
     assert T5EncoderModel.from_pretrained(pretrained_model_name_or_path=FOLDER, subfolder="text_encoder")
     with pytest.raises(PixArtNBError, match="the model is None; give its folder"):
         PixArtSigmaPipeline.from_pretrained()
