@@ -105,7 +105,7 @@ def folder(
     captions: Annotated[
         Path | None,
         typer.Option(
-            help="CSV, JSON or JSONL table of captions. By default metadata.jsonl or .csv, or cat.txt beside cat.png."
+            help="CSV, JSON or parquet table. By default metadata.jsonl, .csv or .parquet, or cat.txt beside cat.png."
         ),
     ] = None,
     output_path: Annotated[

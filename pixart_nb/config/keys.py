@@ -358,6 +358,7 @@ class TrainConfig(ModelKeys):
     validation_prompts: Texts = _look(list(VALIDATION_PROMPTS), "Prompts of the validation images.")
     validation_negative_prompts: list[str] = _look([], "Negative prompts of the validation images: none, or one for each.")
     validation_json_path: InputPath = _look("", "Label file of images for the validation loss. They are never trained on.")
+    validation_image_dir: InputPath = _look("", "Folder of the images of validation_json_path. Empty is image_dir.")
     sampling_method: Method = "dpm"
     log_loss_interval: int = _look(1, "Updates between two rows of curve.csv.", ge=1, le=_MOST_STEPS)
     tensorboard: bool = _look(True, "Write the curves for TensorBoard too.")
@@ -442,7 +443,12 @@ _OPTION_NEEDS = (
     dict.fromkeys(("kv_compress_sampling", "kv_compress_scale_factor", "kv_compress_layer"), "kv_compress")
     | dict.fromkeys(("control_edge_sigma", "control_edge_threshold", "control_edge_width"), "copy_blocks_num")
     | dict.fromkeys(("num_ddim_timesteps", "w_min", "w_max", "loss_type", "huber_c"), "objective lcm")
-    | {"valid_num": "multi_scale", "max_grad_norm": "clip_grad", "zero_cross_attention": "from_scratch"}
+    | {
+        "validation_image_dir": "validation_json_path",
+        "valid_num": "multi_scale",
+        "max_grad_norm": "clip_grad",
+        "zero_cross_attention": "from_scratch",
+    }
 )
 
 
@@ -470,7 +476,7 @@ _FREE_KEYS = {
     "validation_json_path", "sampling_method", "sampling_steps", "guidance_scale", "log_loss_interval", "tensorboard",
     "output_path", "ckpt_save_interval", "ckpt_save_steps", "ckpt_max_keep", "num_parallel_workers", "recompute",
     "use_parallel", "device_target", "start_report", "hsdp_optimizer_level", "hsdp_shard_size", "hsdp_threshold",
-    "validation_control_images",
+    "validation_control_images", "validation_image_dir",
 }  # fmt: skip
 #: Keys that hold a path. A training depends on the content, which is fingerprinted.
 _PATH_KEYS = {"model", "checkpoint", *ROOTS, "json_path", "image_dir", "feature_cache", "control_dir", "controlnet"}

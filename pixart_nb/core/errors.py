@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import signal
 import threading
 import warnings
@@ -97,12 +98,22 @@ def counted(problems: Mapping[str, Sequence[str]]) -> list[str]:
 def differences(stored: Mapping, present: Mapping) -> str:
     """Return the values that differ between what was stored and what is given now, or nothing.
 
-    >>> differences({"steps": 6, "seed": 0}, {"steps": 7, "seed": 0})
-    'steps: 6 there, 7 here'
+    >>> differences({"net": {"depth": 6, "width": 8}, "seed": 0}, {"net": {"depth": 7, "width": 8}})
+    'net: depth: 6 there, 7 here; seed: 0 there, not set here'
+    >>> differences({"images": "0" * 64}, {"images": "1" * 64})
+    'images: changed'
     """
     keys = [key for key in sorted({*stored, *present}) if stored.get(key) != present.get(key)]
-    values = [(key, stored.get(key, "nothing"), present.get(key, "nothing")) for key in keys]
-    return "; ".join(f"{key}: {before!r} there, {now!r} here" for key, before, now in values)
+    return "; ".join(f"{key}: {_difference(stored.get(key), present.get(key))}" for key in keys)
+
+
+def _difference(before: Any, now: Any) -> str:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return differences(before, now)
+    if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{16,}", value) for value in (before, now)):
+        return "changed"  # fingerprints
+    there, here = ("not set" if value is None else repr(value) for value in (before, now))
+    return f"{there} there, {here} here"
 
 
 def ignore_options(function: str, options: Mapping[str, Any], parameters: Iterable[str]) -> None:

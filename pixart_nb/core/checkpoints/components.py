@@ -55,9 +55,9 @@ def component_paths(
         return _mindone_paths(path.parent, names, path)
     folder = path if path.is_dir() else _pipeline_from_hub(source, names, hub, formats or {})
     index = folder / "model_index.json"
-    if (trained := folder / "pipeline" / index.name).is_file():
-        raise CheckpointError(f"{folder} is the folder of a training; its result is {trained.parent}")
     if not index.is_file():
+        if (trained := folder / "pipeline" / index.name).is_file():
+            raise CheckpointError(f"{folder} is the folder of a training; its result is {trained.parent}")
         return _mindone_paths(folder, names)
     absent = [name for name, value in read_json(index).items() if value == [None, None]]
     names = [name for name in names if name not in absent or (folder / name).is_dir()]

@@ -146,7 +146,7 @@ def transformer_folder(source: Path) -> Path:
 
 def _layout_of(source: Path, target: Path) -> str:
     """Return the layout of a target, which must not be the source, nor a folder with other weights."""
-    if target.resolve() == source.resolve():
+    if source.exists() and target.resolve() == source.resolve():
         raise CheckpointError(f"{target} is the source itself; choose another target")
     if target.suffix in WRITERS and not target.is_dir():
         return "official"

@@ -24,7 +24,16 @@ from pixart_nb.core.data.files import DataError
 from pixart_nb.core.data.images import ImageError, fit, load_image, to_signed
 from pixart_nb.core.data.labels import Label
 from pixart_nb.core.errors import FolderInUseError, WriteError
-from pixart_nb.core.io import CRC, CheckpointError, check_sums, folder_lock, load_metadata, save_tensors, tensor_crc
+from pixart_nb.core.io import (
+    CRC,
+    CheckpointError,
+    check_sums,
+    folder_lock,
+    load_metadata,
+    load_tensors,
+    save_tensors,
+    tensor_crc,
+)
 
 #: Images of one shard: an interruption loses the work of one, and the memory holds one.
 SHARD = 64
@@ -104,6 +113,14 @@ class FeatureCache:
         """Return the shards that cannot be used, with the reason, ``missing`` or ``damaged``."""
         states = {shard: _state(path) for shard, path in self.paths.items()}
         return {shard: state for shard, state in states.items() if state}
+
+    def remove_damaged(self) -> None:
+        """Read every shard, and remove those with values that do not have their checksums."""
+        for path in filter(Path.exists, self.paths.values()):
+            try:
+                load_tensors(path)
+            except CheckpointError:
+                path.unlink()
 
     def unused(self) -> list[Path]:
         """Return the shards in the folder that belong to other data, networks or settings."""
@@ -238,9 +255,7 @@ class FeatureCache:
         try:
             check_sums(path, sums, {name: tensor_crc(tensor)})
         except CheckpointError as error:
-            raise FeatureError(
-                f"{path} is damaged; remove it and make it again with `pixart-nb dataset features`"
-            ) from error
+            raise FeatureError(f"{path} is damaged; make it again with `pixart-nb dataset features`") from error
         return tensor
 
 

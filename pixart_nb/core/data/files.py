@@ -17,7 +17,7 @@ from pathlib import Path
 from pixart_nb.core.errors import PixArtNBError
 
 #: Keys or columns for the path of an image, its prompt and its long description; the first that exists is used.
-PATHS = ("path", "file_name", "filename", "file", "image", "image_path")
+PATHS = ("path", "file_name", "filename", "file", "image", "image_path", "dir")
 PROMPTS = ("prompt", "text", "caption")
 DESCRIPTIONS = ("sharegpt4v", "long_caption", "description")
 _STRING_OR_LAST_COMMA = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*"?)|,(?=\s*[\]}])', re.DOTALL)
@@ -156,10 +156,13 @@ def parse_json(text: str | bytes) -> object:
 
 
 def read_entries(path: Path) -> list[PlacedEntry]:
-    """Read a label file or table: a JSON list of objects, JSON Lines, or CSV with commas, semicolons or tabs.
+    """Read a label file or table: JSON, JSON Lines, parquet, or CSV with commas, semicolons or tabs.
 
-    An entry is what the file holds, of any type. Raises ``DataError`` for a file that is none of these.
+    JSON is a list of objects, or an object of captions by file, ``{"cat.png": {"caption": "a cat"}}``. An entry is what
+    the file holds, of any type. Raises ``DataError`` for a file that is none of these.
     """
+    if path.suffix.lower() == ".parquet":
+        return list(_parquet_entries(path))
     try:
         text = read_text(path)
     except OSError as error:
@@ -182,6 +185,9 @@ def read_entries(path: Path) -> list[PlacedEntry]:
         return [(f"{path.name} line {n}", _json_line(line)) for n, line in numbered if line.strip()]
     if isinstance(entries, dict) and set(PATHS) & set(entries):
         entries = [entries]
+    elif isinstance(entries, dict) and entries and all(isinstance(value, dict | str) for value in entries.values()):
+        captions = {name: value if isinstance(value, dict) else {"prompt": value} for name, value in entries.items()}
+        entries = [{"path": name} | value for name, value in captions.items()]
     if not isinstance(entries, list):
         raise DataError(f"holds a {type(entries).__name__}; expected a list of labels, [{{...}}, ...]")
     return [(f"entry {number}", entry) for number, entry in enumerate(entries)]
@@ -200,15 +206,34 @@ def _csv_entries(name: str, text: str) -> Iterator[PlacedEntry]:
     lines = io.StringIO(text, newline="")
     reader = csv.DictReader(lines, delimiter=separator, strict=True, skipinitialspace=True)
     try:
-        columns = reader.fieldnames or []
-        if columns and not (set(PATHS) & set(columns) and set(PROMPTS) & set(columns)):
-            raise DataError(
-                f"has the columns {', '.join(map(shortened, columns[:10]))}; expected one of {', '.join(PATHS)} and "
-                f"one of {', '.join(PROMPTS)}"
-            )
+        if reader.fieldnames:
+            _check_columns(reader.fieldnames)
         for row in reader:
             used = {key: row[key] for key in PATHS + PROMPTS + DESCRIPTIONS if row.get(key) is not None}
             extra = DataError("has more fields than the header; quote captions that contain the separator")
             yield f"{name} line {reader.line_num}", extra if None in row else used
     except csv.Error as error:
         raise DataError(f"is no CSV table: {error}") from None
+
+
+def _parquet_entries(path: Path) -> Iterator[PlacedEntry]:
+    import pyarrow as pa  # needed only for such a table
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as table:
+            texts = [field.name for field in table.schema_arrow if field.type in (pa.string(), pa.large_string())]
+            _check_columns(texts)
+            used = [name for name in PATHS + PROMPTS + DESCRIPTIONS if name in texts]
+            for number, row in enumerate(table.read(used).to_pylist(), 1):
+                yield f"{path.name} row {number}", {key: value for key, value in row.items() if value is not None}
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot be read as parquet: {error}") from None
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    if not (set(PATHS) & set(columns) and set(PROMPTS) & set(columns)):
+        raise DataError(
+            f"has the columns {', '.join(map(shortened, columns[:10]))}; expected one of {', '.join(PATHS)} "
+            f"and one of {', '.join(PROMPTS)}"
+        )

@@ -13,8 +13,8 @@ from pixart_nb.core.data.images import ENDINGS
 from pixart_nb.core.data.labels import LabelError, check_entries, path_of
 from pixart_nb.core.io import folder_lock, write_text
 
-#: Tables that are looked for in the folder itself.
-TABLES = ("metadata.jsonl", "metadata.csv")
+#: Tables that are looked for in the folder and in folders below it.
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_ENDINGS = (".txt", ".caption")
 #: Bytes of the largest text file with a caption.
 MAX_TEXT_BYTES = 2**20
@@ -31,11 +31,11 @@ def import_folder(
 ) -> ImportReport:
     """Write the label file of a folder of images; ``image_dir`` is the folder itself.
 
-    Captions come from ``captions``, a table (see ``read_entries``) with paths relative to the folder; else from
-    ``metadata.jsonl`` or ``metadata.csv`` in the folder; else from text files, ``cat.txt`` beside ``cat.png``, also in
-    folders below. ``caption_from``: ``file`` or ``folder`` takes the name of the image file or of its folder instead,
-    with spaces for underscores and hyphens. Every image is decoded. ``output``: the label file, by default
-    ``labels.json`` in the folder.
+    Captions come from ``captions``, a table (see ``read_entries``) with paths relative to the folder or to its own;
+    else from ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet`` in the folder or, one for each, in folders
+    below it, with paths relative to theirs; else from text files, ``cat.txt`` beside ``cat.png``. ``caption_from``:
+    ``file`` or ``folder`` takes the name of the image file or of its folder instead, with spaces for underscores and
+    hyphens. Every image is decoded. ``output``: the label file, by default ``labels.json`` in the folder.
 
     Raises:
         LabelError: lists all problems; nothing is written. With ``skip`` these images are left out and reported.
@@ -52,32 +52,54 @@ def import_folder(
         )
     target = Path(output) if output else folder / "labels.json"
     images = list_files(folder, ENDINGS)
-    table = captions and Path(captions)
-    if caption_from == "text" and not table:
-        table = next((path for path in map(folder.joinpath, TABLES) if path.is_file()), None)
-    entries = _entries(folder, images, table, caption_from)
+    tables = [Path(captions)] if captions else _tables(folder) if caption_from == "text" else []
+    entries = _entries(folder, images, tables, caption_from)
     labels, problems, notes = check_entries(entries, folder, True, "reading images")
     if (problems and not skip) or not labels:
-        raise LabelError(table or folder, problems)
+        raise LabelError(tables[0] if len(tables) == 1 else folder, problems)
     _write(target, json.dumps([label.as_json() for label in labels], indent=1) + "\n", overwrite)
     named = {os.path.normpath(folder / str(path_of(entry))) for _, entry in entries if isinstance(entry, dict)}
-    if table and (unnamed := [image for image in images if os.path.normpath(image) not in named]):
-        notes.append(f"{len(unnamed)} images of {folder} are not in {table}")
+    if tables and (unnamed := [image for image in images if os.path.normpath(image) not in named]):
+        notes.append(f"{len(unnamed)} images of {folder} are not in {', '.join(map(str, tables))}")
     return ImportReport([target], len(labels), problems=problems, notes=notes)
 
 
-def _entries(folder: Path, images: list[Path], table: Path | None, caption_from: str) -> list[PlacedEntry]:
-    if table:
-        try:
-            entries = read_entries(table)
-        except DataError as error:
-            raise DataError(f"{table} {error}") from None
+def _tables(folder: Path) -> list[Path]:
+    """Return the table of each folder that has one, the preferred of several: none below one that is found."""
+    tables: dict[Path, Path] = {}
+    for path in sorted(list_files(folder, TABLES), key=lambda path: (len(path.parts), TABLES.index(path.name.lower()))):
+        if path.name in TABLES and not any(parent in tables for parent in path.parents):
+            tables[path.parent] = path
+    return sorted(tables.values())
+
+
+def _of_table(table: Path, folder: Path) -> list[PlacedEntry]:
+    """Read the entries of a table; paths that exist beside it become relative to ``folder``, which it is in."""
+    try:
+        entries = read_entries(table)
+    except DataError as error:
+        raise DataError(f"{table} {error}") from None
+    if table.parent == folder or not table.resolve().is_relative_to(folder.resolve()):
+        return entries
+    beside = table.resolve().parent.relative_to(folder.resolve())
+    for _, entry in entries:
+        path = path_of(entry) if isinstance(entry, dict) else None
+        if isinstance(path, str) and (folder / beside / path).is_file():
+            entry.update(path=(beside / path).as_posix())
+    return entries
+
+
+def _entries(folder: Path, images: list[Path], tables: list[Path], caption_from: str) -> list[PlacedEntry]:
+    if tables:
+        entries = [entry for table in tables for entry in _of_table(table, folder)]
     elif caption_from == "text":
         entries = list(_from_texts(folder, images))
     else:
         entries = [_from_name(image.relative_to(folder), caption_from, folder) for image in images]
     if not entries:
-        raise DataError(f"{table or folder}: no images; expected files that end in {', '.join(ENDINGS)}")
+        raise DataError(
+            f"{tables[0] if tables else folder}: no images; expected files that end in {', '.join(ENDINGS)}"
+        )
     return entries
 
 

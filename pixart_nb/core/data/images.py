@@ -177,7 +177,7 @@ def _upright(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older Pillow reads it
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

@@ -51,7 +51,7 @@ def checked_data(config: TrainConfig, labels: list[Label], networks: FrozenNetwo
             load_image(path)
     if not config.validation_json_path:
         return []
-    held_out = load_labels(config.validation_json_path, config.image_dir)
+    held_out = load_labels(config.validation_json_path, config.validation_image_dir or config.image_dir)
     require_disjoint(labels, held_out)
     if networks.control:
         networks.control.check(held_out)
@@ -93,6 +93,7 @@ def write_features(config: TrainConfig, batch_size: int = 8, stream: bool = Fals
     cache = networks.feature_cache(labels, sizes)
     if cache.unusable():  # names damaged images before hours of work
         load_labels(config.json_path, config.image_dir, decode=True)
+    cache.remove_damaged()
     made = networks.fill(cache, batch_size)
     if not made:
         return f"{cache.folder}: all {len(cache.paths)} shards exist; nothing to do"

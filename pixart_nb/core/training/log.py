@@ -51,10 +51,10 @@ class CurveLog:
             else:
                 self.path.unlink()
         if tensorboard:
-            from tensorboardX import SummaryWriter  # optional: only trainings that ask for it need it
+            from pixart_nb.core.training.event_file import EventFile  # only trainings that ask for it need it
 
-            board, suffix = Path(folder) / "tensorboard", f".{step}.{os.getpid()}"  # sessions within one second differ
-            self._board = SummaryWriter(str(board), purge_step=step + 1, filename_suffix=suffix)
+            suffix = f".{step}.{os.getpid()}"  # sessions within one second differ
+            self._board = EventFile(Path(folder) / "tensorboard", step, suffix)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; the columns are those of the first row of the file."""
@@ -74,13 +74,13 @@ class CurveLog:
     def scalar(self, step: int, name: str, value: float) -> None:
         """Write a value for TensorBoard only."""
         if self._board is not None:
-            self._board.add_scalar(name, value, step)
+            self._board.scalar(step, name, value)
 
     def images(self, step: int, prompts: Sequence[str], images: np.ndarray) -> None:
         """Write validation images (N, H, W, 3) uint8 for TensorBoard."""
         if self._board is not None:
             for prompt, image in zip(prompts, images, strict=True):
-                self._board.add_image(prompt, image, step, dataformats="HWC")
+                self._board.image(step, prompt, image)
 
     def sync(self) -> None:
         """Write everything to disk, so that a checkpoint never counts steps that the log has lost."""

@@ -11,10 +11,20 @@ from typing import Any
 
 from pixart_nb.config import ConfigError
 from pixart_nb.core.checkpoints.files import ENDINGS
-from pixart_nb.core.io import copy_file, ensure_writable, read_json, remove_temporaries, write_json
+from pixart_nb.core.io import (
+    CheckpointError,
+    copy_file,
+    ensure_writable,
+    load_metadata,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 
 #: File that says which training wrote a result folder.
 MARK = "training.json"
+#: Bytes from which on weights are linked, where the file system has hard links: T5 XXL has 19 GB.
+LINKED = 10**9
 
 
 def check_result(folder: Path, sources: Iterable[Path]) -> None:
@@ -38,9 +48,11 @@ def check_result(folder: Path, sources: Iterable[Path]) -> None:
 def check_folder(folder: Path) -> None:
     """Refuse to train in a folder that cannot be written, or whose ``config.json`` is not that of a training.
 
-    Raises ``WriteError`` or ``ConfigError``.
+    A model's folder is refused too. Raises ``WriteError`` or ``ConfigError``.
     """
     path = ensure_writable(folder) / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise ConfigError(f"{folder} is the folder of a model; choose another output_path")
     if path.is_file() and "output_path" not in read_json(path):
         raise ConfigError(
             f"{path} was not written by `pixart-nb train`, which would write its own there; choose another output_path"
@@ -56,10 +68,12 @@ def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path, b
     path = folder / MARK
     stored = read_json(path) if path.is_file() else {}
     files = stored.pop("files", [])
-    if stored == {"complete": True, **mark} and files and all((folder / name).is_file() for name in files):
+    whole = bool(files) and all(_is_whole(folder / name) for name in files)
+    if stored == {"complete": True, **mark} and whole:
         return folder
     before, now = (marked.get("identity", {}) for marked in (stored, mark))
-    replace = not stored.get("complete") or any(before.get(name) != now.get(name) for name in ("vae", "text_encoder"))
+    same = all(before.get(name) == now.get(name) for name in ("vae", "text_encoder"))
+    replace = not (whole and stored.get("complete") and same)
     check_result(folder, ())
     write_json(path, {"complete": False, **mark})
     for part in (folder, *filter(Path.is_dir, folder.iterdir())):
@@ -70,16 +84,24 @@ def write_result(folder: Path, mark: Mapping[str, Any], write: Callable[[Path, b
     return folder
 
 
+def _is_whole(path: Path) -> bool:
+    """Return whether a file exists and, if it holds weights, has the length that its header says."""
+    try:
+        return path.is_file() and (path.suffix != ".safetensors" or load_metadata(path) is not None)
+    except CheckpointError:
+        return False
+
+
 def _link_or_copy(path: Path, copy: Path) -> None:
-    """Link weights, and copy other files, which may be edited in place: the source must not change then."""
-    if path.suffix in ENDINGS:
+    """Link large weights, and copy other files: whoever writes into a copy does not change the source."""
+    if path.suffix in ENDINGS and path.stat().st_size >= LINKED:
         with suppress(OSError):  # another file system, or one without hard links
             return os.link(path.resolve(), copy)
     copy_file(path, copy)
 
 
 def add_files(source: Path, target: Path, replace: bool = False) -> None:
-    """Add the files of a component to a folder: weights as hard links where the file system has them, else copies.
+    """Add the files of a component to a folder: copies, but hard links of weights from ``LINKED`` bytes on.
 
     Files that exist in ``target`` are left alone. With ``replace`` they are of another component: they are replaced,
     and other weights are removed.
@@ -91,7 +113,7 @@ def add_files(source: Path, target: Path, replace: bool = False) -> None:
         if any(part.startswith(".") for part in relative.parts):
             continue
         if copy.exists():
-            if not replace or filecmp.cmp(path, copy, shallow=False):
+            if not replace or copy.samefile(path) or filecmp.cmp(path, copy, shallow=False):
                 continue
             copy.unlink()
         copy.parent.mkdir(parents=True, exist_ok=True)

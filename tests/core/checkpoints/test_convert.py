@@ -190,6 +190,11 @@ def test_a_target_that_cannot_be_written_is_named_before_anything_is(sources, ta
     assert sorted(sources.rglob("*")) == before
 
 
+def test_a_source_that_does_not_exist_is_named_as_such(sources):
+    with pytest.raises(CheckpointError, match=r"none\.ckpt does not exist"):
+        plan_conversion(sources / "none.ckpt", sources / "none.ckpt")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

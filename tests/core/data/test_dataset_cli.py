@@ -133,6 +133,11 @@ def test_features_are_made_once_and_again_where_they_are_stale(run, config, tmp_
     assert result.exit_code == 0, result.output
     assert "made 2 of 2 shards (2 missing)" in result.output
     assert "nothing to do" in run("features", "-c", config()).output
+    shard = max((tmp_path / "features").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert "made 1 of 2 shards" in run("features", "-c", config()).output
     result = run("features", "-c", config(), "--clean_caption", "false", "--stream")  # a key as an option
     assert "made 1 of 2 shards (1 missing); 1 shards (0 MB) are of other data" in result.output
 

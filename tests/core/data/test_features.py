@@ -300,7 +300,7 @@ def test_a_flipped_bit_is_found_when_it_is_read(labels, tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(FeatureError, match=f"{path.name} is damaged; remove it"):
+    with pytest.raises(FeatureError, match=f"{path.name} is damaged; make it again"):
         [cache.latents(i) for i in range(4)]
 
 

@@ -4,6 +4,8 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -72,6 +74,41 @@ def test_captions_in_a_table(folder, tmp_path, name, beside):
     import_folder(folder, None if beside else table)
     prompts = {"a.png": ("a cat, sleeping", ""), "b.JPG": ("a dog", ""), "sub/c.webp": ("an owl", "")}
     assert written(folder) == prompts
+
+
+def test_each_folder_below_may_have_its_table(folder):
+    (folder / "train").mkdir()
+    for name in ("a.png", "b.JPG"):
+        (folder / name).rename(folder / "train" / name)
+    (folder / "train" / "metadata.csv").write_text("file_name,text\na.png,a cat\nb.JPG,a dog\n")
+    pq.write_table(pa.table({"file_name": ["c.webp"], "text": ["an owl"], "n": [1]}), folder / "sub/metadata.parquet")
+    import_folder(folder)
+    expected = {"sub/c.webp": ("an owl", ""), "train/a.png": ("a cat", ""), "train/b.JPG": ("a dog", "")}
+    assert written(folder) == expected
+    import_folder(folder, folder / "train" / "metadata.csv", overwrite=True)
+    assert written(folder).keys() == {"train/a.png", "train/b.JPG"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("meta_cap.json", '{"a.png": {"caption": "a cat", "tags": "cat"}, "b.JPG": "a dog"}'),
+        ("videos.csv", "dir,text\na.png,a cat\nb.JPG,a dog\n"),
+    ],
+)
+def test_tables_of_other_trainers(folder, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    import_folder(folder, tmp_path / name)
+    assert written(folder) == {"a.png": ("a cat", ""), "b.JPG": ("a dog", "")}
+
+
+def test_a_parquet_table_that_is_none_is_named(folder, tmp_path):
+    (tmp_path / "t.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match=r"t\.parquet cannot be read as parquet"):
+        import_folder(folder, tmp_path / "t.parquet")
+    pq.write_table(pa.table({"file_name": ["a.png"], "likes": [3]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"has the columns 'file_name' \(str\); expected one of path,"):
+        import_folder(folder, tmp_path / "t.parquet")
 
 
 def test_a_table_may_have_descriptions_and_need_not_name_all(folder, tmp_path):

@@ -177,6 +177,40 @@ def test_an_edit_of_a_result_does_not_change_the_model_that_was_trained(config, 
     assert contents(model) == before
 
 
+def test_weights_that_are_replaced_in_a_result_do_not_change_the_model_that_was_trained(config, project, tmp_path):
+    model = write_small_pipeline(tmp_path / "model", project)
+    before = contents(model)
+    result = train(config(tmp_path / "out", model=str(model), steps=1))
+    for path in result.rglob("*.safetensors"):
+        path.write_bytes(b"other weights")
+    assert contents(model) == before
+
+
+def test_a_damaged_result_is_written_again(config, tmp_path):
+    result = train(config(tmp_path / "out", steps=1))
+    whole = contents(result)
+    for part in ("transformer", "vae"):
+        path = result / part / WEIGHTS
+        path.write_bytes(path.read_bytes()[:1000])
+    train(config(tmp_path / "out", steps=1))
+    assert contents(result) == whole
+
+
+def test_a_training_is_not_written_into_the_folder_of_a_model(config, project, tmp_path):
+    model = write_small_pipeline(tmp_path / "model", project)
+    with pytest.raises(ConfigError, match="model is the folder of a model; choose another output_path"):
+        train(config(model, model=str(model), steps=1))
+
+
+def test_held_out_images_may_lie_in_another_folder(looked, folder, project, tmp_path):
+    for label in json.loads((folder / "test.json").read_text()):
+        (tmp_path / "held" / label["path"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(project / "data/pixelart" / label["path"], tmp_path / "held" / label["path"])
+    for name, changes in {"a": {}, "b": {"validation_image_dir": str(tmp_path / "held")}}.items():
+        train(looked(tmp_path / name).model_copy(update={"steps": 3} | changes))
+    assert (tmp_path / "a/held_out.csv").read_text() == (tmp_path / "b/held_out.csv").read_text()
+
+
 def test_changed_images_are_noticed_when_a_training_resumes(config, folder, project, tmp_path):
     changes = {"image_dir": str(tmp_path), "feature_cache": "", "use_ema": False}
     train(

@@ -17,6 +17,7 @@ from line_training import losses, trainer
 from pixart_nb.core.errors import FolderInUseError
 from pixart_nb.core.io import CheckpointError, load_metadata, load_tensors, save_tensors
 from pixart_nb.core.training.checkpoints import CheckpointFolder, read_state
+from pixart_nb.core.training.event_file import EventFile
 from pixart_nb.core.training.log import CurveLog
 
 TENSORS = {"model/a": np.arange(12, dtype=np.float32).reshape(3, 4), "model/b": np.full(1, 2.5, np.float32)}
@@ -198,6 +199,17 @@ def test_events_are_written_for_tensorboard(tmp_path):
             seen[step, tag] = value
     assert [seen[step, "loss"] for step in range(1, 7)] == pytest.approx(losses(tmp_path), rel=1e-6)
     assert seen[4, "a_red_cup"] == "image"
+
+
+def test_a_full_disk_is_an_error_of_the_event_file_for_tensorboard(tmp_path):
+    board = EventFile(tmp_path / "tensorboard", 0, "")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            list(map(board.scalar, range(2000), ["loss"] * 2000, [1.0] * 2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def events(path):
