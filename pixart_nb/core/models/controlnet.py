@@ -73,7 +73,7 @@ class PixArtControlNet(nn.Cell):
         """Hooks of the transformer. The copied blocks have none."""
         return self.base_model.hook_manager
 
-    def construct(self, latents, timestep, caption, mask=None, size=None, drop=None, control=None, scale: float = 1.0):
+    def construct(self, latents, timestep, caption, mask=None, control=None, scale: float = 1.0):
         """Predict the noise as ``PixArt`` does; control (N, C, H, W) are scaled latents of the condition, or None.
 
         ``scale`` multiplies what the ControlNet adds.
@@ -83,22 +83,22 @@ class PixArtControlNet(nn.Cell):
         self.check_control(latents, control)
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
-        micro, positions = net.micro_conditions(latents, size), net.positions(latents.shape[2], latents.shape[3])
-        return self.forward(latents, timestep, caption, mask, positions, micro, drop, control, scale)
+        micro, positions = net.micro_conditions(latents), net.positions(latents.shape[2], latents.shape[3])
+        return self.forward(latents, timestep, caption, mask, positions, micro, control, scale)
 
     def check_control(self, latents, control) -> None:
         """Refuse a control of another shape. ``construct``, which is parsed for graphs, cannot raise by itself."""
         if control is not None and tuple(control.shape) != tuple(latents.shape):
             raise PixArtNBError(f"control has shape {tuple(control.shape)}; expected {tuple(latents.shape)}")
 
-    def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None, control=None, scale=1.0):
+    def forward(self, latents, timestep, caption, mask, positions, micro=None, control=None, scale=1.0):
         """Compute ``construct`` on tensors alone, so that it can be compiled."""
-        keys_values = self.caption_keys_values(caption, drop)
+        keys_values = self.caption_keys_values(caption)
         return self.denoise(latents, timestep, keys_values, mask, positions, micro, control, scale)
 
-    def caption_keys_values(self, caption, drop=None) -> tuple[Sequence, Sequence]:
+    def caption_keys_values(self, caption) -> tuple[Sequence, Sequence]:
         """Return the keys and values of all blocks, and those of the copied blocks."""
-        projected = self.base_model.y_embedder(caption.astype(self.dtype), drop)
+        projected = self.base_model.y_embedder(caption.astype(self.dtype))
         blocks = [block.keys_values(projected) for block in self.base_model.blocks]
         return blocks, [copy.copied_block.keys_values(projected) for copy in self.controlnet]
 

@@ -92,18 +92,13 @@ class FrequencyMLP(nn.Cell):
 
 
 class CaptionEmbedder(nn.Cell):
-    """Project captions; ``y_embedding`` (T, caption_channels) replaces a caption that is dropped in training."""
+    """Project captions. ``y_embedding`` (T, caption_channels), the official code's dropped caption, is only stored."""
 
     def __init__(self, channels: int, size: int, max_length: int):
         super().__init__()
         self.y_proj = MLP(channels, size, size)
         self.y_embedding = parameter((max_length, channels), name="y_embedding")
 
-    def construct(self, caption: ms.Tensor, drop: ms.Tensor | None = None) -> ms.Tensor:
-        """caption (N, T, C), drop (N,) bool or None -> (N, T, D)."""
-        if drop is not None:
-            null = self.y_embedding[: caption.shape[1]].reshape(1, caption.shape[1], -1).astype(caption.dtype)
-            caption = ops.select(
-                drop.reshape(-1, 1, 1).broadcast_to(caption.shape), null.broadcast_to(caption.shape), caption
-            )
+    def construct(self, caption: ms.Tensor) -> ms.Tensor:
+        """caption (N, T, C) -> (N, T, D)."""
         return self.y_proj(caption)

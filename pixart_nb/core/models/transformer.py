@@ -201,28 +201,26 @@ class PixArt(nn.Cell):
         """Dtype of the activations: that of the weights, but float32 for bfloat16 weights on the CPU."""
         return self.final_layer.linear.dtype
 
-    def construct(self, latents, timestep, caption, mask=None, size=None, drop=None):
+    def construct(self, latents, timestep, caption, mask=None):
         """Predict the noise.
 
-        latents (N, C, H, W), timestep (N,), caption (N, T, caption_channels), mask (N, T) bool with True = token;
-        ``size`` (N, 3): image height, image width (pixels) and their ratio, for micro conditions, taken from the
-        latents unless given; ``drop`` (N,) bool replaces those captions by ``y_embedding``.
+        latents (N, C, H, W), timestep (N,), caption (N, T, caption_channels), mask (N, T) bool with True = token
         -> (N, out_channels, H, W).
         """
         self.check_inputs(latents, caption, mask)
         if mask is not None:
             caption, mask = trim_caption(caption, mask)
-        micro = self.micro_conditions(latents, size)
+        micro = self.micro_conditions(latents)
         positions = self.positions(latents.shape[2], latents.shape[3])
-        return self.forward(latents, timestep, caption, mask, positions, micro, drop)
+        return self.forward(latents, timestep, caption, mask, positions, micro)
 
-    def forward(self, latents, timestep, caption, mask, positions, micro=None, drop=None):
+    def forward(self, latents, timestep, caption, mask, positions, micro=None):
         """Compute ``construct`` on tensors alone, so that it can be compiled: without checks and caches."""
-        return self.denoise(latents, timestep, self.caption_keys_values(caption, drop), mask, positions, micro)
+        return self.denoise(latents, timestep, self.caption_keys_values(caption), mask, positions, micro)
 
-    def caption_keys_values(self, caption, drop=None):
+    def caption_keys_values(self, caption):
         """Return keys and values of every block's cross-attention, [(k, v)]; all steps of a prompt use them."""
-        projected = self.y_embedder(caption.astype(self.dtype), drop)
+        projected = self.y_embedder(caption.astype(self.dtype))
         return [block.keys_values(projected) for block in self.blocks]
 
     def denoise(self, latents, timestep, keys_values, mask, positions, micro=None):
@@ -264,14 +262,12 @@ class PixArt(nn.Cell):
             self._positions[key] = ms.Tensor(grid[None]).astype(self.dtype)
         return self._positions[key]
 
-    def micro_conditions(self, latents: ms.Tensor, size=None) -> ms.Tensor | None:
+    def micro_conditions(self, latents: ms.Tensor) -> ms.Tensor | None:
         """Return (N, 3): height and width in pixels and their ratio; None for a model without micro conditions."""
         if not self.config.micro_condition:
             return None
-        if size is None:
-            height, width = 8 * latents.shape[2], 8 * latents.shape[3]
-            size = np.tile(np.array([[height, width, height / width]], np.float32), (latents.shape[0], 1))
-        return ms.Tensor(size, ms.float32) if isinstance(size, np.ndarray) else size
+        height, width = 8 * latents.shape[2], 8 * latents.shape[3]
+        return ms.Tensor(np.tile(np.array([[height, width, height / width]], np.float32), (latents.shape[0], 1)))
 
     def check_inputs(self, latents, caption, mask) -> None:
         """Refuse inputs of a wrong shape."""

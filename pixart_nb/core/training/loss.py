@@ -51,7 +51,7 @@ def control_loss(net: PixArtControlNet) -> Callable:
 
     def loss(latents, noise, table, timesteps, embeddings, mask, weights, positions, control, micro=None):
         x_t = add_noise(latents, noise, table)
-        output = net.forward(x_t, timesteps, embeddings, mask, positions, micro, None, control)
+        output = net.forward(x_t, timesteps, embeddings, mask, positions, micro, control)
         return _means(output, latents, x_t, noise, table, weights)
 
     return loss

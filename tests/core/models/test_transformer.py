@@ -110,15 +110,6 @@ def test_compression_of_a_constant_grid_by_picking_or_mean_is_exact(monkeypatch)
     assert np.array_equal(outs[1], outs[2])
 
 
-def test_dropped_captions_are_the_null_embedding():
-    net = small_net()
-    latents, timestep, caption = inputs()
-    dropped = net(latents, timestep, caption, None, None, ms.Tensor([True, False])).asnumpy()
-    null = np.array(caption.asnumpy())
-    null[0] = net.y_embedder.y_embedding.asnumpy()
-    assert relative_error(dropped, net(latents, timestep, ms.Tensor(null)).asnumpy()) < 1e-6
-
-
 def test_positions_of_a_larger_image_interpolate_those_of_the_smaller():
     small = sincos_positions(24, 8, 8, base_size=8, pe_interpolation=1.0).reshape(8, 8, 24)
     large = sincos_positions(24, 16, 16, base_size=8, pe_interpolation=1.0).reshape(16, 16, 24)
