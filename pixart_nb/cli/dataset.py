@@ -31,7 +31,9 @@ def sample(
     output_path: Annotated[
         Path, typer.Option("--output-path", "-o", "--target", help="Folder for the published files.")
     ],
-    count: Annotated[int, typer.Option(min=4, max=10000, help="Number of scenes.")] = 120,
+    count: Annotated[
+        int, typer.Option(min=4, max=10000, help="Number of scenes. Three quarters are drawn four times, for training.")
+    ] = 120,
     side: Annotated[int, typer.Option(min=128, max=4096, help="Height of the images in pixels.")] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")] = False,
 ) -> None:

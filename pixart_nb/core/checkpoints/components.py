@@ -115,6 +115,8 @@ def _mindone_paths(folder: Path, names: Sequence[str], checkpoint: Path | None =
     paths = {name: root / name for root in reversed(roots) for name in folders if (root / name).is_dir()}
     paths |= {"transformer": checkpoints[0]} if checkpoints else {}
     missing = [name for name in names if name not in (*paths, "scheduler")]
+    if missing and (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is one component, not a pipeline: give a transformer as the checkpoint")
     if missing:
         raise CheckpointError(
             f"{folder} has no model_index.json, so it is no pipeline in diffusers' layout; and it lacks {missing} "

@@ -185,6 +185,8 @@ def _open_folder(folder: Path, keep: Keep, variant: str | None, use_safetensors:
                 warnings.warn(f"{folder} has no variant {variant!r}; the others are read", stacklevel=2)
             return replace(checkpoint, path=folder, notes=checkpoint.notes + note)
     ending = choices[0][0]
+    if (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is a whole pipeline: give it as the model, or the folder of a component")
     raise CheckpointError(
         f"{folder} holds no weights: expected {' or '.join(f'{stem}.{ending}' for stem in STEMS[:2])}, "
         f"{'their .bin forms, ' * (use_safetensors is None)}or an index of shards; it holds {names[:10]}"

@@ -184,16 +184,12 @@ class StagedImage:
 
 @dataclass(frozen=True)
 class StageProgress:
-    """Progress of a run: ``done`` of ``total`` parts of a stage of the image with this index.
-
-    ``seconds_left`` of that stage is estimated from the parts of this session; None before the first.
-    """
+    """Progress of a run: ``done`` of ``total`` parts of a stage of the image with this index."""
 
     image: int
     stage: str
     done: int
     total: int
-    seconds_left: float | None
 
 
 def run_stages(images: Sequence[StagedImage], load: Load, lock: str = LOCK) -> Iterator[StageProgress]:
@@ -238,15 +234,12 @@ def _run(stage: _Stage, numbers: list[int], images: Sequence[StagedImage], load:
     with PeakMemory(LOOK_SECONDS) as memory:
         pipe, measure = load(stage.components), "load_seconds"
         for number in numbers:
-            first, image = None, images[number]  # first: finished parts, and the time, when work on it began
+            image = images[number]
             with folder_lock(image.folder, LOCK, wait=True) if len(images) > 1 else nullcontext():
                 for done, total in stage.work(pipe, image):
-                    now = time.perf_counter()
-                    image.files.add_measured(stage.name, memory.update(), measure, now - since)
-                    first, measure = first or (done, now), "seconds"
-                    fresh = done - first[0]
-                    left = (now - first[1]) / fresh * (total - done) if fresh else None
-                    yield StageProgress(number, stage.name, done, total, left)
+                    image.files.add_measured(stage.name, memory.update(), measure, time.perf_counter() - since)
+                    measure = "seconds"
+                    yield StageProgress(number, stage.name, done, total)
                     since = time.perf_counter()  # the caller's time is not the stage's
 
 

@@ -206,6 +206,13 @@ def test_weights_in_formats_that_are_not_read_are_not_fetched(monkeypatch, optio
         PixArtSigmaPipeline.from_pretrained("owner/name", **options)
 
 
+def test_a_pipeline_and_a_component_are_not_taken_for_each_other(folder):
+    with pytest.raises(CheckpointError, match="is a whole pipeline: give it as the model"):
+        load_transformer(folder)
+    with pytest.raises(CheckpointError, match="is one component, not a pipeline: give a transformer as the checkpoint"):
+        component_paths(folder / "transformer", ["transformer", "vae"])
+
+
 # ---- damaged bytes
 
 

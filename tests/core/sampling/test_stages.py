@@ -171,7 +171,7 @@ def test_several_pictures_load_each_component_once(tmp_path):
         ({"prompt": "a blue cup"}, "prompt: 'a red mushroom on grass' there, 'a blue cup' here"),
         ({"steps": 7}, "steps: 6 there, 7 here"),
         ({"seed": (1, 0)}, r"seed: \[0, 0\] there, \[1, 0\] here"),
-        ({"models": {"transformer": "other"}}, "transformer: 'nothing' there, 'other' here"),
+        ({"models": {"transformer": "other"}}, "transformer: not set there, 'other' here"),
     ],
 )
 def test_the_folder_of_another_run_is_refused_with_the_differences(tmp_path, change, said):

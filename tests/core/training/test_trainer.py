@@ -243,5 +243,5 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path):
     identity = {"seed": 0, "json_path": "a.json", "sizes": (1, 2)}
     trainer(tmp_path, more={"identity": identity}).run(until=3)
     assert trainer(tmp_path, more={"identity": identity}).step == 3
-    with pytest.raises(CheckpointError, match=r"batch_size: 'nothing' there, 8 here; seed: 0 there, 1 here\. Use"):
+    with pytest.raises(CheckpointError, match=r"batch_size: not set there, 8 here; seed: 0 there, 1 here\. Use"):
         trainer(tmp_path, more={"identity": identity | {"seed": 1, "batch_size": 8}})
