@@ -254,10 +254,15 @@ def project_folder(start: str | os.PathLike[str] = ".") -> Path:
 def notebook_config(namespace: Mapping[str, Any], **values: Any) -> InferenceConfig:
     """Return the sampling configuration that a notebook's parameters describe; call it with ``globals()``.
 
-    ``values`` are keys that the notebook sets by itself. Raises ``ConfigError``, as ``check_parameters`` does.
+    ``values`` are keys that the notebook sets by itself. Raises ``ConfigError``, as ``check_parameters`` does, and if
+    the parameters are not there because their cell did not run.
     """
     check_parameters(namespace)
     parameters = {name: namespace[name] for name in InferenceConfig.model_fields if name in namespace}
+    required = {name for name, field in InferenceConfig.model_fields.items() if field.is_required()}
+    if not required & {*parameters, *values}:
+        names = ", ".join(sorted(required))
+        raise ConfigError(f"the parameters are not set ({names}, ...): run the cell tagged 'parameters' first")
     return check_config(parameters | values)
 
 

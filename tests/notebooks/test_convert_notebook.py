@@ -2,6 +2,7 @@
 
 import json
 
+import papermill
 import pytest
 from notebook_contract import check_figures, run_notebook
 from reference_data import official
@@ -30,6 +31,19 @@ def ran(project, tmp_path_factory):
 def printed(executed):
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     return "\n".join(output.get("text", "") for output in outputs)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": "models/absent.pth"}, "source 'models/absent.pth' does not exist; a relative path starts at the"),
+        ({"hidden_size": 100}, "hidden_size is 100; expected a multiple of 72, for example 144"),
+    ],
+)
+def test_wrong_parameters_stop_it_with_a_sentence(ran, values, message):
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        ran(**values)
 
 
 @pytest.mark.notebook

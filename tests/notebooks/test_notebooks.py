@@ -20,7 +20,7 @@ from notebook_contract import (
     widgets_without_figure,
 )
 
-from pixart_nb.config import check_config, read_yaml
+from pixart_nb.config import ConfigError, check_config, notebook_config, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -192,6 +192,11 @@ def test_an_undeclared_parameter_stops_the_notebook(tmp_path, parameters, messag
     with pytest.raises(papermill.PapermillExecutionError) as caught:
         run()
     assert message in str(caught.value)
+
+
+def test_a_notebook_that_runs_from_the_middle_is_sent_to_its_parameters():
+    with pytest.raises(ConfigError, match="run the cell tagged 'parameters' first"):
+        notebook_config({"In": ["", "config = notebook_config(globals())"], "seed": 1}, use_resolution_binning=False)
 
 
 @pytest.mark.notebook

@@ -1,10 +1,11 @@
 """The notebook of the playground runs whole, and its files and numbers are what it says."""
 
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
-from notebook_contract import check_files, run_smoke, undeclared_keys
+from notebook_contract import check_files, run_notebook, run_smoke, undeclared_keys
 
 from pixart_nb.config import InferenceConfig, check_config, read_yaml
 from pixart_nb.core.sampling.images import read_parameters
@@ -30,6 +31,26 @@ def test_it_runs_whole_and_writes_what_it_says(project, tmp_path):
     assert [str(path) for path in (folder / "saved").iterdir()] == numbers["saved"]
     check_configuration(numbers, values)
     check_numbers(numbers, values)
+
+
+@pytest.mark.notebook
+def test_the_playground_equals_a_call_after_it_was_used_by_hand(notebook, project, tmp_path):
+    """The user has drawn at another size; the cells after the playground set the controls back."""
+    used = """from dataclasses import replace
+
+changed = {"prompt": "a red car at night", "height": 128, "width": 192, "steps": 1, "seed": 9}
+playground.parameters = replace(playground.parameters, **changed)
+await playground.sample()"""
+    whole = nbformat.read(notebook, as_version=4)
+    ids = [cell.id for cell in whole.cells]
+    whole.cells = whole.cells[: ids.index("code-12") + 1]
+    whole.cells.insert(ids.index("code-08") + 1, nbformat.v4.new_code_cell(used))
+    nbformat.write(whole, tmp_path / "used.ipynb")
+    values = read_yaml(project / "configs" / "smoke" / "02_sampling.yaml")
+    values |= {"sampling_steps": 1, "output_path": str(tmp_path / "out")}
+    done = run_notebook(tmp_path / "used.ipynb", values, tmp_path / "executed.ipynb", project)
+    printed = "".join(output.get("text", "") for output in done.cells[-1].outputs)
+    assert re.search(r"differ by at most [01]$", printed.strip())
 
 
 def check_configuration(numbers, values):
