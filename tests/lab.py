@@ -156,7 +156,7 @@ def until(condition, page, seconds=20):
 def nothing_cut_or_covered(widget):
     """Nothing is cut at an edge of the widget's boxes, and nothing lies over another control."""
     cut = """widget => [widget, ...widget.querySelectorAll('.widget-box')]
-        .filter(box => box.scrollWidth > box.clientWidth + 1)
+        .filter(box => box.scrollWidth > box.clientWidth)
         .map(box => `${box.className}, ${box.scrollWidth} in ${box.clientWidth} pixels: ${box.textContent}`)"""
     whole = until(lambda: not widget.evaluate(cut), widget.page)  # the page may still be laying itself out
     assert whole, widget.evaluate(cut)

@@ -112,8 +112,8 @@ def _difference(before: Any, now: Any) -> str:
         return differences(before, now)
     if all(isinstance(value, str) and re.fullmatch("[0-9a-f]{16,}", value) for value in (before, now)):
         return "changed"  # fingerprints
-    there, here = ("not set" if value is None else repr(value) for value in (before, now))
-    return f"{there} there, {here} here"
+    texts = ["not set" if value is None else repr(value) for value in (before, now)]
+    return "{} there, {} here".format(*texts)
 
 
 def ignore_options(function: str, options: Mapping[str, Any], parameters: Iterable[str]) -> None:

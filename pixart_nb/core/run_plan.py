@@ -518,10 +518,12 @@ def overview(
 
     Args:
         layers: Compressed layers; by default those of the configuration, or the deep half.
+
+    Rows have estimated seconds only if the speed of a dtype was measured.
     """
     config = networks.transformer
     layers = layers or config.kv_layers or range(config.depth // 2, config.depth)
-    rows = []
+    rows, timed = [], any(speed is not None for speed in speeds.values())
     for size, ratio, dtype in itertools.product(sizes, ratios, speeds):
         settings = replace(run, height=size, width=size, dtype=dtype)
         cost.key_count(settings.grid(config), ratio)
@@ -532,6 +534,7 @@ def overview(
             {"size": size, "ratio": ratio, "dtype": dtype, "tokens": settings.tokens(config)}
             | {"tera MACs per step": sum(plan.step_macs.values()) / 1e12}
             | memory
-            | {"peak GB": plan.peak / 1e9, "estimated seconds per step": plan.seconds_per_step}
+            | {"peak GB": plan.peak / 1e9}
+            | ({"estimated seconds per step": plan.seconds_per_step} if timed else {})
         )
     return rows

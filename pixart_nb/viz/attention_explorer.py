@@ -20,6 +20,9 @@ from pixart_nb.viz.overlay import as_float, shrunk
 from pixart_nb.viz.pixels import enlarged, png_bytes
 from pixart_nb.viz.style import Figure
 
+#: Width of a column: two of them fit beside the file browser of JupyterLab in a window of 1280 pixels.
+COLUMN = "406px"
+
 
 class AttentionExplorer(parts.Explorer):
     """Widget that shows the attention of one run. Put it on the last line of a cell.
@@ -113,8 +116,8 @@ class AttentionExplorer(parts.Explorer):
     def _laid_out(self) -> widgets.Widget:
         hint = widgets.HTML("<b>Click a patch</b> to see what it attends to, or <b>select a word</b>:")
         sliders = [self.layer, self.head, self.step, self.threshold]
-        left = parts.column([hint, self.words, self.view, self.scale, self.message], "430px")
-        return parts.side_by_side([left, parts.column([*sliders, self.note, self.overview], "430px")])
+        left = parts.column([hint, self.words, self.view, self.scale, self.message], COLUMN)
+        return parts.side_by_side([left, parts.column([*sliders, self.note, self.overview], COLUMN)])
 
     def _offer_layers(self, attention: str) -> None:
         """Offer the layers of which the trace has the current type of attention."""

@@ -20,6 +20,8 @@ from pixart_nb.viz.style import COLOURS, SMALL, TEXT, WIDTH, Figure, axes_grid, 
 PICKS = ("ave", "uniform")
 #: Colour map of what is lost, white for nothing: a loss is small nearly everywhere.
 LOST = "OrRd"
+#: Least deviation from the average that the colours of learned kernels reach to: smaller ones are pale.
+LEAST_SCALE = 0.05
 #: Panels of ``cost_curves``: key of a record, name of the axis.
 COSTS = {"macs": "MACs of a step", "bytes": "bytes of keys and values", "seconds": "attention of a layer, measured, s"}
 
@@ -35,7 +37,7 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
     scaled = {name: np.asarray(weights) * weights.shape[-1] ** 2 for name, weights in kernels.items()}
     columns = min(7, len(scaled))
     rows, cell = -(-len(scaled) // columns), min(1.8, (WIDTH - 1) / columns)
-    above, below = rows * (cell + 0.45), 2.2
+    above, below = rows * (cell + 0.45) + 0.3, 2.2
     figure = new_figure(max(4.0, columns * cell + 1.1), above + below)
     top, bottom = figure.subfigures(2, 1, height_ratios=[above, below])
     _show_means(top, {name: weights.mean(0) for name, weights in scaled.items()}, rows, columns)
@@ -50,24 +52,27 @@ def learned_kernels(kernels: Mapping[str, np.ndarray]) -> Figure:
 
 
 def _show_means(figure: Any, means: Mapping[str, np.ndarray], rows: int, columns: int) -> None:
-    """Show mean kernels on one scale around the average."""
-    most = max(float(np.abs(mean - 1).max()) for mean in means.values()) or 1e-6
+    """Show mean kernels on one scale around the average, which reaches to ``LEAST_SCALE`` at least."""
+    deviation = max(float(np.abs(mean - 1).max()) for mean in means.values())
+    most = max(deviation, LEAST_SCALE)
+    digits = 2 if deviation >= 0.02 else 3
     axes = [style.for_image(ax) for ax in axes_grid(figure, rows, columns).ravel()]
     for ax, (name, mean) in zip(axes, means.items(), strict=False):
         image = ax.imshow(mean, cmap=style.DIFFERENCE, vmin=1 - most, vmax=1 + most)
         ax.set_title(name, fontsize=TEXT)
-        _write_values(ax, mean, most)
+        _write_values(ax, mean, most, digits)
     style.colour_bar(figure, image, axes, "mean weight x R²")
+    figure.suptitle(f"mean over channels; largest deviation {deviation:.2g}", fontsize=TEXT)
 
 
-def _write_values(ax: Axes, values: np.ndarray, most: float) -> None:
+def _write_values(ax: Axes, values: np.ndarray, most: float, digits: int) -> None:
     """Write each value of a small kernel into its square."""
     if values.size > 16:
         return
     for (row, column), value in np.ndenumerate(values):
         dark = abs(value - 1) > 0.6 * most
         look = {"ha": "center", "va": "center", "fontsize": SMALL, "color": "white" if dark else "black"}
-        ax.text(column, row, f"{value:.{2 if most >= 0.02 else 3}f}", **look)
+        ax.text(column, row, f"{value:.{digits}f}", **look)
 
 
 def cells_of_keys(image: np.ndarray, grid: tuple[int, int], ratio: int, operator: str = "conv") -> Figure:
@@ -172,7 +177,8 @@ def error_by_timestep(
     if logarithmic:
         style.logarithmic_values(ax)
     ax.invert_xaxis()
-    style.legend(ax, "right")
+    if errors:
+        style.legend(ax, "right")
     return figure
 
 

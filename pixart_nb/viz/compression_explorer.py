@@ -19,7 +19,7 @@ from pixart_nb.viz import widget_parts as parts
 from pixart_nb.viz.attention import full_against_compressed
 from pixart_nb.viz.compression import error_by_timestep
 from pixart_nb.viz.event_loop import KernelLoop, giving_way
-from pixart_nb.viz.explorers import Choice, compressed_view, view_pixels
+from pixart_nb.viz.explorers import Choice, compressed_view, outcome_name, view_pixels
 from pixart_nb.viz.figures import image_differences
 from pixart_nb.viz.html_export import export_compression
 from pixart_nb.viz.pixels import enlarged, png_bytes, tiles, with_cells
@@ -32,8 +32,8 @@ COSTS = {
     "attention_macs": "of them attention",
     "bytes": "keys and values, bytes",
 }
-#: Pixels of a panel's side, and of the widget's width.
-PANEL, WIDTH = 266, 830
+#: Pixels of a panel's side, of the width of the images of a run, and of the widget's width.
+PANEL, SHEET, WIDTH = 266, 460, 830
 #: Value of the word control that stands for the clicked patch.
 PATCH = -1
 
@@ -116,12 +116,12 @@ class CompressionExplorer(parts.Explorer):
         self._set_running(False)
 
     def _laid_out(self) -> widgets.Widget:
-        for image, width in ((self.images, "460px"), (self.curve, "350px")):
+        for image, width in ((self.images, f"{SHEET}px"), (self.curve, "350px")):
             image.layout = widgets.Layout(width=width, max_width="100%", margin="0")
-        self.images.add_class("pixart-crisp")
+        self.images.add_class("pixart-results")  # reduced smoothly: sharp pixels would drop lines of the cells
         panels = [parts.column(part, f"{PANEL}px") for part in zip(self.titles, self.panels, self.scales, strict=True)]
         names = "".join(f"<b style='flex:1'>{name}</b>" for name in ("full", "compressed", "difference"))
-        columns = widgets.HTML(f"<div style='display:flex;width:460px;max-width:100%'>{names}</div>")
+        columns = widgets.HTML(f"<div style='display:flex;width:{SHEET}px;max-width:100%'>{names}</div>")
         left = parts.column([columns, self.images], "466px")
         self.results = parts.row([left, parts.column([self.curve, self.costs], "350px")])
         what = parts.column([self.ratio, self.operator, self.word], "408px")
@@ -267,7 +267,7 @@ class CompressionExplorer(parts.Explorer):
         if outcome is None:
             return parts.say(self.message, "Not run yet: Run draws the images with these layers compressed.")
         effect = f"predictions are off by {outcome.error:.1%} on average, images by {outcome.image_error:.3f}"
-        parts.say(self.message, f"{_name(outcome)}: {effect} (rms of colours 0..1). {outcome.seconds:.1f} s.")
+        parts.say(self.message, f"{outcome_name(outcome)}: {effect} (rms of colours 0..1). {outcome.seconds:.1f} s.")
 
     def _images(self, outcome: Any) -> np.ndarray:
         """Return rows of full image with key cells, compressed image and difference; at most three rows."""
@@ -275,13 +275,13 @@ class CompressionExplorer(parts.Explorer):
         for full, small in list(zip(self.study.images, outcome.images, strict=True))[:3]:
             differences = colormaps[HEAT](np.abs(small - full).mean(2))[..., :3]
             plain = [enlarged(to_uint8(pixels), 256) for pixels in (small, differences)]
-            cells += [with_cells(full, self.study.trace.grid, outcome.ratio), *plain]
+            cells += [with_cells(full, self.study.trace.grid, outcome.ratio, shown=SHEET // 3), *plain]
         return tiles(cells, 3, 6)
 
     def _curves(self, outcome: Any) -> Figure:
         """Return the errors of the current outcome and of the last three before it."""
         others = [other for other in self.study.outcomes if other is not outcome and other.ratio > 1][-3:]
-        shown = {_name(one): np.maximum(one.errors, 1e-6) for one in (outcome, *others) if one.ratio > 1}
+        shown = {outcome_name(one): np.maximum(one.errors, 1e-6) for one in (outcome, *others) if one.ratio > 1}
         figure = error_by_timestep(shown, self.study.timesteps, "error of the prediction")
         figure.set_size_inches(3.8, 2.5)
         if shown:
@@ -302,7 +302,7 @@ class CompressionExplorer(parts.Explorer):
         outcome = self.study.outcome(*self.choice)
         pairs = list(zip(self.study.images, outcome.images, strict=True))[:3]
         named = {f"image {number}": pair for number, pair in enumerate(pairs)}
-        return image_differences(named, ("full", _name(outcome)))
+        return image_differences(named, ("full", outcome_name(outcome)))
 
     def attention_figure(self) -> Figure:
         """Return the current maps as a figure."""
@@ -314,10 +314,3 @@ class CompressionExplorer(parts.Explorer):
         """Write all outcomes as one HTML file that needs neither Python nor a network, and return the path."""
         current = self.study.outcome(*self.choice)
         return export_compression(path, self.study, self.study.outcomes, self.study.outcomes.index(current))
-
-
-def _name(outcome: Any) -> str:
-    layers = outcome.layers
-    in_a_row = layers[-1] - layers[0] < len(layers)
-    numbers = f"{layers[0]}-{layers[-1]}" if in_a_row else ", ".join(map(str, layers))
-    return f"{outcome.operator} {outcome.ratio}, layers {numbers}"

@@ -41,14 +41,15 @@ def score_figure(sizes: Sequence[int], curves: Mapping[str, Sequence[float]], im
     A method may end at a smaller size than others. The bars are 95% intervals.
     """
     require_as_many("numbers of images", images, len(sizes), "sizes")
-    figure, ax = style.curve_axes(7, 3.4, "side in pixels, and images judged", "share right in all")
+    figure, ax = style.curve_axes(7, 3.4, "side in pixels, and images judged", "share with everything right")
     for number, (name, shares) in enumerate(curves.items()):
         beside = np.arange(len(shares)) + 0.04 * (number - (len(curves) - 1) / 2)  # bars do not hide each other
         ax.plot(beside, shares, label=name, **line_style(number) | {"markersize": 5})
         middle, half = wilson_interval(np.asarray(shares, dtype=float), np.asarray(images[: len(shares)]))
         ax.errorbar(beside, middle, yerr=half, **_bars(number))
     labels = [f"{size}\n{count}" for size, count in zip(sizes, images, strict=True)]
-    ax.set_xticks(range(len(sizes)), [f"{label} images" if k == 0 else label for k, label in enumerate(labels)])
+    labels[:1] = [f"{label} image{'s' * (images[0] != 1)}" for label in labels[:1]]
+    ax.set_xticks(range(len(sizes)), labels)
     ax.set_ylim(-0.04, 1.04)
     if curves:
         legend(ax, "above", ncols=len(curves))
@@ -101,23 +102,36 @@ def curve_panels(
     Args:
         levels: ``levels[ylabel][name]`` are baselines of a panel, drawn as horizontal lines.
         counts: The values of the panel ``ylabel`` are shares of so many images; it reaches to 1 and has 95% intervals.
+            Its curves stand a little beside each other, so that equal ones are seen.
     """
     if not panels:
         raise PixArtNBError("curve_panels needs at least one panel, got none")
     figure = style.new_figure(WIDTH, 3.4)
     for ax, (ylabel, curves) in zip(style.axes_grid(figure, 1, len(panels))[0], panels.items(), strict=True):
         count = (counts or {}).get(ylabel, 0)
+        values = sorted({float(x) for steps, _ in curves.values() for x in steps})
+        if count:
+            curves = _beside_each_other(curves, values)
         _draw_curves(for_curves(ax, xlabel, ylabel), curves, list(curves), markersize=5)
         _draw_levels(ax, (levels or {}).get(ylabel, {}))
         if count:
             _draw_intervals(ax, curves, count)
-        values = sorted({float(x) for steps, _ in curves.values() for x in steps})
         if len(values) <= _TICKS:
             ax.set_xticks(values, [f"{value:g}" for value in values])
         highest = max((float(np.max(line.get_ydata())) for line in ax.lines), default=1.0) if not count else 1.0
         ax.set_ylim(-0.03 * highest, 1.06 * highest or 1.0)
         legend(ax, "above", ncols=2)
     return figure
+
+
+def _beside_each_other(curves: Mapping[str, Curve], values: Sequence[float]) -> dict[str, Curve]:
+    """Shift curves sideways around the sorted ``values`` of their variable, by half of a gap in all at most."""
+    gaps = np.diff(values)
+    shift = min(0.015 * (values[-1] - values[0]), 0.5 * gaps.min() / len(curves)) if len(gaps) else 0.0
+    return {
+        name: (np.asarray(steps, dtype=float) + shift * (number - (len(curves) - 1) / 2), shares)
+        for number, (name, (steps, shares)) in enumerate(curves.items())
+    }
 
 
 def _draw_intervals(ax: Axes, curves: Mapping[str, Curve], count: int) -> None:

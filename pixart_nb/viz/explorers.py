@@ -146,6 +146,7 @@ def in_words(trace: Any, choice: Choice, shown: Shown, row: int = 0) -> str:
     where = ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
     means = [f"{name}s" for name, value in parts.items() if value is None]
     where = "; ".join(part for part in (where, f"mean over {', '.join(means)}" if means else "") if part)
+    where = where[0].upper() + where[1:]
     top = np.unravel_index(int(shown.heat.argmax()), shown.heat.shape)
     most = f"most at ({top[0]}, {top[1]}): {shown.heat.max():.3f}"
     if choice.word is not None:
@@ -246,3 +247,15 @@ def overview_pixels(maps: np.ndarray, image: np.ndarray, most: int = 96) -> np.n
     small = as_float(shrunk(image, most))
     rows = [[to_uint8(overlay(small, heat)) for heat in layer] for layer in maps]
     return tiled(rows, max(1, min(small.shape[:2]) // 16))
+
+
+def outcome_name(outcome: Any) -> str:
+    """Return the name of a compression: operator, ratio and layers."""
+    layers = outcome.layers
+    if outcome.ratio == 1 or not layers:
+        return "no compression"
+    if len(layers) == 1:
+        return f"{outcome.operator} {outcome.ratio}, layer {layers[0]}"
+    in_a_row = layers[-1] - layers[0] < len(layers)
+    numbers = f"{layers[0]}-{layers[-1]}" if in_a_row else ", ".join(map(str, layers))
+    return f"{outcome.operator} {outcome.ratio}, layers {numbers}"

@@ -49,20 +49,21 @@ def image_grid(
     titles = [_folded(title, int(cell * _TITLE_LETTERS / points)) for title in titles or [""] * len(images)]
     lines = [max(title.count("\n") + bool(title) for title in titles[k * columns :][:columns]) for k in range(rows)]
     title_rooms = sum(0.15 + _TITLE_LINE * points * count if count else 0.08 for count in lines)
-    aspect = max(image.shape[0] / image.shape[1] for image in images)
-    figure = new_figure(columns * cell + margin, rows * cell * aspect + title_rooms + 0.1)
+    aspects = [max(image.shape[0] / image.shape[1] for image in images[k * columns :][:columns]) for k in range(rows)]
+    figure = new_figure(columns * cell + margin, cell * sum(aspects) + title_rooms + 0.1)
     figure.set_layout_engine("compressed")  # no gaps between rows of images with a fixed aspect
-    axes = [for_image(ax) for ax in figure.subplots(rows, columns, squeeze=False).ravel()]
-    for ax, image, title in zip(axes, images, titles, strict=False):
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=aspects)
+    axes = [for_image(ax) for ax in axes.ravel()]
+    for number, (ax, image, title) in enumerate(zip(axes, images, titles, strict=False)):
         limits = {"cmap": "gray", "vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
         # averages where the figure has fewer pixels than the image
         ax.imshow(image, interpolation="antialiased", **(limits if image.ndim == 2 else {}))
+        ax.set_ylim(image.shape[1] * aspects[number // columns] - 0.5, -0.5)  # room below the lower ones of a row
         ax.set_title(title, fontsize=points)
         ax.set_anchor("S")  # titles have the room that is left
     for number, label in enumerate(row_labels or ()):
-        axes[number * columns].set_ylabel(
-            _folded(label, max(8, int(cell * aspect * _ROW_LETTERS / points))), fontsize=points
-        )
+        letters = max(8, int(cell * aspects[number] * _ROW_LETTERS / points))
+        axes[number * columns].set_ylabel(_folded(label, letters), fontsize=points)
     return figure
 
 
@@ -180,5 +181,12 @@ def _on_equal_ground(images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _folded(words: str, width: int) -> str:
-    """Wrap words into lines of at most ``width`` letters; a longer word is broken."""
-    return fill(" ".join(words.split()), max(1, width), break_on_hyphens=False)
+    """Wrap words into lines of at most ``width`` letters, at middle dots if there are any; a longer word is broken."""
+    lines = [""]
+    for part in " ".join(words.split()).split(" · "):
+        joined = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines += fill(part, max(1, width), break_on_hyphens=False).split("\n")
+    return "\n".join(lines).lstrip("\n")

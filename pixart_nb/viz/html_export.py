@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.io import write_text
 from pixart_nb.core.sampling.images import to_uint8
-from pixart_nb.viz.explorers import Choice, check_choice, layers_of
+from pixart_nb.viz.explorers import Choice, check_choice, layers_of, outcome_name
 from pixart_nb.viz.overlay import COVER, DIMMED, as_float, bar_colours, shrunk
 from pixart_nb.viz.pixels import image_url, with_cells
 from pixart_nb.viz.style import HEAT
@@ -182,25 +182,29 @@ def quantised(maps: np.ndarray) -> dict[str, Any]:
 
 
 def export_compression(path: str | Path, study: Any, outcomes: Sequence[Any], start: int = 0) -> Path:
-    """Write the outcomes of a compression explorer as a page of images, errors and costs."""
+    """Write the outcomes of a compression explorer as a page of images, errors and costs.
+
+    The page starts with the outcome number ``start``. Of several outcomes without compression it has one.
+    """
     if not outcomes:
         raise PixArtNBError("there is no outcome to write; run a compression first")
     run, config = study.reference, study.pipe.transformer.config
     unit = 8 * config.patch_size
     grid = (run.height // unit, run.width // unit)
+    named = {outcome_name(outcome): outcome for outcome in outcomes}
     data = {
         "title": study.prompt if isinstance(study.prompt, str) else " · ".join(study.prompt),
         "timesteps": [float(t) for t in study.timesteps],
         "full": {"images": [image_url(to_uint8(p)) for p in study.images], "cost": vars(study.cost)},
-        "outcomes": [_outcome(outcome, study, grid) for outcome in outcomes],
-        "start": start,
+        "outcomes": [_outcome(outcome, study, grid) for outcome in named.values()],
+        "start": list(named).index(outcome_name(outcomes[start])),
     }
     return _write(path, "compression.html", data)
 
 
 def _outcome(outcome: Any, study: Any, grid: tuple[int, int]) -> dict[str, Any]:
     return {
-        "name": f"{outcome.operator} {outcome.ratio}, layers {', '.join(map(str, outcome.layers)) or 'none'}",
+        "name": outcome_name(outcome),
         "cells": [image_url(with_cells(p, grid, outcome.ratio)) for p in study.images],
         "images": [image_url(to_uint8(p)) for p in outcome.images],
         "errors": [float(error) for error in outcome.errors],

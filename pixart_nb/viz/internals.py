@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,13 +64,18 @@ def trajectory_numbers(
 
 
 def _size(values: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.square(values, dtype=np.float64).reshape(len(values), -1).mean(1))
+    return np.sqrt(np.square(_rows(values)).mean(1))
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (a, b))
+    a, b = _rows(a), _rows(b)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return (a * b).sum(1) / np.where(norms == 0, 1, norms)
+
+
+def _rows(values: np.ndarray) -> np.ndarray:
+    """Return (N, ...) as (N, D) float64; N may be 0, as the differences of a single step are."""
+    return values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64)
 
 
 def denoising_trajectory(
@@ -85,6 +91,7 @@ def denoising_trajectory(
     """
     require_as_many("images", images, len(timesteps), "timesteps")
     numbers = trajectory_numbers(latents, denoised, guidance)
+    numbers = {name: values for name, values in numbers.items() if np.isfinite(values).any()}  # one step has no changes
     shown = np.unique(np.linspace(0, len(timesteps) - 1, min(10, len(timesteps))).round().astype(int))
     aspect = images[0].shape[0] / images[0].shape[1]
     strip_height = min(1.6, WIDTH / len(shown)) * aspect + 0.3
@@ -95,7 +102,7 @@ def denoising_trajectory(
         ax.set_title(f"t {timesteps[step]:.0f}", fontsize=SMALL)
     panels = [panel for panel in PANELS if set(panel[1]) & set(numbers)]
     for ax, (ylabel, lines) in zip(axes_grid(below, 1, len(panels))[0], panels, strict=True):
-        _draw_lines(ax, timesteps, ylabel, {label: numbers[name] for name, label in lines.items()})
+        _draw_lines(ax, timesteps, ylabel, {label: numbers[name] for name, label in lines.items() if name in numbers})
     return figure
 
 

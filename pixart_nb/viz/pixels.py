@@ -19,17 +19,19 @@ def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
     return pixels.repeat(times, 0).repeat(times, 1)
 
 
-def with_cells(image: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256) -> np.ndarray:
+def with_cells(
+    image: np.ndarray, grid: tuple[int, int], ratio: int, least: int = 256, shown: int | None = None
+) -> np.ndarray:
     """Return the enlarged image with white lines around cells of R x R tokens, uint8. Ratio 1 draws none.
 
-    Lines of images larger than ``least`` are as thick as stay visible when the image is shown at that size.
+    Lines are as thick as stay visible when the larger side is shown with ``shown`` pixels, by default ``least``.
     """
     pixels = enlarged(to_uint8(as_float(image)), least)
     if ratio == 1 or max(grid) // ratio > 64:
         return pixels
     for axis, (side, tokens) in enumerate(zip(pixels.shape[:2], grid, strict=True)):
         lines = np.arange(tokens // ratio + 1) * ratio * side // tokens
-        for offset in range(-(-max(pixels.shape[:2]) // least)):
+        for offset in range(-(-max(pixels.shape[:2]) // (shown or least))):
             pixels[(slice(None),) * axis + (np.minimum(lines + offset, side - 1),)] = 255
     return pixels
 

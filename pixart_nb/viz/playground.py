@@ -21,8 +21,8 @@ from pixart_nb.viz.pixels import png_bytes
 from pixart_nb.viz.playground_parameters import LCM_LORA, Parameters
 from pixart_nb.viz.playground_run import Entry, Session, State, save_entry
 from pixart_nb.viz.playground_sources import adapters_of, edges_of, fitted, is_from, load_beside, opened
-from pixart_nb.viz.playground_view import View, make_controls, set_control
-from pixart_nb.viz.widget_parts import say
+from pixart_nb.viz.playground_view import View, make_controls, set_control, size_name
+from pixart_nb.viz.widget_parts import mime_bundle, say
 
 
 class Playground:
@@ -253,8 +253,8 @@ class Playground:
         content, parameters = bytes(file["content"]), self.parameters
         image = fitted(content, parameters)
         if image is not content:
-            size = f"{parameters.height} x {parameters.width}"
-            self.view.say(f"{file['name']} was cut to the ratio of {size} pixels, around its middle.")
+            size = size_name(parameters.height, parameters.width)  # as the control says it
+            self.view.say(f"{file['name']} was cut to the ratio of “{size}”, around its middle.")
         return image
 
     def _edges_as_control(self, image: bytes) -> None:
@@ -298,7 +298,7 @@ class Playground:
         self.view.show_last_step()
 
     def _repr_mimebundle_(self, **options: Any):
-        return self.view.widget._repr_mimebundle_(**options)
+        return mime_bundle(self.view.widget, type(self).__name__, **options)
 
     # ---- clicks
 

@@ -92,7 +92,12 @@ class Explorer:
             self._draw()
 
     def _repr_mimebundle_(self, **options: Any):
-        return self.widget._repr_mimebundle_(**options)
+        return mime_bundle(self.widget, type(self).__name__, **options)
+
+
+def mime_bundle(widget: widgets.Widget, name: str, **options: Any) -> dict[str, Any]:
+    """Return a widget as a notebook shows it, and the text that stands for it where it cannot be shown."""
+    return widget._repr_mimebundle_(**options) | {"text/plain": f"{name}: run this cell to use it"}
 
 
 def mean_slider(name: str, options: Sequence, tooltip: str) -> widgets.SelectionSlider:

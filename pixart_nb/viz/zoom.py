@@ -76,6 +76,10 @@ class ZoomViewer:
         write_text(path, self.html())
         return Path(path)
 
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        return f"ZoomViewer of {width} x {height} pixels: run this cell to use it"
+
     def _repr_html_(self) -> str:
         return (
             f'<iframe title="{escape(self.title or "image")}" style="width:100%;height:620px;border:1px solid #999" '

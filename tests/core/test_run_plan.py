@@ -234,6 +234,10 @@ def test_the_overview_has_every_combination_and_compression_saves_macs():
     by = {(row["size"], row["ratio"], row["dtype"]): row for row in rows}
     assert by[128, 2, "fp32"]["tera MACs per step"] < by[128, 1, "fp32"]["tera MACs per step"]
     assert by[128, 1, "fp16"]["denoise GB"] < by[128, 1, "fp32"]["denoise GB"]
+    assert all("estimated seconds per step" not in row for row in rows)  # no speed was measured
+    speeds = {"fp32": Speed("fp32", 1e-10, 1e-7), "fp16": None}
+    rows = overview(SMALL, RunSettings(64, 64), (64,), (1,), speeds)
+    assert [row["estimated seconds per step"] is None for row in rows] == [False, True]
 
 
 # ---- the command

@@ -14,9 +14,10 @@ from reference_data import diffusers
 from pixart_nb import PixArtSigmaPipeline
 from pixart_nb.core.backend import ms
 from pixart_nb.core.hooks.compression import CompressionStudy
-from pixart_nb.viz.compression_explorer import CompressionExplorer
+from pixart_nb.viz.compression_explorer import SHEET, CompressionExplorer
 from pixart_nb.viz.explorers import Choice, compressed_view, view_pixels
 from pixart_nb.viz.overlay import spread_cells
+from pixart_nb.viz.pixels import with_cells
 
 CALL = {"height": 64, "width": 96, "num_inference_steps": 2, "max_sequence_length": 16}
 PATCH = Choice(patch=(1, 4), layer=2, step=1)
@@ -136,10 +137,35 @@ def test_the_page_holds_every_choice_that_was_run(explorer, tmp_path):
     explorer.choice = ((1, 2), 2, "mean")
     page = explorer.export(tmp_path / "page.html").read_text()
     data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S).group(1))
-    assert [outcome["name"] for outcome in data["outcomes"]] == ["conv 2, layers 0, 1", "mean 2, layers 1, 2"]
+    assert [outcome["name"] for outcome in data["outcomes"]] == ["conv 2, layers 0-1", "mean 2, layers 1-2"]
     assert data["start"] == 1
     assert explorer.figure().axes[1].get_title() == "mean 2, layers 1-2"
     assert "of the attention is the same" in explorer.attention_figure().axes[2].get_title()
+
+
+def test_the_page_names_no_compression_once(explorer, tmp_path):
+    for choice in (((1, 2), 1, "mean"), ((0, 1), 1, "conv"), ((2,), 2, "mean")):
+        explorer.choice = choice
+    explorer.choice = ((0, 1), 1, "conv")
+    page = explorer.export(tmp_path / "page.html").read_text()
+    data = json.loads(re.search(r'<script id="data"[^>]*>(.*?)</script>', page, re.S).group(1))
+    assert [outcome["name"] for outcome in data["outcomes"]] == ["no compression", "mean 2, layer 2"]
+    assert data["start"] == 0
+
+
+@pytest.mark.parametrize("side", [128, 512])
+def test_lines_of_cells_are_seen_at_the_size_of_the_sheet(explorer, side):
+    """Every line has a pixel left if some rows and columns are dropped. The page reduces the sheet smoothly."""
+    size = SHEET // 3
+    pixels = with_cells(np.zeros((side, side, 3), np.uint8), (8, 8), 2, shown=size)
+    for start in np.linspace(0, 0.99, 5):
+        reduced = pixels[5][((np.arange(size) + start) * len(pixels) / size).astype(int), 0] == 255
+        assert np.count_nonzero(np.diff(reduced.astype(int)) == 1) + reduced[0] >= 4
+    assert "pixart-crisp" not in explorer.images._dom_classes
+
+
+def test_a_saved_widget_says_what_to_do(explorer):
+    assert explorer._repr_mimebundle_()["text/plain"] == "CompressionExplorer: run this cell to use it"
 
 
 def test_during_a_run_a_choice_that_was_run_before_is_shown(explorer):

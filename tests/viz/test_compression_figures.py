@@ -51,6 +51,16 @@ def test_kernels_that_did_not_move_are_all_one():
     check_layout(figure)
 
 
+def test_small_deviations_of_kernels_are_pale_and_the_largest_is_named():
+    weights = np.full((8, 2, 2), 0.25)
+    weights[:, 0, 1] *= 0.999
+    figure = learned_kernels({"layer 0": weights})
+    assert figure.axes[0].images[0].get_clim() == (0.95, 1.05)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1.000", "0.999", "1.000", "1.000"]
+    assert figure.subfigs[0].get_suptitle().endswith("largest deviation 0.001")
+    check_layout(figure)
+
+
 def test_without_a_learned_kernel_it_is_said_which_layers_have_one():
     with pytest.raises(ValueError, match="only layers compressed by 'conv' have one"):
         learned_kernels({})

@@ -214,3 +214,20 @@ def test_panels_of_shares_reach_to_one_and_have_intervals():
     assert left.get_ylim()[1] > 1 and len(left.containers) == 1 and not right.containers
     low, high = left.containers[0].lines[2][0].get_segments()[1][:, 1]
     assert (low, high) == (pytest.approx(0.364, abs=0.002), pytest.approx(0.636, abs=0.002))  # Wilson, 24 of 48
+
+
+def test_equal_curves_of_shares_stand_beside_each_other():
+    curves = {"share right": {"ddim": ([1, 2, 8], [0.2, 0.5, 1]), "dpm++": ([1, 2, 8], [0.2, 0.5, 1])}}
+    figure = curve_panels("steps", curves, counts={"share right": 48})
+    (panel,) = figure.axes
+    first, second = (line.get_xdata() for line in panel.lines[:2])
+    assert (first < second).all() and np.allclose((first + second) / 2, [1, 2, 8]) and (second - first < 0.5).all()
+    bars = [container.lines[2][0].get_segments()[0][0, 0] for container in panel.containers]
+    assert bars == [first[0], second[0]]
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1", "2", "8"]
+    check_layout(figure)
+
+
+def test_one_image_is_in_the_singular():
+    labels = score_figure([256, 512], {"full": [1, 1]}, [1, 2]).axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["256\n1 image", "512\n2"]

@@ -191,7 +191,7 @@ def test_the_sentence_has_the_numbers(run):
     said = in_words(run, choice, shown)
     top = np.unravel_index(shown.heat.argmax(), shown.heat.shape)
     assert f"most at ({top[0]}, {top[1]}): {shown.heat.max():.3f}" in said
-    assert said.endswith("layer 0, step 0; mean over heads.")
+    assert said.endswith(". Layer 0, step 0; mean over heads.")
 
 
 def test_a_word_that_the_prompt_does_not_have_is_refused(run):

@@ -26,7 +26,7 @@ SCREENSHOTS = Path(os.environ.get("EXPLORER_IMAGES", "") or "outputs/explorers_b
 WIDTH = 900
 #: The large image of the attention explorer, and the images of the compression explorer.
 LARGE = ".pixart-explorer .pixart-clickable img"
-CRISP = ".pixart-explorer .pixart-crisp img, .pixart-explorer img.pixart-crisp"
+RESULTS = ".pixart-explorer .pixart-results img, .pixart-explorer img.pixart-results"
 SET_UP = """
 import os
 os.chdir({project!r})
@@ -130,11 +130,24 @@ def delays_of_clicks(user, enough, most=40):
     return delays
 
 
+def two_columns(user, page):
+    """In a window of 1280 pixels, with the list of files, the overview stands beside the image."""
+    page.set_viewport_size({"width": 1280, "height": 1100})
+    page.keyboard.press("Control+B")
+    place = lambda number: user.clickable.nth(number).bounding_box()  # noqa: E731
+    assert until(lambda: place(0)["x"] > 300 and place(1)["x"] >= place(0)["x"] + place(0)["width"], page)
+    nothing_cut_or_covered(user.widget)
+    page.screenshot(path=SCREENSHOTS / "0_beside_the_files.png")
+    page.keyboard.press("Control+B")
+    page.set_viewport_size({"width": 1400, "height": 1100})
+
+
 def test_a_patch_is_clicked_a_word_chosen_and_a_slider_moved(browser, server, project):
     save = f"str(explorer.export({str(server[0] / 'attention.html')!r}))"
     page, complaints = opened(browser, server, project, "explorer.ipynb", [ATTENTION, save])
     user = User(page)
     word = user.sees("“mushroom” gets")
+    two_columns(user, page)
     user.photograph("1_word")
     user.click_cell(2, 5)
     patch = user.sees("Patch (2, 5) over 8 x 8 keys", word)
@@ -227,12 +240,12 @@ def test_compressed_maps_follow_clicks_and_images_follow_runs(browser, server, p
     user.widget.get_by_role("button", name="Cancel").click()
     user.reads("Cancelled after ")
     user.widget.get_by_role("button", name="Run").click()
-    two = user.sees("mean 2, layers 3-5: predictions are off by", None, CRISP)
+    two = user.sees("mean 2, layers 3-5: predictions are off by", None, RESULTS)
     assert "64\t16\t25.0%" in user.widget.locator("table").inner_text()
     user.widget.get_by_role("button", name="uniform").click()
     user.reads("Not run yet")
     user.widget.get_by_role("button", name="Run").click()
-    user.sees("uniform 2, layers 3-5: predictions are off by", two, CRISP)
+    user.sees("uniform 2, layers 3-5: predictions are off by", two, RESULTS)
     user.photograph("6_compression")
     nothing_cut_or_covered(user.widget)
     run_cell(page, 2)
@@ -249,11 +262,14 @@ def check_compression_page(browser, path):
     page.screenshot(path=SCREENSHOTS / "7_compression_page.png")
     said, image = (page.locator("#say").inner_text(), page.locator("#images img").nth(2).get_attribute("src"))
     options = page.locator("#choice option").all_inner_texts()
-    assert options[0] == "mean 2, layers 3, 4, 5"
+    assert options[0] == "mean 2, layers 3-5"
     page.locator("#choice").select_option("0")
     assert page.locator("#say").inner_text() != said
     assert page.locator("#images img").nth(2).get_attribute("src") != image
-    assert page.locator("#curve polyline").count() >= 2
+    lines = page.locator("#curve polyline title").all_text_contents()
+    assert set(lines) == {"mean 2, layers 3-5", "uniform 2, layers 3-5"}
+    ticks = [float(text) for text in page.locator("#curve text[text-anchor=end]").all_text_contents()]
+    assert len(ticks) >= 3 and all(len(f"{tick:.12g}".replace(".", "").strip("0")) <= 2 for tick in ticks), ticks
     assert complaints == []
     page.close()
 

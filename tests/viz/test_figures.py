@@ -54,6 +54,23 @@ def test_images_of_several_sizes_share_a_grid():
     assert [shown(place).shape for place in figure.axes] == [(4, 8, 3), (8, 4, 3)]
 
 
+def test_rows_are_as_high_as_their_images():
+    images = [np.zeros((8, 8, 3))] * 2 + [np.zeros((3, 8, 3))] * 2
+    figure = image_grid(images, columns=2)
+    figure.draw_without_rendering()
+    upper, lower = (figure.axes[k].get_position().height for k in (0, 2))
+    assert lower / upper == pytest.approx(3 / 8, rel=0.1)
+    alone = image_grid(images[:2], columns=2).get_figheight()
+    assert alone < figure.get_figheight() < 1.6 * alone
+
+
+def test_titles_break_at_middle_dots():
+    title = "1: a red mushroom · 256 x 256 · dpm++, 20 steps · guidance 4.5 · seed 0"
+    lines = image_grid(np.zeros((1, 4, 4, 3)), [title], cell=2.6).axes[0].get_title().splitlines()
+    assert len(lines) > 1 and all(line.strip("· ") == line for line in lines)
+    assert " · ".join(lines) == title
+
+
 def test_rows_are_labelled_at_their_first_image():
     figure = image_grid(np.zeros((6, 4, 4, 3)), columns=3, row_labels=["few", "many"])
     assert [place.get_ylabel() for place in figure.axes] == ["few", "", "", "many", "", ""]

@@ -52,6 +52,14 @@ def test_without_guidance_there_is_no_panel_for_it():
     assert [place.get_ylabel() for place in figure.axes if place.lines] == ["size, rms", "distance, rms"]
 
 
+def test_a_trajectory_of_one_step_has_no_changes():
+    images = RNG.random((1, 8, 8, 3))
+    numbers = trajectory_numbers(LATENTS[:2], DENOISED[:1], GUIDANCE[:1])
+    assert all(len(values) == 1 for values in numbers.values())
+    assert np.isnan(numbers["change"]) and np.isnan(numbers["turn"]) and numbers["distance"] == 0
+    check_layout(denoising_trajectory(images, TIMESTEPS[:1], LATENTS[:2], DENOISED[:1], GUIDANCE[:1]))
+
+
 def test_latents_must_have_the_start_too():
     with pytest.raises(ValueError, match="latents after the first as predicted images, got 11 for 12"):
         trajectory_numbers(LATENTS[1:], DENOISED)

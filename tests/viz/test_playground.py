@@ -357,6 +357,7 @@ def test_a_press_on_another_thread_acts_on_the_kernels_loop():
 def test_it_shows_itself_as_a_widget():
     bundle = Playground(Pipe(), [(32, 48)])._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["text/plain"] == "Playground: run this cell to use it"
 
 
 def test_there_must_be_something_to_choose_from():

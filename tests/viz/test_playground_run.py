@@ -245,7 +245,7 @@ def test_the_history_as_a_figure_shows_each_entry_with_its_parameters():
     sampled(session, CUP)
     sampled(session, replace(CUP, count=4, prompt="a blue cup"))
     figure = history_figure(session.history)
-    titles = [" ".join(place.get_title().split()) for place in figure.axes]
+    titles = [" · ".join(place.get_title().splitlines()) for place in figure.axes]  # they break at dots
     assert titles == [f"{entry.number}: {entry.parameters.summary}" for entry in session.history]
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), session.history[0].images[0])
     assert figure.axes[1].images[0].get_array()[32, 0].tolist() == [255, 255, 255]  # a gap

@@ -120,7 +120,7 @@ def test_images_of_another_ratio_are_cut_when_they_are_uploaded_and_never_stretc
     wide = np.concatenate([np.full((32, 32, 3), 9, np.uint8), PIXELS, np.full((32, 32, 3), 9, np.uint8)], 1)
     for upload in (view.view.source.upload, view.view.control.upload):
         upload.value = [uploaded("wide.png", file_of(wide))]
-        assert "wide.png was cut to the ratio of 32 x 64 pixels, around its middle." in view.view.message.value
+        assert "wide.png was cut to the ratio of “64 x 32, wide”, around its middle." in view.view.message.value
     for content in (view.parameters.image, view.parameters.control_image):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), PIXELS)
     for start in ({"image": file_of(wide)}, CONTROL | {"control_image": file_of(wide)}):

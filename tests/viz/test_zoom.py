@@ -64,6 +64,7 @@ def test_an_image_is_read_from_its_file_and_shown_in_a_frame(tmp_path):
     Image.fromarray(image()).save(tmp_path / "cup.png")
     viewer = ZoomViewer(tmp_path / "cup.png", "cup")
     assert np.array_equal(viewer.image, image())
+    assert repr(viewer).startswith("ZoomViewer of ") and repr(viewer).endswith("pixels: run this cell to use it")
     shown = viewer._repr_html_()
     assert shown.startswith("<iframe")
     assert 'sandbox="allow-scripts"' in shown

@@ -15,7 +15,7 @@ from pixart_nb.core.errors import PixArtNBError
 from pixart_nb.core.hooks.attention_maps import LayerRecord, Packed, pack
 from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, PerLayer, attached, transformer_of
 from pixart_nb.core.hooks.selection import Layers, Numbers, Text, as_list, head_numbers, is_cross, layer_names
-from pixart_nb.core.hooks.trace import Trace
+from pixart_nb.core.hooks.trace import Trace, pluralized
 from pixart_nb.core.hooks.trace_files import model_fingerprint
 
 ROWS = ("conditional", "unconditional", "all")
@@ -120,7 +120,8 @@ class Recorder(Hook):
                 self.folder.mkdir(parents=True, exist_ok=True)
             free = memory.available_on_host() if self.folder is None else shutil.disk_usage(self.folder).free
             self.limit = int(free * FREE_SHARE)
-        parts = f"{len(t.names)} layers x {count} steps x {len(self.rows)} of {run.batch} rows, {len(t.heads)} heads"
+        blocks, steps, heads = map(pluralized, (t.block_count, count, len(t.heads)), ("block", "step", "head"))
+        parts = f"{blocks} x {steps} x {len(self.rows)} of {run.batch} rows, {heads}"
         need = (
             f"{format_bytes(size)} ({parts}, {t.grid[0]}x{t.grid[1]} tokens); the limit is {format_bytes(self.limit)}"
         )

@@ -16,6 +16,15 @@ from pixart_nb.core.hooks.selection import Layers, Numbers, Text, Word, as_list,
 from pixart_nb.core.hooks.trace_files import check_model, read_trace, write_trace
 
 
+def pluralized(count: int, name: str) -> str:
+    """Return a count with its name in the singular or the plural.
+
+    >>> pluralized(1, "step"), pluralized(6, "block")
+    ('1 step', '6 blocks')
+    """
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
 class Trace:
     """Queries and keys of the chosen layers, steps, heads and images of one run, and maps made of them.
 
@@ -46,12 +55,17 @@ class Trace:
         self._images: np.ndarray | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"Trace({len(self.names)} layers, {len(self.steps)} steps, {len(self.heads)} heads, "
-            f"{len(self.labels)} images of {self.grid[0]}x{self.grid[1]} tokens, {self.nbytes / 1e6:.1f} MB)"
-        )
+        sizes = {"block": self.block_count, "step": len(self.steps), "head": len(self.heads)}
+        parts = ", ".join(pluralized(count, name) for name, count in sizes.items())
+        images = f"{pluralized(len(self.labels), 'image')} of {self.grid[0]}x{self.grid[1]} tokens"
+        return f"Trace({parts}, {images}, {self.nbytes / 1e6:.1f} MB)"
 
     # ---- content
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks with a kept layer; self- and cross-attention of a block count once."""
+        return len({name.rpartition(".")[0] for name in self.names})
 
     @property
     def steps(self) -> list[int]:

@@ -190,7 +190,7 @@ def test_memory_is_announced_before_the_run_and_bounds_what_is_taken(pipe):
         steps = pipe.sample(**{k: v for k, v in CALL.items() if k not in ("output_type", "use_resolution_binning")})
         assert len(said) == 1 and not t.records
         list(steps)
-    assert f"trace: {t.nbytes / 1e3:.1f} kB (3 layers x 3 steps x 2 of 4 rows" in said[0]
+    assert f"trace: {t.nbytes / 1e3:.1f} kB (3 blocks x 3 steps x 2 of 4 rows" in said[0]
     with trace(pipe, announce=said.append) as t:
         draw(pipe)
     announced = float(said[1].split()[1]) * 1e3
