@@ -228,14 +228,22 @@ def without_times(value: Any) -> Any:
 
 
 def check(command: LongCommand, kills: int, rng: np.random.Generator, log: Path, seconds: float) -> dict[str, Any]:
-    """Run a command without kills, then with them until so many seconds have passed; return what differs."""
+    """Run a command without kills, then with them until so many seconds have passed; return what differs.
+
+    There are more ``kills`` if none of them met a process that was writing.
+    """
     began = time.monotonic()
     wait(start(command.words, log), log)
     longest, expected = 1.3 * (time.monotonic() - began), snapshot(command.out)
     done, writing, runs, different, left = 0, 0, 0, set(), set()
-    while (done < kills and time.monotonic() - began < seconds) or temporary_files(command.out):
+
+    def goes_on() -> bool:
+        enough = done >= kills and (writing or done >= 10 * kills)
+        return not enough and time.monotonic() - began < seconds
+
+    while goes_on() or temporary_files(command.out):
         shutil.rmtree(command.out)
-        while done < kills and time.monotonic() - began < seconds:
+        while goes_on():
             process = start(command.words, log)
             if not kill(process, command.out, rng, done % 2 == 1, longest, log):
                 break

@@ -15,6 +15,6 @@ def test_a_command_that_is_killed_comes_to_the_same_files(project, command):
     done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-1000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert report["kills"] == 3
+    assert report["kills"] >= 3
     assert report["while writing"] >= 1
     assert report["different"] == report["left"] == []
