@@ -86,6 +86,15 @@ def first_few(names: Sequence[str], count: int = 4) -> str:
     return f"{listed} and {len(names) - count} more" if len(names) > count else listed
 
 
+def pluralized(count: int, name: str) -> str:
+    """Return a count with its name in the singular or the plural.
+
+    >>> pluralized(1, "step"), pluralized(6, "block")
+    ('1 step', '6 blocks')
+    """
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
 def counted(problems: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a text for each problem that there is, with the names that have it.
 

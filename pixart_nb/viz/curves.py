@@ -10,7 +10,7 @@ import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, pluralized
 from pixart_nb.viz import style
 from pixart_nb.viz.figures import require_as_many
 from pixart_nb.viz.style import COLOURS, SMALL, WIDTH, Figure, for_curves, legend, line_style
@@ -48,7 +48,7 @@ def score_figure(sizes: Sequence[int], curves: Mapping[str, Sequence[float]], im
         middle, half = wilson_interval(np.asarray(shares, dtype=float), np.asarray(images[: len(shares)]))
         ax.errorbar(beside, middle, yerr=half, **_bars(number))
     labels = [f"{size}\n{count}" for size, count in zip(sizes, images, strict=True)]
-    labels[:1] = [f"{label} image{'s' * (images[0] != 1)}" for label in labels[:1]]
+    labels[:1] = [f"{size}\n{pluralized(count, 'image')}" for size, count in zip(sizes[:1], images[:1], strict=True)]
     ax.set_xticks(range(len(sizes)), labels)
     ax.set_ylim(-0.04, 1.04)
     if curves:
@@ -272,7 +272,7 @@ def _draw_with_mean(ax: Axes, rows: Sequence[TrainingRow], key: str) -> None:
     few, marker = slice(None, None, -(-len(values) // POINTS)), "o" if len(values) == 1 else None  # no line
     look = {"marker": marker, "markersize": 4, "clip_on": marker is None}
     ax.plot(steps[few], values[few], color=COLOURS[4], linewidth=0.7, alpha=0.6, label="each step", **look)
-    label = f"mean of {window} step{'s' * (window > 1)}"
+    label = f"mean of {pluralized(window, 'step')}"
     ax.plot(steps[few], means[few], color=COLOURS[0], linewidth=1.6, label=label, **look)
     ax.set_ylim(0, 1.15 * float(np.quantile(values, 0.98)) or 1.0)  # a single leap hides everything else
 

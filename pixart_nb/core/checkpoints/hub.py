@@ -24,7 +24,8 @@ def from_hub(
     """Return the folder of a snapshot with the files of ``patterns``, which hold what is ``expected``.
 
     A path that can only be a local one is not looked up. ``formats`` (``variant`` and ``use_safetensors`` of
-    ``open_checkpoint``): weights in other formats and variants, which would not be read, are not fetched.
+    ``open_checkpoint``): weights in other formats and variants, which would not be read, are not fetched. None fetches
+    all.
     """
     source, path = str(source), Path(source).expanduser()
     local = source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in ENDINGS

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, pluralized
 
 #: Keys or columns for the path of an image, its prompt and its long description; the first that exists is used.
 PATHS = ("path", "file_name", "filename", "file", "image", "image_path", "dir")
@@ -39,7 +39,7 @@ class ProblemsError(DataError):
 
     def __init__(self, source: str | os.PathLike[str], problems: Sequence[str]):
         self.problems = list(problems)
-        self.heading = f"{source}: {len(self.problems)} problem{'s' * (len(self.problems) > 1)}"
+        self.heading = f"{source}: {pluralized(len(self.problems), 'problem')}"
         super().__init__(f"{self.heading}\n{listed(self.problems)}")
 
     def whole(self) -> str:

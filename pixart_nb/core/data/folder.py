@@ -65,10 +65,11 @@ def import_folder(
 
 
 def _tables(folder: Path) -> list[Path]:
-    """Return the table of each folder that has one, the preferred of several: none below one that is found."""
+    """Return the first of ``TABLES`` in the folder, or else in each folder below it. A table covers its subfolders."""
     tables: dict[Path, Path] = {}
-    for path in sorted(list_files(folder, TABLES), key=lambda path: (len(path.parts), TABLES.index(path.name.lower()))):
-        if path.name in TABLES and not any(parent in tables for parent in path.parents):
+    files = [path for path in list_files(folder, TABLES) if path.name in TABLES]
+    for path in sorted(files, key=lambda path: (len(path.parts), TABLES.index(path.name))):
+        if not any(parent in tables for parent in path.parents):
             tables[path.parent] = path
     return sorted(tables.values())
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from pixart_nb.core import memory
 from pixart_nb.core.backend import ms
-from pixart_nb.core.errors import PixArtNBError
+from pixart_nb.core.errors import PixArtNBError, pluralized
 from pixart_nb.core.hooks.attention_maps import LayerRecord, Packed, pack
 from pixart_nb.core.hooks.hook_points import AttentionCall, Hook, HookedRun, PerLayer, attached, transformer_of
 from pixart_nb.core.hooks.selection import Layers, Numbers, Text, as_list, head_numbers, is_cross, layer_names
-from pixart_nb.core.hooks.trace import Trace, pluralized
+from pixart_nb.core.hooks.trace import Trace
 from pixart_nb.core.hooks.trace_files import model_fingerprint
 
 ROWS = ("conditional", "unconditional", "all")

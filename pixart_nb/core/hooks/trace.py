@@ -9,20 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pixart_nb.core.errors import PixArtNBError, did_you_mean
+from pixart_nb.core.errors import PixArtNBError, did_you_mean, pluralized
 from pixart_nb.core.hooks import attention_maps, selection
 from pixart_nb.core.hooks.attention_maps import LayerRecord
 from pixart_nb.core.hooks.selection import Layers, Numbers, Text, Word, as_list, is_cross, select
 from pixart_nb.core.hooks.trace_files import check_model, read_trace, write_trace
-
-
-def pluralized(count: int, name: str) -> str:
-    """Return a count with its name in the singular or the plural.
-
-    >>> pluralized(1, "step"), pluralized(6, "block")
-    ('1 step', '6 blocks')
-    """
-    return f"{count} {name}{'s' * (count != 1)}"
 
 
 class Trace:

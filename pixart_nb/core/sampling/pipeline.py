@@ -13,7 +13,7 @@ import numpy as np
 
 from pixart_nb.config import GUIDANCE_SCALE, SAMPLING_STEPS
 from pixart_nb.core.backend import as_array, ms
-from pixart_nb.core.errors import PixArtNBError, check_number, ignore_options, parameters_of
+from pixart_nb.core.errors import PixArtNBError, check_number, ignore_options, parameters_of, pluralized
 from pixart_nb.core.sampling.guidance import Perturbation, guided_model, perturbed_layers
 from pixart_nb.core.sampling.images import (
     PipelineOutput,
@@ -403,7 +403,7 @@ def check_count(name: str, count: int, rows: int) -> None:
     """Raise an error unless ``count`` of what is called ``name`` are one for all ``rows``, or shared evenly by them."""
     if not count or rows % count:
         expected = "1" if rows == 1 else f"1 or {rows}"
-        raise PixArtNBError(f"{count} {name} were given for {rows} image{'s' * (rows > 1)}; expected {expected}")
+        raise PixArtNBError(f"{count} {name} were given for {pluralized(rows, 'image')}; expected {expected}")
 
 
 def _rows(texts: TextInput) -> int:

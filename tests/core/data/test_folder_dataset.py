@@ -81,6 +81,8 @@ def test_each_folder_below_may_have_its_table(folder):
     for name in ("a.png", "b.JPG"):
         (folder / name).rename(folder / "train" / name)
     (folder / "train" / "metadata.csv").write_text("file_name,text\na.png,a cat\nb.JPG,a dog\n")
+    (folder / "old_metadata.csv").write_text("a table of another name")
+    (folder / "Metadata.CSV").write_text("and one in other letters")
     pq.write_table(pa.table({"file_name": ["c.webp"], "text": ["an owl"], "n": [1]}), folder / "sub/metadata.parquet")
     import_folder(folder)
     expected = {"sub/c.webp": ("an owl", ""), "train/a.png": ("a cat", ""), "train/b.JPG": ("a dog", "")}
